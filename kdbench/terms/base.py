@@ -1,0 +1,44 @@
+"""What a term is: named operands in, an unreduced loss over its declared space out."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from torch import Size, Tensor, nn
+
+Space = Literal["sample", "token", "pixel", "batch", "model"]
+
+Number: TypeAlias = float | Tensor
+"""A number, or a 0-dim float tensor that the runner moves along a schedule. Only parameters annotated so can be
+scheduled. Never branch on its value outside `__init__`: reading a tensor waits for the device."""
+
+
+class Term(nn.Module):
+    """Base of all terms. A subclass is registered with its space:
+
+        @TERMS.register("kd", space="sample")
+
+    The parameters of `forward` name what the term reads: `student` and `teacher` are its operands (after their
+    adapters), `mask` and `weight` are the validity and the weight of each row (either may be None), every other name
+    is a field of the batch, such as `label` or `index`; one with the default None is passed only where it exists.
+
+    space:
+        sample: returns (batch,). token: (batch, length). pixel: (batch, height, width). The runner multiplies by mask
+            and weights, sums, and divides by the number of valid entries of the whole effective batch.
+        batch: returns a scalar that couples the rows. It takes `mask` and `weight` and uses valid rows only.
+        model: returns a scalar that depends on no row.
+
+    A term owns its parameters and its state as any module does; the optimiser and the checkpoint find them.
+    """
+
+    def check_shapes(self, **shapes: Size) -> None:
+        """Raises ValueError, in words, when operands of these shapes cannot be compared. Called once, by the plan."""
+
+
+def equal_shapes(what: str, student: Size, teacher: Size) -> None:
+    """Raises ValueError when two operands that are compared element by element differ in shape."""
+    if student != teacher:
+        raise ValueError(
+            f"compares {what} of equal shape, but the student's is {list(student[1:])} "
+            f"and the teacher's {list(teacher[1:])} per sample"
+        )
