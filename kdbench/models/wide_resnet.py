@@ -1,0 +1,103 @@
+"""Wide ResNets for 32x32 images: Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146
+
+Pre-activation blocks (BatchNorm and ReLU stand before each convolution), without dropout, as in the CIFAR-100
+distillation tables (CRD, https://arxiv.org/abs/1910.10699). To load a checkpoint of the code released with CRD
+(RepDistiller): `rename: {block1.layer: layer1, block2.layer: layer2, block3.layer: layer3}`.
+
+Features, for an image of 32x32 (CRD calls them feats[0] to feats[4]):
+
+    path      shape per sample   what it is
+    conv1     16 x 32 x 32       the first convolution, before any BatchNorm and ReLU
+    layer1    C1 x 32 x 32       what the stage's last addition gives, before the next BatchNorm and ReLU; with that
+    layer2    C2 x 16 x 16       BatchNorm, before the ReLU: `layer2.0.bn1`, `layer3.0.bn1` and `bn1` (feats of
+    layer3    C3 x 8 x 8         layer1, layer2 and layer3 with `preact`)
+    pool      C3                 mean over all places after the last BatchNorm and ReLU, what the classifier `fc` reads
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdbench.models.layers import GlobalAveragePool, init_convolutions
+from kdbench.registry import MODELS
+
+
+class WideBlock(nn.Module):
+    """BatchNorm, ReLU, 3x3 convolution, twice, and a shortcut.
+
+    (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride). Where the number of channels changes, the
+    shortcut is a 1x1 convolution of the activated input; elsewhere it is the input as it came.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        # The name that it has in released checkpoints.
+        self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.relu1(self.bn1(x))
+        out = self.conv2(self.relu2(self.bn2(self.conv1(active))))
+        return out + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class WideResNet(nn.Module):
+    """A first convolution and three stages of (depth - 4) / 6 blocks; see the head of this file for the features.
+
+    Args:
+        depth: 6n + 4 layers.
+        width: multiplies the 16, 32 and 64 channels of the stages.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        assert depth == 6 * blocks + 4
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.layer1 = _stage(blocks, 16, 16 * width, stride=1)
+        self.layer2 = _stage(blocks, 16 * width, 32 * width, stride=2)
+        self.layer3 = _stage(blocks, 32 * width, 64 * width, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.relu = nn.ReLU()
+        self.pool = GlobalAveragePool()
+        self.fc = nn.Linear(64 * width, num_classes)
+        init_convolutions(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(image))))
+        return self.fc(self.pool(self.relu(self.bn1(x))))
+
+
+def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    first = WideBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
+@MODELS.register("wrn_16_1", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
+def wrn_16_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet for 32x32 images, 16 layers, width factor 1. Features: layer1, layer2, layer3, pool."""
+    return WideResNet(16, 1, num_classes, in_channels)
+
+
+@MODELS.register("wrn_16_2", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
+def wrn_16_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet for 32x32 images, 16 layers, width factor 2. Features: layer1, layer2, layer3, pool."""
+    return WideResNet(16, 2, num_classes, in_channels)
+
+
+@MODELS.register("wrn_40_1", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
+def wrn_40_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet for 32x32 images, 40 layers, width factor 1. Features: layer1, layer2, layer3, pool."""
+    return WideResNet(40, 1, num_classes, in_channels)
+
+
+@MODELS.register("wrn_40_2", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
+def wrn_40_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet for 32x32 images, 40 layers, width factor 2. Features: layer1, layer2, layer3, pool."""
+    return WideResNet(40, 2, num_classes, in_channels)
