@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 from torch import Size, Tensor, nn
 
+from kdbench.errors import ConfigError
+
 Space = Literal["sample", "token", "pixel", "batch", "model"]
 
 Number: TypeAlias = float | Tensor
@@ -42,3 +44,38 @@ def equal_shapes(what: str, student: Size, teacher: Size) -> None:
             f"compares {what} of equal shape, but the student's is {list(student[1:])} "
             f"and the teacher's {list(teacher[1:])} per sample"
         )
+
+
+def equal_classes(student: Size, teacher: Size, *, least: int = 1) -> None:
+    """Raises ValueError when two operands are not logits (batch, classes) over the same, at least `least`, classes."""
+    for role, shape in (("student", student), ("teacher", teacher)):
+        logits_of(role, shape, least=least)
+    if student[1] != teacher[1]:
+        raise ValueError(
+            f"compares logits class by class, but the student has {student[1]} classes and the teacher {teacher[1]}"
+        )
+
+
+def logits_of(role: str, shape: Size, *, least: int = 1) -> None:
+    """Raises ValueError when an operand is not logits (batch, classes) over at least `least` classes."""
+    if len(shape) != 2:
+        raise ValueError(
+            f"reads logits, one vector of classes per sample, but the {role}'s operand is {list(shape[1:])} per sample"
+        )
+    if shape[1] < least:
+        raise ValueError(f"needs at least {least} classes, but the {role} has {shape[1]}")
+
+
+def require(part: str, rule: Literal["above 0", "at least 0", "at least 1", "in [0, 1]"], **parameters: Number) -> None:
+    """Raises ConfigError when a parameter breaks the rule. Tensors pass: their schedule was checked before."""
+    for key, value in parameters.items():
+        if isinstance(value, Tensor):
+            continue
+        kept = {
+            "above 0": value > 0,
+            "at least 0": value >= 0,
+            "at least 1": value >= 1,
+            "in [0, 1]": 0 <= value <= 1,
+        }[rule]
+        if not kept or value == float("inf"):
+            raise ConfigError(f"{part}: {key} must be {rule}, got {value}")
