@@ -1,0 +1,78 @@
+"""TensorBoard event files that a resumed run can cut off and continue; tensorboard is imported at the first write.
+
+Records go through TensorBoard's own RecordWriter into one file of a fixed name, so that the byte offset in a checkpoint
+says where to go on. (torch's SummaryWriter opens a new file per session, and steps would then be drawn twice.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdbench.results.files import AppendFile
+
+FILE_NAME = "events.out.tfevents.0.kdbench"
+
+
+class EventFile:
+    """One event file in `folder`.
+
+    Args:
+        folder: where TensorBoard is pointed at; made at the first write.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.file = AppendFile(Path(folder) / FILE_NAME)
+        self._writer: Any = None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one value per tag; TensorBoard keeps them in single precision."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._write(step, Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]))
+
+    def image(self, step: int, tag: str, png: bytes, width: int, height: int) -> None:
+        """Writes a picture that is already PNG."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._write(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Writes a page for the Text tab."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._write(step, text_pb(tag, markdown))
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        """Writes the row of this run in the HParams tab; values that are no number, bool or text become text."""
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in values.items()}
+        self._write(0, hparams_pb(plain, start_time_secs=time.time()))
+
+    def _write(self, step: int, summary: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        if self._writer is None:
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            self._writer = RecordWriter(self.file)
+            if self.file.offset == 0:
+                self._record(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._record(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _record(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString(deterministic=True))
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, with dotted keys; lists and None become text."""
+    if not isinstance(data, Mapping):
+        return {prefix: data if isinstance(data, bool | int | float | str) else str(data)}
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
