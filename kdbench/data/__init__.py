@@ -1,0 +1,1 @@
+"""Datasets, augmentations, and the sources of batches that stages read."""

@@ -1,0 +1,260 @@
+"""Sources: what gives a stage its batches, in an order that depends on nothing but the seed and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kdbench.config.schema import SourceConfig
+from kdbench.data.base import Noise, Packed
+from kdbench.data.order import Shard, epoch_order, shard, steps
+from kdbench.data.view import View, fields_of
+from kdbench.randomness import generator
+
+HIDDEN = -100
+"""The label of a sample whose label the source hides; what `cross_entropy` ignores."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sources of a run share."""
+
+    seed: int
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+class Source:
+    """Gives batches: dictionaries of tensors on the device, with the same field names every time.
+
+    Attributes:
+        name: as in the recipe, or `validation`.
+        classes: names, in the order of the labels; empty for a source without labels.
+        num_samples: samples of an epoch.
+        population: how many values `index` can take: the length of the whole split, before a part of it was chosen.
+            Memory banks and caches that are addressed by `index` have this size.
+        batch_size: of one rank.
+        checksum: digest of the dataset's content.
+    """
+
+    name: str
+    classes: list[str]
+    num_samples: int
+    population: int
+    batch_size: int
+    checksum: str
+
+    def __init__(self, config: SourceConfig, setting: Setting) -> None:
+        self.config = config
+        self.setting = setting
+        self.name = config.name
+        self.batch_size = config.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch; the last one may be smaller, none is dropped."""
+        return steps(self.num_samples, self.batch_size, self.setting.world)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Yields this rank's batches of one epoch from step `start` on, shuffled and augmented.
+
+        Starting in the middle costs nothing and gives the same batches as skipping `start` of them would.
+        """
+        raise NotImplementedError
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yields every sample once, in order, without augmentation; sharded by rank, so ranks may differ in length."""
+        raise NotImplementedError
+
+    def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns field -> (shape of one sample, dtype), for the fields of every batch."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends worker processes, if there are any."""
+
+
+Pixels: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""View -> (stored images, which rows of them), both on the device."""
+
+
+class ImageSource(Source):
+    """A source of labelled images: order, labels and views. Subclasses say where the stored images come from.
+
+    Args:
+        config: the source as the recipe has it.
+        setting: seed, device, rank.
+        views: field -> how its image is made.
+        classes: names in the order of the labels.
+        labels: int64 (population,), those of the whole split.
+        positions: int64 (num_samples,), sorted: the part of the split that this source gives.
+        labelled: int64, sorted: the part of `positions` whose label is kept; None for all.
+        checksum: of the dataset.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        setting: Setting,
+        views: dict[str, View],
+        classes: Sequence[str],
+        labels: Tensor,
+        positions: Tensor,
+        labelled: Tensor | None,
+        checksum: str,
+    ) -> None:
+        super().__init__(config, setting)
+        self.views = views
+        self.classes = list(classes)
+        self.checksum = checksum
+        self.population = len(labels)
+        self.num_samples = len(positions)
+        self._positions = positions
+        self._labelled: Tensor | None = None
+        if labelled is not None:
+            kept = torch.zeros(len(labels), dtype=torch.bool)
+            kept[labelled] = True
+            labels = torch.where(kept, labels, HIDDEN)
+            self._labelled = kept.to(setting.device)
+        self._labels = labels.to(setting.device)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        here = self.setting
+        order = self._placed(epoch_order(self._positions, here.seed, self.name, epoch))
+        tables = {
+            name: view.table(self.population, here.seed, self.name, epoch).to(here.device)
+            for name, view in self.views.items()
+        }
+        shards = [
+            shard(order, step, self.batch_size, here.rank, here.world) for step in range(start, self.steps_per_epoch)
+        ]
+        for part, own, partner in self._read(shards, epoch):
+            yield self.augmented(part, own, partner, tables)
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        here = self.setting
+        order, together = self._placed(self._positions), batch_size * here.world
+        parts = [order[start : start + together][here.rank :: here.world] for start in range(0, len(order), together)]
+        for part, own, _ in self._read([Shard(index, index) for index in parts if len(index)], None):
+            batch = {name: view.plain(*own[name]) for name, view in self.views.items()}
+            yield batch | self._fields(part)
+
+    def augmented(
+        self, part: Shard, own: Pixels, partner: Pixels | None, tables: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Makes a batch from stored images and draws; everything stays on the device and no shape depends on a value.
+
+        Args:
+            part: the rows, on the device.
+            own: the stored images of the rows.
+            partner: those of the partners; None in a single process, where they are the same rows rolled by one.
+            tables: view -> the epoch's draws, float32 (population, columns).
+        """
+        batch = {}
+        fields = self._fields(part)
+        for name, view in self.views.items():
+            draws = tables[name].index_select(0, part.index)
+            image = view.augmented(*own[name], draws)
+            if view.mixes:
+                if partner is None:
+                    other = image.roll(1, 0)
+                else:
+                    other = view.augmented(*partner[name], tables[name].index_select(0, part.partner))
+                image, fields["mix"] = view.mixed(image, other, draws)
+                fields["label_other"] = self._labels.index_select(0, part.partner)
+            batch[name] = image
+        return batch | fields
+
+    def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        dtype = str(self.setting.dtype).removeprefix("torch.")
+        fields = fields_of(self.config, next(iter(self.views.values())).stored)
+        return {name: (shape, dtype if kind == "float32" else kind) for name, (shape, kind) in fields.items()}
+
+    def _fields(self, part: Shard) -> dict[str, Tensor]:
+        fields = {"label": self._labels.index_select(0, part.index), "index": part.index}
+        if self._labelled is not None:
+            fields["labelled"] = self._labelled.index_select(0, part.index)
+        if part.valid is not None:
+            fields["valid"] = part.valid
+        return fields
+
+    def _placed(self, order: Tensor) -> Tensor:
+        """Puts an order where `_read` wants it."""
+        raise NotImplementedError
+
+    def _read(self, parts: list[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
+        """Yields each part, on the device, with its stored images; epoch is None when nothing is drawn."""
+        raise NotImplementedError
+
+
+class ResidentSource(ImageSource):
+    """A source whose whole split lies on the device, as it was stored.
+
+    Args:
+        packed: the split; `images` already on the device, shared with other sources of the same dataset.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        setting: Setting,
+        views: dict[str, View],
+        classes: Sequence[str],
+        packed: Packed,
+        positions: Tensor,
+        labelled: Tensor | None,
+    ) -> None:
+        super().__init__(config, setting, views, classes, packed.labels, positions, labelled, packed.checksum)
+        self.images = packed.images
+
+    def _placed(self, order: Tensor) -> Tensor:
+        return order.to(self.setting.device)
+
+    def _read(self, parts: list[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
+        for part in parts:
+            own = {name: (self.images, part.index) for name in self.views}
+            alone = self.setting.world == 1
+            yield part, own, None if alone else {name: (self.images, part.partner) for name in self.views}
+
+
+class NoiseSource(Source):
+    """A source of drawn fields, without labels: every batch is whole, a function of (seed, source, epoch, step)."""
+
+    def __init__(self, config: SourceConfig, setting: Setting, noise: Noise) -> None:
+        super().__init__(config, setting)
+        self._noise = noise
+        self.classes = []
+        self.checksum = noise.checksum()
+        self.num_samples = len(noise)
+        self.population = self.steps_per_epoch * self.batch_size * setting.world
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        for step in range(start, self.steps_per_epoch):
+            yield self._batch(step, self.batch_size, "order", epoch)
+
+    def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yields the same noise every time, all batches whole."""
+        for step in range(steps(self.num_samples, batch_size, self.setting.world)):
+            yield self._batch(step, batch_size, "evaluation", 0)
+
+    def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        dtype = str(self.setting.dtype).removeprefix("torch.")
+        fields = self._noise.fields().items()
+        return {name: (shape, dtype if kind == "float32" else kind) for name, (shape, kind) in fields}
+
+    def _batch(self, step: int, batch_size: int, use: str, epoch: int) -> dict[str, Tensor]:
+        here = self.setting
+        together = batch_size * here.world
+        drawn = self._noise.draw(generator(here.seed, "augment", self.name, use, epoch, step), together)
+        batch = {name: value[here.rank :: here.world].to(here.device, here.dtype) for name, value in drawn.items()}
+        first = step * together + here.rank
+        batch["index"] = torch.arange(first, (step + 1) * together, here.world, device=here.device)
+        return batch
