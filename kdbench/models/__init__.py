@@ -1,0 +1,69 @@
+"""Networks. This file lists those of torchvision and timm off their sources, without importing either."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from kdbench.registry import MODELS, Entry, Family, Parameter
+
+BUILDER = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+"""How both libraries declare a model. Those of `torchvision.models.detection` and so on lie in subfolders."""
+
+
+@cache
+def _builders(library: str) -> dict[str, Path]:
+    """Every model of an installed library -> the file that declares it, in alphabetical order."""
+    spec = importlib.util.find_spec(library)
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    folder = Path(spec.submodule_search_locations[0], "models")
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        for name in BUILDER.findall(path.read_text(encoding="utf-8")):
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+def _entry(library: str, name: str) -> Entry:
+    """Describes one model: the library's own docstring, and the parameters of the builder in `foreign.py`."""
+    tree = ast.parse(_builders(library)[name].read_text(encoding="utf-8"))
+    node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    doc = ast.get_docstring(node) or f"{name} of {library}"
+    parameters = {parameter.name: parameter for parameter in PARAMETERS[library]}
+    size = 299 if name.startswith("inception") else 224
+    facts = {"version": 1, "image": (3, size, size)}
+    loader = partial(_load, library, name)
+    return Entry(f"{library}/{name}", "kdbench.models.foreign", library, doc, parameters, facts, loader=loader)
+
+
+def _load(library: str, name: str) -> Any:
+    foreign = importlib.import_module("kdbench.models.foreign")
+    return partial(getattr(foreign, f"build_{library}"), name)
+
+
+PARAMETERS = {
+    "torchvision": (Parameter("num_classes", "int", 1000), Parameter("weights", "str | None", None)),
+    "timm": (
+        Parameter("num_classes", "int", 1000),
+        Parameter("in_channels", "int", 3),
+        Parameter("pretrained", "bool", False),
+        Parameter("image_size", "int | None", None),
+    ),
+}
+
+for _library in PARAMETERS:
+    MODELS.families.append(
+        Family(
+            f"{_library}/",
+            lambda library=_library: list(_builders(library)),
+            partial(_entry, _library),
+            f"install it with `pip install {_library}`"
+            + (" or `pip install kdbench[timm]`." if _library == "timm" else "."),
+        )
+    )
