@@ -49,11 +49,16 @@ class TrainingError(UserError):
 def nearest(name: str, known: Iterable[str], *, limit: int = 12) -> str:
     """Returns " Did you mean 'x'? Known: ..." for a name that is not among `known`."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    folded = {other.lower(): other for other in names}  # `Sgd` is nearer to `SGD` than its letters say
+
+    def matches(n: int, cutoff: float) -> list[str]:
+        return [folded[key] for key in difflib.get_close_matches(str(name).lower(), folded, n=n, cutoff=cutoff)]
+
+    close = matches(1, 0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     if not names:
         return hint
     if len(names) > limit:
-        close_ones = difflib.get_close_matches(str(name), names, n=limit, cutoff=0.3) or names[:limit]
+        close_ones = matches(limit, 0.3) or names[:limit]
         return f"{hint} Near it: {', '.join(close_ones)} ({len(names)} in all)."
     return f"{hint} Known: {', '.join(names)}."
