@@ -1,0 +1,60 @@
+"""One tree that holds everything a run needs to go on, written so that a kill at any moment leaves a good one."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.engine.weights import read_checkpoint
+from kdbench.errors import CheckpointError
+from kdbench.files import write_atomic
+
+FORMAT = 1
+
+
+def save(path: Path, tree: dict[str, Any]) -> None:
+    """Writes a checkpoint in one step, keeping the one before it as `<name>.previous`.
+
+    Raises:
+        TrainingError: no space is left; the old checkpoint stays.
+    """
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **tree}, content)
+    previous = path.with_name(f"{path.name}.previous")
+    if path.exists():
+        spare = previous.with_name(f"{previous.name}.tmp")
+        spare.unlink(missing_ok=True)
+        os.link(path, spare)
+        os.replace(spare, previous)
+    write_atomic(path, content.getvalue())
+
+
+def load(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Reads the newest good checkpoint.
+
+    Returns:
+        Its tree, or None when there is none yet; and a notice in words when the newest was damaged.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole or of this format.
+    """
+    faults = []
+    for candidate in (path, path.with_name(f"{path.name}.previous")):
+        if not candidate.exists():
+            continue
+        try:
+            tree = read_checkpoint(candidate)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            faults.append(f"{candidate} was written by another version of kdbench")
+            continue
+        return tree, (f"{faults[0]}; going on from the one before it." if faults else "")
+    if faults:
+        raise CheckpointError(f"{'; '.join(faults)}. Start anew with `fresh=true`.")
+    return None, ""

@@ -1,0 +1,192 @@
+"""Several processes: where this one stands, sums over all of them, and statistics that span them.
+
+Gradients are summed by the runner, not by a wrapper around a model, so that any wiring of roles and terms is
+distributed the same way: each rank's loss is its share of the whole batch's, and the gradients add up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds the tensor up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, value: Any) -> Any:
+        """Returns rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+@contextmanager
+def join_world(device_type: str) -> Iterator[World]:
+    """Joins the processes that torchrun started; alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield World()
+        return
+    started_here = not dist.is_initialized()
+    if started_here:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        if started_here:
+            dist.destroy_process_group()
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        start = ctx.world.rank * ctx.rows
+        return gradient[start : start + ctx.rows], None
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """Returns the rows of all ranks, in rank order, on every rank; gradients flow back to each rank's own."""
+    if world.size == 1:
+        return rows
+    if not rows.is_floating_point():
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+    return _GatherRows.apply(rows, world)  # type: ignore[no-any-return]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Adds the gradients up over all ranks, in buckets of flat memory."""
+    if world.size == 1:
+        return
+    bucket: list[Tensor] = []
+    filled = 0
+    for parameter in parameters:
+        if parameter.grad is None:  # a rank whose rows gave none still takes part
+            parameter.grad = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        if bucket and (filled >= BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            _reduce_bucket(bucket)
+            bucket, filled = [], 0
+        bucket.append(gradient)
+        filled += gradient.numel() * gradient.element_size()
+    if bucket:
+        _reduce_bucket(bucket)
+
+
+def _reduce_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation with statistics over all ranks; works on gloo (CPU) as well as on NCCL.
+
+    Input (batch, channels, ...). Equals BatchNorm on the concatenated batch, in value and in gradient.
+    """
+
+    world = World()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.world.size == 1:
+            return super().forward(input)
+        axes = [0, *range(2, input.dim())]
+        wide = input if input.dtype == torch.float64 else input.float()
+        count = torch.full((1,), input.numel() / input.shape[1], dtype=wide.dtype, device=input.device)
+        sums = _SumOverRanks.apply(torch.cat([wide.sum(axes), count]))
+        total = sums[-1]
+        mean = sums[:-1] / total
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        centred = wide - mean.view(shape)
+        variance = _SumOverRanks.apply((centred * centred).sum(axes)) / total
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+                # momentum None asks for the plain average over all batches so far.
+                momentum: Any = self.momentum
+                if momentum is None and self.num_batches_tracked is not None:
+                    momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = variance * (total / (total - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            result = result * self.weight.view(shape) + self.bias.view(shape)
+        return result.to(input.dtype)
+
+
+def synchronise_batchnorm(model: nn.Module, world: World) -> nn.Module:
+    """Replaces every BatchNorm of a model by one with statistics over all ranks, keeping weights and paths."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
+            replaced = SyncBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            replaced.load_state_dict(child.state_dict())
+            replaced.to(next(iter(child.state_dict().values())).device if child.state_dict() else "cpu")
+            replaced.train(child.training)
+            replaced.world = world
+            setattr(model, name, replaced)
+        else:
+            synchronise_batchnorm(child, world)
+    return model

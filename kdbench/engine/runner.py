@@ -1,0 +1,321 @@
+"""The one training loop: stages -> steps -> terms, on CPU or CUDA, in one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.config.schedules import Schedule, build_scheduler
+from kdbench.config.schema import Recipe, StageConfig, UpdateConfig
+from kdbench.engine.distributed import World, sum_gradients
+from kdbench.engine.meters import Meters, Reading
+from kdbench.engine.network import Batch, Network
+from kdbench.engine.optim import build_optimizer, set_lr_factor
+from kdbench.engine.plan import StagePlan
+from kdbench.errors import TrainingError
+from kdbench.randomness import derive
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Update:
+    """One move of a step, ready to run."""
+
+    config: UpdateConfig
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    positions: Tensor
+    everything: bool
+    """Whether its parameters are all that a backward could reach: then the backward need not be told."""
+
+
+class Clock:
+    """Shares of the time between two readings, by part; only where the host runs in step with the device (CPU)."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.spent[part] = self.spent.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def read(self) -> dict[str, float]:
+        total = sum(self.spent.values()) or 1.0
+        shares = {part: round(seconds / total, 4) for part, seconds in self.spent.items()}
+        self.spent = {}
+        return shares
+
+
+class Runner:
+    """Trains the network of one stage, one step at a time.
+
+    Args:
+        plan: the rehearsed stage.
+        recipe: for the seed and the settings that stages share.
+        network: built on the device by `build_network`.
+        device: where everything lives.
+        world: this process among all.
+        steps_per_epoch: optimiser steps in one epoch of the training source.
+    """
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        recipe: Recipe,
+        network: Network,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        world: World = World(),  # noqa: B008
+    ) -> None:
+        self.plan, self.recipe, self.network, self.device, self.world = plan, recipe, network, device, world
+        self.stage: StageConfig = plan.stage
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = self.stage.steps if self.stage.steps is not None else steps_per_epoch * self._epochs()
+        self.done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
+        self.meters = Meters(plan.layout.terms, device)
+        self.updates = [self._build_update(number) for number in range(len(plan.updates))]
+        self.lr_schedule = build_scheduler(self.stage.scheduler) if self.stage.scheduler else None
+        self.followers = [r for r in plan.layout.order if self.stage.roles[r].mode in ("ema", "snapshot")]
+        self.average = self._start_average()
+        self._follow(start=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.stage.precision == "fp16")
+        self.clock = Clock() if device.type == "cpu" and not recipe.compile else None
+        network.lap = self.clock.lap if self.clock else None
+        self.losses: Callable[..., tuple[Tensor, Tensor]] = network
+        if recipe.compile:
+            self.losses = torch.compile(network, fullgraph=True, dynamic=False)
+        self.grad_norm: Tensor | None = None
+        network.train()
+
+    # Building
+
+    def _epochs(self) -> int:
+        assert self.stage.epochs is not None
+        return self.stage.epochs
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the stage; the last may be cut short when the recipe counts steps."""
+        return -(-self.total_steps // self.steps_per_epoch) if self.total_steps else 0
+
+    def _modules(self, update: UpdateConfig) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {name: self.network.role(name).model for name in update.models}
+        return modules | {f"terms.{name}": self.network.term(name) for name in update.terms}
+
+    def _build_update(self, number: int) -> Update:
+        planned = self.plan.updates[number]
+        modules = self._modules(planned.config)
+        named = {f"{prefix}.{n}": p for prefix, module in modules.items() for n, p in module.named_parameters()}
+        parameters = [named[name] for name in planned.parameters]
+        optimizer = build_optimizer(planned.config.optimizer or self.stage.optimizer, modules, parameters)
+        learning = sum(1 for p in self.network.parameters() if p.requires_grad)
+        return Update(
+            planned.config,
+            parameters,
+            optimizer,
+            self.meters.positions(planned.config.terms),
+            everything=len(self.plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
+        )
+
+    # One step
+
+    def step(self, window: Sequence[Batch]) -> None:
+        """One step: every update in order, each over the same effective batch. Nothing here waits for the device.
+
+        Args:
+            window: the micro-batches of the effective batch (one, unless the recipe accumulates).
+        """
+        for update in self.updates:
+            for _ in range(update.config.repeat):
+                self._move(update, window)
+        self._follow()
+        self.meters.end_step()
+        self.done += 1
+        self.lap("optimiser")
+
+    def _move(self, update: Update, window: Sequence[Batch]) -> None:
+        terms, moving = update.config.terms, update.config.models
+        counts = self.network.counts(window, terms)
+        update.optimizer.zero_grad(set_to_none=True)
+        for batch in window:
+            with self.autocast():
+                total, values = self.losses(batch, counts, terms, moving, 1.0 / (len(window) * self.world.size))
+            scaled = self.scaler.scale(total)
+            scaled.backward(inputs=None if update.everything else update.parameters)
+            self.lap("backward")
+            self.meters.add(values, update.positions)
+        sum_gradients(update.parameters, self.world)
+        self.scaler.unscale_(update.optimizer)
+        if self.stage.clip is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(update.parameters, self.stage.clip, foreach=True)
+        elif self._logs_next():
+            gradients = [p.grad for p in update.parameters if p.grad is not None]
+            self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.scaler.step(update.optimizer)
+        self.scaler.update()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST.get(self.stage.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def _logs_next(self) -> bool:
+        done = self.done + 1
+        return done % self.stage.log_every == 0 or done == self.total_steps
+
+    def lap(self, part: str) -> None:
+        """Books the time since the last lap to a part of the step."""
+        if self.clock is not None:
+            self.clock.lap(part)
+
+    def forget_lap(self) -> None:
+        """Leaves the time since the last lap out: it went to something that is no part of training."""
+        if self.clock is not None:
+            self.clock.last = time.perf_counter()
+
+    def begin_step(self) -> None:
+        """Sets what moves with the position: learning rate, scheduled weights and parameters, the model's own draws."""
+        step = self.done
+        epoch = step // self.steps_per_epoch
+        if self.lr_schedule is not None:
+            factor = self.scheduled(self.lr_schedule)
+            for update in self.updates:
+                set_lr_factor(update.optimizer, factor)
+        for name in self.plan.layout.terms:
+            self.network.term(name).move(self.scheduled)
+        torch.random.default_generator.manual_seed(
+            derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank)
+        )
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
+        every = [self.stage.roles[r] for r in self.followers if self.stage.roles[r].mode == "snapshot"]
+        if step and step % self.steps_per_epoch == 0:
+            for config in every:
+                if config.every and epoch % config.every == 0 and config.of is not None:
+                    copy_state(self.network.role(config.of).model, self.network.role(config.name).model)
+
+    def scheduled(self, schedule: Schedule) -> float:
+        """A schedule's value at the coming step."""
+        if schedule.by == "epoch":
+            return schedule(self.done // self.steps_per_epoch, self.epochs)
+        return schedule(self.done, self.total_steps)
+
+    # Roles that follow others
+
+    def _start_average(self) -> nn.Module | None:
+        """The moving average of the exported role, when the recipe asks for one."""
+        if self.stage.ema is None:
+            return None
+        average = copy.deepcopy(self.network.role(self.stage.export).model)
+        for module in average.modules():  # the copy is evaluated whole; nothing is captured in it
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        return average.requires_grad_(False).eval()
+
+    def _follow(self, *, start: bool = False) -> None:
+        """Moves the averages one step after the roles that they follow; at the start they are copies."""
+        for name in self.followers:
+            config = self.stage.roles[name]
+            assert config.of is not None
+            source, target = self.network.role(config.of).model, self.network.role(name).model
+            if start:
+                copy_state(source, target)
+            elif config.mode == "ema":
+                average_state(source, target, config.decay)
+        if self.average is not None and self.stage.ema is not None and not start:
+            average_state(self.network.role(self.stage.export).model, self.average, self.stage.ema)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the stage needs to go on; frozen roles come from where they came from."""
+        roles = {n: self.network.role(n) for n in self.plan.layout.order}
+        return {
+            "step": self.done,
+            "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode != "frozen"},
+            "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
+            "optimizers": [update.optimizer.state_dict() for update in self.updates],
+            "scaler": self.scaler.state_dict(),
+            "meters": self.meters.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "grad_norm": None if self.grad_norm is None else self.grad_norm.cpu(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.done = int(state["step"])
+        for name, values in state["models"].items():
+            self.network.role(name).model.load_state_dict(values)
+        for name, values in state["terms"].items():
+            self.network.term(name).load_state_dict(values)
+        for update, values in zip(self.updates, state["optimizers"], strict=True):
+            update.optimizer.load_state_dict(values)
+        self.scaler.load_state_dict(state["scaler"])
+        self.meters.load_state_dict(state["meters"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.grad_norm = None if state["grad_norm"] is None else state["grad_norm"].to(self.device)
+
+    # Reading
+
+    def read(self) -> tuple[Reading, dict[str, Any]]:
+        """Reads the meters (waits for the device) and returns them with what a log line holds besides.
+
+        Raises:
+            TrainingError: a term was not finite; the message names it and its first step.
+        """
+        reading = self.meters.read(self.world)
+        self.refuse_not_finite(reading)
+        norm = None if self.grad_norm is None else float(self.grad_norm)
+        weights = {name: float(self.network.term(name).weight) for name in reading.losses}
+        return reading, {
+            "total": reading.total,
+            "lr": self.updates[0].optimizer.param_groups[0]["lr"] if self.updates else 0.0,
+            "grad_norm": norm,
+            "terms": {
+                name: {"loss": loss, "weight": weights[name], "weighted": reading.weighted[name]}
+                for name, loss in reading.losses.items()
+            },
+            **({"shares": self.clock.read()} if self.clock else {}),
+        }
+
+    def refuse_not_finite(self, reading: Reading | None = None) -> None:
+        """Raises TrainingError when a term has not been finite; called before every checkpoint."""
+        reading = reading or self.meters.peek(self.world)
+        if reading.not_finite:
+            name, step = min(reading.not_finite.items(), key=lambda item: item[1])
+            config = self.stage.terms[name]
+            raise TrainingError(
+                f"{config.place}: the loss of term {name!r} ({config.type}) is not finite since step {step} of stage "
+                f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; the last "
+                "checkpoint was written before that. A smaller learning rate, `clip`, or a smaller weight may help."
+            )
+
+
+def copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers."""
+    with torch.no_grad():
+        for own, other in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+            own.copy_(other)
+
+
+def average_state(source: nn.Module, target: nn.Module, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * source for real values; whole numbers are copied."""
+    real: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with torch.no_grad():
+        for own, other in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+            if own.is_floating_point():
+                real[0].append(own)
+                real[1].append(other)
+            else:
+                own.copy_(other)
+        torch._foreach_lerp_(real[0], real[1], 1.0 - decay)

@@ -1,0 +1,103 @@
+"""Weights in and out: own checkpoints, foreign ones, and the hash that names them."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.config.schema import Weights
+from kdbench.errors import CheckpointError, Place, nearest
+
+
+def read_checkpoint(path: str | Path, where: Place | str = "") -> Any:
+    """Reads a checkpoint without running code that it may contain.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{where}: there is no checkpoint {path}".lstrip(": "))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).split("\n", 1)[0]
+        if isinstance(error, pickle.UnpicklingError) and "eights" in reason:
+            reason = "it holds Python objects besides tensors, which kdbench does not load"
+        raise CheckpointError(f"{where}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None
+
+
+def state_hash(module: nn.Module) -> str:
+    """Returns a short hash of a module's parameters and buffers: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def select_state(content: Any, weights: Weights, file: Path) -> dict[str, Tensor]:
+    """Finds the state dict inside a checkpoint's content, and translates its names.
+
+    Raises:
+        CheckpointError: the key is not there, or what stands there is no state dict.
+    """
+    where = f"{weights.place}: {file}"
+    if weights.key:
+        for part in weights.key.split("."):
+            if not isinstance(content, Mapping) or part not in content:
+                keys = [str(k) for k in content] if isinstance(content, Mapping) else []
+                raise CheckpointError(f"{where} has no entry {weights.key!r}.{nearest(part, keys)}")
+            content = content[part]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        keys = [str(k) for k in content] if isinstance(content, Mapping) else []
+        hint = f" Its entries: {', '.join(keys[:8])}; choose one with `key`." if keys else ""
+        raise CheckpointError(f"{where} holds no state dict.{hint}")
+    state = {}
+    for name, tensor in content.items():
+        if weights.strip and name.startswith(weights.strip):
+            name = name[len(weights.strip) :]
+        for old, new in weights.rename.items():
+            if name.startswith(old):
+                name = new + name[len(old) :]
+                break
+        state[name] = tensor
+    return state
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: Place | str, *, strict: bool = True) -> list[str]:
+    """Loads a state dict and returns, in words, what did not match (nothing when `strict`).
+
+    Raises:
+        CheckpointError: `strict`, and names or shapes do not match; the message lists them.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    differing = [name for name in own if name in state and own[name].shape != state[name].shape]
+    faults = []
+    if missing:
+        faults.append(f"missing ({len(missing)}): {_some(missing)}")
+    if unexpected:
+        faults.append(f"unexpected ({len(unexpected)}): {_some(unexpected)}")
+    for name in differing[:4]:
+        faults.append(f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} in the model")
+    if strict and faults:
+        hint = ""
+        prefix = unexpected[0].split(".", 1)[0] + "." if unexpected and "." in unexpected[0] else ""
+        if prefix and unexpected[0][len(prefix) :] in own:
+            hint = f" Try `strip: {prefix}`."
+        raise CheckpointError(f"{where}: the weights do not match the model: {'; '.join(faults)}.{hint}")
+    module.load_state_dict({k: v for k, v in state.items() if k in own and k not in differing}, strict=False)
+    return faults
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
