@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdbench.results.files import AppendFile, strict
+from kdbench.files import AppendFile, strict
 
 
 class JsonLines:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdbench.results.files import AppendFile
+from kdbench.files import AppendFile
 
 FILE_NAME = "events.out.tfevents.0.kdbench"
 

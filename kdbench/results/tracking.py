@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+from kdbench.files import write_atomic
 from kdbench.results.console import ConsoleView
-from kdbench.results.files import write_atomic
 from kdbench.results.jsonlines import JsonLines
 from kdbench.results.tensorboard import EventFile, flatten
 
