@@ -110,7 +110,7 @@ def dist_loss(
         student: logits (batch, classes).
         teacher: logits (batch, classes).
         mask: bool (batch,), False for rows that do not count.
-        weight: (batch,), >= 0: a row of weight 2 counts as if it stood in the batch twice.
+        weight: (batch,), >= 0, relative: a row of weight 2 counts as two rows of weight 1 in both means.
         beta: weight of inter: 1 - Pearson correlation of a sample's two distributions, averaged over the samples.
         gamma: weight of intra: 1 - Pearson correlation of a class's two columns, averaged over the classes.
         temperature: T > 0 of both softmaxes.
@@ -246,7 +246,7 @@ class Dist(Term):
     loss = T^2 * (beta * mean_i(1 - r(p_i, q_i)) + gamma * mean_k(1 - r(p_.k, q_.k))), r Pearson's correlation,
     p and q the softmaxes at temperature T. The paper prints no T^2; the authors' code
     (hunto/image_classification_sota) multiplies by it, as here; so do its 1e-8 below the fraction.
-    Rows that the mask leaves out enter neither mean; a row of weight 2 counts as if it stood in the batch twice.
+    Rows that the mask leaves out count nowhere; a row of weight 2 counts as if it stood in the batch twice.
 
     Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536.
     Shapes: student, teacher logits (batch, classes) -> scalar without unit.

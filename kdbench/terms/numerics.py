@@ -44,9 +44,14 @@ def valid_rows(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def row_weights(rows: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Returns (batch,): how much each row counts. 0 where the mask leaves it out, else its weight, 1 without one."""
+    """Returns (batch,): how much each row counts. 1 for a valid row, 0 for one that the mask leaves out.
+
+    Row weights (>= 0) are relative: they are scaled to a mean of 1 over the valid rows of positive weight, so that
+    equal weights change nothing and a row of weight 0 is one left out.
+    """
     counts = rows.new_ones(rows.shape[0]) if weight is None else weight.to(rows.dtype)
-    return counts if mask is None else torch.where(mask, counts, 0)
+    counts = counts if mask is None else torch.where(mask, counts, 0)
+    return counts if weight is None else ratio(counts * (counts > 0).sum(), counts.sum())
 
 
 def pair_mean(values: Tensor, counts: Tensor) -> Tensor:

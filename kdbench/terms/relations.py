@@ -2,8 +2,8 @@
 
 Every term takes features (batch, ...) of any rank, flattened per sample; student and teacher may differ in all but
 the batch. Rows that `mask` (bool) leaves out do not count in any statistic: value and gradient are those of the batch
-without them. `weight` (>= 0) lets row i count c_i times: a pair of rows then counts c_i * c_j times in every mean, a
-triple c_i * c_j * c_k. All shapes are static; nothing here waits for the device.
+without them. Under `weight` (>= 0, relative: scaled to a mean of 1 over the rows that count) a pair of rows counts
+c_i * c_j times in every mean and sum, a triple c_i * c_j * c_k. All shapes are static; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _cosines(rows: Tensor) -> Tensor:
 
 def _neighbours(rows: Tensor, counts: Tensor, eps: float) -> Tensor:
     """How probable row j is as a neighbour of row i, by the cosine kernel (cos + 1) / 2; rows sum to 1."""
-    directions = rows / (safe_sqrt(rows.square().sum(1, keepdim=True)) + eps)
+    lengths = safe_sqrt(rows.square().sum(1, keepdim=True))
+    directions = ratio(rows, torch.where(lengths > 0, lengths + eps, 0))  # 0/eps is 0 too, but its gradient 1/eps
     kernel = (directions @ directions.t() + 1) / 2
     return ratio(kernel, (counts * kernel).sum(1, keepdim=True))
 
@@ -127,7 +128,7 @@ class SimilarityPreserving(_RelationTerm):
 
     loss = 1/n^2 * sum_ij (G_s[i, j] - G_t[i, j])^2, with G = F F^T of the flattened features, each row of G divided by
     its length. RepDistiller, verified by the author, uses the last feature map and weight 3000.
-    Masked rows count nowhere; a row of weight 2 counts as if it stood in the batch twice.
+    Masked rows count nowhere; in each sum over j, a row of weight c_j counts c_j times (weights are relative).
 
     Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682.
     Shapes: student, teacher (batch, ...), any rank and size -> scalar without unit.
@@ -149,8 +150,8 @@ class RelationalKD(_RelationTerm):
     cosine of the angle at i between j and k. The means run over all pairs and triples (also i = j, which add 0) and
     the weights are 25 and 50, as in RepDistiller, which uses the pooled feature and term weight 1.
     Masked rows count nowhere; a pair of rows with weights c_i, c_j counts c_i * c_j in each mean, a triple
-    c_i * c_j * c_k. Memory: batch^2 * elements and batch^3 numbers; prefer pooled features. A part whose weight is the
-    number 0 is not computed.
+    c_i * c_j * c_k (weights are relative). Memory: batch^2 * elements and batch^3 numbers; prefer pooled features.
+    A part whose weight is the number 0 is not computed.
 
     Park, Kim, Lu and Cho, Relational Knowledge Distillation, CVPR 2019, arXiv:1904.05068.
     Shapes: student, teacher (batch, ...), any rank and size -> scalar without unit.
@@ -182,7 +183,7 @@ class ProbabilisticTransfer(_RelationTerm):
     loss = 1/n^2 * sum_ij q_ij * log(q_ij / p_ij), with p_ij = k_ij / sum_j k_ij, k = (cosine + 1) / 2 of the flattened
     features, a sample being its own neighbour too; 1e-7 guards norms and logarithms. The authors' code, which
     RepDistiller repeats with the pooled feature and weight 30000.
-    Masked rows count nowhere; a row of weight 2 counts as if it stood in the batch twice.
+    Masked rows count nowhere; in each sum over j, a row of weight c_j counts c_j times (weights are relative).
 
     Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018,
     arXiv:1803.10837.
