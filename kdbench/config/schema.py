@@ -213,7 +213,8 @@ class Published:
 class Recipe:
     """A whole recipe, ready to plan.
 
-    name: `digits/kd`, or the stem of the user's file. file: where it was read.
+    name: `digits/kd`, or the stem of the user's file. file: where it was read, as messages give it.
+    path: the whole path of the file in which it was first written; paths of other recipes in it begin there.
     resolved: the composed recipe as plain data, as it is written into the run's folder (and read back from there).
     places: dotted key -> where it was written, for messages.
     choices: the groups that were chosen, such as {"pair": "resnet56_resnet20"}.
@@ -225,6 +226,7 @@ class Recipe:
     stages: tuple[StageConfig, ...]
     resolved: Mapping[str, Any]
     places: Mapping[str, Place]
+    path: str = ""
     choices: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     title: str = ""

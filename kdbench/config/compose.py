@@ -1,0 +1,271 @@
+"""Hydra's part: a recipe and the groups that it chooses become a folder of configs that Hydra composes.
+
+The folder is complete in itself (the recipe, every option of every group, the line of each key), so that a worker of
+joblib or submitit composes the same job again from it. Its files are JSON, which is YAML without YAML's surprises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdbench.config.layers import stale_keys, without
+from kdbench.config.overrides import Assignment, assignments, prepare, say_hydra_error
+from kdbench.config.paths import GROUPS, group_files
+from kdbench.config.source import Faults, Source, interpolation_fault, leaves, lists_to_mappings, read_source
+from kdbench.errors import ConfigError, Place, nearest
+
+CONFIG_NAME = "recipe"
+_ORIGIN = "origin.json"
+ALL = object()
+"""A sweep over a pattern, such as `pair=glob(resnet*)`: which options it takes, Hydra finds out."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A recipe with its groups and overrides laid over each other, as plain data.
+
+    file: its name in messages. path: where it lies. places: dotted key -> where its value was written.
+    """
+
+    name: str
+    file: str
+    path: str
+    data: Mapping[str, Any]
+    places: Mapping[str, Place]
+    choices: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The layers of a recipe, read from files and not yet composed."""
+
+    name: str
+    file: str
+    path: Path
+    recipe: Source
+    groups: Mapping[str, Mapping[str, Source]]
+    choices: Mapping[str, str | None]
+    runs: str
+
+    def write(self, folder: Path, hydra: Mapping[str, Any] | None = None) -> None:
+        """Writes the folder that Hydra composes from; `hydra` goes into its own node."""
+        body = {key: value for key, value in self.recipe.data.items() if key not in (*GROUPS, "origin")}
+        defaults: list[Any] = [{group: self.choices[group]} for group in GROUPS]
+        defaults += ["_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+        node = {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False, "name": "kdbench"}}
+        config = {"defaults": defaults, **body, "hydra": {**node, **(hydra or {})}}
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"{CONFIG_NAME}.yaml", json.dumps(config, indent=1))
+        for group, options in self.groups.items():
+            (folder / group).mkdir(exist_ok=True)
+            for option, source in options.items():
+                _write(folder / group / f"{option}.yaml", "# @package _global_\n" + json.dumps(dict(source.data)))
+        _write(folder / _ORIGIN, json.dumps(self.origin(), indent=1))
+
+    def origin(self) -> dict[str, Any]:
+        """What the composed config alone does not say: names, files and lines."""
+        layers = {"recipe": self.recipe} | {
+            f"{g}/{o}": s for g, options in self.groups.items() for o, s in options.items()
+        }
+        return {
+            "name": self.name,
+            "file": self.file,
+            "path": str(self.path),
+            "choices": dict(_mapping(self.recipe.data.get("origin")).get("choices", {})),
+            "data": {layer: dict(source.data) for layer, source in layers.items()},
+            "places": {layer: [asdict(p) for p in source.places.values()] for layer, source in layers.items()},
+        }
+
+    def digest(self) -> str:
+        """A short name for the content of the folder."""
+        return hashlib.sha256(json.dumps(self.origin(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a worker may be reading the folder of an equal earlier sweep."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepared:
+    """Reads the recipe and the options of its groups.
+
+    Raises:
+        ConfigError: something in them is refused, or a chosen option does not exist.
+    """
+    recipe = lists_to_mappings(read_source(path))
+    origin = _mapping(recipe.data.get("origin"))
+    faults = Faults()
+    choices: dict[str, str | None] = {}
+    groups: dict[str, dict[str, Source]] = {}
+    chosen = {group: _chosen(group, overrides) for group in GROUPS}
+    for group in GROUPS:
+        files = group_files(group, path.parent)
+        own = recipe.data.get(group)
+        if own is not None and own not in files:
+            place = recipe.places[group]
+            faults.add(place, f"no {group} {own!r}.{nearest(str(own), files)}")
+            own = None
+        choices[group] = own
+        wanted = {own} if own is not None else set()
+        for option, override in chosen[group]:
+            if option is ALL:
+                wanted |= set(files)
+            elif option in files:
+                wanted.add(option)
+            elif option is not None:
+                faults.add(Place(override=override), f"no {group} {option!r}.{nearest(str(option), files)}")
+        groups[group] = {option: _group(files[option]) for option in sorted(wanted)}
+    faults.raise_any(recipe.file)
+    runs = next((str(a.value) for a in reversed(assignments(overrides)) if a.key == "runs"), None)
+    runs = runs if runs is not None else str(recipe.data.get("runs") or "runs")
+    name = str(origin.get("name", name))
+    written = Path(origin["file"]) if isinstance(origin.get("file"), str) else path  # where its relative paths begin
+    return Prepared(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _chosen(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
+    found = [a for a in assignments(overrides) if a.key == group]
+    return [(value, a.text) for a in found for value in (a.values if a.values or not a.sweeps else (ALL,))]
+
+
+def _group(path: Path) -> Source:
+    source = lists_to_mappings(read_source(path))
+    inner = [key for key in (*GROUPS, "stages", "origin") if key in source.data]
+    if inner:
+        raise ConfigError(f"{source.places[inner[0]]}: a group file cannot set {inner[0]!r}; write it in the recipe.")
+    return source
+
+
+def compose(prepared: Prepared, overrides: Sequence[str] = ()) -> Composed:
+    """Composes one job, without a sweep. `overrides` are as the user wrote them.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
+    import hydra
+
+    given = prepare(overrides)
+    swept = [a for a in assignments(overrides) if a.sweeps]
+    if swept:
+        raise ConfigError(
+            f"{Place(override=swept[0].text)}: several values need a multirun; add -m to `kdbench train`."
+        )
+    with tempfile.TemporaryDirectory(prefix="kdbench-") as folder, saying(overrides):
+        prepared.write(Path(folder))
+        with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
+            config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
+        return _read(config, prepared.origin(), overrides)
+
+
+def composed_job(config: Any, folder: Path, hydra_config: Any) -> Composed:
+    """What a job of Hydra's own run or multirun got; `config` is the job's config without Hydra's node."""
+    from omegaconf import OmegaConf, open_dict
+
+    origin = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+    whole = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    with open_dict(whole):
+        whole.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
+    overrides = list(hydra_config.overrides.task)
+    with saying(overrides):
+        return _read(whole, origin, overrides)
+
+
+def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> Composed:
+    """Turns Hydra's config into plain data with places, and takes out what no layer above meant to keep."""
+    from omegaconf import OmegaConf
+
+    choices = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
+    recorded = {g: str(c) for g, c in origin["choices"].items()}
+    given = [a for a in assignments(overrides) if not a.group]
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    raw.pop("hydra", None)
+    places: dict[str, Place] = {}
+    below: dict[str, Any] = {}
+    stale: list[str] = []
+    for layer in [*(f"{group}/{choices[group]}" for group in GROUPS if group in choices), "recipe"]:
+        data = origin["data"][layer]
+        stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
+        below = _deep(below, data)
+        places |= {entry["key"]: Place(**entry) for entry in origin["places"][layer]}
+    for assignment in given:
+        data = assignment.nested()
+        if isinstance(assignment.value, Mapping) or assignment.key.rpartition(".")[2] in ("epochs", "steps"):
+            stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
+        below = _deep(below, data)
+        places |= assignment.places()
+    for key in stale:
+        without(raw, key)
+    faults = Faults()
+    for key, value in leaves(raw):
+        fault = interpolation_fault(value) if isinstance(value, str) else None
+        if fault:
+            faults.add(place_of(places, key), fault)
+    faults.raise_any(origin["file"])
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    for group in (*GROUPS, "origin"):
+        resolved.pop(group, None)
+    return Composed(
+        origin["name"], origin["file"], origin["path"], resolved, places, {**recorded, **choices}, tuple(overrides)
+    )
+
+
+def _has(data: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(data, Mapping) or name not in data:
+            return False
+        data = data[name]
+    return True
+
+
+def _deep(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain deep merge, as Hydra does it."""
+    result = dict(lower)
+    for key, value in upper.items():
+        below = result.get(key)
+        result[key] = _deep(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def place_of(places: Mapping[str, Place], key: str) -> Place:
+    """The place of a dotted key, or of the nearest mapping around it that was written somewhere."""
+    around = key
+    while around:
+        if around in places:
+            found = places[around]
+            return found if around == key else Place(key=key, file=found.file, line=found.line, override=found.override)
+        around = around.rpartition(".")[0]
+    found = places.get("", Place())
+    return Place(key=key, file=found.file)
+
+
+@contextmanager
+def saying(overrides: Sequence[str]):
+    """Turns the exceptions of Hydra and OmegaConf into a ConfigError that names the override."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(say_hydra_error(error, overrides)) from error
+
+
+__all__ = ["Assignment", "Composed", "Prepared", "compose", "composed_job", "place_of", "read_layers", "saying"]

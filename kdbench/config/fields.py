@@ -1,0 +1,220 @@
+"""Takes the keys of a recipe's mapping one by one, checks their types, and finds fault with those left over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdbench.config.compose import place_of
+from kdbench.config.schema import Named
+from kdbench.config.source import Faults
+from kdbench.errors import ConfigError, Place, nearest
+from kdbench.registry import REQUIRED, SCHEDULES, Registry, type_fault
+
+Test = tuple[Callable[[Any], bool], str]
+"""A property that a value must have, and the words for it: (lambda n: n > 0, "above 0")."""
+
+POSITIVE: Test = (lambda n: n > 0 and math.isfinite(n), "above 0")
+NOT_NEGATIVE: Test = (lambda n: n >= 0 and math.isfinite(n), "0 or more")
+AT_LEAST_ONE: Test = (lambda n: n >= 1, "1 or more")
+FINITE: Test = (math.isfinite, "finite")
+SHARE: Test = (lambda n: 0 < n < 1, "between 0 and 1, both excluded")
+SHARE_OR_COUNT: Test = (
+    lambda n: 0 < n < 1 or n == 1 or (n > 1 and float(n).is_integer()),
+    "a share above 0 up to 1, or a whole number of samples (2 or more)",
+)
+PERCENT: Test = (lambda n: 0 <= n <= 100, "a percentage from 0 to 100")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where keys were written, and the faults found so far."""
+
+    places: Mapping[str, Place]
+    faults: Faults = field(default_factory=Faults)
+    also_known: tuple[str, ...] = ()
+    """Keys of the top level that somebody else reads; they are offered where a key is unknown."""
+
+    def place(self, key: str) -> Place:
+        return place_of(self.places, key)
+
+    def fault(self, key: str, text: str) -> None:
+        self.faults.add(self.place(key), text)
+
+
+class Fields:
+    """One mapping of the recipe under its dotted key. A null stands for the default."""
+
+    def __init__(self, context: Context, data: Any, key: str, what: str) -> None:
+        self.context = context
+        self.key = key
+        self.what = what
+        self.known: list[str] = []
+        if not isinstance(data, Mapping):
+            context.fault(key, f"{what} must be a mapping, got {data!r}.")
+            data = {}
+        self.data: Mapping[str, Any] = data
+
+    def path(self, name: str) -> str:
+        return f"{self.key}.{name}" if self.key else name
+
+    def place(self, name: str = "") -> Place:
+        return self.context.place(self.path(name) if name else self.key)
+
+    def fault(self, name: str, text: str) -> None:
+        self.context.fault(self.path(name) if name else self.key, text)
+
+    def has(self, name: str) -> bool:
+        return self.data.get(name) is not None
+
+    def raw(self, name: str, default: Any = None) -> Any:
+        """Takes a value as it stands."""
+        self.known.append(name)
+        value = self.data.get(name)
+        return default if value is None else value
+
+    def take(self, name: str, annotation: str, default: Any = None, test: Test | None = None) -> Any:
+        """Takes a value of a type, such as `float | None`; a fault yields the default."""
+        value = self.raw(name)
+        if value is None:
+            return default
+        fault = type_fault(annotation, value)
+        if fault:
+            hint = nearest_option(annotation, value)
+            self.fault(name, f"must be {fault}, got {value!r}.{hint}")
+            return default
+        if test is not None and not test[0](value):
+            self.fault(name, f"must be {test[1]}, got {value!r}.")
+            return default
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Takes a text or a list of texts."""
+        value = self.raw(name, [])
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.fault(name, f"must be text or a list of texts, got {value!r}.")
+            return ()
+        return tuple(value)
+
+    def rest(self) -> dict[str, Any]:
+        """The keys that were not taken."""
+        return {name: value for name, value in self.data.items() if name not in self.known}
+
+    def done(self) -> None:
+        """Finds fault with every key that nobody took."""
+        known = {*self.known, *(() if self.key else self.context.also_known)}
+        for name in self.rest():
+            self.fault(name, f"unknown key {name!r} in {self.what}.{nearest(name, known, limit=16)}")
+
+
+def nearest_option(annotation: str, value: Any) -> str:
+    """The nearest word of a Literal."""
+    if not annotation.startswith("Literal["):
+        return ""
+    options = [word.strip(" '\"") for word in annotation[8:-1].split(",")]
+    return nearest(str(value), options) if isinstance(value, str) else ""
+
+
+def named(
+    context: Context,
+    registry: Registry,
+    value: Any,
+    key: str,
+    injected: Sequence[str] = (),
+    reserved: Sequence[str] = (),
+) -> Named | None:
+    """Reads `NAME` or `{type: NAME, ...parameters}` and checks name and parameters against the registry.
+
+    Args:
+        injected: parameters that the engine gives when the recipe does not.
+        reserved: keys of the mapping that belong to someone else.
+    """
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping):
+        context.fault(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, got {value!r}.")
+        return None
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        said = "needs a `type`" if kind is None else f"`type` must be text, got {kind!r}"
+        context.fault(key, f"a {registry.kind} {said}, one of: {', '.join(sorted(registry.entries)[:12])}.")
+        return None
+    params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
+    type_key = f"{key}.type" if f"{key}.type" in context.places else key
+    checked = parameters(context, registry, kind, params, key, type_key, injected)
+    return None if checked is None else Named(type=kind, params=checked, place=context.place(key))
+
+
+def parameters(
+    context: Context,
+    registry: Registry,
+    kind: str,
+    params: Mapping[str, Any],
+    key: str,
+    type_key: str,
+    injected: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """Checks the parameters of one part; a schedule given for a schedulable number comes back as a `Named`."""
+    try:
+        entry = registry.entry(kind, context.place(type_key))
+    except ConfigError as error:
+        context.faults.add("", str(error))
+        return None
+    checked: dict[str, Any] = {}
+    for name, value in params.items():
+        path = f"{key}.{name}"
+        parameter = entry.parameters.get(name)
+        if parameter is None:
+            known = nearest(name, entry.parameters)
+            context.fault(
+                path, f"{registry.kind} {kind!r} has no parameter {name!r}.{known} Write {entry.signature()}."
+            )
+            continue
+        checked[name] = value
+        is_schedule = isinstance(value, Mapping) and "type" in value
+        if parameter.schedulable and is_schedule:
+            checked[name] = schedule(context, value, path)
+            continue
+        fault = type_fault(parameter.annotation, value)
+        if fault and is_schedule and value["type"] in SCHEDULES.entries:
+            context.fault(path, f"{registry.kind} {kind!r}: {name} cannot follow a schedule; it must be {fault}.")
+        elif fault:
+            context.fault(path, f"{registry.kind} {kind!r}: {name} must be {fault}, got {value!r}.")
+    given = {*params, *injected, *entry.facts.get("injected", ())}
+    missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in given]
+    if missing:
+        context.fault(key, f"{registry.kind} {kind!r} needs {', '.join(missing)}. Write {entry.signature()}.")
+    return checked
+
+
+def schedule(context: Context, value: Any, key: str, reserved: Sequence[str] = ()) -> Named | None:
+    """Reads a schedule: a name, or `{type: linear, start: 0, end: 1, over: 20}`; the parts of a chain as well."""
+    read = named(context, SCHEDULES, value, key, reserved=reserved)
+    if read is None:
+        return None
+    params = dict(read.params)
+    for name, test in (("over", POSITIVE), ("gamma", POSITIVE)):
+        if isinstance(params.get(name), int | float) and not test[0](params[name]):
+            context.fault(f"{key}.{name}", f"must be {test[1]}, got {params[name]!r}.")
+    marks = params.get("milestones")
+    if isinstance(marks, list) and marks != sorted(marks, key=lambda m: (isinstance(m, str), m)):
+        context.fault(f"{key}.milestones", f"must rise, got {marks!r}.")
+    if read.type == "chain" and isinstance(params.get("parts"), list):
+        params["parts"] = [_part(context, part, f"{key}.parts.{i}", params) for i, part in enumerate(params["parts"])]
+    return Named(type=read.type, params=params, place=read.place)
+
+
+def _part(context: Context, part: Any, key: str, chain: Mapping[str, Any]) -> Any:
+    position, count = int(key.rpartition(".")[2]), len(chain["parts"])
+    length = part.get("length") if isinstance(part, Mapping) else None
+    if length is None and position < count - 1:
+        context.fault(key, "every part of a chain but the last needs its `length`.")
+    elif length is not None and (type_fault("float", length) or length <= 0):
+        context.fault(f"{key}.length", f"must be a number above 0, got {length!r}.")
+    if isinstance(part, Mapping) and "by" in part:
+        context.fault(f"{key}.by", "belongs to the whole chain, not to one part.")
+    read = schedule(context, part, key, reserved=("length", "by"))
+    return {} if read is None else {"type": read.type, **read.params, **({} if length is None else {"length": length})}

@@ -1,0 +1,67 @@
+"""Where the shipped recipes and groups lie, and how a recipe's name is turned into a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdbench.errors import ConfigError, Place, nearest
+
+GROUPS = ("protocol", "pair")
+"""The Hydra groups that a recipe may choose from, in the order in which they are laid under it."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def share(kind: str) -> Path:
+    """The folder `configs` or `recipes`: inside an installed wheel, else beside the package in the checkout."""
+    installed = _PACKAGE / "_share" / kind
+    return installed if installed.is_dir() else _PACKAGE.parent / kind
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes, such as `digits/kd`."""
+    root = share("recipes")
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def find_recipe(recipe: str, base: Path | None = None, where: Place | str = "") -> tuple[str, Path]:
+    """Finds a shipped recipe by name, or a file by its path.
+
+    Args:
+        recipe: `digits/kd`, or a path, with or without `.yaml`; a path wins when it names an existing file.
+        base: another folder to look in for a path, before the working folder.
+        where: the place that names it, for the message.
+
+    Returns:
+        its name (the shipped name, or the file's stem) and its path.
+    """
+    shipped = share("recipes")
+    for folder in (base, Path.cwd()):
+        if folder is None:
+            continue
+        path = Path(recipe).expanduser()
+        path = path if path.is_absolute() else folder / path
+        for candidate in (path, path.with_name(f"{path.name}.yaml")):
+            if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
+                return _name(candidate, shipped), candidate.resolve()
+    path = shipped / f"{recipe}.yaml"
+    if recipe and path.resolve().is_relative_to(shipped.resolve()) and path.is_file():
+        return recipe, path
+    place = f"{where}: " if str(where) else ""
+    raise ConfigError(
+        f"{place}no recipe {recipe!r}: it is neither a file nor a shipped recipe.{nearest(recipe, recipe_names())}"
+    )
+
+
+def _name(path: Path, shipped: Path) -> str:
+    resolved = path.resolve()
+    if resolved.is_relative_to(shipped.resolve()):
+        return resolved.relative_to(shipped.resolve()).with_suffix("").as_posix()
+    return resolved.stem
+
+
+def group_files(group: str, beside: Path) -> dict[str, Path]:
+    """The options of a group: shipped ones, and those in a folder of the group's name beside the user's recipe."""
+    found = {path.stem: path for path in sorted((share("configs") / group).glob("*.yaml"))}
+    found.update({path.stem: path for path in sorted((beside / group).glob("*.yaml"))})
+    return found

@@ -1,0 +1,241 @@
+"""The networks of a recipe: `models:`, and `teacher:` and `student:`, which are short for two of its entries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdbench.config.fields import NOT_NEGATIVE, PERCENT, SHARE, Context, Fields, named
+from kdbench.config.paths import find_recipe
+from kdbench.config.schema import Named, RoleConfig, SourceConfig, Weights
+from kdbench.errors import ConfigError, nearest
+from kdbench.registry import DATASETS, MODELS
+
+MODEL_INJECTED = ("num_classes", "in_channels", "image_size")
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+_FOLLOWERS = ("ema", "snapshot")
+
+
+def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
+    """Reads every role; a null entry removes one.
+
+    Args:
+        top: the stage's keys.
+        base: the folder of the recipe, where paths of other recipes begin.
+        seen: the files of the recipes that lead here, for a recipe that would need itself.
+    """
+    written: dict[str, tuple[str, Any]] = {}
+    models = top.raw("models", {})
+    if not isinstance(models, Mapping):
+        top.fault("models", f"must be a mapping of role names to models, got {models!r}.")
+        models = {}
+    for name, data in models.items():
+        if data is not None:
+            written[name] = (top.path(f"models.{name}"), data)
+    for name in ("teacher", "student"):
+        data = top.raw(name)
+        if data is None:
+            continue
+        if name in written:
+            where = context.place(written[name][0])
+            top.fault(name, f"role {name!r} is given twice: here and as models.{name} ({where}); keep one of them.")
+        written[name] = (top.path(name), data)
+    roles = {}
+    for name, (key, data) in written.items():
+        if not _NAME.fullmatch(name) or name in ("others", "logits"):
+            context.fault(key, f"{name!r} cannot be a role's name; use letters, digits, `_` and `-`.")
+            continue
+        roles[name] = _role(context, name, key, data, base, seen)
+    if not roles:
+        context.fault("", "the recipe names no network; write `student: {model: NAME}`.")
+    _check_followers(context, roles)
+    return roles
+
+
+def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
+    if isinstance(data, str):
+        data = {"model": data}
+    fields = Fields(context, data, key, f"role {name!r}")
+    model_value = fields.raw("model")
+    model = None
+    if model_value is not None:
+        model_key = fields.path("model") if fields.path("model") in context.places else key
+        model = named(context, MODELS, model_value, model_key, MODEL_INJECTED)
+    mode, of = _mode(fields, name)
+    if model_value is None and mode not in _FOLLOWERS:
+        fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
+        context.fault(key, fault)
+    role = RoleConfig(
+        name=name,
+        model=model,
+        weights=read_weights(context, fields, base, seen),
+        input=fields.take("input", "str", ""),
+        mode=mode,
+        of=of,
+        decay=fields.take("decay", "float", 0.999, SHARE),
+        every=fields.take("every", "int", 0, NOT_NEGATIVE),
+        freeze=fields.texts("freeze"),
+        accuracy=fields.take("accuracy", "float", None, PERCENT),
+        place=context.place(key),
+    )
+    if fields.has("decay") and mode != "ema":
+        fields.fault("decay", "belongs to a role with `ema: ROLE`.")
+    if fields.has("every") and mode != "snapshot":
+        fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
+    if fields.has("freeze") and mode != "trainable":
+        fields.fault("freeze", f"has no effect: nothing of role {name!r} trains.")
+    fields.done()
+    return role
+
+
+def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
+    frozen = fields.take("frozen", "bool")
+    trainable = fields.take("trainable", "bool")
+    followed = {mode: fields.take(mode, "str") for mode in _FOLLOWERS}
+    chosen = [mode for mode, of in followed.items() if of is not None]
+    if len(chosen) == 2 or (chosen and (frozen is not None or trainable is not None)):
+        fields.fault("", "`frozen`, `trainable`, `ema` and `snapshot` exclude each other; give one of them.")
+    if frozen is not None and trainable is not None and frozen == trainable:
+        fields.fault("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
+    if chosen:
+        return chosen[0], followed[chosen[0]]
+    if frozen is None:
+        frozen = not trainable if trainable is not None else name == "teacher"
+    return ("frozen" if frozen else "trainable"), None
+
+
+def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
+    for role in roles.values():
+        if role.of is None:
+            continue
+        key = f"{role.place.key}.{role.mode}"
+        if role.of not in roles:
+            context.fault(key, f"no role {role.of!r} to follow.{nearest(role.of, set(roles) - {role.name})}")
+            continue
+        chain, current = [role.name], role
+        while current.of is not None and current.of in roles:
+            chain.append(current.of)
+            current = roles[current.of]
+            if current.name in chain[:-1]:
+                context.fault(key, f"roles follow each other in a circle: {' -> '.join(chain)}.")
+                break
+
+
+def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> Weights | None:
+    """Reads the `weights` of a role: from a recipe, an earlier stage, or a file."""
+    value = fields.raw("weights")
+    if value is None:
+        return None
+    own = Fields(context, value, fields.path("weights"), "weights")
+    given = [kind for kind in ("recipe", "stage", "path") if own.has(kind)]
+    recipe, stage, path = (own.take(kind, "str") for kind in ("recipe", "stage", "path"))
+    if len(given) != 1:
+        got = f", got {' and '.join(given)}" if given else ""
+        own.fault("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
+    model = own.raw("model")
+    if model is not None:
+        named(context, MODELS, model, own.path("model"), MODEL_INJECTED)
+    rename = own.take("rename", "dict", {})
+    if not all(isinstance(new, str) for new in rename.values()):
+        own.fault("rename", f"must map text to text, got {rename!r}.")
+        rename = {}
+    weights = Weights(
+        recipe=_recipe(own, recipe, base, seen),
+        model=model,
+        epoch=own.take("epoch", "int", None, NOT_NEGATIVE),
+        stage=stage,
+        role=own.take("role", "str"),
+        path=path,
+        key=own.take("key", "str"),
+        strip=own.take("strip", "str"),
+        rename=rename,
+        strict=own.take("strict", "bool", True),
+        place=own.place(),
+    )
+    belongs = {"model": "recipe", "epoch": "recipe", "role": "stage"}
+    belongs |= dict.fromkeys(("key", "strip", "rename", "strict"), "path")
+    for name, kind in belongs.items():
+        if own.has(name) and given == [k for k in given if k != kind] and given:
+            own.fault(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
+    own.done()
+    return weights if len(given) == 1 else None
+
+
+def _recipe(own: Fields, recipe: str | None, base: Path, seen: tuple[str, ...]) -> str | None:
+    """The shipped name, or the full path of the user's recipe."""
+    if recipe is None:
+        return None
+    try:
+        name, path = find_recipe(recipe, base, own.place("recipe"))
+    except ConfigError as error:
+        own.context.faults.add("", str(error))
+        return recipe
+    if str(path) in seen:
+        own.fault("recipe", f"the recipe would need its own result first: {recipe!r}.")
+    return name if recipe == name else str(path)
+
+
+def bind_inputs(
+    context: Context, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
+) -> dict[str, RoleConfig]:
+    """Spells out what each role sees, and finds fault with sources, fields and roles that do not exist."""
+    from dataclasses import replace
+
+    bound = {name: replace(role, input=_input(context, role, roles, data)) for name, role in roles.items()}
+    for role in bound.values():
+        chain, current = [role.name], role
+        while ":" in current.input:
+            upstream = current.input.split(":", 1)[0]
+            chain.append(upstream)
+            if upstream in chain[:-1]:
+                if upstream == role.name:
+                    said = " -> ".join(chain)
+                    context.fault(_input_key(role), f"roles see each other's outputs in a circle: {said}.")
+                break
+            current = bound[upstream]
+    return bound
+
+
+def _input_key(role: RoleConfig) -> str:
+    return f"{role.place.key}.input"
+
+
+def _input(
+    context: Context, role: RoleConfig, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
+) -> str:
+    given, key = role.input, _input_key(role)
+    fallback = "train.image"
+    if not given:
+        if "train" not in data:
+            known = ", ".join(data) or "none"
+            said = f"role {role.name!r} needs an `input`: there is no source `train` (sources: {known})."
+            context.fault(role.place.key, said)
+        return fallback
+    if ":" in given:
+        upstream, _, path = given.partition(":")
+        if upstream not in roles:
+            context.fault(key, f"no role {upstream!r} to read from.{nearest(upstream, set(roles) - {role.name})}")
+            return fallback
+        return f"{upstream}:{path or 'logits'}"
+    source, _, name = given.rpartition(".")
+    source = source or "train"
+    if source not in data:
+        context.fault(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{nearest(source, data)}")
+        return fallback
+    fields = source_fields(data[source])
+    if name not in fields:
+        context.fault(key, f"source {source!r} has no field {name!r}.{nearest(name, fields)}")
+        return fallback
+    return f"{source}.{name}"
+
+
+def source_fields(source: SourceConfig) -> set[str]:
+    """The fields that a model can see: the views, or what a dataset without images declares (`fields`)."""
+    entry = DATASETS.entries.get(source.dataset.type)
+    declared = entry.facts.get("fields") if entry is not None else None
+    return set(declared) if declared else set(source.views)
+
+
+__all__ = ["MODEL_INJECTED", "Named", "bind_inputs", "read_roles", "read_weights", "source_fields"]

@@ -1,0 +1,179 @@
+"""From composed plain data to a Recipe: every key, name, type and reference is checked, and all faults are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdbench.config.compose import Composed
+from kdbench.config.fields import PERCENT, POSITIVE, Context, Fields
+from kdbench.config.schema import Published, Recipe, StageConfig
+from kdbench.config.source import Faults, leaves
+from kdbench.config.stages import lay_stage, read_stage, stage_places
+from kdbench.config.twin import without_teachers
+from kdbench.errors import nearest
+
+ONLY_STAGE = "main"
+"""The name of the stage of a recipe without `stages`."""
+
+
+def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Recipe:
+    """Checks a composed recipe and spells it out.
+
+    Args:
+        base: the folder of the recipe's file; paths of other recipes begin there.
+        seen: the files of the recipe and of those that need it, to find a recipe that needs its own result.
+
+    Raises:
+        ConfigError: with every fault, one line each.
+    """
+    context = Context(composed.places)
+    for key, value in leaves(composed.data):
+        if value == "???":
+            context.fault(key, f"has no value yet; give it on the command line: `{key}=...`.")
+    context.faults.raise_any(composed.file)
+    top = Fields(context, composed.data, "", "the recipe")
+    vars_ = top.raw("vars", {})
+    if not isinstance(vars_, Mapping):
+        top.fault("vars", f"must be a mapping of free values, got {vars_!r}.")
+    stages_value = top.raw("stages")
+    twin = top.take("twin", "bool", False)
+    options: dict[str, Any] = {
+        "title": top.take("title", "str", ""),
+        "paper": top.take("paper", "str", ""),
+        "seed": top.take("seed", "int", 1),
+        "device": top.take("device", "str", "auto"),
+        "compile": top.take("compile", "bool", False),
+        "channels_last": top.take("channels_last", "bool"),
+        "workers": top.take("workers", "int", 0, (lambda n: n >= 0, "0 or more")),
+        "data_root": top.take("data_root", "str", "data"),
+        "runs": top.take("runs", "str", "runs"),
+        "out": top.take("out", "str"),
+        "fresh": top.take("fresh", "bool", False),
+        "tensorboard": top.take("tensorboard", "bool", True),
+    }
+    published_value = top.raw("published")
+    shared = {key: value for key, value in composed.data.items() if key not in top.known}
+    own_keys = set(top.known)
+    stages = _stages(context, composed, stages_value, shared, own_keys, base, seen)
+    _check_stage_weights(context, stages)
+    published = _published(context, top, published_value, composed, stages)
+    context.faults.raise_any(composed.file)
+    recipe = Recipe(
+        name=composed.name,
+        file=composed.file,
+        stages=tuple(stages),
+        resolved=composed.data,
+        places=composed.places,
+        path=composed.path,
+        choices=composed.choices,
+        overrides=composed.overrides,
+        twin=twin,
+        published=published,
+        **options,
+    )
+    return without_teachers(recipe) if twin else recipe
+
+
+def _stages(
+    context: Context,
+    composed: Composed,
+    value: Any,
+    shared: Mapping[str, Any],
+    own_keys: set[str],
+    base: Path,
+    seen: tuple[str, ...],
+) -> list[StageConfig]:
+    if value is None:
+        return [_stage(context.places, context.faults, ONLY_STAGE, shared, base, seen, own_keys)]
+    if not isinstance(value, Mapping) or not value:
+        context.fault("stages", f"must be a mapping of stage names to their keys, got {value!r}.")
+        return []
+    stages = []
+    for name, fragment in value.items():
+        if fragment is None:
+            continue
+        if not isinstance(fragment, Mapping):
+            context.fault(f"stages.{name}", f"must be a mapping of keys, got {fragment!r}.")
+            continue
+        for key in fragment:
+            if key in own_keys:
+                context.fault(
+                    f"stages.{name}.{key}", f"{key!r} belongs to the top level of the recipe, not to a stage."
+                )
+        own = {key: item for key, item in fragment.items() if key not in own_keys}
+        places = stage_places(composed.places, name)
+        places[""] = context.place(f"stages.{name}")
+        stages.append(_stage(places, context.faults, name, lay_stage(shared, own), base, seen, own_keys))
+    for key in ("epochs", "steps"):
+        place = composed.places.get(key)
+        fragments = [f for f in value.values() if isinstance(f, Mapping)]
+        if place is not None and place.override and all("epochs" in f or "steps" in f for f in fragments):
+            first = next(iter(value))
+            context.fault(key, f"has no effect: every stage sets its own; write stages.{first}.{key}=...")
+    return stages
+
+
+def _stage(
+    places: Mapping[str, Any],
+    faults: Faults,
+    name: str,
+    data: Mapping[str, Any],
+    base: Path,
+    seen: tuple[str, ...],
+    own_keys: set[str],
+) -> StageConfig:
+    return read_stage(Context(places, faults, tuple(own_keys)), name, data, base, seen)
+
+
+def _check_stage_weights(context: Context, stages: list[StageConfig]) -> None:
+    names = [stage.name for stage in stages]
+    for position, stage in enumerate(stages):
+        for role in stage.roles.values():
+            weights = role.weights
+            if weights is None or weights.stage is None:
+                continue
+            earlier = names[:position]
+            if weights.stage not in earlier:
+                said = "comes later, or is this one" if weights.stage in names else "does not exist"
+                known = nearest(weights.stage, earlier) if earlier else " There is no earlier stage."
+                context.faults.add(weights.place, f"stage {weights.stage!r} {said}; name an earlier one.{known}")
+                continue
+            source = stages[names.index(weights.stage)]
+            wanted = weights.role or role.name
+            if wanted not in source.roles:
+                said = f"stage {weights.stage!r} has no role {wanted!r}.{nearest(wanted, source.roles)}"
+                context.faults.add(weights.place, said)
+
+
+def _published(
+    context: Context, top: Fields, value: Any, composed: Composed, stages: list[StageConfig]
+) -> Published | None:
+    """Reads the published figure: one number, or one for each pair or each student's model."""
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = {"top1": value}
+    fields = Fields(context, value, "published", "published")
+    top1 = fields.take("top1", "float", None, PERCENT)
+    by_pair = fields.take("pairs", "dict", {})
+    by_model = fields.take("models", "dict", {})
+    for kind, figures in (("pairs", by_pair), ("models", by_model)):
+        for name, figure in figures.items():
+            if not isinstance(figure, int | float) or isinstance(figure, bool) or not PERCENT[0](figure):
+                fields.fault(f"{kind}.{name}", f"must be {PERCENT[1]}, got {figure!r}.")
+                return None
+    source = fields.take("source", "str", "")
+    epoch = fields.take("epoch", "Literal['last', 'best', 'unstated']", "unstated")
+    tolerance = fields.take("tolerance", "float", None, POSITIVE)
+    fields.done()
+    if top1 is None and not by_pair and not by_model:
+        fields.fault("", "needs `top1`, or figures by `pairs` or `models`.")
+    if top1 is None:
+        top1 = by_pair.get(composed.choices.get("pair", ""))
+    if top1 is None and stages:
+        exported = stages[-1].roles.get(stages[-1].export)
+        if exported is not None and exported.model is not None:
+            top1 = by_model.get(exported.model.type)
+    return None if top1 is None else Published(top1=top1, source=source, epoch=epoch, tolerance=tolerance)
