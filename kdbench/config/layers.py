@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kdbench.errors import Place
-
 _EXCLUSIVE = ("epochs", "steps")
 _WEIGHT_KINDS = ("recipe", "stage", "path")
 _SOURCE_KINDS = ("type", "dataset")
@@ -41,8 +39,10 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], replaced: tuple[st
             result.pop(theirs, None)
     for key, value in upper.items():
         below = result.get(key)
-        plain = key in replaced or not isinstance(below, Mapping) or not isinstance(value, Mapping)
-        result[key] = value if plain or changes_kind(key, below, value) else merge(below, value)
+        if key in replaced or not isinstance(below, Mapping) or not isinstance(value, Mapping):
+            result[key] = value
+        else:
+            result[key] = value if changes_kind(key, below, value) else merge(below, value)
     return result
 
 
@@ -77,8 +77,3 @@ def without(data: dict[str, Any], dotted: str) -> None:
         node = node.get(name) if isinstance(node, dict) else None
     if isinstance(node, dict):
         node.pop(last, None)
-
-
-def lay_places(lower: Mapping[str, Place], upper: Mapping[str, Place]) -> dict[str, Place]:
-    """The places of a merge: the upper layer's where it says something, also for the keys that it replaced."""
-    return {**lower, **upper}

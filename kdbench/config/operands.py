@@ -174,7 +174,8 @@ class OperandReader:
             known = ", ".join(self.roles)
             self.context.fault(
                 key,
-                f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH (roles: {known}).",
+                f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH "
+                f"(roles: {known}).",
             )
             return None
         if call < 1:

@@ -66,7 +66,8 @@ def _parse(text: str) -> Any:
     except HydraException as error:
         said = " ".join(str(error).split("\nSee https", 1)[0].split())
         raise ConfigError(
-            f"{Place(override=text)}: this is no override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` ({said})"
+            f"{Place(override=text)}: this is no override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
+            f"({said})"
         ) from None
 
 

@@ -64,8 +64,8 @@ class Linear:
 class Cosine:
     """Half a cosine wave from `start` to `end` over `over` epochs (or steps), then `end`.
 
-    Value at position p: end + (start - end) * (1 + cos(pi * min(p / over, 1))) / 2 (SGDR, arXiv:1608.03983, one period).
-    Without `over` it takes the whole stage. Example: `scheduler: {type: cosine, warmup: 5}`.
+    Value at position p: end + (start - end) * (1 + cos(pi * min(p / over, 1))) / 2, one period of SGDR
+    (arXiv:1608.03983). Without `over` it takes the whole stage. Example: `scheduler: {type: cosine, warmup: 5}`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Chain:
 
 
 class Warmed:
-    """Another schedule times a linear rise over its first `warmup` epochs (or steps); milestones stay where they are."""
+    """Another schedule times a linear rise over the first `warmup` epochs (or steps); milestones stay put."""
 
     def __init__(self, schedule: Schedule, warmup: float) -> None:
         self.schedule = schedule

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from kdbench.errors import Place
 
+NOWHERE = Place()
+
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 
 
@@ -21,7 +23,7 @@ class Named:
 
     type: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Weights:
     strip: str | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
     strict: bool = True
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class RoleConfig:
     every: int = 0
     freeze: tuple[str, ...] = ()
     accuracy: float | None = None
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class SourceConfig:
     views: Mapping[str, tuple[Named, ...]] = field(default_factory=lambda: {"image": ()})
     labels: float | int | None = None
     subset: float | int | None = None
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class Operand:
     call: int = 1
     side: Literal["out", "in"] = "out"
     adapter: Named | None = None
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
     def __str__(self) -> str:
         call = f"@{self.call}" if self.call != 1 else ""
@@ -136,21 +138,21 @@ class TermConfig:
     where: str | None = None
     teacher_grad: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """An optimiser of torch.optim. `groups` override its parameters for a part of the model, first match wins.
 
-    A group is `{path: layer4}` or `{type: BatchNorm2d}` or `{type: norm}` (every normalisation layer) or `{type: bias}`,
-    with the parameters to override, such as `weight_decay: 0`.
+    A group is `{path: layer4}` or `{type: BatchNorm2d}` or `{type: norm}` (every normalisation layer) or
+    `{type: bias}`, with the parameters to override, such as `weight_decay: 0`.
     """
 
     type: str = "SGD"
     params: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[Mapping[str, Any], ...] = ()
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ class UpdateConfig:
     terms: tuple[str, ...]
     repeat: int = 1
     optimizer: OptimizerConfig | None = None
-    place: Place = Place()
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +247,4 @@ class Recipe:
     out: str | None = None
     fresh: bool = False
     tensorboard: bool = True
+    keep_epochs: tuple[int, ...] = ()

@@ -156,10 +156,7 @@ def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -
         context.fault("", f"nothing trains{where}: every role is frozen or follows another.")
     if not stage.terms and not context.faults.lines:
         context.fault("terms" if "terms" in context.places else "", f"no term is left to train by{where}.")
-    if not has_optimizer and not all(update.optimizer for update in stage.updates or (None,) if update):
+    if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
         context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
-    elif not has_optimizer and not stage.updates:
-        context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
-    validation = stage.validation is not None and "train" not in stage.data
-    if validation:
+    if stage.validation is not None and stage.data and "train" not in stage.data:
         context.fault("validation", "is held out from the source `train`, which this recipe does not have.")
