@@ -1,14 +1,14 @@
 """Adapters: small trainable modules between an operand and its term, when student and teacher differ in size.
 
 The plan gives each the per-sample shapes (no batch) of what comes in (`source`) and what must come out (`target`).
-An adapter belongs to its term: it trains with it and is dropped at export.
+An adapter belongs to its term: it trains with it and is dropped at export. Shapes and parameters that it cannot serve
+raise ValueError in words; the plan adds the adapter's name and its place in the recipe.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kdbench.errors import ConfigError
 from kdbench.registry import ADAPTERS
 
 
@@ -22,8 +22,8 @@ class Identity(nn.Module):
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         super().__init__()
         if tuple(source) != tuple(target):
-            raise ConfigError(
-                f"adapter identity: the operand is {list(source)} per sample, but {list(target)} is needed. "
+            raise ValueError(
+                f"the operand is {list(source)} per sample, but {list(target)} is needed. "
                 "Name an adapter that changes the shape: linear or mlp for vectors, conv1x1 or conv_regressor for maps"
             )
 
@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], bias: bool = True) -> None:
         super().__init__()
-        _vectors("linear", source, target)
+        _vectors(source, target)
         self.map = nn.Linear(source[-1], target[-1], bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class MLP(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], hidden: int | None = None) -> None:
         super().__init__()
-        _vectors("mlp", source, target)
+        _vectors(source, target)
         if hidden is not None and hidden < 1:
-            raise ConfigError(f"adapter mlp: hidden must be at least 1, got {hidden}")
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
         width = target[-1] if hidden is None else hidden
         self.map = nn.Sequential(nn.Linear(source[-1], width), nn.ReLU(), nn.Linear(width, target[-1]))
 
@@ -75,10 +75,10 @@ class Conv1x1(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], batch_norm: bool = False) -> None:
         super().__init__()
-        _maps("conv1x1", source, target)
+        _maps(source, target)
         if tuple(source[1:]) != tuple(target[1:]):
-            raise ConfigError(
-                f"adapter conv1x1: keeps height and width, but the operand has {_size(source)} and {_size(target)} is "
+            raise ValueError(
+                f"keeps height and width, but the operand has {_size(source)} and {_size(target)} is "
                 "needed. Take conv_regressor, or features of equal size"
             )
         self.map = nn.Sequential(nn.Conv2d(source[0], target[0], 1, bias=not batch_norm))
@@ -102,7 +102,7 @@ class ConvRegressor(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], relu: bool = True) -> None:
         super().__init__()
-        _maps("conv_regressor", source, target)
+        _maps(source, target)
         (a, *size), (b, *wanted) = source, target
         pairs = list(zip(size, wanted, strict=True))
         if all(own == 2 * want for own, want in pairs):
@@ -112,8 +112,8 @@ class ConvRegressor(nn.Module):
         elif all(own >= want for own, want in pairs):
             convolution = nn.Conv2d(a, b, kernel_size=(1 + size[0] - wanted[0], 1 + size[1] - wanted[1]))
         else:
-            raise ConfigError(
-                f"adapter conv_regressor: cannot make {_size(target)} of {_size(source)}. A map may shrink by any "
+            raise ValueError(
+                f"cannot make {_size(target)} of {_size(source)}. A map may shrink by any "
                 "amount but grow only to exactly twice its height and width; choose features nearer in size"
             )
         self.map = nn.Sequential(convolution, nn.BatchNorm2d(b))
@@ -124,20 +124,20 @@ class ConvRegressor(nn.Module):
         return self.map(features)
 
 
-def _vectors(name: str, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+def _vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
     if len(source) not in (1, 2) or tuple(source[:-1]) != tuple(target[:-1]):
         advice = " Take conv1x1 or conv_regressor for maps" if len(source) == 3 else ""
-        raise ConfigError(
-            f"adapter {name}: maps vectors [a] to [b], or tokens [length, a] to [length, b], but the operand is "
+        raise ValueError(
+            f"maps vectors [a] to [b], or tokens [length, a] to [length, b], but the operand is "
             f"{list(source)} per sample and {list(target)} is needed.{advice}"
         )
 
 
-def _maps(name: str, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+def _maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
     if len(source) != 3 or len(target) != 3:
         advice = " Take linear or mlp for vectors" if len(source) == len(target) <= 2 else ""
-        raise ConfigError(
-            f"adapter {name}: maps feature maps [channels, height, width], but the operand is {list(source)} per "
+        raise ValueError(
+            f"maps feature maps [channels, height, width], but the operand is {list(source)} per "
             f"sample and {list(target)} is needed.{advice}"
         )
 

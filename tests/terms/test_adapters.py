@@ -1,10 +1,11 @@
 """Adapters: they make the target's shape, learn, and refuse what they cannot do in words."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from kdbench.errors import ConfigError
 from kdbench.registry import ADAPTERS, TERMS
 
 FITS = [
@@ -55,13 +56,12 @@ def test_makes_the_shape_of_the_target_and_learns(name, source, target, params):
 
 @pytest.mark.parametrize(("name", "source", "target", "words"), REFUSED)
 def test_refuses_in_words(name, source, target, words):
-    with pytest.raises(ConfigError, match=f"adapter {name}: ") as error:
+    with pytest.raises(ValueError, match=re.escape(words)):
         build(name, source, target)
-    assert words in str(error.value)
 
 
 def test_a_hidden_width_below_one_is_refused():
-    with pytest.raises(ConfigError, match="hidden must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         build("mlp", (4,), (4,), hidden=0)
 
 
