@@ -31,6 +31,7 @@ class Augment:
     """
 
     columns = 0
+    registered_name: str
 
     def table(self, samples: int, seed: int) -> Tensor:
         """Returns an epoch's draws, float32 (samples, columns), uniform in [0, 1) unless the class says otherwise."""

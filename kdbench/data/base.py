@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -67,6 +68,14 @@ class Dataset:
         """
         raise NotImplementedError
 
+    def labels(self) -> Tensor:
+        """Returns the labels, int64 (samples,), without decoding an image; of a dataset that is not resident."""
+        raise NotImplementedError
+
+    def reader(self) -> Any:
+        """Returns what decodes one image at a time (`kdbench.data.streaming.Reader`), of one that is not resident."""
+        raise NotImplementedError
+
     def checksum(self) -> str:
         """Returns a digest of the content, which is part of a run's identity."""
         return self.load().checksum
@@ -119,7 +128,9 @@ def open_dataset(config: SourceConfig, data_root: str) -> Any:
     where = named.place if str(named.place) else config.place
     DATASETS.check(named.type, named.params, where)
     try:
-        return DATASETS.build(named.type, named.params, where, split=config.split, data_root=data_root)
+        return DATASETS.build(
+            named.type, named.params, where, split=config.split, data_root=os.path.expanduser(data_root)
+        )
     except UserError as error:
         raise type(error)(f"{where}: {error}" if str(where) else str(error)) from None
 

@@ -28,7 +28,7 @@ class _Opened:
 
     dataset: Any
     labels: Tensor
-    packed: Packed | None
+    packed: Packed | None = None
     held_out: Tensor | None = None
 
 
@@ -101,7 +101,7 @@ def _load(dataset: Dataset, config: SourceConfig, setting: Setting) -> _Opened:
     if len(dataset) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
-        raise ConfigError(_at(config, f"{config.dataset.type} cannot be read"))
+        return _Opened(dataset, dataset.labels())
     packed = dataset.load()
     images = packed.images.to(setting.device)
     return _Opened(dataset, packed.labels, Packed(images, packed.labels, packed.checksum))
@@ -161,8 +161,23 @@ def _source(
 ) -> Source:
     dataset: Dataset = found.dataset
     views = _views(config, dataset, setting)
-    assert found.packed is not None
-    return ResidentSource(config, setting, views, dataset.classes, found.packed, positions, labelled)
+    if found.packed is not None:
+        for view in views.values():
+            if view.reading is not None:
+                raise ConfigError(
+                    _at(
+                        config,
+                        f"view {view.name!r}: {view.reading.registered_name} chooses what is read from a file, but ",
+                    )
+                    + f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
+                    "(image_folder with resident: false, imagenet)"
+                )
+        return ResidentSource(config, setting, views, dataset.classes, found.packed, positions, labelled)
+    from kdbench.data.streaming import StreamingSource
+
+    return StreamingSource(
+        config, setting, views, dataset.classes, found.labels, positions, labelled, dataset.checksum(), dataset.reader()
+    )
 
 
 def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str, View]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -133,17 +133,17 @@ class ImageSource(Source):
             name: view.table(self.population, here.seed, self.name, epoch).to(here.device)
             for name, view in self.views.items()
         }
-        shards = [
+        shards = (
             shard(order, step, self.batch_size, here.rank, here.world) for step in range(start, self.steps_per_epoch)
-        ]
+        )
         for part, own, partner in self._read(shards, epoch):
             yield self.augmented(part, own, partner, tables)
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         here = self.setting
         order, together = self._placed(self._positions), batch_size * here.world
-        parts = [order[start : start + together][here.rank :: here.world] for start in range(0, len(order), together)]
-        for part, own, _ in self._read([Shard(index, index) for index in parts if len(index)], None):
+        parts = (order[start : start + together][here.rank :: here.world] for start in range(0, len(order), together))
+        for part, own, _ in self._read((Shard(index, index) for index in parts if len(index)), None):
             batch = {name: view.plain(*own[name]) for name, view in self.views.items()}
             yield batch | self._fields(part)
 
@@ -190,7 +190,7 @@ class ImageSource(Source):
         """Puts an order where `_read` wants it."""
         raise NotImplementedError
 
-    def _read(self, parts: list[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
+    def _read(self, parts: Iterable[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
         """Yields each part, on the device, with its stored images; epoch is None when nothing is drawn."""
         raise NotImplementedError
 
@@ -218,7 +218,7 @@ class ResidentSource(ImageSource):
     def _placed(self, order: Tensor) -> Tensor:
         return order.to(self.setting.device)
 
-    def _read(self, parts: list[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
+    def _read(self, parts: Iterable[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
         for part in parts:
             own = {name: (self.images, part.index) for name in self.views}
             alone = self.setting.world == 1
