@@ -14,7 +14,7 @@ REDRAW_SECONDS = 0.2
 """Least time between two redraws of the bar; a step in between costs one look at the clock."""
 QUIET_SECONDS = 30.0
 """On a pipe, a log interval prints a line only when nothing was printed for so long; every evaluation prints one."""
-SHOWN = {"top1": "top-1", "top5": "top-5", "nll": "nll", "ece": "ece", "agreement": "agree", "teacher_kl": "kl"}
+SHOWN = {"top1": "top-1", "agreement": "agree", "nll": "nll", "ece": "ece", "top5": "top-5", "teacher_kl": "kl"}
 PERCENT = ("top1", "top5", "ece", "agreement")
 
 
@@ -109,7 +109,7 @@ class ConsoleView:
             self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
         numbers = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in SHOWN if name in metrics]
         loss = self._latest["loss"] if role != "teacher" else ""
-        self._line([f"{who:<18}", *numbers, loss], epoch=record.get("epoch"))
+        self._line([f"{who:<18}", numbers[0] if numbers else "", loss, *numbers[1:]], epoch=record.get("epoch"))
 
     def notice(self, text: str) -> None:
         """Prints a sentence above the bar, also when quiet."""
@@ -144,7 +144,11 @@ class ConsoleView:
         if self.quiet:
             return
         self._printed = time.monotonic()
-        self._print("  ".join([self._position(epoch).removeprefix(self.prefix), *filter(None, parts)]).rstrip())
+        parts = [self._position(epoch).removeprefix(self.prefix), *filter(None, parts)]
+        if self.live:  # a terminal gets what fits into one line; metrics.jsonl has the rest
+            while len(parts) > 2 and len(self.prefix) + len("  ".join(parts)) > self.out.width:
+                parts.pop()
+        self._print("  ".join(parts).rstrip())
 
     def _print(self, text: str, style: str = "") -> None:
         """Prints one line; a full disk behind a redirected output ends the view, not the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,8 +52,8 @@ def confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str =
     axes.set_ylabel("label")
     if small:
         long = max(len(name) for name in names) > 3
-        axes.set_xticks(range(number), names, rotation=90 if long else 0, fontsize=9)
-        axes.set_yticks(range(number), names, fontsize=9)
+        axes.set_xticks(range(number), names, rotation=90 if long else 0, fontsize=9, parse_math=False)
+        axes.set_yticks(range(number), names, fontsize=9, parse_math=False)
         for row in range(number):
             for column in range(number):
                 if counts[row, column]:
@@ -86,7 +87,7 @@ def _list_confusions(axes: Any, counts: Any, share: Any, names: Sequence[str]) -
     lines += ["", "", "least often right", ""]
     lines += [f"{value:4.0f}%  {_cut(names[row])}" for value, row in sorted(known)[:12]]
     axes.set_axis_off()
-    look = {"va": "top", "fontsize": 9, "family": "monospace", "linespacing": 1.3}
+    look = {"va": "top", "fontsize": 9, "family": "monospace", "linespacing": 1.3, "parse_math": False}
     axes.text(0, 1, "\n".join(lines), transform=axes.transAxes, **look)
 
 
@@ -115,12 +116,12 @@ def predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(f"label {name(label)}" if label >= 0 else "no label", fontsize=9)
+        axes.set_title(f"label {name(label)}" if label >= 0 else "no label", fontsize=9, parse_math=False)
         chance, predicted = student[position].max(0)
         color = RIGHT if int(predicted) == label else WRONG
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2)
-        below = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 8}
+        below = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 8, "parse_math": False}
         axes.text(0.5, -0.04, f"student {name(int(predicted))} {_percent(chance)}", color=color, **below)
         if teacher is not None:
             chance, predicted = teacher[position].max(0)
@@ -160,7 +161,9 @@ def _figure(width: float, height: float, hspace: float = 0.02) -> Figure:
 def _png(figure: Figure) -> Picture:
     """Equal figures give equal bytes: no date and no version is written into the file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # names in a script the font lacks
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     content = buffer.getvalue()
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
     return Picture(content, width, height)

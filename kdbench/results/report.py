@@ -16,7 +16,7 @@ from kdbench.files import read_json
 from kdbench.results.folder import RunFolder
 from kdbench.results.summary import scaled, score
 
-TITLES = ("", "seeds", "test accuracy, %", "agreement with the teacher, %", "parameters", "FLOPs", "latency, 1 image")
+TITLES = ("", "seeds", "test accuracy, %", "agreement with teacher, %", "parameters", "FLOPs", "1 image takes")
 
 
 @dataclass(frozen=True)

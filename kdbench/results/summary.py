@@ -20,10 +20,10 @@ LABELS = {
     "top5": "top-5 %",
     "nll": "NLL, nats",
     "ece": "ECE, %",
-    "agreement": "agreement with the teacher, %",
-    "teacher_kl": "KL(teacher || student), nats",
+    "agreement": "agreement, %",
+    "teacher_kl": "KL to teacher, nats",
 }
-SPLITS = {"test": "test", "validation": "validation (held out of train)", "train": "train"}
+SPLITS = ("test", "validation", "train")
 
 
 def build_summary(
@@ -116,7 +116,7 @@ def compare(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
     difference = round(own - published.top1, 4)
     within = None if published.tolerance is None else abs(difference) <= published.tolerance
     source = f" ({published.source})" if published.source else ""
-    words = [f"{which} epoch {own:.2f}%, published {published.top1:.2f}%{source}: {difference:+.2f} points"]
+    words = [f"{which} epoch {own:.2f}% on test, published {published.top1:.2f}%{source}: {difference:+.2f} points"]
     if published.tolerance is not None and within:
         words.append(f", within the recipe's band of ±{published.tolerance:g}.")
     elif published.tolerance is not None:
@@ -151,10 +151,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     if best:
         lines.append(f"best: epoch {best['epoch']}, {best['words']}.")
     if summary.get("published"):
-        lines.append(f"published: {summary['published']['words']}")
-    lines.append(
-        f"trained {last.get('epoch', 0)} epochs in {duration(summary['wall_seconds'])} {_on(summary)}".rstrip()
-    )
+        lines.append(f"compared: {summary['published']['words']}")
+    lines.append(f"trained for {duration(summary['wall_seconds'])} {_on(summary)}".rstrip())
     for line in lines:
         out.print(Text(line), soft_wrap=not out.is_terminal)
 
@@ -169,11 +167,11 @@ def _scores_table(summary: Mapping[str, Any]) -> Table:
     for which in ("last", "best"):
         entry: Mapping[str, Any] = summary.get(which) or {}
         for role, splits in entry.get("metrics", {}).items():
-            columns.append((f"{role}\n{which} (epoch {entry['epoch']})", splits))
+            columns.append((f"{role}\n{which}\nepoch {entry['epoch']}", splits))
     columns += [(f"{role}\nfrozen", splits) for role, splits in summary.get("frozen", {}).items()]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("split")
-    table.add_column("metric")
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right")
     for split in SPLITS:
@@ -186,7 +184,7 @@ def _scores_table(summary: Mapping[str, Any]) -> Table:
 
 def _models_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("model", "parameters", "FLOPs", "latency, 1 image", "latency, 64 images"):
+    for title in ("model", "parameters", "FLOPs", "1 image takes", "64 images take"):
         table.add_column(title, justify="left" if title == "model" else "right")
     for role, facts in summary["models"].items():
         times = facts.get("latency_ms") or {}
