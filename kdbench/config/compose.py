@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdbench.config.layers import stale_keys, without
-from kdbench.config.overrides import Assignment, assignments, prepare, say_hydra_error
+from kdbench.config.overrides import assignments, prepare, say_hydra_error
 from kdbench.config.paths import GROUPS, group_files
 from kdbench.config.source import Faults, Source, interpolation_fault, leaves, lists_to_mappings, read_source
 from kdbench.errors import ConfigError, Place, nearest
@@ -154,25 +154,39 @@ def _group(path: Path) -> Source:
     return source
 
 
+@contextmanager
+def composing(prepared: Prepared) -> Iterator[Callable[[Sequence[str]], Composed]]:
+    """Gives a function that composes one job from its overrides, as the user wrote them.
+
+    Raises:
+        ConfigError: (the function) an override cannot be applied, or sweeps.
+    """
+    import hydra
+
+    def compose_one(overrides: Sequence[str]) -> Composed:
+        given = prepare(overrides)
+        swept = [a for a in assignments(overrides) if a.sweeps]
+        if swept:
+            place = Place(override=swept[0].text)
+            raise ConfigError(f"{place}: several values need a multirun; add -m to `kdbench train`.")
+        with saying(overrides):
+            config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
+            return _read(config, prepared.origin(), overrides)
+
+    with tempfile.TemporaryDirectory(prefix="kdbench-") as folder:
+        prepared.write(Path(folder))
+        with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
+            yield compose_one
+
+
 def compose(prepared: Prepared, overrides: Sequence[str] = ()) -> Composed:
-    """Composes one job, without a sweep. `overrides` are as the user wrote them.
+    """Composes one job, without a sweep.
 
     Raises:
         ConfigError: an override cannot be applied.
     """
-    import hydra
-
-    given = prepare(overrides)
-    swept = [a for a in assignments(overrides) if a.sweeps]
-    if swept:
-        raise ConfigError(
-            f"{Place(override=swept[0].text)}: several values need a multirun; add -m to `kdbench train`."
-        )
-    with tempfile.TemporaryDirectory(prefix="kdbench-") as folder, saying(overrides):
-        prepared.write(Path(folder))
-        with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
-            config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
-        return _read(config, prepared.origin(), overrides)
+    with composing(prepared) as compose_one:
+        return compose_one(overrides)
 
 
 def composed_job(config: Any, folder: Path, hydra_config: Any) -> Composed:
@@ -257,7 +271,7 @@ def place_of(places: Mapping[str, Place], key: str) -> Place:
 
 
 @contextmanager
-def saying(overrides: Sequence[str]):
+def saying(overrides: Sequence[str]) -> Iterator[None]:
     """Turns the exceptions of Hydra and OmegaConf into a ConfigError that names the override."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -266,6 +280,3 @@ def saying(overrides: Sequence[str]):
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(say_hydra_error(error, overrides)) from error
-
-
-__all__ = ["Assignment", "Composed", "Prepared", "compose", "composed_job", "place_of", "read_layers", "saying"]

@@ -77,6 +77,11 @@ def for_hydra(text: str) -> bool:
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
+def parsed_value(text: str) -> Any:
+    """The value of one override."""
+    return _parse(text).value()
+
+
 def prepare(overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra gets them.
 
@@ -118,6 +123,21 @@ def _assignment(text: str) -> Assignment:
         return Assignment(shown, parsed.key_or_group, (), sweeps=True)
     values = tuple(v.text if isinstance(v, QuotedString) else v for v in parsed.sweep_iterator())
     return Assignment(shown, parsed.key_or_group, values, sweeps=True)
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs that Hydra's basic sweeper makes of the overrides, each as a list without sweeps.
+
+    Needs an initialised Hydra, which knows the options that `pair=glob(*)` stands for.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    loader = GlobalHydra.instance().config_loader()
+    own = [text for text in prepare(overrides) if not for_hydra(text)]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(own)
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
 def say_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
