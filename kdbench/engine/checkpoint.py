@@ -16,21 +16,28 @@ from kdbench.files import write_atomic
 FORMAT = 1
 
 
-def save(path: Path, tree: dict[str, Any]) -> None:
-    """Writes a checkpoint in one step, keeping the one before it as `<name>.previous`.
+def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> None:
+    """Writes a checkpoint in one step; `keep_previous` keeps the one before it as `<name>.previous`.
+
+    A tree holds `export` (a role's name) and `models` (role -> state dict) at least, so that any checkpoint of kdbench
+    can be named as weights.
 
     Raises:
         TrainingError: no space is left; the old checkpoint stays.
     """
     content = io.BytesIO()
     torch.save({"format": FORMAT, **tree}, content)
-    previous = path.with_name(f"{path.name}.previous")
-    if path.exists():
+    if keep_previous and path.exists():
+        previous = _previous(path)
         spare = previous.with_name(f"{previous.name}.tmp")
         spare.unlink(missing_ok=True)
         os.link(path, spare)
         os.replace(spare, previous)
     write_atomic(path, content.getvalue())
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")
 
 
 def load(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -40,10 +47,10 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str]:
         Its tree, or None when there is none yet; and a notice in words when the newest was damaged.
 
     Raises:
-        CheckpointError: there are checkpoints, but none of them is whole or of this format.
+        CheckpointError: there are checkpoints, but none of them is whole and of this format.
     """
     faults = []
-    for candidate in (path, path.with_name(f"{path.name}.previous")):
+    for candidate in (path, _previous(path)):
         if not candidate.exists():
             continue
         try:
@@ -51,10 +58,15 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str]:
         except CheckpointError as error:
             faults.append(str(error))
             continue
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            faults.append(f"{candidate} was written by another version of kdbench")
+        if not is_own(tree):
+            faults.append(f"{candidate} is no checkpoint of kdbench, or of another version")
             continue
         return tree, (f"{faults[0]}; going on from the one before it." if faults else "")
     if faults:
-        raise CheckpointError(f"{'; '.join(faults)}. Start anew with `fresh=true`.")
+        raise CheckpointError(f"{'; '.join(faults)}. Start anew with fresh=true.")
     return None, ""
+
+
+def is_own(tree: Any) -> bool:
+    """Whether a file's content is a checkpoint of this program."""
+    return isinstance(tree, dict) and tree.get("format") == FORMAT and "models" in tree

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schedules import Schedule, build_scheduler
+from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import Recipe, StageConfig, UpdateConfig
 from kdbench.engine.distributed import World, sum_gradients
 from kdbench.engine.meters import Meters, Reading
@@ -85,7 +85,7 @@ class Runner:
         self.done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
         self.meters = Meters(plan.layout.terms, device)
         self.updates = [self._build_update(number) for number in range(len(plan.updates))]
-        self.lr_schedule = build_scheduler(self.stage.scheduler) if self.stage.scheduler else None
+        self.lr_schedule = build_schedule(self.stage.scheduler) if self.stage.scheduler else None
         self.followers = [r for r in plan.layout.order if self.stage.roles[r].mode in ("ema", "snapshot")]
         self.average = self._start_average()
         self._follow(start=True)

@@ -59,11 +59,13 @@ class History:
     """What a run has found so far; it goes into every checkpoint.
 
     seconds: time in training steps. evaluations: all of them, in order. best: the chosen evaluation of each stage.
+    frozen: what roles that do not move reached, by role and split.
     """
 
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frozen: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass

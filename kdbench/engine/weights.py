@@ -50,6 +50,8 @@ def select_state(content: Any, weights: Weights, file: Path) -> dict[str, Tensor
         CheckpointError: the key is not there, or what stands there is no state dict.
     """
     where = f"{weights.place}: {file}"
+    if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
+        content = content["models"][weights.role or content["export"]]  # a checkpoint of kdbench
     if weights.key:
         for part in weights.key.split("."):
             if not isinstance(content, Mapping) or part not in content:

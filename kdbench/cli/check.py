@@ -1,0 +1,256 @@
+"""`kdbench check`: everything but training, in seconds: who sees what, who teaches whom, what it costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig, TermConfig
+from kdbench.registry import TERMS
+
+if TYPE_CHECKING:
+    from kdbench.engine.plan import RolePlan, StagePlan
+
+
+def run(recipe: Recipe, *, brief: bool = False) -> int:
+    """Plans every stage and prints what would happen; `brief` prints one line (`check --all`).
+
+    Raises:
+        ConfigError: anything that training would have failed at before its first step.
+    """
+    from kdbench.data.base import describe
+    from kdbench.engine.device import choose_device, describe_device
+    from kdbench.engine.plan import plan_stage
+
+    console = Console()
+    device = choose_device(recipe.device)
+    plans = []
+    for stage in recipe.stages:
+        specs = {name: describe(config, recipe.data_root) for name, config in stage.data.items()}
+        plans.append(plan_stage(stage, specs, recipe))
+    if brief:
+        notes = [note for plan in plans for note in plan.notes]
+        console.print(Text(f"{recipe.name}: good" + (f" ({notes[0]})" if notes else "")), soft_wrap=True)
+        return 0
+    console.print(Text(recipe.name, style="bold"), Text(recipe.title))
+    if recipe.paper:
+        console.print(Text(f"paper: {recipe.paper}"))
+    console.print(Text(f"file: {recipe.file}"), Text(f"device: {describe_device(device)}"), sep="\n")
+    for text in recipe.dropped:
+        console.print(Text(f"twin: {text}"))
+    for plan in plans:
+        _print_stage(console, plan, several=len(plans) > 1)
+    if recipe.published:
+        figure = recipe.published
+        console.print(Text(f"\npublished: {figure.top1} % top-1, {figure.source} (epoch: {figure.epoch})"))
+    _print_recipe(console, recipe)
+    return 0
+
+
+def _print_stage(console: Console, plan: StagePlan, *, several: bool) -> None:
+    stage = plan.stage
+    console.print()
+    if several:
+        console.print(Text(f"stage {stage.name}", style="bold underline"))
+    console.print(_roles_table(plan))
+    console.print(_terms_table(plan))
+    if any(not feature.is_output for role in plan.roles.values() for feature in role.features):
+        console.print(_features_table(plan))
+    console.print(Text("in words", style="bold"))
+    for sentence in in_words(plan):
+        console.print(Text(f"  {sentence}"), soft_wrap=True)
+    console.print()
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _roles_table(plan: StagePlan) -> Table:
+    numbers = ("parameters", "trainable", "FLOPs/sample")
+    table = _table("roles", "role", "model", "sees", "lives", *numbers, "weights", right=numbers)
+    for name, role in plan.roles.items():
+        config = role.config
+        lives = config.mode if config.of is None else f"{config.mode} of {config.of}"
+        stops = f" (runs as far as {role.stops_after})" if role.stops_after else ""
+        table.add_row(
+            name,
+            role.model,
+            config.input,
+            lives + stops,
+            f"{role.parameters:,}",
+            f"{role.trainable:,}",
+            _short(role.flops),
+            _weights_words(config),
+        )
+    return table
+
+
+def _terms_table(plan: StagePlan) -> Table:
+    table = _table("terms", "term", "type", "space", "weight", "student", "teacher", "parameters", "adapter")
+    for name in plan.stage.terms:
+        config = plan.stage.terms[name]
+        space = TERMS.entry(config.type).facts.get("space", "sample")
+        for number, edge in enumerate(config.edges):
+            first = number == 0
+            adapters = plan.adapters.get(name, ())
+            table.add_row(
+                name if first else "",
+                config.type if first else "",
+                str(space) if first else "",
+                value_words(config.weight) if first else "",
+                str(edge.student),
+                str(edge.teacher) if edge.teacher else "-",
+                ", ".join(f"{k} {value_words(v)}" for k, v in config.params.items()) if first else "",
+                adapters[number] if number < len(adapters) else "",
+            )
+    return table
+
+
+def _features_table(plan: StagePlan) -> Table:
+    table = _table("features that the terms read", "role", "path", "shape of one sample", "note")
+    for name, role in plan.roles.items():
+        for feature, shape in role.features.items():
+            note = "cloned: overwritten in place later in the forward" if feature in role.overwritten else ""
+            table.add_row(name, str(feature), shape_words(shape), note)
+    return table
+
+
+def in_words(plan: StagePlan) -> list[str]:
+    """Says in sentences what a stage does."""
+    stage = plan.stage
+    lines = [*_data_words(plan), *(_role_words(name, role, plan) for name, role in plan.roles.items())]
+    lines += [_term_words(stage.terms[name]) for name in plan.layout.terms]
+    for number, update in enumerate(plan.updates, 1):
+        label = f"update {number} of each step" if len(plan.updates) > 1 else "each step"
+        models, terms = ", ".join(update.config.models), ", ".join(update.config.terms)
+        owned = sum(plan.term_parameters[name] for name in update.config.terms)
+        extra = f" and {owned:,} parameters of terms and adapters" if owned else ""
+        times = f", {update.config.repeat} times" if update.config.repeat > 1 else ""
+        optimizer = update.config.optimizer or stage.optimizer
+        lines.append(f"{label} moves {models}{extra} by {terms} with {_optimizer_words(optimizer)}{times}.")
+        if update.unreached:
+            shown = ", ".join(update.unreached[:3]) + (", ..." if len(update.unreached) > 3 else "")
+            lines.append(f"{len(update.unreached)} parameter tensors get no gradient and stay out of it: {shown}.")
+    lines += _course_words(plan)
+    return lines + list(plan.notes)
+
+
+def _data_words(plan: StagePlan) -> list[str]:
+    lines = []
+    for name, spec in plan.specs.items():
+        config = plan.stage.data[name]
+        fields = ", ".join(f"{field} {shape_words(shape)}" for field, (shape, _) in spec.fields.items() if shape)
+        samples = f"{spec.samples:,} samples" if spec.samples is not None else "samples not counted yet"
+        classes = f", {spec.classes} classes" if spec.classes else ""
+        hidden = f"; labels kept: {config.labels}" if config.labels is not None else ""
+        size = f", batches of {config.batch_size}" if name in plan.layout.sources.values() else ""
+        lines.append(
+            f"source {name}: {config.dataset.type} {config.split}, {samples}{classes}, {fields}{size}{hidden}."
+        )
+    if plan.stage.validation is not None:
+        lines.append(f"{plan.stage.validation} of train is held out as validation and chooses the best epoch.")
+    return lines
+
+
+def _role_words(name: str, role: RolePlan, plan: StagePlan) -> str:
+    config = role.config
+    life = {
+        "frozen": "is frozen (eval mode, no gradient to its parameters)",
+        "trainable": "learns",
+        "ema": f"is the moving average of {config.of} (decay {config.decay})",
+        "snapshot": f"is a copy of {config.of}" + (f", renewed every {config.every} epochs" if config.every else ""),
+    }[config.mode]
+    stops = f" and runs only as far as {role.stops_after}" if role.stops_after else ""
+    exported = "; it is what the recipe is for (exported)" if name == plan.stage.export else ""
+    frozen = f"; {', '.join(config.freeze)} stay as they are" if config.freeze else ""
+    return f"{name} ({role.model}) sees {config.input}, {life}{stops}{frozen}{exported}."
+
+
+def _term_words(config: TermConfig) -> str:
+    pairs = []
+    for edge in config.edges:
+        if edge.teacher is None:
+            pairs.append(f"{edge.student} learns from {'labels' if _reads_label(config) else 'itself'}")
+        else:
+            pairs.append(f"{edge.teacher} teaches {edge.student}")
+    gradient = " (the teacher gets gradient too)" if config.teacher_grad else ""
+    where = f", where {config.where}" if config.where else ""
+    return f"{config.name}: {'; '.join(pairs)}{gradient}{where}, times {value_words(config.weight)}."
+
+
+def _reads_label(config: TermConfig) -> bool:
+    return "label" in TERMS.entry(config.type).inputs
+
+
+def _course_words(plan: StagePlan) -> list[str]:
+    stage = plan.stage
+    spec, batch = plan.specs[plan.train_source], stage.data[plan.train_source].batch_size
+    steps = f" of {-(-spec.samples // (batch * stage.accumulate)):,} steps" if spec.samples else ""
+    length = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.epochs} epochs{steps}"
+    scheduler = value_words(stage.scheduler) if stage.scheduler else "constant"
+    lines = [f"{length}; learning rate: {scheduler}; precision {stage.precision}; evaluated every {_epochs(stage)}."]
+    if stage.ema is not None:
+        lines.append(f"a moving average of {stage.export} (decay {stage.ema}) is kept and evaluated beside it.")
+    lines.append(
+        f"estimated memory: {plan.memory_bytes / 2**20:,.0f} MiB (weights, gradients, momentum, activations of a batch; "
+        "without the data)."
+    )
+    return lines
+
+
+def _epochs(stage: StageConfig) -> str:
+    return "epoch" if stage.eval_every == 1 else f"{stage.eval_every} epochs"
+
+
+def _optimizer_words(optimizer: Any) -> str:
+    params = ", ".join(f"{key} {value}" for key, value in optimizer.params.items())
+    groups = f", {len(optimizer.groups)} groups apart" if optimizer.groups else ""
+    return f"{optimizer.type}({params}{groups})"
+
+
+def _weights_words(config: RoleConfig) -> str:
+    weights = config.weights
+    if weights is None:
+        return "from the seed" if config.of is None else f"of {config.of}"
+    if weights.recipe:
+        model = weights.model.type if isinstance(weights.model, Named) else weights.model
+        return f"recipe {weights.recipe}" + (f" ({model})" if model else "")
+    return f"stage {weights.stage}" if weights.stage else str(weights.path)
+
+
+def value_words(value: Any) -> str:
+    """A number, or a schedule in words."""
+    if isinstance(value, Named):
+        inner = ", ".join(f"{key} {value_words(item)}" for key, item in value.params.items())
+        return f"{value.type}({inner})" if inner else value.type
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shape_words(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _print_recipe(console: Console, recipe: Recipe) -> None:
+    from kdbench.config.load import dump_recipe
+
+    console.print(Text("\nthe recipe, composed", style="bold"))
+    text = dump_recipe(recipe)
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default"))
+    else:
+        console.print(Text(text), soft_wrap=True)

@@ -1,0 +1,61 @@
+"""Which device a run uses, and the number formats that its matrix products take there."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from kdbench.errors import ConfigError
+
+
+def choose_device(asked: str) -> torch.device:
+    """Returns the device that `device:` names; `auto` takes cuda, else mps, else cpu.
+
+    Raises:
+        ConfigError: it is not there. Nothing falls back silently to a slower device.
+    """
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if here[name]))
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ConfigError(f"device: {asked!r} is no device. Known: auto, cpu, cuda, cuda:N, mps.") from None
+    if not here.get(device.type, False):
+        why = ""
+        if device.type == "cuda":
+            built = torch.version.cuda or torch.version.hip
+            why = "no driver or GPU was found" if built else "this torch was built without it"
+        found = ", ".join(name for name, there in here.items() if there)
+        raise ConfigError(
+            f"device: {asked} was asked for, but it is not there ({why or 'not available on this machine'}). "
+            f"Here: {found}. Write device=auto to take what there is."
+        )
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {asked} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0)."
+        )
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU" if device.type == "cpu" else "Apple GPU"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{name} ({platform.machine()}{threads})"
+
+
+@contextlib.contextmanager
+def precision_settings(precision: str) -> Iterator[None]:
+    """Sets which products may round to TF32 on CUDA, and puts the settings back. float32 means float32."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision not in ("float32", "float64")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -1,0 +1,474 @@
+"""One run of a recipe, from its folder to its summary: the only place where the engine and the results meet."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.config.identity import identity
+from kdbench.config.load import dump_recipe, load_recipe, load_resolved
+from kdbench.config.schema import Named, Recipe, StageConfig, Weights
+from kdbench.data.base import SourceSpec, describe, open_dataset
+from kdbench.data.build import build_sources
+from kdbench.data.source import Source
+from kdbench.engine import checkpoint
+from kdbench.engine.build import build_network
+from kdbench.engine.device import choose_device, describe_device, precision_settings
+from kdbench.engine.distributed import World, join_world
+from kdbench.engine.network import upstream_role
+from kdbench.engine.plan import StagePlan, plan_stage
+from kdbench.engine.prepare import Preparation
+from kdbench.engine.runner import Runner
+from kdbench.engine.training import Feed, History, Training
+from kdbench.errors import TrainingError, UserError
+from kdbench.files import read_json, write_json
+from kdbench.results.console import ConsoleView
+from kdbench.results.folder import RunFolder
+from kdbench.results.judge import Judge
+from kdbench.results.latency import latency
+from kdbench.results.manifest import amend_manifest, finish_manifest, write_manifest
+from kdbench.results.summary import build_summary
+from kdbench.results.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: its folder, and the content of summary.json."""
+
+    folder: RunFolder
+    summary: Mapping[str, Any]
+    repeated: bool
+    """Whether it had been finished before and nothing was trained."""
+    is_main: bool = True
+    """Whether this process is the one that speaks."""
+
+
+def run(recipe: Recipe, *, console: ConsoleView | None = None) -> Outcome:
+    """Trains a recipe to its end, or goes on where an earlier attempt stopped.
+
+    Raises:
+        UserError: anything that the user can mend; what was saved stays.
+    """
+    device = choose_device(recipe.device)
+    with join_world(device.type) as world, precision_settings(recipe.stages[0].precision):
+        if device.type == "cuda" and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
+        return _Experiment(recipe, device, world, console).run()
+
+
+def reevaluate(
+    folder: RunFolder, *, device: str | None = None, data_root: str | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Measures the exported role, its average and the frozen roles of a run on its evaluation splits.
+
+    Returns:
+        role -> split -> metric -> value.
+
+    Raises:
+        UserError: the folder's checkpoint or the data cannot be read.
+    """
+    recipe = load_resolved(folder.recipe)
+    changes: dict[str, Any] = {"out": str(folder.path)}
+    changes |= {"device": device} if device else {}
+    changes |= {"data_root": data_root} if data_root else {}
+    recipe = replace(recipe, **changes)
+    chosen = choose_device(recipe.device)
+    with precision_settings(recipe.stages[0].precision):
+        return _Experiment(recipe, chosen, World(), None).reevaluate(folder)
+
+
+class _Experiment:
+    def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
+        self.recipe, self.device, self.world, self.console = recipe, device, world, console
+        self.specs = [{n: describe(c, recipe.data_root) for n, c in s.data.items()} for s in recipe.stages]
+        # The plan comes first: what it finds would otherwise be found after the teacher was trained.
+        self.plans = [
+            plan_stage(stage, specs, recipe, world_size=world.size)
+            for stage, specs in zip(recipe.stages, self.specs, strict=True)
+        ]
+        self.produced = self._teachers()
+        self.facts = self._facts()
+        self.identity = identity(recipe, self.facts)
+        self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
+        self.history = History()
+        self.finished: dict[str, int] = {}  # stage -> its steps
+
+    # Before training
+
+    def _teachers(self) -> dict[tuple[str, str], Outcome]:
+        """Runs every recipe whose student is somebody's initial weights here; those that are finished cost nothing."""
+        outcomes: dict[tuple[str, str], Outcome] = {}
+        for stage in self.recipe.stages:
+            for name, role in stage.roles.items():
+                if role.weights is not None and role.weights.recipe is not None:
+                    recipe = provider(role.weights, self.recipe)
+                    view = ConsoleView(prefix=f"{name}: ") if self.world.is_main else None
+                    outcomes[stage.name, name] = _Experiment(recipe, self.device, self.world, view).run()
+        return outcomes
+
+    def _facts(self) -> dict[str, Any]:
+        """What the results depend on besides the recipe's words: the data, the teachers, files, and a shared batch."""
+        data = {}
+        for stage in self.recipe.stages:
+            for config in stage.data.values():
+                dataset = open_dataset(config, self.recipe.data_root)
+                data[f"{stage.name}.{config.name}"] = dataset.checksum() if hasattr(dataset, "checksum") else ""
+        facts: dict[str, Any] = {"data": data}
+        for (stage_name, role), outcome in self.produced.items():
+            facts[f"weights.{stage_name}.{role}"] = outcome.summary["identity"]
+        for stage in self.recipe.stages:
+            for name, role in stage.roles.items():
+                if role.weights is not None and role.weights.path is not None:
+                    facts[f"weights.{stage.name}.{name}"] = _file_hash(Path(role.weights.path).expanduser())
+        if self.world.size > 1:
+            facts["world"] = self.world.size
+        return facts
+
+    # The run
+
+    def run(self) -> Outcome:
+        main = self.world.is_main
+        with self.folder.lock() if main else contextlib.nullcontext():
+            if self.recipe.fresh and main:
+                self.folder.clear()
+            self.world.barrier()
+            status = self.world.share(self.folder.status() if main else "")
+            if status == "finished":
+                return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=main)
+            tracker = Tracker(self.folder.path, main=main, tensorboard=self.recipe.tensorboard, console=self.console)
+            try:
+                return self._train(tracker, resumed=status == "interrupted")
+            except UserError as error:
+                if main and self.folder.manifest.exists():
+                    with contextlib.suppress(TrainingError):  # no space to say so: the first message stands
+                        finish_manifest(self.folder.manifest, "failed", str(error))
+                raise
+            finally:
+                tracker.close()
+
+    def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
+        tree, notice = checkpoint.load(self.folder.last) if resumed else (None, "")
+        if tree is not None and tree["identity"] != self.identity:
+            raise UserError(
+                f"{self.folder} holds another run (identity {tree['identity']}, this one is {self.identity}). "
+                "Choose another folder with out=DIR, or start anew with fresh=true."
+            )
+        if tree is not None:
+            tracker.load_state_dict(tree["tracker"])
+            self.history = History(**tree["history"])
+            self.finished = dict(tree["finished"])
+        self._announce(tracker, tree, notice)
+        last: tuple[Judge, Runner] | None = None
+        for stage, plan in zip(self.recipe.stages, self.plans, strict=True):
+            if stage.name in self.finished and stage is not self.recipe.stages[-1]:
+                continue
+            sources = self._sources(stage)
+            judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
+            runner, preparation = self._runner(stage, plan, sources, tracker)
+            if tree is not None and tree["stage"] == stage.name:
+                runner.load_state_dict(tree)
+            else:
+                measured = judge.frozen_roles(runner.network, self.steps_before)
+                if self.world.is_main:
+                    self._tell_roles(plan, preparation, measured)
+            self._run_stage(runner, plan, sources, judge, tracker)
+            last = judge, runner
+        assert last is not None
+        return self._finish(*last, tracker)
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the stages that are over."""
+        return sum(self.finished.values())
+
+    def reevaluate(self, folder: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
+        tree, _ = checkpoint.load(folder.last)
+        assert tree is not None
+        stage, plan = self.recipe.stages[-1], self.plans[-1]
+        if tree["stage"] != stage.name:
+            raise UserError(f"{folder} stands in stage {tree['stage']!r}; finish it before it is evaluated.")
+        self.folder = folder
+        with tempfile.TemporaryDirectory() as scratch:
+            tracker = Tracker(scratch, main=False)
+            sources = self._sources(stage)
+            judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, History())
+            runner, _ = self._runner(stage, plan, sources, tracker)
+            runner.load_state_dict(tree)
+            judge.frozen_roles(runner.network, 0)
+            judge.moving_roles(runner, 0, 0)
+            return {**judge.history.evaluations[-1]["metrics"], **judge.history.frozen}
+
+    def _announce(self, tracker: Tracker, tree: Mapping[str, Any] | None, notice: str) -> None:
+        if self.world.is_main:
+            (self.folder.recipe).write_text(dump_recipe(self.recipe), encoding="utf-8")
+            changes = write_manifest(
+                self.folder.manifest,
+                recipe=self.recipe,
+                identity=self.identity,
+                device=str(self.device),
+                world_size=self.world.size,
+                training={s.name: self._training_facts(s) for s in self.recipe.stages},
+                data=self._data_facts(),
+                parts=self._versions(),
+            )
+        else:
+            changes = []
+        where = f"stage {tree['stage']}, step {tree['step']}" if tree is not None else ""
+        evaluation = self.recipe.stages[0].data.get("eval") or next(iter(self.recipe.stages[0].data.values()))
+        dataset = open_dataset(evaluation, self.recipe.data_root)
+        tracker.start(
+            {
+                "name": self.recipe.name,
+                "folder": str(self.folder),
+                "device": describe_device(self.device),
+                "classes": getattr(dataset, "classes", None),
+                "recipe": dump_recipe(self.recipe),
+                **({"resumed": f"going on from {where}"} if where else {}),
+            }
+        )
+        for text in (*filter(None, [notice]), *changes, *self.recipe.dropped):
+            tracker.notice(text)
+
+    def _runner(
+        self, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source], tracker: Tracker
+    ) -> tuple[Runner, Preparation]:
+        preparation = Preparation(
+            self.recipe,
+            stage,
+            plan.layout,
+            self.world,
+            artefacts={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
+            produced={role: o.folder.last for (name, role), o in self.produced.items() if name == stage.name},
+            channels_last=self._channels_last(),
+            say=tracker.notice,
+        )
+        network = build_network(
+            stage, plan.layout, seed=self.recipe.seed, device=self.device, world=self.world, prepare=preparation
+        )
+        if stage.precision == "float64":
+            network.double()
+        feed = self._feed(stage, plan, sources)
+        runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=feed.steps_per_epoch, world=self.world)
+        return runner, preparation
+
+    def _feed(self, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
+        read = {name: sources[name] for name in dict.fromkeys(plan.layout.sources.values())}
+        return Feed(read, plan.train_source, stage.accumulate)
+
+    def _run_stage(
+        self, runner: Runner, plan: StagePlan, sources: Mapping[str, Source], judge: Judge, tracker: Tracker
+    ) -> None:
+        stage = runner.stage
+        tracker.stage(stage.name, stage.epochs, runner.total_steps, runner.done)
+        Training(
+            runner,
+            self._feed(stage, plan, sources),
+            tracker,
+            self.history,
+            evaluate=lambda epoch: self._evaluate(runner, judge, epoch),
+            checkpoint=lambda: self._save(runner, tracker),
+            steps_before=self.steps_before,
+        ).run()
+        if runner.total_steps == 0 and not judge.evaluated(stage.name):
+            self._evaluate(runner, judge, 0)
+            self._save(runner, tracker)
+        if self.world.is_main and len(self.recipe.stages) > 1:
+            checkpoint.save(self.folder.stage(stage.name), self._weights(runner))
+        self.world.barrier()
+        if stage is not self.recipe.stages[-1]:
+            self.finished[stage.name] = runner.total_steps
+
+    def _evaluate(self, runner: Runner, judge: Judge, epoch: int) -> None:
+        best = judge.moving_roles(runner, epoch, self.steps_before + runner.done)
+        if best and self.world.is_main:
+            checkpoint.save(self.folder.best, {**self._weights(runner), "epoch": epoch})
+        stage = runner.stage
+        if self.world.is_main and epoch in self.recipe.keep_epochs and stage is self.recipe.stages[-1]:
+            checkpoint.save(self.folder.epoch(epoch), {**self._weights(runner), "epoch": epoch})
+
+    def _weights(self, runner: Runner) -> dict[str, Any]:
+        state = runner.state_dict()
+        return {"export": runner.stage.export, "models": state["models"], "average": state["average"]}
+
+    def _save(self, runner: Runner, tracker: Tracker) -> None:
+        if not self.world.is_main:
+            return
+        tree = {
+            **runner.state_dict(),
+            "export": runner.stage.export,
+            "identity": self.identity,
+            "stage": runner.stage.name,
+            "finished": self.finished,
+            "history": vars(self.history),
+            "tracker": tracker.state_dict(),
+        }
+        checkpoint.save(self.folder.last, tree, keep_previous=True)
+
+    def _finish(self, judge: Judge, runner: Runner, tracker: Tracker) -> Outcome:
+        plan = runner.plan
+        scores = judge.final(runner, self.steps_before)
+        stage = runner.stage
+        models: dict[str, Any] = {}
+        for name, role in plan.roles.items():
+            module = runner.network.role(name).model
+            models[name] = {"parameters": role.parameters, "flops": role.flops}
+            if upstream_role(role.config) is None and plan.specs[plan.layout.sources[name]].classes is not None:
+                models[name]["latency_ms"] = latency(module, judge.example())
+        final = self.history.evaluations[-1] if self.history.evaluations else {}
+        summary = build_summary(
+            recipe=self.recipe,
+            last={**final, "metrics": scores["moving"]},
+            best=self.history.best.get(stage.name),
+            frozen=scores["frozen"],
+            models=models,
+            wall_seconds=self.history.seconds,
+            identity=self.identity,
+            export=stage.export,
+            device=describe_device(self.device),
+        )
+        if self.world.is_main:
+            tracker.hparams({"seed": self.recipe.seed, **self._training_facts(stage)})
+            write_json(self.folder.summary, summary)
+            finish_manifest(self.folder.manifest, "finished")
+        self.world.barrier()
+        return Outcome(self.folder, summary, repeated=False, is_main=self.world.is_main)
+
+    # Facts
+
+    def _sources(self, stage: StageConfig) -> dict[str, Source]:
+        return stage_sources(self.recipe, stage, self.device, self.world, self._channels_last())
+
+    def _channels_last(self) -> bool:
+        return uses_channels_last(self.recipe, self.specs[0])
+
+    def _training_facts(self, stage: StageConfig) -> dict[str, Any]:
+        batch = {n: c.batch_size * self.world.size * stage.accumulate for n, c in stage.data.items()}
+        trained = {n: size for n, size in batch.items() if n not in ("eval", "validation")}
+        return {
+            "effective_batch": trained,
+            "optimizer": stage.optimizer.type,
+            "lr": stage.optimizer.params.get("lr"),
+            "epochs": stage.epochs,
+            "steps": stage.steps,
+            "precision": stage.precision,
+            "batchnorm": self._batchnorm_words(stage),
+        }
+
+    def _batchnorm_words(self, stage: StageConfig) -> str:
+        if self.world.size == 1:
+            return "statistics of the whole batch"
+        if stage.sync_batchnorm:
+            return f"statistics over all {self.world.size} ranks"
+        return f"statistics per rank: each of {self.world.size} ranks normalises by its own rows"
+
+    def _data_facts(self) -> dict[str, Any]:
+        facts = {}
+        for stage, specs in zip(self.recipe.stages, self.specs, strict=True):
+            for name, config in stage.data.items():
+                facts[f"{stage.name}.{name}"] = {
+                    "dataset": config.dataset.type,
+                    "split": config.split,
+                    "samples": specs[name].samples,
+                    "labels": config.labels,
+                    "checksum": self.facts["data"][f"{stage.name}.{name}"],
+                }
+        return facts
+
+    def _versions(self) -> dict[str, int]:
+        from kdbench.registry import MODELS, TERMS
+
+        parts = {}
+        for stage in self.recipe.stages:
+            for role in stage.roles.values():
+                if role.model is not None:
+                    parts[f"model {role.model.type}"] = MODELS.entry(role.model.type).version
+            for term in stage.terms.values():
+                parts[f"term {term.type}"] = TERMS.entry(term.type).version
+        return parts
+
+    def _tell_roles(self, plan: StagePlan, preparation: Preparation, measured: Mapping[str, Any]) -> None:
+        roles = {}
+        for name, role in plan.roles.items():
+            origin = preparation.origins[name]
+            roles[name] = {
+                "model": role.model,
+                "parameters": role.parameters,
+                "mode": role.config.mode,
+                "weights": {"source": origin.source, "sha256": origin.sha256, "unmatched": origin.unmatched},
+            }
+            if name in measured:
+                roles[name]["accuracy"] = measured[name]
+        amend_manifest(self.folder.manifest, {"roles": roles})
+
+
+def provider(weights: Weights, recipe: Recipe) -> Recipe:
+    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results."""
+    assert weights.recipe is not None
+    overrides = []
+    if weights.model is not None:
+        overrides.append(f"student.model={_override_value(weights.model)}")
+    told = load_recipe(weights.recipe, overrides)
+    epochs = {*told.keep_epochs, weights.epoch} if weights.epoch is not None else told.keep_epochs
+    return replace(
+        told,
+        device=recipe.device,
+        workers=recipe.workers,
+        data_root=recipe.data_root,
+        runs=recipe.runs,
+        tensorboard=recipe.tensorboard,
+        keep_epochs=tuple(sorted(epochs)),
+    )
+
+
+def _override_value(model: Any) -> str:
+    if isinstance(model, Named):
+        model = {"type": model.type, **model.params}
+    if isinstance(model, Mapping):
+        return "{" + ",".join(f"{k}:{_override_value(v)}" for k, v in model.items()) + "}"
+    if isinstance(model, list | tuple):
+        return "[" + ",".join(_override_value(v) for v in model) + "]"
+    return "null" if model is None else str(model).lower() if isinstance(model, bool) else str(model)
+
+
+def stage_sources(
+    recipe: Recipe, stage: StageConfig, device: torch.device, world: World, channels_last: bool
+) -> dict[str, Source]:
+    """Opens the sources of a stage."""
+    return build_sources(
+        stage.data,
+        validation=stage.validation,
+        seed=recipe.seed,
+        device=device,
+        data_root=recipe.data_root,
+        rank=world.rank,
+        world=world.size,
+        workers=recipe.workers,
+        dtype=torch.float64 if stage.precision == "float64" else torch.float32,
+        channels_last=channels_last,
+    )
+
+
+def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
+    """channels_last where the recipe says so; by itself for colour images, where convolutions gain by it."""
+    if recipe.channels_last is not None:
+        return recipe.channels_last
+    shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
+    return any(len(shape) == 3 and shape[0] == 3 for shape in shapes)
+
+
+def _file_hash(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

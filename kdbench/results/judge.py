@@ -1,0 +1,193 @@
+"""Who is measured, on what, and which epoch was the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig
+from kdbench.data.source import Source
+from kdbench.engine.distributed import World
+from kdbench.engine.evaluation import evaluate, predictions
+from kdbench.engine.metrics import MetricSet, higher_is_better
+from kdbench.engine.network import Network, upstream_role
+from kdbench.engine.plan import StagePlan
+from kdbench.engine.runner import Runner
+from kdbench.engine.training import History
+from kdbench.errors import TrainingError
+from kdbench.results.tracking import Samples, Tracker
+
+SPLITS = {"validation": "validation", "eval": "test"}
+"""Source -> what its split is called in logs and summaries, in the order in which they choose the best epoch."""
+
+SHOWN = 8  # samples in the picture of predictions
+
+
+class Judge:
+    """Evaluates the roles of one stage and keeps the history.
+
+    The exported role (and its average, called `ema`) is measured after an epoch on the validation part, when there is
+    one, and on the test split; the first of these chooses the best epoch. A frozen role that sees the data itself is
+    measured once, before training.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        plan: StagePlan,
+        sources: Mapping[str, Source],
+        world: World,
+        device: torch.device,
+        tracker: Tracker,
+        history: History,
+    ) -> None:
+        self.recipe, self.stage, self.plan, self.sources = recipe, stage, plan, sources
+        self.world, self.device, self.tracker, self.history = world, device, tracker, history
+        self.splits = [name for name in SPLITS if name in sources and sources[name].classes]
+        teacher = teacher_of(stage)
+        self.teacher = teacher if teacher is not None and upstream_role(teacher) is None else None
+
+    def frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
+        """Measures the frozen roles on the test split, and refuses one below the accuracy that the recipe states.
+
+        Raises:
+            TrainingError: a role is worse than it must be.
+        """
+        measured: dict[str, dict[str, float]] = {}
+        for name in self.plan.layout.order:
+            config = self.stage.roles[name]
+            if config.mode != "frozen" or upstream_role(config) is not None or "eval" not in self.splits:
+                continue
+            if self.sources[self.plan.layout.sources[name]].classes != self.sources["eval"].classes:
+                continue
+            scores = self._measure(network.role(name).model, config, "eval", network, None)
+            self._log(name, "test", scores, epoch=0, step=step)
+            self.history.frozen[name] = {"test": scores}
+            measured[name] = scores
+            if config.accuracy is not None and scores["top1"] < config.accuracy:
+                raise TrainingError(
+                    f"{config.place}: role {name!r} reaches {scores['top1']:.2f}% top-1 on the test split, but the "
+                    f"recipe says that it must have {config.accuracy}%. Check its weights and the normalisation of "
+                    "its input before anything is distilled from it."
+                )
+        return measured
+
+    def moving_roles(self, runner: Runner, epoch: int, step: int) -> bool:
+        """Measures the exported role and its average; says whether this epoch is the best so far."""
+        metrics: dict[str, dict[str, dict[str, float]]] = {}
+        for role, model in self._moving(runner).items():
+            for source in self.splits:
+                scores = self._measure(model, self.stage.roles[self.stage.export], source, runner.network, runner)
+                metrics.setdefault(role, {})[SPLITS[source]] = scores
+                self._log(role, SPLITS[source], scores, epoch, step)
+        record = {"stage": self.stage.name, "epoch": epoch, "step": step, "metrics": metrics}
+        self.history.evaluations.append(record)
+        if not self.splits:
+            return False
+        split = SPLITS[self.splits[0]]
+        scores = metrics[self.stage.export][split]
+        by = "top1" if "top1" in scores else next(iter(scores))
+        best = self.history.best.get(self.stage.name)
+        if best is not None:
+            old = best["metrics"][self.stage.export][split][by]
+            if not (scores[by] > old if higher_is_better(by) else scores[by] < old):
+                return False
+        self.history.best[self.stage.name] = {**record, "chosen_on": split, "by": by}
+        return True
+
+    def evaluated(self, stage: str) -> bool:
+        return any(record["stage"] == stage for record in self.history.evaluations)
+
+    def final(self, runner: Runner, step: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """Adds what is measured once, at the end: agreement on the training split, classes apart, the pictures."""
+        role, config = self.stage.export, self.stage.roles[self.stage.export]
+        last = self.history.evaluations[-1] if self.history.evaluations else {"metrics": {}, "epoch": 0}
+        moving = {name: dict(splits) for name, splits in last["metrics"].items()}
+        source = self.plan.train_source
+        models = self._moving(runner)
+        if self.sources[source].classes:
+            for name, model in models.items():
+                scores = self._measure(model, config, source, runner.network, runner)
+                moving.setdefault(name, {})["train"] = scores
+                self._log(name, "train", scores, last["epoch"], step)
+        if "eval" in self.splits:
+            detail = MetricSet(["per_class", "confusion"], len(self.sources["eval"].classes), self.device)
+            scores = self._measure(models[role], config, "eval", runner.network, runner, detail)
+            self._log(role, "test", scores, last["epoch"], step)
+            samples = self._samples(models[role], runner.network)
+            self.tracker.figures(step, confusion=detail.confusion(), samples=samples, split="test")
+        return {"moving": moving, "frozen": self.history.frozen}
+
+    def example(self) -> Tensor:
+        """One image of the test split (or of the training split), to time a forward with."""
+        source = self.sources.get("eval") or self.sources[self.plan.train_source]
+        return next(iter(source.in_order(1)))["image"][0]
+
+    def _moving(self, runner: Runner) -> dict[str, nn.Module]:
+        models = {self.stage.export: runner.network.role(self.stage.export).model}
+        if runner.average is not None:
+            models["ema"] = runner.average
+        return models
+
+    def _measure(
+        self,
+        model: nn.Module,
+        config: RoleConfig,
+        source: str,
+        network: Network,
+        runner: Runner | None,
+        metrics: MetricSet | None = None,
+    ) -> dict[str, float]:
+        classes = len(self.sources[source].classes)
+        names = self.stage.metrics or tuple(Named(type=n) for n in ("top1", "top5", "nll", "ece", "agreement"))
+        teacher = network.role(self.teacher.name).model if self.teacher is not None else None
+        return evaluate(
+            model,
+            self.sources[source],
+            metrics or MetricSet(names, classes, self.device),
+            field=_field(config),
+            teacher=teacher if runner is not None and teacher is not model else None,
+            teacher_field=_field(self.teacher) if self.teacher is not None else "image",
+            batch_size=self.stage.eval_batch_size,
+            **({"autocast": runner.autocast} if runner is not None else {}),
+            world=self.world,
+        )
+
+    def _log(self, role: str, split: str, scores: Mapping[str, float], epoch: int, step: int) -> None:
+        self.tracker.evaluation(
+            {
+                "stage": self.stage.name,
+                "epoch": epoch,
+                "step": step,
+                "split": split,
+                "role": role,
+                "metrics": scores,
+            }
+        )
+
+    def _samples(self, model: nn.Module, network: Network) -> Samples:
+        batch = next(iter(self.sources["eval"].in_order(SHOWN)))
+        images = batch["image"]
+        teacher = network.role(self.teacher.name).model if self.teacher is not None else None
+        return {
+            "image": images.cpu(),
+            "label": batch["label"].cpu(),
+            "student": predictions(model, images).cpu(),
+            "teacher": predictions(teacher, images).cpu() if teacher is not None else None,
+        }
+
+
+def teacher_of(stage: StageConfig) -> RoleConfig | None:
+    """The first role that teaches the exported one: what agreement is measured with."""
+    for term in stage.terms.values():
+        for edge in term.edges:
+            if edge.student.role == stage.export and edge.teacher is not None and edge.teacher.role != stage.export:
+                return stage.roles[edge.teacher.role]
+    return None
+
+
+def _field(config: RoleConfig) -> str:
+    return config.input.split(".", 1)[1] if "." in config.input and ":" not in config.input else "image"
