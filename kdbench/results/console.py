@@ -102,14 +102,16 @@ class ConsoleView:
             self._line([self._latest["loss"], self._latest["rate"], self._left(time.monotonic())])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Prints one line: where the run stands, and the metrics of this role on this split."""
+        """Prints one line: where the run stands, and the main metrics of this role on this split."""
         role, split, metrics = record.get("role", "student"), record.get("split", ""), record.get("metrics", {})
         who = f"{role} {split}".strip()
         if role != "teacher" and "top1" in metrics:
             self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
         numbers = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in SHOWN if name in metrics]
+        if not numbers:  # the classes one by one: for TensorBoard, not for a line
+            return
         loss = self._latest["loss"] if role != "teacher" else ""
-        self._line([f"{who:<18}", numbers[0] if numbers else "", loss, *numbers[1:]], epoch=record.get("epoch"))
+        self._line([f"{who:<18}", numbers[0], loss, *numbers[1:]], epoch=record.get("epoch"))
 
     def notice(self, text: str) -> None:
         """Prints a sentence above the bar, also when quiet."""

@@ -43,6 +43,7 @@ def test_piped_lines_are_one_per_evaluation_whole_and_plain():
         if step % 10 == 0:
             view.train({"total": 1.25, "images_per_s": 12345.6})
             view.evaluation(evaluation(step // 10, top1=90.0 + step / 100, nll=0.5))
+    view.evaluation(evaluation(12, **{"per_class/0": 99.0}))
     view.close()
     lines = file.getvalue().splitlines()
     assert "\x1b" not in file.getvalue()
