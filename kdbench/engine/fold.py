@@ -49,8 +49,8 @@ def fold_batchnorm(model: nn.Module, example: Tensor, keep: Iterable[Feature] = 
 
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> None:
+    assert isinstance(convolution, CONVOLUTIONS) and isinstance(norm, NORMS)
     weight, bias = convolution.weight, convolution.bias
-    assert isinstance(weight, Tensor) and isinstance(norm, NORMS)
     # In float64: the rounding of the product is then the only one.
     mean, variance, gamma, beta, own_bias = (
         None if value is None else value.detach().to("cpu", torch.float64)
@@ -62,23 +62,20 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> None:
     shift = (0.0 if own_bias is None else own_bias) - mean
     shift = shift * scale if beta is None else shift * scale + beta
     wide = weight.detach().to("cpu", torch.float64) * scale.reshape(-1, *([1] * (weight.dim() - 1)))
-    layout = torch.preserve_format
-    convolution.weight = nn.Parameter(wide.to(weight, memory_format=layout), requires_grad=weight.requires_grad)
+    convolution.weight = nn.Parameter(wide.to(weight), requires_grad=weight.requires_grad)
     convolution.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
 
 
 def _foldable(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> list[tuple[str, str]]:
     """Runs the model once and lists (path of the convolution, path of its BatchNorm)."""
     paths = {module: path for path, module in model.named_modules()}
-    produced: dict[nn.Module, list[Tensor]] = {}  # convolution -> what it gave, per call; kept alive, so that ids hold
-    consumed: dict[nn.Module, list[Any]] = {}  # BatchNorm -> what it took, per call
     watch = _Uses()
     handles = []
     for module in model.modules():
         if type(module) in CONVOLUTIONS and not module._forward_hooks and not module._forward_pre_hooks:
-            handles.append(module.register_forward_hook(lambda m, _, out: produced.setdefault(m, []).append(out)))
+            handles.append(module.register_forward_hook(lambda m, _, output: watch.gave(m, output)))
         elif _is_constant_norm(module):
-            handles.append(module.register_forward_pre_hook(lambda m, args: watch.enter(m, args, consumed)))
+            handles.append(module.register_forward_pre_hook(lambda m, args: watch.enter(m, args)))
             handles.append(module.register_forward_hook(lambda *_: watch.leave()))
     capture = Capture(model, keep)
     try:
@@ -91,9 +88,9 @@ def _foldable(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> l
             handle.remove()
     seen = {id(leaf) for leaf in (*tree_leaves(output), *capture.kept.values()) if isinstance(leaf, Tensor)}
 
-    source = {id(values[0]): module for module, values in produced.items() if len(values) == 1}
+    source = {id(values[0]): module for module, values in watch.produced.items() if len(values) == 1}
     pairs = []
-    for norm, taken in consumed.items():
+    for norm, taken in watch.consumed.items():
         convolution = source.get(id(taken[0])) if len(taken) == 1 else None
         if convolution is None or id(taken[0]) in seen or id(taken[0]) in watch.outside:
             continue
@@ -106,15 +103,22 @@ def _is_constant_norm(module: nn.Module) -> bool:
 
 
 class _Uses(TorchDispatchMode):
-    """Notes every tensor that an operation reads outside the BatchNorms."""
+    """Notes what convolutions give, what BatchNorms take, and which convolutions' outputs anything else reads."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.produced: dict[nn.Module, list[Tensor]] = {}  # per call; kept alive, so that an id means one tensor
+        self.consumed: dict[nn.Module, list[Any]] = {}
+        self.watched: set[int] = set()
         self.outside: set[int] = set()
         self.inside = False
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], consumed: dict[nn.Module, list[Any]]) -> None:
-        consumed.setdefault(module, []).append(args[0] if args else None)
+    def gave(self, module: nn.Module, output: Any) -> None:
+        self.produced.setdefault(module, []).append(output)
+        self.watched.add(id(output))
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.consumed.setdefault(module, []).append(args[0] if args else None)
         self.inside = True
 
     def leave(self) -> None:
@@ -122,5 +126,5 @@ class _Uses(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if not self.inside:
-            self.outside.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.outside.update({id(leaf) for leaf in tree_leaves((args, kwargs))} & self.watched)
         return func(*args, **(kwargs or {}))
