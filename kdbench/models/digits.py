@@ -38,12 +38,12 @@ class DigitsMLP(nn.Module):
 
     Args:
         hidden: units of each hidden layer.
-        size: height and width of the image.
+        image_size: height and width of the image.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1, hidden: int = 48, size: int = 8) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, hidden: int = 48, image_size: int = 8) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(nn.Linear(in_channels * size * size, hidden), nn.ReLU())
+        self.layer1 = nn.Sequential(nn.Linear(in_channels * image_size**2, hidden), nn.ReLU())
         self.layer2 = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU())
         self.fc = nn.Linear(hidden, num_classes)
 

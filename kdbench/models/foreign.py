@@ -74,13 +74,15 @@ def build_timm(
         in_channels: channels of the image.
         pretrained: load timm's default weights, which it keeps in its cache or downloads; timm fits the first
             convolution and leaves a classifier of another size at its random start.
-        image_size: height and width of the image, for models that must know it (vision transformers).
+        image_size: height and width of the image; only models that must know it (vision transformers) read it.
 
     Raises:
         CheckpointError: the weights can neither be found nor downloaded.
     """
     timm = importlib.import_module("timm")
-    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size
+    options: dict[str, Any] = {"img_size": image_size} if fixed and image_size is not None else {}
 
     def create(pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options)

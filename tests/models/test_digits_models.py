@@ -15,6 +15,6 @@ def test_is_as_small_as_its_docstring_says(name, parameters):
 
 
 def test_mlp_takes_other_images_and_widths():
-    model = MODELS.build("digits_mlp", {"hidden": 5, "size": 4, "in_channels": 3}, num_classes=2)
+    model = MODELS.build("digits_mlp", {"hidden": 5, "image_size": 4, "in_channels": 3}, num_classes=2)
     assert model.layer1(torch.zeros(2, 48)).shape == (2, 5)
     assert model(torch.zeros(2, 3, 4, 4)).shape == (2, 2)

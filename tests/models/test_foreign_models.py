@@ -105,8 +105,9 @@ def test_timm_model_without_timm_says_how_to_install_it():
 
 @pytest.mark.skipif(not has_timm, reason="timm is not installed")
 def test_timm_model_has_a_head_and_a_stem_for_the_dataset():
-    model = MODELS.build("timm/resnet10t", {}, num_classes=7, in_channels=1)
-    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+    for name in ("resnet10t", "vit_tiny_patch16_224"):  # the second must know the size of its images
+        model = MODELS.build(f"timm/{name}", {}, num_classes=7, in_channels=1, image_size=64)
+        assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
 
 
 @pytest.mark.skipif(not has_timm, reason="timm is not installed")
