@@ -30,7 +30,7 @@ class ConsoleView:
     def __init__(self, console: Console | None = None, *, prefix: str = "", quiet: bool = False) -> None:
         self.out = console or _Stdout(highlight=False)
         self.live = self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
-        self.prefix = f"{prefix} │ " if prefix else ""
+        self.prefix = f"{prefix.rstrip(': ')} │ " if prefix else ""
         self.quiet = quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -40,6 +40,7 @@ class ConsoleView:
         self._done = 0
         self._latest: dict[str, str] = {"loss": "", "accuracy": "", "rate": ""}
         self._mute = False
+        self._pending: list[Mapping[str, Any]] = []
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Prints the head: what runs, where, on what."""
@@ -55,11 +56,11 @@ class ConsoleView:
 
     def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None:
         """Begins a stage: a new bar."""
+        self._stop()
         self._stage, self._epochs, self._steps = name, epochs, max(steps, 1)
         self._started, self._first, self._done = time.monotonic(), done, done
         self._printed = self._started
         self._latest = {"loss": "", "accuracy": "", "rate": ""}
-        self._stop()
         if self.live and steps:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -80,6 +81,8 @@ class ConsoleView:
 
     def progress(self, done: int, phase: str = "") -> None:
         """Moves the bar, at most once per `REDRAW_SECONDS` and at the end of the stage."""
+        if self._pending and not phase:
+            self._flush()
         self._done = done
         if self._bar is None or self._task is None:
             return
@@ -94,6 +97,7 @@ class ConsoleView:
 
     def train(self, record: Mapping[str, Any]) -> None:
         """Takes the numbers of a log interval; on a pipe, prints them when nothing was printed for long."""
+        self._flush()
         if record.get("total") is not None:
             self._latest["loss"] = f"loss {_short(record['total'])}"
         if record.get("images_per_s") is not None:
@@ -102,26 +106,44 @@ class ConsoleView:
             self._line([self._latest["loss"], self._latest["rate"], self._left(time.monotonic())])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Prints one line: where the run stands, and the main metrics of this role on this split."""
+        """Takes the metrics of one role on one split; those of one epoch share a line, printed when it is complete."""
         role, split, metrics = record.get("role", "student"), record.get("split", ""), record.get("metrics", {})
-        who = f"{role} {split}".strip()
+        names = [name for name in SHOWN if name in metrics]
+        if not names:  # the classes one by one: for TensorBoard, not for a line
+            return
+        if self._pending and self._pending[0].get("epoch") != record.get("epoch"):
+            self._flush()
+        self._pending.append(record)
         if role != "teacher" and "top1" in metrics:
             self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
-        numbers = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in SHOWN if name in metrics]
-        if not numbers:  # the classes one by one: for TensorBoard, not for a line
-            return
-        loss = self._latest["loss"] if role != "teacher" else ""
-        self._line([f"{who:<18}", numbers[0], loss, *numbers[1:]], epoch=record.get("epoch"))
 
     def notice(self, text: str) -> None:
         """Prints a sentence above the bar, also when quiet."""
+        self._flush()
         self._print(text, style="yellow")
 
     def close(self) -> None:
         """Takes the bar away; safe to call twice."""
         self._stop()
 
+    def _flush(self) -> None:
+        """Prints the line of an epoch: the first metric of every role and split, then more of the student's last."""
+        records, self._pending = self._pending, []
+        if not records:
+            return
+        parts, more = [], []
+        for record in records:
+            role, metrics = record.get("role", "student"), record["metrics"]
+            who = record.get("split", "") if role == "student" else f"{role} {record.get('split', '')}"
+            names = [name for name in SHOWN if name in metrics]
+            label = "" if names[0] == "top1" else f"{SHOWN[names[0]]} "
+            parts.append(f"{who} {label}{_metric(names[0], metrics[names[0]])}")
+            if role != "teacher" and (record.get("split") != "train" or not more):
+                more = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in names[1:]]
+        self._line([f"{self._latest['loss']:<11}", *parts, *more], epoch=records[0].get("epoch"))
+
     def _stop(self) -> None:
+        self._flush()
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None

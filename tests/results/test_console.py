@@ -49,8 +49,25 @@ def test_piped_lines_are_one_per_evaluation_whole_and_plain():
     assert "\x1b" not in file.getvalue()
     assert lines[:2] == ["digits/kd · cpu", "folder runs/" + "x" * 200]
     assert len(lines) == 2 + 12
-    assert lines[2] == "main  epoch  1/12  student test        top-1  90.10%  loss 1.2500  nll 0.5000"
-    assert len({line.index("top-1") for line in lines[2:]}) == 1
+    assert lines[2] == "main  epoch  1/12  loss 1.2500  test  90.10%  nll 0.5000"
+    assert len({line.index("nll") for line in lines[2:]}) == 1
+
+
+def test_the_evaluations_of_one_epoch_share_a_line():
+    view, file = piped()
+    view.stage("main", 12, 120)
+    view.evaluation(evaluation(0, role="teacher", top1=98.0, nll=0.25))
+    view.progress(1)
+    view.train({"total": 1.25})
+    view.evaluation({**evaluation(1, top1=91.0, nll=0.75), "split": "validation"})
+    view.progress(10, "evaluating")
+    view.evaluation(evaluation(1, top1=90.0, nll=0.5, agreement=88.0))
+    view.evaluation(evaluation(1, role="ema", top1=90.5, nll=0.4))
+    assert len(file.getvalue().splitlines()) == 1
+    view.close()
+    first, second = file.getvalue().splitlines()
+    assert first == "main  epoch  0/12               teacher test  98.00%"
+    assert second.startswith("main  epoch  1/12  loss 1.2500  validation  91.00%  test  90.00%  ema test  90.50%  nll")
 
 
 def test_piped_intervals_print_a_line_when_long_nothing_was_said(monkeypatch):
@@ -71,6 +88,7 @@ def test_a_prefix_marks_a_nested_run_and_quiet_leaves_notices_only():
     view, file = piped(prefix="teacher")
     view.stage("main", 2, 20)
     view.evaluation(evaluation(1, top1=50.0))
+    view.close()
     assert file.getvalue().startswith("teacher │ main  epoch 1/2")
     view, file = piped(quiet=True, prefix="teacher")
     view.start({"name": "digits/teacher"})
