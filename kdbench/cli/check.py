@@ -26,7 +26,9 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     from kdbench.engine.device import choose_device, describe_device
     from kdbench.engine.plan import plan_stage
 
-    console = Console()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a pipe has no width; 80 would fold the tables
     device = choose_device(recipe.device)
     plans = []
     for stage in recipe.stages:
@@ -200,8 +202,8 @@ def _course_words(plan: StagePlan) -> list[str]:
     if stage.ema is not None:
         lines.append(f"a moving average of {stage.export} (decay {stage.ema}) is kept and evaluated beside it.")
     lines.append(
-        f"estimated memory: {plan.memory_bytes / 2**20:,.0f} MiB (weights, gradients, momentum, activations of a batch; "
-        "without the data)."
+        f"estimated memory: {plan.memory_bytes / 2**20:,.0f} MiB (weights, gradients, momentum and the activations of "
+        "a batch; without the data)."
     )
     return lines
 
