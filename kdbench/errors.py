@@ -23,7 +23,8 @@ class Place:
             source = self.file if self.line is None else f"{self.file}:{self.line}"
         else:
             source = ""
-        return " ".join(part for part in (source, self.key) if part)
+        told = self.override is not None and self.override.lstrip("+~").split("=", 1)[0] == self.key
+        return " ".join(part for part in (source, "" if told else self.key) if part)
 
 
 class UserError(Exception):

@@ -224,11 +224,17 @@ def _image(text: str) -> tuple[int, ...]:
 def _evaluate(arguments: list[str]) -> int:
     parser = _Parser("kdbench evaluate", description="Evaluates a finished run again, from its folder.")
     parser.add_argument("run", help="the folder of a run, such as runs/digits/kd/1a2b3c4d")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="device=, data_root=, workers=")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="device=cpu, data_root=DIR")
     given = parser.parse_intermixed_args(arguments)
+    settings: dict[str, str] = {}
+    for text in given.settings:
+        key, found, value = text.partition("=")
+        if not found or key not in ("device", "data_root"):
+            raise ConfigError(f"kdbench evaluate: {text!r} is no setting.{nearest(key, ('device', 'data_root'))}")
+        settings[key] = value
     from kdbench.cli.evaluate import run
 
-    return run(given.run, given.overrides)
+    return run(given.run, device=settings.get("device"), data_root=settings.get("data_root"))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -12,13 +12,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kdbench.config.layers import stale_keys, without
 from kdbench.config.overrides import assignments, prepare, say_hydra_error
 from kdbench.config.paths import GROUPS, group_files
+from kdbench.config.shorthand import expand
 from kdbench.config.source import Faults, Source, interpolation_fault, leaves, lists_to_mappings, read_source
 from kdbench.errors import ConfigError, Place, nearest
 
@@ -106,7 +107,7 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
     Raises:
         ConfigError: something in them is refused, or a chosen option does not exist.
     """
-    recipe = lists_to_mappings(read_source(path))
+    recipe = _layer(path)
     origin = _mapping(recipe.data.get("origin"))
     faults = Faults()
     choices: dict[str, str | None] = {}
@@ -137,6 +138,11 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
     return Prepared(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
 
 
+def _layer(path: Path) -> Source:
+    source = lists_to_mappings(read_source(path))
+    return replace(source, data=expand(source.data))
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
@@ -147,7 +153,7 @@ def _chosen(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
 
 
 def _group(path: Path) -> Source:
-    source = lists_to_mappings(read_source(path))
+    source = _layer(path)
     inner = [key for key in (*GROUPS, "stages", "origin") if key in source.data]
     if inner:
         raise ConfigError(f"{source.places[inner[0]]}: a group file cannot set {inner[0]!r}; write it in the recipe.")
@@ -169,14 +175,40 @@ def composing(prepared: Prepared) -> Iterator[Callable[[Sequence[str]], Composed
         if swept:
             place = Place(override=swept[0].text)
             raise ConfigError(f"{place}: several values need a multirun; add -m to `kdbench train`.")
+        _check_removals(prepared, overrides)
         with saying(overrides):
-            config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
+            try:
+                config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
+            except ValueError as error:  # Hydra's own complaint about a group override that is no name
+                raise ConfigError(say_hydra_error(error, overrides)) from error
             return _read(config, prepared.origin(), overrides)
 
     with tempfile.TemporaryDirectory(prefix="kdbench-") as folder:
         prepared.write(Path(folder))
         with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
             yield compose_one
+
+
+def _check_removals(prepared: Prepared, overrides: Sequence[str]) -> None:
+    """Finds fault with an override that removes something which is not there."""
+    chosen = {**prepared.choices, **{a.key: a.value for a in assignments(overrides) if a.group}}
+    below: Mapping[str, Any] = {}
+    for group in GROUPS:
+        source = prepared.groups[group].get(str(chosen[group]))
+        below = _deep(below, source.data) if source is not None else below
+    below = _deep(below, prepared.recipe.data)
+    for assignment in assignments(overrides):
+        removes = assignment.text.startswith("~") or (
+            assignment.value is None and assignment.key.split(".")[0] in ("terms", "models", "data", "stages")
+        )
+        if removes and not assignment.group and not assignment.sweeps and not _has(below, assignment.key):
+            parent, _, last = assignment.key.rpartition(".")
+            siblings = _at(below, parent)
+            raise ConfigError(
+                f"{Place(override=assignment.text)}: there is no {assignment.key!r} to remove.{nearest(last, siblings)}"
+            )
+        if not assignment.group and not assignment.sweeps:
+            below = _deep(below, assignment.nested())
 
 
 def compose(prepared: Prepared, overrides: Sequence[str] = ()) -> Composed:
@@ -236,9 +268,17 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
     resolved: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     for group in (*GROUPS, "origin"):
         resolved.pop(group, None)
+    resolved = expand(resolved)
     return Composed(
         origin["name"], origin["file"], origin["path"], resolved, places, {**recorded, **choices}, tuple(overrides)
     )
+
+
+def _at(data: Any, dotted: str) -> Mapping[str, Any]:
+    """The mapping at a dotted key; empty where there is none."""
+    for name in dotted.split(".") if dotted else ():
+        data = data.get(name) if isinstance(data, Mapping) else None
+    return data if isinstance(data, Mapping) else {}
 
 
 def _has(data: Any, dotted: str) -> bool:

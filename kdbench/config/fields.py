@@ -135,17 +135,23 @@ def named(
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, Mapping):
-        context.fault(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, got {value!r}.")
+        context.fault(key, f"{_a(registry)} is a name or {{type: NAME, ...}}, got {value!r}.")
         return None
     kind = value.get("type")
     if not isinstance(kind, str):
         said = "needs a `type`" if kind is None else f"`type` must be text, got {kind!r}"
-        context.fault(key, f"a {registry.kind} {said}, one of: {', '.join(sorted(registry.entries)[:12])}.")
+        context.fault(
+            key, f"{_a(registry)} {said}, one of: {', '.join(sorted(registry.entries or registry.names())[:12])}."
+        )
         return None
     params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
     type_key = f"{key}.type" if f"{key}.type" in context.places else key
     checked = parameters(context, registry, kind, params, key, type_key, injected)
     return None if checked is None else Named(type=kind, params=checked, place=context.place(key))
+
+
+def _a(registry: Registry) -> str:
+    return f"{'an' if registry.kind[0] in 'aeiou' else 'a'} {registry.kind}"
 
 
 def parameters(
@@ -167,11 +173,11 @@ def parameters(
     for name, value in params.items():
         path = f"{key}.{name}"
         parameter = entry.parameters.get(name)
-        if parameter is None:
-            known = nearest(name, entry.parameters)
-            context.fault(
-                path, f"{registry.kind} {kind!r} has no parameter {name!r}.{known} Write {entry.signature()}."
-            )
+        if parameter is None or name in entry.facts.get("injected", ()):
+            own = {key: p for key, p in entry.parameters.items() if key not in entry.facts.get("injected", ())}
+            written = f"{kind}({', '.join(str(p) for p in own.values())})"
+            said = f"has no parameter {name!r}.{nearest(name, own)} Write {written}."
+            context.fault(path, f"{registry.kind} {kind!r} {said}")
             continue
         checked[name] = value
         is_schedule = isinstance(value, Mapping) and "type" in value

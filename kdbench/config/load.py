@@ -16,7 +16,7 @@ from kdbench.errors import ConfigError
 
 __all__ = ["dump_recipe", "find_recipe", "load_job", "load_recipe", "load_resolved", "recipe_names"]
 
-RESOLVED = "recipe.yaml"
+RESOLVED = "resolved.yaml"
 """The file of a run's folder that holds its resolved recipe."""
 
 
@@ -47,7 +47,7 @@ def load_job(config: Any, folder: Path, hydra_config: Any) -> Recipe:
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """Loads the resolved recipe that a run keeps: the run's folder, or the `recipe.yaml` in it.
+    """Loads the resolved recipe that a run keeps: the run's folder, or the `resolved.yaml` in it.
 
     Raises:
         ConfigError: there is none, or it is no recipe.

@@ -92,6 +92,10 @@ def prepare(overrides: Sequence[str]) -> list[str]:
     for text in overrides:
         parsed = _parse(text)
         key = parsed.key_or_group
+        if key == "hydra":
+            raise ConfigError(
+                f"{Place(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
+            )
         if for_hydra(text):
             result.append(text)
             continue

@@ -55,14 +55,11 @@ def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...])
 
 
 def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
-    if isinstance(data, str):
-        data = {"model": data}
     fields = Fields(context, data, key, f"role {name!r}")
     model_value = fields.raw("model")
     model = None
     if model_value is not None:
-        model_key = fields.path("model") if fields.path("model") in context.places else key
-        model = named(context, MODELS, model_value, model_key, MODEL_INJECTED)
+        model = named(context, MODELS, model_value, fields.path("model"), MODEL_INJECTED)
     mode, of = _mode(fields, name)
     if model_value is None and mode not in _FOLLOWERS:
         fault = f"role {name!r} needs a `model`, one of `kdbench list models`."

@@ -46,7 +46,7 @@ def stage_places(places: Mapping[str, Place], name: str) -> dict[str, Place]:
 
 def read_stage(context: Context, name: str, data: Mapping[str, Any], base: Path, seen: tuple[str, ...]) -> StageConfig:
     """Reads the keys that a stage may hold; whatever else is there is found fault with."""
-    top = Fields(context, data, "", f"stage {name!r}")
+    top = Fields(context, data, "", "the recipe")
     eval_batch_size = top.take("eval_batch_size", "int", 512, AT_LEAST_ONE)
     sources = read_sources(context, top, eval_batch_size)
     roles = read_roles(context, top, base, seen)

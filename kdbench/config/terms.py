@@ -65,7 +65,8 @@ def _term(
         )
     if teacher_grad and "teacher" not in entry.inputs:
         fields.fault("teacher_grad", f"term {kind!r} reads no teacher.")
-    edges = OperandReader(context, list(roles), student, key, entry).edges(student_value, teacher_value)
+    reader = OperandReader(context, list(roles), student, key, entry)
+    edges = reader.edges(student_value, teacher_value) if roles else ()  # without roles there is a fault already
     return TermConfig(
         name=name,
         type=kind,

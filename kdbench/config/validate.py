@@ -9,6 +9,7 @@ from typing import Any
 from kdbench.config.compose import Composed
 from kdbench.config.fields import PERCENT, POSITIVE, Context, Fields
 from kdbench.config.schema import Published, Recipe, StageConfig
+from kdbench.config.shorthand import contract
 from kdbench.config.source import Faults, leaves
 from kdbench.config.stages import lay_stage, read_stage, stage_places
 from kdbench.config.twin import without_teachers
@@ -64,7 +65,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         name=composed.name,
         file=composed.file,
         stages=tuple(stages),
-        resolved=composed.data,
+        resolved=contract(composed.data),
         places=composed.places,
         path=composed.path,
         choices=composed.choices,

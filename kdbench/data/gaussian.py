@@ -12,7 +12,7 @@ from kdbench.errors import ConfigError
 from kdbench.registry import DATASETS
 
 
-@DATASETS.register("gaussian", version=1, injected=("split", "data_root"))
+@DATASETS.register("gaussian", version=1, injected=("split", "data_root"), fields=("z",))
 class Gaussian(Noise):
     """Standard normal vectors in the field `z`, new ones in every step; no labels, no files, no end.
 

@@ -1,0 +1,76 @@
+"""`student: resnet20` is short for `student: {model: {type: resnet20}}`, and so on.
+
+Parts are spelled out before layers are laid over each other, so that `student.weights.path=...` finds a mapping below
+it, and the AdamW of a recipe replaces the SGD of a protocol; the resolved recipe gets the short spelling back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_ROLES = ("teacher", "student")
+_PARTS = ("dataset", "optimizer", "scheduler")
+
+Change = Callable[[Any, str], Any]
+
+
+def expand(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Spells out every part of a recipe that is given by its bare name."""
+    return _recipe(data, lambda value, key: {key: value} if isinstance(value, str) else value, inside_first=False)
+
+
+def contract(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes every part that has a name and nothing else as its bare name."""
+
+    def shorten(value: Any, key: str) -> Any:
+        alone = isinstance(value, Mapping) and set(value) == {key} and isinstance(value[key], str)
+        return value[key] if alone else value
+
+    return _recipe(data, shorten, inside_first=True)
+
+
+def _recipe(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
+    result = _fragment(data, change, inside_first)
+    stages = result.get("stages")
+    if isinstance(stages, Mapping):
+        result["stages"] = {
+            name: _fragment(stage, change, inside_first) if isinstance(stage, Mapping) else stage
+            for name, stage in stages.items()
+        }
+    return result
+
+
+def _fragment(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
+    def holder(value: Any, key: str) -> Any:
+        """A mapping that holds one part under `key`: a role its model, a source its dataset."""
+        value = value if inside_first else change(value, key)
+        if isinstance(value, Mapping) and key in value:
+            value = {**value, key: change(value[key], "type")}
+        if isinstance(value, Mapping) and "augment" in value:
+            value = {**value, "augment": augmentations(value["augment"])}
+        return change(value, key) if inside_first else value
+
+    def augmentations(value: Any) -> Any:
+        """A list, or a mapping of views to lists."""
+        if isinstance(value, list):
+            return [change(item, "type") for item in value]
+        return {view: augmentations(items) for view, items in value.items()} if isinstance(value, Mapping) else value
+
+    result = dict(data)
+    if "augment" in result:
+        result["augment"] = augmentations(result["augment"])
+    for name in _ROLES:
+        if name in result:
+            result[name] = holder(result[name], "model")
+    for name in _PARTS:
+        if name in result:
+            result[name] = change(result[name], "type")
+    for name, each in (
+        ("models", lambda value: holder(value, "model")),
+        ("data", lambda value: holder(value, "dataset")),
+        ("terms", lambda value: change(value, "type")),
+    ):
+        if isinstance(result.get(name), Mapping):
+            result[name] = {key: each(value) for key, value in result[name].items()}
+    return result
