@@ -141,8 +141,8 @@ class Crop(Geometric):
 
     def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
-        top = torch.full_like(ys[:, 0], (ys.shape[1] - height) // 2)
-        left = torch.full_like(xs[:, 0], (xs.shape[1] - width) // 2)
+        top = torch.full_like(ys[:, 0], round((ys.shape[1] - height) / 2))  # rounds as torchvision's CenterCrop
+        left = torch.full_like(xs[:, 0], round((xs.shape[1] - width) / 2))
         return window(ys, top, height), window(xs, left, width)
 
 

@@ -65,18 +65,19 @@ class View:
         self.std = None if std is None else torch.tensor(std, dtype=dtype, device=device).view(trailing)
 
     def _add(self, named: Named) -> None:
-        augment = AUGMENTS.build(named.type, named.params, named.place)
+        AUGMENTS.check(named.type, named.params, named.place)
         if len(self.stored) != 3:
             raise ConfigError(
                 f"{named.place}: {named.type} needs images of shape [channels, height, width], "
                 f"but this dataset's samples are {list(self.stored)}".lstrip(": ")
             )
-        if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
-            raise ConfigError(f"{named.place}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
         try:
+            augment: Augment = AUGMENTS.build(named.type, named.params, named.place)
             self.shape = augment.shape(self.shape)
         except UserError as error:
             raise ConfigError(f"{named.place}: {error}".lstrip(": ")) from None
+        if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
+            raise ConfigError(f"{named.place}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
         self.augments.append(augment)
 
     def table(self, samples: int, seed: int, source: str, epoch: int) -> Tensor:
