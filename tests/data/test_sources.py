@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdbench.data.build import build_sources
-from kdbench.data.order import epoch_order, shard, steps
+from kdbench.data.order import Shard, epoch_order, shard, steps
 from kdbench.errors import ConfigError, DataError
 
 
@@ -295,3 +296,15 @@ def test_an_empty_split_is_refused(source_of, make, monkeypatch):
     monkeypatch.setattr("kdbench.data.synthetic.Synthetic.__len__", lambda self: 0)
     with pytest.raises(DataError, match=r"data.train: synthetic: the split 'train' is empty"):
         source_of()
+
+
+def test_making_a_batch_reads_no_value(source_of, part, make):
+    """Under FakeTensorMode every host read raises."""
+    source = source_of(make(labels=0.5, views={"image": (part("crop"), part("flip"), part("cutmix")), "raw": ()}))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        index = torch.empty(8, dtype=torch.int64)
+        stored = {name: (torch.empty(512, 3, 32, 32, dtype=torch.uint8), index) for name in source.views}
+        tables = {name: torch.empty(512, view.columns) for name, view in source.views.items()}
+        batch = source.augmented(Shard(index, index), stored, None, tables)
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert {"label", "label_other", "mix", "labelled", "index", "raw"} < batch.keys()
