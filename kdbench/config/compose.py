@@ -168,6 +168,7 @@ def composing(prepared: Prepared) -> Iterator[Callable[[Sequence[str]], Composed
         ConfigError: (the function) an override cannot be applied, or sweeps.
     """
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
     def compose_one(overrides: Sequence[str]) -> Composed:
         given = prepare(overrides)
@@ -185,8 +186,13 @@ def composing(prepared: Prepared) -> Iterator[Callable[[Sequence[str]], Composed
 
     with tempfile.TemporaryDirectory(prefix="kdbench-") as folder:
         prepared.write(Path(folder))
-        with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
-            yield compose_one
+        outer = GlobalHydra.instance().hydra  # a job of Hydra's own asks for its teacher's recipe
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
+                yield compose_one
+        finally:
+            GlobalHydra.instance().hydra = outer
 
 
 def _check_removals(prepared: Prepared, overrides: Sequence[str]) -> None:

@@ -70,6 +70,14 @@ class StagePlan:
         """The source whose length is an epoch: the one that the exported role's input comes from."""
         return self.layout.sources[self.stage.export]
 
+    def input_shape(self, role: str) -> tuple[int, ...]:
+        """Shape of one sample of what a role sees."""
+        config = self.stage.roles[role]
+        if upstream_role(config) is not None:
+            return self.layout.shapes[input_address(config)]
+        source, field_name = config.input.split(".", 1)
+        return self.specs[source].fields[field_name][0]
+
 
 def all_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfig, ...]:
     """The stage's updates; without any, one of all trainable roles by all terms."""

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig, Weights
-from kdbench.engine.build import Layout
 from kdbench.engine.distributed import World, synchronise_batchnorm
 from kdbench.engine.fold import fold_batchnorm
-from kdbench.engine.network import input_address, upstream_role
+from kdbench.engine.plan import StagePlan
 from kdbench.engine.weights import load_state, read_checkpoint, select_state, state_hash
 from kdbench.errors import CheckpointError
 
@@ -38,7 +37,7 @@ class Preparation:
 
     recipe: Recipe
     stage: StageConfig
-    layout: Layout
+    plan: StagePlan
     world: World
     artefacts: Mapping[str, Path]
     produced: Mapping[str, Path]
@@ -51,24 +50,14 @@ class Preparation:
         if config.weights is not None:
             self._load(config, config.weights, model, origin)
         origin.sha256 = state_hash(model)
+        dtype = DTYPES.get(self.stage.precision, torch.float32)
+        model = model.to(dtype)
         if config.mode == "frozen":
-            model = self._folded(config, model.eval())
+            example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
+            model, _ = fold_batchnorm(model.eval(), example, self.plan.layout.features[config.name])
         elif self.stage.sync_batchnorm:
             model = synchronise_batchnorm(model, self.world)
-        model = model.to(DTYPES.get(self.stage.precision, torch.float32))
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
-
-    def _folded(self, config: RoleConfig, model: nn.Module) -> nn.Module:
-        """Folds the BatchNorms of a frozen image network away; networks on other inputs stay as they are."""
-        if upstream_role(config) is not None:
-            shape = self.layout.shapes[input_address(config)]
-        else:
-            shape = self.layout.facts[config.name].image
-        if shape is None or len(shape) != 3:
-            return model
-        parameter = next(model.parameters(), torch.empty(0))
-        example = torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device)
-        return fold_batchnorm(model, example, self.layout.features[config.name])[0]
 
     def _load(self, config: RoleConfig, weights: Weights, model: nn.Module, origin: Origin) -> None:
         if weights.recipe is not None:

@@ -243,7 +243,7 @@ class _Experiment:
         preparation = Preparation(
             self.recipe,
             stage,
-            plan.layout,
+            plan,
             self.world,
             artefacts={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
             produced={role: o.folder.last for (name, role), o in self.produced.items() if name == stage.name},
@@ -314,7 +314,7 @@ class _Experiment:
 
     def _finish(self, judge: Judge, runner: Runner, tracker: Tracker) -> Outcome:
         plan = runner.plan
-        scores = judge.final(runner, self.steps_before)
+        scores = judge.final(runner, self.steps_before + runner.done)
         stage = runner.stage
         models: dict[str, Any] = {}
         for name, role in plan.roles.items():

@@ -161,9 +161,12 @@ def _threads() -> int:
 
 
 def _command() -> list[str]:
-    program = Path(sys.argv[0]).name if sys.argv else ""
-    name = "kdbench" if program in ("kdbench", "__main__.py") else program
-    return [name, *sys.argv[1:]]
+    """The command line as it was typed: Hydra puts its own words into sys.argv for the time of a job."""
+    words = sys.orig_argv
+    for number, word in enumerate(words):
+        if Path(word).name == "kdbench" or (word == "-m" and words[number + 1 : number + 2] == ["kdbench"]):
+            return ["kdbench", *words[number + (2 if word == "-m" else 1) :]]
+    return [Path(words[0]).name, *words[1:]]
 
 
 def _now() -> str:
