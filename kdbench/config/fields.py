@@ -146,7 +146,7 @@ def named(
         return None
     params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
     type_key = f"{key}.type" if f"{key}.type" in context.places else key
-    checked = parameters(context, registry, kind, params, key, type_key, injected)
+    checked = parameters(context, registry, kind, params, key, type_key, injected, reserved)
     return None if checked is None else Named(type=kind, params=checked, place=context.place(key))
 
 
@@ -162,8 +162,14 @@ def parameters(
     key: str,
     type_key: str,
     injected: Sequence[str] = (),
+    beside: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Checks the parameters of one part; a schedule given for a schedulable number comes back as a `Named`."""
+    """Checks the parameters of one part; a schedule given for a schedulable number comes back as a `Named`.
+
+    Args:
+        injected: parameters that the engine gives when the recipe does not.
+        beside: keys that may stand beside the parameters, for the hint.
+    """
     try:
         entry = registry.entry(kind, context.place(type_key))
     except ConfigError as error:
@@ -176,7 +182,7 @@ def parameters(
         if parameter is None or name in entry.facts.get("injected", ()):
             own = {key: p for key, p in entry.parameters.items() if key not in entry.facts.get("injected", ())}
             written = f"{kind}({', '.join(str(p) for p in own.values())})"
-            said = f"has no parameter {name!r}.{nearest(name, own)} Write {written}."
+            said = f"has no parameter {name!r}.{nearest(name, [*own, *beside])} Write {written}."
             context.fault(path, f"{registry.kind} {kind!r} {said}")
             continue
         checked[name] = value

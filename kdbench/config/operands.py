@@ -50,10 +50,10 @@ class OperandReader:
 
     def edges(self, student: Any, teacher: Any) -> tuple[Edge, ...]:
         """All pairs of operands; empty after a fault."""
-        count = len(self.context.faults.lines)
+        count = len(self.context.faults)
         students = self._students(student)
         pairs = self._pairs(students, isinstance(student, list), teacher) if students else []
-        if len(self.context.faults.lines) > count:
+        if len(self.context.faults) > count:
             return ()
         self._check_paths(pairs, teacher)
         return tuple(Edge(student=s.operand, teacher=t.operand if t else None) for s, t in pairs)

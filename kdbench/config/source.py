@@ -40,19 +40,31 @@ class Faults:
     """The faults found so far, one line each; the same line is kept once."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self._found: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def add(self, place: Place | str, text: str) -> None:
+        """Adds a fault; `text` alone when it names its place already."""
         line = f"{place}: {text}" if str(place) else text
-        if line not in self.lines:
-            self.lines.append(line)
+        number = place.line if isinstance(place, Place) else None
+        if number is None and (match := re.match(r"[^:\n]+:(\d+) ", line)):
+            number = int(match[1])
+        self._found.setdefault(line, number or 0)
+
+    @property
+    def lines(self) -> list[str]:
+        """In the order of the file's lines; overrides and the file as a whole come first."""
+        return sorted(self._found, key=lambda line: self._found[line])
 
     def raise_any(self, what: str) -> None:
         """Raises all of them as one ConfigError."""
-        if len(self.lines) == 1:
-            raise ConfigError(self.lines[0])
-        if self.lines:
-            raise ConfigError("\n".join([f"{what} has {len(self.lines)} mistakes:", *self.lines]))
+        lines = self.lines
+        if len(lines) == 1:
+            raise ConfigError(lines[0])
+        if lines:
+            raise ConfigError("\n".join([f"{what} has {len(lines)} mistakes:", *lines]))
 
 
 def shown(path: Path) -> str:

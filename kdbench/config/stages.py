@@ -154,7 +154,7 @@ def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -
     where = f" in stage {stage.name!r}" if stage.name != "main" else ""
     if stage.roles and not trainable:
         context.fault("", f"nothing trains{where}: every role is frozen or follows another.")
-    if not stage.terms and not context.faults.lines:
+    if not stage.terms and not len(context.faults):
         context.fault("terms" if "terms" in context.places else "", f"no term is left to train by{where}.")
     if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
         context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")

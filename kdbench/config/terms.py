@@ -54,7 +54,7 @@ def _term(
     where = fields.take("where", "str")
     teacher_grad = fields.take("teacher_grad", "bool", False)
     type_key = fields.path("type") if fields.path("type") in context.places else key
-    params = parameters(context, TERMS, kind, fields.rest(), key, type_key)
+    params = parameters(context, TERMS, kind, fields.rest(), key, type_key, beside=RESERVED)
     if params is None:
         return None
     entry = TERMS.entry(kind)

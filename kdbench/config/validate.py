@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdbench.config.compose import Composed
-from kdbench.config.fields import PERCENT, POSITIVE, Context, Fields
+from kdbench.config.fields import NOT_NEGATIVE, PERCENT, POSITIVE, Context, Fields, Test
 from kdbench.config.schema import Published, Recipe, StageConfig
 from kdbench.config.shorthand import contract
 from kdbench.config.source import Faults, leaves
@@ -15,6 +16,10 @@ from kdbench.config.stages import lay_stage, read_stage, stage_places
 from kdbench.config.twin import without_teachers
 from kdbench.errors import nearest
 
+DEVICE: Test = (
+    lambda text: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text) is not None,
+    "auto, cpu, mps, cuda or cuda:N",
+)
 ONLY_STAGE = "main"
 """The name of the stage of a recipe without `stages`."""
 
@@ -44,10 +49,10 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         "title": top.take("title", "str", ""),
         "paper": top.take("paper", "str", ""),
         "seed": top.take("seed", "int", 1),
-        "device": top.take("device", "str", "auto"),
+        "device": top.take("device", "str", "auto", DEVICE),
         "compile": top.take("compile", "bool", False),
         "channels_last": top.take("channels_last", "bool"),
-        "workers": top.take("workers", "int", 0, (lambda n: n >= 0, "0 or more")),
+        "workers": top.take("workers", "int", 0, NOT_NEGATIVE),
         "data_root": top.take("data_root", "str", "data"),
         "runs": top.take("runs", "str", "runs"),
         "out": top.take("out", "str"),
