@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdbench.data.base import Dataset, Packed
-from kdbench.data.cache import cached, locked
+from kdbench.data.cache import Cache, locked
 from kdbench.data.files import Listing, decode_all, list_folder
 from kdbench.data.unpickle import load_pickle
 from kdbench.errors import DataError
@@ -52,18 +52,20 @@ class _Cifar(Dataset):
     def __len__(self) -> int:
         return self.known[self.split] if self.listing is None else len(self.listing)
 
+    def checksum(self) -> str:
+        return self._cache().checksum() or self.load().checksum
+
     def load(self) -> Packed:
+        return self._cache().load(self._decode_archive if self.listing is None else self._decode_folders)
+
+    def _cache(self) -> Cache:
         if self.listing is not None:
-            fingerprint = self.listing.fingerprint()
-            decode = self._decode_folders
+            layout, fingerprint = "folders", self.listing.fingerprint()
         else:
             if not self.archive.is_dir():
                 self._download()
-            fingerprint = self._archive_fingerprint()
-            decode = self._decode_archive
-        identity = ["folders" if self.listing is not None else "archive"]
-        cache = self.data_root / ".kdbench"
-        return cached(cache, f"{self.name}-{self.split}", identity, fingerprint, self.classes, decode)
+            layout, fingerprint = "archive", self._archive_fingerprint()
+        return Cache(self.data_root / ".kdbench", f"{self.name}-{self.split}", layout, fingerprint, self.classes)
 
     def _class_folders(self, folder: Path) -> Listing:
         listing = list_folder(folder)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdbench.data.base import Dataset, Packed
-from kdbench.data.cache import cached
+from kdbench.data.cache import Cache
 from kdbench.data.files import class_names, decode_all, list_folder, resize_and_crop
 from kdbench.data.streaming import Reader
 from kdbench.errors import ConfigError, DataError
@@ -88,13 +88,17 @@ class ImageFolder(Dataset):
 
     def checksum(self) -> str:
         """Returns the digest of the pixels, or, of images that are not held in memory, of names and file sizes."""
-        return self.load().checksum if self.resident else self.listing.fingerprint(times=False)
+        if not self.resident:
+            return self.listing.fingerprint(times=False)
+        return self._cache().checksum() or self.load().checksum
 
     def load(self) -> Packed:
+        return self._cache().load(self._decode)
+
+    def _cache(self) -> Cache:
         identity = [str(self.listing.folder.resolve()), self.size]
         name = f"{self.root.resolve().name}-{self.split}"
-        fingerprint = self.listing.fingerprint()
-        return cached(self.data_root / ".kdbench", name, identity, fingerprint, self.classes, self._decode)
+        return Cache(self.data_root / ".kdbench", name, identity, self.listing.fingerprint(), self.classes)
 
     def _decode(self) -> tuple[Tensor, Tensor]:
         def square(image: Image.Image, _: Path) -> Image.Image:

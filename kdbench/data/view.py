@@ -148,7 +148,7 @@ class View:
         if not read.is_floating_point():
             image = image.div_(255)
         if self.mean is not None and self.std is not None:
-            image = image.sub(self.mean).div_(self.std)
+            image = image.sub_(self.mean).div_(self.std)
         return image
 
     def _laid_out(self, image: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdbench.data.base import content_checksum
-from kdbench.data.cache import cached
+from kdbench.data.cache import Cache
 
 CLASSES = ["cat", "dog"]
 
@@ -28,8 +28,12 @@ class Decoder:
         return self.images, self.labels
 
 
-def load(folder, decode, fingerprint="f", identity=("x",), classes=CLASSES):
-    return cached(folder, "pets-train", list(identity), fingerprint, classes, decode)
+def cache(folder, fingerprint="f", identity=("x",), classes=CLASSES):
+    return Cache(folder, "pets-train", list(identity), fingerprint, classes)
+
+
+def load(folder, decode, **changes):
+    return cache(folder, **changes).load(decode)
 
 
 def packed_file(folder):
@@ -53,6 +57,17 @@ def test_changed_files_make_it_stale(tmp_path, change):
     changed = Decoder(seed=1)
     assert torch.equal(load(tmp_path, changed, **change).images, changed.images)
     assert len(list(tmp_path.glob("*.packed"))) == 1  # the old one was replaced
+
+
+def test_the_checksum_is_known_without_reading_the_images(tmp_path):
+    assert cache(tmp_path).checksum() is None
+    packed = load(tmp_path, Decoder())
+    path = packed_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert cache(tmp_path).checksum() == packed.checksum
+    assert cache(tmp_path, fingerprint="g").checksum() is None
+    path.write_bytes(b"hello")
+    assert cache(tmp_path).checksum() is None
 
 
 def test_splits_of_another_identity_lie_side_by_side(tmp_path):
