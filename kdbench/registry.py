@@ -77,7 +77,9 @@ class Entry:
         return self.doc.strip().split("\n", 1)[0] if self.doc.strip() else ""
 
     def signature(self) -> str:
-        return f"{self.name}({', '.join(str(p) for p in self.parameters.values())})"
+        """As a recipe may write it: without what the framework itself fills in."""
+        injected = self.facts.get("injected", ())
+        return f"{self.name}({', '.join(str(p) for p in self.parameters.values() if p.name not in injected)})"
 
     def load(self) -> Any:
         """Imports the part and returns its class or function."""
