@@ -89,30 +89,33 @@ class _Experiment:
     def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
         self.specs = [{n: describe(c, recipe.data_root) for n, c in s.data.items()} for s in recipe.stages]
-        # The plan comes first: what it finds would otherwise be found after the teacher was trained.
-        self.plans = [
-            plan_stage(stage, specs, recipe, world_size=world.size)
-            for stage, specs in zip(recipe.stages, self.specs, strict=True)
-        ]
-        self.produced = self._teachers()
+        self.teachers = self._teachers()
         self.facts = self._facts()
         self.identity = identity(recipe, self.facts)
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
+        self.plans: list[StagePlan] = []
         self.history = History()
         self.finished: dict[str, int] = {}  # stage -> its steps
 
     # Before training
 
-    def _teachers(self) -> dict[tuple[str, str], Outcome]:
-        """Runs every recipe whose student is somebody's initial weights here; those that are finished cost nothing."""
-        outcomes: dict[tuple[str, str], Outcome] = {}
+    def _teachers(self) -> dict[tuple[str, str], _Experiment]:
+        """The runs whose students are somebody's initial weights here, by stage and role."""
+        found: dict[tuple[str, str], _Experiment] = {}
         for stage in self.recipe.stages:
             for name, role in stage.roles.items():
                 if role.weights is not None and role.weights.recipe is not None:
-                    recipe = provider(role.weights, self.recipe)
                     view = ConsoleView(prefix=f"{name}: ") if self.world.is_main else None
-                    outcomes[stage.name, name] = _Experiment(recipe, self.device, self.world, view).run()
-        return outcomes
+                    told = provider(role.weights, self.recipe)
+                    found[stage.name, name] = _Experiment(told, self.device, self.world, view)
+        return found
+
+    def _plan(self) -> None:
+        """Rehearses every stage: what is found here would otherwise be found after the teacher was trained."""
+        self.plans = [
+            plan_stage(stage, specs, self.recipe, world_size=self.world.size)
+            for stage, specs in zip(self.recipe.stages, self.specs, strict=True)
+        ]
 
     def _facts(self) -> dict[str, Any]:
         """What the results depend on besides the recipe's words: the data, the teachers, files, and a shared batch."""
@@ -122,8 +125,8 @@ class _Experiment:
                 dataset = open_dataset(config, self.recipe.data_root)
                 data[f"{stage.name}.{config.name}"] = dataset.checksum() if hasattr(dataset, "checksum") else ""
         facts: dict[str, Any] = {"data": data}
-        for (stage_name, role), outcome in self.produced.items():
-            facts[f"weights.{stage_name}.{role}"] = outcome.summary["identity"]
+        for (stage_name, role), teacher in self.teachers.items():
+            facts[f"weights.{stage_name}.{role}"] = teacher.identity
         for stage in self.recipe.stages:
             for name, role in stage.roles.items():
                 if role.weights is not None and role.weights.path is not None:
@@ -135,24 +138,37 @@ class _Experiment:
     # The run
 
     def run(self) -> Outcome:
-        main = self.world.is_main
-        with self.folder.lock() if main else contextlib.nullcontext():
-            if self.recipe.fresh and main:
+        """Returns at once when the run is finished; else plans, sees to the teachers, and trains."""
+        if not self.recipe.fresh and self._status() == "finished":
+            return self._told()
+        self._plan()
+        for teacher in self.teachers.values():
+            teacher.run()
+        with self.folder.lock() if self.world.is_main else contextlib.nullcontext():
+            if self.recipe.fresh and self.world.is_main:
                 self.folder.clear()
             self.world.barrier()
-            status = self.world.share(self.folder.status() if main else "")
+            status = self._status()  # another process may have finished it meanwhile
             if status == "finished":
-                return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=main)
-            tracker = Tracker(self.folder.path, main=main, tensorboard=self.recipe.tensorboard, console=self.console)
+                return self._told()
+            tracker = Tracker(
+                self.folder.path, main=self.world.is_main, tensorboard=self.recipe.tensorboard, console=self.console
+            )
             try:
                 return self._train(tracker, resumed=status == "interrupted")
             except UserError as error:
-                if main and self.folder.manifest.exists():
+                if self.world.is_main and self.folder.manifest.exists():
                     with contextlib.suppress(TrainingError):  # no space to say so: the first message stands
                         finish_manifest(self.folder.manifest, "failed", str(error))
                 raise
             finally:
                 tracker.close()
+
+    def _status(self) -> str:
+        return self.world.share(self.folder.status() if self.world.is_main else "")
+
+    def _told(self) -> Outcome:
+        return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=self.world.is_main)
 
     def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
         tree, notice = checkpoint.load(self.folder.last) if resumed else (None, "")
@@ -190,6 +206,7 @@ class _Experiment:
         return sum(self.finished.values())
 
     def reevaluate(self, folder: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
+        self._plan()
         tree, _ = checkpoint.load(folder.last)
         assert tree is not None
         stage, plan = self.recipe.stages[-1], self.plans[-1]
@@ -246,7 +263,7 @@ class _Experiment:
             plan,
             self.world,
             artefacts={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
-            produced={role: o.folder.last for (name, role), o in self.produced.items() if name == stage.name},
+            produced=self._produced(stage),
             channels_last=self._channels_last(),
             say=tracker.notice,
         )
@@ -258,6 +275,21 @@ class _Experiment:
         feed = self._feed(stage, plan, sources)
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=feed.steps_per_epoch, world=self.world)
         return runner, preparation
+
+    def _produced(self, stage: StageConfig) -> dict[str, Path]:
+        """Role -> the checkpoint of the recipe that its weights name."""
+        files = {}
+        for (stage_name, name), teacher in self.teachers.items():
+            weights = stage.roles[name].weights if stage_name == stage.name else None
+            if weights is None:
+                continue
+            files[name] = teacher.folder.last if weights.epoch is None else teacher.folder.epoch(weights.epoch)
+            if not files[name].exists():
+                raise UserError(
+                    f"{weights.place}: {teacher.folder} holds no {files[name].name}; it was trained without keeping "
+                    f"that epoch. Train it anew: kdbench train {weights.recipe} keep_epochs=[{weights.epoch}] fresh=true"
+                )
+        return files
 
     def _feed(self, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
         read = {name: sources[name] for name in dict.fromkeys(plan.layout.sources.values())}
