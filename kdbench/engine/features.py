@@ -103,13 +103,13 @@ class Capture:
             module, hook = model.get_submodule(path), self._hook(path, wanted, overwritten)
             # An input is taken before the module runs: an in-place module overwrites it.
             add = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
-            self.handles.append(add(hook))
+            self.handles.append(add(hook, with_kwargs=True))
 
     def _hook(self, path: str, wanted: list[Feature], overwritten: frozenset[Feature]) -> Any:
         repeated = any(feature.call != 1 for feature in wanted)
         counter = f"{path}/{wanted[0].side}"
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *output: Any) -> None:
             if not self.active:
                 return
             call = 1
@@ -118,7 +118,7 @@ class Capture:
                 self.calls[counter] = call
             for feature in wanted:
                 if feature.call == call and feature not in self.kept:
-                    value = model_output(output[0] if output else inputs)
+                    value = model_output(output[0] if output else (*inputs, *named.values()))
                     self.kept[feature] = value.clone() if feature in overwritten else value
             if self.stop and len(self.kept) == len(self.inner):
                 raise _LastFeature
