@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdbench.config.schedules import Schedule
 from kdbench.config.schema import Edge, Operand, RoleConfig, TermConfig
 from kdbench.engine.distributed import World, gather_rows
-from kdbench.engine.features import OUTPUTS, Capture, Feature
+from kdbench.engine.features import Capture, Feature, find_module
 from kdbench.registry import Entry
 from kdbench.terms.base import Term
 
@@ -45,8 +45,9 @@ class Role(nn.Module):
         self.model = model
         for parameter in model.parameters():
             parameter.requires_grad_(self.learns and parameter.requires_grad)
-        for path in config.freeze:
-            model.get_submodule(path).requires_grad_(False)
+        self.frozen = [find_module(model, path, config.place)[1] for path in config.freeze]
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.capture = Capture(model, features, overwritten=overwritten, stop=True)
         self.train(self.learns)
 
@@ -56,8 +57,8 @@ class Role(nn.Module):
 
     def train(self, mode: bool = True) -> Role:
         super().train(mode and self.learns)
-        for path in self.config.freeze:
-            self.model.get_submodule(path).eval()
+        for module in self.frozen:
+            module.eval()
         return self
 
     def forward(self, value: Tensor) -> dict[Feature, Tensor]:
@@ -312,4 +313,4 @@ def upstream_role(config: RoleConfig) -> str | None:
 def input_address(config: RoleConfig) -> tuple[str, Feature]:
     """The role and the feature that a role's `ROLE:PATH` input names."""
     role, path = config.input.split(":", 1)
-    return role, Feature("logits" if path in OUTPUTS or not path else path)
+    return role, Feature(path or "logits")

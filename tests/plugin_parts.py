@@ -1,0 +1,205 @@
+"""Parts that only tests use, declared as a user's plug-in would: small networks and terms with one property each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor, nn
+
+from kdbench.registry import MODELS, TERMS
+from kdbench.terms.base import Term
+
+CALLS: list[str] = []
+"""Which counted terms and layers ran, in order."""
+
+
+@MODELS.register("t_linear", version=1)
+class OneLinear(nn.Module):
+    """One linear layer on the flattened image."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8, bias: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_channels * image_size**2, num_classes, bias=bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc(image.flatten(1))
+
+
+class Counted(nn.Module):
+    """Identity that notes its call."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, value: Tensor) -> Tensor:
+        CALLS.append(self.name)
+        return value
+
+
+@MODELS.register("t_layers", version=1)
+class Layers(nn.Module):
+    """Three linear layers that note their calls; `norm` and `dropout` stand after the first."""
+
+    def __init__(
+        self,
+        num_classes: int = 4,
+        in_channels: int = 1,
+        image_size: int = 8,
+        hidden: int = 12,
+        norm: str = "",
+        dropout: float = 0.0,
+        label: str = "layers",
+    ) -> None:
+        super().__init__()
+        norms = {"": nn.Identity, "batch": lambda: nn.BatchNorm1d(hidden), "layer": lambda: nn.LayerNorm(hidden)}
+        first = nn.Linear(in_channels * image_size**2, hidden)
+        self.layer1 = nn.Sequential(first, norms[norm](), nn.ReLU(), nn.Dropout(dropout), Counted(f"{label}.layer1"))
+        self.layer2 = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), Counted(f"{label}.layer2"))
+        self.layer3 = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), Counted(f"{label}.layer3"))
+        self.fc = nn.Linear(hidden, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(image.flatten(1)))))
+
+
+@MODELS.register("t_conv", version=1)
+class SmallConv(nn.Module):
+    """Two convolutions with `norm` (group or batch) between them."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, norm: str = "group") -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.norm1 = nn.GroupNorm(2, 8) if norm == "group" else nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.norm2 = nn.GroupNorm(2, 8) if norm == "group" else nn.BatchNorm2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        value = torch.relu(self.norm1(self.conv1(image)))
+        value = torch.relu(self.norm2(self.conv2(value)))
+        return self.fc(self.pool(value).flatten(1))
+
+
+@MODELS.register("t_twice", version=1)
+class Twice(nn.Module):
+    """Calls one layer twice, a layer with a keyword argument, an in-place ReLU, and overwrites a layer's output."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Linear(in_channels * image_size**2, 6)
+        self.shared = nn.Linear(6, 6)
+        self.act = nn.ReLU(inplace=True)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 5)])
+        self.fc = nn.Linear(5, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        value = self.shared(self.shared(self.stem(image.flatten(1))))
+        value = self.act(value)
+        value = self.blocks[0](input=value)
+        value += 1  # overwrites what the block gave
+        return self.fc(self.blocks[1](value))
+
+
+@MODELS.register("t_generator", version=1)
+class Generator(nn.Module):
+    """Noise (batch, latent) to images; the output is a mapping with the entry `image`."""
+
+    def __init__(self, latent: int = 6, in_channels: int = 1, image_size: int = 8, norm: bool = False) -> None:
+        super().__init__()
+        self.shape = (in_channels, image_size, image_size)
+        size = in_channels * image_size**2
+        self.net = nn.Linear(latent, size)
+        self.norm = nn.BatchNorm1d(size) if norm else nn.Identity()
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        value = torch.tanh(self.norm(self.net(z))).unflatten(1, self.shape)
+        return {"first": value.detach() * 0, "image": value}
+
+
+@TERMS.register("t_counted", space="sample")
+class CountedTerm(Term):
+    """Squared logits; notes that it ran."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        CALLS.append("term")
+        return student.square().flatten(1).sum(1)
+
+
+@TERMS.register("t_nan", space="sample")
+class TurnsNaN(Term):
+    """Squared logits until the step `at` (counted from 1), then NaN."""
+
+    def __init__(self, at: int = 5) -> None:
+        super().__init__()
+        self.at = at
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        loss = student.square().sum(1) * 1e-3
+        return torch.where(self.seen >= self.at, torch.nan, loss)
+
+
+@TERMS.register("t_bad_gradient", space="sample")
+class BadGradient(Term):
+    """A finite loss whose gradient is NaN from the step `at` on: sqrt at 0."""
+
+    def __init__(self, at: int = 5) -> None:
+        super().__init__()
+        self.at = at
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        zero = (student - student.detach()).sum(1)
+        return torch.where(self.seen >= self.at, zero.square().sqrt(), zero) + 1.0
+
+
+@TERMS.register("t_scaled", space="sample")
+class Scaled(Term):
+    """Squared logits times a parameter that a schedule may move."""
+
+    def __init__(self, scale: Number = 1.0) -> None:  # noqa: F821 (annotations are read as text)
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student: Tensor) -> Tensor:
+        return self.scale * student.square().sum(1)
+
+
+@TERMS.register("t_owner", space="sample")
+class Owner(Term):
+    """Has a parameter of its own: (student - bias)^2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(()))
+
+    def forward(self, student: Tensor) -> Tensor:
+        return (student - self.bias).square().sum(1)
+
+
+@TERMS.register("t_model", space="model")
+class ModelTerm(Term):
+    """Depends on no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self) -> Tensor:
+        return self.value.square()
+
+
+@TERMS.register("t_picky", space="sample")
+class Picky(Term):
+    """Refuses what it is given, in words."""
+
+    def check_shapes(self, **shapes: Size) -> None:
+        raise ValueError("compares apples only")
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).square().sum(1)
