@@ -124,10 +124,11 @@ class Chain:
     Example: `scheduler: {type: chain, parts: [{type: warmup, over: 5, length: 5}, {type: cosine}]}`.
     """
 
-    def __init__(self, parts: list[dict], by: Literal["epoch", "step"] = "epoch") -> None:
+    def __init__(self, parts: list[dict | str], by: Literal["epoch", "step"] = "epoch") -> None:
         self.by: By = by
         self.parts: list[tuple[Schedule, float | None]] = []
         for part in parts:
+            part = {"type": part} if isinstance(part, str) else part
             params = {key: value for key, value in part.items() if key not in ("type", "length")}
             self.parts.append((SCHEDULES.build(part["type"], {**params, "by": by}), part.get("length")))
 

@@ -1,0 +1,172 @@
+"""Groups under the recipe, overrides over it, through Hydra."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from recipe_texts import KD
+
+from kdbench.config.load import dump_recipe, load_recipe, load_resolved
+from kdbench.config.paths import find_recipe, group_files
+from kdbench.errors import ConfigError
+
+PAIRED = """\
+dataset: cifar100
+protocol: cifar_240_epochs
+pair: own
+terms:
+  ce: {type: cross_entropy}
+  kd: {type: kd}
+"""
+
+
+@pytest.fixture
+def own_pairs(tmp_path: Path) -> None:
+    """Two options of the group `pair` beside the user's recipe."""
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "own.yaml").write_text("teacher: resnet56\nstudent: resnet20\nvars: {layer: layer3}\n")
+    (tmp_path / "pair" / "other.yaml").write_text("teacher: resnet110\nstudent: resnet32\nvars: {layer: layer2}\n")
+
+
+def models(recipe) -> list[str]:
+    return [role.model.type for role in recipe.stages[0].roles.values()]
+
+
+def test_overrides_reach_keys_that_the_recipe_leaves_at_their_default(load):
+    recipe = load(KD, "terms.kd.temperature=2", "terms.ce.label_smoothing=0.1", "seed=7", "clip=1.5")
+    stage = recipe.stages[0]
+    assert (stage.terms["kd"].params["temperature"], stage.terms["ce"].params["label_smoothing"]) == (2, 0.1)
+    assert (recipe.seed, stage.clip) == (7, 1.5)
+
+
+@pytest.mark.parametrize("override", ["~terms.kd", "terms.kd=null"])
+def test_a_term_can_be_removed(load, override: str):
+    assert list(load(KD, override).stages[0].terms) == ["ce"]
+
+
+@pytest.mark.parametrize("override", ["~terms.kdd", "terms.kdd=null"])
+def test_what_is_not_there_cannot_be_removed(fault, override: str):
+    said = fault(KD, override)
+    assert said.startswith(f"override '{override}': there is no 'terms.kdd'") and "Did you mean 'kd'?" in said
+
+
+def test_the_recipe_overrides_its_groups_and_the_command_line_the_recipe(load, own_pairs):
+    recipe = load(PAIRED + "batch_size: 32\n")
+    stage = recipe.stages[0]
+    assert models(recipe) == ["resnet56", "resnet20"]
+    assert (stage.epochs, stage.data["train"].batch_size) == (240, 32)
+    assert load(PAIRED, "batch_size=16").stages[0].data["train"].batch_size == 16
+    assert recipe.choices == {"protocol": "cifar_240_epochs", "pair": "own"}
+
+
+def test_a_group_is_chosen_on_the_command_line(load, own_pairs):
+    recipe = load(PAIRED, "pair=other")
+    assert models(recipe) == ["resnet110", "resnet32"] and recipe.choices["pair"] == "other"
+    assert models(load(PAIRED.replace("pair: own\n", ""), "pair=other")) == ["resnet110", "resnet32"]
+
+
+def test_the_values_of_a_group_are_referred_to(load, own_pairs):
+    text = PAIRED + '  at: {type: at, student: "${vars.layer}", teacher: "${vars.layer}"}\n'
+    assert load(text, "pair=other").stages[0].terms["at"].edges[0].student.path == "layer2"
+
+
+def test_an_unknown_option_names_the_nearest(fault, own_pairs):
+    assert "Did you mean 'other'?" in fault(PAIRED, "pair=othr")
+    said = fault(PAIRED.replace("cifar_240_epochs", "cifar_240_epoch"))
+    assert said.startswith("r.yaml:2 protocol: no protocol") and "Did you mean 'cifar_240_epochs'?" in said
+
+
+def test_a_group_file_cannot_choose_groups(fault, tmp_path: Path, own_pairs):
+    (tmp_path / "pair" / "own.yaml").write_text("protocol: cifar_240_epochs\n")
+    assert fault(PAIRED).startswith("pair/own.yaml:1 protocol: ")
+
+
+def test_places_point_into_the_file_that_said_it(fault, tmp_path: Path, own_pairs):
+    (tmp_path / "pair" / "own.yaml").write_text("student: resnet20\nteacher: {model: resnet56, frezen: true}\n")
+    assert fault(PAIRED).startswith("pair/own.yaml:2 teacher.frezen: unknown key")
+
+
+def test_another_type_in_the_recipe_drops_the_parameters_of_the_group(load, own_pairs):
+    stage = load(PAIRED + "optimizer: {type: AdamW, lr: 1e-3}\n").stages[0]
+    assert (stage.optimizer.type, stage.optimizer.params) == ("AdamW", {"lr": 1e-3})
+    stage = load(PAIRED, "optimizer={type: AdamW, lr: 0.002}").stages[0]
+    assert (stage.optimizer.type, stage.optimizer.params) == ("AdamW", {"lr": 0.002})
+    stage = load(PAIRED, "optimizer.lr=0.01").stages[0]
+    assert (stage.optimizer.type, stage.optimizer.params["momentum"]) == ("SGD", 0.9)
+
+
+def test_steps_on_the_command_line_replace_the_epochs(load):
+    stage = load(KD, "steps=5").stages[0]
+    assert (stage.epochs, stage.steps) == (None, 5)
+
+
+def test_a_bare_name_can_be_given_parameters_by_override(load):
+    recipe = load(KD + "augment: [flip]\n", "dataset.normalize=false", "augment.0.p=0.25")
+    source = recipe.stages[0].data["train"]
+    assert source.dataset.params == {"normalize": False} and source.views["image"][0].params == {"p": 0.25}
+
+
+@pytest.mark.parametrize("override", ["seed=${oc.env:HOME}", "title=${hydra.job.name}", "student._target_=os.system"])
+def test_overrides_cannot_reach_resolvers_or_python(fault, override: str):
+    assert override in fault(KD, override) and "refused" in fault(KD, override)
+
+
+@pytest.mark.parametrize("override", ["seed", "a b", "hydra=3", "=3"])
+def test_what_is_no_override_is_said(fault, override: str):
+    assert fault(KD, override).startswith(f"override '{override}': ")
+
+
+def test_a_sweep_needs_a_multirun(fault):
+    assert fault(KD, "seed=1,2") == "override 'seed=1,2': several values need a multirun; add -m to `kdbench train`."
+
+
+def test_composing_leaves_nothing_behind(load, tmp_path: Path):
+    before = os.getcwd()
+    load()
+    assert os.getcwd() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_the_resolved_recipe_is_a_recipe_by_itself(load, tmp_path: Path, own_pairs):
+    recipe = load(PAIRED, "pair=other", "terms.kd.temperature=2")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").write_text(dump_recipe(recipe))
+    again = load_resolved(tmp_path / "run")
+    assert again.stages == recipe.stages
+    assert (again.name, again.choices, again.path) == (recipe.name, recipe.choices, recipe.path)
+    assert again.resolved == recipe.resolved
+    assert dump_recipe(again).split("origin:")[0] == dump_recipe(recipe).split("origin:")[0]
+
+
+def test_a_folder_without_a_resolved_recipe_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_resolved(tmp_path)
+
+
+def test_every_shipped_group_file_names_its_pair():
+    pairs = group_files("pair", Path("nowhere"))
+    assert len(pairs) >= 7
+    for name, path in pairs.items():
+        text = path.read_text()
+        student, teacher = text.split("student: {model: ")[1].split("}")[0], text.split("  model: ")[1].split("\n")[0]
+        assert name == f"{teacher}_{student}" and f"weights: {{recipe: cifar100/teacher, model: {teacher}}}" in text
+
+
+def test_a_recipe_is_found_by_name_by_path_and_nearest():
+    assert find_recipe("digits/kd")[0] == "digits/kd"
+    Path("mine.yaml").write_text(KD)
+    assert find_recipe("mine.yaml") == ("mine", Path("mine.yaml").resolve())
+    assert find_recipe("./mine") == ("mine", Path("mine.yaml").resolve())
+    with pytest.raises(ConfigError, match=r"Did you mean 'digits/kd'"):
+        find_recipe("digits/kdd")
+    with pytest.raises(ConfigError, match="no recipe"):
+        find_recipe("../configs/protocol/cifar_240_epochs")
+
+
+def test_the_origin_file_survives_json(load):
+    recipe = load()
+    assert json.loads(json.dumps(recipe.resolved)) == recipe.resolved
+    assert load_recipe("r.yaml").stages == recipe.stages

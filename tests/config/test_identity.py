@@ -1,0 +1,95 @@
+"""The short id of a run: what it depends on, and what not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from recipe_texts import KD
+
+from kdbench.config.identity import identity
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "device=cpu",
+        "compile=true",
+        "workers=2",
+        "out=x",
+        "runs=y",
+        "data_root=z",
+        "fresh=true",
+        "tensorboard=false",
+        "title=T",
+        "paper=P",
+        "published=70",
+        "log_every=3",
+        "checkpoint_every={minutes: 2}",
+        "terms.kd.temperature=4.0",
+        "terms.ce.label_smoothing=0.0",
+        "batch_size=64",
+    ],
+)
+def test_how_a_run_is_executed_and_told_makes_no_difference(load, override: str):
+    assert identity(load(KD, override)) == identity(load(KD))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=2",
+        "epochs=4",
+        "batch_size=32",
+        "terms.kd.temperature=2",
+        "terms.kd.weight=0.8",
+        "~terms.ce",
+        "student=digits_cnn",
+        "precision=bf16",
+        "augment=[flip]",
+        "optimizer.lr=0.2",
+        "scheduler=cosine",
+        "label_fraction=50",
+        "validation=0.1",
+        "twin=true",
+        "dataset.normalize=false",
+        "optimizer.groups=[{type: norm, weight_decay: 0}]",
+    ],
+)
+def test_what_changes_the_result_makes_a_difference(load, override: str):
+    assert identity(load(KD, override)) != identity(load(KD))
+
+
+def test_spelling_and_order_make_no_difference(load):
+    other = """\
+terms:
+  - {weight: 0.1, type: cross_entropy}
+  - {weight: 0.9, temperature: 4, type: kd}
+models: {student: {model: {type: digits_mlp}}, teacher: {model: digits_cnn}}
+optimizer: {momentum: 0.9, type: SGD, lr: 1e-1}
+epochs: 3
+dataset: {type: digits}
+"""
+    renamed = KD.replace("  ce:", "  cross_entropy:")
+    assert identity(load(other)) == identity(load(renamed))
+
+
+def test_extras_and_versions_are_part_of_it(load, monkeypatch):
+    from kdbench.registry import TERMS
+
+    recipe = load()
+    before = identity(recipe)
+    assert identity(recipe, {"data": "abc"}) != identity(recipe, {"data": "abd"}) != before
+    monkeypatch.setitem(TERMS.entries["kd"].facts, "version", 2)
+    assert identity(recipe) != before
+
+
+def test_it_is_the_same_in_another_process(load):
+    here = identity(load())
+    code = (
+        "from kdbench.config.load import load_recipe as l; from kdbench.config.identity import identity as i; "
+        "print(i(l('r.yaml')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert told == here and len(here) == 8 and int(here, 16) >= 0
