@@ -286,8 +286,8 @@ class _Experiment:
             files[name] = teacher.folder.last if weights.epoch is None else teacher.folder.epoch(weights.epoch)
             if not files[name].exists():
                 raise UserError(
-                    f"{weights.place}: {teacher.folder} holds no {files[name].name}; it was trained without keeping that "
-                    f"epoch. Train it anew: kdbench train {weights.recipe} keep_epochs=[{weights.epoch}] fresh=true"
+                    f"{weights.place}: {teacher.folder} holds no {files[name].name}: it was trained without keeping "
+                    f"it. Train it anew: kdbench train {weights.recipe} keep_epochs=[{weights.epoch}] fresh=true"
                 )
         return files
 
