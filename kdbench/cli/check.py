@@ -22,7 +22,7 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     Raises:
         ConfigError: anything that training would have failed at before its first step.
     """
-    from kdbench.data.base import describe
+    from kdbench.data.base import describe_all
     from kdbench.engine.device import choose_device, describe_device
     from kdbench.engine.plan import plan_stage
 
@@ -32,7 +32,7 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     device = choose_device(recipe.device)
     plans = []
     for stage in recipe.stages:
-        specs = {name: describe(config, recipe.data_root) for name, config in stage.data.items()}
+        specs = describe_all(stage.data, stage.validation, recipe.data_root)
         plans.append(plan_stage(stage, specs, recipe))
     if brief:
         notes = [note for plan in plans for note in plan.notes]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -163,6 +163,26 @@ def describe(config: SourceConfig, data_root: str) -> SourceSpec:
     if config.subset is not None:
         samples = share(samples, config.subset)
     return SourceSpec(fields_of(config, dataset.shape), len(dataset.classes), samples, dataset.problem)
+
+
+def describe_all(
+    data: Mapping[str, SourceConfig], validation: float | int | None, data_root: str
+) -> dict[str, SourceSpec]:
+    """Describes every source of a stage, less what is held out of `train` for validation.
+
+    Raises:
+        ConfigError: an unknown dataset, parameter, split or augmentation.
+    """
+    from kdbench.data.split import share
+
+    specs = {name: describe(config, data_root) for name, config in data.items()}
+    train = data.get("train")
+    if validation is not None and train is not None:
+        for name, config in data.items():
+            whole = specs[name].samples
+            if whole is not None and config.dataset == train.dataset and config.split == train.split:
+                specs[name] = replace(specs[name], samples=max(whole - share(whole, validation), 0))
+    return specs
 
 
 class Noise:

@@ -15,7 +15,7 @@ import torch
 from kdbench.config.identity import identity
 from kdbench.config.load import dump_recipe, load_recipe, load_resolved
 from kdbench.config.schema import Named, Recipe, StageConfig, Weights
-from kdbench.data.base import SourceSpec, describe, open_dataset
+from kdbench.data.base import SourceSpec, describe_all, open_dataset
 from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
@@ -88,7 +88,7 @@ def reevaluate(
 class _Experiment:
     def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
-        self.specs = [{n: describe(c, recipe.data_root) for n, c in s.data.items()} for s in recipe.stages]
+        self.specs = [describe_all(s.data, s.validation, recipe.data_root) for s in recipe.stages]
         self.teachers = self._teachers()
         self.facts = self._facts()
         self.identity = identity(recipe, self.facts)
