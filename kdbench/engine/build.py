@@ -16,7 +16,7 @@ from kdbench.engine.features import Feature
 from kdbench.engine.network import Network, Role, TermEdge, TermGroup, feature_of, input_address, upstream_role
 from kdbench.errors import ConfigError, Place
 from kdbench.randomness import seeded
-from kdbench.registry import ADAPTERS, MODELS, TERMS, Entry
+from kdbench.registry import ADAPTERS, MODELS, TERMS, Entry, Registry
 
 Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
 """Per-sample shape of every captured feature."""
@@ -74,7 +74,16 @@ def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: Samp
     while root.model is None and root.of is not None:
         root = roles[root.of]
     with seeded(seed, "init", root.name):
-        return MODELS.build(named.type, named.params, named.place, **facts.injected)
+        return _built(MODELS, named.type, named.params, named.place, **facts.injected)
+
+
+def _built(registry: Registry, name: str, params: Mapping[str, Any], place: Place, **injected: Any) -> Any:
+    """Builds a part; what its constructor refuses is told with the place in the recipe."""
+    try:
+        return registry.build(name, params, place, **injected)
+    except ConfigError as error:
+        told = str(error)
+        raise ConfigError(told if told.startswith(str(place)) else f"{place}: {told}") from None
 
 
 def _moving_value(value: Any, device: torch.device, moving: list[tuple[Tensor, Schedule]]) -> Any:
@@ -96,7 +105,7 @@ def _build_adapter(
     place = adapter.place if adapter.place != Place() else operand.place
     with seeded(seed, "term", name, key, "adapter"):
         try:
-            return ADAPTERS.build(adapter.type, adapter.params, place, source=tuple(own), target=tuple(other))
+            return _built(ADAPTERS, adapter.type, adapter.params, place, source=tuple(own), target=tuple(other))
         except ValueError as error:
             raise ConfigError(f"{place}: adapter {adapter.type!r} of term {name!r}: {error}") from None
 
@@ -126,7 +135,7 @@ def build_term(
                     edge.teacher, None, teacher, student, config.name, seed, f"{number}.teacher"
                 )
         with seeded(seed, "term", config.name, number):
-            term = TERMS.build(config.type, params, config.place, **facts.injected)
+            term = _built(TERMS, config.type, params, config.place, **facts.injected)
         seen: dict[str, Size] = {"student": Size((2, *(teacher if adapter and teacher is not None else student)))}
         if teacher is not None:
             seen["teacher"] = Size((2, *(student if teacher_adapter else teacher)))
