@@ -114,8 +114,8 @@ class TermGroup(nn.Module):
         if self.config.where is not None:
             masks.append(fields[self.config.where])
         result = None
-        for mask in masks:
-            result = mask if result is None else result & mask
+        for mask in masks:  # rows first: a mask of rows holds for every token of the row
+            result = mask if result is None else _spread(result, mask) & mask
         return result
 
     def count(self, window: Sequence[Mapping[str, Tensor]], world: World) -> Count:
@@ -123,9 +123,10 @@ class TermGroup(nn.Module):
         masks = [self.mask(fields) for fields in window]
         if all(mask is None for mask in masks):
             return sum(next(iter(fields.values())).shape[0] for fields in window) * world.size
+        rows = [next(iter(fields.values())) for fields in window]
         counts = [
-            mask.sum() if mask is not None else torch.tensor(next(iter(fields.values())).shape[0])
-            for mask, fields in zip(masks, window, strict=True)
+            mask.sum() if mask is not None else torch.full((), len(row), dtype=torch.int64, device=row.device)
+            for mask, row in zip(masks, rows, strict=True)
         ]
         return world.sum_(torch.stack(counts).sum()).clamp(min=1)
 
