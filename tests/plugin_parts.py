@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor, nn
 
+from kdbench.errors import ConfigError
 from kdbench.registry import MODELS, TERMS
 from kdbench.terms.base import Term
 
@@ -203,3 +204,12 @@ class Picky(Term):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return (student - teacher).square().sum(1)
+
+
+@MODELS.register("t_refusing", version=1)
+class Refusing(nn.Module):
+    """Refuses its parameters, as networks of a fixed depth do."""
+
+    def __init__(self, depth: int = 9) -> None:
+        super().__init__()
+        raise ConfigError(f"t_refusing: depth must be 6n + 2, got {depth}")

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdbench.config.schema import Recipe, RoleConfig, StageConfig, UpdateConfig
-from kdbench.data.base import SourceSpec
+from kdbench.config.schema import Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
+from kdbench.data.base import SourceSpec, describe
+from kdbench.data.split import share
 from kdbench.engine.build import Layout, SampleFacts, build_model, build_network, role_order, wanted_features
 from kdbench.engine.features import Feature, find_module, model_output
 from kdbench.engine.network import Batch, Network, input_address, upstream_role
 from kdbench.engine.trace import ModuleCall, trace
-from kdbench.errors import ConfigError
+from kdbench.errors import ConfigError, nearest
+from kdbench.registry import TERMS
 
 META = torch.device("meta")
 ROWS = 2  # of the rehearsal's batch: BatchNorm refuses one
@@ -108,15 +110,20 @@ def plan_stage(
     facts = {name: _sample_facts(name, sources[name], stage, specs) for name in order}
     features = wanted_features(stage, terms, order)
     layout = Layout(order, {n: tuple(f) for n, f in features.items()}, terms, sources, facts)
+    for name in terms:
+        _check_reads(stage.terms[name], sources, specs)
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
+    if not terms and stage.terms and (stage.epochs or stage.steps):
+        zero = next(iter(stage.terms.values()))
+        raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
 
     device = META
     models, calls, device = _build_models(stage, layout, recipe.seed)
     layout, flops = _with_shapes(stage, layout, models, calls, specs, device)
     network = build_network(stage, layout, seed=recipe.seed, device=device, models=models)
     updates, saved = _rehearse(network, stage, layout, specs, device)
-    _check_last_batch(network, stage, layout, specs, device, world_size)
+    _check_last_batch(network, stage, layout, specs, device, recipe, world_size)
 
     roles = {}
     for name in order:
@@ -165,9 +172,32 @@ def _sample_facts(name: str, source: str, stage: StageConfig, specs: Mapping[str
     return SampleFacts(spec.classes, tuple(shape) or None)
 
 
-def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
-    from kdbench.registry import TERMS
+def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Mapping[str, SourceSpec]) -> None:
+    """What a term reads besides its operands must be fields of the source that its student sees."""
+    entry = TERMS.entry(config.type)
+    what = f"term {config.name!r} ({config.type})"
+    for edge in config.edges:
+        source = sources[edge.student.role]
+        fields = specs[source].fields
+        own = {"student", "teacher", "mask", "weight", *entry.optional_inputs}
+        for name in (name for name in entry.inputs if name not in own and name not in fields):
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{config.place}: {what} reads {name!r}, which source {source!r} has not; it has {known}")
+        if config.where is not None and fields.get(config.where, ((), ""))[1] != "bool":
+            masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
+            hint = nearest(config.where, masks) if masks else " It has none."
+            raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
+        if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
+            continue
+        other = sources[edge.teacher.role]
+        if other != source:
+            raise ConfigError(
+                f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
+                f"{edge.teacher} sees {other!r}"
+            )
 
+
+def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
     for name in terms:
         config = stage.terms[name]
         if TERMS.entry(config.type).facts.get("space") == "batch":
@@ -286,15 +316,18 @@ def _rehearse(
     rows = dict.fromkeys(set(layout.sources.values()), ROWS)
     batch = meta_batch(specs, rows, device)
     updates = []
-    saved = 0
+    most = 0
+    own = {_storage(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}  # storage -> its bytes: two operations that keep the same tensor keep it once
 
     def keep(tensor: Tensor) -> Tensor:
-        nonlocal saved
-        saved += tensor.numel() * tensor.element_size()
+        if _storage(tensor) not in own:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     for update in all_updates(stage, layout.terms):
         network.zero_grad(set_to_none=True)
+        saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = forward_in_words(network, stage, batch, update)
         if not total.requires_grad:
@@ -302,6 +335,7 @@ def _rehearse(
             raise ConfigError(
                 f"{update.place}: nothing to update: no term of {what} reaches a parameter of {models} that trains"
             )
+        most = max(most, sum(saved.values()))
         total.backward()
         owned = {f"{role}.{n}": p for role in update.models for n, p in network.role(role).model.named_parameters()}
         owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
@@ -309,7 +343,11 @@ def _rehearse(
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
         updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached)))
     network.zero_grad(set_to_none=True)
-    return tuple(updates), saved
+    return tuple(updates), most
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def forward_in_words(network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig) -> Tensor:
@@ -330,13 +368,16 @@ def _check_last_batch(
     layout: Layout,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
+    recipe: Recipe,
     world_size: int,
 ) -> None:
     """A batch of one row, as it may come at the end of an epoch, must not stop the run after hours."""
+    apart = 1 if stage.sync_batchnorm else world_size  # how many share a batch, each with its own statistics
     for source in set(layout.sources.values()):
-        samples, size = specs[source].samples, stage.data[source].batch_size
-        rest = None if samples is None else samples % (size * world_size)
-        if size > 1 and rest != 1:
+        size = stage.data[source].batch_size * world_size
+        samples = _samples(source, stage, specs, recipe)
+        rest = 0 if samples is None else samples % size
+        if size > apart and not 0 < rest <= apart:
             continue
         rows = {name: (1 if name == source else ROWS) for name in set(layout.sources.values())}
         for update in all_updates(stage, layout.terms):
@@ -345,11 +386,22 @@ def _check_last_batch(
                     meta_batch(specs, rows, device), dict.fromkeys(update.terms, 1), update.terms, update.models, 1.0
                 )
             except ValueError as error:
-                why = f"batch_size {size}" if size == 1 else f"{samples} samples in batches of {size * world_size}"
+                why = f"batch_size {size // world_size}" if size <= apart else f"{samples} samples in batches of {size}"
                 raise ConfigError(
                     f"{stage.data[source].place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
                     f"({error}). Choose another batch_size."
                 ) from None
+
+
+def _samples(source: str, stage: StageConfig, specs: Mapping[str, SourceSpec], recipe: Recipe) -> int | None:
+    """How many samples a source gives, those left out that are held out for validation."""
+    config, train = stage.data[source], stage.data.get("train")
+    apart = train is None or (config.dataset, config.split) != (train.dataset, train.split)
+    if stage.validation is None or apart or specs[source].samples is None:
+        return specs[source].samples
+    whole = describe(replace(config, subset=None), recipe.data_root).samples or 0
+    left = whole - share(whole, stage.validation)
+    return left if config.subset is None else share(left, config.subset)
 
 
 def _last_feature(calls: list[ModuleCall], features: list[Feature]) -> str | None:
