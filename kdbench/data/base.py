@@ -180,7 +180,8 @@ def describe_all(
     if validation is not None and train is not None:
         for name, config in data.items():
             whole = specs[name].samples
-            if whole is not None and config.dataset == train.dataset and config.split == train.split:
+            same = (config.dataset.type, config.dataset.params) == (train.dataset.type, train.dataset.params)
+            if whole is not None and same and config.split == train.split:
                 specs[name] = replace(specs[name], samples=max(whole - share(whole, validation), 0))
     return specs
 

@@ -28,7 +28,7 @@ from kdbench.engine.prepare import Preparation
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed, History, Training
 from kdbench.errors import TrainingError, UserError
-from kdbench.files import read_json, write_json
+from kdbench.files import read_json, write_atomic, write_json
 from kdbench.results.console import ConsoleView
 from kdbench.results.folder import RunFolder
 from kdbench.results.judge import Judge
@@ -96,6 +96,7 @@ class _Experiment:
         self.plans: list[StagePlan] = []
         self.history = History()
         self.finished: dict[str, int] = {}  # stage -> its steps
+        self.opened: list[Source] = []
 
     # Before training
 
@@ -163,20 +164,31 @@ class _Experiment:
                 raise
             finally:
                 tracker.close()
+                for source in self.opened:
+                    source.close()
 
     def _status(self) -> str:
-        return self.world.share(self.folder.status() if self.world.is_main else "")
+        """How far this run has come.
+
+        Raises:
+            UserError: the folder holds another run, or something that is no run.
+        """
+        status = ""
+        if self.world.is_main:
+            status = self.folder.status()
+            told = read_json(self.folder.manifest).get("identity") if status != "new" else self.identity
+            if told != self.identity:
+                raise UserError(
+                    f"{self.folder} holds another run (identity {told}, this one is {self.identity}). Choose another "
+                    "folder with out=DIR, or start anew with fresh=true."
+                )
+        return self.world.share(status)
 
     def _told(self) -> Outcome:
         return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=self.world.is_main)
 
     def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
         tree, notice = checkpoint.load(self.folder.last) if resumed else (None, "")
-        if tree is not None and tree["identity"] != self.identity:
-            raise UserError(
-                f"{self.folder} holds another run (identity {tree['identity']}, this one is {self.identity}). "
-                "Choose another folder with out=DIR, or start anew with fresh=true."
-            )
         if tree is not None:
             tracker.load_state_dict(tree["tracker"])
             self.history = History(**tree["history"])
@@ -225,7 +237,7 @@ class _Experiment:
 
     def _announce(self, tracker: Tracker, tree: Mapping[str, Any] | None, notice: str) -> None:
         if self.world.is_main:
-            (self.folder.recipe).write_text(dump_recipe(self.recipe), encoding="utf-8")
+            write_atomic(self.folder.recipe, dump_recipe(self.recipe).encode())
             changes = write_manifest(
                 self.folder.manifest,
                 recipe=self.recipe,
@@ -376,7 +388,20 @@ class _Experiment:
     # Facts
 
     def _sources(self, stage: StageConfig) -> dict[str, Source]:
-        return stage_sources(self.recipe, stage, self.device, self.world, self._channels_last())
+        sources = build_sources(
+            stage.data,
+            validation=stage.validation,
+            seed=self.recipe.seed,
+            device=self.device,
+            data_root=self.recipe.data_root,
+            rank=self.world.rank,
+            world=self.world.size,
+            workers=self.recipe.workers,
+            dtype=torch.float64 if stage.precision == "float64" else torch.float32,
+            channels_last=self._channels_last(),
+        )
+        self.opened += sources.values()
+        return sources
 
     def _channels_last(self) -> bool:
         return uses_channels_last(self.recipe, self.specs[0])
@@ -468,24 +493,6 @@ def _override_value(model: Any) -> str:
     if isinstance(model, list | tuple):
         return "[" + ",".join(_override_value(v) for v in model) + "]"
     return "null" if model is None else str(model).lower() if isinstance(model, bool) else str(model)
-
-
-def stage_sources(
-    recipe: Recipe, stage: StageConfig, device: torch.device, world: World, channels_last: bool
-) -> dict[str, Source]:
-    """Opens the sources of a stage."""
-    return build_sources(
-        stage.data,
-        validation=stage.validation,
-        seed=recipe.seed,
-        device=device,
-        data_root=recipe.data_root,
-        rank=world.rank,
-        world=world.size,
-        workers=recipe.workers,
-        dtype=torch.float64 if stage.precision == "float64" else torch.float32,
-        channels_last=channels_last,
-    )
 
 
 def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
