@@ -26,10 +26,8 @@ def load_plugins(modules: Iterable[str] = ()) -> None:
         ConfigError: there is no such module, or it declares a name that is taken.
     """
     named = [*(m for m in os.environ.get(_VARIABLE, "").split(",") if m), *modules]
-    if named:
-        os.environ[_VARIABLE] = ",".join(dict.fromkeys(named))
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a module beside the user, as `python -m` would find it
+    if named and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a module beside the user, as `python -m` would find it
     for module in dict.fromkeys([*(point.value for point in entry_points(group=GROUP)), *named]):
         if module in _loaded:
             continue
@@ -39,3 +37,5 @@ def load_plugins(modules: Iterable[str] = ()) -> None:
         except (ImportError, SyntaxError) as error:
             raise ConfigError(f"plug-in {module!r} cannot be read: {error}") from error
         _loaded.add(module)
+    if named:
+        os.environ[_VARIABLE] = ",".join(dict.fromkeys(named))

@@ -79,6 +79,11 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in ("config_path", "config_name", "experimental_rerun"):
         if getattr(flags, flag) is not None:
             raise ConfigError(f"kdbench train: --{flag.replace('_', '-')} has no use here; the recipe is the config.")
+    asked = [f"--{flag.replace('_', '-')}" for flag in (*_TELLING, "multirun", "run") if getattr(flags, flag)]
+    if len(asked) > 1:
+        raise ConfigError(f"kdbench train: {' and '.join(asked)} exclude each other.")
+    if flags.resolve and not flags.cfg:
+        raise ConfigError("kdbench train: --resolve belongs to --cfg.")
     return flags, flags.overrides
 
 

@@ -243,6 +243,7 @@ def composed_job(config: Any, folder: Path, hydra_config: Any) -> Composed:
 def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> Composed:
     """Turns Hydra's config into plain data with places, and takes out what no layer above meant to keep."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
 
     choices = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
     recorded = {g: str(c) for g, c in origin["choices"].items()}
@@ -271,7 +272,14 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
         if fault:
             faults.add(place_of(places, key), fault)
     faults.raise_any(origin["file"])
-    resolved: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    try:
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    except InterpolationResolutionError as error:
+        key = str(error.full_key)
+        value = dict(leaves(raw)).get(key, key)
+        known = nearest(str(value).strip("${}"), [name for name, _ in leaves(raw)])
+        said = f"{value!r} refers to a key that does not exist, or back to itself.{known}"
+        raise ConfigError(f"{place_of(places, key)}: {said}") from None
     for group in (*GROUPS, "origin"):
         resolved.pop(group, None)
     resolved = expand(resolved)

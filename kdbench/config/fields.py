@@ -146,7 +146,7 @@ def named(
         return None
     params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
     type_key = f"{key}.type" if f"{key}.type" in context.places else key
-    checked = parameters(context, registry, kind, params, key, type_key, injected, reserved)
+    checked = parameters(context, registry, kind, params, key, type_key, injected, ("type", *reserved))
     return None if checked is None else Named(type=kind, params=checked, place=context.place(key))
 
 

@@ -127,8 +127,8 @@ class Chain:
     def __init__(self, parts: list[dict | str], by: Literal["epoch", "step"] = "epoch") -> None:
         self.by: By = by
         self.parts: list[tuple[Schedule, float | None]] = []
-        for part in parts:
-            part = {"type": part} if isinstance(part, str) else part
+        spelled: list[dict[str, Any]] = [{"type": part} if isinstance(part, str) else part for part in parts]
+        for part in spelled:
             params = {key: value for key, value in part.items() if key not in ("type", "length")}
             self.parts.append((SCHEDULES.build(part["type"], {**params, "by": by}), part.get("length")))
 

@@ -1,0 +1,317 @@
+"""What bad input gets, as far as the loader sees it: where, what was expected, and the nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdbench.config.load import load_recipe
+from kdbench.errors import ConfigError
+
+GOOD = """\
+dataset: digits
+teacher: {model: digits_cnn}
+student: {model: digits_mlp}
+epochs: 3
+batch_size: 64
+optimizer: {type: SGD, lr: 0.1}
+scheduler: {type: step, milestones: [1, 2]}
+augment: [{type: crop, padding: 1}]
+terms:
+  ce: {type: cross_entropy, weight: 0.1}
+  kd: {type: kd, temperature: 4, weight: 0.9}
+"""
+STAGED = """\
+dataset: digits
+optimizer: {type: SGD, lr: 0.1}
+teacher: {model: digits_cnn}
+student: {model: digits_cnn}
+stages:
+  hint: {epochs: 1, terms: {hint: {type: hint, student: layer2, teacher: layer2}}}
+  kd:
+    epochs: 2
+    student: {weights: {stage: hint}}
+    terms: {kd: {type: kd}}
+"""
+
+
+def said(text: str, *overrides: str) -> str:
+    Path("r.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("r.yaml", overrides)
+    return str(caught.value)
+
+
+def test_the_recipes_that_are_spoilt_below_are_good():
+    for text in (GOOD, STAGED):
+        Path("r.yaml").write_text(text)
+        load_recipe("r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "place", "hint"),
+    [
+        # a misspelt key, anywhere
+        ("optimizer:", "optimiser:", "r.yaml:6 optimiser: unknown key", "Did you mean 'optimizer'?"),
+        ("{model: digits_mlp}", "{modle: digits_mlp}", "r.yaml:3 student.modle: unknown key", "Did you mean 'model'?"),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, frozn: true}",
+            "r.yaml:2 teacher.frozn: unknown key",
+            "Did you mean 'frozen'?",
+        ),
+        ("weight: 0.9", "wieght: 0.9", "r.yaml:11 terms.kd.wieght: ", "Did you mean 'weight'?"),
+        ("lr: 0.1", "l_r: 0.1", "r.yaml:6 optimizer.l_r: ", "Did you mean 'lr'?"),
+        ("milestones:", "milestone:", "r.yaml:7 scheduler.milestone: ", "Did you mean 'milestones'?"),
+        ("padding: 1", "pading: 1", "r.yaml:8 augment.0.pading: ", "Did you mean 'padding'?"),
+        # a parameter that does not exist
+        ("temperature: 4", "temprature: 4", "r.yaml:11 terms.kd.temprature: ", "Did you mean 'temperature'?"),
+        # unknown names
+        ("dataset: digits", "dataset: digit", "r.yaml:1 dataset: no dataset 'digit'", "Did you mean 'digits'?"),
+        ("digits_mlp", "digits_mpl", "r.yaml:3 student.model: no model 'digits_mpl'", "Did you mean 'digits_mlp'?"),
+        ("type: kd,", "type: kdd,", "r.yaml:11 terms.kd.type: no term 'kdd'", "Did you mean 'kd'?"),
+        ("type: SGD", "type: SDG", "r.yaml:6 optimizer.type: no optimizer 'SDG'", "Did you mean 'SGD'?"),
+        ("type: step", "type: stp", "r.yaml:7 scheduler.type: no schedule 'stp'", "Did you mean 'step'?"),
+        ("type: crop", "type: crp", "r.yaml:8 augment.0.type: no augmentation 'crp'", "Did you mean 'crop'?"),
+        # wrong types and ranges
+        ("epochs: 3", "epochs: three", "r.yaml:4 epochs: ", "must be a whole number, got 'three'"),
+        ("epochs: 3", "epochs: 2.5", "r.yaml:4 epochs: ", "must be a whole number, got 2.5"),
+        ("epochs: 3", "epochs: true", "r.yaml:4 epochs: ", "must be a whole number, got True"),
+        ("epochs: 3", "epochs: -1", "r.yaml:4 epochs: ", "must be 0 or more, got -1"),
+        ("batch_size: 64", "batch_size: 0", "r.yaml:5 batch_size: ", "must be 1 or more, got 0"),
+        ("temperature: 4", "temperature: hot", "r.yaml:11 terms.kd.temperature: ", "a number or a schedule, got 'hot'"),
+        ("weight: 0.9", "weight: [1]", "r.yaml:11 terms.kd.weight: ", "a finite number or a schedule"),
+        ("weight: 0.9", "weight: .nan", "r.yaml:11 terms.kd.weight: ", "a finite number or a schedule"),
+        ("padding: 1", "padding: 1.5", "r.yaml:8 augment.0.padding: ", "padding must be a whole number, got 1.5"),
+        ("[1, 2]", "[2, 1]", "r.yaml:7 scheduler.milestones: ", "must rise"),
+        ("lr: 0.1", "lr: fast", "r.yaml:6 optimizer.lr: ", "lr must be a number, got 'fast'"),
+        ("dataset: digits", "dataset: [digits]", "r.yaml:1 dataset: ", "a dataset is a name or {type: NAME"),
+        ("  ce: {type: cross_entropy, weight: 0.1}", "  ce: 3", "r.yaml:10 terms.ce: ", "must be a mapping, got 3"),
+        # a schedule where none can stand, or with a fault of its own
+        (
+            "weight: 0.9",
+            "weight: {type: liner, over: 2}",
+            "r.yaml:11 terms.kd.weight.type: no schedule 'liner'",
+            "Did you mean 'linear'?",
+        ),
+        (
+            "weight: 0.9",
+            "weight: {type: linear, ovr: 2}",
+            "r.yaml:11 terms.kd.weight.ovr: schedule 'linear' has no parameter",
+            "Did you mean 'over'?",
+        ),
+        ("lr: 0.1", "lr: {type: cosine}", "r.yaml:6 optimizer.lr: ", "lr cannot follow a schedule"),
+        # the wiring
+        (
+            "teacher: {model: digits_cnn}\n",
+            "",
+            "r.yaml:10 terms.kd: term 'kd' reads a teacher, but the recipe has no role `teacher`",
+            "Add `teacher:",
+        ),
+        ("type: kd,", "type: kd, teacher: 'techer:fc',", "r.yaml:11 terms.kd.teacher: no role 'techer'", "'teacher'?"),
+        ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "say which feature of the teacher"),
+        ("type: kd,", "type: at,", "r.yaml:11 terms.kd: term 'at' compares features", "such as `student: layer3`"),
+        (
+            "type: kd,",
+            "type: kd, student: 'a b',",
+            "r.yaml:11 terms.kd.student: 'a b' is no address",
+            "write ROLE:PATH",
+        ),
+        (
+            "type: kd,",
+            "type: kd, student: [layer1, layer2], teacher: [layer1],",
+            "r.yaml:11 terms.kd.teacher: the list has 1 operands, but `student` has 2",
+            "element i goes with element i",
+        ),
+        ("type: kd,", "type: kd, teacher: others,", "r.yaml:11 terms.kd.teacher: `others`", "list of two or more"),
+        (
+            "type: cross_entropy,",
+            "type: cross_entropy, teacher: teacher,",
+            "r.yaml:10 terms.ce.teacher: term 'cross_entropy' reads no teacher",
+            "Remove it",
+        ),
+        (
+            "{model: digits_mlp}",
+            "{model: digits_mlp, input: trin.image}",
+            "r.yaml:3 student.input: no source 'trin'",
+            "Did you mean 'train'?",
+        ),
+        (
+            "{model: digits_mlp}",
+            "{model: digits_mlp, input: 'teacher:fc'}\nmodels: {teacher: x}",
+            "r.yaml:2 teacher: role 'teacher' is given twice",
+            "keep one of them",
+        ),
+        (
+            "{model: digits_mlp}",
+            "{model: digits_mlp, frozen: true}",
+            "r.yaml: nothing trains",
+            "every role is frozen",
+        ),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, ema: studnt}",
+            "r.yaml:2 teacher.ema: no role 'studnt' to follow",
+            "Did you mean 'student'?",
+        ),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, weights: {recipe: digits/techer}}",
+            "r.yaml:2 teacher.weights.recipe: no recipe 'digits/techer'",
+            "Did you mean 'digits/teacher'?",
+        ),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, weights: {recipe: r.yaml}}",
+            "r.yaml:2 teacher.weights.recipe: the recipe would need its own result",
+            "r.yaml",
+        ),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, weights: {path: x, stage: y}}",
+            "r.yaml:2 teacher.weights: weights need exactly one of",
+            "got stage and path",
+        ),
+        (
+            "{model: digits_cnn}",
+            "{model: digits_cnn, weights: {recipe: digits/teacher, strip: x}}",
+            "r.yaml:2 teacher.weights.strip: belongs to `path:`",
+            "not to `recipe:`",
+        ),
+    ],
+)
+def test_one_mistake_in_a_recipe(right: str, wrong: str, place: str, hint: str):
+    assert right in GOOD
+    text = said(GOOD.replace(right, wrong, 1))
+    # A misspelt key may be missed elsewhere too (no optimizer, no model); its own line must be there.
+    lines = [line for line in text.splitlines() if line.startswith(place)]
+    assert lines and hint in lines[0], text
+
+
+@pytest.mark.parametrize(
+    ("added", "place", "hint"),
+    [
+        ("label_fraction: 1.5", "r.yaml:12 label_fraction: ", "a share above 0 up to 1, or a whole number"),
+        ("validation: 1", "r.yaml:12 validation: ", "must be a share below 1"),
+        ("validation: -0.1", "r.yaml:12 validation: ", "a share above 0"),
+        ("precision: bf61", "r.yaml:12 precision: ", "Did you mean 'bf16'?"),
+        ("device: gpu", "r.yaml:12 device: ", "auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
+        ("ema: 1.0", "r.yaml:12 ema: ", "between 0 and 1"),
+        ("clip: 0", "r.yaml:12 clip: ", "above 0"),
+        ("steps: 3", "r.yaml:12 steps: ", "give `epochs` or `steps`, not both"),
+        ("export: studnt", "r.yaml:12 export: no role 'studnt'", "Did you mean 'student'?"),
+        ("metrics: [topp1]", "r.yaml:12 metrics.0: no metric 'topp1'", "Did you mean 'top1'?"),
+        ("checkpoint_every: {hours: 1}", "r.yaml:12 checkpoint_every.hours: unknown key", "minutes, steps"),
+        ("checkpoint_every: {steps: 0}", "r.yaml:12 checkpoint_every.steps: ", "1 or more"),
+        ("published: {top: 70}", "r.yaml:12 published.top: unknown key", "Did you mean 'top1'?"),
+        ("published: {top1: 70, epoch: lst}", "r.yaml:12 published.epoch: ", "Did you mean 'last'?"),
+        ("published: 170", "r.yaml:12 published.top1: ", "a percentage"),
+        ("protocol: cifar", "r.yaml:12 protocol: no protocol 'cifar'", "cifar_240_epochs"),
+        ("data: {eval: {spilt: test}}", "r.yaml:12 data.eval.spilt: unknown key", "Did you mean 'split'?"),
+        ("data: {extra: {dataset: digts}}", "r.yaml:12 data.extra.dataset: no dataset 'digts'", "'digits'?"),
+        ("data: {noise: {type: gaussian, shap: [1]}}", "r.yaml:12 data.noise.shap: ", "Did you mean 'shape'?"),
+        ("models: {m: {ema: student, decy: 0.9}}", "r.yaml:12 models.m.decy: unknown key", "Did you mean 'decay'?"),
+        ("models: {a: {ema: b}, b: {ema: a}}", "r.yaml:12 models.a.ema: roles follow each other", "a -> b -> a"),
+        (
+            "models: {a: {model: digits_mlp, input: 'b:x'}, b: {model: digits_mlp, input: 'a:x'}}",
+            "r.yaml:12 models.a.input: roles see each other's outputs in a circle",
+            "a -> b -> a",
+        ),
+        ("models: {a: {input: train.image}}", "r.yaml:12 models.a: role 'a' needs a `model`", "kdbench list models"),
+        ("models: {m: {model: digits_mlp, input: imge}}", "r.yaml:12 models.m.input: source 'train' has no", "image"),
+        (
+            "updates: [{models: [studnt], terms: [kd]}]",
+            "r.yaml:12 updates.0.models: no role",
+            "Did you mean 'student'?",
+        ),
+        (
+            "updates: [{models: [teacher], terms: [kd]}]",
+            "r.yaml:12 updates.0.models: role 'teacher' is frozen",
+            "moves",
+        ),
+        ("updates: [{models: [student], terms: [kdd]}]", "r.yaml:12 updates.0.terms: no term 'kdd'", "'kd'?"),
+        ("updates: [{models: [student]}]", "r.yaml:12 updates.0: an update needs `terms`", "a list of names"),
+        ("updates: [{model: student, terms: [kd]}]", "r.yaml:12 updates.0.model: unknown key", "'models'?"),
+        ("stages: {}", "r.yaml:12 stages: ", "must be a mapping of stage names"),
+        ("title: ???", "r.yaml:12 title: has no value yet", "give it on the command line"),
+        ("width: 3", "r.yaml:12 width: unknown key 'width'", "Near it"),
+        # YAML's traps and what a recipe may not reach for
+        ("seed: 010", "r.yaml:12 seed: ", "YAML reads it as 8"),
+        ("seed: 1:30", "r.yaml:12 seed: ", "YAML reads it as 90"),
+        ("compile: on", "r.yaml:12 compile: ", "write true"),
+        ("epochs: 4", "r.yaml:12 epochs: the key 'epochs' is given twice", "first on line 4"),
+        ("hydra: {run: {dir: /}}", "r.yaml:12 hydra: ", "is refused"),
+        ("title: ${oc.env:HOME}", "r.yaml:12 title: ", "is refused"),
+        ("vars: {a: {_target_: os.system}}", "r.yaml:12 vars.a._target_: ", "is refused"),
+        ("title: !!python/name:os.system", "r.yaml:12 title: ", "is refused"),
+        ("title: ${optimizer.l_r}", "r.yaml:12 title: ", "Did you mean 'optimizer.lr'?"),
+        ("title: ${title}", "r.yaml:12 title: ", "back to itself"),
+    ],
+)
+def test_one_bad_line_more(added: str, place: str, hint: str):
+    text = said(f"{GOOD}{added}\n")
+    lines = [line for line in text.splitlines() if line.startswith(place)]
+    assert lines and hint in lines[0], text
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "place", "hint"),
+    [
+        ("{stage: hint}", "{stage: hnt}", "r.yaml:9 stages.kd.student.weights: stage 'hnt' does not exist", "'hint'?"),
+        ("{stage: hint}", "{stage: kd}", "r.yaml:9 stages.kd.student.weights: stage 'kd' comes later", "hint"),
+        ("{stage: hint}", "{stage: hint, role: stdent}", "r.yaml:9 stages.kd.student.weights: stage", "'student'?"),
+        ("epochs: 2", "epoch: 2", "r.yaml:8 stages.kd.epoch: unknown key", "Did you mean 'epochs'?"),
+        ("epochs: 2", "seed: 2", "r.yaml:8 stages.kd.seed: ", "belongs to the top level"),
+        ("{kd: {type: kd}}", "{kd: {type: kd, tau: 1}}", "r.yaml:10 stages.kd.terms.kd.tau: ", "temperature"),
+    ],
+)
+def test_one_mistake_in_a_stage(right: str, wrong: str, place: str, hint: str):
+    assert right in STAGED
+    text = said(STAGED.replace(right, wrong, 1))
+    lines = [line for line in text.splitlines() if line.startswith(place)]
+    assert lines and hint in lines[0], text
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("terms.kd.temprature=2", "Did you mean 'temperature'?"),
+        ("terms.kd.temperature=hot", "must be a number or a schedule, got 'hot'"),
+        ("student.model=digits_mpl", "Did you mean 'digits_mlp'?"),
+        ("optimizer.typ=AdamW", "Did you mean 'type'?"),
+        ("batchsize=3", "Did you mean 'batch_size'?"),
+        ("epochs=010", "must be a whole number, got '010'"),
+        ("pair=resnet32x4_resnet8x", "Did you mean 'resnet32x4_resnet8x4'?"),
+        ("~terms.dk", "Did you mean 'kd'?"),
+        ("+seed=x", "must be a whole number, got 'x'"),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override(override: str, hint: str):
+    lines = [
+        line for line in said(GOOD, override).splitlines() if line.startswith(f"override '{override.lstrip('+')}'")
+    ]
+    assert lines and hint in lines[0]
+
+
+def test_epochs_on_the_command_line_do_not_vanish_under_stages():
+    assert "every stage sets its own; write stages.hint.epochs=" in said(STAGED, "epochs=1")
+
+
+def test_all_mistakes_are_told_at_once():
+    text = GOOD.replace("digits\n", "digit\n").replace("temperature", "temprature").replace("type: SGD", "type: SDG")
+    lines = said(text).splitlines()
+    assert lines[0] == "r.yaml has 3 mistakes:"
+    assert [line.split(" ")[0] for line in lines[1:]] == ["r.yaml:1", "r.yaml:6", "r.yaml:11"]
+
+
+def test_a_mistake_above_the_stages_is_told_once():
+    assert said(STAGED.replace("lr:", "l_r:")).count("l_r") == 2  # the key, and the name of the parameter
+
+
+def test_a_missing_file_and_a_folder_are_told():
+    with pytest.raises(ConfigError, match=r"no recipe 'nowhere\.yaml'"):
+        load_recipe("nowhere.yaml")
+    Path("d.yaml").mkdir()
+    with pytest.raises(ConfigError, match="no recipe"):
+        load_recipe("d.yaml")
