@@ -28,11 +28,7 @@ def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> No
     content = io.BytesIO()
     torch.save({"format": FORMAT, **tree}, content)
     if keep_previous and path.exists():
-        previous = _previous(path)
-        spare = previous.with_name(f"{previous.name}.tmp")
-        spare.unlink(missing_ok=True)
-        os.link(path, spare)
-        os.replace(spare, previous)
+        os.replace(path, _previous(path))  # killed before the next line, `load` finds it there
     write_atomic(path, content.getvalue())
 
 

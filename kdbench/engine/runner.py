@@ -92,9 +92,11 @@ class Runner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.stage.precision == "fp16")
         self.clock = Clock() if device.type == "cpu" and not recipe.compile else None
         network.lap = self.clock.lap if self.clock else None
+        self.compiling = recipe.compile
         self.losses: Callable[..., tuple[Tensor, Tensor]] = network
-        if recipe.compile:
-            self.losses = torch.compile(network, fullgraph=True, dynamic=False)
+        if self.compiling:
+            self.losses = compiled(network, fullgraph=True, dynamic=False)
+        self.say: Callable[[str], None] = print
         self.grad_norm: Tensor | None = None
         network.train()
 
@@ -145,33 +147,55 @@ class Runner:
         self.lap("optimiser")
 
     def _move(self, update: Update, window: Sequence[Batch]) -> None:
-        terms, moving = update.config.terms, update.config.models
-        counts = self.network.counts(window, terms)
-        update.optimizer.zero_grad(set_to_none=True)
-        for batch in window:
-            with self.autocast():
-                total, values = self.losses(batch, counts, terms, moving, 1.0 / (len(window) * self.world.size))
-            scaled = self.scaler.scale(total)
-            scaled.backward(inputs=None if update.everything else update.parameters)
-            self.lap("backward")
+        try:
+            losses = self._gradients(update, window)
+        except Exception as error:
+            if not self.compiling or not _is_compilers(error):
+                raise
+            self._stop_compiling(error)
+            losses = self._gradients(update, window)
+        for values in losses:
             self.meters.add(values, update.positions)
         sum_gradients(update.parameters, self.world)
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:
             self.grad_norm = nn.utils.clip_grad_norm_(update.parameters, self.stage.clip, foreach=True)
-        elif self._logs_next():
+        elif self.logs_at(self.done + 1):
             gradients = [p.grad for p in update.parameters if p.grad is not None]
             self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm()
         self.scaler.step(update.optimizer)
         self.scaler.update()
 
+    def _gradients(self, update: Update, window: Sequence[Batch]) -> list[Tensor]:
+        """Leaves the gradients of the effective batch in the parameters; returns each micro-batch's losses."""
+        terms, moving = update.config.terms, update.config.models
+        counts = self.network.counts(window, terms)
+        share = 1.0 / (len(window) * self.world.size)
+        update.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for batch in window:
+            with self.autocast():
+                total, values = self.losses(batch, counts, terms, moving, share)
+            self.scaler.scale(total).backward(inputs=None if update.everything else update.parameters)
+            self.lap("backward")
+            losses.append(values)
+        return losses
+
+    def _stop_compiling(self, error: Exception) -> None:
+        self.compiling = False
+        self.losses = self.network
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        self.say(f"compile: the step could not be compiled ({reason[:300]}); the run goes on without compiling.")
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.stage.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def _logs_next(self) -> bool:
-        done = self.done + 1
-        return done % self.stage.log_every == 0 or done == self.total_steps
+    def logs_at(self, done: int) -> bool:
+        """Whether a log line stands after so many steps: each interval, and before each evaluation."""
+        over, inside = divmod(done, self.steps_per_epoch)
+        evaluated = inside == 0 and over % self.stage.eval_every == 0
+        return done % self.stage.log_every == 0 or evaluated or done == self.total_steps
 
     def lap(self, part: str) -> None:
         """Books the time since the last lap to a part of the step."""
@@ -299,6 +323,15 @@ class Runner:
                 f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; the last "
                 "checkpoint was written before that. A smaller learning rate, `clip`, or a smaller weight may help."
             )
+
+
+compiled: Callable[..., Callable[..., tuple[Tensor, Tensor]]] = torch.compile
+"""How a network becomes a compiled step."""
+
+
+def _is_compilers(error: Exception) -> bool:
+    """Whether an error is the compiler's own, not the step's."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> None:

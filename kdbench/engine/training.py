@@ -101,7 +101,7 @@ class Training:
             runner.begin_step()
             runner.step(window)
             done = runner.done
-            if done % stage.log_every == 0 or done == runner.total_steps:
+            if runner.logs_at(done):
                 now = time.perf_counter()
                 self._log(images, now - began)
                 images, began = 0, time.perf_counter()

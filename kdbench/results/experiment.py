@@ -27,6 +27,7 @@ from kdbench.engine.plan import StagePlan, plan_stage
 from kdbench.engine.prepare import Preparation
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed, History, Training
+from kdbench.engine.weights import state_hash
 from kdbench.errors import TrainingError, UserError
 from kdbench.files import read_json, write_atomic, write_json
 from kdbench.results.console import ConsoleView
@@ -363,7 +364,12 @@ class _Experiment:
         models: dict[str, Any] = {}
         for name, role in plan.roles.items():
             module = runner.network.role(name).model
-            models[name] = {"parameters": role.parameters, "flops": role.flops}
+            models[name] = {
+                "model": role.model,
+                "parameters": role.parameters,
+                "flops": role.flops,
+                "weights_sha256": state_hash(module),
+            }
             if upstream_role(role.config) is None and plan.specs[plan.layout.sources[name]].classes is not None:
                 models[name]["latency_ms"] = latency(module, judge.example())
         final = self.history.evaluations[-1] if self.history.evaluations else {}
