@@ -1,0 +1,383 @@
+"""How fast is a training step? resnet56 -> resnet20 on CIFAR-100, batch 64, against a bare loop and torchdistill.
+
+Every contender trains the same two networks from the same weights on the same images, with random crop, flip and
+normalisation, cross-entropy plus soft targets at temperature 4, and SGD with momentum. They take turns in one process
+(each in a thread of its own, one at a time), in a new order each round, so that whatever else the machine does falls on
+all alike. A speed is images per second over one turn; ratios are taken within a round. The contenders:
+
+    kdbench                        a whole run, as `kdbench train` does it, logs and all
+    bare                           a hand-written eager loop, with batched augmentation of images in memory
+    bare, tuned                    the same with what kdbench does to the networks (channels_last, folded BatchNorm)
+    torchdistill                   1.1.5 as shipped: teacher in train mode, its models, hooks, PIL transforms, workers
+    torchdistill, teacher in eval  the same after `teacher.eval()`
+
+To repeat it (torchdistill goes to a folder of its own, its requirements besides torch are numpy, pyyaml and scipy):
+
+    python unpack_cifar100.py DATA          # or let torchvision download CIFAR-100 to DATA
+    pip install --no-deps --target OVERLAY torchdistill==1.1.5
+    python benchmarks/step.py --data DATA --torchdistill OVERLAY --out benchmarks/results/step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms
+
+import kdbench
+from kdbench.config.load import load_recipe
+from kdbench.engine.fold import fold_batchnorm
+from kdbench.registry import DATASETS, MODELS
+from kdbench.results.console import ConsoleView
+from kdbench.results.experiment import run
+
+BATCH, CLASSES, TEMPERATURE = 64, 100, 4.0
+OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+RECIPE = """
+dataset: cifar100
+batch_size: 64
+augment: [{type: crop, padding: 4}, flip]
+teacher: {model: resnet56, weights: {path: TEACHER}}
+student: {model: resnet20, weights: {path: STUDENT}}
+terms:
+  ce: {type: cross_entropy, weight: 0.1}
+  kd: {type: kd, temperature: 4, weight: 0.9}
+optimizer: {type: SGD, lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4}
+epochs: 240
+"""
+
+Training = Callable[[Callable[[], None]], None]
+"""Trains without end, and calls what it was given after every step."""
+
+
+class Enough(BaseException):
+    """Ends a training that has no end."""
+
+
+class Paced:
+    """A training in a thread of its own that goes on a number of steps at a time."""
+
+    def __init__(self, training: Training, threads: int) -> None:
+        self.left = 0
+        self.over = False
+        self.error: BaseException | None = None
+        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, args=(training, threads), daemon=True)
+        self.thread.start()
+
+    def steps(self, count: int) -> None:
+        """Returns after `count` more steps."""
+        self.left = count
+        self.go.release()
+        self.paused.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def end(self) -> None:
+        self.over = True
+        self.go.release()
+        self.thread.join()
+
+    def _run(self, training: Training, threads: int) -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
+        try:
+            self.go.acquire()
+            training(self._tick)
+        except Enough:
+            pass
+        except BaseException as error:
+            self.error = error
+            self.paused.release()
+
+    def _tick(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.paused.release()
+            self.go.acquire()
+            if self.over:
+                raise Enough
+
+
+def networks(images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Returns teacher and student; the teacher's BatchNorms have seen data, so that its outputs are sane."""
+    torch.manual_seed(0)
+    teacher = MODELS.build("resnet56", {}, num_classes=CLASSES)
+    student = MODELS.build("resnet20", {}, num_classes=CLASSES)
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # statistics of this one pass
+    with torch.no_grad():
+        teacher.train()((images[:: len(images) // 256].float() / 255 - 0.5) / 0.25)
+    for norm in norms:
+        norm.momentum = 0.1
+    return teacher.eval(), student
+
+
+def bare(teacher: nn.Module, student: nn.Module, images: Tensor, labels: Tensor, device: str, tuned: bool) -> Training:
+    """A loop as one writes it by hand for this one experiment."""
+    teacher, student = copy.deepcopy(teacher).to(device).eval(), copy.deepcopy(student).to(device).train()
+    data, target = F.pad(images.to(device), (4, 4, 4, 4)), labels.to(device)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
+    if tuned:
+        teacher, _ = fold_batchnorm(teacher, torch.zeros(2, 3, 32, 32, device=device))
+        teacher, student = (m.to(memory_format=torch.channels_last) for m in (teacher, student))  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(student.parameters(), **OPTIMIZER)
+    span, channel = torch.arange(32, device=device), torch.arange(3, device=device).view(1, 3, 1, 1)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            order = torch.randperm(len(data), device=device)
+            for rows in order[: len(order) // BATCH * BATCH].view(-1, BATCH):
+                top, left = torch.randint(0, 9, (2, BATCH, 1), device=device)
+                columns = torch.where(torch.rand(BATCH, 1, device=device) < 0.5, span.flip(0), span) + left
+                ys, xs = (top + span)[:, None, :, None], columns[:, None, None, :]
+                image = (data[rows.view(-1, 1, 1, 1), channel, ys, xs].float() - mean) / std
+                yield image.contiguous(memory_format=torch.channels_last) if tuned else image, target[rows]
+
+    def train(tick: Callable[[], None]) -> None:
+        for image, label in batches():
+            with torch.no_grad():
+                soft = F.log_softmax(teacher(image) / TEMPERATURE, 1)
+            logits = student(image)
+            kd = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), soft, reduction="batchmean", log_target=True)
+            loss = 0.1 * F.cross_entropy(logits, label) + 0.9 * TEMPERATURE**2 * kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tick()
+
+    return train
+
+
+def ours(teacher: nn.Module, student: nn.Module, root: Path, device: str, scratch: Path) -> Training:
+    """A run of kdbench: recipe, plan, logs, TensorBoard; only the progress bar gives way to the benchmark's clock."""
+    text = RECIPE
+    for name, model in (("TEACHER", teacher), ("STUDENT", student)):
+        torch.save(model.state_dict(), scratch / f"{name}.pt")
+        text = text.replace(name, str(scratch / f"{name}.pt"))
+    (scratch / "step.yaml").write_text(text)
+    settings = [f"device={device}", f"data_root={root.resolve()}", f"out={scratch / 'run'}"]
+    recipe = load_recipe(str(scratch / "step.yaml"), settings)
+
+    def train(tick: Callable[[], None]) -> None:
+        class Clock(ConsoleView):
+            def progress(self, done: int, phase: str = "") -> None:
+                if not phase:
+                    tick()
+
+        run(recipe, console=Clock(quiet=True))
+
+    return train
+
+
+class InMemoryCIFAR(torchvision.datasets.CIFAR100):
+    """torchvision's dataset with its own `__getitem__` (array -> PIL -> transforms), on images that are in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
+        self.data, self.targets = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
+        self.transform, self.target_transform = transform, None
+
+
+def torchdistill(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    device: str,
+    workers: int,
+    fixed: bool,
+) -> Training:
+    """torchdistill's box under the loop of its own example script (examples/torchvision/image_classification.py).
+
+    Args:
+        fixed: put the teacher in eval mode, which torchdistill leaves to nobody.
+    """
+    from torchdistill.core.distillation import get_distillation_box  # pyright: ignore[reportMissingImports]
+    from torchdistill.misc.log import MetricLogger, SmoothedValue  # pyright: ignore[reportMissingImports]
+    from torchdistill.models.registry import get_model  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("torchdistill").setLevel(logging.ERROR)
+    theirs = []
+    for name, model in (("resnet56", teacher), ("resnet20", student)):
+        built = get_model(name, None, num_classes=CLASSES, pretrained=False, progress=False)
+        built.load_state_dict(model.state_dict())
+        theirs.append(built.to(device))
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    logits = {"student_module_path": ".", "student_module_io": "output"}
+    logits |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+    config = {
+        "num_epochs": 240,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": None},
+            "kwargs": {"batch_size": BATCH, "num_workers": workers, "pin_memory": device != "cpu", "drop_last": False},
+        },
+        "teacher": {"forward_proc": "forward_batch_only", "sequential": [], "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only", "sequential": [], "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": dict(OPTIMIZER)},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {
+                        "criterion": {
+                            "key": "KDLoss",
+                            "kwargs": {**logits, "temperature": TEMPERATURE, "alpha": 0.1, "reduction": "batchmean"},
+                        },
+                        "weight": 1.0,
+                    }
+                }
+            },
+        },
+    }
+    data = {"train": InMemoryCIFAR(images, labels, transform)}
+    box = get_distillation_box(theirs[0], theirs[1], data, config, torch.device(device), None, False, 1)
+    if fixed:
+        box.teacher_model.eval()
+
+    def train(tick: Callable[[], None]) -> None:
+        while True:
+            box.pre_epoch_process(epoch=0)
+            logger = MetricLogger(delimiter="  ")
+            logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value}"))
+            logger.add_meter("img/s", SmoothedValue(window_size=10, fmt="{value}"))
+            for batch, targets, extra in logger.log_every(box.train_data_loader, 100, "Epoch"):
+                start = time.time()
+                batch, targets = batch.to(device), targets.to(device)
+                loss = box.forward_process(batch, targets, extra)
+                box.post_forward_process(loss=loss)
+                logger.update(loss=loss.item(), lr=box.optimizer.param_groups[0]["lr"])
+                logger.meters["img/s"].update(len(batch) / (time.time() - start))
+                if torch.isnan(loss) or torch.isinf(loss):
+                    raise ValueError(f"loss = {loss}")
+                tick()
+
+    return train
+
+
+def measure(contenders: dict[str, Paced], rounds: int, steps: int, device: str) -> dict[str, list[float]]:
+    """Returns the images per second of every turn, by contender; the first round warms up and is left out."""
+    shuffled = random.Random(0)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        order = list(contenders)
+        shuffled.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            contenders[name].steps(steps)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            speed = steps * BATCH / (time.perf_counter() - start)
+            if number:
+                speeds[name].append(speed)
+        print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.0f}" for name, s in speeds.items() if s), flush=True)
+    return speeds
+
+
+def quartiles(values: list[float], digits: int) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, digits), "q1": round(low, digits), "q3": round(high, digits)}
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    return {
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"{name}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "load_average_before": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "kdbench": kdbench.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-100")
+    parser.add_argument(
+        "--torchdistill", type=Path, help="folder that torchdistill was installed to; without: left out"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="pairs to measure")
+    parser.add_argument("--steps", type=int, default=12, help="steps per turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of torchdistill's data loader")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine = describe_machine(args.device)
+
+    train = DATASETS.build("cifar100", {}, split="train", data_root=str(args.data)).load()
+    images, labels = train.images, train.labels
+    teacher, student = networks(images)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainings: dict[str, Training] = {
+            "kdbench": ours(teacher, student, args.data, args.device, Path(scratch)),
+            "bare": bare(teacher, student, images, labels, args.device, tuned=False),
+            "bare, tuned": bare(teacher, student, images, labels, args.device, tuned=True),
+        }
+        if args.torchdistill is not None:
+            sys.path.append(str(args.torchdistill))
+            for name, fixed in (("torchdistill", False), ("torchdistill, teacher in eval", True)):
+                trainings[name] = torchdistill(teacher, student, images, labels, args.device, args.workers, fixed=fixed)
+        contenders = {name: Paced(training, args.threads) for name, training in trainings.items()}
+        speeds = measure(contenders, args.rounds, args.steps, args.device)
+        for contender in contenders.values():
+            contender.end()
+
+    own = speeds["kdbench"]
+    result = {
+        "what": "resnet56 -> resnet20 on CIFAR-100, batch 64: images per second",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": f"python benchmarks/step.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads} "
+        f"--workers {args.workers} --device {args.device}",
+        "machine": machine,
+        "images_per_second": {name: quartiles(values, 1) for name, values in speeds.items()},
+        "kdbench_over": {
+            name: quartiles([a / b for a, b in zip(own, values, strict=True)], 3)
+            for name, values in speeds.items()
+            if name != "kdbench"
+        },
+        "turns": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
+    }
+    print(json.dumps({key: result[key] for key in ("images_per_second", "kdbench_over")}, indent=1))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
