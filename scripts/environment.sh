@@ -1,0 +1,52 @@
+# Sourced by the scripts beside it: finds a Python, makes `.venv` when there is none, installs kdbench into it.
+# Sets ROOT (the checkout) and changes into it. Every function stops the script with a message when it fails.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT" || exit 1
+VENV="$ROOT/.venv"
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 1
+}
+
+# The first interpreter that is 3.10 or newer; PYTHON=... chooses one.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  return 1
+}
+
+make_venv() {
+  if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    return 0
+  fi
+  local python
+  python="$(find_python)" || fail "no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python $0"
+  say "Making .venv with $("$python" --version)"
+  "$python" -m venv "$VENV" ||
+    fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)."
+}
+
+# install [EXTRA]: kdbench in editable mode. Nothing is done when pyproject.toml has not changed since the last time.
+install() {
+  local extra="${1:-}" want stamp began
+  want=".${extra:+[$extra]}"
+  stamp="$VENV/installed${extra:+-$extra}"
+  if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
+    return 0
+  fi
+  began=$SECONDS
+  say "Installing kdbench${extra:+ with the extra '$extra'} into .venv (the first time fetches PyTorch: several minutes) ..."
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$want" ||
+    fail "the installation failed, as told above."
+  cp pyproject.toml "$stamp"
+  say "Installed in $((SECONDS - began)) s."
+}
