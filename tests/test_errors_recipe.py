@@ -294,6 +294,12 @@ def test_a_mistake_in_an_override_names_the_override(override: str, hint: str):
     assert lines and hint in lines[0]
 
 
+def test_recipes_that_need_each_other_are_refused():
+    taking = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
+    Path("other.yaml").write_text(taking.replace("OTHER", "r.yaml"))
+    assert "the recipe would need its own result first: 'other.yaml'" in said(taking.replace("OTHER", "other.yaml"))
+
+
 def test_epochs_on_the_command_line_do_not_vanish_under_stages():
     assert "every stage sets its own; write stages.hint.epochs=" in said(STAGED, "epochs=1")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kdbench.config.fields import NOT_NEGATIVE, PERCENT, SHARE, Context, Fields, named
 from kdbench.config.paths import find_recipe
-from kdbench.config.schema import Named, RoleConfig, SourceConfig, Weights
+from kdbench.config.schema import RoleConfig, SourceConfig, Weights
+from kdbench.config.source import leaves, read_source
 from kdbench.errors import ConfigError, nearest
 from kdbench.registry import DATASETS, MODELS
 
@@ -169,17 +172,32 @@ def _recipe(own: Fields, recipe: str | None, base: Path, seen: tuple[str, ...]) 
     except ConfigError as error:
         own.context.faults.add("", str(error))
         return recipe
-    if str(path) in seen:
+    if _leads_to(path, seen):
         own.fault("recipe", f"the recipe would need its own result first: {recipe!r}.")
     return name if recipe == name else str(path)
+
+
+def _leads_to(path: Path, seen: tuple[str, ...]) -> bool:
+    """Whether a recipe, or one that it takes weights from, is among those being read."""
+    waiting, visited = [path], set()
+    while waiting:
+        current = waiting.pop()
+        if str(current.resolve()) in seen:
+            return True
+        if current in visited:
+            continue
+        visited.add(current)
+        # A mistake in another recipe is told when that recipe is loaded.
+        with suppress(ConfigError):
+            needed = [v for key, v in leaves(read_source(current).data) if key.endswith("weights.recipe")]
+            waiting += [find_recipe(str(name), current.parent)[1] for name in needed]
+    return False
 
 
 def bind_inputs(
     context: Context, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
 ) -> dict[str, RoleConfig]:
     """Spells out what each role sees, and finds fault with sources, fields and roles that do not exist."""
-    from dataclasses import replace
-
     bound = {name: replace(role, input=_input(context, role, roles, data)) for name, role in roles.items()}
     for role in bound.values():
         chain, current = [role.name], role
@@ -233,6 +251,3 @@ def source_fields(source: SourceConfig) -> set[str]:
     entry = DATASETS.entries.get(source.dataset.type)
     declared = entry.facts.get("fields") if entry is not None else None
     return set(declared) if declared else set(source.views)
-
-
-__all__ = ["MODEL_INJECTED", "Named", "bind_inputs", "read_roles", "read_weights", "source_fields"]

@@ -9,7 +9,7 @@ from kdbench.config.fields import AT_LEAST_ONE, Context, Fields, parameters, sch
 from kdbench.config.operands import OperandReader
 from kdbench.config.optimizers import read_optimizer
 from kdbench.config.schema import Named, RoleConfig, TermConfig, UpdateConfig
-from kdbench.errors import ConfigError, nearest
+from kdbench.errors import nearest
 from kdbench.registry import TERMS, type_fault
 
 RESERVED = ("type", "weight", "student", "teacher", "where", "teacher_grad")
@@ -121,6 +121,3 @@ def read_updates(
             UpdateConfig(models=models, terms=names, repeat=repeat, optimizer=optimizer, place=fields.place())
         )
     return tuple(updates)
-
-
-__all__ = ["RESERVED", "ConfigError", "read_terms", "read_updates"]

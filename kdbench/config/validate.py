@@ -58,6 +58,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         "out": top.take("out", "str"),
         "fresh": top.take("fresh", "bool", False),
         "tensorboard": top.take("tensorboard", "bool", True),
+        "keep_epochs": tuple(sorted(top.take("keep_epochs", "list[int]", []))),
     }
     published_value = top.raw("published")
     shared = {key: value for key, value in composed.data.items() if key not in top.known}

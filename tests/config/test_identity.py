@@ -26,6 +26,7 @@ from kdbench.config.identity import identity
         "paper=P",
         "published=70",
         "log_every=3",
+        "keep_epochs=[2]",
         "checkpoint_every={minutes: 2}",
         "terms.kd.temperature=4.0",
         "terms.ce.label_smoothing=0.0",
