@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Named, Recipe, SourceConfig, StageConfig
-from kdbench.data.base import describe
+from kdbench.data.base import describe, describe_all
 from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine.build import build_network
@@ -62,7 +62,7 @@ def recipe(text: str, *overrides: str, name: str = "own", data: str = DATA) -> R
 
 def plan_of(loaded: Recipe, stage: int = 0, world_size: int = 1) -> StagePlan:
     config = loaded.stages[stage]
-    specs = {name: describe(source, loaded.data_root) for name, source in config.data.items()}
+    specs = describe_all(config.data, config.validation, loaded.data_root)
     return plan_stage(config, specs, loaded, world_size=world_size)
 
 

@@ -179,10 +179,12 @@ def describe_all(
     train = data.get("train")
     if validation is not None and train is not None:
         for name, config in data.items():
-            whole = specs[name].samples
+            whole = describe(replace(config, subset=None), data_root).samples
             same = (config.dataset.type, config.dataset.params) == (train.dataset.type, train.dataset.params)
             if whole is not None and same and config.split == train.split:
-                specs[name] = replace(specs[name], samples=max(whole - share(whole, validation), 0))
+                left = max(whole - share(whole, validation), 0)  # a subset is chosen among what is left
+                left = left if config.subset is None else share(left, config.subset)
+                specs[name] = replace(specs[name], samples=left)
     return specs
 
 

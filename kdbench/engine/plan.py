@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
-from kdbench.data.base import SourceSpec, describe
-from kdbench.data.split import share
+from kdbench.data.base import SourceSpec
 from kdbench.engine.build import Layout, SampleFacts, build_model, build_network, role_order, wanted_features
 from kdbench.engine.features import Feature, find_module, model_output
 from kdbench.engine.network import Batch, Network, input_address, upstream_role
@@ -123,7 +122,7 @@ def plan_stage(
     layout, flops = _with_shapes(stage, layout, models, calls, specs, device)
     network = build_network(stage, layout, seed=recipe.seed, device=device, models=models)
     updates, saved = _rehearse(network, stage, layout, specs, device)
-    _check_last_batch(network, stage, layout, specs, device, recipe, world_size)
+    _check_last_batch(network, stage, layout, specs, device, world_size)
 
     roles = {}
     for name in order:
@@ -368,14 +367,13 @@ def _check_last_batch(
     layout: Layout,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
-    recipe: Recipe,
     world_size: int,
 ) -> None:
     """A batch of one row, as it may come at the end of an epoch, must not stop the run after hours."""
     apart = 1 if stage.sync_batchnorm else world_size  # how many share a batch, each with its own statistics
     for source in set(layout.sources.values()):
         size = stage.data[source].batch_size * world_size
-        samples = _samples(source, stage, specs, recipe)
+        samples = specs[source].samples
         rest = 0 if samples is None else samples % size
         if size > apart and not 0 < rest <= apart:
             continue
@@ -391,17 +389,6 @@ def _check_last_batch(
                     f"{stage.data[source].place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
                     f"({error}). Choose another batch_size."
                 ) from None
-
-
-def _samples(source: str, stage: StageConfig, specs: Mapping[str, SourceSpec], recipe: Recipe) -> int | None:
-    """How many samples a source gives, those left out that are held out for validation."""
-    config, train = stage.data[source], stage.data.get("train")
-    apart = train is None or (config.dataset, config.split) != (train.dataset, train.split)
-    if stage.validation is None or apart or specs[source].samples is None:
-        return specs[source].samples
-    whole = describe(replace(config, subset=None), recipe.data_root).samples or 0
-    left = whole - share(whole, stage.validation)
-    return left if config.subset is None else share(left, config.subset)
 
 
 def _last_feature(calls: list[ModuleCall], features: list[Feature]) -> str | None:
@@ -438,4 +425,5 @@ def _in_words(what: str) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
+        hint = " Nothing in a training step may read a tensor's value on the host." if "meta" in reason else ""
+        raise ConfigError(f"{what}: {type(error).__name__}: {reason}{hint}") from error

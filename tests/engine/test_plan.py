@@ -223,3 +223,11 @@ def test_the_network_that_is_planned_is_the_one_that_is_built():
     } == set(run.plan.updates[0].parameters) | set(run.plan.updates[0].unreached)
     assert isinstance(run.network.term("hint").edges[0].adapter, nn.Module)
     assert_close(sum(p.numel() for p in run.model().parameters()), run.plan.roles["student"].parameters)
+
+
+@pytest.mark.parametrize("subset", ["", "subset: 30", "subset: 0.5"])
+@pytest.mark.parametrize("validation", ["", "validation: 8\n", "validation: 0.25\n"])
+def test_the_plan_knows_how_many_samples_training_will_have(subset, validation):
+    text = BASE.replace("batch_size: 16\n", "batch_size: 4\n" + validation)
+    loaded = recipe(text + (f"data: {{train: {{{subset}}}}}\n" if subset else ""))
+    assert plan_of(loaded).specs["train"].samples == bench(loaded).sources["train"].num_samples
