@@ -213,3 +213,28 @@ class Refusing(nn.Module):
     def __init__(self, depth: int = 9) -> None:
         super().__init__()
         raise ConfigError(f"t_refusing: depth must be 6n + 2, got {depth}")
+
+
+@TERMS.register("t_reads_item", space="sample")
+class ReadsItem(Term):
+    """Reads a value on the host."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        read = 0.0 if student.is_meta else student.detach().sum().item()
+        return student.square().sum(1) * (1.0 + 0.0 * read)
+
+
+@TERMS.register("t_reads_branch", space="sample")
+class ReadsBranch(Term):
+    """Chooses a branch by a value."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        return student.square().sum(1) if student.is_meta or student.sum() > 0 else student.abs().sum(1)
+
+
+@TERMS.register("t_reads_mask", space="sample")
+class ReadsMask(Term):
+    """Has a shape that depends on values."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        return student.square().sum(1) + (0 if student.is_meta else student[student > 0].sum())

@@ -184,7 +184,7 @@ class Runner:
     def _stop_compiling(self, error: Exception) -> None:
         self.compiling = False
         self.losses = self.network
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         self.say(f"compile: the step could not be compiled ({reason[:300]}); the run goes on without compiling.")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,167 @@
+"""Every shipped recipe takes steps on data of its shape, never waits for the device, and compiles without a break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DATA, Bench, bench, parts, recipe, small, step_without_reading  # noqa: F401
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from kdbench.config.load import load_recipe, recipe_names
+from kdbench.engine import runner as runner_module
+from kdbench.registry import TERMS
+
+RECIPES = recipe_names()
+
+
+def benches(name: str) -> list[Bench]:
+    loaded = small(load_recipe(name), batch_size=4)
+    return [bench(loaded, stage=number) for number in range(len(loaded.stages))]
+
+
+def test_there_are_recipes():
+    assert {"digits/kd", "digits/teacher", "cifar100/kd", "cifar100/teacher"} <= set(RECIPES)
+    assert len(RECIPES) >= 12
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_two_steps(name):
+    for run in benches(name):
+        before = run.weights(run.recipe.stages[0].export)
+        run.step(2)
+        reading, _ = run.runner.read()
+        assert reading.steps == 2 and set(reading.losses) == set(run.plan.layout.terms)
+        assert not reading.not_finite
+        after = run.weights(run.recipe.stages[0].export)
+        assert any(not torch.equal(before[key], after[key]) for key in before), "the student has to move"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_step_of_a_recipe_reads_nothing_on_the_host(name):
+    for run in benches(name):
+        step_without_reading(run)
+
+
+def test_everything_that_a_step_may_do_besides_reads_nothing_on_the_host():
+    """Averages, snapshots, clipping, accumulation, schedules, hidden labels, ordered updates, logging."""
+    followers = """
+    student: {model: {type: t_layers, norm: batch, dropout: 0.1}}
+    models: {shadow: {ema: student, decay: 0.9}, old: {snapshot: student, every: 1}}
+    terms:
+      ce: {type: cross_entropy, label_smoothing: 0.1, weight: {type: linear, by: step}}
+      kd: {type: kd, teacher: shadow, temperature: {type: linear, start: 1, end: 4}}
+      back: {type: dkd, teacher: old, where: labelled}
+    optimizer: {type: AdamW, lr: 0.01}
+    scheduler: {type: cosine, warmup: 2, by: step}
+    label_fraction: 16
+    ema: 0.9
+    clip: 1.0
+    accumulate: 2
+    log_every: 1
+    epochs: 4
+    batch_size: 16
+    """
+    step_without_reading(bench(followers), steps=5)
+    game = """
+    models: {generator: {model: t_generator, input: noise.z}}
+    teacher: {model: t_layers, input: "generator:image"}
+    student: {model: t_layers, input: "generator:image"}
+    data: {noise: {type: gaussian, shape: [6], samples: 64}}
+    terms: {fool: {type: kd, weight: -1, teacher_grad: true}, mimic: kd}
+    updates: [{models: [generator], terms: [fool]}, {models: [student], terms: [mimic], repeat: 2}]
+    optimizer: {type: Adam, lr: 0.01}
+    epochs: 1
+    batch_size: 16
+    """
+    step_without_reading(bench(game), steps=3)
+
+
+def test_a_step_that_reads_is_caught():
+    """Negative control of the two tests above."""
+    for reader in ("t_reads_item", "t_reads_branch", "t_reads_mask"):
+        run = bench(f"student: t_layers\nterms: {{t: {reader}}}\noptimizer: {{type: SGD, lr: 0.1}}\nepochs: 1\n")
+        run.step()
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            step_without_reading(run)
+
+
+FEATURES = {"at", "sp", "rkd", "pkt", "hint"}
+TERMS_OF_KDBENCH = sorted(name for name, entry in TERMS.entries.items() if entry.module.startswith("kdbench."))
+
+
+def term_bench(name: str, *, compiled: bool = True) -> Bench:
+    """A stage with this term alone, on the student's and the teacher's logits or feature maps."""
+    operands = ", student: conv2, teacher: conv2" if TERMS.entry(name).facts.get("features") else ""
+    text = f"""
+    student: t_conv
+    teacher: {{model: {{type: t_conv, norm: batch}}}}
+    terms: {{term: {{type: {name}{operands}}}}}
+    optimizer: {{type: SGD, lr: 0.01}}
+    label_fraction: 16
+    epochs: 2
+    batch_size: 16
+    """
+    return bench(recipe(text, *(["compile=true"] if compiled else [])))
+
+
+@pytest.mark.parametrize("name", TERMS_OF_KDBENCH)
+def test_the_step_of_a_term_compiles_without_a_break(name, monkeypatch):
+    run = term_bench(name, compiled=False).step(2)
+    torch._dynamo.reset()
+    chosen = {}
+
+    def compiling(network, **options):
+        chosen.update(options)
+        return torch.compile(network, backend="aot_eager", **options)
+
+    monkeypatch.setattr(runner_module, "compiled", compiling)
+    compiled = term_bench(name).step(2)
+    assert chosen["fullgraph"] is True
+    assert compiled.runner.compiling, "it must not have gone on without compiling"
+    for key, value in run.weights().items():
+        torch.testing.assert_close(compiled.weights()[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_break_would_be_noticed(monkeypatch):
+    """Negative control: a term that reads a value cannot be compiled in one piece; the run goes on and says so."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        runner_module, "compiled", lambda network, **o: torch.compile(network, backend="aot_eager", **o)
+    )
+    said: list[str] = []
+    text = "student: t_conv\nterms: {t: t_reads_branch}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 2\ncompile: true\n"
+    run = bench(text)
+    run.runner.say = said.append
+    run.step(2)
+    assert not run.runner.compiling and len(said) == 1 and "compile" in said[0]
+    plain = bench(text.replace("compile: true\n", "")).step(2)
+    for key, value in plain.weights().items():
+        assert torch.equal(run.weights()[key], value)
+
+
+def test_a_backend_that_fails_is_no_reason_to_stop(monkeypatch):
+    torch._dynamo.reset()
+
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(runner_module, "compiled", lambda network, **o: torch.compile(network, backend=broken, **o))
+    said: list[str] = []
+    run = term_bench("cross_entropy")
+    run.runner.say = said.append
+    run.step(3)
+    assert len(said) == 1 and "no C++ compiler was found" in said[0] and "without" in said[0]
+    plain = term_bench("cross_entropy", compiled=False).step(3)
+    for key, value in plain.weights().items():
+        assert torch.equal(run.weights()[key], value)
+
+
+def test_a_mistake_of_the_step_is_no_failure_of_the_compiler(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(runner_module, "compiled", lambda network, **o: network)
+    run = term_bench("cross_entropy")
+    window = next(run.windows())
+    window[0]["train"].pop("image")
+    run.runner.begin_step()
+    with pytest.raises(KeyError):
+        run.runner.step(window)
