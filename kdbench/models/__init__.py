@@ -31,15 +31,24 @@ def _builders(library: str) -> dict[str, Path]:
 
 
 def _entry(library: str, name: str) -> Entry:
-    """Describes one model: the library's own docstring, and the parameters of the builder in `foreign.py`."""
+    """Describes one model: how the library's docstring begins, and the parameters of the builder in `foreign.py`."""
     tree = ast.parse(_builders(library)[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    doc = ast.get_docstring(node) or f"{name} of {library}"
+    about = " ".join((ast.get_docstring(node) or f"{name} of {library}").split("\n\n", 1)[0].split())
+    about = re.sub(r"`([^`<]+?)\s*<([^>]+)>`_*", r"\1 (\2)", about)  # a link of reStructuredText
     parameters = {parameter.name: parameter for parameter in PARAMETERS[library]}
     size = 299 if name.startswith("inception") else 224
     facts = {"version": 1, "image": (3, size, size)}
     loader = partial(_load, library, name)
-    return Entry(f"{library}/{name}", "kdbench.models.foreign", library, doc, parameters, facts, loader=loader)
+    return Entry(
+        f"{library}/{name}",
+        "kdbench.models.foreign",
+        library,
+        f"{about}\n\n{DOCS[library]}",
+        parameters,
+        facts,
+        loader=loader,
+    )
 
 
 def _load(library: str, name: str) -> Any:
@@ -55,6 +64,20 @@ PARAMETERS = {
         Parameter("pretrained", "bool", False),
         Parameter("image_size", "int | None", None),
     ),
+}
+
+DOCS = {
+    "torchvision": """Built by torchvision itself.
+
+Args:
+    num_classes: size of the classifier; the dataset gives it.
+    weights: a name of the model's pretrained weights, such as DEFAULT; torchvision downloads them once. A classifier of
+        another size than theirs keeps its random start.""",
+    "timm": """Built by timm itself.
+
+Args:
+    num_classes, in_channels, image_size: the dataset gives them; only models of fixed size read the last.
+    pretrained: load timm's default weights; timm downloads them once.""",
 }
 
 for _library in PARAMETERS:
