@@ -45,7 +45,7 @@ install() {
   fi
   began=$SECONDS
   say "Installing kdbench${extra:+ with the extra '$extra'} into .venv (the first time fetches PyTorch: several minutes) ..."
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$want" ||
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --editable "$want" ||
     fail "the installation failed, as told above."
   cp pyproject.toml "$stamp"
   say "Installed in $((SECONDS - began)) s."
