@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.compose import CONFIG_NAME, Prepared, composing, read_layers, saying
+from kdbench.config.compose import composing, saying
 from kdbench.config.load import load_job, validated
 from kdbench.config.overrides import combinations, for_hydra, parsed_value, prepare
 from kdbench.config.paths import find_recipe
+from kdbench.config.prepared import CONFIG_NAME, Prepared, read_layers
 from kdbench.errors import ConfigError, UserError
 
 _TELLING = ("cfg", "info", "hydra_help", "shell_completion")

@@ -15,7 +15,7 @@ from kdbench.registry import REGISTRIES, REQUIRED, Entry, Parameter
 
 KINDS = (*REGISTRIES, "recipes", *GROUPS)
 _INJECTED = {"models": MODEL_INJECTED, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
-_WIDTH = 88
+_WRAPPED = 95  # a line of a docstring longer than this goes on in the next
 
 Row = tuple[str, str]
 
@@ -215,4 +215,13 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
             continue
         title, _, body = text.partition("\n")
         console.print(Text(title, style="bold cyan"))
-        console.print(Text(body))
+        console.print(Text(_reflow(body)))
+
+
+def _reflow(text: str) -> str:
+    """Joins the lines of wrapped prose, so that a narrow terminal wraps them anew."""
+    lines = [""]
+    for line in text.splitlines():
+        wrapped = len(lines[-1]) > _WRAPPED and line and not line.startswith((" ", "-"))
+        lines[-1:] = [f"{lines[-1]} {line}"] if wrapped else [lines[-1], line]
+    return "\n".join(lines[1:])

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdbench.config.compose import place_of
+from kdbench.config.faults import Faults
 from kdbench.config.schema import Named
-from kdbench.config.source import Faults
 from kdbench.errors import ConfigError, Place, nearest
 from kdbench.registry import REQUIRED, SCHEDULES, Registry, type_fault
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from kdbench.config.compose import Composed, compose, composed_job, read_layers
+from kdbench.config.compose import Composed, compose, composed_job
 from kdbench.config.paths import find_recipe, recipe_names
+from kdbench.config.prepared import read_layers
 from kdbench.config.schema import Recipe
 from kdbench.config.validate import validate
 from kdbench.errors import ConfigError

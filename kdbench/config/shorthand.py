@@ -7,7 +7,11 @@ it, and the AdamW of a recipe replaces the SGD of a protocol; the resolved recip
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
+
+from kdbench.config.source import Source
+from kdbench.errors import Place
 
 _ROLES = ("teacher", "student")
 _PARTS = ("dataset", "optimizer", "scheduler")
@@ -74,3 +78,44 @@ def _fragment(data: Mapping[str, Any], change: Change, inside_first: bool) -> di
         if isinstance(result.get(name), Mapping):
             result[name] = {key: each(value) for key, value in result[name].items()}
     return result
+
+
+def lists_to_mappings(source: Source) -> Source:
+    """Turns `terms:` given as a list, at the top or in a stage, into a mapping by type name (a second kd is `kd_2`).
+
+    A mapping is what layers can be laid over and what a sweep can address (`terms.kd.temperature=1,2,4`).
+    """
+    data = dict(source.data)
+    places = dict(source.places)
+    data.update(_named_terms(data, "", places))
+    stages = data.get("stages")
+    if isinstance(stages, Mapping):
+        data["stages"] = {
+            name: _named_terms(stage, f"stages.{name}.", places) if isinstance(stage, Mapping) else stage
+            for name, stage in stages.items()
+        }
+    return replace(source, data=data, places=places)
+
+
+def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Place]) -> dict[str, Any]:
+    result = dict(fragment)
+    if not isinstance(fragment.get("terms"), list):
+        return result
+    terms: dict[str, Any] = {}
+    for position, entry in enumerate(fragment["terms"]):
+        kind = entry.get("type") if isinstance(entry, Mapping) else entry
+        stem = kind if isinstance(kind, str) and kind else "term"
+        name, copy = stem, 1
+        while name in terms:
+            copy += 1
+            name = f"{stem}_{copy}"
+        terms[name] = entry
+        _rename(places, f"{prefix}terms.{position}", f"{prefix}terms.{name}")
+    result["terms"] = terms
+    return result
+
+
+def _rename(places: dict[str, Place], old: str, new: str) -> None:
+    for key in [k for k in places if k == old or k.startswith(f"{old}.")]:
+        moved = new + key[len(old) :]
+        places[moved] = replace(places.pop(key), key=moved)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kdbench.config.faults import Faults
 from kdbench.errors import ConfigError, Place
 
 _CORE = "tag:yaml.org,2002:"
@@ -34,37 +35,6 @@ class Source:
     file: str
     data: Mapping[str, Any]
     places: Mapping[str, Place]
-
-
-class Faults:
-    """The faults found so far, one line each; the same line is kept once."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def add(self, place: Place | str, text: str) -> None:
-        """Adds a fault; `text` alone when it names its place already."""
-        line = f"{place}: {text}" if str(place) else text
-        number = place.line if isinstance(place, Place) else None
-        if number is None and (match := re.match(r"[^:\n]+:(\d+) ", line)):
-            number = int(match[1])
-        self._found.setdefault(line, number or 0)
-
-    @property
-    def lines(self) -> list[str]:
-        """In the order of the file's lines; overrides and the file as a whole come first."""
-        return sorted(self._found, key=lambda line: self._found[line])
-
-    def raise_any(self, what: str) -> None:
-        """Raises all of them as one ConfigError."""
-        lines = self.lines
-        if len(lines) == 1:
-            raise ConfigError(lines[0])
-        if lines:
-            raise ConfigError("\n".join([f"{what} has {len(lines)} mistakes:", *lines]))
 
 
 def shown(path: Path) -> str:
@@ -238,47 +208,6 @@ def interpolation_fault(text: str) -> str | None:
                 "resolved, never the environment, Hydra or another resolver."
             )
     return None
-
-
-def lists_to_mappings(source: Source) -> Source:
-    """Turns `terms:` given as a list, at the top or in a stage, into a mapping by type name (a second kd is `kd_2`).
-
-    A mapping is what layers can be laid over and what a sweep can address (`terms.kd.temperature=1,2,4`).
-    """
-    data = dict(source.data)
-    places = dict(source.places)
-    data.update(_named_terms(data, "", places))
-    stages = data.get("stages")
-    if isinstance(stages, Mapping):
-        data["stages"] = {
-            name: _named_terms(stage, f"stages.{name}.", places) if isinstance(stage, Mapping) else stage
-            for name, stage in stages.items()
-        }
-    return replace(source, data=data, places=places)
-
-
-def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Place]) -> dict[str, Any]:
-    result = dict(fragment)
-    if not isinstance(fragment.get("terms"), list):
-        return result
-    terms: dict[str, Any] = {}
-    for position, entry in enumerate(fragment["terms"]):
-        kind = entry.get("type") if isinstance(entry, Mapping) else entry
-        stem = kind if isinstance(kind, str) and kind else "term"
-        name, copy = stem, 1
-        while name in terms:
-            copy += 1
-            name = f"{stem}_{copy}"
-        terms[name] = entry
-        _rename(places, f"{prefix}terms.{position}", f"{prefix}terms.{name}")
-    result["terms"] = terms
-    return result
-
-
-def _rename(places: dict[str, Place], old: str, new: str) -> None:
-    for key in [k for k in places if k == old or k.startswith(f"{old}.")]:
-        moved = new + key[len(old) :]
-        places[moved] = replace(places.pop(key), key=moved)
 
 
 def leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.compose import Composed
+from kdbench.config.faults import Faults
 from kdbench.config.fields import NOT_NEGATIVE, PERCENT, POSITIVE, Context, Fields, Test
 from kdbench.config.schema import Published, Recipe, StageConfig
 from kdbench.config.shorthand import contract
-from kdbench.config.source import Faults, leaves
+from kdbench.config.source import leaves
 from kdbench.config.stages import lay_stage, read_stage, stage_places
 from kdbench.config.twin import without_teachers
 from kdbench.errors import nearest

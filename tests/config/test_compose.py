@@ -146,6 +146,11 @@ def test_a_folder_without_a_resolved_recipe_is_told(tmp_path: Path):
         load_resolved(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a/../b", "a b", ""])
+def test_the_name_that_a_recipe_claims_cannot_leave_the_folder_of_runs(fault, name: str):
+    assert fault(KD + f"origin: {{name: '{name}'}}\n").startswith("r.yaml:9 origin.name: ")
+
+
 def test_every_shipped_group_file_names_its_pair():
     pairs = group_files("pair", Path("nowhere"))
     assert len(pairs) >= 7

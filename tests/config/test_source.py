@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kdbench.config.source import lists_to_mappings, parse
+from kdbench.config.shorthand import lists_to_mappings
+from kdbench.config.source import parse
 from kdbench.errors import ConfigError
 
 
