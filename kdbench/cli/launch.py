@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdbench.config.compose import composing, saying
 from kdbench.config.load import load_job, validated
@@ -20,7 +20,13 @@ from kdbench.config.overrides import combinations, for_hydra, parsed_value, prep
 from kdbench.config.paths import find_recipe
 from kdbench.config.prepared import CONFIG_NAME, Prepared, read_layers
 from kdbench.errors import ConfigError, UserError
+from kdbench.files import read_json, write_json
 
+if TYPE_CHECKING:
+    from kdbench.results.experiment import Outcome
+
+JOBS = "jobs"
+"""Where the notes of a multirun's finished jobs lie, beside its configs."""
 _TELLING = ("cfg", "info", "hydra_help", "shell_completion")
 """Flags that print something instead of running."""
 
@@ -38,7 +44,6 @@ class _Single:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.code = 0
         self.error: BaseException | None = None
 
 
@@ -118,7 +123,7 @@ def _run(prepared: Prepared, flags: argparse.Namespace, given: Sequence[str]) ->
             _single = None
     if outcome.error is not None:
         raise outcome.error
-    return outcome.code
+    return 0
 
 
 def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Namespace, given: Sequence[str]) -> int:
@@ -130,13 +135,30 @@ def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Name
     else:
         sweep = Path(prepared.runs, prepared.name, "multirun", digest).resolve()
     folder = sweep / f"config-{digest}"
+    shutil.rmtree(folder / JOBS, ignore_errors=True)
     prepared.write(folder, {"sweep": {"dir": str(sweep), "subdir": "."}})
+    code = 0
     try:
         _hydra(folder, flags, given)
     except JobFailed as failed:
         print("kdbench: some jobs failed, as told above; the results of the others stay.", file=sys.stderr)
-        return failed.code
-    return 0
+        code = failed.code
+    found = sorted((folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))
+    if len(found) > 1:
+        from kdbench.cli.train import print_jobs
+
+        print_jobs([read_json(path) for path in found])
+    return code
+
+
+def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome) -> None:
+    """Leaves a note of a finished job, which a launcher may have run in another process or on another machine."""
+    if not outcome.is_main:
+        return
+    label = " ".join(word for text in overrides if not (word := text.lstrip("+")).startswith("seed="))
+    (folder / JOBS).mkdir(exist_ok=True)
+    note = {"label": label, "folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
+    write_json(folder / JOBS / f"{number}.json", note)
 
 
 def _hydra(folder: Path, flags: argparse.Namespace, given: Sequence[str]) -> None:
@@ -161,8 +183,12 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def job(config: Any) -> None:
-    """One job, in this process or in a launcher's worker; Hydra calls it with the composed config."""
+def job(config: Any) -> float | None:
+    """One job, in this process or in a launcher's worker; Hydra calls it with the composed config.
+
+    Returns:
+        The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from kdbench.plugins import load_plugins
@@ -177,19 +203,19 @@ def job(config: Any) -> None:
         if _single is not None:
             shutil.rmtree(_single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed
         from kdbench.cli.train import run
+        from kdbench.results.summary import headline
 
-        code = run(recipe)
+        outcome = run(recipe)
     except Exception as error:
         if _single is not None:
             _single.error = error  # told by `main`; Hydra would add a line of its own
-            return
+            return None
         mistake = isinstance(error, UserError)
         if mistake:
             print(f"kdbench: job {node.job.num}: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
         raise JobFailed(2 if mistake else 1) from None
-    if _single is not None:
-        _single.code = code
-    elif code:
-        raise JobFailed(code)
+    if _single is None:
+        _keep_job(folder, node.job.num, node.overrides.task, outcome)
+    return headline(outcome.summary)

@@ -92,6 +92,12 @@ def score(summary: Mapping[str, Any], role: str, split: str, metric: str, which:
     return None if value is None else float(value)
 
 
+def headline(summary: Mapping[str, Any]) -> float | None:
+    """The exported role's top-1 of the last epoch: on the validation part when there is one, else on test."""
+    found = (score(summary, summary["export"], split, "top1") for split in ("validation", "test"))
+    return next((value for value in found if value is not None), None)
+
+
 def compare(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Compares with the published top-1, in percent points.
 

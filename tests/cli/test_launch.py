@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,13 +37,13 @@ def asked(monkeypatch, tmp_path: Path) -> list[Recipe]:
     (tmp_path / "kd.yaml").write_text(KD)
     recipes: list[Recipe] = []
 
-    def run(recipe: Recipe) -> int:
+    def run(recipe: Recipe) -> SimpleNamespace:
         if recipe.seed == 13:
             raise TrainingError("the loss of kd is not finite since step 7")
         if recipe.seed == 14:
             raise RuntimeError("a fault")
         recipes.append(recipe)
-        return 0
+        return SimpleNamespace(summary={"export": "student"}, is_main=False)
 
     monkeypatch.setattr(kdbench.cli.train, "run", run)
     return recipes
