@@ -1,0 +1,125 @@
+"""What the pages say holds: their snippets run, their links lead somewhere, imports go the way that is drawn."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+LAYERS = (
+    {"errors", "files", "registry", "randomness", "config"},
+    {"models", "data", "terms"},
+    {"engine"},
+    {"results"},
+    {"cli", "plugins"},
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def layer(module: str) -> int | None:
+    part = [*module.split("."), ""][1]
+    return next((number for number, names in enumerate(LAYERS) if part in names), None)
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "kdbench"}
+
+
+def test_imports_go_one_way():
+    files = list((ROOT / "kdbench").rglob("*.py"))
+    assert len(files) > 50
+    wrong = []
+    for path in files:
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        here = layer(own)
+        if here is None:  # the package itself and __main__
+            continue
+        for other in imports(path):
+            there = layer(other)
+            if there is not None and there > here:
+                wrong.append(f"{own} imports {other}")
+    assert not wrong, wrong
+
+
+def test_every_layer_of_the_drawing_has_its_packages():
+    parts = {path.stem for path in (ROOT / "kdbench").iterdir() if not path.name.startswith("_")}
+    assert parts == set().union(*LAYERS)
+
+
+def test_the_parts_of_the_architecture_page_train(tmp_path):
+    """The term, the model and the dataset as they stand there, in a module of the user's own."""
+    page = ROOT / "docs" / "architecture.md"
+    source = blocks(page, "python")
+    assert len(source) == 3
+    (tmp_path / "my_parts.py").write_text("\n".join(source), encoding="utf-8")
+    (tmp_path / "bars.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
+    command = [sys.executable, "-m", "kdbench", "train", "bars.yaml", "--plugin", "my_parts", "out=run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["last"]["metrics"]["student"]["test"]["top1"] > 80
+
+
+def test_the_term_of_the_architecture_page_is_a_divergence(tmp_path):
+    source = blocks(ROOT / "docs" / "architecture.md", "python")[0]
+    path = tmp_path / "my_term.py"
+    path.write_text(re.sub(r"^@TERMS.*$", "", source, flags=re.MULTILINE), encoding="utf-8")  # declares nothing here
+    spec = importlib.util.spec_from_file_location("my_term", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    term = module.ReverseKD(temperature=2.0)
+    student, teacher = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(term(teacher, teacher), torch.zeros(8), check_dtype=False)
+    p, q = (student / 2).softmax(1), (teacher / 2).softmax(1)
+    torch.testing.assert_close(
+        term(student, teacher), 4 * (p * (p / q).log()).sum(1), check_dtype=False, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = {
+        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        if file and not (page.parent / file).exists():
+            missing.append(target)
+        if not file and anchor not in headings:
+            missing.append(target)
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path):
+    """Paths in backticks that begin in a folder of the checkout."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:kdbench|configs|recipes|benchmarks|scripts|tests|docs|examples)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
