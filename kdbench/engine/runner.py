@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Update:
     """One move of a step, ready to run."""
 
     config: UpdateConfig
+    names: tuple[str, ...]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     positions: Tensor
@@ -124,6 +126,7 @@ class Runner:
         learning = sum(1 for p in self.network.parameters() if p.requires_grad)
         return Update(
             planned.config,
+            planned.parameters,
             parameters,
             optimizer,
             self.meters.positions(planned.config.terms),
@@ -312,8 +315,29 @@ class Runner:
             **({"shares": self.clock.read()} if self.clock else {}),
         }
 
+    def refuse_bad_weights(self) -> None:
+        """Raises TrainingError when a loss or a weight is not finite; called before every evaluation and checkpoint.
+
+        A finite loss can have a gradient that is not (a square root at 0); the next loss would tell, too late.
+        """
+        self.refuse_not_finite()
+        parameters = [parameter for update in self.updates for parameter in update.parameters]
+        if parameters and not torch.stack(torch._foreach_norm(parameters, math.inf)).isfinite().all():
+            bad = [
+                name
+                for update in self.updates
+                for name, parameter in zip(update.names, update.parameters, strict=True)
+                if not parameter.isfinite().all()
+            ]
+            raise TrainingError(
+                f"{len(bad)} parameters are not finite after step {self.done} of stage {self.stage.name!r} (epoch "
+                f"{(self.done - 1) // self.steps_per_epoch + 1}), {bad[0]} among them, although every loss was: a "
+                "gradient was not. Training stopped; the last checkpoint was written before that. A smaller learning "
+                "rate, `clip`, or another term may help."
+            )
+
     def refuse_not_finite(self, reading: Reading | None = None) -> None:
-        """Raises TrainingError when a term has not been finite; called before every checkpoint."""
+        """Raises TrainingError when the loss of a term has not been finite."""
         reading = reading or self.meters.peek(self.world)
         if reading.not_finite:
             name, step = min(reading.not_finite.items(), key=lambda item: item[1])

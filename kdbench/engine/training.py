@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Training:
         per_epoch = runner.steps_per_epoch
         windows = self.feed.windows(runner.done)
         every = stage.checkpoint_every
-        minutes = every.get("minutes", DEFAULT_MINUTES)
+        minutes = every.get("minutes", math.inf if "steps" in every else DEFAULT_MINUTES)
         saved = time.monotonic()
         images = 0
         began = time.perf_counter()
@@ -110,7 +111,7 @@ class Training:
             epoch_over = done % per_epoch == 0
             if at_end or (epoch_over and (done // per_epoch) % stage.eval_every == 0):
                 paused = time.perf_counter()
-                runner.refuse_not_finite()
+                runner.refuse_bad_weights()
                 self.log.progress(done, "evaluating")
                 self.evaluate(-(-done // per_epoch))
                 self.checkpoint()
@@ -119,15 +120,17 @@ class Training:
                 runner.forget_lap()
             elif self._due(done, every.get("steps"), minutes, saved):
                 paused = time.perf_counter()
-                runner.refuse_not_finite()
+                runner.refuse_bad_weights()
                 self.checkpoint()
                 saved = time.monotonic()
                 began += time.perf_counter() - paused
                 runner.forget_lap()
 
     def _due(self, done: int, steps: float | None, minutes: float, saved: float) -> bool:
-        if steps:
-            return done % int(steps) == 0
+        if steps and done % int(steps) == 0:
+            return True
+        if minutes == math.inf:
+            return False
         world = self.runner.world
         if world.size > 1 and done % self.runner.stage.log_every:
             return False  # the ranks' clocks differ: they agree once per log interval, not in every step
