@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,14 @@ from kdbench.engine.network import Batch, Network
 from kdbench.engine.plan import StagePlan, plan_stage
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed
+from kdbench.files import read_json
 from kdbench.registry import MODELS, REGISTRIES
+from kdbench.results.console import ConsoleView
+from kdbench.results.experiment import Outcome
+from kdbench.results.experiment import run as run_experiment
+from kdbench.results.folder import RunFolder
+from kdbench.results.jsonlines import read_lines
+from kdbench.results.tracking import TIME_FIELDS
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parent
@@ -217,6 +224,71 @@ def _synthetic(source: SourceConfig, loaded: Recipe, samples: int, batch_size: i
         labels=labels,
         split=split,
     )
+
+
+class Quiet(ConsoleView):
+    """Prints nothing and keeps the notices."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notices: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+
+def train(text: str, *overrides: str, console: Quiet | None = None, data: str = DATA) -> Outcome:
+    """Runs a recipe of `recipe` to its end in this process."""
+    return run_experiment(recipe(text, *overrides, data=data), console=console or Quiet())
+
+
+def result_of(folder: Path | str) -> dict[str, Any]:
+    """Everything that two equal runs must agree in, bit for bit: checkpoints, summary, log lines; times left out."""
+    run = RunFolder(folder)
+    found: dict[str, Any] = {}
+    for file in (
+        run.last,
+        run.best,
+        *sorted(run.checkpoints.glob("stage_*.pt")),
+        *sorted(run.checkpoints.glob("e*.pt")),
+    ):
+        if file.exists():
+            tree = torch.load(file, weights_only=True)
+            tree.pop("tracker", None)
+            tree.get("history", {}).pop("seconds", None)
+            for key, value in flat(tree):
+                found[f"{file.name}:{key}"] = value
+    summary = read_json(run.summary)
+    for key, value in flat(summary):
+        if key != "wall_seconds" and ".latency_ms" not in key:
+            found[f"summary:{key}"] = value
+    for number, line in enumerate(read_lines(run.metrics)):
+        kept = {key: value for key, value in line.items() if key not in TIME_FIELDS}
+        for key, value in flat(kept):
+            found[f"metrics:{number}.{key}"] = value
+    return found
+
+
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings and lists, with dotted keys; a tensor becomes its type, shape and bytes."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple):
+        for key, value in enumerate(tree):
+            yield from flat(value, f"{prefix}.{key}")
+    elif isinstance(tree, Tensor):
+        yield (
+            prefix,
+            (str(tree.dtype), tuple(tree.shape), tree.contiguous().flatten().view(torch.uint8).numpy().tobytes()),
+        )
+    else:
+        yield prefix, repr(tree)
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys in which two results differ."""
+    return [key for key in {**one, **other} if key not in one or key not in other or one[key] != other[key]]
 
 
 def command(*words: str, processes: int = 1, plugin: bool = True) -> list[str]:

@@ -58,11 +58,12 @@ def run(recipe: Recipe, *, console: ConsoleView | None = None) -> Outcome:
         UserError: anything that the user can mend; what was saved stays.
     """
     device = choose_device(recipe.device)
-    with join_world(device.type) as world, precision_settings(recipe.stages[0].precision):
+    with join_world(device.type) as world:
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
             torch.cuda.set_device(device)
-        return _Experiment(recipe, device, world, console).run()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's draws stay as they were
+            return _Experiment(recipe, device, world, console).run()
 
 
 def reevaluate(
@@ -199,19 +200,26 @@ class _Experiment:
         for stage, plan in zip(self.recipe.stages, self.plans, strict=True):
             if stage.name in self.finished and stage is not self.recipe.stages[-1]:
                 continue
-            sources = self._sources(stage)
-            judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
-            runner, preparation = self._runner(stage, plan, sources, tracker)
-            if tree is not None and tree["stage"] == stage.name:
-                runner.load_state_dict(tree)
-            else:
-                measured = judge.frozen_roles(runner.network, self.steps_before)
-                if self.world.is_main:
-                    self._tell_roles(plan, preparation, measured)
-            self._run_stage(runner, plan, sources, judge, tracker)
-            last = judge, runner
+            with precision_settings(stage.precision):
+                last = self._train_stage(stage, plan, tree, tracker)
         assert last is not None
-        return self._finish(*last, tracker)
+        with precision_settings(self.recipe.stages[-1].precision):
+            return self._finish(*last, tracker)
+
+    def _train_stage(
+        self, stage: StageConfig, plan: StagePlan, tree: Mapping[str, Any] | None, tracker: Tracker
+    ) -> tuple[Judge, Runner]:
+        sources = self._sources(stage)
+        judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
+        runner, preparation = self._runner(stage, plan, sources, tracker)
+        if tree is not None and tree["stage"] == stage.name:
+            runner.load_state_dict(tree)
+        else:
+            measured = judge.frozen_roles(runner.network, self.steps_before)
+            if self.world.is_main:
+                self._tell_roles(plan, preparation, measured)
+        self._run_stage(runner, plan, sources, judge, tracker)
+        return judge, runner
 
     @property
     def steps_before(self) -> int:
@@ -287,6 +295,7 @@ class _Experiment:
             network.double()
         feed = self._feed(stage, plan, sources)
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=feed.steps_per_epoch, world=self.world)
+        runner.say = tracker.notice
         return runner, preparation
 
     def _produced(self, stage: StageConfig) -> dict[str, Path]:
