@@ -84,7 +84,6 @@ def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> Row:
 def show(rows: Sequence[Row], seeds: int, runs: Path, seconds: float) -> None:
     """Prints the table and keeps it beside the runs."""
     report = aggregate(rows)
-    print()
     Console(highlight=False).print(compact(report))
     print(
         f"Mean ± deviation over {seeds} seeds, last epoch, on 896 test images that had no part in training or choices."

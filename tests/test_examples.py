@@ -1,0 +1,67 @@
+"""The example for one's own class folders, as a user would copy it, on small drawn images and without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdbench.cli.main import main
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_data"
+SMALL = ["dataset.size=32", "epochs=1", "batch_size=8"]
+
+
+def draw(root: Path) -> None:
+    """Bright squares and dark squares on noise, of changing size."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for name, level in (("bright", 220), ("dark", 20)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(40, 60, 2)
+                image = rng.integers(80, 160, (height, width, 3), dtype=np.uint8)
+                image[10:30, 10:30] = level
+                Image.fromarray(image).save(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """The two recipes beside `photos/`; smaller, and from random weights, which needs no network."""
+    draw(tmp_path / "photos")
+    for name in ("teacher", "student"):
+        text = (EXAMPLE / f"{name}.yaml").read_text(encoding="utf-8")
+        text = text.replace(", weights: DEFAULT", "").replace("torchvision/resnet50", "torchvision/resnet18")
+        text = (
+            text.replace("size: 224", "size: 32")
+            .replace("epochs: 20", "epochs: 1")
+            .replace("padding: 16", "padding: 4")
+        )
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_recipes_of_the_example_pass_the_check(copied, capsys):
+    assert main(["check", "teacher.yaml"]) == 0
+    assert (
+        main(["check", "student.yaml", "terms.hint={type: hint, student: features.-1, teacher: layer4, weight: 10}"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "torchvision/mobilenet_v3_small" in said and "36 samples, 2 classes" in said
+
+
+@pytest.mark.slow
+def test_a_sweep_over_seeds_trains_the_teacher_once(copied, capsys):
+    assert main(["train", "student.yaml", *SMALL[1:], "-m", "seed=1,2,3"]) == 0
+    teachers = list(copied.glob("runs/teacher/*/summary.json"))
+    students = [json.loads(path.read_text()) for path in copied.glob("runs/student/*/summary.json")]
+    assert len(teachers) == 1
+    assert sorted(student["seed"] for student in students) == [1, 2, 3]
+    assert all("teacher" in student["frozen"] for student in students)
+    assert main(["train", "student.yaml", *SMALL[1:], "twin=true"]) == 0
+    assert "without a teacher" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""The README: its quick commands run, its tables name what is registered, its recipes are those of the example."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdbench.cli.main import COMMANDS, main
+from kdbench.config.load import load_recipe, recipe_names
+from kdbench.registry import DATASETS, MODELS, TERMS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands(language: str) -> list[str]:
+    """The lines of the blocks of one language that begin with `kdbench`, without their comments."""
+    lines = [line for found, block in BLOCKS if found == language for line in block.splitlines()]
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("kdbench ")]
+
+
+def table(header: str) -> list[list[str]]:
+    """The rows under the table whose first column has this header, as cells."""
+    lines = TEXT.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(rf"\| {header} \|", line))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def names(header: str) -> list[str]:
+    return [name for row in table(header) for name in re.findall(r"`([^`]+)`", row[0])]
+
+
+QUICK = [
+    pytest.param(command, marks=[pytest.mark.slow] if "--all" in command else [], id=command)
+    for command in commands("bash")
+]
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_a_quick_command_runs(command: str, capsys):
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_are_quick_commands():
+    assert {command.split()[1] for command in commands("bash")} >= {"list", "show", "inspect", "check"}
+
+
+@pytest.mark.parametrize("command", [c for c in commands("") if "digits/" in c or "cifar100/" in c])
+def test_a_command_with_a_shipped_recipe_is_valid(command: str):
+    words = [word for word in shlex.split(command)[2:] if word != "-m"]
+    load_recipe(words[0], words[1:])
+
+
+def test_the_tables_name_what_is_registered():
+    assert sorted(names("term")) == sorted(TERMS.entries)
+    assert sorted(names("dataset")) == sorted(DATASETS.entries)
+    own = [name for name in names("models") if not name.endswith("/NAME")]
+    assert sorted(own) == sorted(name for name in MODELS.entries if "/" not in name)
+    assert sorted(names("recipes")) == recipe_names()
+
+
+@pytest.mark.parametrize("row", table("term"), ids=lambda row: row[0].strip("`"))
+def test_a_term_cites_its_paper(row: list[str]):
+    name, paper = row[0].strip("`"), str(TERMS.entry(row[0].strip("`")).facts["paper"])
+    assert paper in row[2], name
+    assert f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" in row[2]
+
+
+def test_every_command_is_named():
+    said = next(line for line in TEXT.splitlines() if line.startswith("Commands: "))
+    assert set(re.findall(r"`(\w+)`", said)) == set(COMMANDS)
+
+
+def test_the_first_recipe_is_the_one_of_the_example():
+    own = [block for language, block in BLOCKS if language == "yaml"]
+    assert own == [
+        (ROOT / f"examples/own_data/{name}.yaml").read_text(encoding="utf-8") for name in ("teacher", "student")
+    ]
+
+
+def test_the_output_of_quickstart_is_of_the_recipe_as_it_stands():
+    """The rows of the script, and a gain beyond the deviation."""
+    block = next(block for language, block in BLOCKS if language == "console" and "quickstart" in block)
+    found = re.findall(r"^ (\w[\w, ]+?)\s+([\d.]+) ± ([\d.]+)", block, re.MULTILINE)
+    rows = {label: (float(mean), float(deviation)) for label, mean, deviation in found}
+    assert list(rows) == ["teacher", "student, 50 labels", "student, all labels", "student, distilled"]
+    assert rows["student, distilled"][0] - rows["student, 50 labels"][0] > 3 * rows["student, 50 labels"][1]
+    recipe = yaml.safe_load((ROOT / "recipes/digits/kd.yaml").read_text(encoding="utf-8"))
+    assert recipe["label_fraction"] == 50
