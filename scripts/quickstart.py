@@ -105,7 +105,7 @@ def show(rows: Sequence[Row], seeds: int, runs: Path, seconds: float) -> None:
 def compact(report: Report) -> Table:
     """The table in 80 columns: every row is over the same seeds, and FLOPs are left to table.md."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    titles = ("", "test accuracy, %", "agreement with\nteacher, %", "parameters", "1 image\ntakes")
+    titles = ("", "test\naccuracy, %", "agreement with\nteacher, %", "parameters", "1 image\ntakes")
     for title in titles:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for line in report.lines:
