@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Size, Tensor, nn
 
@@ -238,3 +241,20 @@ class ReadsMask(Term):
 
     def forward(self, student: Tensor) -> Tensor:
         return student.square().sum(1) + (0 if student.is_meta else student[student > 0].sum())
+
+
+@TERMS.register("t_dies", space="sample")
+class Dies(Term):
+    """Ends the process without a word at its nth training step, unless there is a file `alive`."""
+
+    def __init__(self, at: int = 5) -> None:
+        super().__init__()
+        self.at = at
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            if not student.is_meta and self.seen == self.at and not Path("alive").exists():
+                os._exit(9)
+        return student.square().sum(1) * 1e-4

@@ -48,11 +48,15 @@ DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 64}\n"
 """The data of most recipes here; followed by the recipe's own lines."""
 
 
+def use_plugin() -> None:
+    for registry in REGISTRIES.values():
+        registry.scan("plugin_parts")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def parts() -> Iterator[None]:
     """Declares the parts of `plugin_parts` for one test module."""
-    for registry in REGISTRIES.values():
-        registry.scan("plugin_parts")
+    use_plugin()
     yield
     for registry in REGISTRIES.values():
         for name, entry in list(registry._extra.items()):
@@ -293,10 +297,14 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def command(*words: str, processes: int = 1, plugin: bool = True) -> list[str]:
     """The command line of `kdbench train` in a process of its own; under torchrun when there are several."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(_free_port())]
-    return [*start, "-m", "kdbench", "train", *words, *(["--plugin", "plugin_parts"] if plugin else [])]
+    words = ("-m", "kdbench", "train", *words, *(["--plugin", "plugin_parts"] if plugin else []))
+    return [sys.executable, *words] if processes == 1 else torchrun(*words, processes=processes)
+
+
+def torchrun(*words: str, processes: int = 2) -> list[str]:
+    """A script or module under torchrun."""
+    several = ["--nproc-per-node", str(processes), "--master-port", str(_free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *several, *words]
 
 
 def environment() -> dict[str, str]:

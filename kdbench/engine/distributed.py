@@ -120,6 +120,20 @@ def _reduce_bucket(gradients: list[Tensor]) -> None:
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
+def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
+    """Gives every rank rank 0's values, in place."""
+    if world.size == 1:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for same in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.broadcast(flat, 0)
+        parts = flat.split([tensor.numel() for tensor in same])
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -137,10 +151,15 @@ class _SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with statistics over all ranks; works on gloo (CPU) as well as on NCCL.
 
-    Input (batch, channels, ...). Equals BatchNorm on the concatenated batch, in value and in gradient.
+    Input (batch, channels, ...). Equals BatchNorm on the concatenated batch, in value and in gradient. Rows that were
+    repeated to make the ranks equal count in no statistic.
+
+    Attributes:
+        valid: bool (batch,), False for a repeated row; None where every row counts. Set before each forward.
     """
 
     world = World()
+    valid: Tensor | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -150,14 +169,16 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or self.world.size == 1:
             return super().forward(input)
         axes = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
         wide = input if input.dtype == torch.float64 else input.float()
-        count = torch.full((1,), input.numel() / input.shape[1], dtype=wide.dtype, device=input.device)
-        sums = _SumOverRanks.apply(torch.cat([wide.sum(axes), count]))
+        rows = wide.new_ones(input.shape[0]) if self.valid is None else self.valid.to(wide.dtype)
+        rows = rows.view([-1] + [1] * (input.dim() - 1))
+        count = rows.sum().reshape(1) * (input.numel() // (input.shape[0] * input.shape[1]))
+        sums = _SumOverRanks.apply(torch.cat([(wide * rows).sum(axes), count]))
         total = sums[-1]
         mean = sums[:-1] / total
-        shape = [1, -1] + [1] * (input.dim() - 2)
         centred = wide - mean.view(shape)
-        variance = _SumOverRanks.apply((centred * centred).sum(axes)) / total
+        variance = _SumOverRanks.apply((centred * centred * rows).sum(axes)) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 if self.num_batches_tracked is not None:

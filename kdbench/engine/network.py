@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule
 from kdbench.config.schema import Edge, Operand, RoleConfig, TermConfig
-from kdbench.engine.distributed import World, gather_rows
+from kdbench.engine.distributed import SyncBatchNorm, World, gather_rows
 from kdbench.engine.features import Capture, Feature, find_module
 from kdbench.registry import Entry
 from kdbench.terms.base import Term
@@ -48,6 +48,7 @@ class Role(nn.Module):
         self.frozen = [find_module(model, path, config.place)[1] for path in config.freeze]
         for module in self.frozen:
             module.requires_grad_(False)
+        self.synced = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
         self.capture = Capture(model, features, overwritten=overwritten, stop=True)
         self.train(self.learns)
 
@@ -265,6 +266,8 @@ class Network(nn.Module):
             upstream = upstream_role(role.config)
             if name in moving or upstream in with_gradient:
                 with_gradient.add(name)
+            for module in role.synced:
+                module.valid = batch[self.sources[name]].get("valid")
             with nullcontext() if name in with_gradient else torch.no_grad():
                 for feature, value in role(self.role_input(role.config, batch, features)).items():
                     features[name, feature] = value

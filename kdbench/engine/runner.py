@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import Recipe, StageConfig, UpdateConfig
-from kdbench.engine.distributed import World, sum_gradients
+from kdbench.engine.distributed import World, copy_from_main, sum_gradients
 from kdbench.engine.meters import Meters, Reading
 from kdbench.engine.network import Batch, Network
 from kdbench.engine.optim import build_optimizer, set_lr_factor
@@ -144,6 +144,8 @@ class Runner:
         for update in self.updates:
             for _ in range(update.config.repeat):
                 self._move(update, window)
+        if self.followers or self.average is not None:
+            self.align()
         self._follow()
         self.meters.end_step()
         self.done += 1
@@ -189,6 +191,14 @@ class Runner:
         self.losses = self.network
         reason = " ".join(str(error).split()) or type(error).__name__
         self.say(f"compile: the step could not be compiled ({reason[:300]}); the run goes on without compiling.")
+
+    def align(self) -> None:
+        """Gives every rank rank 0's buffers, such as BatchNorm's statistics, which each rank gathers from its own rows.
+
+        What is evaluated, followed and saved is then the same model on every rank, and the one that a resume loads.
+        """
+        learning = (self.network.role(name) for name in self.plan.layout.order)
+        copy_from_main((b for role in learning if role.learns for b in role.model.buffers()), self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.stage.precision)

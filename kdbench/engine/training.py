@@ -112,6 +112,7 @@ class Training:
             if at_end or (epoch_over and (done // per_epoch) % stage.eval_every == 0):
                 paused = time.perf_counter()
                 runner.refuse_bad_weights()
+                runner.align()
                 self.log.progress(done, "evaluating")
                 self.evaluate(-(-done // per_epoch))
                 self.checkpoint()

@@ -1,0 +1,167 @@
+"""Two processes follow one process with the doubled batch. gloo on the CPU; every recipe is trained once, up front."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support import TESTS, differences, environment, parts, result_of, run_command, torchrun, train  # noqa: F401
+from torch.testing import assert_close
+
+from kdbench.files import read_json
+from kdbench.results.jsonlines import read_lines
+
+DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
+"""61 = 3 * 16 + 13: the last batch is ragged, and one of its rows is repeated to make two ranks equal."""
+
+COMMON = """
+student: {model: {type: t_conv, norm: NORM}}
+teacher: {model: {type: t_conv, norm: group}}
+terms: TERMS
+optimizer: {type: SGD, lr: 0.1, momentum: 0.9}
+label_fraction: 20
+epochs: 4
+batch_size: BATCH
+log_every: 1
+tensorboard: false
+"""
+MASKED = "{ce: cross_entropy, kd: {type: kd, temperature: 2}}"
+COUPLED = (
+    "{ce: cross_entropy, dist: dist, rkd: {type: rkd, student: pool, teacher: pool, weight: 0.02}, "
+    "sp: {type: sp, student: {path: conv2, adapter: conv1x1}, teacher: conv2, weight: 10}}"
+)
+CASES = {
+    "group": ("group", MASKED, ""),
+    "coupled": ("group", COUPLED, "precision: float64\n"),
+    "synced": ("batch", COUPLED, "sync_batchnorm: true\nema: 0.9\nclip: 0.5\n"),
+    "apart": ("batch", MASKED, "models: {shadow: {ema: student, decay: 0.8}}\nema: 0.9\n"),
+    "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
+}
+
+
+def text_of(case: str, batch: int, out: str) -> str:
+    norm, terms, extra = CASES[case]
+    text = COMMON.replace("NORM", norm).replace("TERMS", terms).replace("BATCH", str(batch))
+    return DATA + text + extra + f"out: {out}\n"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Trains every case with one process and with two; `<case>/one` and `<case>/two` are the folders."""
+    folder = tmp_path_factory.mktemp("distributed")
+    files = []
+    for case in CASES:
+        files.append(folder / f"{case}.yaml")
+        files[-1].write_text(text_of(case, 8, str(folder / case / "two")))
+    words = torchrun(str(TESTS / "distributed_worker.py"), *map(str, files))
+    done = subprocess.run(words, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        for case in CASES:
+            train(text_of(case, 16, str(folder / case / "one")), data="")
+    finally:
+        os.chdir(here)
+    return folder
+
+
+def tree(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints/last.pt", weights_only=True)
+
+
+SAME = ["group", "coupled", "synced", "accumulated"]
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_two_processes_follow_the_doubled_batch(runs, case):
+    one, two = tree(runs / case / "one"), tree(runs / case / "two")
+    assert one["step"] == two["step"] >= 8
+    for key in ("models", "average", "terms"):
+        ours, theirs = dict(flat_tensors(one[key])), dict(flat_tensors(two[key]))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            near = 1e-6 if value.dtype == torch.float32 else 1e-12
+            assert_close(theirs[name], value, rtol=near, atol=near, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def flat_tensors(value, prefix=""):
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat_tensors(item, f"{prefix}.{key}")
+
+
+def test_without_synchronisation_batchnorm_is_per_rank_and_the_manifest_says_so(runs):
+    """Also the negative control of the test above: here the weights differ."""
+    one, two = tree(runs / "apart" / "one"), tree(runs / "apart" / "two")
+    assert not torch.allclose(
+        one["models"]["student"]["conv1.weight"], two["models"]["student"]["conv1.weight"], atol=1e-5
+    )
+    words = {name: read_json(runs / name / "two" / "manifest.json")["training"]["main"]["batchnorm"] for name in CASES}
+    assert "per rank" in words["apart"] and "over all 2 ranks" in words["synced"]
+    assert read_json(runs / "apart" / "two" / "manifest.json")["training"]["main"]["effective_batch"] == {"train": 16}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_logs_tell_the_same_losses_and_scores(runs, case):
+    one, two = (read_lines(runs / case / which / "metrics.jsonl") for which in ("one", "two"))
+    assert [line["event"] for line in one] == [line["event"] for line in two]
+    for ours, theirs in zip(one, two, strict=True):
+        if ours["event"] == "train":
+            assert_close(theirs["total"], ours["total"], rtol=1e-5, atol=1e-5)
+            assert_close(theirs["grad_norm"], ours["grad_norm"], rtol=1e-4, atol=1e-5)
+            for name, term in ours["terms"].items():
+                assert_close(theirs["terms"][name]["loss"], term["loss"], rtol=1e-5, atol=1e-5)
+        else:
+            assert (ours["role"], ours["split"], ours["epoch"]) == (theirs["role"], theirs["split"], theirs["epoch"])
+            for name, value in ours["metrics"].items():
+                assert_close(theirs["metrics"][name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_only_one_process_writes(runs):
+    for case in CASES:
+        lines = read_lines(runs / case / "two" / "metrics.jsonl")
+        steps = [line["step"] for line in lines if line["event"] == "train"]
+        assert steps == sorted(set(steps)), "every step is logged once"
+        assert read_json(runs / case / "two" / "manifest.json")["sessions"][0]["world_size"] == 2
+    assert not list(runs.rglob("*.tmp"))
+
+
+def test_two_processes_are_another_run_than_one(runs):
+    identities = {read_json(runs / "group" / which / "manifest.json")["identity"] for which in ("one", "two")}
+    assert len(identities) == 2
+
+
+@pytest.fixture
+def moved(runs, monkeypatch) -> Path:
+    monkeypatch.chdir(runs)
+    return runs
+
+
+@pytest.mark.slow
+def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved):
+    """BatchNorm apart on each rank, an average and a teacher that follow: a resume loads what every rank had."""
+    Path("apart2.yaml").write_text(text_of("apart", 8, "resumed"))
+    short = run_command("apart2.yaml", "checkpoint_every.steps=1", "terms.odd={type: t_dies, at: 7}", processes=2)
+    assert short.returncode != 0 and tree(Path("resumed"))["step"] == 6
+    # The term that dies is part of the identity: the same command goes on, and this time it does not die.
+    Path("alive").touch()
+    again = run_command("apart2.yaml", "checkpoint_every.steps=1", "terms.odd={type: t_dies, at: 7}", processes=2)
+    assert again.returncode == 0, again.stderr
+    whole = run_command("apart2.yaml", "out=undisturbed", "terms.odd={type: t_dies, at: 7}", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert differences(result_of("resumed"), result_of("undisturbed")) == []
+
+
+def test_a_mistake_ends_every_process_with_words_and_without_hanging(moved):
+    Path("wrong.yaml").write_text(text_of("group", 8, "wrong").replace("kd: {type: kd", "kd: {type: kdd"))
+    done = run_command("wrong.yaml", processes=2, timeout=90)
+    assert done.returncode != 0 and "Did you mean 'kd'" in done.stderr and "exitcode  : 2" in done.stderr
+    Path("nan.yaml").write_text(text_of("group", 8, "nan").replace("ce: cross_entropy", "ce: {type: t_nan, at: 3}"))
+    done = run_command("nan.yaml", processes=2, timeout=90)
+    assert done.returncode != 0 and "not finite since step 3" in done.stderr and "exitcode  : 2" in done.stderr
