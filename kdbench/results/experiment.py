@@ -140,14 +140,19 @@ class _Experiment:
 
     # The run
 
-    def run(self) -> Outcome:
-        """Returns at once when the run is finished; else plans, sees to the teachers, and trains."""
+    def run(self, *, wait: bool = False) -> Outcome:
+        """Returns at once when the run is finished; else plans, sees to the teachers, and trains.
+
+        Args:
+            wait: wait for another process that is training the same run, as for a teacher that two students share.
+        """
         if not self.recipe.fresh and self._status() == "finished":
             return self._told()
         self._plan()
         for teacher in self.teachers.values():
-            teacher.run()
-        with self.folder.lock() if self.world.is_main else contextlib.nullcontext():
+            teacher.run(wait=True)
+        told = (self.console or ConsoleView()).notice if wait else None
+        with self.folder.lock(wait=told) if self.world.is_main else contextlib.nullcontext():
             if self.recipe.fresh and self.world.is_main:
                 self.folder.clear()
             self.world.barrier()

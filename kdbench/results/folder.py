@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -109,13 +109,16 @@ class RunFolder:
             ) from None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait: Callable[[str], object] | None = None) -> Iterator[None]:
         """Keeps every other process out while the block runs; makes the folder when it is not there.
 
         The system drops the lock when this process dies, however it dies, so a killed run never blocks its successor.
 
+        Args:
+            wait: when another process holds the lock, this is told so in a sentence, and the lock is waited for.
+
         Raises:
-            UserError: another process is writing to the folder; the message says which.
+            UserError: another process is writing to the folder and `wait` is None; the message says which.
         """
         self.create()
         path = self.path / LOCK_NAME
@@ -130,10 +133,13 @@ class RunFolder:
                         f"the file system of {self.path} does not support locks ({error.strerror}). Choose another "
                         "place with out=DIR or runs=DIR."
                     ) from None
-                raise UserError(
-                    f"{self.path} is in use by {_holder(path)}. Wait for it or end it; the run then goes on from its "
-                    "last checkpoint. For a run of its own, choose another folder with out=DIR."
-                ) from None
+                if wait is None:
+                    raise UserError(
+                        f"{self.path} is in use by {_holder(path)}. Wait for it or end it; the run then goes on from "
+                        "its last checkpoint. For a run of its own, choose another folder with out=DIR."
+                    ) from None
+                wait(f"{self.path} is in use by {_holder(path)}; waiting for it.")
+                fcntl.flock(file, fcntl.LOCK_EX)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             holder = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now})
             os.ftruncate(file, 0)

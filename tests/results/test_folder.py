@@ -46,6 +46,24 @@ def test_a_second_process_is_told_who_holds_the_folder_and_a_kill_frees_it(tmp_p
     assert (folder.path / LOCK_NAME).read_text() == ""
 
 
+def test_a_teacher_that_two_students_need_is_waited_for(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    process = holder(folder.path)
+    told: list[str] = []
+
+    def told_then_freed(text: str) -> None:
+        told.append(text)
+        process.send_signal(signal.SIGKILL)
+
+    try:
+        with folder.lock(wait=told_then_freed):
+            assert str(os.getpid()) in (folder.path / LOCK_NAME).read_text()
+    finally:
+        process.kill()
+        process.communicate()
+    assert len(told) == 1 and f"in use by process {process.pid}" in told[0] and "waiting" in told[0]
+
+
 def _sleep(ready):
     ready.set()
     import time
