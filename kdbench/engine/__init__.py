@@ -51,7 +51,7 @@ def _load_optimizer(name: str) -> Any:
 
 
 def _plain(parameter: Parameter) -> Parameter:
-    """Writes an annotation without Tensor, Union and Optional: `float | Tensor` -> `float`; a recipe has no tensors."""
+    """Writes an annotation without Tensor and typing's names: `Union[float, Tensor]` -> `float`."""
     if not parameter.annotation:
         return parameter
     node = _Plain().visit(ast.parse(parameter.annotation, mode="eval").body)
@@ -69,6 +69,8 @@ class _Plain(ast.NodeTransformer):
             for part in others:
                 first = ast.BinOp(first, ast.BitOr(), part)
             return first
+        if kind in ("Tuple", "List", "Dict"):  # as older releases of torch write them
+            return ast.Subscript(ast.Name(kind.lower()), node.slice)
         return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
