@@ -140,6 +140,8 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
             stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
         below = _deep(below, data)
         places |= assignment.places()
+        for around in _around(assignment.key):  # where no file wrote `optimiser`, `optimiser.lr=1` did
+            places.setdefault(around, Place(key=around, override=assignment.text))
     for key in stale:
         without(raw, key)
     faults = Faults()
@@ -162,6 +164,12 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
     return Composed(
         origin["name"], origin["file"], origin["path"], resolved, places, {**recorded, **choices}, tuple(overrides)
     )
+
+
+def _around(dotted: str) -> list[str]:
+    """The keys around a dotted key: those of `a.b.c` are `a.b` and `a`."""
+    names = dotted.split(".")
+    return [".".join(names[:count]) for count in range(len(names) - 1, 0, -1)]
 
 
 def _at(data: Any, dotted: str) -> Mapping[str, Any]:

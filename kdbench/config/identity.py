@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.schema import Named, OptimizerConfig, Recipe, TermConfig, Weights
-from kdbench.errors import Place
 from kdbench.registry import (
     ADAPTERS,
     AUGMENTS,
@@ -80,7 +79,7 @@ def _dataclass(value: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
     result = {}
     for item in fields(value):
         own = getattr(value, item.name)
-        if item.name in leave_out or isinstance(own, Place):
+        if item.name in leave_out or not item.compare:  # places are no part of what a recipe says
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         if own != default:

@@ -82,6 +82,7 @@ class SourceConfig:
         `image` is always there. The evaluation and validation sources have an empty list.
     labels: a share in (0, 1] or a number (2 or more) of samples whose label is kept; None keeps all.
     subset: None, or a share or number of samples to keep (class-balanced, drawn by the seed).
+    places: where `batch_size`, `labels`, `subset` and (of `train`) `validation` were written, for messages.
     """
 
     name: str
@@ -92,6 +93,7 @@ class SourceConfig:
     labels: float | int | None = None
     subset: float | int | None = None
     place: Place = field(default=NOWHERE, compare=False)
+    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,12 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     if dataset is None:
         return None
     place = context.place(key if written else shared.dataset_key)
+    places = {}
+    for option, field in (("batch_size", "batch_size"), ("label_fraction", "labels"), ("subset", "subset")):
+        if fields.has(option) or option in context.places:
+            places[field] = fields.place(option) if fields.has(option) else context.place(option)
+    if name == "train" and "validation" in context.places:
+        places["validation"] = context.place("validation")
     return SourceConfig(
         name=name,
         dataset=dataset,
@@ -111,6 +117,7 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         labels=labels,
         subset=subset,
         place=place,
+        places=places,
     )
 
 

@@ -116,7 +116,7 @@ def _hold_out(
     found = opened[_key(train)]
     classes = found.dataset.classes
     everything = torch.arange(len(found.labels))
-    what = f"validation (of {train.place})" if str(train.place) else "validation"
+    what = _where(train, "validation")
     rng = generator(seed, "split", "validation")
     held_out = balanced(found.labels, everything, validation, len(classes), rng, what)
     for part, words in ((held_out, "has no sample"), (without(everything, held_out), "leaves train no sample")):
@@ -134,24 +134,25 @@ def _open(config: SourceConfig, found: _Opened, setting: Setting) -> Source:
     classes = found.dataset.classes
     if config.subset is not None:
         rng = generator(setting.seed, "split", "subset")
-        positions = balanced(found.labels, positions, config.subset, len(classes), rng, _at(config, "subset"))
+        positions = balanced(found.labels, positions, config.subset, len(classes), rng, _where(config, "subset"))
     labelled = None
     if config.labels is not None:
         present = len(classes) - len(empty_classes(found.labels, positions, classes))
         rng = generator(setting.seed, "split", "labels")
-        labelled = balanced(found.labels, positions, config.labels, len(classes), rng, _at(config, "labels"))
+        labelled = balanced(found.labels, positions, config.labels, len(classes), rng, _where(config, "labels"))
         missing = empty_classes(found.labels, labelled, classes)
         if len(classes) - len(missing) < present:
-            raise ConfigError(_at(config, f"labels: {config.labels} leaves {_some(missing)} without any label"))
+            raise ConfigError(f"{_where(config, 'labels')}: {config.labels} leaves {_some(missing)} without any label")
     if len(positions) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: no sample is left of the split {config.split!r}"))
     together = config.batch_size * setting.world
     if config.batch_size < 1:
-        raise ConfigError(_at(config, f"batch_size must be at least 1, got {config.batch_size}"))
+        raise ConfigError(f"{_where(config, 'batch_size')} must be at least 1, got {config.batch_size}")
     if together > len(positions) and config.name not in EVALUATION:
         each = f"{config.batch_size} on each of {setting.world} processes" if setting.world > 1 else config.batch_size
         raise ConfigError(
-            _at(config, f"batch_size: {each} is more than the {len(positions)} samples of source {config.name!r}")
+            f"{_where(config, 'batch_size')}: {each} is more than the {len(positions)} samples of source "
+            f"{config.name!r}"
         )
     return _source(config, found, setting, positions, labelled)
 
@@ -195,6 +196,11 @@ def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str
 
 def _at(config: SourceConfig, text: str) -> str:
     return f"{config.place}: {text}" if str(config.place) else text
+
+
+def _where(config: SourceConfig, option: str) -> str:
+    """The place of one of a source's options, or the source's own where the option was not written."""
+    return str(config.places.get(option) or _at(config, option))
 
 
 def _some(names: list[str]) -> str:

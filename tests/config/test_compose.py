@@ -119,6 +119,18 @@ def test_what_is_no_override_is_said(fault, override: str):
     assert fault(KD, override).startswith(f"override '{override}': ")
 
 
+@pytest.mark.parametrize("override", ["optimiser.lr=1", "terms.kdd.weight=1", "techer.model.num_classes=3"])
+def test_a_fault_in_a_mapping_that_only_an_override_made_names_the_override(fault, override: str):
+    assert f"override '{override}'" in fault(KD, override)
+
+
+def test_a_source_keeps_the_lines_of_its_options(load):
+    source = load(KD + "validation: 0.1\nlabel_fraction: 50\n", "batch_size=32").stages[0].data["train"]
+    lines = {option: place.line for option, place in source.places.items() if place.line}
+    assert lines == {"validation": KD.count("\n") + 1, "labels": KD.count("\n") + 2}
+    assert str(source.places["batch_size"]) == "override 'batch_size=32'"
+
+
 def test_a_sweep_needs_a_multirun(fault):
     assert fault(KD, "seed=1,2") == "override 'seed=1,2': several values need a multirun; add -m to `kdbench train`."
 

@@ -259,7 +259,7 @@ def test_the_spec_is_what_the_batches_are(source_of, part, make):
         ({"labels": 9999}, {}, r"data.train: labels: 9999 samples were asked for, but there are only 512"),
         ({"labels": 1.5}, {}, r"labels must be a share in \(0, 1\] or a whole number of at least 2, got 1.5"),
         ({"subset": -1}, {}, r"subset must be a share"),
-        ({}, {"validation": 5}, r"validation \(of recipe.yaml:3 data.train\): 5 has no sample of 'class5'"),
+        ({}, {"validation": 5}, r"recipe.yaml:3 data.train: validation: 5 has no sample of 'class5'"),
         ({}, {"validation": 512}, r"512 leaves train no sample of 'class0'"),
         ({}, {"validation": 1.0}, r"leaves train no sample"),
         ({"split": "trian"}, {}, r"data.train: dataset 'synthetic' has no split 'trian'. Did you mean 'train'"),
