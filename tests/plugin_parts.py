@@ -258,3 +258,14 @@ class Dies(Term):
             if not student.is_meta and self.seen == self.at and not Path("alive").exists():
                 os._exit(9)
         return student.square().sum(1) * 1e-4
+
+
+@MODELS.register("t_hooked", version=1)
+class Hooked(Layers):
+    """Layers whose classifier has a hook of its own."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8, norm: str = "") -> None:
+        super().__init__(num_classes, in_channels, image_size, norm=norm)
+        hidden = self.fc.in_features
+        self.fc = nn.Sequential(nn.Linear(hidden, num_classes))
+        self.fc.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.0,))

@@ -253,10 +253,12 @@ class Runner:
         """The moving average of the exported role, when the recipe asks for one."""
         if self.stage.ema is None:
             return None
-        average = copy.deepcopy(self.network.role(self.stage.export).model)
-        for module in average.modules():  # the copy is evaluated whole; nothing is captured in it
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+        role = self.network.role(self.stage.export)
+        average = copy.deepcopy(role.model)
+        for module in average.modules():  # the copy is evaluated whole: nothing is captured in it
+            for handle in role.capture.handles:
+                module._forward_hooks.pop(handle.id, None)
+                module._forward_pre_hooks.pop(handle.id, None)
         return average.requires_grad_(False).eval()
 
     def _follow(self, *, start: bool = False) -> None:

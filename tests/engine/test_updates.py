@@ -255,11 +255,13 @@ def test_roles_that_follow_get_no_gradient_and_stay_in_eval_mode():
     assert not any(module.training for module in run.runner.average.modules())
 
 
-def test_the_average_is_a_copy_without_the_students_hooks():
-    run = bench(
-        FOLLOWERS.replace(
-            "terms:", "terms:\n  hint: {type: hint, student: {path: layer1, adapter: linear}, teacher: shadow:layer2}"
-        )
+def test_the_average_captures_nothing_and_keeps_the_hooks_of_the_models_own():
+    text = FOLLOWERS.replace(
+        "terms:", "terms:\n  hint: {type: hint, student: {path: layer1, adapter: linear}, teacher: shadow:layer2}"
     )
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.runner.average.modules())
-    assert any(m._forward_hooks for m in run.model().modules())
+    run = bench(text.replace("t_layers, norm", "t_hooked, norm"))
+    own, average = run.model(), run.runner.average
+    assert len(own.layer1._forward_hooks) == 1 and not average.layer1._forward_hooks
+    assert len(average.fc._forward_pre_hooks) == 1
+    run.step(2)
+    assert average(torch.zeros(2, 1, 8, 8, dtype=torch.float64)).isfinite().all()

@@ -352,3 +352,22 @@ def test_missing_data_leave_no_run_behind():
     with pytest.raises((DataError, ConfigError)):
         train(TINY, data="dataset: {type: image_folder, folder: nowhere}\n")
     assert not Path("run/checkpoints").exists() or not any(Path("run/checkpoints").iterdir())
+
+
+def test_the_command_line_says_nan_in_one_paragraph_and_exits_with_2(capsys):
+    from kdbench.cli.main import main
+
+    recipe(NAN.replace("AT", "5"))
+    assert main(["train", "own.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kdbench: own.yaml:4 terms.odd: ") and "step 5" in said and "Traceback" not in said
+    assert read_json("run/manifest.json")["status"] == "failed"
+
+
+def test_the_command_line_says_that_a_run_was_interrupted(monkeypatch, capsys):
+    from kdbench.cli.main import main
+
+    recipe(TINY)
+    interrupt(monkeypatch, 6)
+    assert main(["train", "own.yaml"]) == 130
+    assert "goes on" in capsys.readouterr().err and step_of() == 4
