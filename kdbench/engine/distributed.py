@@ -117,7 +117,7 @@ def _reduce_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
@@ -131,7 +131,7 @@ def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
         dist.broadcast(flat, 0)
         parts = flat.split([tensor.numel() for tensor in same])
-        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -184,9 +184,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
                 # momentum None asks for the plain average over all batches so far.
-                momentum: Any = self.momentum
-                if momentum is None and self.num_batches_tracked is not None:
+                momentum: Any
+                if self.momentum is None and self.num_batches_tracked is not None:
                     momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
+                else:
+                    momentum = self.momentum or 0.0
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 unbiased = variance * (total / (total - 1))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)

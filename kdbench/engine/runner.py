@@ -167,7 +167,7 @@ class Runner:
             self.grad_norm = nn.utils.clip_grad_norm_(update.parameters, self.stage.clip, foreach=True)
         elif self.logs_at(self.done + 1):
             gradients = [p.grad for p in update.parameters if p.grad is not None]
-            self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            self.grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
         self.scaler.step(update.optimizer)
         self.scaler.update()
 
@@ -230,9 +230,7 @@ class Runner:
                 set_lr_factor(update.optimizer, factor)
         for name in self.plan.layout.terms:
             self.network.term(name).move(self.scheduled)
-        torch.random.default_generator.manual_seed(
-            derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank)
-        )
+        torch.default_generator.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
         if self.device.type == "cuda":
             torch.cuda.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
         every = [self.stage.roles[r] for r in self.followers if self.stage.roles[r].mode == "snapshot"]
@@ -333,8 +331,8 @@ class Runner:
         A finite loss can have a gradient that is not (a square root at 0); the next loss would tell, too late.
         """
         self.refuse_not_finite()
-        parameters = [parameter for update in self.updates for parameter in update.parameters]
-        if parameters and not torch.stack(torch._foreach_norm(parameters, math.inf)).isfinite().all():
+        parameters = [parameter.detach() for update in self.updates for parameter in update.parameters]
+        if not nn.utils.get_total_norm(parameters, math.inf, foreach=True).isfinite():
             bad = [
                 name
                 for update in self.updates
@@ -361,7 +359,7 @@ class Runner:
             )
 
 
-compiled: Callable[..., Callable[..., tuple[Tensor, Tensor]]] = torch.compile
+compiled: Any = torch.compile
 """How a network becomes a compiled step."""
 
 
@@ -387,4 +385,4 @@ def average_state(source: nn.Module, target: nn.Module, decay: float) -> None:
                 real[1].append(other)
             else:
                 own.copy_(other)
-        torch._foreach_lerp_(real[0], real[1], 1.0 - decay)
+        torch._foreach_lerp_(real[0], real[1], 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
