@@ -185,7 +185,7 @@ def test_the_logged_total_is_the_sum_of_the_weighted_losses_over_the_interval():
     expected = []
     for window in itertools.islice(run.windows(), 3):
         run.runner.begin_step()
-        expected.append(float(loss_of(run, window[0])))
+        expected.append(loss_of(run, window[0]).item())
         run.runner.step(window)
     reading, values = run.runner.read()
     assert_close(values["total"], sum(expected) / 3, rtol=1e-6, atol=0)
