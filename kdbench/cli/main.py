@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich's way to say it; standard output leads nowhere now
+            return DONE
         return stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAULT
     except Exception:
         traceback.print_exc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +30,7 @@ class ConsoleView:
     """
 
     def __init__(self, console: Console | None = None, *, prefix: str = "", quiet: bool = False) -> None:
-        self.out = console or _Stdout(highlight=False)
+        self.out = console or Stdout(highlight=False)
         self.live = self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
         self.prefix = f"{prefix.rstrip(': ')} │ " if prefix else ""
         self.quiet = quiet
@@ -185,11 +187,13 @@ class ConsoleView:
             self._mute = True
 
 
-class _Stdout(Console):
+class Stdout(Console):
     """A console is only a view: when the pipe behind it closes (`| head`), the run goes on in silence."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+        with contextlib.suppress(OSError):  # whatever else is printed goes nowhere too, and ends no job of a multirun
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class _Latest(ProgressColumn):

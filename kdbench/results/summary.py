@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdbench.config.schema import Published, Recipe
-from kdbench.results.console import duration
+from kdbench.results.console import Stdout, duration
 
 Scores: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
 """role -> split -> metric -> value."""
@@ -143,7 +143,7 @@ def compare(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a summary for a person: a table of scores, one of models, and the comparison in words."""
-    out = console or Console(highlight=False)
+    out = console or Stdout(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, 120)  # a pipe has no width; 80 would wrap the table
     best = summary.get("best")

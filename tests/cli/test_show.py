@@ -133,6 +133,17 @@ def test_a_fault_of_ours_ends_with_1_and_its_traceback(monkeypatch, capsys):
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 
+def test_a_pipe_closed_under_a_table_is_no_fault(monkeypatch, capsys):
+    def cut(arguments: list[str]) -> int:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 - as rich's console does
+
+    monkeypatch.setitem(sys.modules["kdbench.cli.main"].COMMANDS, "list", cut)
+    assert main(["list"]) == 0
+
+
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     def interrupted(arguments: list[str]) -> int:
         raise KeyboardInterrupt

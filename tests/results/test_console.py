@@ -1,13 +1,14 @@
 """What a person sees: lines when piped, a bar on a terminal, never too often."""
 
 import io
+import os
 import time
 
 import pytest
 from rich.console import Console
 
 from kdbench.results import console as module
-from kdbench.results.console import ConsoleView, duration
+from kdbench.results.console import ConsoleView, Stdout, duration
 
 
 class Terminal(io.StringIO):
@@ -164,6 +165,14 @@ def test_a_full_disk_behind_a_redirected_output_ends_the_view_not_the_run():
     view = ConsoleView(Console(file=Full()))
     view.notice("one")
     view.notice("two")
+
+
+def test_a_closed_pipe_silences_every_later_output_and_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        Stdout(file=pipe).print("nobody listens")
+        print("a plain line of a later job", file=pipe, flush=True)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (187, "3m 07s"), (18123, "5h 02m")])
