@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from kdbench.config.identity import identity
-from kdbench.config.load import dump_recipe, load_recipe, load_resolved
-from kdbench.config.schema import Named, Recipe, StageConfig, Weights
+from kdbench.config.load import dump_recipe, load_resolved
+from kdbench.config.schema import Recipe, StageConfig
 from kdbench.data.base import SourceSpec, describe_all, open_dataset
 from kdbench.data.build import build_sources
 from kdbench.data.source import Source
@@ -31,10 +30,12 @@ from kdbench.engine.weights import state_hash
 from kdbench.errors import TrainingError, UserError
 from kdbench.files import read_json, write_atomic, write_json
 from kdbench.results.console import ConsoleView
+from kdbench.results.facts import checksums, data_facts, outside_facts, part_versions, role_facts, training_facts
 from kdbench.results.folder import RunFolder
 from kdbench.results.judge import Judge
 from kdbench.results.latency import latency
 from kdbench.results.manifest import amend_manifest, finish_manifest, write_manifest
+from kdbench.results.provider import provider
 from kdbench.results.summary import build_summary
 from kdbench.results.tracking import Tracker
 
@@ -92,9 +93,11 @@ class _Experiment:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
         self.specs = [describe_all(s.data, s.validation, recipe.data_root) for s in recipe.stages]
         self.teachers = self._teachers()
-        self.facts = self._facts()
-        self.identity = identity(recipe, self.facts)
+        self.checksums = checksums(recipe)
+        made = {key: teacher.identity for key, teacher in self.teachers.items()}
+        self.identity = identity(recipe, outside_facts(recipe, self.checksums, made, world.size))
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
+        self.final = recipe.stages[-1]
         self.plans: list[StagePlan] = []
         self.history = History()
         self.finished: dict[str, int] = {}  # stage -> its steps
@@ -119,24 +122,6 @@ class _Experiment:
             plan_stage(stage, specs, self.recipe, world_size=self.world.size)
             for stage, specs in zip(self.recipe.stages, self.specs, strict=True)
         ]
-
-    def _facts(self) -> dict[str, Any]:
-        """What the results depend on besides the recipe's words: the data, the teachers, files, and a shared batch."""
-        data = {}
-        for stage in self.recipe.stages:
-            for config in stage.data.values():
-                dataset = open_dataset(config, self.recipe.data_root)
-                data[f"{stage.name}.{config.name}"] = dataset.checksum() if hasattr(dataset, "checksum") else ""
-        facts: dict[str, Any] = {"data": data}
-        for (stage_name, role), teacher in self.teachers.items():
-            facts[f"weights.{stage_name}.{role}"] = teacher.identity
-        for stage in self.recipe.stages:
-            for name, role in stage.roles.items():
-                if role.weights is not None and role.weights.path is not None:
-                    facts[f"weights.{stage.name}.{name}"] = _file_hash(Path(role.weights.path).expanduser())
-        if self.world.size > 1:
-            facts["world"] = self.world.size
-        return facts
 
     # The run
 
@@ -203,12 +188,12 @@ class _Experiment:
         self._announce(tracker, tree, notice)
         last: tuple[Judge, Runner] | None = None
         for stage, plan in zip(self.recipe.stages, self.plans, strict=True):
-            if stage.name in self.finished and stage is not self.recipe.stages[-1]:
+            if stage.name in self.finished and stage is not self.final:
                 continue
             with precision_settings(stage.precision):
                 last = self._train_stage(stage, plan, tree, tracker)
         assert last is not None
-        with precision_settings(self.recipe.stages[-1].precision):
+        with precision_settings(self.final.precision):
             return self._finish(*last, tracker)
 
     def _train_stage(
@@ -222,7 +207,7 @@ class _Experiment:
         else:
             measured = judge.frozen_roles(runner.network, self.steps_before)
             if self.world.is_main:
-                self._tell_roles(plan, preparation, measured)
+                amend_manifest(self.folder.manifest, {"roles": role_facts(plan, preparation.origins, measured)})
         self._run_stage(runner, plan, sources, judge, tracker)
         return judge, runner
 
@@ -235,7 +220,7 @@ class _Experiment:
         self._plan()
         tree, _ = checkpoint.load(folder.last)
         assert tree is not None
-        stage, plan = self.recipe.stages[-1], self.plans[-1]
+        stage, plan = self.final, self.plans[-1]
         if tree["stage"] != stage.name:
             raise UserError(f"{folder} stands in stage {tree['stage']!r}; finish it before it is evaluated.")
         self.folder = folder
@@ -258,9 +243,9 @@ class _Experiment:
                 identity=self.identity,
                 device=str(self.device),
                 world_size=self.world.size,
-                training={s.name: self._training_facts(s) for s in self.recipe.stages},
-                data=self._data_facts(),
-                parts=self._versions(),
+                training={s.name: training_facts(s, self.world.size) for s in self.recipe.stages},
+                data=data_facts(self.recipe, self.specs, self.checksums),
+                parts=part_versions(self.recipe),
             )
         else:
             changes = []
@@ -342,7 +327,7 @@ class _Experiment:
         if self.world.is_main and len(self.recipe.stages) > 1:
             checkpoint.save(self.folder.stage(stage.name), self._weights(runner))
         self.world.barrier()
-        if stage is not self.recipe.stages[-1]:
+        if stage is not self.final:
             self.finished[stage.name] = runner.total_steps
 
     def _evaluate(self, runner: Runner, judge: Judge, epoch: int) -> None:
@@ -350,7 +335,7 @@ class _Experiment:
         if best and self.world.is_main:
             checkpoint.save(self.folder.best, {**self._weights(runner), "epoch": epoch})
         stage = runner.stage
-        if self.world.is_main and epoch in self.recipe.keep_epochs and stage is self.recipe.stages[-1]:
+        if self.world.is_main and epoch in self.recipe.keep_epochs and stage is self.final:
             checkpoint.save(self.folder.epoch(epoch), {**self._weights(runner), "epoch": epoch})
 
     def _weights(self, runner: Runner) -> dict[str, Any]:
@@ -399,13 +384,11 @@ class _Experiment:
             device=describe_device(self.device),
         )
         if self.world.is_main:
-            tracker.hparams({"seed": self.recipe.seed, **self._training_facts(stage)})
+            tracker.hparams({"seed": self.recipe.seed, **training_facts(stage, self.world.size)})
             write_json(self.folder.summary, summary)
             finish_manifest(self.folder.manifest, "finished")
         self.world.barrier()
         return Outcome(self.folder, summary, repeated=False, is_main=self.world.is_main)
-
-    # Facts
 
     def _sources(self, stage: StageConfig) -> dict[str, Source]:
         sources = build_sources(
@@ -426,94 +409,6 @@ class _Experiment:
     def _channels_last(self) -> bool:
         return uses_channels_last(self.recipe, self.specs[0])
 
-    def _training_facts(self, stage: StageConfig) -> dict[str, Any]:
-        batch = {n: c.batch_size * self.world.size * stage.accumulate for n, c in stage.data.items()}
-        trained = {n: size for n, size in batch.items() if n not in ("eval", "validation")}
-        return {
-            "effective_batch": trained,
-            "optimizer": stage.optimizer.type,
-            "lr": stage.optimizer.params.get("lr"),
-            "epochs": stage.epochs,
-            "steps": stage.steps,
-            "precision": stage.precision,
-            "batchnorm": self._batchnorm_words(stage),
-        }
-
-    def _batchnorm_words(self, stage: StageConfig) -> str:
-        if self.world.size == 1:
-            return "statistics of the whole batch"
-        if stage.sync_batchnorm:
-            return f"statistics over all {self.world.size} ranks"
-        return f"statistics per rank: each of {self.world.size} ranks normalises by its own rows"
-
-    def _data_facts(self) -> dict[str, Any]:
-        facts = {}
-        for stage, specs in zip(self.recipe.stages, self.specs, strict=True):
-            for name, config in stage.data.items():
-                facts[f"{stage.name}.{name}"] = {
-                    "dataset": config.dataset.type,
-                    "split": config.split,
-                    "samples": specs[name].samples,
-                    "labels": config.labels,
-                    "checksum": self.facts["data"][f"{stage.name}.{name}"],
-                }
-        return facts
-
-    def _versions(self) -> dict[str, int]:
-        from kdbench.registry import MODELS, TERMS
-
-        parts = {}
-        for stage in self.recipe.stages:
-            for role in stage.roles.values():
-                if role.model is not None:
-                    parts[f"model {role.model.type}"] = MODELS.entry(role.model.type).version
-            for term in stage.terms.values():
-                parts[f"term {term.type}"] = TERMS.entry(term.type).version
-        return parts
-
-    def _tell_roles(self, plan: StagePlan, preparation: Preparation, measured: Mapping[str, Any]) -> None:
-        roles = {}
-        for name, role in plan.roles.items():
-            origin = preparation.origins[name]
-            roles[name] = {
-                "model": role.model,
-                "parameters": role.parameters,
-                "mode": role.config.mode,
-                "weights": {"source": origin.source, "sha256": origin.sha256, "unmatched": origin.unmatched},
-            }
-            if name in measured:
-                roles[name]["accuracy"] = measured[name]
-        amend_manifest(self.folder.manifest, {"roles": roles})
-
-
-def provider(weights: Weights, recipe: Recipe) -> Recipe:
-    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results."""
-    assert weights.recipe is not None
-    overrides = []
-    if weights.model is not None:
-        overrides.append(f"student.model={_override_value(weights.model)}")
-    told = load_recipe(weights.recipe, overrides)
-    epochs = {*told.keep_epochs, weights.epoch} if weights.epoch is not None else told.keep_epochs
-    return replace(
-        told,
-        device=recipe.device,
-        workers=recipe.workers,
-        data_root=recipe.data_root,
-        runs=recipe.runs,
-        tensorboard=recipe.tensorboard,
-        keep_epochs=tuple(sorted(epochs)),
-    )
-
-
-def _override_value(model: Any) -> str:
-    if isinstance(model, Named):
-        model = {"type": model.type, **model.params}
-    if isinstance(model, Mapping):
-        return "{" + ",".join(f"{k}:{_override_value(v)}" for k, v in model.items()) + "}"
-    if isinstance(model, list | tuple):
-        return "[" + ",".join(_override_value(v) for v in model) + "]"
-    return "null" if model is None else str(model).lower() if isinstance(model, bool) else str(model)
-
 
 def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
     """channels_last where the recipe says so; by itself for colour images, where convolutions gain by it."""
@@ -521,13 +416,3 @@ def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
         return recipe.channels_last
     shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
     return any(len(shape) == 3 and shape[0] == 3 for shape in shapes)
-
-
-def _file_hash(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

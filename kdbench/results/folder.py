@@ -103,7 +103,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK_NAME).touch()
             self.checkpoints.mkdir(exist_ok=True)
-        except (PermissionError, NotADirectoryError) as error:
+        except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written to ({error.strerror}). Choose another with out=DIR."
             ) from None

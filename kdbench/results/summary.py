@@ -150,7 +150,12 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     out.print(Text(f"{summary['recipe']} · seed {summary['seed']}", style="bold"))
     if summary.get("twin"):
         out.print(Text(f"the twin without a teacher: {'; '.join(summary['dropped'])}"), soft_wrap=True)
-    out.print(_scores_table(summary))
+    scores = _scores_table(summary)
+    room = out.width
+    needed = out.measure(scores, options=out.options.update(width=1000)).maximum
+    out.width = max(room, needed)  # a narrow terminal wraps the lines; it loses no figure
+    out.print(scores)
+    out.width = room
     if summary.get("models"):
         out.print(_models_table(summary))
     lines = []
@@ -179,7 +184,7 @@ def _scores_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
     for title, _ in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)  # a cell that is cut short would be another number
     for split in SPLITS:
         names = [name for name in LABELS if any(name in splits.get(split, {}) for _, splits in columns)]
         for position, name in enumerate(names):

@@ -1,0 +1,39 @@
+"""The recipe that makes somebody's initial weights: how it is asked for, so that everybody asks for the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kdbench.config.load import load_recipe
+from kdbench.config.schema import Named, Recipe, Weights
+
+
+def provider(weights: Weights, recipe: Recipe) -> Recipe:
+    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results."""
+    assert weights.recipe is not None
+    overrides = []
+    if weights.model is not None:
+        overrides.append(f"student.model={_override_value(weights.model)}")
+    told = load_recipe(weights.recipe, overrides)
+    epochs = {*told.keep_epochs, weights.epoch} if weights.epoch is not None else told.keep_epochs
+    return replace(
+        told,
+        device=recipe.device,
+        workers=recipe.workers,
+        data_root=recipe.data_root,
+        runs=recipe.runs,
+        tensorboard=recipe.tensorboard,
+        keep_epochs=tuple(sorted(epochs)),
+    )
+
+
+def _override_value(model: Any) -> str:
+    if isinstance(model, Named):
+        model = {"type": model.type, **model.params}
+    if isinstance(model, Mapping):
+        return "{" + ",".join(f"{k}:{_override_value(v)}" for k, v in model.items()) + "}"
+    if isinstance(model, list | tuple):
+        return "[" + ",".join(_override_value(v) for v in model) + "]"
+    return "null" if model is None else str(model).lower() if isinstance(model, bool) else str(model)
