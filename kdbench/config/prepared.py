@@ -25,6 +25,8 @@ from kdbench.errors import ConfigError, Place, nearest
 
 CONFIG_NAME = "recipe"
 ORIGIN = "origin.json"
+_PART = r"\w[^/\\$\x00-\x1f]*"
+_NAME = re.compile(f"{_PART}(/{_PART})*")  # it becomes a folder below `runs`, and Hydra reads `$` in it
 ALL = object()
 """A sweep over a pattern, such as `pair=glob(resnet*)`: which options it takes, Hydra finds out."""
 
@@ -118,8 +120,11 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
     runs = next((str(a.value) for a in reversed(assignments(overrides)) if a.key == "runs"), None)
     runs = runs if runs is not None else str(recipe.data.get("runs") or "runs")
     name = str(origin.get("name", name))
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):  # it becomes a folder below `runs`
-        raise ConfigError(f"{recipe.places.get('origin.name', recipe.file)}: {name!r} cannot be a recipe's name.")
+    if not _NAME.fullmatch(name):
+        place = recipe.places.get("origin.name", recipe.file)
+        raise ConfigError(
+            f"{place}: {name!r} cannot be a recipe's name; it begins with a letter or digit, without `$`."
+        )
     written = Path(origin["file"]) if isinstance(origin.get("file"), str) else path  # where its relative paths begin
     return Prepared(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
 

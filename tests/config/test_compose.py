@@ -131,6 +131,11 @@ def test_a_source_keeps_the_lines_of_its_options(load):
     assert str(source.places["batch_size"]) == "override 'batch_size=32'"
 
 
+@pytest.mark.parametrize("stem", ["my récipe (copy)", "kd,2", "猫"])
+def test_a_recipe_may_be_called_what_the_file_system_allows(load, stem: str):
+    assert load(name=f"{stem}.yaml").name == stem
+
+
 def test_a_sweep_needs_a_multirun(fault):
     assert fault(KD, "seed=1,2") == "override 'seed=1,2': several values need a multirun; add -m to `kdbench train`."
 
@@ -158,7 +163,7 @@ def test_a_folder_without_a_resolved_recipe_is_told(tmp_path: Path):
         load_resolved(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a/../b", "a b", ""])
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a/../b", ".hidden", "a\\b", ""])
 def test_the_name_that_a_recipe_claims_cannot_leave_the_folder_of_runs(fault, name: str):
     assert fault(KD + f"origin: {{name: '{name}'}}\n").startswith("r.yaml:9 origin.name: ")
 
