@@ -41,6 +41,10 @@ def printed(told: dict, **options) -> str:
     return file.getvalue()
 
 
+def test_a_narrow_terminal_loses_no_figure():
+    assert all(figure in printed(summary(), width=40) for figure in ("73.00", "73.40", "79.40"))
+
+
 def test_last_and_best_stand_apart_and_the_choosing_split_is_said():
     told = summary()
     assert score(told, "student", "test", "top1") == 73.0
