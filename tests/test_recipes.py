@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from kdbench.config.load import load_recipe, recipe_names
 from kdbench.engine import runner as runner_module
+from kdbench.engine.features import TRACES_RAISE
 from kdbench.registry import TERMS
 
 RECIPES = recipe_names()
@@ -90,12 +91,16 @@ TERMS_OF_KDBENCH = sorted(name for name, entry in TERMS.entries.items() if entry
 
 
 def term_bench(name: str, *, compiled: bool = True) -> Bench:
-    """A stage with this term alone, on the student's and the teacher's logits or feature maps."""
+    """A stage with this term alone, on the student's and the teacher's logits or feature maps.
+
+    The compiler of torch 2.6 cannot end a student's forward early (`TRACES_RAISE`): there, labels are read too.
+    """
+    labels = "" if TRACES_RAISE else ", ce: cross_entropy"
     operands = ", student: conv2, teacher: conv2" if TERMS.entry(name).facts.get("features") else ""
     text = f"""
     student: t_conv
     teacher: {{model: {{type: t_conv, norm: batch}}}}
-    terms: {{term: {{type: {name}{operands}}}}}
+    terms: {{term: {{type: {name}{operands}}}{labels}}}
     optimizer: {{type: SGD, lr: 0.01}}
     label_fraction: 16
     epochs: 2

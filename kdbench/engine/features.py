@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kdbench.errors import ConfigError, Place, nearest
 
 OUTPUTS = ("logits", "output", "image")
 """Names of a model's own output. When the output is a mapping or a named tuple, they name its entry."""
+TRACES_RAISE = not torch.__version__.startswith("2.6.")
 
 
-@dataclass(frozen=True)
-class Feature:
-    """What to capture inside one role: a module path, which of its calls (from 1), and its output or its input."""
+class Feature(NamedTuple):
+    """What to capture inside one role: a module path, which of its calls (from 1), and its output or its input.
+
+    A tuple, because it is a key in the compiled step, where the compiler of torch 2.6 takes no dataclass.
+    """
 
     path: str = "logits"
     call: int = 1
@@ -120,10 +123,14 @@ class Capture:
                 if feature.call == call and feature not in self.kept:
                     value = model_output(output[0] if output else (*inputs, *named.values()))
                     self.kept[feature] = value.clone() if feature in overwritten else value
-            if self.stop and len(self.kept) == len(self.inner):
+            if self.stop and len(self.kept) == len(self.inner) and not self._compiler_drops_rest():
                 raise _LastFeature
 
         return hook
+
+    def _compiler_drops_rest(self) -> bool:
+        """Whether the compiler, which cannot follow a raise in torch 2.6, leaves out what nobody reads by itself."""
+        return not TRACES_RAISE and torch.compiler.is_compiling() and not self.model.training
 
     def __call__(self, *inputs: Tensor) -> dict[Feature, Tensor]:
         """Runs the model and returns the wanted features."""
