@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -59,12 +60,18 @@ def _print_stage(console: Console, plan: StagePlan, *, several: bool) -> None:
     if several:
         console.print(Text(f"stage {stage.name}", style="bold underline"))
     console.print(_roles_table(plan))
+    console.print()
     console.print(_terms_table(plan))
+    console.print()
     if any(not feature.is_output for role in plan.roles.values() for feature in role.features):
         console.print(_features_table(plan))
+        console.print()
     console.print(Text("in words", style="bold"))
     for sentence in in_words(plan):
-        console.print(Text(f"  {sentence}"), soft_wrap=True)
+        if console.is_terminal:
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+        else:
+            console.print(Text(f"  {sentence}"), soft_wrap=True)
     console.print()
 
 
@@ -253,6 +260,7 @@ def _print_recipe(console: Console, recipe: Recipe) -> None:
     console.print(Text("\nthe recipe, composed", style="bold"))
     text = dump_recipe(recipe)
     if console.is_terminal:
-        console.print(Syntax(text, "yaml", background_color="default"))
+        # The terminal's own colours: rich's default theme cannot be read on a light ground.
+        console.print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))
     else:
         console.print(Text(text), soft_wrap=True)

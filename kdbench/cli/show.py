@@ -211,7 +211,7 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
     console = Console()
     for text, kind in zip(texts, kinds, strict=True):
         if kind in ("recipes", *GROUPS):
-            console.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+            console.print(Syntax(text.rstrip(), "yaml", theme="ansi_dark", background_color="default"))
             continue
         title, _, body = text.partition("\n")
         console.print(Text(title, style="bold cyan"))

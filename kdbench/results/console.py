@@ -152,13 +152,15 @@ class ConsoleView:
 
     def _position(self, epoch: int | None = None) -> str:
         """`prefix stage  epoch 12/240`, or the step where a stage counts no epochs."""
+        if not self._stage:
+            return f"{self.prefix}before training"
         if self._epochs:
             width = len(str(self._epochs))
             current = min(self._done * self._epochs // self._steps + 1, self._epochs) if epoch is None else epoch
             place = f"epoch {current:>{width}}/{self._epochs}"
         else:
             place = f"step {self._done:>{len(str(self._steps))}}/{self._steps}"
-        return f"{self.prefix}{self._stage}  {place}" if self._stage else f"{self.prefix}{place}"
+        return f"{self.prefix}{self._stage}  {place}"
 
     def _left(self, now: float) -> str:
         done = self._done - self._first
