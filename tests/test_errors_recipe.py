@@ -321,3 +321,16 @@ def test_a_missing_file_and_a_folder_are_told():
     Path("d.yaml").mkdir()
     with pytest.raises(ConfigError, match="no recipe"):
         load_recipe("d.yaml")
+
+
+def test_a_result_that_never_moves_is_refused(tmp_path):
+    file = tmp_path / "own.yaml"
+    text = (
+        "dataset: digits\nteacher: digits_cnn\nstudent: digits_mlp\nexport: teacher\n"
+        "terms: {ce: {type: cross_entropy}}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"
+    )
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"own.yaml:4 export: 'teacher' is frozen in every stage, while student"):
+        load_recipe(str(file))
+    file.write_text(text.replace("export: teacher", "export: student"))
+    assert load_recipe(str(file)).stages[0].export == "student"

@@ -143,21 +143,25 @@ def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Name
     except JobFailed as failed:
         print("kdbench: some jobs failed, as told above; the results of the others stay.", file=sys.stderr)
         code = failed.code
-    found = sorted((folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))
-    if len(found) > 1:
+    found = [read_json(path) for path in sorted((folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))]
+    if len(found) > 1 and any("folder" in note for note in found):
         from kdbench.cli.train import print_jobs
 
-        print_jobs([read_json(path) for path in found])
+        print_jobs(found)
     return code
 
 
-def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome) -> None:
-    """Leaves a note of a finished job, which a launcher may have run in another process or on another machine."""
-    if not outcome.is_main:
-        return
-    label = " ".join(word for text in overrides if not (word := text.lstrip("+")).startswith("seed="))
+def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
+    """Leaves a note of a job, which a launcher may run in another process or on another machine.
+
+    Before the job it says what was asked for; after it (with the outcome), where the result lies.
+    """
+    note = {"label": " ".join(word for text in overrides if not (word := text.lstrip("+")).startswith("seed="))}
+    if outcome is not None:
+        if not outcome.is_main:
+            return
+        note |= {"folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
     (folder / JOBS).mkdir(exist_ok=True)
-    note = {"label": label, "folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
     write_json(folder / JOBS / f"{number}.json", note)
 
 
@@ -199,6 +203,7 @@ def job(config: Any) -> float | None:
         load_plugins()
         if _single is None:
             print(f"job {node.job.num}: {' '.join(text.lstrip('+') for text in node.overrides.task)}", flush=True)
+            _keep_job(folder, node.job.num, node.overrides.task, None)
         recipe = load_job(config, folder, node)
         if _single is not None:
             shutil.rmtree(_single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed

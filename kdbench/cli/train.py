@@ -29,19 +29,30 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
     """Prints the jobs of a multirun as one table: mean and deviation over the seeds of otherwise equal jobs.
 
     Args:
-        jobs: of each finished job the run's `folder`, the exported `role`, and `label`: its overrides less the seed.
+        jobs: of each job its `label` (the overrides less the seed) and, where it finished, the run's `folder` and the
+            exported `role`.
     """
     from rich.console import Console
 
     from kdbench.results.report import Row, aggregate
 
-    folders: dict[tuple[str, str], list[str]] = {}
+    by_label: dict[str, list[Mapping[str, str]]] = {}
     for job in jobs:
-        folders.setdefault((job["label"], job["role"]), []).append(job["folder"])
-    rows = [Row(label or "all jobs", found, role=role) for (label, role), found in folders.items()]
+        by_label.setdefault(job["label"], []).append(job)
+    rows, missing = [], []
+    for label, group in by_label.items():
+        done = [job for job in group if "folder" in job]
+        lost = len(group) - len(done)
+        if done:
+            name = (label or "all jobs") + (f" ({len(done)} of {len(group)} finished)" if lost else "")
+            rows.append(Row(name, [job["folder"] for job in done], role=done[0]["role"]))
+        else:
+            missing.append(label or "all jobs")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print()
     console.print(aggregate(rows).table())
     print("Test accuracy of the last epoch; mean and deviation over seeds.")
+    for label in missing:
+        print(f"{label}: no job finished.")

@@ -66,6 +66,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
     own_keys = set(top.known)
     stages = _stages(context, composed, stages_value, shared, own_keys, base, seen)
     _check_stage_weights(context, stages)
+    _check_export(context, stages)
     published = _published(context, top, published_value, composed, stages)
     context.faults.raise_any(composed.file)
     recipe = Recipe(
@@ -82,6 +83,16 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         **options,
     )
     return without_teachers(recipe) if twin else recipe
+
+
+def _check_export(context: Context, stages: list[StageConfig]) -> None:
+    """The result of a recipe that trains something must be something that moved in one of its stages."""
+    roles = [role for stage in stages for role in stage.roles.values()]
+    moved = {role.name for role in roles if role.mode != "frozen"}
+    trained = sorted({role.name for role in roles if role.mode == "trainable"})
+    name = stages[-1].export if stages else None
+    if trained and any(role.name == name for role in roles) and name not in moved:
+        context.fault("export", f"{name!r} is frozen in every stage, while {', '.join(trained)} trains.")
 
 
 def _stages(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -117,6 +118,16 @@ class SourceSpec:
     problem: str | None = None
 
 
+@contextmanager
+def placed(config: SourceConfig) -> Iterator[None]:
+    """Puts the place of a source's dataset in the recipe before what is wrong with its files."""
+    where = str(config.dataset.place) or str(config.place)
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{where}: {error}" if where else str(error)) from None
+
+
 def open_dataset(config: SourceConfig, data_root: str) -> Any:
     """Builds the dataset of a source; a user's mistake is told with the place in the recipe.
 
@@ -127,12 +138,10 @@ def open_dataset(config: SourceConfig, data_root: str) -> Any:
     named = config.dataset
     where = named.place if str(named.place) else config.place
     DATASETS.check(named.type, named.params, where)
-    try:
+    with placed(config):
         return DATASETS.build(
             named.type, named.params, where, split=config.split, data_root=os.path.expanduser(data_root)
         )
-    except UserError as error:
-        raise type(error)(f"{where}: {error}" if str(where) else str(error)) from None
 
 
 def describe(config: SourceConfig, data_root: str) -> SourceSpec:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
-from kdbench.data.base import Dataset, Noise, Packed, open_dataset
+from kdbench.data.base import Dataset, Noise, Packed, open_dataset, placed
 from kdbench.data.source import NoiseSource, ResidentSource, Setting, Source
 from kdbench.data.split import balanced, empty_classes, without
 from kdbench.data.view import View, build_views
@@ -102,7 +102,8 @@ def _load(dataset: Dataset, config: SourceConfig, setting: Setting) -> _Opened:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
         return _Opened(dataset, dataset.labels())
-    packed = dataset.load()
+    with placed(config):
+        packed = dataset.load()
     images = packed.images.to(setting.device)
     return _Opened(dataset, packed.labels, Packed(images, packed.labels, packed.checksum))
 

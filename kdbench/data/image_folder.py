@@ -154,8 +154,9 @@ def _find(root: str, data_root: str) -> Path:
     for place in places:
         if place.is_dir():
             return place
+    tried = " or ".join(str(place.absolute()) for place in places)
     raise DataError(
-        f"no folder {' or '.join(map(str, places))}. Class folders are expected in it: {root}/train/<class>/*.png and "
+        f"no folder {tried}. Class folders are expected in it: {root}/train/<class>/*.png and "
         f"{root}/test/<class>/*.png (or val)."
     )
 

@@ -385,8 +385,9 @@ def _check_last_batch(
                 )
             except ValueError as error:
                 why = f"batch_size {size // world_size}" if size <= apart else f"{samples} samples in batches of {size}"
+                place = stage.data[source].places.get("batch_size", stage.data[source].place)
                 raise ConfigError(
-                    f"{stage.data[source].place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
+                    f"{place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
                     f"({error}). Choose another batch_size."
                 ) from None
 

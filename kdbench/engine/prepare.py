@@ -68,11 +68,19 @@ class Preparation:
             state = _entry(read_checkpoint(file, weights.place), weights.role or config.name, file, config)
         else:
             assert weights.path is not None
-            file, origin.source = Path(weights.path).expanduser(), str(weights.path)
+            file, origin.source = weights_file(weights, self.recipe), str(weights.path)
             state = select_state(read_checkpoint(file, weights.place), weights, file)
         origin.unmatched = load_state(model, state, f"{weights.place}: {file}", strict=weights.strict)
         for fault in origin.unmatched:
             self.say(f"role {config.name!r}: {fault}")
+
+
+def weights_file(weights: Weights, recipe: Recipe) -> Path:
+    """The file of `weights: {path: ...}`, from the working directory or else from the recipe's folder."""
+    assert weights.path is not None
+    file = Path(weights.path).expanduser()
+    beside = Path(recipe.path).parent / file
+    return beside if not file.exists() and beside.exists() else file
 
 
 def _entry(tree: dict, role: str | None, file: Path, config: RoleConfig) -> dict[str, Tensor]:  # type: ignore[type-arg]

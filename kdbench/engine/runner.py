@@ -342,8 +342,8 @@ class Runner:
             raise TrainingError(
                 f"{len(bad)} parameters are not finite after step {self.done} of stage {self.stage.name!r} (epoch "
                 f"{(self.done - 1) // self.steps_per_epoch + 1}), {bad[0]} among them, although every loss was: a "
-                "gradient was not. Training stopped; the last checkpoint was written before that. A smaller learning "
-                "rate, `clip`, or another term may help."
+                "gradient was not. Training stopped; what was saved before stays. A smaller learning rate, `clip`, or "
+                "another term may help."
             )
 
     def refuse_not_finite(self, reading: Reading | None = None) -> None:
@@ -354,8 +354,8 @@ class Runner:
             config = self.stage.terms[name]
             raise TrainingError(
                 f"{config.place}: the loss of term {name!r} ({config.type}) is not finite since step {step} of stage "
-                f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; the last "
-                "checkpoint was written before that. A smaller learning rate, `clip`, or a smaller weight may help."
+                f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; what was "
+                "saved before stays. A smaller learning rate, `clip`, or a smaller weight may help."
             )
 
 

@@ -37,7 +37,7 @@ def read_checkpoint(path: str | Path, where: Place | str = "") -> Any:
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes can end in any of them
-        reason = str(error).split("\n", 1)[0]
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
         if isinstance(error, pickle.UnpicklingError) and "eights" in reason:
             reason = "it holds Python objects besides tensors, which kdbench does not load"
         raise CheckpointError(f"{where}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None

@@ -142,7 +142,10 @@ class ConsoleView:
             parts.append(f"{who} {label}{_metric(names[0], metrics[names[0]])}")
             if role != "teacher" and (record.get("split") != "train" or not more):
                 more = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in names[1:]]
-        self._line([f"{self._latest['loss']:<11}", *parts, *more], epoch=records[0].get("epoch"))
+        loss = [f"{self._latest['loss']:<11}"]  # a column of its own, but where a narrow terminal needs the room
+        if not self._latest["loss"] and self.live:
+            loss = []
+        self._line([*loss, *parts, *more], epoch=records[0].get("epoch"))
 
     def _stop(self) -> None:
         self._flush()

@@ -91,14 +91,16 @@ def reevaluate(
 class _Experiment:
     def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
+        self.plans: list[StagePlan] = []
         self.specs = [describe_all(s.data, s.validation, recipe.data_root) for s in recipe.stages]
         self.teachers = self._teachers()
+        if any(spec.problem for specs in self.specs for spec in specs.values()):
+            self._plan()  # before anything is downloaded for a recipe that cannot run
         self.checksums = checksums(recipe)
         made = {key: teacher.identity for key, teacher in self.teachers.items()}
         self.identity = identity(recipe, outside_facts(recipe, self.checksums, made, world.size))
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
         self.final = recipe.stages[-1]
-        self.plans: list[StagePlan] = []
         self.history = History()
         self.finished: dict[str, int] = {}  # stage -> its steps
         self.opened: list[Source] = []
@@ -118,7 +120,7 @@ class _Experiment:
 
     def _plan(self) -> None:
         """Rehearses every stage: what is found here would otherwise be found after the teacher was trained."""
-        self.plans = [
+        self.plans = self.plans or [
             plan_stage(stage, specs, self.recipe, world_size=self.world.size)
             for stage, specs in zip(self.recipe.stages, self.specs, strict=True)
         ]

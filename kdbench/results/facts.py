@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.data.base import SourceSpec, open_dataset
+from kdbench.data.base import SourceSpec, open_dataset, placed
 from kdbench.engine.plan import StagePlan
-from kdbench.engine.prepare import Origin
+from kdbench.engine.prepare import Origin, weights_file
 from kdbench.registry import MODELS, TERMS
 
 
@@ -20,7 +20,9 @@ def checksums(recipe: Recipe) -> dict[str, str]:
     for stage in recipe.stages:
         for config in stage.data.values():
             dataset = open_dataset(config, recipe.data_root)
-            found[f"{stage.name}.{config.name}"] = dataset.checksum() if hasattr(dataset, "checksum") else ""
+            with placed(config):
+                digest = dataset.checksum() if hasattr(dataset, "checksum") else ""
+            found[f"{stage.name}.{config.name}"] = digest
     return found
 
 
@@ -39,7 +41,7 @@ def outside_facts(
     for stage in recipe.stages:
         for name, role in stage.roles.items():
             if role.weights is not None and role.weights.path is not None:
-                facts[f"weights.{stage.name}.{name}"] = _file_hash(Path(role.weights.path).expanduser())
+                facts[f"weights.{stage.name}.{name}"] = _file_hash(weights_file(role.weights, recipe))
     return facts | ({"world": world_size} if world_size > 1 else {})
 
 

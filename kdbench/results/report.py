@@ -127,7 +127,7 @@ def _line(row: Row) -> Line:
         agreement=_gather(kept, row, "agreement"),
         parameters=facts[0].get("parameters"),
         flops=facts[0].get("flops"),
-        latency_ms=statistics.median(times) if times else None,
+        latency_ms=min(times) if times else None,
         folders=tuple(str(folder) for folder in row.folders),
     )
 

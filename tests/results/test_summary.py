@@ -131,11 +131,11 @@ def test_a_report_gives_mean_and_sample_deviation_over_seeds(tmp_path):
     report = aggregate([Row("teacher", folders, role="teacher"), Row("distilled", folders)])
     teacher, student = report.lines
     assert (student.top1.mean, student.top1.deviation, student.seeds) == (92.0, 2.0, 3)
-    assert student.agreement.mean == 92.0 and student.latency_ms == pytest.approx(0.2)
+    assert student.agreement.mean == 92.0 and student.latency_ms == pytest.approx(0.1)
     assert (teacher.seeds, teacher.top1.mean, teacher.top1.deviation) == (1, 98.0, None)  # one teacher for all three
     told = report.json()[1]
     assert told["top1"] == {"mean": 92.0, "deviation": 2.0, "values": [90.0, 92.0, 94.0]}
-    assert "| distilled | 3 | 92.00 ± 2.00 | 92.00 ± 1.00 | 1 000 | 5M | 0.20 ms |" in report.markdown()
+    assert "| distilled | 3 | 92.00 ± 2.00 | 92.00 ± 1.00 | 1 000 | 5M | 0.10 ms |" in report.markdown()
     assert len({line.count("|") for line in report.markdown().splitlines()}) == 1
     file = io.StringIO()
     Console(file=file, width=140).print(report.table())
