@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -98,3 +99,13 @@ def test_the_output_of_quickstart_is_of_the_recipe_as_it_stands():
     assert rows["student, distilled"][0] - rows["student, 50 labels"][0] > 3 * rows["student, 50 labels"][1]
     recipe = yaml.safe_load((ROOT / "recipes/digits/kd.yaml").read_text(encoding="utf-8"))
     assert recipe["label_fraction"] == 50
+
+
+def test_the_speeds_are_those_of_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/step.json").read_text(encoding="utf-8"))
+    measured = result["kdbench_over"]
+    contenders = ("torchdistill", "torchdistill, teacher in eval", "bare", "bare, tuned")
+    said = [tuple(float(number) for number in re.findall(r"[\d.]+", row[0])) for row in table("kdbench is")]
+    assert len(said) == len(contenders)
+    for numbers, name in zip(said, contenders, strict=True):
+        assert numbers == pytest.approx([measured[name][key] for key in ("median", "q1", "q3")], abs=0.0051)
