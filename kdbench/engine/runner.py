@@ -159,8 +159,9 @@ class Runner:
                 raise
             self._stop_compiling(error)
             losses = self._gradients(update, window)
-        for values in losses:
-            self.meters.add(values, update.positions)
+        repeat = update.config.repeat
+        for values in losses:  # logged is the mean over the repeats, comparable with every other term
+            self.meters.add(values if repeat == 1 else values / repeat, update.positions)
         sum_gradients(update.parameters, self.world)
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:

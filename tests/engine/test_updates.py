@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support import bench, parts, plan_of, recipe, same  # noqa: F401
@@ -115,12 +116,23 @@ def test_ordered_updates_see_the_new_weights_and_repeat_counts():
     assert not torch.allclose(game(1).step(3).model().fc.weight, game(3).step(3).model().fc.weight)
 
 
-def test_a_term_of_a_repeated_update_is_logged_as_the_sum_over_the_repeats():
+def test_a_term_of_a_repeated_update_is_logged_as_the_mean_over_the_repeats():
     run = game(3)
-    window = next(run.windows())
-    run.runner.begin_step()
-    run.runner.step(window)
-    assert run.runner.read()[0].steps == 1
+    runner, seen = run.runner, []
+    losses = runner.losses
+
+    def spy(batch, counts, terms, moving, share):
+        total, values = losses(batch, counts, terms, moving, share)
+        seen.extend(float(values[0]) for term in terms if term == "mimic")
+        return total, values
+
+    runner.losses = spy
+    runner.begin_step()
+    runner.step(next(run.windows()))
+    reading = runner.read()[0]
+    assert reading.steps == 1 and len(seen) == 3
+    assert reading.losses["mimic"] == pytest.approx(sum(seen) / 3, rel=1e-6)
+    assert reading.losses["mimic"] != pytest.approx(sum(seen), rel=1e-3)  # negative control: the sum is another number
 
 
 DML = """
