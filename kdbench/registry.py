@@ -391,6 +391,14 @@ DATASETS = Registry("DATASETS", "dataset", "kdbench.data")
 AUGMENTS = Registry("AUGMENTS", "augmentation", "kdbench.data")
 TERMS = Registry("TERMS", "term", "kdbench.terms")
 ADAPTERS = Registry("ADAPTERS", "adapter", "kdbench.terms")
+WEIGHERS = Registry("WEIGHERS", "weigher", "kdbench.terms")
+ROUTERS = Registry("ROUTERS", "router", "kdbench.terms")
+COMBINERS = Registry("COMBINERS", "combiner", "kdbench.terms")
+TRANSFORMS = Registry("TRANSFORMS", "transform", "kdbench.models")
+SUBSETS = Registry("SUBSETS", "subset", "kdbench.data")
+RELABELS = Registry("RELABELS", "relabelling", "kdbench.data")
+MAKERS = Registry("MAKERS", "maker", "kdbench.makers")
+SELECTORS = Registry("SELECTORS", "selector", "kdbench.makers")
 METRICS = Registry("METRICS", "metric", "kdbench.engine")
 SCHEDULES = Registry("SCHEDULES", "schedule", "kdbench.config")
 OPTIMIZERS = Registry("OPTIMIZERS", "optimizer", "kdbench.engine")
@@ -401,6 +409,14 @@ REGISTRIES = {
     "augmentations": AUGMENTS,
     "terms": TERMS,
     "adapters": ADAPTERS,
+    "weighers": WEIGHERS,
+    "routers": ROUTERS,
+    "combiners": COMBINERS,
+    "transforms": TRANSFORMS,
+    "subsets": SUBSETS,
+    "relabellings": RELABELS,
+    "makers": MAKERS,
+    "selectors": SELECTORS,
     "metrics": METRICS,
     "schedules": SCHEDULES,
     "optimizers": OPTIMIZERS,

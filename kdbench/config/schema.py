@@ -6,7 +6,7 @@ The loader (`kdbench.config.load`) is the last place that knows YAML, Hydra and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,16 +32,17 @@ class Weights:
 
     recipe: the student that this recipe produced (trained first when missing); `model` replaces its student's model,
         `epoch` takes that epoch's checkpoint instead of the last.
-    stage: the role of the same name as an earlier stage left it, or `role` of that stage.
-    path: a checkpoint file; `key` is the entry that holds the state dict, `strip` a prefix to cut off every name,
-        `rename` a mapping of name prefixes, old to new; `strict: false` accepts missing and unexpected names.
+    stage: the role of the same name as an earlier stage left it, or the roles of that stage in `role`: of several, the
+        mean of their weights.
+    path: a checkpoint file; `key` is the entry that holds the state dict, `strip` a prefix to cut off every name.
+    rename: a mapping of name prefixes, old to new; `strict: false` accepts missing and unexpected names.
     """
 
     recipe: str | None = None
     model: Any = None
     epoch: int | None = None
     stage: str | None = None
-    role: str | None = None
+    role: tuple[str, ...] = ()
     path: str | None = None
     key: str | None = None
     strip: str | None = None
@@ -55,8 +56,11 @@ class RoleConfig:
     """A named network.
 
     mode: `trainable`; `frozen` (eval mode, parameters without gradient); `ema` (follows `of` with `decay`);
-        `snapshot` (a copy of `of`, renewed every `every` epochs; 0: as it was when the stage began).
+        `snapshot` (a copy of `of`, renewed every `every` epochs, or every `every_steps` steps; 0: as it was when the
+        stage began); `same` (the very network `of`, or its module `part`, on another input).
     input: `SOURCE.FIELD`, or `ROLE:PATH` for another role's output.
+    made: `STAGE.NAME` of the choice that an earlier stage makes of the model; `model` is then what the plan rehearses.
+    transforms: what is done to the weights in every forward, such as quantising them; baked in when exported.
     freeze: module paths whose parameters do not train (and whose BatchNorm statistics stay).
     accuracy: top-1 in percent on the evaluation split that a frozen role must reach before training starts.
     """
@@ -65,10 +69,14 @@ class RoleConfig:
     model: Named | None
     weights: Weights | None = None
     input: str = "train.image"
-    mode: Literal["trainable", "frozen", "ema", "snapshot"] = "trainable"
+    mode: Literal["trainable", "frozen", "ema", "snapshot", "same"] = "trainable"
     of: str | None = None
+    part: str | None = None
     decay: float = 0.999
     every: int = 0
+    every_steps: int = 0
+    made: str | None = None
+    transforms: tuple[Named, ...] = ()
     freeze: tuple[str, ...] = ()
     accuracy: float | None = None
     place: Place = field(default=NOWHERE, compare=False)
@@ -81,7 +89,10 @@ class SourceConfig:
     views: the image fields that the source offers, each with its list of augmentations, applied in order;
         `image` is always there. The evaluation and validation sources have an empty list.
     labels: a share in (0, 1] or a number (2 or more) of samples whose label is kept; None keeps all.
-    subset: None, or a share or number of samples to keep (class-balanced, drawn by the seed).
+    subset: None, or a share or number of samples to keep (class-balanced, drawn by the seed), or a part of SUBSETS.
+    relabel: how labels are changed (a part of RELABELS), such as noise.
+    made: `STAGE.NAME` of the dataset that an earlier stage makes; `dataset` is then `made`.
+    Where `labels` or `subset` is a text, it is `STAGE.NAME` of the choice that an earlier stage makes.
     places: where `batch_size`, `labels`, `subset` and (of `train`) `validation` were written, for messages.
     """
 
@@ -90,30 +101,68 @@ class SourceConfig:
     split: str = "train"
     batch_size: int = 64
     views: Mapping[str, tuple[Named, ...]] = field(default_factory=lambda: {"image": ()})
-    labels: float | int | None = None
-    subset: float | int | None = None
+    labels: float | int | str | None = None
+    subset: float | int | str | Named | None = None
+    relabel: Named | None = None
+    made: str | None = None
     place: Place = field(default=NOWHERE, compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operand:
-    """What a term reads: `ROLE:PATH[@K][/in]`, spelled out, and the adapter that it passes through.
+    """What a term reads, spelled out, and the adapter that it passes through.
 
-    role: a role's name. path: a module path inside it, or `logits`. call: which call of the module (1-based).
-    side: the module's output or its input. adapter: None: what the term's class declares as its default.
+    kind: what `role` and `path` name: a feature of a role (`ROLE:PATH[@K][/in]`), a field of a source
+        (`SOURCE.FIELD`), what another term gives out (`term:NAME.loss`), what an earlier stage made
+        (`made:STAGE.NAME`), or the combination of several operands (`combine` of `parts`).
+    role: the role, source, term or stage. path: a module path inside the role, or `logits`; the field; the output.
+    call: which call of the module (1-based).
+    side: the module's output or its input; `stats`: running mean and variance of a BatchNorm, [2, channels].
+    adapter: None: what the term's class declares as its default.
     """
 
     role: str
     path: str = "logits"
     call: int = 1
-    side: Literal["out", "in"] = "out"
+    side: Literal["out", "in", "stats"] = "out"
     adapter: Named | None = None
+    kind: Literal["role", "field", "term", "made", "combined"] = "role"
+    combine: Part | None = None
+    parts: tuple[Operand, ...] = ()
     place: Place = field(default=NOWHERE, compare=False)
 
     def __str__(self) -> str:
+        if self.combine is not None:
+            return f"{self.combine.type} of {', '.join(str(part) for part in self.parts)}"
+        if self.kind == "field":
+            return f"{self.role}.{self.path}"
+        if self.kind != "role":
+            return f"{self.kind}:{self.role}.{self.path}"
         call = f"@{self.call}" if self.call != 1 else ""
-        return f"{self.role}:{self.path}{call}{'/in' if self.side == 'in' else ''}"
+        return f"{self.role}:{self.path}{call}{'' if self.side == 'out' else '/' + self.side}"
+
+    def leaves(self) -> Iterator[Operand]:
+        """The operand itself, or all that a combination is made of."""
+        if self.combine is None:
+            yield self
+            return
+        for part in (*self.parts, *self.combine.operands.values()):
+            yield from part.leaves()
+
+    def features(self) -> Iterator[Operand]:
+        """Those of the leaves that are features of roles."""
+        return (leaf for leaf in self.leaves() if leaf.kind == "role")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A registered part with its parameters, and the operands that it reads by name."""
+
+    type: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    operands: Mapping[str, Operand] = field(default_factory=dict)
+    place: Place = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +178,9 @@ class TermConfig:
     """One entry of `terms`. A list of operands makes one edge per element; the losses of the edges are summed.
 
     weight: a number, or a schedule (a `Named` of SCHEDULES).
+    weigh: a part of WEIGHERS: how much each sample counts. route: a part of ROUTERS: how much each edge counts for
+        each sample.
+    operands: what the term reads besides student and teacher, by the names that its class declares.
     where: a boolean field of the batch that masks the term's space.
     params: the parameters of the term's class; a schedulable one may hold a `Named` of SCHEDULES.
     """
@@ -140,7 +192,20 @@ class TermConfig:
     where: str | None = None
     teacher_grad: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
+    weigh: Part | None = None
+    route: Part | None = None
+    operands: Mapping[str, Operand] = field(default_factory=dict)
     place: Place = field(default=NOWHERE, compare=False)
+
+    def reads(self) -> Iterator[Operand]:
+        """Everything that the term, its weigher and its router read, combinations taken apart."""
+        named = [*self.operands.values()]
+        for part in (self.weigh, self.route):
+            named += part.operands.values() if part is not None else ()
+        for edge in self.edges:
+            named += [edge.student, *([edge.teacher] if edge.teacher is not None else [])]
+        for operand in named:
+            yield from operand.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +224,35 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """One move within a step: these models by these terms, `repeat` times with a fresh forward each."""
+    """One move within a step: these models by these terms, `repeat` times with a fresh forward each.
+
+    together: updates with the same number see the same weights: all their gradients are taken before any of them moves.
+    select: a part of SELECTORS that chooses the rows of the batch by which this update moves; keep: a share in (0, 1)
+        or the number of rows that it keeps.
+    """
 
     models: tuple[str, ...]
     terms: tuple[str, ...]
     repeat: int = 1
     optimizer: OptimizerConfig | None = None
+    together: int | None = None
+    select: Part | None = None
+    keep: float | int | None = None
+    place: Place = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeConfig:
+    """Something that a stage makes at its end, for later stages: a dataset, a choice of samples, a tensor, a model.
+
+    part: of MAKERS; its operands are what the roles say of `source`, sample by sample, in eval mode.
+    previous: `STAGE.NAME` of what the round before made under this name, in a loop.
+    """
+
+    name: str
+    part: Part
+    source: str | None = None
+    previous: str | None = None
     place: Place = field(default=NOWHERE, compare=False)
 
 
@@ -173,6 +261,7 @@ class StageConfig:
     """Everything that one stage trains by: the recipe's top level with the stage's fragment laid over it.
 
     epochs/steps: exactly one is set; 0 is allowed (evaluate only).
+    make: what the stage makes at its end, by name. evaluate: roles that are measured besides the exported one.
     updates: empty means one update of all trainable roles by all terms.
     validation: share or number of training samples held out; evaluated as `validation`, chooses the best epoch.
     clip: largest gradient norm. accumulate: micro-batches per step. ema: decay of the exported role's average.
@@ -185,7 +274,9 @@ class StageConfig:
     data: Mapping[str, SourceConfig]
     terms: Mapping[str, TermConfig]
     updates: tuple[UpdateConfig, ...] = ()
+    make: Mapping[str, MakeConfig] = field(default_factory=dict)
     export: str = "student"
+    evaluate: tuple[str, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: Named | None = None
     epochs: int | None = None
@@ -223,6 +314,8 @@ class Recipe:
     places: dotted key -> where it was written, for messages.
     choices: the groups that were chosen, such as {"pair": "resnet56_resnet20"}.
     dropped: what `twin: true` left out, in words.
+    methods: rows of the list of methods (`kdbench list methods`) that this recipe is. notes: where it follows the
+        authors' code, and where the text.
     """
 
     name: str
@@ -235,6 +328,8 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     title: str = ""
     paper: str = ""
+    methods: tuple[str, ...] = ()
+    notes: str = ""
     seed: int = 1
     twin: bool = False
     dropped: tuple[str, ...] = ()
