@@ -22,6 +22,7 @@ LAYERS = (
     {"errors", "files", "registry", "randomness", "config"},
     {"models", "data", "terms"},
     {"engine"},
+    {"makers"},
     {"results"},
     {"cli", "plugins"},
 )

@@ -1,19 +1,23 @@
-"""Addresses of operands: `ROLE:PATH[@K][/in]`, a bare role, a bare path, lists of them, `others`."""
+"""Addresses of operands: features of roles, fields of sources, outputs of terms, what stages made, and combinations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from kdbench.config.fields import Context, Fields, named
-from kdbench.config.schema import Edge, Named, Operand
+from kdbench.config.fields import Context, Fields, named, parameters
+from kdbench.config.schema import Edge, Named, Operand, Part
 from kdbench.errors import nearest
-from kdbench.registry import ADAPTERS, Entry
+from kdbench.registry import ADAPTERS, COMBINERS, Entry, Registry
 
-_ADDRESS = re.compile(r"(?:(?P<role>[\w-]+):)?(?P<path>[\w.\-]*)(?:@(?P<call>\d+))?(?P<side>/in|/out)?")
+_ADDRESS = re.compile(r"(?:(?P<role>[\w-]+):)?(?P<path>[\w.\-]*)(?:@(?P<call>\d+))?(?P<side>/in|/out|/stats|/weights)?")
+_PAIR = re.compile(r"(?P<owner>[\w@-]+)\.(?P<name>[\w-]+)")
 OTHERS = "others"
+KINDS = ("term", "made")
+"""Words before a colon that are no roles."""
+TERM_OUTPUTS = ("loss", "route", "gate")
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,203 @@ class _Read:
     explicit: bool
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """Turns what a recipe writes as an operand into an operand.
+
+    roles, sources, terms: the names that there are; of terms, those that come earlier.
+    made: what earlier stages make, as written (`STAGE.NAME`) and as the unrolled stage calls it.
+    """
+
+    context: Context
+    roles: Collection[str]
+    sources: Collection[str] = ()
+    terms: Sequence[str] = ()
+    made: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, value: Any, own_role: str | None, key: str) -> _Read | None:
+        """Reads one operand; a bare path belongs to `own_role`. None after a fault."""
+        adapter: Named | None = None
+        if isinstance(value, Mapping):
+            if value.get("combine") is not None:
+                return self._combined(value, own_role, key)
+            fields = Fields(self.context, value, key, "an operand")
+            role = fields.take("role", "str")
+            if role is not None and self._known(role, fields.path("role")):
+                own_role = role
+            if fields.has("adapter"):
+                adapter = named(
+                    self.context, ADAPTERS, fields.raw("adapter"), fields.path("adapter"), ("source", "target")
+                )
+            path = fields.take("path", "str", "")
+            fields.done()
+            bare = role is not None
+        elif isinstance(value, str):
+            path, bare = value, False
+        else:
+            self.context.fault(key, f"an operand is an address such as `teacher:layer3`, got {value!r}.")
+            return None
+        return self._address(path, own_role, key, adapter, bare)
+
+    def part(
+        self,
+        registry: Registry,
+        value: Any,
+        key: str,
+        own_role: str | None,
+        reserved: Sequence[str] = (),
+        given: Sequence[str] = (),
+    ) -> Part | None:
+        """Reads `{type: NAME, ...}`: parameters, and the operands that the part's registration declares.
+
+        Args:
+            reserved: keys of the mapping that belong to someone else.
+            given: declared operands that the part gets without being asked for (those of the term that it weighs).
+        """
+        if isinstance(value, str):
+            value = {"type": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+            known = ", ".join(sorted(registry.entries)[:12])
+            self.context.fault(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, one of: {known}.")
+            return None
+        kind = value["type"]
+        type_key = f"{key}.type" if f"{key}.type" in self.context.places else key
+        entry = registry.entries.get(kind)
+        declared = [name for name in (entry.facts.get("operands", ()) if entry else ()) if name not in given]
+        rest = {k: v for k, v in value.items() if k not in ("type", *declared, *reserved)}
+        checked = parameters(self.context, registry, kind, rest, key, type_key, beside=("type", *declared, *reserved))
+        if checked is None or entry is None:
+            return None
+        operands = self.declared(entry, declared, value, key, own_role)
+        return Part(type=kind, params=checked, operands=operands, place=self.context.place(key))
+
+    def declared(
+        self, entry: Entry, names: Sequence[str], value: Mapping[str, Any], key: str, own_role: str | None
+    ) -> dict[str, Operand]:
+        """Reads the operands that a part declares by name. One of them may be left out when the part can do without."""
+        found = {}
+        for name in names:
+            written = value.get(name)
+            if written is None:
+                if name not in entry.optional_inputs:
+                    self.context.fault(key, f"{entry.name!r} reads the operand `{name}`: write `{name}: ADDRESS`.")
+                continue
+            read = self.read(written, own_role, f"{key}.{name}")
+            if read is not None:
+                found[name] = read.operand
+        return found
+
+    def _combined(self, value: Mapping[str, Any], own_role: str | None, key: str) -> _Read | None:
+        combiner = value["combine"]
+        if isinstance(combiner, Mapping):
+            beside = [name for name in value if name not in ("combine", "of", "adapter")]
+            for name in beside:
+                self.context.fault(f"{key}.{name}", "belongs inside `combine`, whose value is a mapping.")
+            part = self.part(COMBINERS, combiner, f"{key}.combine", own_role)
+        else:
+            flat = {"type": combiner, **{k: v for k, v in value.items() if k != "combine"}}
+            part = self.part(COMBINERS, flat, key, own_role, reserved=("of", "adapter"))
+        written = value.get("of")
+        if not isinstance(written, list) or len(written) < 2:
+            self.context.fault(f"{key}.of", "a combination needs `of`, a list of two or more operands.")
+            return None
+        parts = [self.read(item, own_role, f"{key}.of.{i}") for i, item in enumerate(written)]
+        if part is None or any(read is None for read in parts):
+            return None
+        adapter = None
+        if value.get("adapter") is not None:
+            adapter = named(self.context, ADAPTERS, value["adapter"], f"{key}.adapter", ("source", "target"))
+        first = next(read.operand for read in parts if read is not None)
+        operand = Operand(
+            role=first.role,
+            kind="combined",
+            combine=part,
+            parts=tuple(read.operand for read in parts if read is not None),
+            adapter=adapter,
+            place=self.context.place(key),
+        )
+        return _Read(operand, all(read.explicit for read in parts if read is not None))
+
+    def _address(self, text: str, own_role: str | None, key: str, adapter: Named | None, bare: bool) -> _Read | None:
+        kind, _, rest = text.partition(":")
+        if kind in KINDS and rest:
+            return self._pair(kind, rest, key, adapter)
+        source, _, name = text.partition(".")
+        if not bare and name and source in self.sources and source not in self.roles:
+            place = self.context.place(key)
+            return _Read(Operand(role=source, path=name, kind="field", adapter=adapter, place=place), True)
+        match = _ADDRESS.fullmatch(text)
+        if match is None:
+            said = "write ROLE:PATH, ROLE:PATH@CALL, ROLE:PATH/in or SOURCE.FIELD"
+            self.context.fault(key, f"{text!r} is no address; {said}.")
+            return None
+        role, path, call = match["role"], match["path"], int(match["call"] or 1)
+        if role is None and path in self.roles and not bare:
+            role, path = path, ""
+        if role is not None and not self._known(role, key):
+            return None
+        role = role if role is not None else own_role
+        if role is None or role not in self.roles:
+            known = ", ".join(self.roles)
+            self.context.fault(
+                key,
+                f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH "
+                f"(roles: {known}).",
+            )
+            return None
+        if call < 1:
+            self.context.fault(key, f"calls are counted from 1, got @{call}.")
+            return None
+        side: Any = (match["side"] or "/out")[1:]
+        operand = Operand(
+            role=role, path=path or "logits", call=call, side=side, adapter=adapter, place=self.context.place(key)
+        )
+        return _Read(operand, bool(path))
+
+    def _pair(self, kind: str, text: str, key: str, adapter: Named | None) -> _Read | None:
+        """`term:NAME.OUTPUT` or `made:STAGE.NAME`."""
+        match = _PAIR.fullmatch(text)
+        if match is None:
+            form = "term:NAME.loss" if kind == "term" else "made:STAGE.NAME"
+            self.context.fault(key, f"{text!r} is no address of a {kind}; write {form}.")
+            return None
+        owner, name = match["owner"], match["name"]
+        if kind == "term" and owner not in self.terms:
+            hint = nearest(owner, self.terms) if self.terms else " There is none."
+            self.context.fault(key, f"no earlier term {owner!r}; a term reads those that stand above it.{hint}")
+            return None
+        if kind == "term" and name not in TERM_OUTPUTS:
+            self.context.fault(key, f"a term gives out {', '.join(TERM_OUTPUTS)}.{nearest(name, TERM_OUTPUTS)}")
+            return None
+        if kind == "made":
+            full = self.made.get(text)
+            if full is None:
+                hint = nearest(text, self.made) if self.made else " No earlier stage makes anything."
+                self.context.fault(key, f"no earlier stage makes {text!r}.{hint}")
+                return None
+            owner, name = full.rsplit(".", 1)
+        place = self.context.place(key)
+        return _Read(Operand(role=owner, path=name, kind=kind, adapter=adapter, place=place), True)  # type: ignore[arg-type]
+
+    def _known(self, role: str, key: str) -> bool:
+        if role not in self.roles:
+            self.context.fault(key, f"no role {role!r}.{nearest(role, self.roles)}")
+        return role in self.roles
+
+
 class OperandReader:
     """Reads the operands of one term.
 
     Args:
-        roles: the names of all roles.
+        addresses: of everything that there is.
         student: the role that `student` operands belong to when they name none; None where it is not obvious.
         key, entry: the term's key in the recipe, and its registration.
     """
 
-    def __init__(self, context: Context, roles: Collection[str], student: str | None, key: str, entry: Entry) -> None:
-        self.context = context
-        self.roles = roles
+    def __init__(self, addresses: Addresses, student: str | None, key: str, entry: Entry) -> None:
+        self.addresses = addresses
+        self.context = addresses.context
+        self.roles = addresses.roles
         self.student_role = student
         self.key = key
         self.entry = entry
@@ -139,59 +328,4 @@ class OperandReader:
 
     def _operand(self, value: Any, own_role: str | None, key: str, position: int) -> _Read | None:
         item_key = f"{key}.{position}" if f"{key}.{position}" in self.context.places else key
-        adapter: Named | None = None
-        if isinstance(value, Mapping):
-            fields = Fields(self.context, value, item_key, "an operand")
-            role = fields.take("role", "str")
-            if role is not None and self._known(role, fields.path("role")):
-                own_role = role
-            if fields.has("adapter"):
-                adapter = named(
-                    self.context, ADAPTERS, fields.raw("adapter"), fields.path("adapter"), ("source", "target")
-                )
-            path = fields.take("path", "str", "")
-            fields.done()
-            bare = role is not None
-        elif isinstance(value, str):
-            path, bare = value, False
-        else:
-            self.context.fault(item_key, f"an operand is an address such as `teacher:layer3`, got {value!r}.")
-            return None
-        return self._address(path, own_role, item_key, adapter, bare)
-
-    def _address(self, text: str, own_role: str | None, key: str, adapter: Named | None, bare: bool) -> _Read | None:
-        match = _ADDRESS.fullmatch(text)
-        if match is None:
-            self.context.fault(key, f"{text!r} is no address; write ROLE:PATH, ROLE:PATH@CALL or ROLE:PATH/in.")
-            return None
-        role, path, call = match["role"], match["path"], int(match["call"] or 1)
-        if role is None and path in self.roles and not bare:
-            role, path = path, ""
-        if role is not None and not self._known(role, key):
-            return None
-        role = role if role is not None else own_role
-        if role is None or role not in self.roles:
-            known = ", ".join(self.roles)
-            self.context.fault(
-                key,
-                f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH "
-                f"(roles: {known}).",
-            )
-            return None
-        if call < 1:
-            self.context.fault(key, f"calls are counted from 1, got @{call}.")
-            return None
-        operand = Operand(
-            role=role,
-            path=path or "logits",
-            call=call,
-            side="in" if match["side"] == "/in" else "out",
-            adapter=adapter,
-            place=self.context.place(key),
-        )
-        return _Read(operand, bool(path))
-
-    def _known(self, role: str, key: str) -> bool:
-        if role not in self.roles:
-            self.context.fault(key, f"no role {role!r}.{nearest(role, self.roles)}")
-        return role in self.roles
+        return self.addresses.read(value, own_role, item_key)

@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.fields import NOT_NEGATIVE, PERCENT, SHARE, Context, Fields, named
+from kdbench.config.fields import AT_LEAST_ONE, NOT_NEGATIVE, PERCENT, SHARE, Context, Fields, named
 from kdbench.config.paths import find_recipe
-from kdbench.config.schema import RoleConfig, SourceConfig, Weights
+from kdbench.config.schema import Named, RoleConfig, SourceConfig, Weights
 from kdbench.config.source import leaves, read_source
 from kdbench.errors import ConfigError, nearest
-from kdbench.registry import DATASETS, MODELS
+from kdbench.registry import DATASETS, MODELS, TRANSFORMS
 
-MODEL_INJECTED = ("num_classes", "in_channels", "image_size")
+MODEL_INJECTED = ("num_classes", "in_channels", "image_size", "input_shape", "image_shape")
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
-_FOLLOWERS = ("ema", "snapshot")
+_FOLLOWERS = ("ema", "snapshot", "same")
+_NO_NAMES = ("others", "logits", "term", "made")
 
 
 def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
@@ -47,7 +48,7 @@ def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...])
         written[name] = (top.path(name), data)
     roles = {}
     for name, (key, data) in written.items():
-        if not _NAME.fullmatch(name) or name in ("others", "logits"):
+        if not _NAME.fullmatch(name) or name in _NO_NAMES:
             context.fault(key, f"{name!r} cannot be a role's name; use letters, digits, `_` and `-`.")
             continue
         roles[name] = _role(context, name, key, data, base, seen)
@@ -60,22 +61,36 @@ def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...])
 def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
     fields = Fields(context, data, key, f"role {name!r}")
     model_value = fields.raw("model")
-    model = None
-    if model_value is not None:
+    model, made = None, None
+    if isinstance(model_value, Mapping) and isinstance(model_value.get("made"), str):
+        made = model_value["made"]
+        rest = {k: v for k, v in model_value.items() if k != "made"}
+        model = named(context, MODELS, rest, fields.path("model"), MODEL_INJECTED) if rest else None
+    elif model_value is not None:
         model = named(context, MODELS, model_value, fields.path("model"), MODEL_INJECTED)
     mode, of = _mode(fields, name)
     if model_value is None and mode not in _FOLLOWERS:
         fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
         context.fault(key, fault)
+    if model_value is not None and mode == "same":
+        fields.fault("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
+    of, _, part = (of or "").partition(":")
+    every, every_steps = _every(fields)
+    inputs = fields.texts("input")
     role = RoleConfig(
         name=name,
         model=model,
         weights=read_weights(context, fields, base, seen),
-        input=fields.take("input", "str", ""),
+        input=inputs[0] if inputs else "",
+        also=inputs[1:],
         mode=mode,
-        of=of,
+        of=of or None,
+        part=part or None,
         decay=fields.take("decay", "float", 0.999, SHARE),
-        every=fields.take("every", "int", 0, NOT_NEGATIVE),
+        every=every,
+        every_steps=every_steps,
+        made=made,
+        transforms=_transforms(context, fields),
         freeze=fields.texts("freeze"),
         accuracy=fields.take("accuracy", "float", None, PERCENT),
         place=context.place(key),
@@ -84,10 +99,36 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
         fields.fault("decay", "belongs to a role with `ema: ROLE`.")
     if fields.has("every") and mode != "snapshot":
         fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
+    if mode == "same" and role.weights is not None:
+        fields.fault("weights", f"role {name!r} is the very network of {of!r}; its weights are those.")
+    if part and mode != "same":
+        fields.fault(mode, f"a part of a role can only be shared: `same: {of}:{part}`.")
+    if role.transforms and mode != "trainable":
+        fields.fault("transform", f"belongs to a role that trains; role {name!r} is {mode}.")
     if fields.has("freeze") and mode != "trainable":
         fields.fault("freeze", f"has no effect: nothing of role {name!r} trains.")
     fields.done()
     return role
+
+
+def _every(fields: Fields) -> tuple[int, int]:
+    """How often a snapshot is renewed: `every: 5` epochs, or `every: {steps: 100}`."""
+    if isinstance(fields.data.get("every"), Mapping):
+        own = Fields(fields.context, fields.raw("every"), fields.path("every"), "every")
+        steps = own.take("steps", "int", 0, AT_LEAST_ONE)
+        own.done()
+        return 0, steps
+    return fields.take("every", "int", 0, NOT_NEGATIVE), 0
+
+
+def _transforms(context: Context, fields: Fields) -> tuple[Named, ...]:
+    value = fields.raw("transform", [])
+    listed = isinstance(value, list)
+    found = [
+        named(context, TRANSFORMS, item, fields.path(f"transform.{i}" if listed else "transform"))
+        for i, item in enumerate(value if listed else [value])
+    ]
+    return tuple(item for item in found if item is not None)
 
 
 def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
@@ -95,8 +136,8 @@ def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
     trainable = fields.take("trainable", "bool")
     followed = {mode: fields.take(mode, "str") for mode in _FOLLOWERS}
     chosen = [mode for mode, of in followed.items() if of is not None]
-    if len(chosen) == 2 or (chosen and (frozen is not None or trainable is not None)):
-        fields.fault("", "`frozen`, `trainable`, `ema` and `snapshot` exclude each other; give one of them.")
+    if len(chosen) > 1 or (chosen and (frozen is not None or trainable is not None)):
+        fields.fault("", "`frozen`, `trainable`, `ema`, `snapshot` and `same` exclude each other; give one of them.")
     if frozen is not None and trainable is not None and frozen == trainable:
         fields.fault("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
     if chosen:
@@ -198,19 +239,31 @@ def bind_inputs(
     context: Context, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
 ) -> dict[str, RoleConfig]:
     """Spells out what each role sees, and finds fault with sources, fields and roles that do not exist."""
-    bound = {name: replace(role, input=_input(context, role, roles, data)) for name, role in roles.items()}
-    for role in bound.values():
-        chain, current = [role.name], role
-        while ":" in current.input:
-            upstream = current.input.split(":", 1)[0]
-            chain.append(upstream)
-            if upstream in chain[:-1]:
-                if upstream == role.name:
-                    said = " -> ".join(chain)
-                    context.fault(_input_key(role), f"roles see each other's outputs in a circle: {said}.")
-                break
-            current = bound[upstream]
+    bound = {}
+    for name, role in roles.items():
+        first = _input(context, role, role.input, roles, data)
+        bound[name] = replace(role, input=first, also=tuple(_input(context, role, i, roles, data) for i in role.also))
+    for name in bound:
+        circle = _circle(name, bound)
+        if circle is not None:
+            said = " -> ".join(circle)
+            context.fault(_input_key(bound[name]), f"roles see each other's outputs in a circle: {said}.")
     return bound
+
+
+def _circle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | None:
+    """The way along inputs that leads from a role back to itself, or None."""
+    waiting, visited = [(name,)], set()
+    while waiting:
+        chain = waiting.pop()
+        role = roles[chain[-1]]
+        for upstream in (i.split(":", 1)[0] for i in (role.input, *role.also) if ":" in i):
+            if upstream == name:
+                return (*chain, upstream)
+            if upstream not in visited:
+                visited.add(upstream)
+                waiting.append((*chain, upstream))
+    return None
 
 
 def _input_key(role: RoleConfig) -> str:
@@ -218,9 +271,13 @@ def _input_key(role: RoleConfig) -> str:
 
 
 def _input(
-    context: Context, role: RoleConfig, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
+    context: Context,
+    role: RoleConfig,
+    given: str,
+    roles: Mapping[str, RoleConfig],
+    data: Mapping[str, SourceConfig],
 ) -> str:
-    given, key = role.input, _input_key(role)
+    key = _input_key(role)
     fallback = "train.image"
     if not given:
         if "train" not in data:
@@ -240,7 +297,7 @@ def _input(
         context.fault(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{nearest(source, data)}")
         return fallback
     fields = source_fields(data[source])
-    if name not in fields:
+    if name not in fields and data[source].made is None:
         context.fault(key, f"source {source!r} has no field {name!r}.{nearest(name, fields)}")
         return fallback
     return f"{source}.{name}"
@@ -250,4 +307,4 @@ def source_fields(source: SourceConfig) -> set[str]:
     """The fields that a model can see: the views, or what a dataset without images declares (`fields`)."""
     entry = DATASETS.entries.get(source.dataset.type)
     declared = entry.facts.get("fields") if entry is not None else None
-    return set(declared) if declared else set(source.views)
+    return {*declared, "index"} if declared else {*source.views, "index"}

@@ -58,7 +58,7 @@ class RoleConfig:
     mode: `trainable`; `frozen` (eval mode, parameters without gradient); `ema` (follows `of` with `decay`);
         `snapshot` (a copy of `of`, renewed every `every` epochs, or every `every_steps` steps; 0: as it was when the
         stage began); `same` (the very network `of`, or its module `part`, on another input).
-    input: `SOURCE.FIELD`, or `ROLE:PATH` for another role's output.
+    input: `SOURCE.FIELD`, or `ROLE:PATH` for another role's output. also: further inputs, passed after the first.
     made: `STAGE.NAME` of the choice that an earlier stage makes of the model; `model` is then what the plan rehearses.
     transforms: what is done to the weights in every forward, such as quantising them; baked in when exported.
     freeze: module paths whose parameters do not train (and whose BatchNorm statistics stay).
@@ -69,6 +69,7 @@ class RoleConfig:
     model: Named | None
     weights: Weights | None = None
     input: str = "train.image"
+    also: tuple[str, ...] = ()
     mode: Literal["trainable", "frozen", "ema", "snapshot", "same"] = "trainable"
     of: str | None = None
     part: str | None = None
@@ -118,14 +119,15 @@ class Operand:
         (`made:STAGE.NAME`), or the combination of several operands (`combine` of `parts`).
     role: the role, source, term or stage. path: a module path inside the role, or `logits`; the field; the output.
     call: which call of the module (1-based).
-    side: the module's output or its input; `stats`: running mean and variance of a BatchNorm, [2, channels].
+    side: the module's output or its input; `stats`: running mean and variance of a BatchNorm, [2, channels];
+        `weights`: all parameters of the module as one vector.
     adapter: None: what the term's class declares as its default.
     """
 
     role: str
     path: str = "logits"
     call: int = 1
-    side: Literal["out", "in", "stats"] = "out"
+    side: Literal["out", "in", "stats", "weights"] = "out"
     adapter: Named | None = None
     kind: Literal["role", "field", "term", "made", "combined"] = "role"
     combine: Part | None = None

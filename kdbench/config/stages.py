@@ -53,8 +53,8 @@ def read_stage(context: Context, name: str, data: Mapping[str, Any], base: Path,
     if sources:
         roles = bind_inputs(context, roles, sources)
     export = _export(context, top, roles)
-    terms = read_terms(context, top, roles, export)
-    updates = read_updates(context, top, roles, terms)
+    terms = read_terms(context, top, roles, export, sources)
+    updates = read_updates(context, top, roles, terms, sources)
     epochs, steps = _length(top)
     optimizer = top.raw("optimizer")
     stage = StageConfig(

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from kdbench.config.fields import AT_LEAST_ONE, Context, Fields, parameters, schedule
-from kdbench.config.operands import OperandReader
+from kdbench.config.fields import AT_LEAST_ONE, SHARE_OR_COUNT, Context, Fields, parameters, schedule
+from kdbench.config.operands import Addresses, OperandReader
 from kdbench.config.optimizers import read_optimizer
-from kdbench.config.schema import Named, RoleConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import Named, Part, RoleConfig, TermConfig, UpdateConfig
 from kdbench.errors import nearest
-from kdbench.registry import TERMS, type_fault
+from kdbench.registry import ROUTERS, SELECTORS, TERMS, WEIGHERS, Entry, type_fault
 
-RESERVED = ("type", "weight", "student", "teacher", "where", "teacher_grad")
+RESERVED = ("type", "weight", "student", "teacher", "where", "teacher_grad", "weigh", "route")
 
 
 def read_terms(
-    context: Context, top: Fields, roles: Mapping[str, RoleConfig], export: str | None
+    context: Context,
+    top: Fields,
+    roles: Mapping[str, RoleConfig],
+    export: str | None,
+    sources: Collection[str] = (),
+    made: Mapping[str, str] | None = None,
 ) -> dict[str, TermConfig]:
-    """Reads every term; a null entry removes one that a layer below gave."""
+    """Reads every term; a null entry removes one that a layer below gave.
+
+    Args:
+        export: the role that is the result, where it is known.
+        sources: the names of the sources, whose fields a term may read.
+        made: what earlier stages make, as written and by its full name.
+    """
     value = top.raw("terms", {})
     if isinstance(value, list):  # an override can still give one
         value = {str(item.get("type") if isinstance(item, Mapping) else item): item for item in value}
@@ -32,15 +43,15 @@ def read_terms(
     terms = {}
     for name, entry in value.items():
         if entry is not None:
-            term = _term(context, name, top.path(f"terms.{name}"), entry, roles, student)
+            addresses = Addresses(context, list(roles), sources, list(terms), made or {})
+            term = _term(addresses, name, top.path(f"terms.{name}"), entry, student)
             if term is not None:
                 terms[name] = term
     return terms
 
 
-def _term(
-    context: Context, name: str, key: str, value: Any, roles: Mapping[str, RoleConfig], student: str | None
-) -> TermConfig | None:
+def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | None) -> TermConfig | None:
+    context = addresses.context
     if isinstance(value, str):
         value = {"type": value}
     fields = Fields(context, value, key, f"term {name!r}")
@@ -54,7 +65,13 @@ def _term(
     where = fields.take("where", "str")
     teacher_grad = fields.take("teacher_grad", "bool", False)
     type_key = fields.path("type") if fields.path("type") in context.places else key
-    params = parameters(context, TERMS, kind, fields.rest(), key, type_key, beside=RESERVED)
+    routing = {name: fields.raw(name) for name in ("weigh", "route")}
+    known = TERMS.entries.get(kind)
+    declared = [
+        name for name in (known.facts.get("operands", ()) if known else ()) if name not in ("student", "teacher")
+    ]
+    more = {name: fields.raw(name) for name in declared}
+    params = parameters(context, TERMS, kind, fields.rest(), key, type_key, beside=(*RESERVED, *declared))
     if params is None:
         return None
     entry = TERMS.entry(kind)
@@ -65,8 +82,20 @@ def _term(
         )
     if teacher_grad and "teacher" not in entry.inputs:
         fields.fault("teacher_grad", f"term {kind!r} reads no teacher.")
-    reader = OperandReader(context, list(roles), student, key, entry)
-    edges = reader.edges(student_value, teacher_value) if roles else ()  # without roles there is a fault already
+    reader = OperandReader(addresses, student, key, entry)
+    edges = reader.edges(student_value, teacher_value) if addresses.roles else ()  # no roles: told already
+    for label, value in routing.items():
+        if value is not None and not _takes_weights(entry):
+            fields.fault(label, f"term {kind!r} couples the whole batch and takes no weights, so nothing can weigh it.")
+    if routing["route"] is not None and len(edges) == 1:
+        fields.fault("route", "a router chooses among edges, but the term has only one: give a list of teachers.")
+    own = edges[0].student.role if edges else student
+    parts: dict[str, Part | None] = {"weigh": None, "route": None}
+    for label, registry in (("weigh", WEIGHERS), ("route", ROUTERS)):
+        if routing[label] is not None:
+            parts[label] = addresses.part(
+                registry, routing[label], f"{key}.{label}", own, given=("student", "teacher", "teachers", "losses")
+            )
     return TermConfig(
         name=name,
         type=kind,
@@ -75,8 +104,16 @@ def _term(
         where=where,
         teacher_grad=teacher_grad,
         params=params,
+        operands=addresses.declared(entry, declared, more, key, own),
+        **parts,
         place=context.place(key),
     )
+
+
+def _takes_weights(entry: Entry) -> bool:
+    """Whether samples can count differently in a term: the runner weighs what it reduces, the others must take them."""
+    space = entry.facts.get("space", "sample")
+    return space not in ("batch", "model") or (space == "batch" and "weight" in entry.inputs)
 
 
 def _weight(context: Context, fields: Fields) -> float | Named:
@@ -90,34 +127,104 @@ def _weight(context: Context, fields: Fields) -> float | Named:
 
 
 def read_updates(
-    context: Context, top: Fields, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+    context: Context,
+    top: Fields,
+    roles: Mapping[str, RoleConfig],
+    terms: Mapping[str, TermConfig],
+    sources: Collection[str] = (),
 ) -> tuple[UpdateConfig, ...]:
-    """Reads the ordered moves within a step."""
+    """Reads the ordered moves within a step; a list within the list is a group that moves together."""
     value = top.raw("updates", [])
     if not isinstance(value, list):
         top.fault("updates", f"must be a list such as `- {{models: [student], terms: [kd]}}`, got {value!r}.")
         return ()
-    updates = []
+    updates: list[UpdateConfig] = []
     for position, item in enumerate(value):
-        fields = Fields(context, item, top.path(f"updates.{position}"), "an update")
-        models, names = fields.texts("models"), fields.texts("terms")
-        for kind, given in (("models", models), ("terms", names)):
-            if not given:
-                fields.fault("", f"an update needs `{kind}`, a list of names.")
-        for name in models:
-            if name not in roles:
-                fields.fault("models", f"no role {name!r}.{nearest(name, roles)}")
-            elif roles[name].mode != "trainable":
-                fields.fault("models", f"role {name!r} is {roles[name].mode}; an update moves trainable roles only.")
-        for name in names:
-            if name not in terms:
-                fields.fault("terms", f"no term {name!r}.{nearest(name, terms)}")
-        optimizer = None
-        if fields.raw("optimizer") is not None:
-            optimizer = read_optimizer(context, fields.data["optimizer"], fields.path("optimizer"))
-        repeat = fields.take("repeat", "int", 1, AT_LEAST_ONE)
-        fields.done()
-        updates.append(
-            UpdateConfig(models=models, terms=names, repeat=repeat, optimizer=optimizer, place=fields.place())
-        )
+        key = top.path(f"updates.{position}")
+        if not isinstance(item, list):
+            updates.append(_update(context, item, key, roles, terms, sources, None))
+            continue
+        group = [_update(context, one, f"{key}.{i}", roles, terms, sources, position) for i, one in enumerate(item)]
+        _check_together(context, key, group, roles)
+        updates += group
     return tuple(updates)
+
+
+def _update(
+    context: Context,
+    item: Any,
+    key: str,
+    roles: Mapping[str, RoleConfig],
+    terms: Mapping[str, TermConfig],
+    sources: Collection[str],
+    together: int | None,
+) -> UpdateConfig:
+    fields = Fields(context, item, key, "an update")
+    models, names = fields.texts("models"), fields.texts("terms")
+    if not names:
+        fields.fault("", "an update needs `terms`, a list of names.")
+    if not models and not any(TERMS.entry(terms[name].type).facts.get("learns") for name in names if name in terms):
+        fields.fault("", "an update needs `models`, a list of names.")
+    for name in models:
+        if name not in roles:
+            fields.fault("models", f"no role {name!r}.{nearest(name, roles)}")
+        elif roles[name].mode != "trainable":
+            fields.fault("models", f"role {name!r} is {roles[name].mode}; an update moves trainable roles only.")
+    for name in names:
+        if name not in terms:
+            fields.fault("terms", f"no term {name!r}.{nearest(name, terms)}")
+            continue
+        for operand in terms[name].reads():
+            if operand.kind == "term" and operand.role not in names[: names.index(name)]:
+                said = f"term {name!r} reads {operand}, which this update does not compute before it"
+                fields.fault("terms", f"{said}; list {operand.role!r} first.")
+    optimizer = None
+    if fields.raw("optimizer") is not None:
+        optimizer = read_optimizer(context, fields.data["optimizer"], fields.path("optimizer"))
+    repeat = fields.take("repeat", "int", 1, AT_LEAST_ONE)
+    if together is not None and repeat > 1:
+        fields.fault(
+            "repeat", "updates that move together cannot be repeated apart; repeat belongs to a single update."
+        )
+    select, keep = _selection(context, fields, roles, sources)
+    fields.done()
+    return UpdateConfig(
+        models=models,
+        terms=names,
+        repeat=repeat,
+        optimizer=optimizer,
+        together=together,
+        select=select,
+        keep=keep,
+        place=fields.place(),
+    )
+
+
+def _selection(
+    context: Context, fields: Fields, roles: Mapping[str, RoleConfig], sources: Collection[str]
+) -> tuple[Part | None, float | int | None]:
+    value = fields.raw("select")
+    if value is None:
+        return None, None
+    key = fields.path("select")
+    own = Fields(context, value, key, "select")
+    keep = own.take("keep", "float", None, SHARE_OR_COUNT)
+    if keep is None or keep == 1:
+        own.fault("keep", "say how many rows stay: `keep: 16`, or a share below 1.")
+    addresses = Addresses(context, list(roles), sources)
+    student = "student" if "student" in roles else None
+    return addresses.part(SELECTORS, value, key, student, reserved=("keep",)), keep
+
+
+def _check_together(context: Context, key: str, group: list[UpdateConfig], roles: Mapping[str, RoleConfig]) -> None:
+    """A parameter that two updates move at once has no defined new value."""
+    if len(group) < 2:
+        context.fault(key, "a group of updates that move together needs two or more.")
+    seen: dict[str, str] = {}
+    for update in group:
+        for kind, names in (("model", update.models), ("term", update.terms)):
+            for name in names:
+                if name in seen and seen[name] == kind:
+                    said = f"{kind} {name!r} stands in two updates of one group, which have no order"
+                    context.fault(key, f"{said}: list the updates one after the other, or merge them.")
+                seen[name] = kind
