@@ -175,8 +175,8 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         ),
         (
             "{model: digits_cnn}",
-            "{model: digits_cnn, weights: {recipe: digits/teacher, strip: x}}",
-            "r.yaml:2 teacher.weights.strip: belongs to `path:`",
+            "{model: digits_cnn, weights: {recipe: digits/teacher, key: x}}",
+            "r.yaml:2 teacher.weights.key: belongs to `path:`",
             "not to `recipe:`",
         ),
     ],

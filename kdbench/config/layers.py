@@ -12,7 +12,7 @@ from typing import Any
 
 _EXCLUSIVE = ("epochs", "steps")
 _WEIGHT_KINDS = ("recipe", "stage", "path")
-_SOURCE_KINDS = ("type", "dataset")
+_SOURCE_KINDS = ("type", "dataset", "made")
 
 
 def kind_of(name: str, part: Mapping[str, Any]) -> Any:

@@ -165,7 +165,7 @@ def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
 
 
 def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> Weights | None:
-    """Reads the `weights` of a role: from a recipe, an earlier stage, or a file."""
+    """Reads the `weights` of a role: from a recipe, an earlier stage (by its full name), or a file."""
     value = fields.raw("weights")
     if value is None:
         return None
@@ -182,12 +182,15 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
     if not all(isinstance(new, str) for new in rename.values()):
         own.fault("rename", f"must map text to text, got {rename!r}.")
         rename = {}
+    role = own.texts("role")
+    if len(set(role)) < len(role):
+        own.fault("role", f"a role is listed twice: {', '.join(role)}.")
     weights = Weights(
         recipe=_recipe(own, recipe, base, seen),
         model=model,
         epoch=own.take("epoch", "int", None, NOT_NEGATIVE),
         stage=stage,
-        role=own.take("role", "str"),
+        role=role,
         path=path,
         key=own.take("key", "str"),
         strip=own.take("strip", "str"),
@@ -195,10 +198,9 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
         strict=own.take("strict", "bool", True),
         place=own.place(),
     )
-    belongs = {"model": "recipe", "epoch": "recipe", "role": "stage"}
-    belongs |= dict.fromkeys(("key", "strip", "rename", "strict"), "path")
-    for name, kind in belongs.items():
-        if own.has(name) and given == [k for k in given if k != kind] and given:
+    for name, kind in {"model": "recipe", "epoch": "recipe", "key": "path", "first": "stage"}.items():
+        own.raw(name)
+        if own.has(name) and given and kind not in given:
             own.fault(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
     own.done()
     return weights if len(given) == 1 else None
@@ -230,7 +232,11 @@ def _leads_to(path: Path, seen: tuple[str, ...]) -> bool:
         visited.add(current)
         # A mistake in another recipe is told when that recipe is loaded.
         with suppress(ConfigError):
-            needed = [v for key, v in leaves(read_source(current).data) if key.endswith("weights.recipe")]
+            needed = [
+                v
+                for key, v in leaves(read_source(current).data)
+                if key.endswith(("weights.recipe", "weights.first.recipe"))
+            ]
             waiting += [find_recipe(str(name), current.parent)[1] for name in needed]
     return False
 

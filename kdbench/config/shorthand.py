@@ -36,13 +36,27 @@ def contract(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recipe(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
     result = _fragment(data, change, inside_first)
-    stages = result.get("stages")
-    if isinstance(stages, Mapping):
-        result["stages"] = {
-            name: _fragment(stage, change, inside_first) if isinstance(stage, Mapping) else stage
-            for name, stage in stages.items()
-        }
-    return result
+    return result | _stages(data, lambda stage, _: _fragment(stage, change, inside_first))
+
+
+def _stages(data: Mapping[str, Any], each: Callable[[Mapping[str, Any], str], Any], prefix: str = "") -> dict[str, Any]:
+    """`stages` with every fragment changed: those of stages, of the stages of a loop, and of its rounds."""
+    stages = data.get("stages")
+    if not isinstance(stages, Mapping):
+        return {}
+    changed: dict[str, Any] = {}
+    for name, stage in stages.items():
+        key = f"{prefix}stages.{name}."
+        if not isinstance(stage, Mapping):
+            changed[name] = stage
+        elif "rounds" not in stage:
+            changed[name] = each(stage, key)
+        else:
+            rounds = stage["rounds"]
+            if isinstance(rounds, list):
+                rounds = [each(r, f"{key}rounds.{i}.") if isinstance(r, Mapping) else r for i, r in enumerate(rounds)]
+            changed[name] = {**stage, "rounds": rounds, **_stages(stage, each, key)}
+    return {"stages": changed}
 
 
 def _fragment(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
@@ -88,12 +102,7 @@ def lists_to_mappings(source: Source) -> Source:
     data = dict(source.data)
     places = dict(source.places)
     data.update(_named_terms(data, "", places))
-    stages = data.get("stages")
-    if isinstance(stages, Mapping):
-        data["stages"] = {
-            name: _named_terms(stage, f"stages.{name}.", places) if isinstance(stage, Mapping) else stage
-            for name, stage in stages.items()
-        }
+    data.update(_stages(data, lambda stage, prefix: _named_terms(stage, prefix, places)))
     return replace(source, data=data, places=places)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kdbench.config.fields import (
     AT_LEAST_ONE,
@@ -16,13 +15,14 @@ from kdbench.config.fields import (
     Fields,
     named,
 )
-from kdbench.config.layers import merge
+from kdbench.config.loops import ONLY_STAGE, Unrolled
+from kdbench.config.makes import read_makes
 from kdbench.config.optimizers import read_optimizer, read_scheduler
 from kdbench.config.roles import bind_inputs, read_roles
 from kdbench.config.schema import Named, OptimizerConfig, RoleConfig, StageConfig
 from kdbench.config.sources import read_sources
 from kdbench.config.terms import read_terms, read_updates
-from kdbench.errors import Place, nearest
+from kdbench.errors import nearest
 from kdbench.registry import METRICS
 
 METRIC_INJECTED = ("num_classes", "device", "teacher")
@@ -30,39 +30,32 @@ DEFAULT_METRICS = ("top1", "top5", "nll", "ece")
 _PRECISION = "Literal['float32', 'tf32', 'bf16', 'fp16', 'float64']"
 
 
-def lay_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
-    """Lays a stage over the top level: `terms` and `updates` replace, the rest merges."""
-    return merge(top, fragment, replaced=("terms", "updates"))
+def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str, ...]) -> StageConfig:
+    """Reads the keys that a stage may hold; whatever else is there is found fault with.
 
-
-def stage_places(places: Mapping[str, Place], name: str) -> dict[str, Place]:
-    """The places of a stage's keys as if they stood at the top level, over those of the top level itself."""
-    prefix = f"stages.{name}."
-    own = {key[len(prefix) :]: place for key, place in places.items() if key.startswith(prefix)}
-    replaced = tuple(f"{key}." for key in ("terms", "updates") if key in own)
-    kept = {key: place for key, place in places.items() if not (replaced and key.startswith(replaced))}
-    return {**kept, **own}
-
-
-def read_stage(context: Context, name: str, data: Mapping[str, Any], base: Path, seen: tuple[str, ...]) -> StageConfig:
-    """Reads the keys that a stage may hold; whatever else is there is found fault with."""
-    top = Fields(context, data, "", "the recipe")
+    Args:
+        context: with the places of this stage's keys.
+        unrolled: the stage as it runs.
+        base, seen: as of `read_roles`.
+    """
+    top = Fields(context, unrolled.data, "", "the recipe")
     eval_batch_size = top.take("eval_batch_size", "int", 512, AT_LEAST_ONE)
     sources = read_sources(context, top, eval_batch_size)
     roles = read_roles(context, top, base, seen)
     if sources:
         roles = bind_inputs(context, roles, sources)
     export = _export(context, top, roles)
-    terms = read_terms(context, top, roles, export, sources)
+    terms = read_terms(context, top, roles, export, sources, unrolled.made)
     updates = read_updates(context, top, roles, terms, sources)
     epochs, steps = _length(top)
     optimizer = top.raw("optimizer")
     stage = StageConfig(
-        name=name,
+        name=unrolled.name,
         roles=roles,
         data=sources,
         terms=terms,
         updates=updates,
+        make=read_makes(context, top, roles, sources, export, unrolled),
         export=export or "student",
         optimizer=OptimizerConfig() if optimizer is None else read_optimizer(context, optimizer, top.path("optimizer")),
         scheduler=read_scheduler(context, top.raw("scheduler"), top.path("scheduler")),
@@ -151,7 +144,7 @@ def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -
     if not stage.epochs and not stage.steps:
         return
     trainable = [name for name, role in stage.roles.items() if role.mode == "trainable"]
-    where = f" in stage {stage.name!r}" if stage.name != "main" else ""
+    where = f" in stage {stage.name!r}" if stage.name != ONLY_STAGE else ""
     if stage.roles and not trainable:
         context.fault("", f"nothing trains{where}: every role is frozen or follows another.")
     if not stage.terms and not len(context.faults):

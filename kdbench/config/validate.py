@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.compose import Composed
-from kdbench.config.faults import Faults
 from kdbench.config.fields import NOT_NEGATIVE, PERCENT, POSITIVE, Context, Fields, Test
+from kdbench.config.loops import LENGTH, Unrolled, unroll
+from kdbench.config.makes import check_made
 from kdbench.config.schema import Published, Recipe, StageConfig
 from kdbench.config.shorthand import contract
 from kdbench.config.source import leaves
-from kdbench.config.stages import lay_stage, read_stage, stage_places
+from kdbench.config.stages import read_stage
 from kdbench.config.twin import without_teachers
 from kdbench.errors import nearest
 
@@ -21,8 +22,6 @@ DEVICE: Test = (
     lambda text: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text) is not None,
     "auto, cpu, mps, cuda or cuda:N",
 )
-ONLY_STAGE = "main"
-"""The name of the stage of a recipe without `stages`."""
 
 
 def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Recipe:
@@ -49,6 +48,8 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
     options: dict[str, Any] = {
         "title": top.take("title", "str", ""),
         "paper": top.take("paper", "str", ""),
+        "methods": top.texts("methods"),
+        "notes": top.take("notes", "str", ""),
         "seed": top.take("seed", "int", 1),
         "device": top.take("device", "str", "auto", DEVICE),
         "compile": top.take("compile", "bool", False),
@@ -64,8 +65,10 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
     published_value = top.raw("published")
     shared = {key: value for key, value in composed.data.items() if key not in top.known}
     own_keys = set(top.known)
-    stages = _stages(context, composed, stages_value, shared, own_keys, base, seen)
-    _check_stage_weights(context, stages)
+    inner = Context(context.places, context.faults, tuple(own_keys))
+    unrolled = unroll(inner, stages_value, shared, own_keys)
+    stages = _read_stages(inner, unrolled, base, seen)
+    _check_lengths(context, unrolled)
     _check_export(context, stages)
     published = _published(context, top, published_value, composed, stages)
     context.faults.raise_any(composed.file)
@@ -95,75 +98,40 @@ def _check_export(context: Context, stages: list[StageConfig]) -> None:
         context.fault("export", f"{name!r} is frozen in every stage, while {', '.join(trained)} trains.")
 
 
-def _stages(
-    context: Context,
-    composed: Composed,
-    value: Any,
-    shared: Mapping[str, Any],
-    own_keys: set[str],
-    base: Path,
-    seen: tuple[str, ...],
-) -> list[StageConfig]:
-    if value is None:
-        return [_stage(context.places, context.faults, ONLY_STAGE, shared, base, seen, own_keys)]
-    if not isinstance(value, Mapping) or not value:
-        context.fault("stages", f"must be a mapping of stage names to their keys, got {value!r}.")
-        return []
+def _read_stages(context: Context, unrolled: list[Unrolled], base: Path, seen: tuple[str, ...]) -> list[StageConfig]:
     stages = []
-    for name, fragment in value.items():
-        if fragment is None:
-            continue
-        if not isinstance(fragment, Mapping):
-            context.fault(f"stages.{name}", f"must be a mapping of keys, got {fragment!r}.")
-            continue
-        for key in fragment:
-            if key in own_keys:
-                context.fault(
-                    f"stages.{name}.{key}", f"{key!r} belongs to the top level of the recipe, not to a stage."
-                )
-        own = {key: item for key, item in fragment.items() if key not in own_keys}
-        places = stage_places(composed.places, name)
-        places[""] = context.place(f"stages.{name}")
-        stages.append(_stage(places, context.faults, name, lay_stage(shared, own), base, seen, own_keys))
-    for key in ("epochs", "steps"):
-        place = composed.places.get(key)
-        fragments = [f for f in value.values() if isinstance(f, Mapping)]
-        if place is not None and place.override and all("epochs" in f or "steps" in f for f in fragments):
-            first = next(iter(value))
-            context.fault(key, f"has no effect: every stage sets its own; write stages.{first}.{key}=...")
+    for stage in unrolled:
+        own = Context(stage.places, context.faults, context.also_known)
+        stages.append(read_stage(own, stage, base, seen))
+    stages = check_made(context.faults, stages, unrolled)
+    _check_stage_weights(context, stages, unrolled)
     return stages
 
 
-def _stage(
-    places: Mapping[str, Any],
-    faults: Faults,
-    name: str,
-    data: Mapping[str, Any],
-    base: Path,
-    seen: tuple[str, ...],
-    own_keys: set[str],
-) -> StageConfig:
-    return read_stage(Context(places, faults, tuple(own_keys)), name, data, base, seen)
+def _check_lengths(context: Context, unrolled: list[Unrolled]) -> None:
+    """An override of `epochs` that every stage hides would vanish without a word."""
+    for key in LENGTH:
+        place = context.places.get(key)
+        hidden = all(any(length in stage.fragment for length in LENGTH) for stage in unrolled)
+        if place is not None and place.override and unrolled and unrolled[0].key and hidden:
+            context.fault(key, f"has no effect: every stage sets its own; write {unrolled[0].key}.{key}=...")
 
 
-def _check_stage_weights(context: Context, stages: list[StageConfig]) -> None:
-    names = [stage.name for stage in stages]
-    for position, stage in enumerate(stages):
+def _check_stage_weights(context: Context, stages: list[StageConfig], unrolled: list[Unrolled]) -> None:
+    """Weights of an earlier stage must be of roles that it has; a frozen role cannot do without any."""
+    earlier: dict[str, StageConfig] = {}
+    for stage, own in zip(stages, unrolled, strict=True):
         for role in stage.roles.values():
-            weights = role.weights
-            if weights is None or weights.stage is None:
-                continue
-            earlier = names[:position]
-            if weights.stage not in earlier:
-                said = "comes later, or is this one" if weights.stage in names else "does not exist"
-                known = nearest(weights.stage, earlier) if earlier else " There is no earlier stage."
-                context.faults.add(weights.place, f"stage {weights.stage!r} {said}; name an earlier one.{known}")
-                continue
-            source = stages[names.index(weights.stage)]
-            wanted = weights.role or role.name
-            if wanted not in source.roles:
-                said = f"stage {weights.stage!r} has no role {wanted!r}.{nearest(wanted, source.roles)}"
-                context.faults.add(weights.place, said)
+            source = earlier.get(role.weights.stage or "") if role.weights is not None else None
+            if role.weights is not None and source is not None:
+                for wanted in role.weights.role or (role.name,):
+                    if wanted not in source.roles:
+                        said = f"stage {source.name!r} has no role {wanted!r}.{nearest(wanted, source.roles)}"
+                        context.faults.add(role.weights.place, said)
+            if role.name in own.unset and role.mode == "frozen":
+                said = f"no earlier stage holds role {role.name!r}, which is frozen: say its `first:` weights."
+                context.faults.add(own.unset[role.name], said)
+        earlier[stage.name] = stage
 
 
 def _published(
