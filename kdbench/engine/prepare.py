@@ -14,7 +14,6 @@ from kdbench.engine.distributed import World, synchronise_batchnorm
 from kdbench.engine.fold import fold_batchnorm
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.weights import load_state, read_checkpoint, select_state, state_hash
-from kdbench.errors import CheckpointError
 
 DTYPES = {"float64": torch.float64}
 
@@ -33,6 +32,7 @@ class Preparation:
     """Prepares the models of one stage; `build_network` calls it for each role.
 
     artefacts: stage -> its checkpoint file. produced: role -> the checkpoint of the recipe that its weights name.
+    kept: the weights of frozen roles that later stages start from, as they were loaded (before folding).
     """
 
     recipe: Recipe
@@ -44,12 +44,15 @@ class Preparation:
     channels_last: bool = False
     say: Callable[[str], None] = print
     origins: dict[str, Origin] = field(default_factory=dict)
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, config: RoleConfig, model: nn.Module) -> nn.Module:
         origin = self.origins.setdefault(config.name, Origin())
         if config.weights is not None:
             self._load(config, config.weights, model, origin)
         origin.sha256 = state_hash(model)
+        if config.mode == "frozen" and config.name in read_later(self.recipe, self.stage):
+            self.kept[config.name] = {name: value.clone() for name, value in model.state_dict().items()}
         dtype = DTYPES.get(self.stage.precision, torch.float32)
         model = model.to(dtype)
         if config.mode == "frozen":
@@ -60,16 +63,18 @@ class Preparation:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _load(self, config: RoleConfig, weights: Weights, model: nn.Module, origin: Origin) -> None:
+        roles: tuple[str, ...] = ()
         if weights.recipe is not None:
             file, origin.source = self.produced[config.name], f"recipe {weights.recipe}"
-            state = _entry(read_checkpoint(file), None, file, config)
         elif weights.stage is not None:
             file, origin.source = self.artefacts[weights.stage], f"stage {weights.stage}"
-            state = _entry(read_checkpoint(file, weights.place), weights.role or config.name, file, config)
+            roles = (config.name,)
         else:
             assert weights.path is not None
             file, origin.source = weights_file(weights, self.recipe), str(weights.path)
-            state = select_state(read_checkpoint(file, weights.place), weights, file)
+        if weights.role:
+            origin.source += f", {'mean of ' if len(weights.role) > 1 else ''}{' and '.join(weights.role)}"
+        state = select_state(read_checkpoint(file, weights.place), weights, file, roles)
         origin.unmatched = load_state(model, state, f"{weights.place}: {file}", strict=weights.strict)
         for fault in origin.unmatched:
             self.say(f"role {config.name!r}: {fault}")
@@ -83,9 +88,38 @@ def weights_file(weights: Weights, recipe: Recipe) -> Path:
     return beside if not file.exists() and beside.exists() else file
 
 
-def _entry(tree: dict, role: str | None, file: Path, config: RoleConfig) -> dict[str, Tensor]:  # type: ignore[type-arg]
-    name = role or tree["export"]
-    if name not in tree["models"]:
-        known = ", ".join(tree["models"])
-        raise CheckpointError(f"{config.place}: {file} holds no role {name!r}; it holds {known}")
-    return tree["models"][name]
+def read_later(recipe: Recipe, stage: StageConfig) -> set[str]:
+    """The roles of a stage whose weights a later stage starts from, and the roles that those are part of."""
+    found = set()
+    for later in recipe.stages:
+        for role in later.roles.values():
+            if role.weights is not None and role.weights.stage == stage.name:
+                found |= set(role.weights.role or (role.name,))
+    for name in list(found):
+        while (role := stage.roles.get(name)) is not None and role.mode == "same" and role.of is not None:
+            name = role.of
+            found.add(name)
+    return found
+
+
+def handed_on(
+    recipe: Recipe,
+    stage: StageConfig,
+    moved: Mapping[str, Mapping[str, Tensor]],
+    kept: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Mapping[str, Tensor]]:
+    """The weights that a stage leaves: of every role that moved, and of each other one that a later stage reads.
+
+    Args:
+        moved: the runner's own. kept: those of frozen roles, as they were loaded.
+    """
+    states = {**kept, **moved}
+    for name in read_later(recipe, stage):
+        role, part = stage.roles.get(name), ""
+        while role is not None and role.name not in states and role.mode == "same" and role.of is not None:
+            part = f"{role.part}.{part}" if role.part else part
+            role = stage.roles.get(role.of)
+        if role is not None and role.name in states and name not in states:
+            whole = states[role.name]
+            states[name] = {key[len(part) :]: value for key, value in whole.items() if key.startswith(part)}
+    return states

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,25 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def select_state(content: Any, weights: Weights, file: Path) -> dict[str, Tensor]:
+def select_state(content: Any, weights: Weights, file: Path, roles: Sequence[str] = ()) -> dict[str, Tensor]:
     """Finds the state dict inside a checkpoint's content, and translates its names.
 
+    Args:
+        roles: those of a checkpoint of kdbench that are wanted (the exported one, unless the recipe says otherwise); of
+            several, the mean of their weights.
+
     Raises:
-        CheckpointError: the key is not there, or what stands there is no state dict.
+        CheckpointError: the key is not there, what stands there is no state dict, or roles cannot be averaged.
     """
     where = f"{weights.place}: {file}"
     if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
-        content = content["models"][weights.role or content["export"]]  # a checkpoint of kdbench
+        wanted = weights.role or roles or (content["export"],)
+        for role in wanted:
+            if role not in content["models"]:
+                raise CheckpointError(f"{where} holds no role {role!r}.{nearest(role, content['models'])}")
+        content = mean_state({role: content["models"][role] for role in wanted}, where)
+    elif weights.role:
+        raise CheckpointError(f"{where} is no checkpoint of kdbench, so it has no roles ({', '.join(weights.role)})")
     if weights.key:
         for part in weights.key.split("."):
             if not isinstance(content, Mapping) or part not in content:
@@ -82,6 +92,27 @@ def select_state(content: Any, weights: Weights, file: Path) -> dict[str, Tensor
                 break
         state[name] = tensor
     return state
+
+
+def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Place | str = "") -> Mapping[str, Tensor]:
+    """Averages weights name by name; what is no real number (a count of batches) is the first one's.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    (first, own), *others = states.items()
+    for other, state in others:
+        unlike = sorted(set(own) ^ set(state)) or [n for n in own if own[n].shape != state[n].shape]
+        if unlike:
+            raise CheckpointError(
+                f"{where}: the weights of {first!r} and {other!r} cannot be averaged: they differ in {_some(unlike)}"
+            )
+    if not others:
+        return own
+    return {
+        name: torch.stack([state[name] for state in states.values()]).mean(0) if value.is_floating_point() else value
+        for name, value in own.items()
+    }
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], where: Place | str, *, strict: bool = True) -> list[str]:
