@@ -28,8 +28,9 @@ from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine.build import build_network
 from kdbench.engine.distributed import World
-from kdbench.engine.network import Batch, Network
+from kdbench.engine.network import Network
 from kdbench.engine.plan import StagePlan, plan_stage
+from kdbench.engine.readers import Batch
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed
 from kdbench.files import read_json
@@ -127,7 +128,7 @@ def bench(loaded: Recipe | str, *overrides: str, stage: int = 0) -> Bench:
     if config.precision == "float64":
         network.double()
     feed = Feed(
-        {name: sources[name] for name in dict.fromkeys(plan.layout.sources.values())},
+        {name: sources[name] for name in plan.layout.step_sources(config)},
         plan.train_source,
         config.accumulate,
     )

@@ -144,6 +144,11 @@ class Operand:
         call = f"@{self.call}" if self.call != 1 else ""
         return f"{self.role}:{self.path}{call}{'' if self.side == 'out' else '/' + self.side}"
 
+    @property
+    def is_state(self) -> bool:
+        """Whether it is read off a network that need not run."""
+        return self.side in ("stats", "weights")
+
     def leaves(self) -> Iterator[Operand]:
         """The operand itself, or all that a combination is made of."""
         if self.combine is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +12,16 @@ import torch
 from torch import Size, Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
-from kdbench.config.schema import Named, Operand, RoleConfig, StageConfig, TermConfig
+from kdbench.config.schema import Edge, Named, Operand, Part, RoleConfig, StageConfig, TermConfig
 from kdbench.engine.distributed import World
-from kdbench.engine.features import Feature
-from kdbench.engine.network import Network, Role, TermEdge, TermGroup, feature_of, input_address, upstream_role
+from kdbench.engine.features import Feature, find_module
+from kdbench.engine.groups import Routed, TermEdge, TermGroup
+from kdbench.engine.network import Network
+from kdbench.engine.readers import Reader, feature_of, source_of
+from kdbench.engine.roles import Role, input_feature, inputs_of, upstream_roles
 from kdbench.errors import ConfigError, Place
 from kdbench.randomness import seeded
-from kdbench.registry import ADAPTERS, MODELS, TERMS, Entry, Registry
+from kdbench.registry import ADAPTERS, COMBINERS, MODELS, ROUTERS, TERMS, TRANSFORMS, WEIGHERS, Entry, Registry
 
 Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
 """Per-sample shape of every captured feature."""
@@ -24,18 +29,27 @@ Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What the models must know of the data: classes, and the shape of an image."""
+    """What the models must know of the data: classes, what the role sees, and the shape of an image.
+
+    input: of one sample of the role's first input. image: of the images that evaluation shows.
+    """
 
     classes: int | None
-    image: tuple[int, ...] | None
+    input: tuple[int, ...] | None
+    image: tuple[int, ...] | None = None
 
     @property
     def injected(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
         if self.classes is not None:
             facts["num_classes"] = self.classes
-        if self.image is not None and len(self.image) == 3:
-            facts |= {"in_channels": self.image[0], "image_size": self.image[1]}
+        if self.input is not None:
+            facts["input_shape"] = self.input
+        if self.image is not None:
+            facts["image_shape"] = self.image
+        seen = self.input if self.input is not None and len(self.input) == 3 else self.image
+        if seen is not None and len(seen) == 3:
+            facts |= {"in_channels": seen[0], "image_size": seen[1]}
         return facts
 
 
@@ -43,8 +57,9 @@ class SampleFacts:
 class Layout:
     """What the plan found out about a stage, enough to build it for real.
 
-    order: roles, each after the one that it sees. features: what to capture in each role. terms: the names of the terms
+    order: roles, each after those that it sees. features: what to capture in each role. terms: the names of the terms
     that count (those of constant weight 0 are left out). sources: the source at the root of each role's input.
+    fields: of each source, the shape of one sample of each field. samples: how many each source's split has in all.
     """
 
     order: tuple[str, ...]
@@ -54,6 +69,23 @@ class Layout:
     facts: Mapping[str, SampleFacts]
     shapes: Shapes = field(default_factory=dict)
     overwritten: Mapping[str, frozenset[Feature]] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+    def step_sources(self, stage: StageConfig) -> tuple[str, ...]:
+        """The sources that a step reads: those of the roles, and those whose fields a term reads."""
+        found = list(self.sources.values())
+        found += [a.split(".", 1)[0] for name in self.order for a in inputs_of(stage.roles[name]) if ":" not in a]
+        read = [operand for name in self.terms for operand in stage.terms[name].reads()]
+        read += [
+            o
+            for update in stage.updates
+            if update.select
+            for op in update.select.operands.values()
+            for o in op.leaves()
+        ]
+        found += [operand.role for operand in read if operand.kind == "field"]
+        return tuple(dict.fromkeys(found))
 
 
 def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> Named:
@@ -77,6 +109,38 @@ def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: Samp
         return _built(MODELS, named.type, named.params, named.place, **facts.injected)
 
 
+def shared_module(config: RoleConfig, model: nn.Module) -> nn.Module:
+    """The network of a role that is the `same` as another, or the part of it that the role is."""
+    return model if config.part is None else find_module(model, config.part, config.place)[1]
+
+
+def transform(config: RoleConfig, model: nn.Module) -> nn.Module:
+    """Puts what the recipe does to a role's weights in every forward in place; returns the model itself."""
+    for named in config.transforms:
+        with _placed(named.place):
+            _built(TRANSFORMS, named.type, named.params, named.place).apply(model)
+    return model
+
+
+def exported_state(config: RoleConfig, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the forward really uses, under the names of the plain model."""
+    if not config.transforms:
+        return model.state_dict()
+    baked = copy.deepcopy(model)
+    for named in reversed(config.transforms):
+        TRANSFORMS.build(named.type, named.params, named.place).bake(baked)
+    return baked.state_dict()
+
+
+@contextlib.contextmanager
+def _placed(place: Place) -> Iterator[None]:
+    """Tells what a part cannot do to this model with its place in the recipe."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
 def _built(registry: Registry, name: str, params: Mapping[str, Any], place: Place, **injected: Any) -> Any:
     """Builds a part; what its constructor refuses is told with the place in the recipe."""
     try:
@@ -96,56 +160,147 @@ def _moving_value(value: Any, device: torch.device, moving: list[tuple[Tensor, S
     return tensor
 
 
-def _build_adapter(
-    operand: Operand, default: str | None, own: Size, other: Size, name: str, seed: int, key: str
-) -> nn.Module | None:
-    adapter = operand.adapter or (Named(type=default) if default else None)
-    if adapter is None or adapter.type in ("none", "identity"):
-        return None
-    place = adapter.place if adapter.place != Place() else operand.place
-    with seeded(seed, "term", name, key, "adapter"):
-        try:
-            return _built(ADAPTERS, adapter.type, adapter.params, place, source=tuple(own), target=tuple(other))
-        except ValueError as error:
-            raise ConfigError(f"{place}: adapter {adapter.type!r} of term {name!r}: {error}") from None
+@dataclass(frozen=True)
+class Setting:
+    """What terms and readers are built from."""
+
+    stage: StageConfig
+    layout: Layout
+    seed: int
+    device: torch.device
+    made: Mapping[str, Tensor]
+
+    def shape(self, operand: Operand) -> Size:
+        """Of one sample of an operand; of what has no rows, the whole shape."""
+        if operand.kind == "combined":
+            return self.shape(operand.parts[0])
+        if operand.kind == "field":
+            return Size(self.layout.fields[operand.role][operand.path])
+        if operand.kind == "term":
+            return Size((len(self.stage.terms[operand.role].edges),))
+        if operand.kind == "made":
+            return self.tensor(operand).shape
+        return Size(self.layout.shapes[operand.role, feature_of(operand)])
+
+    def batched(self, operand: Operand) -> Size:
+        """The same with a batch of two rows, where there are rows."""
+        shape = self.shape(operand)
+        return shape if operand.kind == "made" or operand.is_state else Size((2, *shape))
+
+    def tensor(self, operand: Operand) -> Tensor:
+        return self.made[f"{operand.role}.{operand.path}"].to(self.device)
+
+    def reader(self, operand: Operand, adapter: nn.Module | None, *key: str) -> Reader:
+        """What reads an operand; `key` names the stream of a combiner's initial weights."""
+        if operand.combine is None:
+            made = self.tensor(operand) if operand.kind == "made" else None
+            return Reader(operand, adapter, made=made)
+        part = operand.combine
+        shapes = {name: tuple(self.shape(own)) for name, own in part.operands.items()}
+        with seeded(self.seed, "term", *key, "combiner"):
+            combiner = _built(COMBINERS, part.type, part.params, part.place, parts=len(operand.parts), shapes=shapes)
+        parts = [self.part_reader(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
+        named = {name: self.reader(own, None, *key, name) for name, own in part.operands.items()}
+        return Reader(operand, adapter, combiner=combiner, parts=parts, named=named)
+
+    def part_reader(self, operand: Operand, *key: str) -> Reader:
+        """A part of a combination; its adapter makes it the shape of what it was, where it needs none other."""
+        adapter = self.adapter(operand, None, operand, *key) if operand.adapter is not None else None
+        return self.reader(operand, adapter, *key)
+
+    def adapter(self, operand: Operand, default: str | None, other: Operand, *key: str) -> nn.Module | None:
+        """The adapter that makes an operand fit another one, or None."""
+        adapter = operand.adapter or (Named(type=default) if default else None)
+        if adapter is None or adapter.type in ("none", "identity"):
+            return None
+        place = adapter.place if adapter.place != Place() else operand.place
+        source, target = tuple(self.shape(operand)), tuple(self.shape(other))
+        with seeded(self.seed, "term", *key, "adapter"):
+            try:
+                return _built(ADAPTERS, adapter.type, adapter.params, place, source=source, target=target)
+            except ValueError as error:
+                raise ConfigError(f"{place}: adapter {adapter.type!r} of term {key[0]!r}: {error}") from None
+
+    def adapted(self, operand: Operand, adapter: nn.Module | None, target: Operand | None) -> Size:
+        """The batched shape of an operand after its adapter, which makes it the shape of its target."""
+        if adapter is None:
+            return self.batched(operand)
+        if isinstance(getattr(adapter, "shape", None), tuple):  # an adapter that decides by itself
+            return Size((2, *adapter.shape))  # type: ignore[misc]
+        return self.batched(target) if target is not None else self.batched(operand)
 
 
-def build_term(
-    config: TermConfig, entry: Entry, shapes: Shapes, facts: SampleFacts, seed: int, device: torch.device
-) -> TermGroup:
-    """Builds one entry of `terms`: an instance and adapters for each edge, sized by the features' shapes.
+def build_term(config: TermConfig, setting: Setting, gives: frozenset[str]) -> TermGroup:
+    """Builds one entry of `terms`: an instance and readers for each edge, sized by the features' shapes.
+
+    Args:
+        gives: which of its outputs later terms read.
 
     Raises:
         ConfigError: operands that the term cannot compare, or parameters that it refuses.
     """
+    entry = TERMS.entry(config.type)
     moving: list[tuple[Tensor, Schedule]] = []
-    weight = _moving_value(config.weight, device, moving)
-    params = {key: _moving_value(value, device, moving) for key, value in config.params.items()}
-    default = entry.facts.get("adapter")
+    weight = _moving_value(config.weight, setting.device, moving)
+    params = {key: _moving_value(value, setting.device, moving) for key, value in config.params.items()}
     edges = []
     for number, edge in enumerate(config.edges):
-        student = Size(shapes[edge.student.role, feature_of(edge.student)])
-        teacher = None
-        adapter = teacher_adapter = None
-        if edge.teacher is not None:
-            teacher = Size(shapes[edge.teacher.role, feature_of(edge.teacher)])
-            adapter = _build_adapter(edge.student, default, student, teacher, config.name, seed, f"{number}.student")
-            if edge.teacher.adapter is not None:
-                teacher_adapter = _build_adapter(
-                    edge.teacher, None, teacher, student, config.name, seed, f"{number}.teacher"
-                )
-        with seeded(seed, "term", config.name, number):
-            term = _built(TERMS, config.type, params, config.place, **facts.injected)
-        seen: dict[str, Size] = {"student": Size((2, *(teacher if adapter and teacher is not None else student)))}
-        if teacher is not None:
-            seen["teacher"] = Size((2, *(student if teacher_adapter else teacher)))
-        try:
-            term.check_shapes(**seen)
-        except ValueError as error:
-            operands = f"{edge.student}" + (f" with {edge.teacher}" if edge.teacher else "")
-            raise ConfigError(f"{config.place}: term {config.name!r} ({config.type}) {error} ({operands})") from None
-        edges.append(TermEdge(edge, term, adapter, teacher_adapter))
-    return TermGroup(config, entry, edges, weight, moving).to(device)
+        edges.append(_build_edge(config, entry, edge, number, params, setting))
+    weigh = route = None
+    if config.weigh is not None:
+        weigh = _build_routed(config.weigh, WEIGHERS, config, setting, "weigh", edges=len(edges))
+    if config.route is not None:
+        route = _build_routed(config.route, ROUTERS, config, setting, "route", edges=len(edges))
+    return TermGroup(config, entry, edges, weight, moving, weigh, route, gives).to(setting.device)
+
+
+def _build_edge(
+    config: TermConfig, entry: Entry, edge: Edge, number: int, params: Mapping[str, Any], setting: Setting
+) -> TermEdge:
+    key = (config.name, str(number))
+    default = entry.facts.get("adapter")
+    student_adapter = teacher_adapter = None
+    if edge.teacher is not None:
+        student_adapter = setting.adapter(edge.student, default, edge.teacher, config.name, f"{number}.student")
+        if edge.teacher.adapter is not None:
+            teacher_adapter = setting.adapter(edge.teacher, None, edge.student, config.name, f"{number}.teacher")
+    elif edge.student.adapter is not None:
+        student_adapter = setting.adapter(edge.student, None, edge.student, config.name, f"{number}.student")
+    seen = {"student": setting.adapted(edge.student, student_adapter, edge.teacher)}
+    if edge.teacher is not None:
+        seen["teacher"] = setting.adapted(edge.teacher, teacher_adapter, edge.student)
+    seen |= {name: setting.batched(operand) for name, operand in config.operands.items()}
+    source = source_of(edge.student, setting.layout.sources, setting.stage.terms)
+    if source is None:
+        source = setting.layout.sources[setting.stage.export]
+    facts = setting.layout.facts.get(edge.student.role, setting.layout.facts[setting.stage.export]).injected
+    facts["samples"] = setting.layout.samples.get(source, 0)
+    facts["shapes"] = {name: tuple(shape[1:]) for name, shape in seen.items()}
+    with seeded(setting.seed, "term", config.name, number):
+        term = _built(TERMS, config.type, params, config.place, **facts)
+    try:
+        term.check_shapes(**seen)
+    except ValueError as error:
+        operands = f"{edge.student}" + (f" with {edge.teacher}" if edge.teacher else "")
+        raise ConfigError(f"{config.place}: term {config.name!r} ({config.type}) {error} ({operands})") from None
+    student = setting.reader(edge.student, student_adapter, *key, "student")
+    teacher = None if edge.teacher is None else setting.reader(edge.teacher, teacher_adapter, *key, "teacher")
+    named = {name: setting.reader(operand, None, *key, name) for name, operand in config.operands.items()}
+    return TermEdge(edge, term, student, teacher, named, source)
+
+
+def _build_routed(
+    part: Part, registry: Registry, config: TermConfig, setting: Setting, what: str, *, edges: int
+) -> Routed:
+    shapes = {name: tuple(setting.shape(operand)) for name, operand in part.operands.items()}
+    shapes["student"] = tuple(setting.shape(config.edges[0].student))
+    if config.edges[0].teacher is not None:
+        shapes["teacher"] = tuple(setting.shape(config.edges[0].teacher))
+    facts = setting.layout.facts[setting.stage.export].injected
+    with seeded(setting.seed, "term", config.name, what):
+        built = _built(registry, part.type, part.params, part.place, **{**facts, "edges": edges, "shapes": shapes})
+    named = {name: setting.reader(operand, None, config.name, what, name) for name, operand in part.operands.items()}
+    return Routed(built, registry.entry(part.type), named)
 
 
 def build_network(
@@ -157,33 +312,53 @@ def build_network(
     world: World = World(),  # noqa: B008
     models: Mapping[str, nn.Module] | None = None,
     prepare: Callable[[RoleConfig, nn.Module], nn.Module] | None = None,
+    made: Mapping[str, Tensor] | None = None,
 ) -> Network:
     """Builds the whole stage on a device.
 
     Args:
         models: models that exist already, by role; the others are built from the seed.
         prepare: called with each role's config and model before it is hooked: loads weights, folds, changes formats.
+        made: the tensors that earlier stages made, by `STAGE.NAME`.
     """
-    roles = {}
+    roles: dict[str, Role] = {}
     for name in layout.order:
         config = stage.roles[name]
+        overwritten = layout.overwritten.get(name, frozenset())
+        if config.mode == "same":
+            root = roles[config.of or ""]
+            roles[name] = Role(config, shared_module(config, root.model), layout.features[name], overwritten, root)
+            continue
         model = (models or {}).get(name)
         if model is None:
             model = build_model(config, stage.roles, layout.facts[name], seed)
         if prepare is not None:
             model = prepare(config, model)
-        overwritten = layout.overwritten.get(name, frozenset())
+        if models is None or name not in models:
+            model = transform(config, model)
         roles[name] = Role(config, model, layout.features[name], overwritten).to(device)
+    setting = Setting(stage, layout, seed, device, made or {})
+    wanted = [operand for name in layout.terms for operand in stage.terms[name].reads() if operand.kind == "term"]
     terms = {}
     for name in layout.terms:
-        config = stage.terms[name]
-        facts = layout.facts[config.edges[0].student.role]
-        terms[name] = build_term(config, TERMS.entry(config.type), layout.shapes, facts, seed, device)
-    return Network(roles, terms, layout.sources, world)
+        gives = frozenset(operand.path for operand in wanted if operand.role == name)
+        terms[name] = build_term(stage.terms[name], setting, gives)
+    observers = {
+        owner: {name: setting.reader(operand, None, owner, name).to(device) for name, operand in part.operands.items()}
+        for owner, part in observers_of(stage).items()
+    }
+    return Network(roles, terms, layout.sources, world, observers)
+
+
+def observers_of(stage: StageConfig) -> dict[str, Part]:
+    """The makers and selectors of a stage, which read operands beside the terms."""
+    found = {f"make.{name}": make.part for name, make in stage.make.items()}
+    found |= {f"select.{i}": u.select for i, u in enumerate(stage.updates) if u.select is not None}
+    return found
 
 
 def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
-    """Roles in an order in which each stands after the one whose output it sees.
+    """Roles in an order in which each stands after those whose output it sees, and whose network it is.
 
     Raises:
         ConfigError: the inputs form a cycle or name an unknown role.
@@ -195,11 +370,13 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
             return
         if name in path:
             raise ConfigError(f"{roles[name].place}: the inputs of {' -> '.join((*path, name))} form a cycle")
-        upstream = upstream_role(roles[name])
-        if upstream is not None:
-            if upstream not in roles:
-                raise ConfigError(f"{roles[name].place}: role {name!r} sees {upstream!r}, which is no role")
-            visit(upstream, (*path, name))
+        before = [*upstream_roles(roles[name])]
+        if roles[name].mode == "same" and roles[name].of is not None:
+            before.append(roles[name].of or "")
+        for other in before:
+            if other not in roles:
+                raise ConfigError(f"{roles[name].place}: role {name!r} needs {other!r}, which is no role")
+            visit(other, (*path, name))
         done.append(name)
 
     for name in roles:
@@ -208,15 +385,16 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
 
 
 def wanted_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
-    """What to capture in each role: the operands of the terms, and what other roles see."""
+    """What to capture in each role: what terms, selectors and makers read, and what other roles see."""
     wanted: dict[str, list[Feature]] = {name: [] for name in order}
-    for name in terms:
-        for edge in stage.terms[name].edges:
-            for operand in (edge.student, edge.teacher):
-                if operand is not None:
-                    wanted[operand.role].append(feature_of(operand))
+    read = [operand for name in terms for operand in stage.terms[name].reads()]
+    read += [leaf for part in observers_of(stage).values() for o in part.operands.values() for leaf in o.leaves()]
+    for operand in read:
+        if operand.kind == "role" and not operand.is_state:
+            wanted[operand.role].append(feature_of(operand))
     for name in order:
-        if upstream_role(stage.roles[name]) is not None:
-            role, feature = input_address(stage.roles[name])
-            wanted[role].append(feature)
+        for address in inputs_of(stage.roles[name]):
+            if ":" in address:
+                role, feature = input_feature(address)
+                wanted[role].append(feature)
     return {name: list(dict.fromkeys(features)) for name, features in wanted.items()}

@@ -23,10 +23,10 @@ class Feature(NamedTuple):
 
     path: str = "logits"
     call: int = 1
-    side: Literal["out", "in"] = "out"
+    side: Literal["out", "in", "stats", "weights"] = "out"
 
     def __str__(self) -> str:
-        return f"{self.path}{f'@{self.call}' if self.call != 1 else ''}{'/in' if self.side == 'in' else ''}"
+        return f"{self.path}{f'@{self.call}' if self.call != 1 else ''}{'' if self.side == 'out' else '/' + self.side}"
 
     @property
     def is_output(self) -> bool:
@@ -67,6 +67,21 @@ def model_output(output: Any, name: str = "logits") -> Tensor:
         if isinstance(candidate, Tensor):
             return candidate
     raise ConfigError(f"a model's output must hold a tensor called {name!r}; got {type(output).__name__}")
+
+
+def module_state(model: nn.Module, feature: Feature) -> Tensor:
+    """Returns what is read of a module without running it.
+
+    `/stats`: running mean and variance of a BatchNorm, (2, channels). `/weights`: its parameters as one vector; of the
+    whole model where the address names no module.
+    """
+    module = model if feature.is_output else find_module(model, feature.path)[1]
+    if feature.side == "weights":
+        return torch.cat([parameter.reshape(-1) for parameter in module.parameters()])
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        raise ConfigError(f"{feature}: {type(module).__name__} keeps no running mean and variance")
+    return torch.stack([mean, variance])
 
 
 class _LastFeature(Exception):

@@ -18,9 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
 from kdbench.data.base import SourceSpec
-from kdbench.engine.build import Layout, SampleFacts, build_model, build_network, role_order, wanted_features
-from kdbench.engine.features import Feature, find_module, model_output
-from kdbench.engine.network import Batch, Network, input_address, upstream_role
+from kdbench.engine.build import (
+    Layout,
+    SampleFacts,
+    build_model,
+    build_network,
+    role_order,
+    shared_module,
+    transform,
+    wanted_features,
+)
+from kdbench.engine.features import Feature, find_module, model_output, module_state
+from kdbench.engine.network import Network
+from kdbench.engine.readers import Batch, feature_of, source_of
+from kdbench.engine.roles import input_feature, inputs_of, root_of, upstream_role
 from kdbench.engine.trace import ModuleCall, trace
 from kdbench.errors import ConfigError, nearest
 from kdbench.registry import TERMS
@@ -73,10 +84,16 @@ class StagePlan:
 
     def input_shape(self, role: str) -> tuple[int, ...]:
         """Shape of one sample of what a role sees."""
-        config = self.stage.roles[role]
-        if upstream_role(config) is not None:
-            return self.layout.shapes[input_address(config)]
-        source, field_name = config.input.split(".", 1)
+        return self.input_shapes(role)[0]
+
+    def input_shapes(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of one sample of everything that a role sees."""
+        return tuple(self._shape(address) for address in inputs_of(self.stage.roles[role]))
+
+    def _shape(self, address: str) -> tuple[int, ...]:
+        if ":" in address:
+            return self.layout.shapes[input_feature(address)]
+        source, field_name = address.split(".", 1)
         return self.specs[source].fields[field_name][0]
 
 
@@ -89,8 +106,18 @@ def all_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfi
     return (UpdateConfig(models=learning, terms=terms),) if terms else ()
 
 
+def moved_roles(update: UpdateConfig, stage: StageConfig) -> tuple[str, ...]:
+    """The roles whose own parameters an update moves."""
+    return tuple(dict.fromkeys(root_of(name, stage.roles) for name in update.models))
+
+
 def plan_stage(
-    stage: StageConfig, specs: Mapping[str, SourceSpec], recipe: Recipe, *, world_size: int = 1
+    stage: StageConfig,
+    specs: Mapping[str, SourceSpec],
+    recipe: Recipe,
+    *,
+    world_size: int = 1,
+    made: Mapping[str, Tensor] | None = None,
 ) -> StagePlan:
     """Rehearses one stage.
 
@@ -99,28 +126,31 @@ def plan_stage(
         specs: the fields, classes and sizes of its sources.
         recipe: for the seed and the settings that stages share.
         world_size: how many processes share a batch.
+        made: the tensors that earlier stages make, by `STAGE.NAME`, or stand-ins of their shapes.
 
     Raises:
         ConfigError: anything that the first step would have failed at.
     """
+    tensors = {name: tensor.to(META) for name, tensor in (made or {}).items()}
     terms = tuple(name for name, term in stage.terms.items() if term.weight != 0)
     order = role_order(stage.roles)
     sources = {name: _root_source(name, stage, specs) for name in order}
-    facts = {name: _sample_facts(name, sources[name], stage, specs) for name in order}
     features = wanted_features(stage, terms, order)
-    layout = Layout(order, {n: tuple(f) for n, f in features.items()}, terms, sources, facts)
+    fields = {name: {key: shape for key, (shape, _) in spec.fields.items()} for name, spec in specs.items()}
+    totals = {name: spec.population or spec.samples or ROWS for name, spec in specs.items()}
+    wanted = {name: tuple(found) for name, found in features.items()}
+    layout = Layout(order, wanted, terms, sources, {}, fields=fields, samples=totals)
     for name in terms:
-        _check_reads(stage.terms[name], sources, specs)
+        _check_reads(stage.terms[name], sources, specs, stage)
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
     if not terms and stage.terms and (stage.epochs or stage.steps):
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
 
-    device = META
-    models, calls, device = _build_models(stage, layout, recipe.seed)
-    layout, flops = _with_shapes(stage, layout, models, calls, specs, device)
-    network = build_network(stage, layout, seed=recipe.seed, device=device, models=models)
+    layout, models, calls, flops, device = _survey(stage, layout, specs, recipe.seed)
+    tensors = {name: tensor if device == META else torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, made=tensors)
     updates, saved = _rehearse(network, stage, layout, specs, device)
     _check_last_batch(network, stage, layout, specs, device, world_size)
 
@@ -142,7 +172,7 @@ def plan_stage(
         for name in layout.terms
     }
     owned = {name: sum(p.numel() for p in network.term(name).parameters()) for name in layout.terms}
-    batch = max((spec_batch(stage, source) for source in set(sources.values())), default=1)
+    batch = max((spec_batch(stage, source) for source in layout.step_sources(stage)), default=1)
     memory = _memory(models, network, saved * batch // ROWS)
     return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, _notes(stage, specs, terms))
 
@@ -152,33 +182,45 @@ def spec_batch(stage: StageConfig, source: str) -> int:
 
 
 def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec]) -> str:
+    """The source that a role's first input comes from; every field on the way must be there."""
     config = stage.roles[name]
+    for address in inputs_of(config):
+        if ":" not in address:
+            _check_field(address, specs, config)
     while (upstream := upstream_role(config)) is not None:
         config = stage.roles[upstream]
-    source, field_name = config.input.split(".", 1)
-    if field_name not in specs[source].fields:
+    return config.input.split(".", 1)[0]
+
+
+def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConfig) -> None:
+    source, name = address.split(".", 1)
+    if name not in specs[source].fields:
         known = ", ".join(sorted(specs[source].fields))
-        raise ConfigError(f"{config.place}: source {source!r} has no field {field_name!r}. Its fields: {known}")
-    return source
+        raise ConfigError(f"{config.place}: source {source!r} has no field {name!r}. Its fields: {known}")
 
 
-def _sample_facts(name: str, source: str, stage: StageConfig, specs: Mapping[str, SourceSpec]) -> SampleFacts:
-    """Classes and image shape for a role; a role fed by noise or by another role takes the evaluation source's."""
+def _sample_facts(source: str, seen: tuple[int, ...], specs: Mapping[str, SourceSpec]) -> SampleFacts:
+    """Classes and shapes for a role; where its own source has no classes or images, those of the evaluation source."""
     own, evaluation = specs[source], specs.get("eval", specs[source])
     spec = own if own.classes is not None else evaluation
-    field_name = stage.roles[name].input.split(".", 1)[1] if upstream_role(stage.roles[name]) is None else "image"
-    shape = (own.fields.get(field_name) or evaluation.fields.get("image") or ((), ""))[0]
-    return SampleFacts(spec.classes, tuple(shape) or None)
+    image = (evaluation.fields.get("image") or own.fields.get("image") or ((), ""))[0]
+    return SampleFacts(spec.classes, tuple(seen), tuple(image) or None)
 
 
-def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Mapping[str, SourceSpec]) -> None:
+def _check_reads(
+    config: TermConfig, sources: Mapping[str, str], specs: Mapping[str, SourceSpec], stage: StageConfig
+) -> None:
     """What a term reads besides its operands must be fields of the source that its student sees."""
     entry = TERMS.entry(config.type)
     what = f"term {config.name!r} ({config.type})"
+    for leaf in config.reads():
+        if leaf.kind == "field" and leaf.path not in specs[leaf.role].fields:
+            known = ", ".join(sorted(specs[leaf.role].fields))
+            raise ConfigError(f"{leaf.place}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
     for edge in config.edges:
-        source = sources[edge.student.role]
+        source = source_of(edge.student, sources, stage.terms) or sources[stage.export]
         fields = specs[source].fields
-        own = {"student", "teacher", "mask", "weight", *entry.optional_inputs}
+        own = {"student", "teacher", "mask", "weight", *entry.optional_inputs, *config.operands}
         for name in (name for name in entry.inputs if name not in own and name not in fields):
             known = ", ".join(sorted(fields))
             raise ConfigError(f"{config.place}: {what} reads {name!r}, which source {source!r} has not; it has {known}")
@@ -188,8 +230,8 @@ def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Mapping[
             raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
         if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
             continue
-        other = sources[edge.teacher.role]
-        if other != source:
+        other = source_of(edge.teacher, sources, stage.terms)
+        if other is not None and other != source:
             raise ConfigError(
                 f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
                 f"{edge.teacher} sees {other!r}"
@@ -207,81 +249,109 @@ def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> 
             )
 
 
-def _build_models(
-    stage: StageConfig, layout: Layout, seed: int
-) -> tuple[dict[str, nn.Module], dict[str, list[ModuleCall]], torch.device]:
-    """Builds all models on meta; where one cannot live there, all on the CPU."""
+def _survey(
+    stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int
+) -> tuple[Layout, dict[str, nn.Module], dict[str, list[ModuleCall]], dict[str, int], torch.device]:
+    """Builds all models on meta (where one cannot live there, all on the CPU), and runs each once in eval mode."""
     for device in (META, torch.device("cpu")):
+        survey = _Survey(stage, layout, specs, seed, device)
         try:
-            with device:
-                models = {n: build_model(stage.roles[n], stage.roles, layout.facts[n], seed) for n in layout.order}
-            return models, {}, device
-        except (NotImplementedError, RuntimeError):
+            for name in layout.order:
+                survey.add(name)
+        except _CannotBuild as error:
             if device != META:
-                raise
+                raise error.reason from None
+            continue
+        found = replace(layout, facts=survey.facts, shapes=survey.shapes, overwritten=survey.overwritten)
+        return found, survey.models, survey.calls, survey.flops, device
     raise AssertionError("unreachable")
 
 
-def _with_shapes(
-    stage: StageConfig,
-    layout: Layout,
-    models: Mapping[str, nn.Module],
-    calls: dict[str, list[ModuleCall]],
-    specs: Mapping[str, SourceSpec],
-    device: torch.device,
-) -> tuple[Layout, dict[str, int]]:
-    """Runs each model once in eval mode: shapes of the features, which are overwritten, and the cost."""
-    shapes: dict[tuple[str, Feature], tuple[int, ...]] = {}
-    overwritten: dict[str, frozenset[Feature]] = {}
-    flops: dict[str, int] = {}
-    values: dict[tuple[str, Feature], Tensor] = {}
-    for name in layout.order:
-        config, model = stage.roles[name], models[name].eval()
-        value = _role_value(config, values, specs, device)
-        for feature in layout.features[name]:
+class _CannotBuild(Exception):
+    """A model cannot be built on this device."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Survey:
+    """The models of a stage, one after the other: what each is built from, and what its features look like."""
+
+    def __init__(
+        self, stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int, device: torch.device
+    ) -> None:
+        self.stage, self.layout, self.specs, self.seed, self.device = stage, layout, specs, seed, device
+        self.facts: dict[str, SampleFacts] = {}
+        self.models: dict[str, nn.Module] = {}
+        self.calls: dict[str, list[ModuleCall]] = {}
+        self.flops: dict[str, int] = {}
+        self.values: dict[tuple[str, Feature], Tensor] = {}
+        self.shapes: dict[tuple[str, Feature], tuple[int, ...]] = {}
+        self.overwritten: dict[str, frozenset[Feature]] = {}
+
+    def add(self, name: str) -> None:
+        """Builds a role on what the roles before it give, and runs it."""
+        stage, config = self.stage, self.stage.roles[name]
+        inputs = [self._value(address) for address in inputs_of(config)]
+        source = self.layout.sources[name]
+        self.facts[name] = _sample_facts(source, tuple(inputs[0].shape[1:]), self.specs)
+        model = self.models[name] = self._model(name).eval()
+        for feature in self.layout.features[name]:
             if not feature.is_output:
                 find_module(model, feature.path, _operand_place(stage, name, feature) or config.place)
         counter = FlopCounterMode(display=False)
-        with _in_words(f"{config.place}: role {name!r} cannot take an input of shape {list(value.shape[1:])}"):
+        seen = " and ".join(str(list(value.shape[1:])) for value in inputs)
+        with _in_words(f"{config.place}: role {name!r} cannot take an input of shape {seen}"):
             with torch.no_grad():
-                calls[name] = trace(model, value)
+                self.calls[name] = trace(model, *inputs)
             with counter, torch.no_grad():
-                output = model(value)
-        flops[name] = counter.get_total_flops() // ROWS
+                output = model(*inputs)
+        self.flops[name] = counter.get_total_flops() // ROWS
         spoiled = set()
-        for feature in layout.features[name]:
-            if feature.is_output:
-                tensor = model_output(output, feature.path)
-                shapes[name, feature] = tuple(tensor.shape[1:])
-                values[name, feature] = tensor
-                continue
-            path = find_module(model, feature.path)[0]
-            found = [c for c in calls[name] if c.path == path and c.call == feature.call]
-            signal = (found[0].input if feature.side == "in" else found[0].output) if found else None
-            if signal is None:
-                times = sum(1 for c in calls[name] if c.path == path)
-                raise ConfigError(
-                    f"{_operand_place(stage, name, feature) or config.place}: {feature} of role {name!r} never comes: "
-                    f"module {path!r} is called {times} time(s) in a forward"
-                )
-            shapes[name, feature] = tuple(signal.shape[1:])
-            values[name, feature] = torch.zeros(signal.shape, dtype=signal.dtype, device=device)
-            if signal.overwritten:
-                spoiled.add(feature)
-        overwritten[name] = frozenset(spoiled)
-    return replace(layout, shapes=shapes, overwritten=overwritten), flops
+        for feature in self.layout.features[name]:
+            tensor = model_output(output, feature.path) if feature.is_output else None
+            if tensor is None:
+                tensor, overwritten = self._inner(name, feature)
+                spoiled |= {feature} if overwritten else set()
+            self.shapes[name, feature] = tuple(tensor.shape[1:])
+            self.values[name, feature] = tensor
+        self.overwritten[name] = frozenset(spoiled)
+        read = [operand for term in self.layout.terms for operand in stage.terms[term].reads()]
+        for operand in read:
+            if operand.kind == "role" and operand.role == name and operand.is_state:
+                with _in_words(f"{operand.place}: {operand}"):
+                    self.shapes[name, feature_of(operand)] = tuple(module_state(model, feature_of(operand)).shape)
 
+    def _model(self, name: str) -> nn.Module:
+        config = self.stage.roles[name]
+        if config.mode == "same":
+            return shared_module(config, self.models[config.of or ""])
+        try:
+            with self.device:
+                return transform(config, build_model(config, self.stage.roles, self.facts[name], self.seed))
+        except (NotImplementedError, RuntimeError) as error:
+            raise _CannotBuild(error) from error
 
-def _role_value(
-    config: RoleConfig,
-    values: Mapping[tuple[str, Feature], Tensor],
-    specs: Mapping[str, SourceSpec],
-    device: torch.device,
-) -> Tensor:
-    if upstream_role(config) is not None:
-        return values[input_address(config)]
-    source, field_name = config.input.split(".", 1)
-    return _field(specs[source], field_name, ROWS, device)
+    def _value(self, address: str) -> Tensor:
+        if ":" in address:
+            return self.values[input_feature(address)]
+        source, name = address.split(".", 1)
+        return _field(self.specs[source], name, ROWS, self.device)
+
+    def _inner(self, name: str, feature: Feature) -> tuple[Tensor, bool]:
+        """A tensor like the feature, and whether something overwrites it later in the forward."""
+        path = find_module(self.models[name], feature.path)[0]
+        found = [c for c in self.calls[name] if c.path == path and c.call == feature.call]
+        signal = (found[0].input if feature.side == "in" else found[0].output) if found else None
+        if signal is None:
+            times = sum(1 for c in self.calls[name] if c.path == path)
+            place = _operand_place(self.stage, name, feature) or self.stage.roles[name].place
+            raise ConfigError(
+                f"{place}: {feature} of role {name!r} never comes: module {path!r} is called {times} time(s) in a "
+                "forward"
+            )
+        return torch.zeros(signal.shape, dtype=signal.dtype, device=self.device), signal.overwritten
 
 
 def _field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> Tensor:
@@ -300,10 +370,9 @@ def meta_batch(specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device:
 
 def _operand_place(stage: StageConfig, role: str, feature: Feature) -> Any:
     for term in stage.terms.values():
-        for edge in term.edges:
-            for operand in (edge.student, edge.teacher):
-                if operand and operand.role == role and operand.path == feature.path:
-                    return f"{operand.place}"
+        for operand in term.reads():
+            if operand.kind == "role" and operand.role == role and operand.path == feature.path:
+                return f"{operand.place}"
     return None
 
 
@@ -312,7 +381,7 @@ def _rehearse(
 ) -> tuple[tuple[UpdatePlan, ...], int]:
     """One step without optimiser: which parameters get a gradient, and how many bytes are kept for the backward."""
     network.train()
-    rows = dict.fromkeys(set(layout.sources.values()), ROWS)
+    rows = dict.fromkeys(layout.step_sources(stage), ROWS)
     batch = meta_batch(specs, rows, device)
     updates = []
     most = 0
@@ -336,7 +405,11 @@ def _rehearse(
             )
         most = max(most, sum(saved.values()))
         total.backward()
-        owned = {f"{role}.{n}": p for role in update.models for n, p in network.role(role).model.named_parameters()}
+        owned = {
+            f"{role}.{n}": p
+            for role in moved_roles(update, stage)
+            for n, p in network.role(role).model.named_parameters()
+        }
         owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
         learning = {n: p for n, p in owned.items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
@@ -354,10 +427,11 @@ def forward_in_words(network: Network, stage: StageConfig, batch: Batch, update:
     counts = {name: 1 for name in update.terms}
     with _in_words(f"{stage.name}: the models cannot run on this data"):
         network.run_roles(batch, update.terms, update.models)
-    for name in update.terms:
+    for number, name in enumerate(update.terms):
         config = stage.terms[name]
         with _in_words(f"{config.place}: term {name!r} ({config.type}) cannot work on its operands"):
-            network(batch, counts, [name], update.models, 1.0)
+            alone = not any(operand.kind == "term" for operand in config.reads())
+            network(batch, counts, [name] if alone else update.terms[: number + 1], update.models, 1.0)
     return network(batch, counts, update.terms, update.models, 1.0)[0]
 
 
@@ -371,13 +445,13 @@ def _check_last_batch(
 ) -> None:
     """A batch of one row, as it may come at the end of an epoch, must not stop the run after hours."""
     apart = 1 if stage.sync_batchnorm else world_size  # how many share a batch, each with its own statistics
-    for source in set(layout.sources.values()):
+    for source in layout.step_sources(stage):
         size = stage.data[source].batch_size * world_size
         samples = specs[source].samples
         rest = 0 if samples is None else samples % size
         if size > apart and not 0 < rest <= apart:
             continue
-        rows = {name: (1 if name == source else ROWS) for name in set(layout.sources.values())}
+        rows = {name: (1 if name == source else ROWS) for name in layout.step_sources(stage)}
         for update in all_updates(stage, layout.terms):
             try:
                 network(

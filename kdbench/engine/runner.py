@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
-from kdbench.config.schema import Recipe, StageConfig, UpdateConfig
+from kdbench.config.schema import Recipe, RoleConfig, StageConfig, UpdateConfig
+from kdbench.engine.build import exported_state
 from kdbench.engine.distributed import World, copy_from_main, sum_gradients
 from kdbench.engine.meters import Meters, Reading
-from kdbench.engine.network import Batch, Network
+from kdbench.engine.network import Network
 from kdbench.engine.optim import build_optimizer, set_lr_factor
-from kdbench.engine.plan import StagePlan
+from kdbench.engine.plan import StagePlan, moved_roles
+from kdbench.engine.readers import Batch, source_of
 from kdbench.errors import TrainingError
 from kdbench.randomness import derive
+from kdbench.registry import SELECTORS
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +40,27 @@ class Update:
     positions: Tensor
     everything: bool
     """Whether its parameters are all that a backward could reach: then the backward need not be told."""
+    select: Selection | None = None
+
+
+@dataclass
+class Selection:
+    """Which rows of a batch an update moves by: a selector, who observes for it, and how many rows stay."""
+
+    selector: nn.Module
+    inputs: tuple[str, ...]
+    owner: str
+    source: str
+    keep: float | int
+
+    def rows(self, network: Network, batch: Batch) -> Batch:
+        """The batch with the chosen rows of its source; nothing here depends on a value but which rows they are."""
+        fields = batch[self.source]
+        given = {**fields, **network.observe(batch, self.owner)}
+        size = next(iter(fields.values())).shape[0]
+        count = round(size * self.keep) if self.keep < 1 else min(int(self.keep), size)
+        chosen = self.selector(max(count, 1), None, **{n: given[n] for n in self.inputs if n in given})
+        return {**batch, self.source: {name: value.index_select(0, chosen) for name, value in fields.items()}}
 
 
 class Clock:
@@ -87,6 +111,7 @@ class Runner:
         self.done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
         self.meters = Meters(plan.layout.terms, device)
         self.updates = [self._build_update(number) for number in range(len(plan.updates))]
+        self.groups = _together(self.updates)
         self.lr_schedule = build_schedule(self.stage.scheduler) if self.stage.scheduler else None
         self.followers = [r for r in plan.layout.order if self.stage.roles[r].mode in ("ema", "snapshot")]
         self.average = self._start_average()
@@ -114,7 +139,8 @@ class Runner:
         return -(-self.total_steps // self.steps_per_epoch) if self.total_steps else 0
 
     def _modules(self, update: UpdateConfig) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {name: self.network.role(name).model for name in update.models}
+        moved = moved_roles(update, self.stage)
+        modules: dict[str, nn.Module] = {name: self.network.role(name).model for name in moved}
         return modules | {f"terms.{name}": self.network.term(name) for name in update.terms}
 
     def _build_update(self, number: int) -> Update:
@@ -131,7 +157,20 @@ class Runner:
             optimizer,
             self.meters.positions(planned.config.terms),
             everything=len(self.plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
+            select=self._build_selection(planned.config),
         )
+
+    def _build_selection(self, update: UpdateConfig) -> Selection | None:
+        if update.select is None or update.keep is None:
+            return None
+        part = update.select
+        entry = SELECTORS.entry(part.type)
+        first = next(iter(part.operands.values()), None)
+        sources, terms = self.plan.layout.sources, self.stage.terms
+        source = (source_of(first, sources, terms) if first is not None else None) or self.plan.train_source
+        owner = f"select.{next(i for i, u in enumerate(self.stage.updates) if u.place == update.place)}"
+        selector = SELECTORS.build(part.type, part.params, part.place).to(self.device)
+        return Selection(selector, entry.inputs, owner, source, update.keep)
 
     # One step
 
@@ -141,9 +180,12 @@ class Runner:
         Args:
             window: the micro-batches of the effective batch (one, unless the recipe accumulates).
         """
-        for update in self.updates:
-            for _ in range(update.config.repeat):
-                self._move(update, window)
+        for group in self.groups:
+            for _ in range(group[0].config.repeat):
+                for update in group:
+                    self._differentiate(update, window)
+                for update in group:
+                    self._move(update)
         if self.followers or self.average is not None:
             self.align()
         self._follow()
@@ -151,7 +193,10 @@ class Runner:
         self.done += 1
         self.lap("optimiser")
 
-    def _move(self, update: Update, window: Sequence[Batch]) -> None:
+    def _differentiate(self, update: Update, window: Sequence[Batch]) -> None:
+        """Leaves the gradients of the effective batch, over all ranks, in the update's parameters."""
+        if update.select is not None:
+            window = [update.select.rows(self.network, batch) for batch in window]
         try:
             losses = self._gradients(update, window)
         except Exception as error:
@@ -163,6 +208,8 @@ class Runner:
         for values in losses:  # logged is the mean over the repeats, comparable with every other term
             self.meters.add(values if repeat == 1 else values / repeat, update.positions)
         sum_gradients(update.parameters, self.world)
+
+    def _move(self, update: Update) -> None:
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:
             self.grad_norm = nn.utils.clip_grad_norm_(update.parameters, self.stage.clip, foreach=True)
@@ -173,7 +220,7 @@ class Runner:
         self.scaler.update()
 
     def _gradients(self, update: Update, window: Sequence[Batch]) -> list[Tensor]:
-        """Leaves the gradients of the effective batch in the parameters; returns each micro-batch's losses."""
+        """Leaves this rank's gradients in the parameters; returns each micro-batch's losses."""
         terms, moving = update.config.terms, update.config.models
         counts = self.network.counts(window, terms)
         share = 1.0 / (len(window) * self.world.size)
@@ -234,11 +281,15 @@ class Runner:
         torch.default_generator.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
         if self.device.type == "cuda":
             torch.cuda.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
-        every = [self.stage.roles[r] for r in self.followers if self.stage.roles[r].mode == "snapshot"]
-        if step and step % self.steps_per_epoch == 0:
-            for config in every:
-                if config.every and epoch % config.every == 0 and config.of is not None:
-                    copy_state(self.network.role(config.of).model, self.network.role(config.name).model)
+        for config in (self.stage.roles[name] for name in self.followers):
+            if step and config.mode == "snapshot" and config.of is not None and self._renews(config, step, epoch):
+                copy_state(self.network.role(config.of).model, self.network.role(config.name).model)
+
+    def _renews(self, config: RoleConfig, step: int, epoch: int) -> bool:
+        """Whether a snapshot is taken anew before this step."""
+        if config.every_steps:
+            return step % config.every_steps == 0
+        return bool(config.every) and step % self.steps_per_epoch == 0 and epoch % config.every == 0
 
     def scheduled(self, schedule: Schedule) -> float:
         """A schedule's value at the coming step."""
@@ -254,8 +305,9 @@ class Runner:
             return None
         role = self.network.role(self.stage.export)
         average = copy.deepcopy(role.model)
+        handles = [handle for name in self.plan.layout.order for handle in self.network.role(name).capture.handles]
         for module in average.modules():  # the copy is evaluated whole: nothing is captured in it
-            for handle in role.capture.handles:
+            for handle in handles:
                 module._forward_hooks.pop(handle.id, None)
                 module._forward_pre_hooks.pop(handle.id, None)
         return average.requires_grad_(False).eval()
@@ -275,12 +327,17 @@ class Runner:
 
     # State
 
+    def exported(self, name: str) -> dict[str, Tensor]:
+        """A role's weights as its forward uses them, under the plain model's names."""
+        return exported_state(self.stage.roles[name], self.network.role(name).model)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the stage needs to go on; frozen roles come from where they came from."""
         roles = {n: self.network.role(n) for n in self.plan.layout.order}
         return {
             "step": self.done,
-            "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode != "frozen"},
+            "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode not in ("frozen", "same")},
+            "baked": {n: self.exported(n) for n, r in roles.items() if r.config.transforms},
             "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
             "optimizers": [update.optimizer.state_dict() for update in self.updates],
             "scaler": self.scaler.state_dict(),
@@ -358,6 +415,18 @@ class Runner:
                 f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; what was "
                 "saved before stays. A smaller learning rate, `clip`, or a smaller weight may help."
             )
+
+
+def _together(updates: list[Update]) -> list[list[Update]]:
+    """The updates in order, those that move together in one group."""
+    groups: list[list[Update]] = []
+    for update in updates:
+        number = update.config.together
+        if groups and number is not None and groups[-1][0].config.together == number:
+            groups[-1].append(update)
+        else:
+            groups.append([update])
+    return groups
 
 
 compiled: Any = torch.compile

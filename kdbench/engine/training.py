@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kdbench.data.source import Source
-from kdbench.engine.network import Batch
+from kdbench.engine.readers import Batch
 from kdbench.engine.runner import Runner
 
 DEFAULT_MINUTES = 10.0  # between checkpoints, besides the one after every evaluation

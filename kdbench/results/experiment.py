@@ -21,7 +21,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.build import build_network
 from kdbench.engine.device import choose_device, describe_device, precision_settings
 from kdbench.engine.distributed import World, join_world
-from kdbench.engine.network import upstream_role
+from kdbench.engine.roles import upstream_role
 from kdbench.engine.plan import StagePlan, plan_stage
 from kdbench.engine.prepare import Preparation
 from kdbench.engine.runner import Runner
@@ -306,7 +306,7 @@ class _Experiment:
         return files
 
     def _feed(self, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
-        read = {name: sources[name] for name in dict.fromkeys(plan.layout.sources.values())}
+        read = {name: sources[name] for name in plan.layout.step_sources(stage)}
         return Feed(read, plan.train_source, stage.accumulate)
 
     def _run_stage(

@@ -12,7 +12,8 @@ from kdbench.data.source import Source
 from kdbench.engine.distributed import World
 from kdbench.engine.evaluation import evaluate, predictions
 from kdbench.engine.metrics import MetricSet, higher_is_better
-from kdbench.engine.network import Network, upstream_role
+from kdbench.engine.network import Network
+from kdbench.engine.roles import upstream_role
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import History

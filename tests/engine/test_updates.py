@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from support import bench, parts, plan_of, recipe, same  # noqa: F401
+from support import Bench, bench, parts, plan_of, recipe, same  # noqa: F401
 from torch.testing import assert_close
 
 from kdbench.engine.features import Feature
+from kdbench.engine.readers import Batch
 from kdbench.engine.runner import copy_state
 
 GAME = """
@@ -35,15 +36,22 @@ def game(repeat: int = 1):
     return bench(GAME.replace("REPEAT", str(repeat)))
 
 
+def move(run: Bench, number: int, window: list[Batch]) -> None:
+    """One update alone."""
+    update = run.runner.updates[number]
+    run.runner._differentiate(update, window)
+    run.runner._move(update)
+
+
 def test_each_update_moves_its_own_models_only():
     run = game()
     window = next(run.windows())
     run.runner.begin_step()
     teacher, student, generator = run.weights("teacher"), run.weights(), run.weights("generator")
-    run.runner._move(run.runner.updates[0], window)
+    move(run, 0, window)
     assert same(student, run.weights()) and not same(generator, run.weights("generator"))
     generator = run.weights("generator")
-    run.runner._move(run.runner.updates[1], window)
+    move(run, 1, window)
     assert same(generator, run.weights("generator")) and not same(student, run.weights())
     assert same(teacher, run.weights("teacher"))
 
@@ -64,7 +72,7 @@ def test_the_generators_gradient_comes_through_the_frozen_teacher_and_the_studen
         return torch.autograd.grad(loss, list(generator.parameters()), retain_graph=True)
 
     expected, wrong = by_hand(True), by_hand(False)
-    run.runner._move(run.runner.updates[0], window)
+    move(run, 0, window)
     for parameter, value, other in zip(generator.parameters(), expected, wrong, strict=True):
         assert_close(parameter.grad, value, rtol=1e-9, atol=1e-12)
         assert not torch.allclose(parameter.grad, other, rtol=1e-3)  # negative control: the teacher's share counts
