@@ -1,0 +1,158 @@
+"""Terms that compare two predictions as distributions, or judge one: divergences, consistency, entropy.
+
+All take logits (batch, classes) unless said otherwise, compute in float32 at least, and return one value per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor
+
+from kdbench.errors import ConfigError
+from kdbench.registry import TERMS
+from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
+from kdbench.terms.logits import kd_loss
+from kdbench.terms.numerics import at_least_float32, safe_sqrt
+
+Kind = Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"]
+
+
+def divergence_loss(student: Tensor, teacher: Tensor, kind: Kind, temperature: Number) -> Tensor:
+    """T^2 times a divergence of the softened distributions of logits (batch, classes): (batch,). See `Divergence`."""
+    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
+    if kind == "forward_kl":
+        value = _kl(log_q, log_p)
+    elif kind == "reverse_kl":
+        value = _kl(log_p, log_q)
+    elif kind == "js":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    else:
+        value = -(log_q.exp() * log_p).sum(1)
+    return temperature**2 * value
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(1)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits less their mean, over their standard deviation plus 1e-7 (n - 1 in its denominator), per sample."""
+    logits = at_least_float32(logits)
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / (safe_sqrt(centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)) + 1e-7)
+
+
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """-sum_k p_k log p_k of the last dimension, in nats; 0 log 0 counts as 0, with a finite gradient."""
+    return -(probabilities * torch.where(probabilities > 0, probabilities, 1).log()).sum(-1)
+
+
+@TERMS.register("divergence", space="sample", version=1, paper="arXiv:2103.05959")
+class Divergence(Term):
+    """A chosen divergence between the two softened distributions, times T^2: Jensen-Shannon, reverse KL and others.
+
+    With p, q = softmax(student / T), softmax(teacher / T) and m = (p + q) / 2, loss = T^2 times
+        forward_kl: KL(q || p), which is `kd`.          reverse_kl: KL(p || q), as BD-KD's teacher and student use.
+        js: KL(p || m) / 2 + KL(q || m) / 2, as SSLD.   soft_cross_entropy: -sum_k q_k log p_k, as MEAL V2.
+
+    The papers named take T = 1, where T^2 is no factor. js is symmetric and at most T^2 log 2. soft_cross_entropy
+    has the gradient of forward_kl for the student, and is not 0 where the two agree but the teacher's entropy.
+
+    Jensen-Shannon: Cui et al., SSLD, 2021, arXiv:2103.05959. Reverse KL: Amara et al., BD-KD, 2022, arXiv:2212.12965.
+    Soft cross-entropy: Shen and Savvides, MEAL V2, 2020, arXiv:2009.08453 (loss.py of its code).
+    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"] = "js",
+        temperature: Number = 1.0,
+    ) -> None:
+        super().__init__()
+        require("divergence", "above 0", temperature=temperature)
+        self.kind: Kind = kind
+        self.temperature = temperature
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_classes(shapes["student"], shapes["teacher"])
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return divergence_loss(student, teacher, self.kind, self.temperature)
+
+
+@TERMS.register("probability_mse", space="sample", version=1, paper="arXiv:1703.01780")
+class ProbabilityMSE(Term):
+    """Consistency: squared difference of the two softmaxes, averaged over the classes.
+
+    loss = 1/classes * sum_k (p_k - q_k)^2, the mean over the classes as in the authors' code (`softmax_mse_loss`).
+    The teacher there is the student's moving average on another view of the sample, the weight ramps up.
+
+    Tarvainen and Valpola, Mean Teachers Are Better Role Models, NeurIPS 2017, arXiv:1703.01780.
+    Shapes: student, teacher logits (batch, classes) -> (batch,), squared probability.
+    """
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_classes(shapes["student"], shapes["teacher"])
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        p, q = F.softmax(at_least_float32(student), dim=1), F.softmax(at_least_float32(teacher), dim=1)
+        return (p - q).square().mean(1)
+
+
+@TERMS.register("standardised_kd", space="sample", version=1, paper="arXiv:2403.01427")
+class StandardisedKD(Term):
+    """KD of standardised logits: each sample's own spread of logits takes the place of a shared temperature.
+
+    loss = T^2 * KL(softmax(Z(teacher) / T) || softmax(Z(student) / T)), Z(z) = (z - mean) / (1e-7 + std), the
+    standard deviation over a sample's classes with classes - 1 below, as in the authors' code (T 2, weight 9 there).
+    With T = 1 it is the KD of MIX-KD (Choi et al., ICCV 2023, row m009), which divides by the standard deviation
+    alone: a softmax does not see the mean. For its cross-entropy take the adapter `standardise`.
+
+    Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv:2403.01427.
+    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    """
+
+    def __init__(self, temperature: Number = 2.0) -> None:
+        super().__init__()
+        require("standardised_kd", "above 0", temperature=temperature)
+        self.temperature = temperature
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_classes(shapes["student"], shapes["teacher"], least=2)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss(standardised(student), standardised(teacher), self.temperature)
+
+
+@TERMS.register("entropy", space="sample", version=1, paper="arXiv:1701.06548")
+class Entropy(Term):
+    """Entropy of a prediction; with a negative weight the confidence penalty, with a positive one it sharpens.
+
+    loss = -sum_k p_k log p_k. `of: probabilities` reads the operand as probabilities, such as a router's gate.
+
+    Pereyra, Tucker, Chorowski, Kaiser and Hinton, Regularizing Neural Networks by Penalizing Confident Output
+    Distributions, 2017, arXiv:1701.06548 (weight -0.1 there).
+    Shapes: student logits or probabilities (batch, classes) -> (batch,), nats.
+    """
+
+    def __init__(self, of: Literal["logits", "probabilities"] = "logits") -> None:
+        super().__init__()
+        if of not in ("logits", "probabilities"):
+            raise ConfigError(f"entropy: of must be logits or probabilities, got {of!r}")
+        self.of = of
+
+    def check_shapes(self, **shapes: Size) -> None:
+        logits_of("student", shapes["student"], least=2)
+
+    def forward(self, student: Tensor) -> Tensor:
+        values = at_least_float32(student)
+        if self.of == "probabilities":
+            return entropy_of(values)
+        log_p = F.log_softmax(values, dim=1)
+        return -(log_p.exp() * log_p).sum(1)
