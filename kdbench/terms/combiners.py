@@ -1,0 +1,175 @@
+"""Several operands made one: what an ensemble says, as values that any term reads like logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdbench.errors import ConfigError
+from kdbench.registry import COMBINERS
+from kdbench.terms.base import Combiner, require
+from kdbench.terms.numerics import at_least_float32
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """(batch, parts, ...), at least float32."""
+    return torch.stack([at_least_float32(value) for value in values], dim=1)
+
+
+def _mixed(log_p: Tensor, log_shares: Tensor) -> Tensor:
+    """Log of the weighted mean over the parts of exp(log_p), (batch, parts, classes) -> (batch, classes)."""
+    return torch.logsumexp(log_p + log_shares.unsqueeze(-1), dim=1)
+
+
+@COMBINERS.register("mean_logits", version=1)
+class MeanLogits(Combiner):
+    """The mean of the parts, element by element: logits, or features of equal shape.
+
+    Shapes: parts (batch, ...) -> the same.
+    """
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        return _stacked(values).mean(1)
+
+
+@COMBINERS.register("mean_probabilities", version=1)
+class MeanProbabilities(Combiner):
+    """The mean of the parts' softmaxes at a temperature, given out as logits (arXiv:1503.02531, MEAL V2).
+
+    result = T * log(mean_i softmax(z_i / T)), so that softmax(result / T) is the mean of the softmaxes: the term that
+    reads it must have the same temperature.
+
+    Shapes: logits (batch, classes) each -> (batch, classes), at most 0.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        require("mean_probabilities", "above 0", temperature=temperature)
+        self.temperature = temperature
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        log_p = F.log_softmax(_stacked(values) / self.temperature, dim=2)
+        return self.temperature * (torch.logsumexp(log_p, dim=1) - math.log(len(values)))
+
+
+@COMBINERS.register("weighted", version=1, injected=("parts",))
+class Weighted(Combiner):
+    """A weighted mean of the parts, of logits or of probabilities; the weights are scaled to sum to 1.
+
+    of logits: sum_i w_i z_i. of probabilities: T * log(sum_i w_i softmax(z_i / T)), as `mean_probabilities`.
+
+    Shapes: logits (batch, classes) each (of logits: any equal shapes) -> the same.
+    """
+
+    shares: Tensor
+
+    def __init__(
+        self,
+        parts: int,
+        weights: list[float],
+        of: Literal["logits", "probabilities"] = "logits",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        require("weighted", "above 0", temperature=temperature)
+        if len(weights) != parts:
+            raise ConfigError(f"weighted: weights has {len(weights)} entries for {parts} parts")
+        if any(not 0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+            raise ConfigError(f"weighted: weights must be at least 0, one above 0, got {weights}")
+        self.of = of
+        self.temperature = temperature
+        shares = torch.tensor(weights, dtype=torch.float64)
+        self.register_buffer("shares", (shares / shares.sum()).to(torch.float32), persistent=False)
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        stacked = _stacked(values)
+        shares = self.shares.to(stacked.dtype)
+        if self.of == "logits":
+            return (stacked * shares.reshape(-1, *(1,) * (stacked.dim() - 2))).sum(1)
+        log_p = F.log_softmax(stacked / self.temperature, dim=2)
+        return self.temperature * _mixed(log_p, shares.log().expand(log_p.shape[:2]))
+
+
+@COMBINERS.register("vote", version=1)
+class Vote(Combiner):
+    """Majority vote: the log of each class's share of the parts' first choices, smoothed.
+
+    result = log((1 - e) * votes_k / parts + e / classes), e = `smoothing`. No gradient flows through it.
+
+    Shapes: logits (batch, classes) each -> (batch, classes), at most 0; softmax at T = 1 gives the shares.
+    """
+
+    def __init__(self, smoothing: float = 0.01) -> None:
+        super().__init__()
+        require("vote", "above 0", smoothing=smoothing)
+        require("vote", "in [0, 1]", smoothing=smoothing)
+        self.smoothing = smoothing
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        stacked = _stacked(values).detach()
+        choices = stacked.argmax(2, keepdim=True)
+        shares = torch.zeros_like(stacked).scatter(2, choices, 1).mean(1)
+        return ((1 - self.smoothing) * shares + self.smoothing / shares.shape[1]).log()
+
+
+@COMBINERS.register("kdcl_min_logit", version=1, operands=("label",))
+class KDCLMinLogit(Combiner):
+    """KDCL-MinLogit: each class's least logit among the parts, after the label's own logit is taken off.
+
+    result_k = min_i(z_i,k - z_i,label), 0 at the label: of every wrong class, the least that any network gives it.
+    Hidden labels (negative): the mean of the logits. The authors released no code; this is the text (section 3.2).
+
+    Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
+    Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
+    """
+
+    def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
+        stacked = _stacked(values)
+        own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
+        least = (stacked - stacked.gather(2, own)).min(1).values
+        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), least)
+
+
+@COMBINERS.register("kdcl_naive", version=1, operands=("label",))
+class KDCLNaive(Combiner):
+    """KDCL-Naive: for each sample, the logits of the part with the least cross-entropy.
+
+    Hidden labels (negative): the mean of the logits. The authors released no code; this is the text (section 3.2).
+
+    Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
+    Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
+    """
+
+    def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
+        stacked = _stacked(values)
+        own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
+        best = F.log_softmax(stacked.detach(), dim=2).gather(2, own).squeeze(2).argmax(1)
+        chosen = stacked.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, stacked.shape[2])).squeeze(1)
+        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), chosen)
+
+
+@COMBINERS.register("gate", version=1, operands=("features",), injected=("parts", "shapes"))
+class Gate(Combiner):
+    """ONE: the parts' logits weighted by a learnt gate that reads shared features.
+
+    result = sum_i g_i z_i, g = softmax(ReLU(BatchNorm(W f))), f the features, averaged over the places of a map. As in
+    the authors' code (Lan1991Xu/ONE_NeurIPS2018), the ReLU before the softmax too. Gradients reach gate and parts: the
+    cross-entropy of the ensemble trains them.
+
+    Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv:1806.04606.
+    Shapes: logits (batch, classes) each, features (batch, channels, ...) -> (batch, classes).
+    """
+
+    def __init__(self, parts: int, shapes: dict[str, Any]) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(shapes["features"][0], parts)
+        self.norm = nn.BatchNorm1d(parts)
+
+    def forward(self, values: list[Tensor], features: Tensor) -> Tensor:
+        pooled = features.flatten(2).mean(2) if features.dim() > 2 else features
+        shares = F.softmax(at_least_float32(F.relu(self.norm(self.weigh(pooled)))), dim=1)
+        return (shares.unsqueeze(2) * _stacked(values)).sum(1)
