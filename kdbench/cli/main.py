@@ -18,7 +18,7 @@ HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
 
   kdbench train RECIPE [key=value ...] [-m]   run a recipe: a shipped name (digits/kd) or the path of your own YAML
   kdbench check RECIPE [key=value ...]        everything but training: models, features, terms, memory, in words
-  kdbench list [KIND ...]                     what there is, one line each: models, datasets, terms, recipes, ...
+  kdbench list [KIND ...]                     what there is, one line each: models, terms, recipes, methods, ...
   kdbench show NAME                           one of them in full: formula, paper, parameters, an example
   kdbench inspect MODEL                       module paths of a model with output shapes, to copy into a recipe
   kdbench evaluate RUN                        evaluate a finished run's student and teacher again, from its folder
@@ -182,8 +182,28 @@ def _list(arguments: list[str]) -> int:
 
     parser = _Parser("kdbench list", description="What there is, one line each.")
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"any of: {', '.join(KINDS)}")
-    kinds = [kind for word in parser.parse_args(arguments).kinds for kind in word.split(",") if kind]
-    return list_kinds(kinds)
+    parser.add_argument("--status", help="of methods: only those that are runs, 'runs as', 'not yet' or 'not stated'")
+    parser.add_argument("--markdown", action="store_true", help="of methods: the page docs/methods.md")
+    given = parser.parse_intermixed_args(arguments)
+    kinds = [kind for word in given.kinds for kind in word.split(",") if kind]
+    if given.status is None and not given.markdown:
+        return list_kinds(kinds)
+    if kinds != ["methods"]:
+        raise ConfigError("kdbench list: --status and --markdown are for `kdbench list methods` alone.")
+    return _list_methods(given.status or "", given.markdown)
+
+
+def _list_methods(status: str, markdown: bool) -> int:
+    from kdbench.cli import methods
+
+    if status and status not in methods.STATUSES:
+        raise ConfigError(f"kdbench list methods: no status {status!r}.{nearest(status, methods.STATUSES)}")
+    if not markdown:
+        return methods.list_methods(status)
+    if status:
+        raise ConfigError("kdbench list methods: --markdown writes the whole page; leave --status out.")
+    print(methods.markdown(), end="")
+    return DONE
 
 
 def _show(arguments: list[str]) -> int:

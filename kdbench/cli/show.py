@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdbench.cli.methods import counted, describe, detail, list_methods
+from kdbench.config.methods import Method, read_methods
 from kdbench.config.paths import GROUPS, find_recipe, group_files, recipe_names, share
 from kdbench.config.roles import MODEL_INJECTED
 from kdbench.config.sources import DATASET_INJECTED
 from kdbench.errors import ConfigError, nearest
 from kdbench.registry import REGISTRIES, REQUIRED, Entry, Parameter
 
-KINDS = (*REGISTRIES, "recipes", *GROUPS)
+KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
 _INJECTED = {"models": MODEL_INJECTED, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
 _WRAPPED = 95  # a line of a docstring longer than this goes on in the next
 
@@ -25,6 +27,8 @@ def list_kinds(kinds: Sequence[str]) -> int:
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"kdbench list: no kind {kind!r}.{nearest(kind, KINDS, limit=len(KINDS))}")
+    if list(kinds) == ["methods"]:
+        return list_methods()
     sections = [(kind, _rows(kind, whole=bool(kinds))) for kind in kinds or KINDS]
     if sys.stdout.isatty():
         _print_tables(sections)
@@ -59,6 +63,11 @@ def _rows(kind: str, whole: bool) -> list[Row]:
         return [(name, _title(share("recipes") / f"{name}.yaml")) for name in recipe_names()]
     if kind in GROUPS:
         return [(name, _title(path)) for name, path in group_files(kind, Path.cwd()).items()]
+    if kind == "methods":
+        listed = read_methods()
+        if not whole:
+            return [("...", f"{counted(listed)} `kdbench list methods` lists them")]
+        return [(method.id, f"{method.method}; {method.status}: {detail(method)}") for method in listed.methods]
     registry = REGISTRIES[kind]
     rows = [(name, entry.summary) for name, entry in sorted(registry.entries.items())]
     for family in registry.families:
@@ -97,22 +106,28 @@ def show(name: str) -> int:
     if len(found) > 1:
         exact = ", ".join(f"{kind}/{name}" for kind, _ in found)
         print(f"{name!r} is the name of {len(found)} parts ({exact}).\n")
-    texts = [item.read_text(encoding="utf-8") if isinstance(item, Path) else _describe(k, item) for k, item in found]
+    texts = [_text(kind, item) for kind, item in found]
     _print_texts(texts, [kind for kind, _ in found])
     return 0
 
 
-def _find(name: str) -> Iterator[tuple[str, Entry | Path]]:
+def _text(kind: str, item: Entry | Path | Method) -> str:
+    if isinstance(item, Path):
+        return item.read_text(encoding="utf-8")
+    return describe(item) if isinstance(item, Method) else _describe(kind, item)
+
+
+def _find(name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
     kind, _, rest = name.partition("/")
     only = {"term": "terms", "model": "models"}.get(kind, kind) if rest else None
-    if only in REGISTRIES or only in ("recipes", *GROUPS):
+    if only in KINDS:
         yield from _of_kind(str(only), rest)
         return
     for each in KINDS:
         yield from _of_kind(each, name)
 
 
-def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path]]:
+def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
     if kind == "recipes":
         if name in recipe_names() or Path(name).suffix in (".yaml", ".yml"):
             yield kind, find_recipe(name)[1]
@@ -121,6 +136,9 @@ def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path]]:
         files = group_files(kind, Path.cwd())
         if name in files:
             yield kind, files[name]
+        return
+    if kind == "methods":
+        yield from ((kind, method) for method in read_methods().methods if method.id == name)
         return
     registry = REGISTRIES[kind]
     try:
