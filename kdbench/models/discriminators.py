@@ -1,0 +1,78 @@
+"""Networks that tell whose output they see: for distillation against a discriminator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdbench.errors import ConfigError
+from kdbench.models.heads import map_shape
+from kdbench.models.layers import GlobalAveragePool
+from kdbench.registry import MODELS
+
+
+@MODELS.register("logit_discriminator", version=1, paper="https://arxiv.org/abs/2009.08453", image=(10,))
+class LogitDiscriminator(nn.Module):
+    """Tells from logits whether the teacher or the student gave them: MEAL V2 (Shen and Savvides 2020).
+
+    Three linear layers, each a `factor`-th as wide as the one before, with ReLU between. The released code writes them
+    as 1x1 convolutions, has two outputs ([1, 0] for the student, [0, 1] for the teacher: `outputs: 2`) and puts a ReLU
+    behind the last layer too; there is none here, since it would stop the gradient wherever a score is negative.
+
+    Shapes: (batch, classes) -> (batch, outputs), scores before any sigmoid.
+
+    Args:
+        input_shape: of one sample of what it sees; the engine gives it.
+        factor: how much each layer narrows.
+        outputs: number of scores.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...] = (10,), factor: int = 2, outputs: int = 1) -> None:
+        super().__init__()
+        if len(input_shape) != 1:
+            raise ConfigError(f"logit_discriminator: reads vectors, got a feature of {list(input_shape)}")
+        if factor < 1 or outputs < 1:
+            raise ConfigError(f"logit_discriminator: factor and outputs must be at least 1, got {factor} and {outputs}")
+        widths = [input_shape[0], max(input_shape[0] // factor, 1), max(input_shape[0] // factor**2, 1)]
+        self.layers = nn.Sequential(
+            nn.Linear(widths[0], widths[1]),
+            nn.ReLU(),
+            nn.Linear(widths[1], widths[2]),
+            nn.ReLU(),
+            nn.Linear(widths[2], outputs),
+        )
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.layers(logits)
+
+
+@MODELS.register("feature_discriminator", version=1, image=(64, 4, 4))
+class FeatureDiscriminator(nn.Module):
+    """Tells from a feature whose it is: two convolutions on a map, or two linear layers on a vector, then one score.
+
+    A plain discriminator with leaky ReLUs of slope 0.2 and no BatchNorm (whose statistics of a batch would tell the
+    batches apart, not the samples), for adversarial feature distillation; no paper's exact network.
+
+    Shapes: (batch, values) or (batch, channels, height, width) -> (batch, outputs), scores before any sigmoid.
+
+    Args:
+        input_shape: of one sample of what it sees; the engine gives it.
+        width: of the hidden layers.
+        outputs: number of scores.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), width: int = 64, outputs: int = 1) -> None:
+        super().__init__()
+        if width < 1 or outputs < 1:
+            raise ConfigError(f"feature_discriminator: width and outputs must be at least 1, got {width} and {outputs}")
+        if len(input_shape) == 1:
+            first, second, pool = nn.Linear(input_shape[0], width), nn.Linear(width, width), nn.Identity()
+        else:
+            channels = map_shape(input_shape, "feature_discriminator")[0]
+            first = nn.Conv2d(channels, width, 3, padding=1)
+            second = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            pool = GlobalAveragePool()
+        self.layers = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), pool)
+        self.fc = nn.Linear(width, outputs)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.fc(self.layers(feature))
