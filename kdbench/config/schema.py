@@ -90,7 +90,8 @@ class SourceConfig:
     views: the image fields that the source offers, each with its list of augmentations, applied in order;
         `image` is always there. The evaluation and validation sources have an empty list.
     labels: a share in (0, 1] or a number (2 or more) of samples whose label is kept; None keeps all.
-    subset: None, or a share or number of samples to keep (class-balanced, drawn by the seed), or a part of SUBSETS.
+    subset: None, or a share or number of samples to keep (class-balanced, drawn by the seed), or a part of SUBSETS;
+        several are applied in order.
     relabel: how labels are changed (a part of RELABELS), such as noise.
     made: `STAGE.NAME` of the dataset that an earlier stage makes; `dataset` is then `made`.
     Where `labels` or `subset` is a text, it is `STAGE.NAME` of the choice that an earlier stage makes.
@@ -103,7 +104,7 @@ class SourceConfig:
     batch_size: int = 64
     views: Mapping[str, tuple[Named, ...]] = field(default_factory=lambda: {"image": ()})
     labels: float | int | str | None = None
-    subset: float | int | str | Named | None = None
+    subset: float | int | str | Named | tuple[float | int | str | Named, ...] | None = None
     relabel: Named | None = None
     made: str | None = None
     place: Place = field(default=NOWHERE, compare=False)

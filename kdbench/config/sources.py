@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from kdbench.config.fields import AT_LEAST_ONE, SHARE_OR_COUNT, Context, Fields, named
+from kdbench.config.choices import made_name, read_labels, read_subset
+from kdbench.config.fields import AT_LEAST_ONE, Context, Fields, named
 from kdbench.config.schema import Named, SourceConfig
-from kdbench.registry import AUGMENTS, DATASETS
+from kdbench.config.views import read_views
+from kdbench.registry import DATASETS, RELABELS
 
-DATASET_INJECTED = ("split", "data_root")
-_EVALUATION = ("eval", "validation")
-_OWN = ("dataset", "split", "batch_size", "augment", "label_fraction", "subset")
+DATASET_INJECTED = ("split", "data_root", "file")
+_EVALUATION = ("eval", "validation", "test")
+_OWN = ("dataset", "split", "batch_size", "augment", "label_fraction", "subset", "relabel", "made", "first")
 
 
-def read_sources(context: Context, top: Fields, eval_batch_size: int) -> dict[str, SourceConfig]:
-    """Reads every source. `dataset: NAME` alone makes `train` (split train) and `eval` (split test)."""
-    dataset = top.raw("dataset")
-    batch_size = top.take("batch_size", "int", 64, AT_LEAST_ONE)
-    augment = top.raw("augment")
-    labels = top.take("label_fraction", "float", None, SHARE_OR_COUNT)
-    shared = _Shared(dataset, top.path("dataset"), augment, top.path("augment"), batch_size, eval_batch_size, labels)
+def read_sources(
+    context: Context, top: Fields, eval_batch_size: int, made: Mapping[str, str] | None = None
+) -> dict[str, SourceConfig]:
+    """Reads every source. `dataset: NAME` alone makes `train` (split train) and `eval` (split test).
+
+    Args:
+        made: what earlier stages make, as this stage may write it (`query.picked`) -> `STAGE.NAME` in full, such as
+            `query@2.picked`.
+    """
+    shared = _Shared(
+        dataset=top.raw("dataset"),
+        dataset_key=top.path("dataset"),
+        augment=top.raw("augment"),
+        augment_key=top.path("augment"),
+        batch_size=top.take("batch_size", "int", 64, AT_LEAST_ONE),
+        evaluation=eval_batch_size,
+        labels=top.raw("label_fraction"),
+        labels_key=top.path("label_fraction"),
+        relabel=top.raw("relabel"),
+        relabel_key=top.path("relabel"),
+        made=made or {},
+    )
+    dataset = shared.dataset
     entries: dict[str, Any] = {}
     if dataset is not None:
         entries = {"train": {}, "eval": {}}
@@ -48,39 +67,60 @@ def read_sources(context: Context, top: Fields, eval_batch_size: int) -> dict[st
     return sources
 
 
+@dataclass(frozen=True)
 class _Shared:
-    """What the top level says for sources that do not say it themselves."""
+    """What the top level says for sources that do not say it themselves, with the keys where it says so."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        dataset_key: str,
-        augment: Any,
-        augment_key: str,
-        batch_size: int,
-        evaluation: int,
-        labels: Any,
-    ) -> None:
-        self.dataset = dataset
-        self.dataset_key = dataset_key
-        self.augment = augment
-        self.augment_key = augment_key
-        self.batch_size = batch_size
-        self.evaluation = evaluation
-        self.labels = labels
+    dataset: Any
+    dataset_key: str
+    augment: Any
+    augment_key: str
+    batch_size: int
+    evaluation: int
+    labels: Any
+    labels_key: str
+    relabel: Any
+    relabel_key: str
+    made: Mapping[str, str]
+
+
+def is_evaluation(name: str) -> bool:
+    """Whether a source of this name is only evaluated: `eval`, and `eval_old` and the like."""
+    return name in _EVALUATION or name.startswith("eval_")
 
 
 def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, written: bool) -> SourceConfig | None:
     if isinstance(value, str):
         value = {"dataset": value}
     fields = Fields(context, value, key, f"source {name!r}")
+    made: str | None = None
+    if fields.has("made"):
+        made = made_name(context, fields.raw("made"), fields.path("made"), shared.made, "first" in fields.data)
+        first = fields.raw("first")
+        if made is None and first is not None:
+            return _source(context, name, key, _with_first(fields, first), shared, written)
     own = {option: fields.raw(option) for option in ("dataset", "augment")}
-    split = fields.take("split", "str", "test" if name in _EVALUATION else "train")
-    default = shared.evaluation if name in _EVALUATION else shared.batch_size
+    split = fields.take("split", "str", "test" if is_evaluation(name) else "train")
+    default = shared.evaluation if is_evaluation(name) else shared.batch_size
     batch_size = fields.take("batch_size", "int", default, AT_LEAST_ONE)
-    labels = fields.take("label_fraction", "float", shared.labels if name == "train" else None, SHARE_OR_COUNT)
-    subset = fields.take("subset", "float", None, SHARE_OR_COUNT)
-    if fields.has("type"):
+    train = name == "train"
+    labels_raw = fields.raw("label_fraction", shared.labels if train else None)
+    labels_key = fields.path("label_fraction") if fields.has("label_fraction") else shared.labels_key
+    labels = read_labels(context, labels_raw, labels_key, shared.made)
+    subset = read_subset(context, fields.raw("subset"), fields.path("subset"), shared.made)
+    relabel_raw = fields.raw("relabel", shared.relabel if train else None)
+    relabel_key = fields.path("relabel") if fields.has("relabel") else shared.relabel_key
+    relabel = None if relabel_raw is None else named(context, RELABELS, relabel_raw, relabel_key)
+    if made is not None or fields.data.get("made") is not None:
+        dataset = Named(type="made", place=fields.place("made"))
+        for other in ("dataset", "type", "split"):
+            if fields.data.get(other) is not None:
+                said = "a source has one of `made:` and `dataset:`"
+                said = "what a stage made has no splits" if other == "split" else said
+                fields.fault(other, f"{said}; remove this, or write `{other}: null` where it comes from a layer below.")
+        fields.known.append("type")
+        fields.done()
+    elif fields.has("type"):
         if own["dataset"] is not None:
             fields.fault("dataset", "a source has `dataset:`, or `type:` with parameters beside it, not both.")
         dataset = named(context, DATASETS, fields.data, key, DATASET_INJECTED, reserved=_OWN)
@@ -93,9 +133,11 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         else:
             dataset = named(context, DATASETS, chosen, chosen_key, DATASET_INJECTED)
         fields.done()
+    if dataset is not None and dataset.type == "made" and not fields.has("made"):
+        fields.fault("", f"source {name!r}: what a stage made is written `{{made: STAGE.NAME}}`, without a dataset.")
     if own["augment"] is not None:
         views = read_views(context, own["augment"], fields.path("augment"))
-    elif name == "train" and shared.augment is not None:
+    elif train and shared.augment is not None:
         views = read_views(context, shared.augment, shared.augment_key)
     else:
         views = {"image": ()}
@@ -106,7 +148,9 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     for option, field in (("batch_size", "batch_size"), ("label_fraction", "labels"), ("subset", "subset")):
         if fields.has(option) or option in context.places:
             places[field] = fields.place(option) if fields.has(option) else context.place(option)
-    if name == "train" and "validation" in context.places:
+    if relabel is not None:
+        places["relabel"] = context.place(relabel_key)
+    if train and "validation" in context.places:
         places["validation"] = context.place("validation")
     return SourceConfig(
         name=name,
@@ -116,29 +160,19 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         views=views,
         labels=labels,
         subset=subset,
+        relabel=relabel,
+        made=made,
         place=place,
         places=places,
     )
 
 
-def read_views(context: Context, value: Any, key: str) -> dict[str, tuple[Named, ...]]:
-    """Reads `augment`: a list for the view `image`, or a mapping of views to lists."""
-    if isinstance(value, list):
-        return {"image": _augmentations(context, value, key)}
-    if not isinstance(value, Mapping):
-        context.fault(key, f"must be a list of augmentations, or a mapping of views to lists, got {value!r}.")
-        return {"image": ()}
-    views: dict[str, tuple[Named, ...]] = {"image": ()}
-    for view, items in value.items():
-        if isinstance(items, list):
-            views[view] = _augmentations(context, items, f"{key}.{view}")
-        elif items is None:
-            views[view] = ()
-        else:
-            context.fault(f"{key}.{view}", f"must be a list of augmentations, got {items!r}.")
-    return views
-
-
-def _augmentations(context: Context, items: list[Any], key: str) -> tuple[Named, ...]:
-    found = [named(context, AUGMENTS, item, f"{key}.{i}") for i, item in enumerate(items)]
-    return tuple(item for item in found if item is not None)
+def _with_first(fields: Fields, first: Any) -> dict[str, Any]:
+    """The source as it is where no earlier stage has made it: `first` laid over the other keys."""
+    rest = {name: value for name, value in fields.data.items() if name not in ("made", "first")}
+    if isinstance(first, str):
+        first = {"dataset": first}
+    if not isinstance(first, Mapping):
+        fields.fault("first", f"must be a dataset, or a mapping with the keys of a source, got {first!r}.")
+        first = {}
+    return {**rest, **first}

@@ -2,9 +2,11 @@
 
 Each kind is one base class; `kdbench.data.view` runs them in this order, the kinds in the order of the recipe:
 
-- `Geometric` moves pixels. All of a view are composed into one pair of coordinate maps, so the image is read once.
+- `Geometric` moves pixels. All of a view are composed into one pair of coordinate maps, so the image is read once;
+- `Colouring` changes colours, in [0, 1];
 - then the image is normalised;
-- `Masking` changes the normalised image in place of pixels (cutout);
+- `Masking` changes the normalised image in place of pixels (cutout, noise); what stands after the mixing in the recipe
+  comes after it;
 - `Mixing` blends a sample with another one of the batch; at most one per view.
 - `Reading` chooses what is decoded at all, and so works on datasets that are read from files in every epoch.
 """
@@ -28,9 +30,13 @@ class Augment:
     """Base of all augmentations.
 
     columns: how many numbers each sample draws in an epoch.
+    always: whether evaluation does it too, with draws that are the same every time.
+    tells: the field of the batch that `told` gives; empty for none.
     """
 
     columns = 0
+    always = False
+    tells = ""
     registered_name: str
 
     def table(self, samples: int, seed: int) -> Tensor:
@@ -44,6 +50,25 @@ class Augment:
             ConfigError: the augmentation does not fit images of this shape.
         """
         return shape
+
+    def told(self, draws: Tensor) -> Tensor:
+        """Returns what was drawn as the field `tells`, int64 (batch,)."""
+        raise NotImplementedError
+
+
+@AUGMENTS.register("same", version=1)
+class Same(Augment):
+    """First in a view: all that another view does to the sample, with the same draws.
+
+    `corrupted: {from: image, then: [noise]}` is short for `corrupted: [{type: same, view: image}, noise]`: both views
+    are cropped and flipped (and mixed) alike, and then one of them is corrupted. Views without it draw apart.
+
+    Args:
+        view: the other view.
+    """
+
+    def __init__(self, view: str) -> None:
+        self.view = view
 
 
 class Geometric(Augment):
@@ -62,6 +87,14 @@ class Geometric(Augment):
     def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         """What evaluation does in its place."""
         return ys, xs
+
+
+class Colouring(Augment):
+    """Changes colours before the image is normalised."""
+
+    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Args: image (batch, channels, height, width) in [0, 1]; draws float32 (batch, columns)."""
+        raise NotImplementedError
 
 
 class Masking(Augment):
@@ -165,7 +198,7 @@ class Flip(Geometric):
         return ys, torch.where(draws[:, :1] < self.p, xs.flip(1), xs)
 
 
-def _between(length: int, low: Tensor, high: Tensor) -> Tensor:
+def between(length: int, low: Tensor, high: Tensor) -> Tensor:
     """Returns bool (batch, length): low <= position < high."""
     at = torch.arange(length, device=low.device)
     return (at >= low[:, None]) & (at < high[:, None])
@@ -192,8 +225,8 @@ class Cutout(Masking):
         height, width = image.shape[2:]
         top = whole(draws[:, 0], height) - self.size // 2
         left = whole(draws[:, 1], width) - self.size // 2
-        rows = _between(height, top, top + self.size)
-        columns = _between(width, left, left + self.size)
+        rows = between(height, top, top + self.size)
+        columns = between(width, left, left + self.size)
         return image.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
@@ -212,17 +245,26 @@ class Mixup(Mixing):
 
     Args:
         alpha: above 0; 0.2 for ImageNet and 1 for CIFAR in the paper.
+        share: of the samples that are mixed, in [0, 1]; each one is with this probability, the others keep m = 1
+            ("partial mixup" in the study of mixup in distillation, https://arxiv.org/abs/2211.03946).
     """
 
     columns = 1
 
-    def __init__(self, alpha: float = 1.0) -> None:
+    def __init__(self, alpha: float = 1.0, share: float = 1.0) -> None:
         if alpha <= 0:
             raise ConfigError(f"mixup: alpha must be above 0, got {alpha}")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"mixup: share must be in [0, 1], got {share}")
         self.alpha = alpha
+        self.share = share
 
     def table(self, samples: int, seed: int) -> Tensor:
-        return _beta(self.alpha, samples, seed)
+        own = _beta(self.alpha, samples, seed)
+        if self.share == 1:
+            return own
+        mixed = torch.rand(samples, 1, generator=torch.Generator().manual_seed(seed)) < self.share
+        return torch.where(mixed, own, 1.0)
 
     def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         share = draws[:, 0].to(image.dtype)
@@ -257,8 +299,8 @@ class Cutmix(Mixing):
         side = (1 - draws[:, 0]).clamp(min=0).sqrt()
         half_height, half_width = (side * height).long() // 2, (side * width).long() // 2
         centre_y, centre_x = whole(draws[:, 1], height), whole(draws[:, 2], width)
-        rows = _between(height, centre_y - half_height, centre_y + half_height)
-        columns = _between(width, centre_x - half_width, centre_x + half_width)
+        rows = between(height, centre_y - half_height, centre_y + half_height)
+        columns = between(width, centre_x - half_width, centre_x + half_width)
         area = rows.sum(1) * columns.sum(1)
         box = (rows[:, :, None] & columns[:, None, :])[:, None]
         return torch.where(box, partner, image), 1 - area.to(image.dtype) / (height * width)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +26,13 @@ class Packed:
     images: uint8 (samples, channels, height, width), or float32 (samples, ...) in [0, 1].
     labels: int64 (samples,), in [0, classes).
     checksum: SHA-256 of the content; see `content_checksum`.
+    fields: whatever else is stored for each sample, (samples, ...), by name.
     """
 
     images: Tensor
     labels: Tensor
     checksum: str
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Dataset:
@@ -110,12 +113,14 @@ class SourceSpec:
     fields: field -> (shape of one sample, dtype), such as `image -> ((3, 32, 32), 'float32')`; without the batch.
     classes, samples: None where only the files could tell.
     problem: what stands in the way of training, in words; None when nothing does.
+    population: samples of the whole split, of which the source may give a part: `index` is below it.
     """
 
     fields: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     classes: int | None = None
     samples: int | None = None
     problem: str | None = None
+    population: int | None = None
 
 
 @contextmanager
@@ -128,8 +133,11 @@ def placed(config: SourceConfig) -> Iterator[None]:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
-def open_dataset(config: SourceConfig, data_root: str) -> Any:
+def open_dataset(config: SourceConfig, data_root: str, made: Mapping[str, Path] | None = None) -> Any:
     """Builds the dataset of a source; a user's mistake is told with the place in the recipe.
+
+    Args:
+        made: `STAGE.NAME` -> the file of what that stage made; what is not in it has not been made yet.
 
     Raises:
         ConfigError: an unknown dataset, parameter or split.
@@ -138,63 +146,132 @@ def open_dataset(config: SourceConfig, data_root: str) -> Any:
     named = config.dataset
     where = named.place if str(named.place) else config.place
     DATASETS.check(named.type, named.params, where)
+    file = None if config.made is None else (made or {}).get(config.made)
     with placed(config):
         return DATASETS.build(
-            named.type, named.params, where, split=config.split, data_root=os.path.expanduser(data_root)
+            named.type,
+            named.params,
+            where,
+            split=config.split,
+            data_root=os.path.expanduser(data_root),
+            file=None if file is None else str(file),
         )
 
 
-def describe(config: SourceConfig, data_root: str) -> SourceSpec:
+def describe(
+    config: SourceConfig,
+    data_root: str,
+    *,
+    made: Mapping[str, Path] | None = None,
+    like: SourceSpec | None = None,
+) -> SourceSpec:
     """Returns what a source will give, without decoding or downloading anything.
 
-    A dataset whose files are missing is described by the facts on its registration, with `problem` in words.
+    A dataset whose files are missing is described by the facts on its registration, with `problem` in words; one that
+    an earlier stage has still to make, by `like`.
+
+    Args:
+        made: `STAGE.NAME` -> the file of what that stage made.
+        like: what a made dataset will give (`kdbench.data.made.expected`); its images are not augmented yet.
 
     Raises:
-        ConfigError: an unknown dataset, parameter, split or augmentation.
+        ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
-    from kdbench.data.split import share
+    from kdbench.data.choose import check, size
     from kdbench.data.view import fields_of
 
+    if config.made is not None and config.made not in (made or {}):
+        return _unmade(config, like or SourceSpec())
     try:
-        dataset = open_dataset(config, data_root)
+        dataset = open_dataset(config, data_root, made)
     except DataError as error:
+        if config.made is not None:
+            raise
+        check(config, ())
         entry = DATASETS.entry(config.dataset.type)
         values = {key: parameter.default for key, parameter in entry.parameters.items()} | dict(config.dataset.params)
         shape = entry.facts.get("shape")
         if shape is None:
             return SourceSpec(problem=str(error))
         shape = tuple(values[part] if isinstance(part, str) else part for part in shape)
-        samples = entry.facts.get("samples", {}).get(config.split)
-        return SourceSpec(fields_of(config, shape), entry.facts.get("classes"), samples, str(error))
+        whole = entry.facts.get("samples", {}).get(config.split)
+        samples = size(config, whole, whole, made)
+        return SourceSpec(fields_of(config, shape), entry.facts.get("classes"), samples, str(error), whole)
     if isinstance(dataset, Noise):
         return SourceSpec(dataset.fields(), None, len(dataset), None)
-    samples = len(dataset)
-    if config.subset is not None:
-        samples = share(samples, config.subset)
-    return SourceSpec(fields_of(config, dataset.shape), len(dataset.classes), samples, dataset.problem)
+    check(config, dataset.classes)
+    fields = fields_of(config, dataset.shape, extra_fields(getattr(dataset, "extra", {})))
+    whole = len(dataset)
+    return SourceSpec(fields, len(dataset.classes), size(config, whole, whole, made), dataset.problem, whole)
+
+
+def extra_fields(stored: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns what per-sample values of a dataset are as fields of a batch; floats have the dtype of the images."""
+    kinds = {name: "float32" if v.is_floating_point() else str(v.dtype)[6:] for name, v in stored.items()}
+    return {name: (tuple(value.shape[1:]), kinds[name]) for name, value in stored.items()}
+
+
+def _unmade(config: SourceConfig, like: SourceSpec) -> SourceSpec:
+    """What a source will give whose dataset an earlier stage has still to make."""
+    from kdbench.data.choose import check
+    from kdbench.data.view import fields_of
+
+    check(config, ())
+    if "image" not in like.fields:
+        return SourceSpec(like.fields, like.classes)
+    extra = {name: value for name, value in like.fields.items() if name not in ("image", "label", "index")}
+    return SourceSpec(fields_of(config, like.fields["image"][0], extra), like.classes)
 
 
 def describe_all(
-    data: Mapping[str, SourceConfig], validation: float | int | None, data_root: str
+    data: Mapping[str, SourceConfig],
+    validation: float | int | None,
+    data_root: str,
+    *,
+    made: Mapping[str, Path] | None = None,
+    like: Mapping[str, SourceSpec] | None = None,
 ) -> dict[str, SourceSpec]:
     """Describes every source of a stage, less what is held out of `train` for validation.
 
+    Args:
+        made: `STAGE.NAME` -> the file of what that stage made.
+        like: `STAGE.NAME` -> what the dataset will give that this stage has still to make. Where a made source is not
+            in it, another source of the stage stands in.
+
     Raises:
-        ConfigError: an unknown dataset, parameter, split or augmentation.
+        ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
+    from kdbench.data.choose import size
     from kdbench.data.split import share
 
-    specs = {name: describe(config, data_root) for name, config in data.items()}
+    own = {name: describe(config, data_root, made=made) for name, config in data.items() if config.made is None}
+    images = (spec for name in ("train", *own) if (spec := own.get(name)) is not None and "image" in spec.fields)
+    other = next(images, None)
+    stand_in = None if other is None else SourceSpec({"image": other.fields["image"]}, other.classes)
+    specs = {}
+    for name, config in data.items():
+        if config.made is None:
+            specs[name] = own[name]
+        else:
+            specs[name] = describe(config, data_root, made=made, like=(like or {}).get(config.made, stand_in))
     train = data.get("train")
     if validation is not None and train is not None:
         for name, config in data.items():
-            whole = describe(replace(config, subset=None), data_root).samples
-            same = (config.dataset.type, config.dataset.params) == (train.dataset.type, train.dataset.params)
-            if whole is not None and same and config.split == train.split:
+            whole = specs[name].population
+            if whole is not None and same_split(config, train):
                 left = max(whole - share(whole, validation), 0)  # a subset is chosen among what is left
-                left = left if config.subset is None else share(left, config.subset)
-                specs[name] = replace(specs[name], samples=left)
+                specs[name] = replace(specs[name], samples=size(config, left, whole, made))
     return specs
+
+
+def same_split(one: SourceConfig, other: SourceConfig) -> bool:
+    """Whether two sources read the same split of the same dataset."""
+    return (one.dataset.type, dict(one.dataset.params), one.split, one.made) == (
+        other.dataset.type,
+        dict(other.dataset.params),
+        other.split,
+        other.made,
+    )
 
 
 class Noise:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
+from kdbench.config.sources import is_evaluation
 from kdbench.data.base import Dataset, Noise, Packed, open_dataset, placed
-from kdbench.data.source import NoiseSource, ResidentSource, Setting, Source
+from kdbench.data.choose import labelled_positions, place, relabelled, some, subset_positions
+from kdbench.data.source import HIDDEN, NoiseSource, ResidentSource, Samples, Setting, Source
 from kdbench.data.split import balanced, empty_classes, without
 from kdbench.data.view import View, build_views
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
-
-EVALUATION = ("eval", "validation", "test")
-"""Sources that are only evaluated: their `batch_size` may exceed their length."""
 
 
 @dataclass
@@ -44,6 +44,7 @@ def build_sources(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    made: Mapping[str, Path] | None = None,
 ) -> dict[str, Source]:
     """Opens every source of a stage.
 
@@ -59,6 +60,7 @@ def build_sources(
         workers: processes that decode images of datasets which are not held in memory.
         dtype: of the images.
         channels_last: the images' memory layout.
+        made: `STAGE.NAME` -> the file of what an earlier stage made: datasets, and choices of samples.
 
     Raises:
         ConfigError: a parameter, an augmentation or a number does not fit, with its place.
@@ -71,7 +73,7 @@ def build_sources(
         key = _key(config)
         if key in opened:
             continue
-        dataset = open_dataset(config, data_root)
+        dataset = open_dataset(config, data_root, made)
         if isinstance(dataset, Noise):
             noises[name] = dataset
         else:
@@ -84,20 +86,22 @@ def build_sources(
         if name in noises:
             sources[name] = NoiseSource(config, setting, noises[name])
         else:
-            sources[name] = _open(config, opened[_key(config)], setting)
+            sources[name] = _open(config, opened[_key(config)], setting, made)
     if held_out is not None:
         train = data["train"]
-        config = replace(train, name="validation", views={"image": ()}, labels=None, subset=None)
-        found = opened[_key(train)]
-        sources["validation"] = _source(config, found, setting, held_out, None)
+        config = replace(train, name="validation", views={"image": ()}, labels=None, subset=None, relabel=None)
+        sources["validation"] = _source(config, opened[_key(train)], setting, held_out, None)
     return sources
 
 
 def _key(config: SourceConfig) -> str:
-    return json.dumps([config.dataset.type, config.split, dict(config.dataset.params)], sort_keys=True, default=str)
+    named = [config.dataset.type, config.split, dict(config.dataset.params), config.made]
+    return json.dumps(named, sort_keys=True, default=str)
 
 
 def _load(dataset: Dataset, config: SourceConfig, setting: Setting) -> _Opened:
+    if config.made is not None and dataset.problem is not None:
+        raise DataError(_at(config, f"{config.made} has not been made yet"))
     if len(dataset) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
@@ -105,7 +109,7 @@ def _load(dataset: Dataset, config: SourceConfig, setting: Setting) -> _Opened:
     with placed(config):
         packed = dataset.load()
     images = packed.images.to(setting.device)
-    return _Opened(dataset, packed.labels, Packed(images, packed.labels, packed.checksum))
+    return _Opened(dataset, packed.labels, replace(packed, images=images))
 
 
 def _hold_out(
@@ -117,43 +121,37 @@ def _hold_out(
     found = opened[_key(train)]
     classes = found.dataset.classes
     everything = torch.arange(len(found.labels))
-    what = _where(train, "validation")
+    what = place(train, "validation")
     rng = generator(seed, "split", "validation")
     held_out = balanced(found.labels, everything, validation, len(classes), rng, what)
     for part, words in ((held_out, "has no sample"), (without(everything, held_out), "leaves train no sample")):
         missing = empty_classes(found.labels, part, classes)
         if missing:
-            raise ConfigError(f"{what}: {validation} {words} of {_some(missing)}; the split has {len(everything)}")
+            raise ConfigError(f"{what}: {validation} {words} of {some(missing)}; the split has {len(everything)}")
     found.held_out = held_out
     return held_out
 
 
-def _open(config: SourceConfig, found: _Opened, setting: Setting) -> Source:
+def _open(config: SourceConfig, found: _Opened, setting: Setting, made: Mapping[str, Path] | None) -> Source:
     positions = torch.arange(len(found.labels))
     if found.held_out is not None:
         positions = without(positions, found.held_out)
-    classes = found.dataset.classes
-    if config.subset is not None:
-        rng = generator(setting.seed, "split", "subset")
-        positions = balanced(found.labels, positions, config.subset, len(classes), rng, _where(config, "subset"))
-    labelled = None
-    if config.labels is not None:
-        present = len(classes) - len(empty_classes(found.labels, positions, classes))
-        rng = generator(setting.seed, "split", "labels")
-        labelled = balanced(found.labels, positions, config.labels, len(classes), rng, _where(config, "labels"))
-        missing = empty_classes(found.labels, labelled, classes)
-        if len(classes) - len(missing) < present:
-            raise ConfigError(f"{_where(config, 'labels')}: {config.labels} leaves {_some(missing)} without any label")
+    names = found.dataset.classes
+    positions = subset_positions(config, found.labels, positions, names, setting.seed, made)
+    stored = None if found.packed is None else found.packed.fields.get("labelled")
+    known = found.labels if stored is None else torch.where(stored, found.labels, HIDDEN)
+    labelled = labelled_positions(config, known, positions, names, setting.seed, made)
+    if labelled is None and stored is not None:
+        labelled = positions[stored[positions]]
     if len(positions) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: no sample is left of the split {config.split!r}"))
     together = config.batch_size * setting.world
     if config.batch_size < 1:
-        raise ConfigError(f"{_where(config, 'batch_size')} must be at least 1, got {config.batch_size}")
-    if together > len(positions) and config.name not in EVALUATION:
+        raise ConfigError(f"{place(config, 'batch_size')} must be at least 1, got {config.batch_size}")
+    if together > len(positions) and not is_evaluation(config.name):
         each = f"{config.batch_size} on each of {setting.world} processes" if setting.world > 1 else config.batch_size
         raise ConfigError(
-            f"{_where(config, 'batch_size')}: {each} is more than the {len(positions)} samples of source "
-            f"{config.name!r}"
+            f"{place(config, 'batch_size')}: {each} is more than the {len(positions)} samples of source {config.name!r}"
         )
     return _source(config, found, setting, positions, labelled)
 
@@ -163,6 +161,10 @@ def _source(
 ) -> Source:
     dataset: Dataset = found.dataset
     views = _views(config, dataset, setting)
+    told = relabelled(config, found.labels, dataset.classes, setting.seed)
+    truth = None if config.relabel is None else found.labels
+    fields = {} if found.packed is None else {k: v for k, v in found.packed.fields.items() if k != "labelled"}
+    samples = Samples(told, positions, labelled, truth, fields)
     if found.packed is not None:
         for view in views.values():
             if view.reading is not None:
@@ -174,12 +176,11 @@ def _source(
                     + f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
                     "(image_folder with resident: false, imagenet)"
                 )
-        return ResidentSource(config, setting, views, dataset.classes, found.packed, positions, labelled)
+        checksum = found.packed.checksum
+        return ResidentSource(config, setting, views, dataset.classes, samples, checksum, found.packed.images)
     from kdbench.data.streaming import StreamingSource
 
-    return StreamingSource(
-        config, setting, views, dataset.classes, found.labels, positions, labelled, dataset.checksum(), dataset.reader()
-    )
+    return StreamingSource(config, setting, views, dataset.classes, samples, dataset.checksum(), dataset.reader())
 
 
 def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str, View]:
@@ -192,18 +193,9 @@ def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str
         device=setting.device,
         dtype=setting.dtype,
         channels_last=setting.channels_last,
+        pixels=config.made is None or dataset.normalize,
     )
 
 
 def _at(config: SourceConfig, text: str) -> str:
     return f"{config.place}: {text}" if str(config.place) else text
-
-
-def _where(config: SourceConfig, option: str) -> str:
-    """The place of one of a source's options, or the source's own where the option was not written."""
-    return str(config.places.get(option) or _at(config, option))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more classes"

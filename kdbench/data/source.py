@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
-from kdbench.data.base import Noise, Packed
+from kdbench.data.base import Noise, extra_fields
 from kdbench.data.order import Shard, epoch_order, shard, steps
 from kdbench.data.view import View, fields_of
 from kdbench.randomness import generator
@@ -41,6 +41,8 @@ class Source:
         num_samples: samples of an epoch.
         population: how many values `index` can take: the length of the whole split, before a part of it was chosen.
             Memory banks and caches that are addressed by `index` have this size.
+        positions: int64 (num_samples,), sorted: which samples of the split the source gives, the values of `index`;
+            empty for a source without labels.
         batch_size: of one rank.
         checksum: digest of the dataset's content.
     """
@@ -49,6 +51,7 @@ class Source:
     classes: list[str]
     num_samples: int
     population: int
+    positions: Tensor
     batch_size: int
     checksum: str
 
@@ -86,6 +89,24 @@ Pixels: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """View -> (stored images, which rows of them), both on the device."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What is known of a split's samples besides their images.
+
+    labels: int64 (population,), those of the whole split, as the source tells them; negative: there is none.
+    positions: int64 (num_samples,), sorted: the part of the split that the source gives.
+    labelled: int64, sorted: the part of `positions` whose label is kept; None for all.
+    truth: int64 (population,), the labels before they were changed; None where none was.
+    fields: further fields of the batch by name, (population, ...).
+    """
+
+    labels: Tensor
+    positions: Tensor
+    labelled: Tensor | None = None
+    truth: Tensor | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class ImageSource(Source):
     """A source of labelled images: order, labels and views. Subclasses say where the stored images come from.
 
@@ -94,9 +115,7 @@ class ImageSource(Source):
         setting: seed, device, rank.
         views: field -> how its image is made.
         classes: names in the order of the labels.
-        labels: int64 (population,), those of the whole split.
-        positions: int64 (num_samples,), sorted: the part of the split that this source gives.
-        labelled: int64, sorted: the part of `positions` whose label is kept; None for all.
+        samples: labels, and which samples the source gives.
         checksum: of the dataset.
     """
 
@@ -106,29 +125,35 @@ class ImageSource(Source):
         setting: Setting,
         views: dict[str, View],
         classes: Sequence[str],
-        labels: Tensor,
-        positions: Tensor,
-        labelled: Tensor | None,
+        samples: Samples,
         checksum: str,
     ) -> None:
         super().__init__(config, setting)
         self.views = views
         self.classes = list(classes)
         self.checksum = checksum
-        self.population = len(labels)
-        self.num_samples = len(positions)
-        self._positions = positions
-        self._labelled: Tensor | None = None
-        if labelled is not None:
-            kept = torch.zeros(len(labels), dtype=torch.bool)
-            kept[labelled] = True
-            labels = torch.where(kept, labels, HIDDEN)
-            self._labelled = kept.to(setting.device)
-        self._labels = labels.to(setting.device)
+        self.population = len(samples.labels)
+        self.num_samples = len(samples.positions)
+        self.positions = samples.positions
+        hidden = torch.zeros(self.population, dtype=torch.bool)
+        self._by_index: dict[str, Tensor] = {}
+        if samples.labelled is not None:
+            hidden[:] = True
+            hidden[samples.labelled] = False
+            self._by_index["labelled"] = (~hidden).to(setting.device)
+        self._labels = torch.where(hidden, HIDDEN, samples.labels).to(setting.device)
+        if samples.truth is not None:
+            self._by_index["label_true"] = torch.where(hidden, HIDDEN, samples.truth).to(setting.device)
+        for name, value in samples.fields.items():
+            dtype = setting.dtype if value.is_floating_point() else value.dtype
+            self._by_index[name] = value.to(setting.device, dtype)
+        self._extra = extra_fields(samples.fields)
+        if samples.labelled is not None:
+            self._extra["labelled"] = ((), "bool")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         here = self.setting
-        order = self._placed(epoch_order(self._positions, here.seed, self.name, epoch))
+        order = self._placed(epoch_order(self.positions, here.seed, self.name, epoch))
         tables = {
             name: view.table(self.population, here.seed, self.name, epoch).to(here.device)
             for name, view in self.views.items()
@@ -141,10 +166,18 @@ class ImageSource(Source):
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         here = self.setting
-        order, together = self._placed(self._positions), batch_size * here.world
+        order, together = self._placed(self.positions), batch_size * here.world
+        tables = {
+            name: view.table(self.population, here.seed, self.name, "evaluation").to(here.device)
+            for name, view in self.views.items()
+            if view.draws_always
+        }
         parts = (order[start : start + together][here.rank :: here.world] for start in range(0, len(order), together))
         for part, own, _ in self._read((Shard(index, index) for index in parts if len(index)), None):
-            batch = {name: view.plain(*own[name]) for name, view in self.views.items()}
+            batch = {}
+            for name, view in self.views.items():
+                draws = tables[name].index_select(0, part.index) if name in tables else None
+                batch[name] = view.plain(*own[name], draws)
             yield batch | self._fields(part)
 
     def augmented(
@@ -171,17 +204,17 @@ class ImageSource(Source):
                 image, fields["mix"] = view.mixed(image, other, draws)
                 fields["label_other"] = self._labels.index_select(0, part.partner)
             batch[name] = image
+            fields |= view.told(draws)
         return batch | fields
 
     def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
         dtype = str(self.setting.dtype).removeprefix("torch.")
-        fields = fields_of(self.config, next(iter(self.views.values())).stored)
+        fields = fields_of(self.config, next(iter(self.views.values())).stored, self._extra)
         return {name: (shape, dtype if kind == "float32" else kind) for name, (shape, kind) in fields.items()}
 
     def _fields(self, part: Shard) -> dict[str, Tensor]:
         fields = {"label": self._labels.index_select(0, part.index), "index": part.index}
-        if self._labelled is not None:
-            fields["labelled"] = self._labelled.index_select(0, part.index)
+        fields |= {name: value.index_select(0, part.index) for name, value in self._by_index.items()}
         if part.valid is not None:
             fields["valid"] = part.valid
         return fields
@@ -199,7 +232,8 @@ class ResidentSource(ImageSource):
     """A source whose whole split lies on the device, as it was stored.
 
     Args:
-        packed: the split; `images` already on the device, shared with other sources of the same dataset.
+        images: (population, ...), already on the device, shared with other sources of the same dataset.
+        Everything else as in ImageSource.
     """
 
     def __init__(
@@ -208,12 +242,12 @@ class ResidentSource(ImageSource):
         setting: Setting,
         views: dict[str, View],
         classes: Sequence[str],
-        packed: Packed,
-        positions: Tensor,
-        labelled: Tensor | None,
+        samples: Samples,
+        checksum: str,
+        images: Tensor,
     ) -> None:
-        super().__init__(config, setting, views, classes, packed.labels, positions, labelled, packed.checksum)
-        self.images = packed.images
+        super().__init__(config, setting, views, classes, samples, checksum)
+        self.images = images
 
     def _placed(self, order: Tensor) -> Tensor:
         return order.to(self.setting.device)
@@ -235,6 +269,7 @@ class NoiseSource(Source):
         self.checksum = noise.checksum()
         self.num_samples = len(noise)
         self.population = self.steps_per_epoch * self.batch_size * setting.world
+        self.positions = torch.empty(0, dtype=torch.int64)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         for step in range(start, self.steps_per_epoch):

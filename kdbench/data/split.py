@@ -58,17 +58,24 @@ def balanced(
     Raises:
         ConfigError: the amount is not positive, or more than there is.
     """
-    whole = amount > 1 and float(amount).is_integer()
-    if not (0 < amount <= 1 or whole):
-        raise ConfigError(f"{what} must be a share in (0, 1] or a whole number of at least 2, got {amount!r}")
+    check_amount(amount, what)
     if amount > 1 and amount > len(positions):
         raise ConfigError(f"{what}: {amount} samples were asked for, but there are only {len(positions)}")
     own = labels[positions]
     groups = [positions[own == c] for c in range(classes)]
+    if sum(len(group) for group in groups) < len(positions):
+        groups.append(positions[own < 0])  # samples without a label, as a made dataset may have them
     chosen = []
     for group, quota in zip(groups, quotas([len(g) for g in groups], amount), strict=True):
         chosen.append(group[torch.randperm(len(group), generator=generator)[:quota]])
     return torch.cat(chosen).sort().values
+
+
+def check_amount(amount: float | int, what: str) -> None:
+    """Raises ConfigError unless the amount is a share in (0, 1] or a whole number of at least 2."""
+    whole = amount > 1 and float(amount).is_integer()
+    if not (0 < amount <= 1 or whole):
+        raise ConfigError(f"{what} must be a share in (0, 1] or a whole number of at least 2, got {amount!r}")
 
 
 def without(positions: Tensor, removed: Tensor) -> Tensor:
@@ -78,5 +85,6 @@ def without(positions: Tensor, removed: Tensor) -> Tensor:
 
 def empty_classes(labels: Tensor, positions: Tensor, classes: Sequence[str]) -> list[str]:
     """Returns the names of the classes of which no sample is left."""
-    counts = torch.bincount(labels[positions], minlength=len(classes))
+    own = labels[positions]
+    counts = torch.bincount(own[own >= 0], minlength=len(classes))
     return [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]

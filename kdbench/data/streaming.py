@@ -18,7 +18,7 @@ from kdbench.config.schema import SourceConfig
 from kdbench.data.augment import Reading
 from kdbench.data.files import Listing, pixels, read_image, resize_and_crop
 from kdbench.data.order import Shard
-from kdbench.data.source import ImageSource, Pixels, Setting
+from kdbench.data.source import ImageSource, Pixels, Samples, Setting
 from kdbench.data.view import View
 from kdbench.errors import DataError
 from kdbench.randomness import derive
@@ -82,8 +82,8 @@ class _Decoder(TorchDataset):
 
     def __init__(self, reader: Reader, views: dict[str, View], seed: int, source: str) -> None:
         self.reader = reader
-        self.readings = {name: view.reading for name, view in views.items() if view.reading is not None}
-        self.whole = len(self.readings) < len(views)
+        self.readings = {view.reading_owner: view.reading for view in views.values() if view.reading is not None}
+        self.whole = any(view.reading is None for view in views.values())
         self.seed = seed
         self.source = source
 
@@ -123,13 +123,11 @@ class StreamingSource(ImageSource):
         setting: Setting,
         views: dict[str, View],
         classes: Sequence[str],
-        labels: Tensor,
-        positions: Tensor,
-        labelled: Tensor | None,
+        samples: Samples,
         checksum: str,
         reader: Reader,
     ) -> None:
-        super().__init__(config, setting, views, classes, labels, positions, labelled, checksum)
+        super().__init__(config, setting, views, classes, samples, checksum)
         self._decoder = _Decoder(reader, views, setting.seed, config.name)
         self._plan = _Plan([])
         self._training: DataLoader | None = None
@@ -156,7 +154,7 @@ class StreamingSource(ImageSource):
             images = {key: value.to(device, non_blocking=True) for key, value in read.items()}
             rows = torch.arange(len(part.index), device=device)
             read_for = {
-                name: images[name if view.reading is not None and epoch is not None else WHOLE]
+                name: images[view.reading_owner if view.reading is not None and epoch is not None else WHOLE]
                 for name, view in self.views.items()
             }
             own = {name: (stored, rows) for name, stored in read_for.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.config.schema import Named, SourceConfig
-from kdbench.data.augment import OUTSIDE, Augment, Geometric, Masking, Mixing, Reading
-from kdbench.errors import ConfigError, UserError
+from kdbench.data.augment import OUTSIDE, Augment, Colouring, Geometric, Masking, Mixing, Reading
+from kdbench.errors import ConfigError, UserError, nearest
 from kdbench.randomness import derive
 from kdbench.registry import AUGMENTS
 
@@ -19,18 +20,24 @@ from kdbench.registry import AUGMENTS
 class View:
     """Augments, normalises and converts the images of one field, batched, on the device.
 
-    Crops and flips are composed into coordinates and read in one gather from the resident images; then
-    (x / 255 - mean) / std; then cutout; then mixup or cutmix. No step waits for the device.
+    Crops and flips are composed into coordinates and read in one gather from the resident images; then x / 255; then
+    colours; then (x - mean) / std; then cutout and noise; then mixup or cutmix; then what the recipe has after that.
+    No step waits for the device.
 
     Args:
         name: of the field, such as `image`.
         augments: the recipe's list.
         shape: of one stored image, (channels, height, width); other shapes take no augmentation.
         mean, std: per channel, of images in [0, 1]; None leaves them in [0, 1].
+        owners: the view whose draws each augmentation takes; None: this view.
+        pixels: whether the stored images are in [0, 1] (or uint8), not normalised already.
 
     Attributes:
         shape: of one image of the batch.
         columns: how many numbers a sample draws in an epoch.
+        mixes: the view whose draws mix this one; empty where nothing is mixed.
+        reading: what chooses the part of a file that is read, and `reading_owner` the view whose draws it takes.
+        draws_always: whether evaluation needs draws.
 
     Raises:
         ConfigError: an augmentation is unknown, does not fit the shape, or two of them mix.
@@ -47,8 +54,11 @@ class View:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        owners: Sequence[str] | None = None,
+        pixels: bool = True,
     ) -> None:
         self.name = name
+        self.pixels = pixels
         self.augments: list[Augment] = []
         self.stored = shape
         self.shape = shape
@@ -56,8 +66,12 @@ class View:
             self._add(named)
         self.keys = _keys(augments)
         self.columns = sum(augment.columns for augment in self.augments)
-        self.mixes = any(isinstance(augment, Mixing) for augment in self.augments)
-        self.reading = next((augment for augment in self.augments if isinstance(augment, Reading)), None)
+        self.owners = list(owners) if owners is not None else [name] * len(self.augments)
+        self._mixing = next((i for i, augment in enumerate(self.augments) if isinstance(augment, Mixing)), None)
+        self.mixes = "" if self._mixing is None else self.owners[self._mixing]
+        reads = [(a, owner) for a, owner in zip(self.augments, self.owners, strict=True) if isinstance(a, Reading)]
+        self.reading, self.reading_owner = reads[0] if reads else (None, "")
+        self.draws_always = any(augment.always and augment.columns for augment in self.augments)
         self.dtype = dtype
         self.channels_last = channels_last and len(shape) == 3
         trailing = (-1, *([1] * (len(shape) - 1)))
@@ -76,18 +90,24 @@ class View:
             self.shape = augment.shape(self.shape)
         except UserError as error:
             raise ConfigError(f"{named.place}: {error}".lstrip(": ")) from None
+        if isinstance(augment, Colouring) and not self.pixels:
+            raise ConfigError(
+                f"{named.place}: {named.type} changes colours of images in [0, 1], but these were stored "
+                "normalised".lstrip(": ")
+            )
         if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
             raise ConfigError(f"{named.place}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
         self.augments.append(augment)
 
-    def table(self, samples: int, seed: int, source: str, epoch: int) -> Tensor:
+    def table(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
         """Returns the draws of all samples for one epoch, float32 (samples, columns), on the CPU.
 
-        Each augmentation has its own stream: one more in the list leaves the draws of the others as they are.
+        Each augmentation has its own stream: one more in the list leaves the draws of the others as they are. Those
+        that another view owns have that view's.
         """
         parts = [
-            augment.table(samples, derive(seed, "augment", source, self.name, epoch, key))
-            for augment, key in zip(self.augments, self.keys, strict=True)
+            augment.table(samples, derive(seed, "augment", source, owner, epoch, key))
+            for augment, owner, key in zip(self.augments, self.owners, self.keys, strict=True)
             if augment.columns
         ]
         return torch.cat(parts, dim=1) if parts else torch.empty(samples, 0)
@@ -103,56 +123,90 @@ class View:
         Returns:
             (batch, *shape), normalised.
         """
-        moves, masks = [], []
-        for augment, own in self._with_draws(draws):
-            if isinstance(augment, Geometric):
-                moves.append((augment, own))
-            elif isinstance(augment, Masking):
-                masks.append((augment, own))
+        own = self._with_draws(draws)
+        moves = [(augment, drawn) for augment, drawn in own if isinstance(augment, Geometric)]
         if moves:
             ys, xs = _identity(len(rows), self.stored, rows.device)
-            for augment, own in moves:
-                ys, xs = augment.maps(ys, xs, own)
+            for augment, drawn in moves:
+                ys, xs = augment.maps(ys, xs, drawn)
             read = gather_pixels(images, rows, ys, xs)
         else:
             read = images.index_select(0, rows)
-        image = self._normalised(read)
-        for augment, own in masks:
-            image = augment.apply(image, own)
-        return self._laid_out(image)
+        image = self._scaled(read)
+        for augment, drawn in own:
+            if isinstance(augment, Colouring):
+                image = augment.apply(image, drawn)
+        image = self._normalised(image)
+        return self._laid_out(_masked(image, own[: self._mixing]))
 
     def mixed(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Blends each image with its partner; returns the blend and the share of the own label (batch,)."""
-        for augment, own in self._with_draws(draws):
+        own = self._with_draws(draws)
+        for number, (augment, drawn) in enumerate(own):
             if isinstance(augment, Mixing):
-                image, share = augment.mix(image, partner, own)
-                return self._laid_out(image), share
+                image, share = augment.mix(image, partner, drawn)
+                return self._laid_out(_masked(image, own[number:])), share
         raise ValueError(f"view {self.name!r} does not mix")
 
-    def plain(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Returns the images as evaluation sees them: normalised, and cut to the view's size at the centre."""
+    def plain(self, images: Tensor, rows: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns the images as evaluation sees them: normalised, cut to the view's size at the centre, and with what
+        the view always does.
+
+        Args:
+            draws: float32 (batch, columns); needed where `draws_always`.
+        """
         moves = [augment for augment in self.augments if isinstance(augment, Geometric)]
         if self.shape == self.stored:
-            return self._laid_out(self._normalised(images.index_select(0, rows)))
-        ys, xs = _identity(len(rows), self.stored, rows.device)
-        for augment in moves:
-            ys, xs = augment.fixed(ys, xs)
-        return self._laid_out(self._normalised(gather_pixels(images, rows, ys, xs)))
+            read = images.index_select(0, rows)
+        else:
+            ys, xs = _identity(len(rows), self.stored, rows.device)
+            for augment in moves:
+                ys, xs = augment.fixed(ys, xs)
+            read = gather_pixels(images, rows, ys, xs)
+        image = self._normalised(self._scaled(read))
+        if draws is None:
+            draws = torch.zeros(len(rows), self.columns, device=rows.device)
+        own = self._with_draws(draws) if any(augment.always for augment in self.augments) else []
+        return self._laid_out(_masked(image, [(augment, drawn) for augment, drawn in own if augment.always]))
+
+    def told(self, draws: Tensor) -> dict[str, Tensor]:
+        """Returns what the view says of itself in fields of its own, such as how far it is turned."""
+        if not self.tells:
+            return {}
+        return {
+            self.tells[augment.tells]: augment.told(drawn)
+            for augment, drawn in self._with_draws(draws)
+            if augment.tells
+        }
+
+    @cached_property
+    def tells(self) -> dict[str, str]:
+        """What an augmentation tells -> its field: the same word in the view `image`, else `VIEW_WORD`."""
+        words = [augment.tells for augment in self.augments if augment.tells]
+        return {word: word if self.name == "image" else f"{self.name}_{word}" for word in words}
 
     def _with_draws(self, draws: Tensor) -> list[tuple[Augment, Tensor]]:
         parts = draws.split([augment.columns for augment in self.augments], dim=1) if self.augments else ()
         return list(zip(self.augments, parts, strict=True))
 
-    def _normalised(self, read: Tensor) -> Tensor:
+    def _scaled(self, read: Tensor) -> Tensor:
         image = read.to(self.dtype)
-        if not read.is_floating_point():
-            image = image.div_(255)
+        return image if read.is_floating_point() else image.div_(255)
+
+    def _normalised(self, image: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
             image = image.sub_(self.mean).div_(self.std)
         return image
 
     def _laid_out(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+
+def _masked(image: Tensor, own: Sequence[tuple[Augment, Tensor]]) -> Tensor:
+    for augment, drawn in own:
+        if isinstance(augment, Masking):
+            image = augment.apply(image, drawn)
+    return image
 
 
 def _keys(augments: Sequence[Named]) -> list[str]:
@@ -195,29 +249,84 @@ def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tenso
     return lines.gather(3, xs[:, None, None, :].expand(batch, channels, ys.shape[1], xs.shape[1]))
 
 
+def spelled_out(views: Mapping[str, Sequence[Named]]) -> dict[str, list[tuple[Named, str]]]:
+    """Puts the augmentations of the other view in the place of each `same`.
+
+    Returns:
+        View -> its augmentations in order, each with the view whose draws it takes.
+
+    Raises:
+        ConfigError: `same` is not the first of a view, or names none, or itself.
+    """
+    found: dict[str, list[tuple[Named, str]]] = {}
+
+    def spell(name: str, above: tuple[str, ...]) -> list[tuple[Named, str]]:
+        if name in found:
+            return found[name]
+        own: list[tuple[Named, str]] = []
+        for number, named in enumerate(views[name]):
+            if named.type != "same":
+                own.append((named, name))
+                continue
+            other = str(named.params.get("view"))
+            where = f"{named.place}: " if str(named.place) else ""
+            if number:
+                raise ConfigError(f"{where}`same` comes first in a view; what follows it is done to what it gives")
+            if other not in views:
+                raise ConfigError(f"{where}no view {other!r}.{nearest(other, views)}")
+            if other in (*above, name):
+                raise ConfigError(f"{where}views continue each other in a circle: {' -> '.join((*above, name, other))}")
+            own += spell(other, (*above, name))
+        found[name] = own
+        return own
+
+    for name in views:
+        spell(name, ())
+    return {name: found[name] for name in views}
+
+
 def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object) -> dict[str, View]:
     """Builds the views of a source.
 
     Raises:
-        ConfigError: an augmentation does not fit, or two views mix labels.
+        ConfigError: an augmentation does not fit, or two views mix labels, each in its own way.
     """
-    views = {name: View(name, augments, shape, **options) for name, augments in config.views.items()}  # type: ignore[arg-type]
-    mixing = [name for name, view in views.items() if view.mixes]
-    if len(mixing) > 1:
+    views = {}
+    for name, own in spelled_out(config.views).items():
+        augments, owners = [named for named, _ in own], [owner for _, owner in own]
+        views[name] = View(name, augments, shape, owners=owners, **options)  # type: ignore[arg-type]
+    if len({view.mixes for view in views.values() if view.mixes}) > 1:
+        mixing = [name for name, view in views.items() if view.mixes]
         raise ConfigError(
             f"{config.place}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
-            "`label_other`; mix in one view".lstrip(": ")
+            "`label_other`; mix in one view, and let the other continue it (`from:`)".lstrip(": ")
         )
     return views
 
 
-def fields_of(config: SourceConfig, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns the fields of a source's batches: name -> (shape of one sample, dtype)."""
+def fields_of(
+    config: SourceConfig, shape: tuple[int, ...], extra: Mapping[str, tuple[tuple[int, ...], str]] | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the fields of a source's batches: name -> (shape of one sample, dtype).
+
+    Args:
+        shape: of one stored image.
+        extra: what the dataset itself has for each sample.
+    """
     views = build_views(config, shape)
     fields = {name: (view.shape, "float32") for name, view in views.items()}
     fields |= {"label": ((), "int64"), "index": ((), "int64")}
+    if config.relabel is not None:
+        fields["label_true"] = ((), "int64")
     if config.labels is not None:
         fields["labelled"] = ((), "bool")
     if any(view.mixes for view in views.values()):
         fields |= {"label_other": ((), "int64"), "mix": ((), "float32")}
-    return fields
+    for view in views.values():
+        fields |= {name: ((), "int64") for name in view.tells.values()}
+    taken = sorted(set(fields).difference({"labelled"}).intersection(extra or {}))
+    if taken:
+        raise ConfigError(
+            f"{config.place}: a view is called {', '.join(taken)}, which is a field of the dataset".lstrip(": ")
+        )
+    return fields | dict(extra or {})
