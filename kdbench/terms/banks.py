@@ -1,24 +1,13 @@
-"""What terms with a memory share: a table with a row per sample, equal on all processes."""
+"""What terms with a memory share: a table with a row per sample.
+
+Terms that remember declare the fact `state=True`: the runner then gives them the rows of all processes, so that the
+memory of each is the same. Otherwise a process would look in the next epoch for rows that another one saw.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-
-
-def of_all_processes(rows: Tensor) -> Tensor:
-    """Returns the rows of all processes, in rank order, without gradient; all must hold equally many.
-
-    A memory that each process filled from its own rows would differ between them, and after the next epoch's order a
-    process would look for rows that another one saw.
-    """
-    rows = rows.detach()
-    if rows.is_meta or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 class SampleBank(nn.Module):
@@ -44,12 +33,11 @@ class SampleBank(nn.Module):
         return self.values[index], torch.where(when < 0, -1, self.clock - when)
 
     def write(self, index: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """Keeps the vectors of all processes' valid rows, one write in all."""
+        """Keeps the vectors of the valid rows."""
         values = values.detach().to(self.values.dtype)
         if mask is not None:  # padded rows may repeat the index of a real one: they go where nobody reads
             index = torch.where(mask, index, self.samples)
             values = torch.where(mask.unsqueeze(1), values, 0)
-        index = of_all_processes(index)
         self.clock += 1
-        self.values[index] = of_all_processes(values)
+        self.values[index] = values
         self.when[index] = self.clock.expand(index.shape)

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.banks import of_all_processes
 from kdbench.terms.base import Term, logits_of, require
 from kdbench.terms.numerics import at_least_float32, full_precision, ratio, safe_sqrt
 
 
-@TERMS.register("cmi", space="sample", version=1, injected=("num_classes",), paper="arXiv:2401.08732")
+@TERMS.register("cmi", space="sample", version=1, state=True, injected=("num_classes",), paper="arXiv:2401.08732")
 class ConditionalMutualInformation(Term):
     """MCMI: how far a prediction is from the mean prediction of its class; maximised, for a better teacher.
 
@@ -57,7 +56,7 @@ class ConditionalMutualInformation(Term):
         p = torch.where(known.unsqueeze(1), p, 0)  # a padded row may hold anything, and 0 * NaN is NaN
         belongs = torch.zeros_like(p).scatter(1, own.unsqueeze(1), 1) * known.unsqueeze(1)
         with full_precision(p):
-            sums, counts = of_all_processes(belongs).t() @ of_all_processes(p), of_all_processes(belongs).sum(0)
+            sums, counts = belongs.t() @ p, belongs.sum(0)
         mean, here = ratio(sums, counts.unsqueeze(1)).to(self.centroids.dtype), (counts > 0).unsqueeze(1)
         moved = torch.where(self.seen.unsqueeze(1), self.decay * self.centroids + (1 - self.decay) * mean, mean)
         moved = torch.where(here, moved, self.centroids)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import COMBINERS
@@ -152,24 +152,24 @@ class KDCLNaive(Combiner):
         return torch.where((label < 0).unsqueeze(1), stacked.mean(1), chosen)
 
 
-@COMBINERS.register("gate", version=1, operands=("features",), injected=("parts", "shapes"))
+@COMBINERS.register("gate", version=1, operands=("gate",))
 class Gate(Combiner):
-    """ONE: the parts' logits weighted by a learnt gate that reads shared features.
+    """ONE: the parts' logits weighted by a learnt gate.
 
-    result = sum_i g_i z_i, g = softmax(ReLU(BatchNorm(W f))), f the features, averaged over the places of a map. As in
-    the authors' code (Lan1991Xu/ONE_NeurIPS2018), the ReLU before the softmax too. Gradients reach gate and parts: the
-    cross-entropy of the ensemble trains them.
+    result = sum_i g_i z_i, g = softmax(gate). The gate is a role on the features that the parts share, so that the
+    cross-entropy of the ensemble trains the very gate by which it teaches:
+        models: {gate: {model: {type: linear_head, num_classes: 3}, input: "trunk:layer2"}}
+        student: {combine: gate, of: [a, b, c], gate: gate}
+    By the text; the authors' code (Lan1991Xu/ONE_NeurIPS2018) has BatchNorm and ReLU before the softmax.
 
     Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv:1806.04606.
-    Shapes: logits (batch, classes) each, features (batch, channels, ...) -> (batch, classes).
+    Shapes: logits (batch, classes) each, gate (batch, parts) -> (batch, classes).
     """
 
-    def __init__(self, parts: int, shapes: dict[str, Any]) -> None:
-        super().__init__()
-        self.weigh = nn.Linear(shapes["features"][0], parts)
-        self.norm = nn.BatchNorm1d(parts)
-
-    def forward(self, values: list[Tensor], features: Tensor) -> Tensor:
-        pooled = features.flatten(2).mean(2) if features.dim() > 2 else features
-        shares = F.softmax(at_least_float32(F.relu(self.norm(self.weigh(pooled)))), dim=1)
+    def forward(self, values: list[Tensor], gate: Tensor) -> Tensor:
+        if gate.dim() != 2 or gate.shape[1] != len(values):
+            raise ValueError(
+                f"needs one gate value for each of {len(values)} parts, got {list(gate.shape[1:])} per sample"
+            )
+        shares = F.softmax(at_least_float32(gate), dim=1)
         return (shares.unsqueeze(2) * _stacked(values)).sum(1)

@@ -8,7 +8,6 @@ import torch
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.banks import of_all_processes
 from kdbench.terms.base import Term, logits_of, require
 from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
 
@@ -48,20 +47,22 @@ class LoadBalance(Term):
         return -(torch.where(used, mean.clamp(min=floor), 1 / experts) * experts).log().mean()
 
 
-@TERMS.register("reinforce", space="sample", version=1, operands=("route", "reward"), paper="arXiv:2012.06048")
+@TERMS.register(
+    "reinforce", space="sample", version=1, state=True, operands=("action", "reward"), paper="arXiv:2012.06048"
+)
 class Reinforce(Term):
     """REINFORCE: choices that were followed by more reward than usual become more likely.
 
-    loss = -(R - b) * sum_e log pi(a_e), a_e = 1 where `route` is above 0, pi(a_e) the gate's probability of that
+    loss = -(R - b) * sum_e log pi(a_e), a_e = 1 where `action` is above 0, pi(a_e) the gate's probability of that
     choice, R the reward of the sample, b a running mean of rewards. Gradients reach the gate only. The reward is
     minus the operand where that is a loss (`of: loss`); of a loss per edge, (batch, edges), the mean over the chosen
-    edges counts (0 where none is). For RL-KD: `student: term:kd.gate, route: term:kd.route, reward: term:kd.loss`, in
+    edges counts (0 where none is). For RL-KD: `student: term:kd.gate, action: term:kd.route, reward: term:kd.loss`, in
     an update of its own after the student's. The paper's rewards are minus the student's losses, and no code is
     released; the running mean, which lowers the variance and not the expectation, is ours: `baseline: 0` omits it.
 
     Yuan, Shou, Pei, Lin, Gong, Fu and Jiang, Reinforced Multi-Teacher Selection for Knowledge Distillation, AAAI 2021,
     arXiv:2012.06048; Williams, Machine Learning 8, 1992.
-    Shapes: student probabilities (batch, edges), route (batch, edges), reward (batch,) or (batch, edges) -> (batch,).
+    Shapes: student probabilities (batch, edges), action (batch, edges), reward (batch,) or (batch, edges) -> (batch,).
     """
 
     usual: Tensor
@@ -77,14 +78,14 @@ class Reinforce(Term):
 
     def check_shapes(self, **shapes: Size) -> None:
         logits_of("student", shapes["student"])
-        if "route" in shapes and shapes["route"] != shapes["student"]:
+        if "action" in shapes and shapes["action"] != shapes["student"]:
             raise ValueError(
-                f"compares a gate of {list(shapes['student'][1:])} with a route of {list(shapes['route'][1:])}"
+                f"compares a gate of {list(shapes['student'][1:])} with actions of {list(shapes['action'][1:])}"
             )
 
-    def forward(self, student: Tensor, route: Tensor, reward: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, student: Tensor, action: Tensor, reward: Tensor, mask: Tensor | None = None) -> Tensor:
         gate = at_least_float32(student)
-        chosen = (route.detach() > 0).to(gate.dtype)
+        chosen = (action.detach() > 0).to(gate.dtype)
         reward = self.sign * at_least_float32(reward.detach())
         if reward.dim() == 2 and reward.shape[1] == chosen.shape[1]:
             reward = ratio((chosen * reward).sum(1), chosen.sum(1))
@@ -98,8 +99,7 @@ class Reinforce(Term):
         if self.baseline == 0:
             return 0.0
         counts = torch.ones_like(reward) if mask is None else mask.to(reward.dtype)
-        rewards, counts = of_all_processes(torch.where(counts > 0, reward, 0)), of_all_processes(counts)
-        mean = ratio(rewards.sum(), counts.sum())
+        mean = ratio(torch.where(counts > 0, reward, 0).sum(), counts.sum())
         before = torch.where(self.started, self.usual.to(mean.dtype), mean)
         self.usual.copy_(self.baseline * before + (1 - self.baseline) * mean)
         self.started.fill_(True)

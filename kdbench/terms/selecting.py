@@ -1,6 +1,6 @@
 """Adapters without parameters: they change what a term sees of an operand, so that any term can be narrowed.
 
-`output_shape` is what such an adapter gives out, per sample: it need not be the other operand's shape.
+`shape` is what such an adapter gives out, per sample: it need not be the other operand's shape.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Classes(nn.Module):
             raise ValueError(f"keep lists class numbers from 0 to {source[0] - 1}, got {wrong or keep}")
         if len(set(keep)) != len(keep):
             raise ValueError(f"keep names a class twice: {keep}")
-        self.output_shape = (len(keep), *source[1:])
+        self.shape = (len(keep), *source[1:])
         self.register_buffer("index", torch.tensor(keep), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Standardise(nn.Module):
             raise ValueError(
                 f"standardises logits over at least 2 classes, but the operand is {list(source)} per sample"
             )
-        self.output_shape = tuple(source)
+        self.shape = tuple(source)
 
     def forward(self, features: Tensor) -> Tensor:
         return standardised(features)

@@ -17,7 +17,9 @@ def _labelled(label: Tensor, mask: Tensor | None) -> Tensor:
     return label >= 0 if mask is None else (label >= 0) & mask
 
 
-@TERMS.register("self_target", space="sample", version=1, injected=("samples", "num_classes"), paper="arXiv:2006.12000")
+@TERMS.register(
+    "self_target", space="sample", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2006.12000"
+)
 class SelfTarget(Term):
     """PS-KD: cross-entropy with the label softened by what the model itself said of the sample an epoch ago.
 
@@ -52,7 +54,9 @@ class SelfTarget(Term):
         return torch.where(label < 0, 0, -(target * log_p).sum(1))
 
 
-@TERMS.register("last_batch", space="sample", version=1, injected=("samples", "num_classes"), paper="arXiv:2203.16172")
+@TERMS.register(
+    "last_batch", space="sample", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2203.16172"
+)
 class LastBatch(Term):
     """DLB: samples that were in the last mini-batch too keep the soft targets that they had there.
 
