@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from kdbench.engine.trace import trace
 from kdbench.registry import MODELS
@@ -23,12 +24,32 @@ RELEASED = {
     "wrn_40_2": (2_255_156, 327_610_880),
     "vgg8": (3_965_028, 96_192_512),
     "vgg13": (9_462_180, 284_936_192),
+    "resnet50": (23_705_252, 1_298_014_208),
+    "mobilenetv2": (812_836, 6_523_648),
+    "shufflenetv1": (949_258, 38_691_456),
+    "shufflenetv2": (1_355_528, 44_504_448),
 }
 FEATURES = {
     "resnet20": "relu 16 32 32, layer1 16 32 32, layer2 32 16 16, layer3 64 8 8, pool 64",
     "resnet8x4": "relu 32 32 32, layer1 64 32 32, layer2 128 16 16, layer3 256 8 8, pool 256",
     "wrn_16_2": "conv1 16 32 32, layer1 32 32 32, layer2 64 16 16, layer3 128 8 8, pool 128",
     "vgg8": "block0 64 32 32, block1 128 16 16, block2 256 8 8, block3 512 4 4, block4 512 4 4, pool 512",
+    "resnet50": "relu 64 32 32, layer1 256 32 32, layer2 512 16 16, layer3 1024 8 8, layer4 2048 4 4, pool 2048",
+    "mobilenetv2": "conv1 16 16 16, blocks.1 12 16 16, blocks.2 16 8 8, blocks.4 48 4 4, blocks.6 160 2 2, pool 1280",
+    "shufflenetv1": "relu 24 32 32, layer1 240 16 16, layer2 480 8 8, layer3 960 4 4, pool 960",
+    "shufflenetv2": "relu 24 32 32, layer1 116 16 16, layer2 232 8 8, layer3 464 4 4, pool 1024",
+}
+
+BUILT = ["resnet20", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
+"""One of each kind that is small enough to run."""
+# What the released networks give (commit as above, run with torch 2.14 in float64) where `known_state` fills the state
+# dict: for two images, the sum over the classes of logit times a known wave. Names, constants and order must agree.
+KNOWN = {
+    "resnet20": [87.03227252695049, 121.52431413733007],
+    "mobilenetv2": [-63.49615354978421, -44.664019824549484],
+    "shufflenetv1": [-38.0055572403669, -13.713878988803735],
+    "shufflenetv2": [-16.261028153195888, -45.52278847869337],
+    "resnet50": [-110.9630604360696, -120.23369575177112],
 }
 
 
@@ -48,6 +69,28 @@ def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
         if isinstance(module, nn.Conv2d | nn.Linear):
             total += module.weight.numel() * torch.Size(calls[path].output.shape[2:]).numel()
     return total
+
+
+def known_values(shape: torch.Size, start: int) -> torch.Tensor:
+    return torch.sin(0.37 * torch.arange(shape.numel(), dtype=torch.float64) + start).reshape(shape)
+
+
+def known_state(model: nn.Module) -> None:
+    """Fills a network with values that depend on nothing but its names and shapes."""
+    for number, (key, value) in enumerate(sorted(model.state_dict().items())):
+        if value.is_floating_point():
+            wave = known_values(value.shape, number)
+            fan = value[0].numel() if value.dim() > 1 else 1
+            value.copy_(1 + 0.3 * wave if key.endswith("running_var") else wave * (2 / fan) ** 0.5)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_gives_what_the_released_network_gives_for_the_same_weights(name):
+    model = build(name).double().eval()
+    known_state(model)
+    with torch.no_grad():
+        logits = model(known_values(torch.Size((2, 3, 32, 32)), 0))
+    assert_close((logits * known_values(logits.shape, 1)).sum(dim=1).tolist(), KNOWN[name], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -115,7 +158,7 @@ def test_wide_resnet_shortcut_takes_the_activated_input_only_where_it_is_a_convo
         torch.testing.assert_close(block(x), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_1", "vgg8", "digits_cnn", "digits_mlp"])
+@pytest.mark.parametrize("name", [*BUILT, "digits_cnn", "digits_mlp"])
 def test_gradients_reach_every_parameter(name):
     torch.manual_seed(0)
     model = build(name)
@@ -126,7 +169,7 @@ def test_gradients_reach_every_parameter(name):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_1", "vgg8", "digits_cnn", "digits_mlp"])
+@pytest.mark.parametrize("name", [*BUILT, "digits_cnn", "digits_mlp"])
 def test_in_eval_mode_a_sample_does_not_depend_on_its_batch(name):
     torch.manual_seed(0)
     model, image = build(name), torch.randn(4, *MODELS.entry(name).facts["image"])
@@ -169,6 +212,6 @@ def test_head_and_stem_follow_the_data():
         assert model(torch.zeros(2, 1, 32, 32, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_1", "vgg8"])
+@pytest.mark.parametrize("name", [*BUILT, "resnet50"])
 def test_larger_images_are_taken_too(name):
     assert on_meta(name)(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 100)

@@ -1,0 +1,175 @@
+"""ShuffleNets for 32x32 images: https://arxiv.org/abs/1707.01083 (V1), https://arxiv.org/abs/1807.11164 (V2)
+
+The variants of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): a 1x1 first convolution of
+stride 1 and no pooling behind it. V1 (Zhang et al. 2018) has three groups and 240, 480 and 960 channels; V2 (Ma et al.
+2018) is of size 1. State dicts have the names of the code released with CRD (RepDistiller).
+
+Features, for an image of 32x32 (CRD calls them feats[0] to feats[4]):
+
+    path      shape per sample, V1 and V2       what it is
+    relu      24 x 32 x 32                      after the first convolution, BatchNorm and ReLU
+    layer1    240 x 16 x 16    116 x 16 x 16    after the ReLU that ends the stage; in V1 its input,
+    layer2    480 x 8 x 8      232 x 8 x 8      `layer1.-1.relu3/in`, is the pre-activation; in V2 the halves are
+    layer3    960 x 4 x 4      464 x 4 x 4      shuffled after it
+    pool      960              1024             mean over all places, what the classifier `linear` reads
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.models.layers import GlobalAveragePool
+from kdbench.registry import MODELS
+
+
+class Shuffle(nn.Module):
+    """Deals channels out in turn: of g groups of n channels, the first of each group comes first, then the seconds."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class GroupBlock(nn.Module):
+    """V1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to its input, or put beside it where it halves."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+        super().__init__()
+        middle = outputs // 4
+        first = 1 if inputs == 24 else groups  # the first block of all sees too few channels to group
+        self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.relu1 = nn.ReLU()
+        self.shuffle1 = Shuffle(first)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(middle, outputs, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential(nn.AvgPool2d(3, stride=2, padding=1)) if stride == 2 else None
+        self.relu3 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.shuffle1(self.relu1(self.bn1(self.conv1(x))))
+        out = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(out)))))
+        return self.relu3(out + x if self.shortcut is None else torch.cat([out, self.shortcut(x)], dim=1))
+
+
+class ShuffleNetV1(nn.Module):
+    """A first convolution and three stages of grouped blocks; see the head of this file for the features."""
+
+    def __init__(
+        self, channels: tuple[int, int, int], blocks: tuple[int, int, int], groups: int, num_classes: int, images: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(images, 24, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.relu = nn.ReLU()
+        inputs = (24, *channels)
+        stages = []
+        for number, outputs in enumerate(channels):
+            # The halving block's input stands beside what it computes, so it computes the rest.
+            first = GroupBlock(inputs[number], outputs - inputs[number], 2, groups)
+            rest = [GroupBlock(outputs, outputs, 1, groups) for _ in range(blocks[number] - 1)]
+            stages.append(nn.Sequential(first, *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.pool = GlobalAveragePool()
+        self.linear = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(image)))
+        return self.linear(self.pool(self.layer3(self.layer2(self.layer1(x)))))
+
+
+class SplitBlock(nn.Module):
+    """V2: half of the channels passes, the other half takes 1x1, depthwise 3x3 and 1x1; then both are shuffled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.relu3 = nn.ReLU()
+        self.shuffle = Shuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, taken = x.chunk(2, dim=1)
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(taken)))))
+        return self.shuffle(torch.cat([passed, self.relu3(self.bn3(self.conv3(out)))], dim=1))
+
+
+class DownBlock(nn.Module):
+    """V2: halves the map on two ways, each giving half of the channels; then both are shuffled."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.conv1 = nn.Conv2d(inputs, inputs, 3, 2, padding=1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv2 = nn.Conv2d(inputs, half, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(inputs, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.relu3 = nn.ReLU()
+        self.conv4 = nn.Conv2d(half, half, 3, 2, padding=1, groups=half, bias=False)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn5 = nn.BatchNorm2d(half)
+        self.relu5 = nn.ReLU()
+        self.shuffle = Shuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
+        right = self.relu5(self.bn5(self.conv5(right)))
+        return self.shuffle(torch.cat([left, right], dim=1))
+
+
+class ShuffleNetV2(nn.Module):
+    """A first convolution, three stages and a last convolution; see the head of this file for the features."""
+
+    def __init__(
+        self, channels: tuple[int, int, int, int], blocks: tuple[int, int, int], num_classes: int, images: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(images, 24, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.relu = nn.ReLU()
+        inputs = (24, *channels)
+        self.layer1, self.layer2, self.layer3 = (
+            # In the released code `blocks` counts the blocks behind the halving one.
+            nn.Sequential(DownBlock(inputs[i], channels[i]), *(SplitBlock(channels[i]) for _ in range(blocks[i])))
+            for i in range(3)
+        )
+        self.conv2 = nn.Conv2d(channels[2], channels[3], 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels[3])
+        self.relu2 = nn.ReLU()
+        self.pool = GlobalAveragePool()
+        self.linear = nn.Linear(channels[3], num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(image)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.pool(self.relu2(self.bn2(self.conv2(x)))))
+
+
+@MODELS.register("shufflenetv1", version=1, paper="https://arxiv.org/abs/1707.01083", image=(3, 32, 32))
+def shufflenetv1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
+    """ShuffleNet V1 for 32x32 images, three groups. Features: layer1, layer2, layer3, pool."""
+    return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, num_classes, in_channels)
+
+
+@MODELS.register("shufflenetv2", version=1, paper="https://arxiv.org/abs/1807.11164", image=(3, 32, 32))
+def shufflenetv2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
+    """ShuffleNet V2 for 32x32 images, size 1. Features: layer1, layer2, layer3, pool."""
+    return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_channels)
