@@ -68,11 +68,19 @@ def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | N
     entry = MAKERS.entries.get(kind) if isinstance(kind, str) else None
     chooser = entry.facts.get("selects") if entry is not None else None
     listed = entry.facts.get("candidates") if entry is not None else None
+    several = entry.facts.get("several") if entry is not None else None
+    data, more = fields.data, []
+    if several and isinstance(data.get(several), list) and data[several]:
+        data, more = {**data, several: data[several][0]}, data[several][1:]
     reserved = ("source", *([chooser] if chooser else []))
-    part = addresses.part(MAKERS, fields.data, key, export, reserved=reserved)
+    part = addresses.part(MAKERS, data, key, export, reserved=reserved)
     if part is None:
         return None
     params, operands = dict(part.params), dict(part.operands)
+    for number, item in enumerate(more, 1):
+        read = addresses.read(item, export, f"{key}.{several}.{number}")
+        if read is not None:
+            operands[f"{several}_{number}"] = read.operand
     if chooser:
         by = fields.data.get(chooser)
         if by is None:

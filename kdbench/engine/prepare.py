@@ -13,6 +13,7 @@ from kdbench.config.schema import Recipe, RoleConfig, StageConfig, Weights
 from kdbench.engine.distributed import World, synchronise_batchnorm
 from kdbench.engine.fold import fold_batchnorm
 from kdbench.engine.plan import StagePlan
+from kdbench.engine.roles import root_of
 from kdbench.engine.weights import load_state, read_checkpoint, select_state, state_hash
 
 DTYPES = {"float64": torch.float64}
@@ -56,8 +57,10 @@ class Preparation:
         dtype = DTYPES.get(self.stage.precision, torch.float32)
         model = model.to(dtype)
         if config.mode == "frozen":
-            example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
-            model, _ = fold_batchnorm(model.eval(), example, self.plan.layout.features[config.name])
+            model = model.eval()
+            if not config.also and not _reads_state(self.stage, config.name):
+                example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
+                model, _ = fold_batchnorm(model, example, self.plan.layout.features[config.name])
         elif self.stage.sync_batchnorm:
             model = synchronise_batchnorm(model, self.world)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
@@ -86,6 +89,14 @@ def weights_file(weights: Weights, recipe: Recipe) -> Path:
     file = Path(weights.path).expanduser()
     beside = Path(recipe.path).parent / file
     return beside if not file.exists() and beside.exists() else file
+
+
+def _reads_state(stage: StageConfig, name: str) -> bool:
+    """Whether something is read off a role's own modules, such as the statistics of a BatchNorm: they must stay."""
+    parts = [make.part for make in stage.make.values()] + [u.select for u in stage.updates if u.select is not None]
+    read = [operand for term in stage.terms.values() for operand in term.reads()]
+    read += [leaf for part in parts for operand in part.operands.values() for leaf in operand.leaves()]
+    return any(o.kind == "role" and o.is_state and root_of(o.role, stage.roles) == name for o in read)
 
 
 def read_later(recipe: Recipe, stage: StageConfig) -> set[str]:

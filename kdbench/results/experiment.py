@@ -14,26 +14,35 @@ import torch
 from kdbench.config.identity import identity
 from kdbench.config.load import dump_recipe, load_resolved
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.data.base import SourceSpec, describe_all, open_dataset
+from kdbench.data.base import SourceSpec, open_dataset
 from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
 from kdbench.engine.build import build_network
 from kdbench.engine.device import choose_device, describe_device, precision_settings
 from kdbench.engine.distributed import World, join_world
+from kdbench.engine.plan import StagePlan
+from kdbench.engine.prepare import Preparation, handed_on
 from kdbench.engine.roles import upstream_role
-from kdbench.engine.plan import StagePlan, plan_stage
-from kdbench.engine.prepare import Preparation
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed, History, Training
 from kdbench.engine.weights import state_hash
 from kdbench.errors import TrainingError, UserError
 from kdbench.files import read_json, write_atomic, write_json
 from kdbench.results.console import ConsoleView
-from kdbench.results.facts import checksums, data_facts, outside_facts, part_versions, role_facts, training_facts
+from kdbench.results.facts import (
+    checksums,
+    data_facts,
+    outside_facts,
+    part_versions,
+    role_facts,
+    source_facts,
+    training_facts,
+)
 from kdbench.results.folder import RunFolder
 from kdbench.results.judge import Judge
 from kdbench.results.latency import latency
+from kdbench.results.making import describe_stages, made_files, made_tensors, make_all, plan_stages, reads_made
 from kdbench.results.manifest import amend_manifest, finish_manifest, write_manifest
 from kdbench.results.provider import provider
 from kdbench.results.summary import build_summary
@@ -92,15 +101,15 @@ class _Experiment:
     def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
         self.plans: list[StagePlan] = []
-        self.specs = [describe_all(s.data, s.validation, recipe.data_root) for s in recipe.stages]
+        self.rehearsed = describe_stages(recipe)
         self.teachers = self._teachers()
-        if any(spec.problem for specs in self.specs for spec in specs.values()):
+        if any(spec.problem for stage in self.rehearsed for spec in stage.specs.values()):
             self._plan()  # before anything is downloaded for a recipe that cannot run
         self.checksums = checksums(recipe)
         made = {key: teacher.identity for key, teacher in self.teachers.items()}
         self.identity = identity(recipe, outside_facts(recipe, self.checksums, made, world.size))
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
-        self.final = recipe.stages[-1]
+        self.final = recipe.stages[-1].name
         self.history = History()
         self.finished: dict[str, int] = {}  # stage -> its steps
         self.opened: list[Source] = []
@@ -120,10 +129,15 @@ class _Experiment:
 
     def _plan(self) -> None:
         """Rehearses every stage: what is found here would otherwise be found after the teacher was trained."""
-        self.plans = self.plans or [
-            plan_stage(stage, specs, self.recipe, world_size=self.world.size)
-            for stage, specs in zip(self.recipe.stages, self.specs, strict=True)
-        ]
+        self.plans = self.plans or plan_stages(self.recipe, self.rehearsed, world_size=self.world.size)
+
+    def _known(self, position: int) -> StagePlan:
+        """The plan of a stage at its begin, when everything that it reads has been made."""
+        if reads_made(self.recipe.stages[position]):
+            made = made_files(self.recipe, self.folder)
+            self.rehearsed = describe_stages(self.recipe, made)
+            self.plans = plan_stages(self.recipe, self.rehearsed, made=made, world_size=self.world.size)
+        return self.plans[position]
 
     # The run
 
@@ -189,18 +203,17 @@ class _Experiment:
             self.finished = dict(tree["finished"])
         self._announce(tracker, tree, notice)
         last: tuple[Judge, Runner] | None = None
-        for stage, plan in zip(self.recipe.stages, self.plans, strict=True):
-            if stage.name in self.finished and stage is not self.final:
+        for position, stage in enumerate(self.recipe.stages):
+            if stage.name in self.finished and stage.name != self.final:
                 continue
             with precision_settings(stage.precision):
-                last = self._train_stage(stage, plan, tree, tracker)
+                last = self._train_stage(self._known(position), tree, tracker)
         assert last is not None
-        with precision_settings(self.final.precision):
+        with precision_settings(last[1].stage.precision):
             return self._finish(*last, tracker)
 
-    def _train_stage(
-        self, stage: StageConfig, plan: StagePlan, tree: Mapping[str, Any] | None, tracker: Tracker
-    ) -> tuple[Judge, Runner]:
+    def _train_stage(self, plan: StagePlan, tree: Mapping[str, Any] | None, tracker: Tracker) -> tuple[Judge, Runner]:
+        stage = plan.stage
         sources = self._sources(stage)
         judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
         runner, preparation = self._runner(stage, plan, sources, tracker)
@@ -209,8 +222,12 @@ class _Experiment:
         else:
             measured = judge.frozen_roles(runner.network, self.steps_before)
             if self.world.is_main:
-                amend_manifest(self.folder.manifest, {"roles": role_facts(plan, preparation.origins, measured)})
+                facts: dict[str, Any] = {"roles": role_facts(plan, preparation.origins, measured)}
+                amend_manifest(self.folder.manifest, facts | {"data": source_facts(stage, sources)})
         self._run_stage(runner, plan, sources, judge, tracker)
+        self._hand_on(runner, plan, sources, preparation)
+        if stage.name != self.final:
+            self.finished[stage.name] = runner.total_steps
         return judge, runner
 
     @property
@@ -222,10 +239,11 @@ class _Experiment:
         self._plan()
         tree, _ = checkpoint.load(folder.last)
         assert tree is not None
-        stage, plan = self.final, self.plans[-1]
+        self.folder = folder
+        plan = self._known(-1)
+        stage = plan.stage
         if tree["stage"] != stage.name:
             raise UserError(f"{folder} stands in stage {tree['stage']!r}; finish it before it is evaluated.")
-        self.folder = folder
         with tempfile.TemporaryDirectory() as scratch:
             tracker = Tracker(scratch, main=False)
             sources = self._sources(stage)
@@ -246,7 +264,7 @@ class _Experiment:
                 device=str(self.device),
                 world_size=self.world.size,
                 training={s.name: training_facts(s, self.world.size) for s in self.recipe.stages},
-                data=data_facts(self.recipe, self.specs, self.checksums),
+                data=data_facts(self.recipe, [stage.specs for stage in self.rehearsed], self.checksums),
                 parts=part_versions(self.recipe),
             )
         else:
@@ -281,7 +299,13 @@ class _Experiment:
             say=tracker.notice,
         )
         network = build_network(
-            stage, plan.layout, seed=self.recipe.seed, device=self.device, world=self.world, prepare=preparation
+            stage,
+            plan.layout,
+            seed=self.recipe.seed,
+            device=self.device,
+            world=self.world,
+            prepare=preparation,
+            made=made_tensors(stage, made_files(self.recipe, self.folder)),
         )
         if stage.precision == "float64":
             network.double()
@@ -326,18 +350,28 @@ class _Experiment:
         if runner.total_steps == 0 and not judge.evaluated(stage.name):
             self._evaluate(runner, judge, 0)
             self._save(runner, tracker)
+
+    def _hand_on(
+        self, runner: Runner, plan: StagePlan, sources: Mapping[str, Source], preparation: Preparation
+    ) -> None:
+        """Leaves what later stages start from and read. One process writes it, the others wait and read the files."""
+        stage = plan.stage
         if self.world.is_main and len(self.recipe.stages) > 1:
-            checkpoint.save(self.folder.stage(stage.name), self._weights(runner))
+            weights = self._weights(runner)
+            models = handed_on(self.recipe, stage, weights["models"], preparation.kept)
+            checkpoint.save(self.folder.stage(stage.name), {**weights, "models": models})
+        if self.world.is_main and stage.make:
+            whole = sources if self.world.size == 1 else self._sources(stage, World())
+            made = make_all(self.recipe, runner, plan, whole, self.folder, preparation.origins)
+            amend_manifest(self.folder.manifest, {"made": made})
         self.world.barrier()
-        if stage is not self.final:
-            self.finished[stage.name] = runner.total_steps
 
     def _evaluate(self, runner: Runner, judge: Judge, epoch: int) -> None:
         best = judge.moving_roles(runner, epoch, self.steps_before + runner.done)
         if best and self.world.is_main:
             checkpoint.save(self.folder.best, {**self._weights(runner), "epoch": epoch})
         stage = runner.stage
-        if self.world.is_main and epoch in self.recipe.keep_epochs and stage is self.final:
+        if self.world.is_main and epoch in self.recipe.keep_epochs and stage.name == self.final:
             checkpoint.save(self.folder.epoch(epoch), {**self._weights(runner), "epoch": epoch})
 
     def _weights(self, runner: Runner) -> dict[str, Any]:
@@ -392,24 +426,27 @@ class _Experiment:
         self.world.barrier()
         return Outcome(self.folder, summary, repeated=False, is_main=self.world.is_main)
 
-    def _sources(self, stage: StageConfig) -> dict[str, Source]:
+    def _sources(self, stage: StageConfig, world: World | None = None) -> dict[str, Source]:
+        """Opens a stage's sources: this process's part of them, or that of another `world`."""
+        world = world or self.world
         sources = build_sources(
             stage.data,
             validation=stage.validation,
             seed=self.recipe.seed,
             device=self.device,
             data_root=self.recipe.data_root,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=world.rank,
+            world=world.size,
             workers=self.recipe.workers,
             dtype=torch.float64 if stage.precision == "float64" else torch.float32,
             channels_last=self._channels_last(),
+            made=made_files(self.recipe, self.folder),
         )
         self.opened += sources.values()
         return sources
 
     def _channels_last(self) -> bool:
-        return uses_channels_last(self.recipe, self.specs[0])
+        return uses_channels_last(self.recipe, self.rehearsed[0].specs)
 
 
 def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:

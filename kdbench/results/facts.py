@@ -9,9 +9,10 @@ from typing import Any
 
 from kdbench.config.schema import Recipe, StageConfig
 from kdbench.data.base import SourceSpec, open_dataset, placed
+from kdbench.data.source import Source
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Origin, weights_file
-from kdbench.registry import MODELS, TERMS
+from kdbench.registry import MAKERS, MODELS, SELECTORS, TERMS
 
 
 def checksums(recipe: Recipe) -> dict[str, str]:
@@ -42,6 +43,7 @@ def outside_facts(
         for name, role in stage.roles.items():
             if role.weights is not None and role.weights.path is not None:
                 facts[f"weights.{stage.name}.{name}"] = _file_hash(weights_file(role.weights, recipe))
+        facts |= maker_versions(stage)
     return facts | ({"world": world_size} if world_size > 1 else {})
 
 
@@ -84,6 +86,15 @@ def data_facts(
     }
 
 
+def source_facts(stage: StageConfig, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """What is known of a stage's sources once they are open: of those that an earlier stage made, all that there is."""
+    return {
+        f"{stage.name}.{name}": {"samples": source.num_samples, "checksum": source.checksum}
+        for name, source in sources.items()
+        if name in stage.data
+    }
+
+
 def part_versions(recipe: Recipe) -> dict[str, int]:
     """The versions of the models and terms in use; their authors raise them when the maths changes."""
     parts = {}
@@ -93,6 +104,19 @@ def part_versions(recipe: Recipe) -> dict[str, int]:
                 parts[f"model {role.model.type}"] = MODELS.entry(role.model.type).version
         for term in stage.terms.values():
             parts[f"term {term.type}"] = TERMS.entry(term.type).version
+        parts |= maker_versions(stage)
+    return parts
+
+
+def maker_versions(stage: StageConfig) -> dict[str, int]:
+    """The versions of what makes a stage's things, and of the selectors that it uses."""
+    parts = {}
+    for make in stage.make.values():
+        entry = MAKERS.entry(make.part.type)
+        parts[f"maker {entry.name}"] = entry.version
+        chooser = make.part.params.get(entry.facts.get("selects", ""))
+        if chooser:
+            parts[f"selector {chooser['type']}"] = SELECTORS.entry(chooser["type"]).version
     return parts
 
 

@@ -31,10 +31,11 @@ WRITTEN = (
     "checkpoints/best.pt",
     "checkpoints/stage_*.pt",
     "checkpoints/epoch_*.pt",
+    "stages/*.*.pt",
     "checkpoints/*.pt.previous",
 )
 """Everything that kdbench itself writes into a run's folder, as glob patterns; `clear` deletes nothing else."""
-FOLDERS = ("tensorboard", "figures", "checkpoints")
+FOLDERS = ("tensorboard", "figures", "checkpoints", "stages")
 
 Status = Literal["new", "interrupted", "finished"]
 
@@ -61,6 +62,10 @@ class RunFolder:
     def stage(self, name: str) -> Path:
         """Where the roles lie as stage `name` left them."""
         return self.checkpoints / f"stage_{name}.pt"
+
+    def made(self, stage: str, name: str) -> Path:
+        """Where the thing called `name` lies that a stage made."""
+        return self.path / "stages" / f"{stage}.{name}.pt"
 
     def epoch(self, epoch: int) -> Path:
         """Where the exported role of one epoch lies."""
