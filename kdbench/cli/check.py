@@ -23,18 +23,14 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     Raises:
         ConfigError: anything that training would have failed at before its first step.
     """
-    from kdbench.data.base import describe_all
     from kdbench.engine.device import choose_device, describe_device
-    from kdbench.engine.plan import plan_stage
+    from kdbench.results.making import plan_stages
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a pipe has no width; 80 would fold the tables
     device = choose_device(recipe.device)
-    plans = []
-    for stage in recipe.stages:
-        specs = describe_all(stage.data, stage.validation, recipe.data_root)
-        plans.append(plan_stage(stage, specs, recipe))
+    plans = plan_stages(recipe)
     if brief:
         notes = [note for plan in plans for note in plan.notes]
         console.print(Text(f"{recipe.name}: good" + (f" ({notes[0]})" if notes else "")), soft_wrap=True)

@@ -40,7 +40,7 @@ def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str
     """
     top = Fields(context, unrolled.data, "", "the recipe")
     eval_batch_size = top.take("eval_batch_size", "int", 512, AT_LEAST_ONE)
-    sources = read_sources(context, top, eval_batch_size)
+    sources = read_sources(context, top, eval_batch_size, unrolled.made)
     roles = read_roles(context, top, base, seen)
     if sources:
         roles = bind_inputs(context, roles, sources)
@@ -57,6 +57,7 @@ def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str
         updates=updates,
         make=read_makes(context, top, roles, sources, export, unrolled),
         export=export or "student",
+        evaluate=_evaluated(top, roles, export),
         optimizer=OptimizerConfig() if optimizer is None else read_optimizer(context, optimizer, top.path("optimizer")),
         scheduler=read_scheduler(context, top.raw("scheduler"), top.path("scheduler")),
         epochs=epochs,
@@ -94,6 +95,15 @@ def _export(context: Context, top: Fields, roles: Mapping[str, RoleConfig]) -> s
         said = f"say which role is the result: `export: ROLE`, one of {', '.join(trainable or roles)}."
         context.fault("export" if "export" in context.places else "", said)
     return None
+
+
+def _evaluated(top: Fields, roles: Mapping[str, RoleConfig], export: str | None) -> tuple[str, ...]:
+    """The roles that are measured besides the exported one."""
+    names = top.texts("evaluate")
+    for name in names:
+        if name not in roles:
+            top.fault("evaluate", f"no role {name!r}.{nearest(name, roles)}")
+    return tuple(name for name in dict.fromkeys(names) if name in roles and name != export)
 
 
 def _length(top: Fields) -> tuple[int | None, int | None]:
