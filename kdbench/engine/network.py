@@ -181,10 +181,15 @@ class Chain(nn.Module):
         values: Values = {}
         for name, member in zip(self.names, self.members, strict=True):
             assert isinstance(member, Role)
-            inputs = (values[input_feature(a)] if ":" in a else image for a in inputs_of(member.config))
-            for feature, value in member(*inputs).items():
+            for feature, value in member(*self._inputs(member.config, image, values)).items():
                 values[name, feature] = value
-        return self.last(*(values[input_feature(a)] if ":" in a else image for a in inputs_of(self.config)))
+        return self.last(*self._inputs(self.config, image, values))
+
+    @staticmethod
+    def _inputs(config: RoleConfig, image: Tensor, values: Values) -> list[Tensor]:
+        """Further fields of a training source, such as masks, are not there when a network is evaluated."""
+        found = [values[input_feature(config.input)] if ":" in config.input else image]
+        return found + [values[input_feature(address)] for address in config.also if ":" in address]
 
 
 def _upstream(name: str, configs: Mapping[str, RoleConfig]) -> set[str]:

@@ -12,9 +12,9 @@ from kdbench.data.source import Source
 from kdbench.engine.distributed import World
 from kdbench.engine.evaluation import evaluate, predictions
 from kdbench.engine.metrics import MetricSet, higher_is_better
-from kdbench.engine.network import Network
-from kdbench.engine.roles import upstream_role
+from kdbench.engine.network import Chain, Network
 from kdbench.engine.plan import StagePlan
+from kdbench.engine.roles import upstream_role
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import History
 from kdbench.errors import TrainingError
@@ -22,6 +22,9 @@ from kdbench.results.tracking import Samples, Tracker
 
 SPLITS = {"validation": "validation", "eval": "test"}
 """Source -> what its split is called in logs and summaries, in the order in which they choose the best epoch."""
+
+APART = "eval_"
+"""A source whose name begins so is measured besides, under the rest of its name: `old`, `new`, `forget`, `retain`."""
 
 SHOWN = 8  # samples in the picture of predictions
 
@@ -47,7 +50,8 @@ class Judge:
     ) -> None:
         self.recipe, self.stage, self.plan, self.sources = recipe, stage, plan, sources
         self.world, self.device, self.tracker, self.history = world, device, tracker, history
-        self.splits = [name for name in SPLITS if name in sources and sources[name].classes]
+        self.splits = {n: split for n, split in SPLITS.items() if n in sources and sources[n].classes}
+        self.splits |= {n: n[len(APART) :] for n in sources if n.startswith(APART) and sources[n].classes}
         teacher = teacher_of(stage)
         self.teacher = teacher if teacher is not None and upstream_role(teacher) is None else None
 
@@ -80,15 +84,16 @@ class Judge:
         """Measures the exported role and its average; says whether this epoch is the best so far."""
         metrics: dict[str, dict[str, dict[str, float]]] = {}
         for role, model in self._moving(runner).items():
-            for source in self.splits:
-                scores = self._measure(model, self.stage.roles[self.stage.export], source, runner.network, runner)
-                metrics.setdefault(role, {})[SPLITS[source]] = scores
-                self._log(role, SPLITS[source], scores, epoch, step)
+            config = self.stage.roles.get(role, self.stage.roles[self.stage.export])
+            for source, split in self.splits.items():
+                scores = self._measure(model, config, source, runner.network, runner)
+                metrics.setdefault(role, {})[split] = scores
+                self._log(role, split, scores, epoch, step)
         record = {"stage": self.stage.name, "epoch": epoch, "step": step, "metrics": metrics}
         self.history.evaluations.append(record)
         if not self.splits:
             return False
-        split = SPLITS[self.splits[0]]
+        split = next(iter(self.splits.values()))
         scores = metrics[self.stage.export][split]
         by = "top1" if "top1" in scores else next(iter(scores))
         best = self.history.best.get(self.stage.name)
@@ -111,6 +116,8 @@ class Judge:
         models = self._moving(runner)
         if self.sources[source].classes:
             for name, model in models.items():
+                if name not in (role, "ema"):
+                    continue
                 scores = self._measure(model, config, source, runner.network, runner)
                 moving.setdefault(name, {})["train"] = scores
                 self._log(name, "train", scores, last["epoch"], step)
@@ -128,10 +135,26 @@ class Judge:
         return next(iter(source.in_order(1)))["image"][0]
 
     def _moving(self, runner: Runner) -> dict[str, nn.Module]:
-        models = {self.stage.export: runner.network.role(self.stage.export).model}
+        models = {name: self._answers(name, runner.network) for name in (self.stage.export, *self.stage.evaluate)}
         if runner.average is not None:
             models["ema"] = runner.average
         return models
+
+    def _answers(self, name: str, network: Network) -> nn.Module:
+        """What is evaluated for a role: its model, behind the roles that it sees where those see images too.
+
+        A student of a generator's images is shown the evaluation's images instead.
+        """
+        config = self.stage.roles[name]
+        if upstream_role(config) is None or self.plan.specs[self.plan.layout.sources[name]].classes is None:
+            return network.role(name).model
+        return Chain(network, name)
+
+    def _field(self, config: RoleConfig) -> str:
+        """The field of a source at the root of what a role sees."""
+        while (upstream := upstream_role(config)) is not None:
+            config = self.stage.roles[upstream]
+        return config.input.split(".", 1)[1]
 
     def _measure(
         self,
@@ -149,9 +172,9 @@ class Judge:
             model,
             self.sources[source],
             metrics or MetricSet(names, classes, self.device),
-            field=_field(config),
+            field=self._field(config),
             teacher=teacher if runner is not None and teacher is not model else None,
-            teacher_field=_field(self.teacher) if self.teacher is not None else "image",
+            teacher_field=self._field(self.teacher) if self.teacher is not None else "image",
             batch_size=self.stage.eval_batch_size,
             **({"autocast": runner.autocast} if runner is not None else {}),
             world=self.world,
@@ -185,10 +208,9 @@ def teacher_of(stage: StageConfig) -> RoleConfig | None:
     """The first role that teaches the exported one: what agreement is measured with."""
     for term in stage.terms.values():
         for edge in term.edges:
-            if edge.student.role == stage.export and edge.teacher is not None and edge.teacher.role != stage.export:
+            taught = edge.student.kind == "role" and edge.student.role == stage.export
+            if not taught or edge.teacher is None or edge.teacher.kind != "role" or edge.teacher.role == stage.export:
+                continue
+            if stage.roles[edge.teacher.role].mode != "same":
                 return stage.roles[edge.teacher.role]
     return None
-
-
-def _field(config: RoleConfig) -> str:
-    return config.input.split(".", 1)[1] if "." in config.input and ":" not in config.input else "image"
