@@ -1,0 +1,95 @@
+"""Terms that train gates: "load_balance" evens them out, "reinforce" follows the reward."""
+
+import math
+
+import pytest
+import torch
+from parts import runs_without_reading, term
+from torch.testing import assert_close
+
+GATE = torch.tensor([[0.9, 0.2], [0.5, 0.6]], dtype=torch.float64)
+ACTION = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+
+
+def test_balance_is_zero_for_equal_use_and_grows_with_the_imbalance():
+    even = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for kind in ("kl", "cv"):
+        balance = term("load_balance", {"kind": kind})
+        assert_close(balance(even), torch.tensor(0.0), atol=1e-6, rtol=0)
+        assert balance(torch.tensor([[0.9, 0.1]])) > balance(torch.tensor([[0.6, 0.4]])) > 0
+
+
+def test_balance_is_finite_where_an_expert_is_never_used():
+    gate = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    loss = term("load_balance")(gate)
+    loss.backward()
+    assert loss.isfinite() and gate.grad.isfinite().all()
+
+
+def test_reinforce_is_minus_advantage_times_log_likelihood():
+    gate = GATE.clone().requires_grad_()
+    reward = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    loss = term("reinforce", {"of": "reward", "baseline": 0.0})(gate, ACTION, reward)
+    expected = [-2 * (math.log(0.9) + math.log(0.8)), -3 * (math.log(0.5) + math.log(0.6))]
+    assert_close(loss, torch.tensor(expected, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss.sum(), gate)
+    assert_close(gradient, torch.tensor([[-2 / 0.9, 2 / 0.8], [-3 / 0.5, -3 / 0.6]], dtype=torch.float64))
+
+
+def test_a_loss_is_a_negative_reward_and_counts_over_the_chosen_edges():
+    losses = torch.tensor([[1.0, 9.0], [2.0, 4.0]], dtype=torch.float64)
+    by_edge = term("reinforce", {"baseline": 0.0})(GATE, ACTION, losses)
+    by_sample = term("reinforce", {"baseline": 0.0, "of": "reward"})(GATE, ACTION, torch.tensor([-1.0, -3.0]).double())
+    assert_close(by_edge, by_sample)
+    nothing_chosen = term("reinforce", {"baseline": 0.0})(GATE, torch.zeros_like(ACTION), losses)
+    assert (nothing_chosen == 0).all()
+
+
+def test_no_gradient_reaches_reward_or_action():
+    gate, reward = GATE.clone().requires_grad_(), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    action = ACTION.clone().requires_grad_()
+    term("reinforce", {"baseline": 0.0})(gate, action, reward).sum().backward()
+    assert gate.grad.abs().sum() > 0 and reward.grad is None and action.grad is None
+
+
+def test_the_usual_reward_is_a_running_mean_of_earlier_batches_and_in_the_state():
+    made = term("reinforce", {"of": "reward", "baseline": 0.9}).double()
+    likelihood = (ACTION > 0).double() * GATE + (ACTION == 0).double() * (1 - GATE)
+    log_pi = likelihood.log().sum(1)
+    first, second = torch.tensor([1.0, 3.0]).double(), torch.tensor([5.0, 1.0]).double()
+    assert_close(made(GATE, ACTION, first), -(first - 2) * log_pi)
+    resumed = term("reinforce", {"of": "reward", "baseline": 0.9}).double()
+    resumed.load_state_dict(made.state_dict())
+    assert_close(made(GATE, ACTION, second), -(second - 2) * log_pi)
+    assert_close(resumed(GATE, ACTION, second), -(second - 2) * log_pi)
+    assert_close(made.usual, torch.tensor(0.9 * 2 + 0.1 * 3, dtype=torch.float64))
+
+
+def test_masked_rows_do_not_count_in_the_usual_reward():
+    made = term("reinforce", {"of": "reward"}).double()
+    made(GATE, ACTION, torch.tensor([4.0, float("nan")]).double(), mask=torch.tensor([True, False]))
+    assert_close(made.usual, torch.tensor(4.0, dtype=torch.float64))
+
+
+def test_a_policy_learns_the_choice_that_pays():
+    """A bandit: choosing the first of two pays 1, the second -1; the expectation of the gradient must find it."""
+    torch.manual_seed(0)
+    scores = torch.zeros(1, 2, requires_grad=True)
+    made = term("reinforce", {"of": "reward"})
+    optimizer = torch.optim.SGD([scores], lr=0.05)
+    for _ in range(200):
+        gate = torch.sigmoid(scores).expand(16, 2)
+        action = torch.bernoulli(gate.detach())
+        optimizer.zero_grad()
+        made(gate, action, action[:, 0] - action[:, 1]).mean().backward()
+        optimizer.step()
+    assert torch.sigmoid(scores)[0, 0] > 0.7 and torch.sigmoid(scores)[0, 1] < 0.3
+
+
+def test_reinforce_reads_nothing_takes_half_precision_and_refuses_other_shapes():
+    half = term("reinforce")(GATE.bfloat16(), ACTION.bfloat16(), torch.ones(2).bfloat16())
+    assert half.dtype == torch.float32
+    operands = {"student": GATE.float().requires_grad_(), "action": ACTION.float(), "reward": torch.ones(2, 2)}
+    runs_without_reading(lambda: term("reinforce"), operands)
+    with pytest.raises(ValueError, match="compares a gate"):
+        term("reinforce").check_shapes(student=torch.Size((2, 3)), action=torch.Size((2, 2)))
