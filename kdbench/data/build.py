@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
 from kdbench.config.sources import is_evaluation
-from kdbench.data.base import Dataset, Noise, Packed, open_dataset, placed
+from kdbench.data.base import Dataset, Noise, Packed, extra_fields, open_dataset, placed
 from kdbench.data.choose import labelled_positions, place, relabelled, some, subset_positions
 from kdbench.data.source import HIDDEN, NoiseSource, ResidentSource, Samples, Setting, Source
 from kdbench.data.split import balanced, empty_classes, without
-from kdbench.data.view import View, build_views
+from kdbench.data.view import View, build_views, fields_of
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
 
@@ -165,6 +165,7 @@ def _source(
     truth = None if config.relabel is None else found.labels
     fields = {} if found.packed is None else {k: v for k, v in found.packed.fields.items() if k != "labelled"}
     samples = Samples(told, positions, labelled, truth, fields)
+    fields_of(config, dataset.shape, extra_fields(fields))  # no view may be called like one of them
     if found.packed is not None:
         for view in views.values():
             if view.reading is not None:
