@@ -21,7 +21,7 @@ def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (unit_length(student) - unit_length(teacher)).abs().mean(1)
 
 
-@TERMS.register("ft", space="sample", version=1, features=True, paper="arXiv:1802.04977")
+@TERMS.register("ft", space="sample", version=1, paper="arXiv:1802.04977")
 class FactorTransfer(Term):
     """Factor transfer: the student's translated feature points where the teacher's paraphrased feature points.
 
@@ -43,7 +43,7 @@ class FactorTransfer(Term):
         return ft_loss(student, teacher)
 
 
-@TERMS.register("reconstruction", space="sample", version=1, features=True, paper="arXiv:1802.04977")
+@TERMS.register("reconstruction", space="sample", version=1, paper="arXiv:1802.04977")
 class Reconstruction(Term):
     """Reconstruction: a network's output equals its target, without any adapter between them.
 

@@ -38,7 +38,7 @@ def _equal_counts(shapes: dict[str, Size]) -> None:
             )
 
 
-@TERMS.register("weight_distance", space="model", version=1, features=True, paper="arXiv:1802.01483")
+@TERMS.register("weight_distance", space="model", version=1, paper="arXiv:1802.01483")
 class WeightDistance(Term):
     """Weight distance: the student's parameters stay near those of another network of the same architecture.
 
@@ -63,7 +63,7 @@ class WeightDistance(Term):
         return weight_distance_loss(student, teacher, self.distance)
 
 
-@TERMS.register("ewc", space="model", version=1, features=True, operands=("fisher",), paper="arXiv:1612.00796")
+@TERMS.register("ewc", space="model", version=1, operands=("fisher",), paper="arXiv:1612.00796")
 class ElasticWeights(Term):
     """Elastic weight consolidation: parameters that an old task depends on are held near their old values.
 
