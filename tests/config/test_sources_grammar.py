@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from recipe_texts import KD
 
@@ -152,3 +155,17 @@ def test_the_recipe_spells_its_parts_short(load):
     assert [named.type for named in data["train"].views["low"]] == ["same", "low_resolution"]
     assert isinstance(data["client"].subset, tuple) and data["client"].subset[1] == 0.5
     assert "r.yaml" in str(data["client"].subset[0].place)
+
+
+def _example(start: str) -> str:
+    """The YAML of the Data section whose text begins with `start`."""
+    text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    section = text.split("## Data\n", 1)[1].split("\n## Terms", 1)[0]
+    return next(block for block in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL) if block.startswith(start))
+
+
+def test_the_examples_of_the_page_load(load):
+    data = load(KD + _example("data:                                                        # public")).stages[0].data
+    assert [len(data[name].subset) for name in ("client0", "client1", "client2")] == [2, 2, 2]
+    views = load(KD + _example("augment:")).stages[0].data["train"].views
+    assert list(views) == ["image", "strong", "corrupted"] and views["corrupted"][0].type == "same"
