@@ -1,0 +1,233 @@
+"""Loops of stages: what they become, where their keys were written, and what is refused in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdbench.config.identity import identity
+from kdbench.config.load import dump_recipe, load_resolved
+
+TOP = """\
+dataset: digits
+student: {model: digits_mlp}
+optimizer: {type: SGD, lr: 0.1}
+epochs: 1
+terms: {ce: cross_entropy, wd: {type: cross_entropy, weight: 0.1}}
+"""
+LOOP = (
+    TOP
+    + """\
+stages:
+  warm: {epochs: 3}
+  active:
+    rounds: 2
+    stages:
+      train: {epochs: 2, student: {weights: {stage: previous}}}
+      query:
+        epochs: 0
+        student: {weights: {stage: train}}
+        make: {labels: {type: choose, by: {type: entropy, student: student}, budget: 40, count: 10}}
+"""
+)
+
+
+def chain(recipe) -> list[tuple[str, str | None]]:
+    """Stage -> where its student's weights come from."""
+    taken = ((stage.name, stage.roles["student"].weights) for stage in recipe.stages)
+    return [(name, None if weights is None else weights.stage) for name, weights in taken]
+
+
+def test_a_loop_is_its_stages_again_and_again(load):
+    recipe = load(LOOP)
+    assert chain(recipe) == [
+        ("warm", None),
+        ("train@1", "warm"),
+        ("query@1", "train@1"),
+        ("train@2", "query@1"),
+        ("query@2", "train@2"),
+    ]
+    assert [stage.epochs for stage in recipe.stages] == [3, 2, 0, 2, 0]
+
+
+def test_a_loop_equals_its_stages_written_out(load):
+    """Only the names tell them apart."""
+    written = (
+        TOP
+        + "stages:\n"
+        + "".join(
+            f"  {name}: {{epochs: 2, student: {{weights: {{stage: {before}}}}}}}\n"
+            for name, before in (("b", "a"), ("c", "b"))
+        ).replace("  b:", "  a: {epochs: 3}\n  b:")
+    )
+    looped = TOP + (
+        "stages:\n  a: {epochs: 3}\n  l: {rounds: 2, stages: {b: {epochs: 2, student: {weights: {stage: previous}}}}}\n"
+    )
+    one, other = load(written), load(looped)
+    assert [s.roles["student"].model for s in one.stages] == [s.roles["student"].model for s in other.stages]
+    assert [s.terms for s in one.stages] == [s.terms for s in other.stages]
+    assert [s.data for s in one.stages] == [s.data for s in other.stages]
+    assert chain(other) == [("a", None), ("b@1", "a"), ("b@2", "b@1")]
+
+
+def test_the_rounds_of_a_list_change_the_top_level(load):
+    text = LOOP.replace("rounds: 2", "rounds: [{terms: {wd: null}}, {batch_size: 32, optimizer: AdamW}, null]")
+    stages = {stage.name: stage for stage in load(text).stages}
+    assert len(stages) == 7
+    assert list(stages["train@1"].terms) == ["ce"] and list(stages["train@2"].terms) == ["ce", "wd"]
+    assert [stages[f"train@{n}"].data["train"].batch_size for n in (1, 2, 3)] == [64, 32, 64]
+    assert [stages[f"query@{n}"].optimizer.type for n in (1, 2, 3)] == ["SGD", "AdamW", "SGD"]
+    assert list(stages["warm"].terms) == ["ce", "wd"], "a round is no business of the stages outside"
+
+
+def test_a_stage_stands_above_its_round(load):
+    text = LOOP.replace("rounds: 2", "rounds: [{epochs: 9, batch_size: 16}]").replace(
+        "train: {epochs: 2", "train: {epochs: 5"
+    )
+    stages = {stage.name: stage for stage in load(text).stages}
+    assert stages["train@1"].epochs == 5 and stages["train@1"].data["train"].batch_size == 16
+
+
+def test_an_override_addresses_the_one_place_of_a_stage(load):
+    recipe = load(LOOP, "stages.active.stages.train.epochs=7", "stages.active.rounds=3")
+    assert [stage.epochs for stage in recipe.stages] == [3, 7, 0, 7, 0, 7, 0]
+    assert load(LOOP, "~stages.active.stages.query").stages[-1].name == "train@2"
+
+
+def test_the_resolved_recipe_is_the_same_recipe(load, tmp_path):
+    recipe = load(LOOP, "stages.active.stages.train.epochs=7")
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+    again = load_resolved(tmp_path)
+    assert again.stages == recipe.stages and identity(again) == identity(recipe)
+
+
+def test_another_number_of_rounds_is_another_run(load):
+    assert identity(load(LOOP)) != identity(load(LOOP, "stages.active.rounds=3"))
+
+
+def test_made_things_go_by_the_latest_earlier_stage(load):
+    text = LOOP.replace("train: {epochs: 2,", "train: {epochs: 2, label_fraction: {made: query.labels, first: 20},")
+    stages = {stage.name: stage for stage in load(text).stages}
+    assert stages["train@1"].data["train"].labels == 20
+    assert stages["train@2"].data["train"].labels == "query@1.labels"
+    assert stages["query@1"].make["labels"].previous is None
+    assert stages["query@2"].make["labels"].previous == "query@1.labels"
+
+
+def test_weights_begin_with_first(load):
+    first = "{stage: previous, first: {recipe: digits/teacher, model: digits_mlp}}"
+    text = LOOP.replace("  warm: {epochs: 3}\n", "").replace("{weights: {stage: previous}}", f"{{weights: {first}}}")
+    (one, _, two, _) = load(text).stages
+    weights = one.roles["student"].weights
+    assert weights is not None and weights.recipe == "digits/teacher" and weights.place.line == 10
+    assert two.roles["student"].weights is not None and two.roles["student"].weights.stage == "query@1"
+
+
+def test_without_an_earlier_stage_a_role_that_trains_is_drawn_from_the_seed(load):
+    assert chain(load(LOOP.replace("  warm: {epochs: 3}\n", "")))[0] == ("train@1", None)
+
+
+def test_previous_is_the_nearest_stage_that_holds_the_role(load):
+    text = TOP.replace("student:", "models: {peer: {model: digits_mlp}}\nexport: student\nstudent:") + (
+        "stages:\n  a: {}\n  b: {models: {peer: null}}\n  c: {models: {peer: {weights: {stage: previous}}}}\n"
+    )
+    weights = load(text).stages[2].roles["peer"].weights
+    assert weights is not None and weights.stage == "a"
+
+
+def test_the_mean_of_several_roles_is_a_list(load):
+    text = TOP.replace(
+        "student:", "models: {a: {model: digits_mlp}, b: {model: digits_mlp}}\nexport: student\nstudent:"
+    )
+    text += (
+        "stages:\n  one: {}\n  two: {student: {weights: {stage: one, role: [a, b], strict: false, rename: {x: y}}}}\n"
+    )
+    weights = load(text).stages[1].roles["student"].weights
+    assert weights is not None
+    assert (weights.role, weights.strict, weights.rename) == (("a", "b"), False, {"x": "y"})
+
+
+def test_terms_of_a_loop_may_be_a_list(load):
+    text = LOOP.replace("train: {epochs: 2,", "train: {epochs: 2, terms: [cross_entropy],")
+    assert list(load(text).stages[1].terms) == ["cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("rounds: 2", "rounds: 0", ["r.yaml:9 stages.active.rounds: ", "1 or more", "got 0"]),
+        ("rounds: 2", "rounds: []", ["r.yaml:9 stages.active.rounds: ", "at least one round"]),
+        ("rounds: 2", "rounds: [1]", ["r.yaml:9 stages.active.rounds.0: ", "must be a mapping"]),
+        ("rounds: 2", "rounds: [{seed: 2}]", ["stages.active.rounds.0.seed: ", "belongs to the top level"]),
+        ("rounds: 2", "rounds: [{epohcs: 2}]", ["unknown key 'epohcs'", "Did you mean 'epochs'?"]),
+        (
+            "rounds: 2",
+            "rounds: 2\n    epochs: 3",
+            ["r.yaml:10 stages.active.epochs: ", "unknown key 'epochs' in a loop"],
+        ),
+        ("    stages:", "    stage:", ["stages.active", "a loop needs `stages`"]),
+        ("train: {epochs: 2", "train: {epochs: two", ["r.yaml:11 stages.active.stages.train.epochs: ", "whole number"]),
+        ("train: {epochs: 2", "train: {epoch: 2", ["r.yaml:11 stages.active.stages.train.epoch: ", "'epochs'?"]),
+        ("train: {epochs: 2", "train: {rounds: 2", ["a loop within a loop"]),
+        ("  warm: ", "  train: ", ["two stages are called 'train'", "r.yaml:7"]),
+        ("  warm: ", "  previous: ", ["'previous' cannot be a stage's name"]),
+        ("  warm: ", "  a.b: ", ["'a.b' cannot be a stage's name"]),
+        ("stage: train}", "stage: trian}", ["r.yaml:14", "stage 'trian' does not exist", "Did you mean 'train'?"]),
+        ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' comes later, or is this one"]),
+        ("stage: train}", "stage: train, role: stdent}", ["no role 'stdent'", "'student'?"]),
+        ("stage: train}", "stage: train, role: [student, student]}", ["role is listed twice"]),
+        ("stage: train}", "path: x.pt, first: {stage: train}}", ["weights.first: belongs to `stage:`"]),
+        ("budget: 40", "budgte: 40", ["r.yaml:15", "no parameter 'budgte'", "'budget'"]),
+        ("type: choose", "type: chose", ["r.yaml:15", "no maker 'chose'", "'choose'?"]),
+        ("type: entropy", "type: entropie", ["no selector 'entropie'", "'entropy'?"]),
+        ("student: student}, budget", "student: studnt:logits}, budget", ["no role 'studnt'", "'student'?"]),
+        ("by: {type: entropy, student: student}, ", "", ["'choose' needs `by`", "kdbench list selectors"]),
+        ("type: choose", "type: choose, source: pool", ["no source 'pool'", "Known: eval, train"]),
+        ("make: {labels: ", "make: {la bels: ", ["'la bels' cannot be the name"]),
+    ],
+)
+def test_one_mistake_in_a_loop(fault, right, wrong, said):
+    assert right in LOOP
+    told = fault(LOOP.replace(right, wrong))
+    assert all(words in told for words in said), told
+
+
+def test_a_mistake_in_a_loop_is_told_once(fault):
+    told = fault(LOOP.replace("train: {epochs: 2", "train: {epochs: two"))
+    assert told.count("whole number") == 1
+
+
+@pytest.mark.parametrize(
+    ("reads", "said"),
+    [
+        ("data: {train: {made: query.labls}}", "query.labels"),
+        ("label_fraction: {made: query.labls, first: 20}", "no stage makes 'query.labls'"),
+        ("terms: {kd: {type: kd, teacher: made:query.labls}}", "query.labels"),
+        ("student: {model: {made: query.labls}}", "query.labels"),
+        ("terms: {kd: {type: kd, teacher: made:query.labels}}", "'query@1.labels' is a choice, but a tensor is read"),
+        ("data: {train: {made: query.labels}}", "'query@1.labels' is a choice, but a dataset is read"),
+        ("student: {model: {made: query.labels}}", "'query@1.labels' is a choice, but role 'student' needs a model"),
+    ],
+)
+def test_what_nobody_makes_and_what_is_something_else(fault, reads, said):
+    told = fault(LOOP + f"  last: {{{reads}}}\n".replace("query@1", "query@2")).replace("query@2", "query@1")
+    assert said in told, told
+
+
+def test_a_frozen_role_needs_weights_to_begin_with(fault):
+    text = LOOP.replace("student: {model", "teacher: {model: digits_mlp, weights: {stage: previous}}\nstudent: {model")
+    told = fault(text)
+    assert (
+        "r.yaml:2 teacher.weights: no earlier stage holds role 'teacher', which is frozen" in told and "first:" in told
+    )
+
+
+def test_an_override_that_every_stage_hides_is_told(fault):
+    text = LOOP.replace("  warm: {epochs: 3}\n", "")
+    assert "write stages.active.stages.train.epochs=" in fault(text, "epochs=4")
+
+
+def test_methods_and_notes_are_told_and_no_part_of_the_identity(load, fault):
+    plain, told = load(TOP), load(TOP + "methods: [m001, m002]\nnotes: as the authors' code does it\n")
+    assert told.methods == ("m001", "m002") and told.notes == "as the authors' code does it"
+    assert identity(plain) == identity(told)
+    assert "belongs to the top level" in fault(LOOP.replace("warm: {epochs", "warm: {notes: x, epochs"))
