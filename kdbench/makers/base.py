@@ -66,7 +66,7 @@ class Pool:
         """Returns the named values of all samples, (samples, ...), on the CPU; names that no row has are left out."""
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for row in self.rows(epoch):
-            for name in names:
+            for name in parts:
                 if name in row:
                     parts[name].append(row[name].cpu())
         return {name: torch.cat(values) for name, values in parts.items() if values}
