@@ -9,16 +9,24 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.schema import Named, OptimizerConfig, Recipe, TermConfig, Weights
+from kdbench.config.schema import Named, OptimizerConfig, Part, Recipe, TermConfig, Weights
 from kdbench.registry import (
     ADAPTERS,
     AUGMENTS,
+    COMBINERS,
     DATASETS,
+    MAKERS,
     METRICS,
     MODELS,
     OPTIMIZERS,
+    RELABELS,
+    ROUTERS,
     SCHEDULES,
+    SELECTORS,
+    SUBSETS,
     TERMS,
+    TRANSFORMS,
+    WEIGHERS,
     Registry,
 )
 
@@ -31,6 +39,14 @@ _REGISTRIES = {
     "views": AUGMENTS,
     "adapter": ADAPTERS,
     "metrics": METRICS,
+    "transforms": TRANSFORMS,
+    "subset": SUBSETS,
+    "relabel": RELABELS,
+    "weigh": WEIGHERS,
+    "route": ROUTERS,
+    "combine": COMBINERS,
+    "select": SELECTORS,
+    "part": MAKERS,
 }
 """Which kind of part a field of the schema holds; any other named part is a schedule."""
 
@@ -57,6 +73,8 @@ def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
     """Plain data in one canonical form; what stands at its default in the schema is left out."""
     if isinstance(value, Named):
         return _part(value.type, value.params, registry)
+    if isinstance(value, Part):
+        return {**_part(value.type, value.params, registry), "operands": _plain(value.operands)}
     if isinstance(value, OptimizerConfig):
         return {**_part(value.type, value.params, OPTIMIZERS), "groups": _plain(value.groups)}
     if isinstance(value, TermConfig):
