@@ -13,11 +13,11 @@ from kdbench.models.layers import GlobalAveragePool, as_vector, vector_size
 from kdbench.registry import MODELS
 
 
-@MODELS.register("feature_mask", version=1, paper="https://ieeexplore.ieee.org/document/11006507", image=(64, 4, 4))
+@MODELS.register("feature_mask", version=1, paper="https://arxiv.org/abs/2507.07015", image=(64, 4, 4))
 class FeatureMask(nn.Module):
     """Multiplies each channel of a feature by a mask in (0, 1) that attention among the channels predicts.
 
-    The MaskNet of MST-Distill (Li et al. 2025, ACM Multimedia), as its released code has it: a map is reduced by a
+    The MaskNet of MST-Distill (Li et al. 2025, https://arxiv.org/abs/2507.07015), as its released code has it: a map is reduced by a
     depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all places; a linear
     layer embeds the channels together, `hidden` values for each; multi-head attention runs over the channels; a linear
     layer and a sigmoid give each its mask. The released code writes the masked feature into the teacher with a hook.

@@ -114,7 +114,7 @@ class Quantize(Transform):
         bits: of a weight, from 1 to 16 (2 to 16 where symmetric).
         bucket: weights that share a scale; null: all of a layer.
         scaling: of a bucket.
-        modules, skip_first, skip_last: which layers; the released ImageNet scripts leave out the first and the last.
+        modules, skip_first, skip_last: which layers; several released scripts leave out the first and the last.
     """
 
     def __init__(
@@ -213,12 +213,12 @@ class _LearnedPoints(WeightFunction):
 
 @TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
 class Ternary(Transform):
-    """Makes weights one of -a, 0 and a, straight through: ternary weight networks (Li and Liu 2016).
+    """Makes weights one of -a, 0 and a, straight through: ternary weight networks (Li et al. 2016).
 
-    A weight below `threshold` times the mean absolute weight becomes 0; a is the mean absolute value of the others, the
-    best approximation of the weights for that choice (equations 3 and 4 of the paper, which derives the threshold 0.7
-    for uniform or normal weights). TernaryCLIP (https://arxiv.org/abs/2510.21879) trains such weights {-a, 0, a}
-    straight through under distillation; its own threshold could not be looked up.
+    A weight of size below `threshold` times the mean absolute weight becomes 0; a is the mean absolute value of the
+    others, which is the nearest to the stored weights that these places allow. 0.7 is the paper's approximation of the
+    best threshold. TernaryCLIP (https://arxiv.org/abs/2510.21879) trains weights {-a, 0, a} under distillation; its own
+    threshold could not be looked up.
 
     Args:
         threshold: over the mean absolute weight; 0 leaves only exact zeros.
