@@ -17,11 +17,12 @@ from kdbench.registry import MODELS
 class FeatureMask(nn.Module):
     """Multiplies each channel of a feature by a mask in (0, 1) that attention among the channels predicts.
 
-    The MaskNet of MST-Distill (Li et al. 2025, https://arxiv.org/abs/2507.07015), as its released code has it: a map is reduced by a
-    depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all places; a linear
-    layer embeds the channels together, `hidden` values for each; multi-head attention runs over the channels; a linear
-    layer and a sigmoid give each its mask. The released code writes the masked feature into the teacher with a hook.
-    In a recipe the mask is a role on the teacher's feature, and the teacher's remaining modules are `same` roles on it.
+    The MaskNet of MST-Distill (Li et al. 2025, https://arxiv.org/abs/2507.07015), as its released code has it: a map is
+    reduced by a depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all places;
+    a linear layer embeds the channels together, `hidden` values for each; multi-head attention runs over the channels;
+    a linear layer and a sigmoid give each its mask. The released code writes the masked feature into the teacher with a
+    hook. In a recipe the mask is a role on the teacher's feature, and the teacher's remaining modules are `same` roles
+    on it.
 
     Shapes: (batch, channels) or (batch, channels, height, width) -> the same. Feature: `gate`, the mask (batch,
     channels). Parameters grow with channels squared times `hidden`: 133 thousand for 64 channels, where `hidden` is 30.
