@@ -172,6 +172,7 @@ def _role_words(name: str, role: RolePlan, plan: StagePlan) -> str:
         "trainable": "learns",
         "ema": f"is the moving average of {config.of} (decay {config.decay})",
         "snapshot": f"is a copy of {config.of}" + (f", renewed every {config.every} epochs" if config.every else ""),
+        "same": f"is the very network of {config.of}" + (f", its {config.part}" if config.part else ""),
     }[config.mode]
     stops = f" and runs only as far as {role.stops_after}" if role.stops_after else ""
     exported = "; it is what the recipe is for (exported)" if name == plan.stage.export else ""
