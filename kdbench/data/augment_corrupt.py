@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -160,3 +161,27 @@ class Occlude(Masking):
         left = (draws[:, 2] * (width - columns + 1)).floor().clamp(min=0)
         inside = between(height, top, top + rows)[:, :, None] & between(width, left, left + columns)[:, None, :]
         return image.masked_fill(inside[:, None], 0.0)
+
+
+@AUGMENTS.register("half", version=1)
+class Half(Masking):
+    """Keeps one half of the normalised image and sets the other to 0: two halves are two modalities of one sample.
+
+    Evaluation does it too: a network for one half is measured on that half. Of an odd number of columns or rows the
+    middle one belongs to the right, and to the lower half.
+
+    Args:
+        side: which half stays.
+    """
+
+    always = True
+
+    def __init__(self, side: Literal["left", "right", "upper", "lower"] = "left") -> None:
+        self.side = side
+
+    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+        along = 3 if self.side in ("left", "right") else 2
+        size = image.shape[along]
+        first = torch.arange(size, device=image.device) < size // 2
+        hidden = ~first if self.side in ("left", "upper") else first
+        return image.masked_fill(hidden if along == 3 else hidden[:, None], 0.0)

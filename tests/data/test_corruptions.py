@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from kdbench.data.augment import Mixup
 from kdbench.data.augment_color import Color
-from kdbench.data.augment_corrupt import Blur, LowResolution, Noise, Occlude, normal_draws
+from kdbench.data.augment_corrupt import Blur, Half, LowResolution, Noise, Occlude, normal_draws
 from kdbench.data.augment_turn import Rotate90
 from kdbench.data.view import View
 from kdbench.errors import ConfigError
@@ -256,3 +256,15 @@ def test_no_corruption_reads_a_value(part, name, params):
 def test_mistakes_are_told_with_their_place(part, name, params, message):
     with pytest.raises(ConfigError, match=rf"recipe.yaml:7 augment.{name}: .*{message}"):
         View("image", [part(name, **params)], (3, 8, 10))
+
+
+@pytest.mark.parametrize(("one", "other"), [("left", "right"), ("upper", "lower")])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_two_halves_are_the_image_and_share_no_pixel(one, other, size):
+    image, draws = random_images(3, 2, *size), uniform(3, 0)
+    first, second = Half(one).apply(image, draws), Half(other).apply(image, draws)
+    assert torch.equal(first + second, image)
+    assert not ((first != 0) & (second != 0)).any()
+    kept = (first != 0)[0, 0].any(0 if one == "left" else 1)
+    assert kept.tolist() == [True] * (len(kept) // 2) + [False] * (len(kept) - len(kept) // 2)
+    assert Half.always, "a network for one half is measured on that half"
