@@ -77,7 +77,8 @@ class Preparation:
             file, origin.source = weights_file(weights, self.recipe), str(weights.path)
         if weights.role:
             origin.source += f", {'mean of ' if len(weights.role) > 1 else ''}{' and '.join(weights.role)}"
-        state = select_state(read_checkpoint(file, weights.place), weights, file, roles)
+        content = read_checkpoint(file, weights.place)
+        state = select_state(content, weights, file, roles, baked=not config.transforms)
         origin.unmatched = load_state(model, state, f"{weights.place}: {file}", strict=weights.strict)
         for fault in origin.unmatched:
             self.say(f"role {config.name!r}: {fault}")

@@ -53,12 +53,15 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def select_state(content: Any, weights: Weights, file: Path, roles: Sequence[str] = ()) -> dict[str, Tensor]:
+def select_state(
+    content: Any, weights: Weights, file: Path, roles: Sequence[str] = (), *, baked: bool = True
+) -> dict[str, Tensor]:
     """Finds the state dict inside a checkpoint's content, and translates its names.
 
     Args:
         roles: those of a checkpoint of kdbench that are wanted (the exported one, unless the recipe says otherwise); of
             several, the mean of their weights.
+        baked: take the weights that the forward really used, of a role whose weights are transformed (quantised).
 
     Raises:
         CheckpointError: the key is not there, what stands there is no state dict, or roles cannot be averaged.
@@ -66,10 +69,11 @@ def select_state(content: Any, weights: Weights, file: Path, roles: Sequence[str
     where = f"{weights.place}: {file}"
     if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
         wanted = weights.role or roles or (content["export"],)
+        models = {**content["models"], **(content.get("baked", {}) if baked else {})}
         for role in wanted:
-            if role not in content["models"]:
-                raise CheckpointError(f"{where} holds no role {role!r}.{nearest(role, content['models'])}")
-        content = mean_state({role: content["models"][role] for role in wanted}, where)
+            if role not in models:
+                raise CheckpointError(f"{where} holds no role {role!r}.{nearest(role, models)}")
+        content = mean_state({role: models[role] for role in wanted}, where)
     elif weights.role:
         raise CheckpointError(f"{where} is no checkpoint of kdbench, so it has no roles ({', '.join(weights.role)})")
     if weights.key:

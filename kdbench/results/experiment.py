@@ -376,7 +376,8 @@ class _Experiment:
 
     def _weights(self, runner: Runner) -> dict[str, Any]:
         state = runner.state_dict()
-        return {"export": runner.stage.export, "models": state["models"], "average": state["average"]}
+        kept = {name: state[name] for name in ("models", "baked", "average")}
+        return {"export": runner.stage.export, **kept}
 
     def _save(self, runner: Runner, tracker: Tracker) -> None:
         if not self.world.is_main:

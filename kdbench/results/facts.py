@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdbench.data.base import SourceSpec, open_dataset, placed
 from kdbench.data.source import Source
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Origin, weights_file
+from kdbench.engine.roles import root_of
 from kdbench.registry import MAKERS, MODELS, SELECTORS, TERMS
 
 
@@ -124,7 +126,8 @@ def role_facts(plan: StagePlan, origins: Mapping[str, Origin], measured: Mapping
     """Model, size, weights and measured accuracy of every role."""
     facts = {}
     for name, role in plan.roles.items():
-        origin = origins[name]
+        root = root_of(name, plan.stage.roles)
+        origin = origins[root] if root == name else replace(origins[root], source=f"the network of role {root}")
         facts[name] = {
             "model": role.model,
             "parameters": role.parameters,
