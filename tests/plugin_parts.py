@@ -85,6 +85,20 @@ class SmallConv(nn.Module):
         return self.fc(self.pool(value).flatten(1))
 
 
+@MODELS.register("t_tokens", version=1)
+class Tokens(nn.Module):
+    """Sixteen patches of an 8x8 image as tokens of eight values, and a classifier on their mean."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, 8, 2, stride=2)
+        self.tokens = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.tokens(self.patches(image).flatten(2).transpose(1, 2))).mean(1))
+
+
 @MODELS.register("t_twice", version=1)
 class Twice(nn.Module):
     """Calls one layer twice, a layer with a keyword argument, an in-place ReLU, and overwrites a layer's output."""

@@ -86,21 +86,53 @@ def test_a_step_that_reads_is_caught():
             step_without_reading(run)
 
 
-FEATURES = {"at", "sp", "rkd", "pkt", "hint"}
-TERMS_OF_KDBENCH = sorted(name for name, entry in TERMS.entries.items() if entry.module.startswith("kdbench."))
+READS_MADE = {"nd", "scar"}
+"""Terms that read what an earlier stage made; the steps of their recipes are tested whole."""
+TERMS_OF_KDBENCH = sorted(
+    name for name, entry in TERMS.entries.items() if entry.module.startswith("kdbench.") and name not in READS_MADE
+)
+OPERANDS = {
+    "activation": "student: conv2",
+    "bn_statistics": "student: conv2, teacher: teacher:norm2/stats",
+    "fsp": "student: conv2, teacher: conv2, student_from: conv1, teacher_from: teacher:conv1",
+    "icarl": "old: [0, 1]",
+    "information_entropy": "student: logits",
+    "binary": "student: one:logits",
+    "token_relation": "student: tokens, teacher: tokens",
+    "attention_relation": "student: tokens, teacher: tokens, heads: 2",
+    "image_norm": "student: conv2",
+    "total_variation": "student: conv2",
+    "ft": "student: conv2, teacher: conv2",
+    "reconstruction": "student: conv2, teacher: conv2",
+    "weight_distance": "student: 'student:fc/weights', teacher: 'teacher:fc/weights'",
+    "ewc": "student: 'student:fc/weights', teacher: 'teacher:fc/weights', fisher: 'teacher:fc/weights'",
+    "load_balance": "student: 'term:routed.route'",
+    "reinforce": "student: 'term:routed.gate', action: 'term:routed.route', reward: 'term:routed.loss'",
+}
+"""The operands of terms that compare no two feature maps, and no two vectors of logits."""
+ROUTED = "routed: {type: kd, teacher: [teacher, second], route: {type: policy, read: 'student:logits'}}, "
 
 
 def term_bench(name: str, *, compiled: bool = True) -> Bench:
-    """A stage with this term alone, on the student's and the teacher's logits or feature maps.
+    """A stage with this term, on the student's and the teacher's logits or feature maps.
 
-    The compiler of torch 2.6 cannot end a student's forward early (`TRACES_RAISE`): there, labels are read too.
+    The compiler of torch 2.6 cannot end a student's forward early (`TRACES_RAISE`): there, labels are read too. Where
+    a term reads states of networks or of other terms, they are read too, because something has to learn.
     """
-    labels = "" if TRACES_RAISE else ", ce: cross_entropy"
-    operands = ", student: conv2, teacher: conv2" if TERMS.entry(name).facts.get("features") else ""
+    features = bool(TERMS.entry(name).facts.get("features"))
+    operands = OPERANDS.get(name, "student: conv2, teacher: conv2" if features else "")
+    model = "t_tokens" if "tokens" in operands else "t_conv"
+    teacher = model if model == "t_tokens" else f"{model}, norm: batch"
+    routed = ROUTED if "term:" in operands else ""
+    state = any(word in operands for word in ("/weights", "one:", "term:"))
+    labels = ", ce: cross_entropy" if state or not TRACES_RAISE else ""
     text = f"""
-    student: t_conv
-    teacher: {{model: {{type: t_conv, norm: batch}}}}
-    terms: {{term: {{type: {name}{operands}}}{labels}}}
+    student: {model}
+    teacher: {{model: {{type: {teacher}}}}}
+    models:
+      one: {{model: {{type: t_layers, num_classes: 1}}}}
+      second: {{model: t_layers, frozen: true}}
+    terms: {{{routed}term: {{type: {name}{operands and ", " + operands}}}{labels}}}
     optimizer: {{type: SGD, lr: 0.01}}
     label_fraction: 16
     epochs: 2
