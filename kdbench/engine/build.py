@@ -248,9 +248,9 @@ def build_term(config: TermConfig, setting: Setting, gives: frozenset[str]) -> T
         edges.append(_build_edge(config, entry, edge, number, params, setting))
     weigh = route = None
     if config.weigh is not None:
-        weigh = _build_routed(config.weigh, WEIGHERS, config, setting, "weigh", edges=len(edges))
+        weigh = _build_routed(config.weigh, WEIGHERS, config, setting, "weigh", moving)
     if config.route is not None:
-        route = _build_routed(config.route, ROUTERS, config, setting, "route", edges=len(edges))
+        route = _build_routed(config.route, ROUTERS, config, setting, "route", moving)
     return TermGroup(config, entry, edges, weight, moving, weigh, route, gives).to(setting.device)
 
 
@@ -290,15 +290,21 @@ def _build_edge(
 
 
 def _build_routed(
-    part: Part, registry: Registry, config: TermConfig, setting: Setting, what: str, *, edges: int
+    part: Part,
+    registry: Registry,
+    config: TermConfig,
+    setting: Setting,
+    what: str,
+    moving: list[tuple[Tensor, Schedule]],
 ) -> Routed:
     shapes = {name: tuple(setting.shape(operand)) for name, operand in part.operands.items()}
     shapes["student"] = tuple(setting.shape(config.edges[0].student))
     if config.edges[0].teacher is not None:
         shapes["teacher"] = tuple(setting.shape(config.edges[0].teacher))
-    facts = setting.layout.facts[setting.stage.export].injected
+    params = {key: _moving_value(value, setting.device, moving) for key, value in part.params.items()}
+    facts = {**setting.layout.facts[setting.stage.export].injected, "edges": len(config.edges), "shapes": shapes}
     with seeded(setting.seed, "term", config.name, what):
-        built = _built(registry, part.type, part.params, part.place, **{**facts, "edges": edges, "shapes": shapes})
+        built = _built(registry, part.type, params, part.place, **facts)
     named = {name: setting.reader(operand, None, config.name, what, name) for name, operand in part.operands.items()}
     return Routed(built, registry.entry(part.type), named)
 
