@@ -12,6 +12,7 @@ from torch import Tensor
 from kdbench.errors import ConfigError
 from kdbench.registry import COMBINERS
 from kdbench.terms.base import Combiner, require
+from kdbench.terms.logits import cross_entropy_loss
 from kdbench.terms.numerics import at_least_float32
 
 
@@ -173,3 +174,21 @@ class Gate(Combiner):
             )
         shares = F.softmax(at_least_float32(gate), dim=1)
         return (shares.unsqueeze(2) * _stacked(values)).sum(1)
+
+
+@COMBINERS.register("confidence", version=1, operands=("label",))
+class Confidence(Combiner):
+    """CA-MKD, for features: how much each part counts for a sample, by how well it predicts the label.
+
+    result_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), the weights of the router `confidence`. There the teachers' own
+    logits decide; here the parts do, such as what each teacher's classifier makes of the student's features:
+        route: {type: given, gradient: true, route: {combine: confidence, of: [a_reads, b_reads], label: train.label}}
+    With gradient, as in the authors' code. Hidden labels (negative): 1 / E.
+
+    Zhang, Chen and Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022, arXiv:2201.00007.
+    Shapes: logits (batch, classes) each, label (batch,) -> (batch, parts), each row of sum 1.
+    """
+
+    def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
+        costs = torch.stack([cross_entropy_loss(value, label) for value in values], dim=1)
+        return (1 - F.softmax(costs, dim=1)) / (len(values) - 1)

@@ -53,24 +53,54 @@ class Random(Router):
         return at_least_float32(student.detach()).new_zeros(student.shape[0], self.edges).scatter(1, drawn, 1)
 
 
+@ROUTERS.register("drop", version=1, injected=("edges",))
+class Drop(Router):
+    """DGKD: all teachers but some, which are left out by chance, other ones in every step.
+
+    weight_e = 0 for `count` of the edges, drawn anew in every step (or, with `per: sample`, for every sample), else 1:
+    the losses of the others are added, not averaged. The authors' code draws once for each step, as the text has it.
+
+    Son, Na, Choi and Hwang, Densely Guided Knowledge Distillation using Multiple Teacher Assistants, ICCV 2021,
+    arXiv:2009.08825.
+    Shapes: -> (batch, edges), each row with `count` zeros.
+    """
+
+    def __init__(self, edges: int, count: int = 1, per: Literal["step", "sample"] = "step") -> None:
+        super().__init__()
+        _several("drop", edges)
+        if not 0 <= count < edges:
+            raise ConfigError(f"drop: count must be from 0 to below the {edges} edges of the term, got {count}")
+        self.edges = edges
+        self.count = count
+        self.per = per
+
+    def forward(self, student: Tensor) -> Tensor:
+        rows = student.shape[0]
+        drawn = torch.rand((1 if self.per == "step" else rows, self.edges), device=student.device)
+        kept = drawn.argsort(dim=1).argsort(dim=1) >= self.count
+        return kept.to(at_least_float32(student.detach()).dtype).expand(rows, self.edges)
+
+
 @ROUTERS.register("given", version=1, operands=("route",), injected=("edges",))
 class Given(Router):
     """Weights that are there already: those of another term's router, say, for a term on features.
 
-    `route: {type: given, route: "term:kd.route"}`. Detached.
+    `route: {type: given, route: "term:kd.route"}`. Detached, unless `gradient` lets whatever made the weights learn
+    from this term too.
 
     Shapes: route (batch, edges) -> the same.
     """
 
-    def __init__(self, edges: int) -> None:
+    def __init__(self, edges: int, gradient: bool = False) -> None:
         super().__init__()
         _several("given", edges)
         self.edges = edges
+        self.gradient = gradient
 
     def forward(self, route: Tensor) -> Tensor:
         if route.dim() != 2 or route.shape[1] != self.edges:
             raise ValueError(f"needs weights for {self.edges} edges per sample, got {list(route.shape[1:])}")
-        return route.detach()
+        return route if self.gradient else route.detach()
 
 
 @ROUTERS.register("confidence", version=1, injected=("edges",))

@@ -19,6 +19,7 @@ ALL = {
     "kdcl_min_logit": {},
     "kdcl_naive": {},
     "gate": {},
+    "confidence": {},
 }
 every_combiner = pytest.mark.parametrize("name", list(ALL))
 
@@ -138,11 +139,22 @@ def test_a_gate_mixes_by_its_softmax_and_learns_from_what_the_ensemble_says():
         combiner("gate")(given["values"], torch.zeros(6, 2))
 
 
+def test_confidence_weighs_the_parts_by_their_cross_entropies_with_gradient():
+    given = operands("confidence")
+    result = combiner("confidence")(given["values"], LABEL.where(torch.arange(6) < 5, -100))
+    for i in range(5):
+        shares = torch.stack([F.cross_entropy(value[i], LABEL[i]) for value in given["values"]]).softmax(0)
+        assert_close(result[i], (1 - shares) / 2)
+    assert_close(result[5], torch.full((3,), 1 / 3, dtype=torch.float64), msg="hidden label")
+    gradient = torch.autograd.grad(result[0, 0], given["values"][0])[0]
+    assert gradient[0, LABEL[0]] > 0 and (gradient[1:] == 0).all(), "surer of the label: counts more, in its own row"
+
+
 @every_combiner
 def test_half_precision_gives_float32_and_nothing_is_read_on_the_host(name):
     assert combiner(name)(**operands(name, torch.bfloat16)).dtype == torch.float32
     result = runs_without_reading(lambda: combiner(name), operands(name, torch.float32))
-    assert result.shape == (6, 5)
+    assert result.shape == (6, 3 if name == "confidence" else 5)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ ALL = {
     "uniform": {},
     "random": {},
     "given": {},
+    "drop": {},
     "confidence": {},
     "top_k": {"k": 2},
     "policy": {},
@@ -83,6 +84,25 @@ def test_a_random_route_takes_each_teacher_about_as_often_and_follows_the_genera
     assert torch.equal(made(student), one) and not torch.equal(one, two)
 
 
+@pytest.mark.parametrize("per", ["step", "sample"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_as_many_teachers_as_asked_for_are_dropped_others_every_time_and_all_equally_often(per, count):
+    made, student = router("drop", count=count, per=per), torch.zeros(40, 5)
+    torch.manual_seed(3)
+    drawn = torch.stack([made(student) for _ in range(200)])
+    torch.manual_seed(3)
+    assert torch.equal(made(student), drawn[0])
+    assert set(drawn.unique().tolist()) <= {0.0, 1.0} and (drawn.sum(2) == 3 - count).all()
+    assert (drawn.mean((0, 1)) - (3 - count) / 3).abs().max() < 0.12
+    alike = (drawn == drawn[:, :1]).all()
+    assert alike if per == "step" or count == 0 else not alike
+
+
+def test_all_teachers_cannot_be_dropped():
+    with pytest.raises(ConfigError, match="count must be from 0 to below the 3 edges"):
+        router("drop", count=3)
+
+
 def test_confidence_favours_the_teacher_that_knows_the_label():
     given = operands("confidence")
     route = router("confidence")(**given)
@@ -97,6 +117,7 @@ def test_given_weights_are_passed_on_detached():
     passed = router("given")(route * 2)
     assert_close(passed, (2 * route).detach())
     assert not passed.requires_grad
+    assert router("given", gradient=True)(route * 2).requires_grad
     with pytest.raises(ValueError, match="weights for 3 edges"):
         router("given")(torch.rand(6, 2))
 
