@@ -157,6 +157,7 @@ def _data_words(plan: StagePlan) -> list[str]:
         classes = f", {spec.classes} classes" if spec.classes else ""
         hidden = f"; labels kept: {config.labels}" if config.labels is not None else ""
         size = f", batches of {config.batch_size}" if name in plan.layout.sources.values() else ""
+        size += ", of which half were in the batch before" if config.overlap else ""
         lines.append(
             f"source {name}: {config.dataset.type} {config.split}, {samples}{classes}, {fields}{size}{hidden}."
         )
@@ -198,8 +199,9 @@ def _reads_label(config: TermConfig) -> bool:
 
 def _course_words(plan: StagePlan) -> list[str]:
     stage = plan.stage
-    spec, batch = plan.specs[plan.train_source], stage.data[plan.train_source].batch_size
-    steps = f" of {-(-spec.samples // (batch * stage.accumulate)):,} steps" if spec.samples else ""
+    spec, source = plan.specs[plan.train_source], stage.data[plan.train_source]
+    new = source.batch_size // 2 if source.overlap else source.batch_size
+    steps = f" of {-(-spec.samples // (new * stage.accumulate)):,} steps" if spec.samples else ""
     length = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.epochs} epochs{steps}"
     scheduler = value_words(stage.scheduler) if stage.scheduler else "constant"
     lines = [f"{length}; learning rate: {scheduler}; precision {stage.precision}; evaluated every {_epochs(stage)}."]

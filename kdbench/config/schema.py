@@ -94,6 +94,7 @@ class SourceConfig:
         several are applied in order.
     relabel: how labels are changed (a part of RELABELS), such as noise.
     made: `STAGE.NAME` of the dataset that an earlier stage makes; `dataset` is then `made`.
+    overlap: whether each batch begins with the new half of the batch before, under other augmentations.
     Where `labels` or `subset` is a text, it is `STAGE.NAME` of the choice that an earlier stage makes.
     places: where `batch_size`, `labels`, `subset` and (of `train`) `validation` were written, for messages.
     """
@@ -107,6 +108,7 @@ class SourceConfig:
     subset: float | int | str | Named | tuple[float | int | str | Named, ...] | None = None
     relabel: Named | None = None
     made: str | None = None
+    overlap: bool = False
     place: Place = field(default=NOWHERE, compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
 

@@ -14,7 +14,7 @@ from kdbench.registry import DATASETS, RELABELS
 
 DATASET_INJECTED = ("split", "data_root", "file")
 _EVALUATION = ("eval", "validation", "test")
-_OWN = ("dataset", "split", "batch_size", "augment", "label_fraction", "subset", "relabel", "made", "first")
+_OWN = ("dataset", "split", "batch_size", "augment", "label_fraction", "subset", "relabel", "made", "first", "overlap")
 
 
 def read_sources(
@@ -103,6 +103,13 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     split = fields.take("split", "str", "test" if is_evaluation(name) else "train")
     default = shared.evaluation if is_evaluation(name) else shared.batch_size
     batch_size = fields.take("batch_size", "int", default, AT_LEAST_ONE)
+    overlap = fields.take("overlap", "bool", False)
+    if overlap and is_evaluation(name):
+        fields.fault("overlap", "belongs to a source that is trained on.")
+    elif overlap and batch_size % 2:
+        fields.fault(
+            "overlap", f"half of each batch was in the one before, so batch_size must be even, not {batch_size}."
+        )
     train = name == "train"
     labels_raw = fields.raw("label_fraction", shared.labels if train else None)
     labels_key = fields.path("label_fraction") if fields.has("label_fraction") else shared.labels_key
@@ -162,6 +169,7 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         subset=subset,
         relabel=relabel,
         made=made,
+        overlap=overlap,
         place=place,
         places=places,
     )

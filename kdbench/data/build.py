@@ -84,12 +84,15 @@ def build_sources(
     sources: dict[str, Source] = {}
     for name, config in data.items():
         if name in noises:
+            if config.overlap:
+                raise ConfigError(_at(config, "`overlap` repeats samples, and noise is drawn anew for every batch"))
             sources[name] = NoiseSource(config, setting, noises[name])
         else:
             sources[name] = _open(config, opened[_key(config)], setting, made)
     if held_out is not None:
         train = data["train"]
-        config = replace(train, name="validation", views={"image": ()}, labels=None, subset=None, relabel=None)
+        views = data["eval"].views if "eval" in data else {"image": ()}  # what a role sees is there in both
+        config = replace(train, name="validation", views=views, labels=None, subset=None, relabel=None, overlap=False)
         sources["validation"] = _source(config, opened[_key(train)], setting, held_out, None)
     return sources
 

@@ -64,7 +64,7 @@ class Source:
     @property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch; the last one may be smaller, none is dropped."""
-        return steps(self.num_samples, self.batch_size, self.setting.world)
+        return steps(self.num_samples, self.batch_size, self.setting.world, overlap=self.config.overlap)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's batches of one epoch from step `start` on, shuffled and augmented.
@@ -153,13 +153,17 @@ class ImageSource(Source):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         here = self.setting
+        overlap = self.config.overlap
         order = self._placed(epoch_order(self.positions, here.seed, self.name, epoch))
+        visits = (epoch, f"{epoch} again") if overlap else (epoch,)
         tables = {
-            name: view.table(self.population, here.seed, self.name, epoch).to(here.device)
+            name: torch.cat([view.table(self.population, here.seed, self.name, visit) for visit in visits])
             for name, view in self.views.items()
         }
+        tables = {name: table.to(here.device) for name, table in tables.items()}
         shards = (
-            shard(order, step, self.batch_size, here.rank, here.world) for step in range(start, self.steps_per_epoch)
+            shard(order, step, self.batch_size, here.rank, here.world, overlap=overlap)
+            for step in range(start, self.steps_per_epoch)
         )
         for part, own, partner in self._read(shards, epoch):
             yield self.augmented(part, own, partner, tables)
@@ -189,18 +193,20 @@ class ImageSource(Source):
             part: the rows, on the device.
             own: the stored images of the rows.
             partner: those of the partners; None in a single process, where they are the same rows rolled by one.
-            tables: view -> the epoch's draws, float32 (population, columns).
+            tables: view -> the epoch's draws, float32 (population, columns); twice as many rows where batches overlap.
         """
         batch = {}
         fields = self._fields(part)
+        drawn = part.drawn(self.population)
         for name, view in self.views.items():
-            draws = tables[name].index_select(0, part.index)
+            draws = tables[name].index_select(0, drawn)
             image = view.augmented(*own[name], draws)
             if view.mixes:
                 if partner is None:
                     other = image.roll(1, 0)
                 else:
-                    other = view.augmented(*partner[name], tables[name].index_select(0, part.partner))
+                    theirs = tables[name].index_select(0, part.partner_drawn(self.population))
+                    other = view.augmented(*partner[name], theirs)
                 image, fields["mix"] = view.mixed(image, other, draws)
                 fields["label_other"] = self._labels.index_select(0, part.partner)
             batch[name] = image

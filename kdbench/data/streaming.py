@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,8 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 Request = tuple[int | None, list[int]]
-"""An epoch (None: evaluation, nothing is drawn) and the positions to read."""
+"""An epoch (None: evaluation, nothing is drawn) and the positions to read; second visits lie behind the end of the
+split, so that they have draws of their own."""
 
 
 class _Plan:
@@ -96,13 +96,14 @@ class _Decoder(TorchDataset):
         return request, {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
     def _one(self, epoch: int | None, number: int) -> dict[str, Tensor]:
+        position = number % len(self.reader.paths)
         if epoch is None:
-            return self.reader.read(number, {}, True)
+            return self.reader.read(position, {}, True)
         readings = {}
         for name, reading in self.readings.items():
             key = derive(self.seed, "augment", self.source, name, epoch, "reading")
             readings[name] = (reading, np.random.Generator(np.random.Philox(key=[key, number])))
-        return self.reader.read(number, readings, self.whole)
+        return self.reader.read(position, readings, self.whole)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -143,7 +144,14 @@ class StreamingSource(ImageSource):
         # A partner that another rank holds is decoded here too: what is mixed must not depend on the number of ranks.
         partners = epoch is not None and self.setting.world > 1 and any(view.mixes for view in self.views.values())
         requests: list[Request] = [
-            (epoch, [*part.index.tolist(), *(part.partner.tolist() if partners else [])]) for part in parts
+            (
+                epoch,
+                [
+                    *part.drawn(self.population).tolist(),
+                    *(part.partner_drawn(self.population).tolist() if partners else []),
+                ],
+            )
+            for part in parts
         ]
         device = self.setting.device
         loader = self._loader(requests, lasting=epoch is not None)
@@ -159,8 +167,7 @@ class StreamingSource(ImageSource):
             }
             own = {name: (stored, rows) for name, stored in read_for.items()}
             other = {name: (stored, rows + len(rows)) for name, stored in read_for.items()} if partners else None
-            valid = None if part.valid is None else part.valid.to(device)
-            yield replace(part, index=part.index.to(device), partner=part.partner.to(device), valid=valid), own, other
+            yield part.to(device), own, other
 
     def _loader(self, requests: list[Request], *, lasting: bool) -> DataLoader:
         """Training keeps its workers from epoch to epoch; evaluation, which may run in between, has its own."""
