@@ -142,3 +142,24 @@ def load_balance(student, kind="kl"):
         return _kl([1 / experts] * experts, mean)
     middle = sum(mean) / experts
     return math.sqrt(sum((m - middle) ** 2 for m in mean) / (experts - 1)) / middle
+
+
+def bkd(student, teacher, counts, temperature=2.0, beta=0.9999):
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        raised = [q * (1 - beta) / (1 - beta**n) for q, n in zip(_softmax(t, temperature), counts, strict=True)]
+        target = [x / sum(raised) for x in raised]
+        losses.append(temperature**2 * _kl(target, _softmax(s, temperature)))
+    return losses
+
+
+def sinkhorn(student, teacher, temperature=2.0, epsilon=0.1, iterations=20):
+    n = len(student)
+    p, q = [_softmax(s, temperature) for s in student], [_softmax(t, temperature) for t in teacher]
+    cost = [[sum(abs(a - b) for a, b in zip(p[i], q[j], strict=True)) for j in range(n)] for i in range(n)]
+    plan = [[math.exp(-cost[i][j] / epsilon) for j in range(n)] for i in range(n)]
+    for _ in range(iterations):
+        plan = [[x / sum(row) for x in row] for row in plan]
+        columns = [sum(plan[i][j] for i in range(n)) for j in range(n)]
+        plan = [[plan[i][j] / columns[j] for j in range(n)] for i in range(n)]
+    return sum(plan[i][j] * cost[i][j] for i in range(n) for j in range(n)) / n

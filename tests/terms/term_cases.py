@@ -433,6 +433,24 @@ FEATURE_CASES = [
     ),
 ]
 CASES += FEATURE_CASES
+CASES += [
+    Case(
+        "bkd",
+        "bkd",
+        {"temperature": 3.0, "beta": 0.99},
+        still=lambda: {"counts": torch.tensor([200.0, 50.0, 10.0, 1.0], dtype=torch.float64)},
+        by_class=False,  # the counts have no rows to be renamed
+        zero=False,  # the target is not the teacher's own prediction
+        broken={"no T^2": _times(1 / 9), "classes alike": _with(beta=0.0), "1 / count": _with(beta=0.9999)},
+    ),
+    Case(
+        "sinkhorn",
+        "sinkhorn",
+        {"temperature": 1.5, "epsilon": 0.2, "iterations": 3},
+        zero=False,
+        broken={"sum": _times(BATCH), "not scaled": _with(iterations=1), "another kernel": _with(epsilon=0.4)},
+    ),
+]
 EQUAL_SIDES = [case for case in CASES if case.teacher is not None]
 BATCH_CASES = [case for case in CASES if case.batch_space]
 SAMPLE_CASES = [case for case in CASES if not case.batch_space]
