@@ -35,12 +35,23 @@ class PseudoLabels(Maker):
     only when every teacher's argmax is that label. The field `soft` keeps the probabilities.
 
     teacher: logits (samples, classes), or a list of such operands. keep_labels: samples that the source has a label of
-    keep it, whatever the teachers say, with a one-hot `soft`.
+    keep it, whatever the teachers say, with a one-hot `soft`. per_class: this many pseudo-labelled samples of every
+    class, the most certain ones first, again from the first where there are too few: the balance of Noisy Student
+    (Xie et al., CVPR 2020, arXiv:1911.04252). A class that no sample passes for stays empty.
     """
 
-    def __init__(self, threshold: float = 0.0, agreement: bool = False, keep_labels: bool = False) -> None:
+    def __init__(
+        self,
+        threshold: float = 0.0,
+        agreement: bool = False,
+        keep_labels: bool = False,
+        per_class: int | None = None,
+    ) -> None:
         require("pseudo_labels", "in [0, 1]", threshold=threshold)
+        if per_class is not None:
+            require("pseudo_labels", "at least 1", per_class=per_class)
         self.threshold, self.agreement, self.keep_labels = threshold, agreement, keep_labels
+        self.per_class = per_class
 
     def check(self, facts: Facts) -> None:
         teachers = [name for name in facts.shapes if name.startswith("teacher")]
@@ -65,16 +76,31 @@ class PseudoLabels(Maker):
             certain = torch.nn.functional.one_hot(label, soft.shape[-1]).to(soft.dtype)
             soft = torch.where(own[:, None], certain, soft)
             keep |= own
-        told = {"kept": int(keep.sum()), "of": len(keep), "threshold": self.threshold}
         if not keep.any():
             raise ConfigError(f"pseudo_labels: none of {len(keep)} samples passes (threshold {self.threshold})")
+        rows = keep.nonzero().flatten()
+        told = {"kept": len(rows), "of": len(keep), "threshold": self.threshold}
+        if self.per_class is not None:
+            known = own if self.keep_labels else torch.zeros_like(own)
+            rows = self._balanced(keep & ~known, confidence, label, soft.shape[-1])
+            told["samples"] = len(rows) + int(known.sum())
+            rows = torch.cat([known.nonzero().flatten(), rows])
         return {
-            **pool.images(found["index"][keep], found["image"][keep]),
-            "labels": label[keep],
-            "fields": {"soft": soft[keep]},
+            **pool.images(found["index"][rows], found["image"][rows]),
+            "labels": label[rows],
+            "fields": {"soft": soft[rows]},
             "classes": class_names(pool, soft.shape[-1]),
             "told": told,
         }
+
+    def _balanced(self, keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
+        """Rows among `keep`, `per_class` of every class that is there, the most certain first and over again."""
+        assert self.per_class is not None
+        order = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
+        order = order[keep[order]]
+        own = [order[label[order] == c] for c in range(classes)]
+        parts = [rows.repeat(-(-self.per_class // len(rows)))[: self.per_class] for rows in own if len(rows)]
+        return torch.cat(parts) if parts else order
 
 
 @MAKERS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",))

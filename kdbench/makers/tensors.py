@@ -41,6 +41,22 @@ class ClassMeans(Maker):
         return (len(facts.classes), *facts.shapes["features"])
 
 
+@MAKERS.register("class_counts", makes="tensor")
+class ClassCounts(Maker):
+    """How many samples of each class the source gives, [classes]: what long-tailed losses weigh classes by.
+
+    Samples without a label do not count.
+    """
+
+    def __call__(self, pool: Pool) -> dict[str, Any]:
+        label = pool.gathered("label")["label"]
+        counts = torch.bincount(label[label >= 0], minlength=len(pool.facts.classes))
+        return {"value": counts.float(), "told": {"samples": int(counts.sum()), "by class": counts.tolist()}}
+
+    def shape(self, facts: Facts) -> tuple[int, ...]:
+        return (len(facts.classes),)
+
+
 @MAKERS.register("outputs", makes="tensor", operands=("value",))
 class Outputs(Maker):
     """What a role says of every sample, [samples of the whole split, ...], addressed by the batch's `index`.

@@ -75,6 +75,14 @@ def test_class_means_are_the_means_of_known_labels():
     assert (made["value"][3] == 0).all() and made["told"]["classes without samples"] == ["d"]
 
 
+def test_class_counts_are_those_of_known_labels():
+    rows = fields()
+    rows["label"][:6] = -100
+    made = make("class_counts", pool(rows))
+    assert made["value"].tolist() == [sum(int(x) == c for x in rows["label"]) for c in range(CLASSES)]
+    assert made["told"]["samples"] == SAMPLES - 6
+
+
 def test_outputs_are_addressed_by_the_index():
     rows = fields() | {"value": torch.randn(SAMPLES, 2, 3)}
     rows["index"] = rows["index"].flip(0) + 5
@@ -227,6 +235,36 @@ def test_known_labels_stay_where_that_is_asked():
     made = make("pseudo_labels", pool(rows, ("teacher",)), threshold=0.9, keep_labels=True)
     assert torch.equal(made["labels"][:10], rows["label"][:10])
     assert torch.equal(made["fields"]["soft"][:10].argmax(-1), rows["label"][:10])
+
+
+def test_as_many_of_every_class_as_is_asked():
+    rows = fields()
+    made = make("pseudo_labels", pool(rows, ("teacher",)), per_class=13)
+    label, sure = rows["teacher"].argmax(-1), rows["teacher"].softmax(-1).amax(-1)
+    assert torch.bincount(made["labels"]).tolist() == [13] * CLASSES
+    for c in range(CLASSES):
+        own = sorted((i for i in range(SAMPLES) if label[i] == c), key=lambda i: -float(sure[i]))
+        expected = [own[k % len(own)] for k in range(13)]
+        assert torch.equal(made["images"][made["labels"] == c], rows["image"][expected])
+
+
+def test_pseudo_labels_are_balanced_the_most_certain_first_and_over_again():
+    """Beside every label that is known, once: `per_class` of each class that the teacher names at all."""
+    rows = fields() | {"labelled": labelled(4)}
+    rows["teacher"][rows["teacher"].argmax(-1) == 3] *= torch.tensor([0.0, 0.0, 9.0, 0.0])  # class 3 never comes
+    made = make("pseudo_labels", pool(rows, ("teacher",)), per_class=9, keep_labels=True)
+    p = rows["teacher"].double().softmax(-1)
+    expected = list(range(4))
+    for c in range(3):
+        own = sorted((x for x in range(4, SAMPLES) if p[x].argmax() == c), key=lambda x: -float(p[x].max()))
+        expected += [own[k % len(own)] for k in range(9)]
+    assert torch.equal(made["images"], rows["image"][expected])
+    assert made["labels"].tolist() == [0, 1, 2, 3, *[0] * 9, *[1] * 9, *[2] * 9]
+    assert made["told"]["samples"] == 31
+    plain = make("pseudo_labels", pool(rows, ("teacher",)), keep_labels=True)["labels"]
+    assert len(set(torch.bincount(plain).tolist())) > 1, "negative control: as they come, classes are unequal"
+    with pytest.raises(ConfigError, match="per_class must be at least 1"):
+        MAKERS.build("pseudo_labels", {"per_class": 0})
 
 
 def test_when_nothing_passes_it_is_told():
