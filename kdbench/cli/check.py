@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from kdbench.cli.drawing import course, draw, moved
 from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig, TermConfig
 from kdbench.registry import TERMS
 
@@ -41,8 +44,18 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     console.print(Text(f"file: {recipe.file}"), Text(f"device: {describe_device(device)}"), sep="\n")
     for text in recipe.dropped:
         console.print(Text(f"twin: {text}"))
-    for plan in plans:
-        _print_stage(console, plan, several=len(plans) > 1)
+    if recipe.notes:
+        console.print(Padding(Text(f"notes: {recipe.notes}"), (0, 0, 0, 0)))
+    if len(plans) > 1:
+        console.print(Text(f"\ncourse: {course(recipe.stages)}", style="bold"))
+    told: dict[str, str] = {}
+    for number, plan in enumerate(plans):
+        later = recipe.stages[number + 1 :]
+        same = _as_before(plan, told)
+        if same is not None:
+            console.print(Text(f"stage {plan.stage.name}: as {same}, one round later\n"))
+            continue
+        _print_stage(console, plan, later, several=len(plans) > 1)
     if recipe.published:
         figure = recipe.published
         console.print(Text(f"\npublished: {figure.top1} % top-1, {figure.source} (epoch: {figure.epoch})"))
@@ -50,11 +63,23 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     return 0
 
 
-def _print_stage(console: Console, plan: StagePlan, *, several: bool) -> None:
+def _as_before(plan: StagePlan, told: dict[str, str]) -> str | None:
+    """The name of a stage that was told already and says the same, the numbers of rounds aside."""
+    rows = [*in_words(plan), *draw(plan), *(_weights_words(role) for role in plan.stage.roles.values())]
+    text = re.sub(r"@\d+", "@", "\n".join([plan.stage.name, *rows]))
+    before = told.get(text)
+    told.setdefault(text, plan.stage.name)
+    return before
+
+
+def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig], *, several: bool) -> None:
     stage = plan.stage
     console.print()
     if several:
         console.print(Text(f"stage {stage.name}", style="bold underline"))
+    for line in draw(plan, later):
+        console.print(Text(line), soft_wrap=True)
+    console.print()
     console.print(_roles_table(plan))
     console.print()
     console.print(_terms_table(plan))
@@ -135,7 +160,7 @@ def in_words(plan: StagePlan) -> list[str]:
     lines += [_term_words(stage.terms[name]) for name in plan.layout.terms]
     for number, update in enumerate(plan.updates, 1):
         label = f"update {number} of each step" if len(plan.updates) > 1 else "each step"
-        models, terms = ", ".join(update.config.models), ", ".join(update.config.terms)
+        models, terms = moved(update), ", ".join(update.config.terms)
         owned = sum(plan.term_parameters[name] for name in update.config.terms)
         extra = f" and {owned:,} parameters of terms and adapters" if owned else ""
         times = f", {update.config.repeat} times" if update.config.repeat > 1 else ""
