@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kdbench.config.schema import Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import Edge, Part, Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
 from kdbench.errors import ConfigError
 
 
 def without_teachers(recipe: Recipe) -> Recipe:
     """Drops every role that teaches another, each term that reads one, and what hangs on them; says what it dropped.
 
-    The exported role and whatever its input needs always stay.
+    The exported role and whatever its input needs always stay, and so does a role of which a stage makes something: it
+    labels or chooses data, which is no teaching.
 
     Raises:
         ConfigError: nothing is left to train.
@@ -20,7 +21,7 @@ def without_teachers(recipe: Recipe) -> Recipe:
     stages: list[StageConfig] = []
     dropped: list[str] = []
     for stage in recipe.stages:
-        left = _stage(stage, {kept.name for kept in stages}, dropped, len(recipe.stages) > 1)
+        left = _stage(stage, {kept.name: kept for kept in stages}, dropped, len(recipe.stages) > 1)
         if left is not None:
             stages.append(left)
     if not stages:
@@ -31,53 +32,99 @@ def without_teachers(recipe: Recipe) -> Recipe:
     return replace(recipe, stages=tuple(stages), dropped=tuple(dropped))
 
 
-def _stage(stage: StageConfig, earlier: set[str], dropped: list[str], several: bool) -> StageConfig | None:
+def _stage(
+    stage: StageConfig, earlier: Mapping[str, StageConfig], dropped: list[str], several: bool
+) -> StageConfig | None:
     where = f"stage {stage.name}: " if several else ""
     gone = _teachers(stage)
-    roles = {name: role for name, role in stage.roles.items() if name not in gone}
+    makers = _behind_makers(stage)  # they label or choose data, but teach no more
+    roles = {name: role for name, role in stage.roles.items() if name not in gone - makers}
     terms: dict[str, TermConfig] = {}
     for name, term in stage.terms.items():
-        edges = tuple(
-            edge
-            for edge in term.edges
-            if edge.student.role in roles and (edge.teacher is None or edge.teacher.role in roles)
-        )
-        if edges:
-            terms[name] = replace(term, edges=edges)
+        left = _term(term, stage, gone)
+        if left is not None:
+            terms[name] = left
     trains = bool(stage.epochs or stage.steps)
-    if trains and not terms:
+    if trains and not terms and not stage.make:
         dropped.append(f"{where}the whole stage, whose terms all read a teacher" if several else "every term")
         return None
-    dropped += [f"{where}role {name}" for name in stage.roles if name in gone]
+    dropped += [f"{where}role {name}" for name in stage.roles if name not in roles]
     dropped += [f"{where}term {name}" for name in stage.terms if name not in terms]
+    dropped += [f"{where}how term {n} is weighed" for n, term in terms.items() if term.weigh != stage.terms[n].weigh]
+    dropped += [f"{where}how term {n} is routed" for n, term in terms.items() if term.route != stage.terms[n].route]
     for name, role in roles.items():
-        if role.weights is not None and role.weights.stage is not None and role.weights.stage not in earlier:
+        weights = role.weights
+        if weights is None or weights.stage is None:
+            continue
+        source = earlier.get(weights.stage)
+        if source is None or any(wanted not in source.roles for wanted in weights.role or (name,)):
             roles[name] = replace(role, weights=None)
-            dropped.append(f"{where}the weights that role {name} took from stage {role.weights.stage}")
+            dropped.append(f"{where}the weights that role {name} took from stage {weights.stage}")
     updates: list[UpdateConfig] = []
     for update in stage.updates:
         models = tuple(name for name in update.models if name in roles)
         names = tuple(name for name in update.terms if name in terms)
         if models and names:
-            updates.append(replace(update, models=models, terms=names))
+            select = None if _reads(update.select, gone) else update.select
+            if select != update.select:
+                dropped.append(f"{where}how the update of {', '.join(models)} chooses its rows")
+            keep = update.keep if select is not None else None
+            updates.append(replace(update, models=models, terms=names, select=select, keep=keep))
     metrics = tuple(metric for metric in stage.metrics if metric.type != "agreement")
-    return replace(stage, roles=roles, terms=terms, updates=tuple(updates), metrics=metrics)
+    kept = replace(stage, roles=roles, terms=terms, updates=tuple(updates), metrics=metrics)
+    kept = replace(kept, evaluate=tuple(name for name in stage.evaluate if name in roles))
+    return kept if terms or not trains else replace(kept, epochs=0, steps=None)
+
+
+def _term(term: TermConfig, stage: StageConfig, gone: set[str]) -> TermConfig | None:
+    """A term without the edges that read a teacher; None when nothing of it is left."""
+    if any(leaf.role in gone for operand in term.operands.values() for leaf in operand.features()):
+        return None
+    edges = tuple(edge for edge in term.edges if not _taught(edge, stage, gone))
+    weigh = None if _reads(term.weigh, gone) else term.weigh
+    route = None if _reads(term.route, gone) or len(edges) < 2 else term.route
+    return replace(term, edges=edges, weigh=weigh, route=route) if edges else None
+
+
+def _taught(edge: Edge, stage: StageConfig, gone: set[str]) -> bool:
+    """Whether a teacher stands on an edge: one of the roles that go, or what an earlier stage made of one."""
+    teacher = [] if edge.teacher is None else list(edge.teacher.leaves())
+    stored = any(
+        leaf.kind == "made" or (leaf.kind == "field" and stage.data[leaf.role].made is not None) for leaf in teacher
+    )
+    features = [*edge.student.features(), *(leaf for leaf in teacher if leaf.kind == "role")]
+    return stored or any(leaf.role in gone for leaf in features)
+
+
+def _reads(part: Part | None, gone: set[str]) -> bool:
+    """Whether a weigher, router or selector reads a role that goes."""
+    operands = part.operands.values() if part is not None else ()
+    return any(leaf.role in gone for operand in operands for leaf in operand.features())
 
 
 def _teachers(stage: StageConfig) -> set[str]:
     """The roles that teach another, and those that follow or see one of them."""
     needed = _upstream(stage.export, stage.roles)
-    edges = [edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None]
-    gone = {e.teacher.role for e in edges if e.teacher is not None and e.teacher.role != e.student.role} - needed
+    gone: set[str] = set()
+    for edge in (edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None):
+        own = {leaf.role for leaf in edge.student.features()}
+        gone |= {leaf.role for leaf in edge.teacher.features()} - own if edge.teacher is not None else set()
+    gone -= needed
     changed = True
     while changed:
         changed = False
         for name, role in stage.roles.items():
-            upstream = role.input.split(":", 1)[0] if ":" in role.input else None
-            if name not in gone | needed and (role.of in gone or upstream in gone):
+            above = {address.split(":", 1)[0] for address in (role.input, *role.also) if ":" in address}
+            if name not in gone | needed and (role.of in gone or above & gone):
                 gone.add(name)
                 changed = True
     return gone
+
+
+def _behind_makers(stage: StageConfig) -> set[str]:
+    """The roles of which the stage makes something, and those that they follow or see."""
+    made = (leaf.role for make in stage.make.values() for op in make.part.operands.values() for leaf in op.features())
+    return set().union(*(_upstream(name, stage.roles) for name in made))
 
 
 def _upstream(name: str, roles: Mapping[str, RoleConfig]) -> set[str]:
@@ -91,6 +138,5 @@ def _upstream(name: str, roles: Mapping[str, RoleConfig]) -> set[str]:
         found.add(role.name)
         if role.of is not None:
             waiting.append(role.of)
-        if ":" in role.input:
-            waiting.append(role.input.split(":", 1)[0])
+        waiting += [address.split(":", 1)[0] for address in (role.input, *role.also) if ":" in address]
     return found

@@ -56,3 +56,42 @@ def test_a_recipe_of_which_nothing_is_left_is_refused(fault):
     assert "twin leaves nothing to train" in fault(
         KD.replace("  ce: {type: cross_entropy, weight: 0.1}\n", ""), "twin=true"
     )
+
+
+MADE = """
+dataset: digits
+teacher: {model: digits_cnn}
+student: {model: digits_mlp}
+optimizer: {type: SGD, lr: 0.1}
+epochs: 1
+terms: {ce: cross_entropy, kd: {type: kd, teacher: teacher}}
+stages:
+  label: {make: {soft: {type: soft_labels, teacher: teacher}}}
+  learn:
+    data: {train: {made: label.soft}}
+    terms: {ce: cross_entropy, soft: {type: kd, teacher: train.soft}}
+"""
+
+
+def test_what_labels_data_stays_and_what_teaches_by_it_goes(load):
+    recipe = load(MADE, "twin=true")
+    label, learn = recipe.stages
+    assert set(label.roles) == {"teacher", "student"} and list(label.terms) == ["ce"] and "soft" in label.make
+    assert set(learn.roles) == {"teacher", "student"} and list(learn.terms) == ["ce"]
+    assert recipe.dropped == ("stage label: term kd", "stage learn: term soft")
+
+
+def test_a_stage_that_only_makes_something_trains_nothing_in_the_twin(load):
+    text = MADE.replace("  label: {make", "  label: {terms: {kd: {type: kd, teacher: teacher}}, make")
+    label, learn = load(text, "twin=true").stages
+    assert label.epochs == 0 and not label.terms and learn.epochs == 1
+
+
+def test_a_selection_that_reads_a_teacher_goes_and_its_update_stays(load):
+    text = MADE.split("stages:")[0] + (
+        "updates:\n  - {models: [student], terms: [ce, kd], "
+        "select: {type: learnability, keep: 8, student: student, reference: teacher}}\n"
+    )
+    assert load(text).stages[0].updates[0].keep == 8
+    (update,) = load(text, "twin=true").stages[0].updates
+    assert update.terms == ("ce",) and update.select is None and update.keep is None
