@@ -65,7 +65,7 @@ class ConditionalMutualInformation(Term):
 
 
 @TERMS.register(
-    "scar", space="sample", version=1, features=True, operands=("means", "precision"), paper="arXiv:2312.02052"
+    "scar", space="sample", version=1, features=True, operands=("means", "precision"), paper="arXiv:2404.12922"
 )
 class NearestWrongClass(Term):
     """SCAR: features of what is to be forgotten move to the nearest class that they do not belong to.
@@ -75,7 +75,7 @@ class NearestWrongClass(Term):
     shrunk, normalised covariance. No root, as in the authors' code. There the class is chosen once, in the first epoch;
     here in every step. Features are at least 0 (behind a ReLU); what is below counts as 0.
 
-    Bonato, Cotogni and Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2312.02052.
+    Bonato, Cotogni and Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
     Shapes: student features (batch, elements), label (batch,), means (classes, elements), precision (classes, elements,
     elements) -> (batch,), without unit. Needs batch * classes * elements numbers.
     """

@@ -1,0 +1,44 @@
+"""What a network says of one task alone: for streams of tasks that share a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.errors import ConfigError
+from kdbench.registry import MODELS
+
+
+@MODELS.register("task_logits", version=1, paper="https://arxiv.org/abs/1606.09282", image=(10,))
+class TaskLogits(nn.Module):
+    """The logits of one task's classes; those of all others are put out of reach, so that they have probability 0.
+
+    The rows of a linear classifier share nothing: one classifier over all classes, seen through such a mask for each
+    task, is one head per task (Li and Hoiem, Learning without Forgetting, ECCV 2016). Labels keep their numbers. No
+    gradient reaches the other classes.
+
+    Shapes: (batch, num_classes) -> the same.
+
+    Args:
+        keep: the numbers of the task's classes.
+        input_shape: of one sample's logits; the engine gives it.
+    """
+
+    inside: Tensor
+    OUT = -1e4  # exp gives 0 in every precision, and it fits into half precision where -inf would make NaN of 0 * inf
+
+    def __init__(self, keep: list[int], input_shape: tuple[int, ...] = (10,)) -> None:
+        super().__init__()
+        if len(input_shape) != 1:
+            raise ConfigError(f"task_logits: reads one number per class, but what it sees is {list(input_shape)}")
+        wrong = [number for number in keep if not 0 <= number < input_shape[0]]
+        if wrong or not keep:
+            raise ConfigError(
+                f"task_logits: keep lists class numbers from 0 to {input_shape[0] - 1}, got {wrong or keep}"
+            )
+        inside = torch.zeros(input_shape[0], dtype=torch.bool)
+        inside[torch.tensor(keep)] = True
+        self.register_buffer("inside", inside, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.where(self.inside, logits, self.OUT)

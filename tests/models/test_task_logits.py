@@ -1,0 +1,31 @@
+"""One classifier, seen as one head per task."""
+
+import pytest
+import torch
+
+from kdbench.errors import ConfigError
+from kdbench.registry import MODELS
+
+
+def test_only_the_tasks_classes_are_decided_among_and_learn():
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    seen = MODELS.build("task_logits", {"keep": [1, 3]}, input_shape=(5,))(logits)
+    assert torch.equal(seen[:, [1, 3]], logits[:, [1, 3]])
+    torch.testing.assert_close(seen.softmax(1)[:, [1, 3]], logits[:, [1, 3]].softmax(1))
+    assert (seen.softmax(1)[:, [0, 2, 4]] == 0).all()
+    torch.nn.functional.cross_entropy(seen, torch.tensor([1, 3, 1, 3, 1, 3])).backward()
+    assert logits.grad is not None and (logits.grad[:, [0, 2, 4]] == 0).all() and (logits.grad[:, [1, 3]] != 0).all()
+
+
+def test_other_classes_say_nothing_to_a_divergence_of_two_tasks_in_half_precision():
+    student, teacher = torch.randn(2, 4, 5).bfloat16()
+    head = MODELS.build("task_logits", {"keep": [0, 2]}, input_shape=(5,))
+    log_p, log_q = (head(x).float().log_softmax(1) for x in (student, teacher))
+    apart = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True)
+    assert torch.isfinite(apart).all() and (apart[:, [1, 3, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [[], [5], [-1, 2]])
+def test_refuses_classes_that_there_are_not(keep):
+    with pytest.raises(ConfigError, match="class numbers from 0 to 4"):
+        MODELS.build("task_logits", {"keep": keep}, input_shape=(5,))
