@@ -44,9 +44,17 @@ class Choose(Maker):
         taken = found.get("labelled", torch.zeros(len(index), dtype=torch.bool))
         if pool.previous is not None:
             taken = taken | torch.isin(index, pool.previous["index"])
-        before = int(taken.sum())
+        outside = torch.zeros(0, dtype=torch.int64)  # chosen before among samples that this source does not give
+        if pool.previous is not None:
+            earlier = pool.previous["index"]
+            outside = earlier[~torch.isin(earlier, index)]
+        before = int(taken.sum()) + len(outside)
+        if before > self.budget:
+            raise ConfigError(
+                f"choose: the source has {before} labels to begin with, more than the budget of {self.budget}"
+            )
         wanted = self.budget - before if self.count is None else min(self.count, self.budget - before)
-        wanted = max(0, min(wanted, len(index) - before))
+        wanted = min(wanted, int((~taken).sum()))
         chosen = taken.clone()
         if wanted:
             selector = SELECTORS.build(self.by["type"], {k: v for k, v in self.by.items() if k != "type"})
@@ -54,8 +62,8 @@ class Choose(Maker):
             if "seed" in entry.inputs:
                 given["seed"] = pool.seed
             chosen[selector(wanted, taken, **given)] = True
-        told = {"chosen": int(chosen.sum()), "new": wanted, "budget": self.budget}
-        return {"index": index[chosen].sort().values, "told": told}
+        found_now = torch.cat([outside, index[chosen]]).sort().values
+        return {"index": found_now, "told": {"chosen": len(found_now), "new": wanted, "budget": self.budget}}
 
 
 def _memory(name: str, memory: int) -> int:
@@ -128,6 +136,8 @@ class Exemplars(Maker):
             rows = (found["label"] == own).nonzero().flatten()
             order = rows[herd(features[rows], min(each, len(rows)))]
             parts.append((found["index"][order], torch.full_like(order, own), torch.arange(len(order))))
+        if not parts:
+            raise ConfigError("exemplars: the source has no sample with a label")
         index, label, rank = (torch.cat(values) for values in zip(*parts, strict=True))
         order = index.sort(stable=True).indices
         told = {"remembered": len(index), "memory": self.memory, "classes": len(old) + len(new)}

@@ -66,16 +66,25 @@ class Confidence(Selector):
         return highest(-best if self.least else best, count, taken)
 
 
+def _losses(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label.clamp(min=0), reduction="none")
+
+
+def _known(scores: Tensor, label: Tensor) -> Tensor:
+    """Puts rows without a label behind all others that are free."""
+    return torch.where(label < 0, torch.finfo(scores.dtype).min, scores)
+
+
 @SELECTORS.register("low_loss", operands=("student",))
 class LowLoss(Selector):
     """The rows that look rightly labelled: smallest cross-entropy, as co-teaching keeps them.
 
     Han et al., Co-teaching, NeurIPS 2018, arXiv:1804.06872. student: logits (rows, classes), of the peer that chooses.
-    A row without a label has loss 0.
+    Rows without a label come last.
     """
 
     def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
-        return highest(-F.cross_entropy(student.float(), label, reduction="none"), count, taken)
+        return highest(_known(-_losses(student, label), label), count, taken)
 
 
 @SELECTORS.register("learnability", operands=("student", "reference"))
@@ -84,14 +93,14 @@ class Learnability(Selector):
 
     Udandarao et al., Active Data Curation Effectively Distills Large-Scale Multimodal Models (ACID), CVPR 2025,
     arXiv:2411.18674, for labels instead of pairs of image and text: the score of a row depends on no other row here,
-    while the paper's contrastive losses score a batch jointly. student, reference: logits (rows, classes).
+    while the paper's contrastive losses score a batch jointly. student, reference: logits (rows, classes). Rows without
+    a label come last.
     """
 
     def forward(  # type: ignore[override]
         self, count: int, taken: Tensor | None = None, *, student: Tensor, reference: Tensor, label: Tensor
     ) -> Tensor:
-        own = F.cross_entropy(student.float(), label, reduction="none")
-        return highest(own - F.cross_entropy(reference.float(), label, reduction="none"), count, taken)
+        return highest(_known(_losses(student, label) - _losses(reference, label), label), count, taken)
 
 
 @SELECTORS.register("k_center", operands=("student",))

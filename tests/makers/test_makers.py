@@ -133,6 +133,22 @@ def test_the_choice_is_made_of_positions_in_the_split():
     assert set(made["index"].tolist()) <= set(rows["index"].tolist())
 
 
+def test_what_was_chosen_elsewhere_counts_and_stays():
+    """The rounds may look at different parts of the split; the budget is one."""
+    rows = fields()
+    early = {name: value[:20] for name, value in rows.items()}
+    late = {name: value[20:] for name, value in rows.items()}
+    first = make("choose", pool(early), by={"type": "entropy"}, budget=10, count=6)
+    second = make("choose", pool(late, previous=first), by={"type": "entropy"}, budget=10, count=6)
+    assert set(first["index"].tolist()) < set(second["index"].tolist()) and len(second["index"]) == 10
+
+
+def test_more_labels_than_the_budget_are_refused():
+    rows = fields() | {"labelled": labelled(12)}
+    with pytest.raises(ConfigError, match="12 labels to begin with, more than the budget of 11"):
+        make("choose", pool(rows), by={"type": "entropy"}, budget=11)
+
+
 def test_a_budget_larger_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="budget of 41, but its source has only 40"):
         MAKERS.build("choose", {"by": {"type": "random"}, "budget": 41}).check(Facts(samples=40))

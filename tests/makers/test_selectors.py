@@ -69,6 +69,20 @@ def test_learnability_is_not_the_loss_alone():
     assert select("learnability", data=flat) == hardest != select("learnability", data=data)
 
 
+@pytest.mark.parametrize("name", ["low_loss", "learnability"])
+def test_rows_without_a_label_come_last(name):
+    """A loss of 0 for them would make them the first that `low_loss` takes."""
+    data = given()
+    hidden = torch.arange(ROWS) % 3 == 0
+    data["label"] = torch.where(hidden, -100, data["label"])
+    known = int((~hidden).sum())
+    assert not hidden[select(name, known, data=data)].any()
+    rows = select(name, known + 2, data=data)
+    assert int(hidden[rows].sum()) == 2
+    taken = torch.arange(ROWS) < 5
+    assert not taken[select(name, ROWS - 5, taken, data=data)].any(), "what is taken comes behind even those"
+
+
 def greedy(points: Tensor, taken: list[int], count: int) -> list[int]:
     """The plain algorithm: each time the point whose nearest centre is farthest."""
     points = points.double()
