@@ -16,6 +16,13 @@ from kdbench.engine.readers import Batch, Reader, Values, feature_of
 from kdbench.engine.roles import Role, input_feature, inputs_of, root_of, upstream_roles
 
 
+class Members(nn.ModuleDict):
+    """A ModuleDict whose names may be any: a term called `forward` is no method of it."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules.update({name: module})
+
+
 class Network(nn.Module):
     """The roles and terms of a stage, wired.
 
@@ -36,11 +43,11 @@ class Network(nn.Module):
         observers: Mapping[str, Mapping[str, Reader]] | None = None,
     ) -> None:
         super().__init__()
-        self.roles = nn.ModuleDict(roles)
-        self.terms = nn.ModuleDict(terms)
+        self.roles = Members(roles)
+        self.terms = Members(terms)
         self.sources = dict(sources)
         self.world = world
-        self.observers = {owner: nn.ModuleDict(readers) for owner, readers in (observers or {}).items()}
+        self.observers = {owner: Members(readers) for owner, readers in (observers or {}).items()}
         self.configs: dict[str, RoleConfig] = {name: role.config for name, role in roles.items()}
         self.lap: Callable[[str], None] | None = None  # set by the runner where it times the parts of a step
 

@@ -127,3 +127,18 @@ def test_the_same_seed_builds_the_same_models_whatever_was_built_before():
 def test_another_role_or_term_does_not_change_a_models_initial_weights():
     one = bench(FROZEN).weights()
     assert same(one, bench(FROZEN.replace(", kd: kd", "").replace(TEACHER, "")).weights())
+
+
+def test_roles_and_terms_may_have_the_names_of_a_modules_own_methods():
+    text = """
+    student: t_layers
+    models: {train: {model: t_layers, frozen: true}, half: {ema: student}}
+    terms: {forward: {type: kd, teacher: train}, values: {type: kd, teacher: half}, keys: cross_entropy}
+    optimizer: {type: SGD, lr: 0.1}
+    epochs: 1
+    """
+    run = bench(text)
+    before = run.weights()
+    run.step(2)
+    assert not same(before, run.weights()) and same(run.weights("train"), bench(text).weights("train"))
+    assert set(run.runner.state_dict()["terms"]) == {"forward", "values", "keys"}
