@@ -117,6 +117,24 @@ class Warmup:
         return self.value * min((position + 1) / self.over, 1.0)
 
 
+@SCHEDULES.register("ramp_up")
+class RampUp:
+    """Rises to `value` like half a bell over the first `over` epochs (or steps), then holds it.
+
+    Value at position p: value * exp(-5 (1 - min(p / over, 1))^2), so that it begins at value * 0.0067: the weight of
+    what networks say while they know little, as in temporal ensembling (arXiv:1610.02242) and mean teacher
+    (arXiv:1703.01780). Example: `weight: {type: ramp_up, over: 20, value: 10}`.
+    """
+
+    def __init__(self, over: float, value: float = 1.0, by: Literal["epoch", "step"] = "epoch") -> None:
+        self.over = over
+        self.value = value
+        self.by: By = by
+
+    def __call__(self, position: float, length: float) -> float:
+        return self.value * math.exp(-5.0 * (1.0 - _share(position, self.over)) ** 2)
+
+
 @SCHEDULES.register("chain")
 class Chain:
     """Schedules one after the other; each part has a `length`, and the last may take what is left.

@@ -62,3 +62,9 @@ def test_a_schedule_knows_what_it_moves_by():
     assert build_schedule({"type": "cosine"}).by == "epoch"
     assert build_schedule({"type": "cosine", "by": "step", "warmup": 5}).by == "step"
     assert build_schedule(0.5).by == "epoch"
+
+
+def test_ramp_up_is_half_a_bell_that_ends_at_the_value():
+    for position, value in enumerate(values({"type": "ramp_up", "over": 4, "value": 20}, 8)):
+        assert value == pytest.approx(20 * math.exp(-5 * (1 - min(position / 4, 1)) ** 2))
+    assert build_schedule({"type": "ramp_up", "over": 5})(0, 9) == pytest.approx(math.exp(-5))
