@@ -64,7 +64,7 @@ def _rows(kind: str, whole: bool) -> list[Row]:
     if kind in GROUPS:
         return [(name, _title(path)) for name, path in group_files(kind, Path.cwd()).items()]
     if kind == "methods":
-        listed = read_methods()
+        listed = read_methods(strict=False)
         if not whole:
             return [("...", f"{counted(listed)} `kdbench list methods` lists them")]
         return [(method.id, f"{method.method}; {method.status}: {detail(method)}") for method in listed.methods]
@@ -138,7 +138,7 @@ def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]
             yield kind, files[name]
         return
     if kind == "methods":
-        yield from ((kind, method) for method in read_methods().methods if method.id == name)
+        yield from ((kind, method) for method in read_methods(strict=False).methods if method.id == name)
         return
     registry = REGISTRIES[kind]
     try:

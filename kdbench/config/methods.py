@@ -80,7 +80,9 @@ class MethodList:
         return {status: sum(method.status == status for method in self.methods) for status in STATUSES}
 
 
-def read_methods(path: Path | None = None, claims: Mapping[str, Sequence[str]] | None = None) -> MethodList:
+def read_methods(
+    path: Path | None = None, claims: Mapping[str, Sequence[str]] | None = None, *, strict: bool = True
+) -> MethodList:
     """Reads the list and gives each row the recipes that claim it.
 
     Args:
@@ -98,7 +100,7 @@ def read_methods(path: Path | None = None, claims: Mapping[str, Sequence[str]] |
             rows[name] = _method(name, row, section == "beyond", tuple(claims.get(name, ())))
     language = dict(source.data.get("language_model") or {})
     for name, recipes in claims.items():
-        if name not in rows:
+        if strict and name not in rows:
             known = "it needs a language model there" if name in language else nearest(name, rows).strip()
             raise ConfigError(f"{recipes[0]}: methods: no row {name!r} in the list of methods. {known}".rstrip())
     return MethodList(tuple(rows.values()), language)
