@@ -14,7 +14,7 @@ import torch
 from kdbench.config.identity import identity
 from kdbench.config.load import dump_recipe, load_resolved
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.data.base import SourceSpec, open_dataset
+from kdbench.data.base import open_dataset
 from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
@@ -38,6 +38,7 @@ from kdbench.results.facts import (
     role_facts,
     source_facts,
     training_facts,
+    uses_channels_last,
 )
 from kdbench.results.folder import RunFolder
 from kdbench.results.judge import Judge
@@ -102,6 +103,7 @@ class _Experiment:
         self.recipe, self.device, self.world, self.console = recipe, device, world, console
         self.plans: list[StagePlan] = []
         self.rehearsed = describe_stages(recipe)
+        self.channels_last = uses_channels_last(recipe, self.rehearsed[0].specs)
         self.teachers = self._teachers()
         if any(spec.problem for stage in self.rehearsed for spec in stage.specs.values()):
             self._plan()  # before anything is downloaded for a recipe that cannot run
@@ -295,7 +297,7 @@ class _Experiment:
             self.world,
             artefacts={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
             produced=self._produced(stage),
-            channels_last=self._channels_last(),
+            channels_last=self.channels_last,
             say=tracker.notice,
         )
         network = build_network(
@@ -440,19 +442,8 @@ class _Experiment:
             world=world.size,
             workers=self.recipe.workers,
             dtype=torch.float64 if stage.precision == "float64" else torch.float32,
-            channels_last=self._channels_last(),
+            channels_last=self.channels_last,
             made=made_files(self.recipe, self.folder),
         )
         self.opened += sources.values()
         return sources
-
-    def _channels_last(self) -> bool:
-        return uses_channels_last(self.recipe, self.rehearsed[0].specs)
-
-
-def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
-    """channels_last where the recipe says so; by itself for colour images, where convolutions gain by it."""
-    if recipe.channels_last is not None:
-        return recipe.channels_last
-    shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
-    return any(len(shape) == 3 and shape[0] == 3 for shape in shapes)

@@ -49,6 +49,14 @@ def outside_facts(
     return facts | ({"world": world_size} if world_size > 1 else {})
 
 
+def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
+    """channels_last where the recipe says so; by itself for colour images, where convolutions gain by it."""
+    if recipe.channels_last is not None:
+        return recipe.channels_last
+    shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
+    return any(len(shape) == 3 and shape[0] == 3 for shape in shapes)
+
+
 def training_facts(stage: StageConfig, world_size: int) -> dict[str, Any]:
     """The effective batch and rate of a stage, and what BatchNorm normalises by."""
     sizes = {name: config.batch_size * world_size * stage.accumulate for name, config in stage.data.items()}
