@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from kdbench.engine.network import Network
 from kdbench.engine.readers import Reader, feature_of, source_of
 from kdbench.engine.roles import Role, input_feature, inputs_of, upstream_roles
 from kdbench.errors import ConfigError, Place
+from kdbench.models.transforms import used_state
 from kdbench.randomness import seeded
 from kdbench.registry import ADAPTERS, COMBINERS, MODELS, ROUTERS, TERMS, TRANSFORMS, WEIGHERS, Entry, Registry
 
@@ -124,12 +124,7 @@ def transform(config: RoleConfig, model: nn.Module) -> nn.Module:
 
 def exported_state(config: RoleConfig, model: nn.Module) -> dict[str, Tensor]:
     """The weights that the forward really uses, under the names of the plain model."""
-    if not config.transforms:
-        return model.state_dict()
-    baked = copy.deepcopy(model)
-    for named in reversed(config.transforms):
-        TRANSFORMS.build(named.type, named.params, named.place).bake(baked)
-    return baked.state_dict()
+    return used_state(model) if config.transforms else model.state_dict()
 
 
 @contextlib.contextmanager

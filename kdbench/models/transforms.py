@@ -82,6 +82,24 @@ class Transform:
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
+def used_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that `bake` would leave; the model stays as it is.
+
+    A copy cannot be baked in its place: torch gives both the same class, and takes the weight off that class.
+    """
+    state = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for name, functions in module.parametrizations.items():
+            if any(isinstance(function, WeightFunction) for function in functions.children()):
+                before = f"{path}.parametrizations.{name}.".lstrip(".")
+                state = {key: value for key, value in state.items() if not key.startswith(before)}
+                state[f"{path}.{name}".lstrip(".")] = getattr(module, name).detach().clone()
+    return state
+
+
 class WeightFunction(nn.Module):
     """From a stored weight to the used one. The base marks what a transform put there: a model may have others."""
 

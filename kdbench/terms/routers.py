@@ -174,18 +174,22 @@ class Policy(Router):
 
     gate_e = sigmoid(w_e . [read, softmax(teacher_e), CE_e] + b_e): what is read of the sample, the teacher's prediction
     and its cross-entropy with the label (0 where hidden). Each teacher is taken with that probability, drawn from
-    torch's generator; those taken count alike, and where none is the sample is not distilled. No gradient reaches the
-    gate through the draw: train it by `reinforce` on `term:NAME.gate`. Inputs are detached. By the text; no code is
-    released.
+    torch's generator; those taken count alike. Where none is, the sample is not distilled, or, with `none: likeliest`,
+    the likeliest teacher is taken: a policy whose reward is minus the distillation loss would else learn to take
+    nobody, at no loss. No gradient reaches the gate through the draw: train it by `reinforce` on `term:NAME.gate`.
+    Inputs are detached. By the text; no code is released.
 
     Yuan, Shou, Pei, Lin, Gong, Fu and Jiang, Reinforced Multi-Teacher Selection for Knowledge Distillation, AAAI 2021,
     arXiv:2012.06048.
     Shapes: read (batch, ...), teachers logits (batch, classes) each, label (batch,) -> route, gate (batch, edges).
     """
 
-    def __init__(self, edges: int, shapes: dict[str, Any], num_classes: int) -> None:
+    def __init__(
+        self, edges: int, shapes: dict[str, Any], num_classes: int, none: Literal["nobody", "likeliest"] = "nobody"
+    ) -> None:
         super().__init__()
         _several("policy", edges)
+        self.none = none
         width = num_classes + 1
         read = 1
         for size in shapes["read"]:
@@ -201,4 +205,7 @@ class Policy(Router):
             found.append(agent(torch.cat([seen, F.softmax(logits, dim=1), cost], dim=1)))
         gate = torch.sigmoid(at_least_float32(torch.cat(found, dim=1)))
         taken = torch.bernoulli(gate.detach())
+        if self.none == "likeliest":
+            likeliest = torch.zeros_like(taken).scatter(1, gate.detach().argmax(1, keepdim=True), 1)
+            taken = torch.where(taken.sum(1, keepdim=True) > 0, taken, likeliest)
         return {"route": ratio(taken, taken.sum(1, keepdim=True)), "gate": gate}

@@ -207,6 +207,20 @@ def test_validation_is_held_out_of_every_source_of_the_same_split(make, part):
     assert torch.equal(held_out["image"], images[held_out["index"]])
 
 
+def test_validation_shows_the_views_of_evaluation(make, part):
+    """A network that is measured on half of an image is measured so on held-out samples too."""
+    halves = {"image": (), "left": (part("half", side="left"),)}
+    data = {
+        "train": make(params={"samples": 40}, views={**halves, "image": (part("flip"),)}),
+        "eval": make(name="eval", split="test", params={"samples": 40}, views=halves),
+    }
+    sources = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")
+    held_out = collect(sources["validation"].in_order(64))
+    half = held_out["image"].shape[3] // 2
+    assert torch.equal(held_out["left"][..., :half], held_out["image"][..., :half])
+    assert not held_out["left"][..., half:].any() and held_out["image"][..., half:].any()
+
+
 def test_labels_are_drawn_from_what_validation_leaves(make):
     data = {"train": make(labels=20, params={"samples": 40})}
     source = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")["train"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from kdbench.errors import ConfigError
-from kdbench.models.transforms import Transform, in_buckets, out_of_buckets, pruning_mask
+from kdbench.models.transforms import Transform, in_buckets, out_of_buckets, pruning_mask, used_state
 from kdbench.registry import MODELS, TRANSFORMS
 
 EVERY = [
@@ -239,6 +239,22 @@ def test_baked_weights_are_what_the_forward_saw_under_the_plain_names(name, para
     assert isinstance(model[0].weight, nn.Parameter) and type(model[0]) is nn.Conv2d
     network().load_state_dict(model.state_dict())
     transform.bake(model)  # nothing is left to do
+
+
+@pytest.mark.parametrize(("name", "params"), EVERY)
+def test_the_used_weights_are_read_off_without_touching_the_network(name, params):
+    """At every checkpoint: a network that trains on must not lose its transform, nor may two of a kind share it."""
+    model, baked = network(), network()
+    for one in (model, baked):
+        build(name, **params).apply(one)
+    before = copy.deepcopy(model.state_dict())
+    read = used_state(model)
+    build(name, **params).bake(baked)
+    assert read.keys() == baked.state_dict().keys()
+    assert all(torch.equal(read[key], value) for key, value in baked.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
+    model(images()).sum().backward()
+    assert torch.equal(model[0].weight, read["0.weight"])
 
 
 @pytest.mark.parametrize(("name", "params"), EVERY)

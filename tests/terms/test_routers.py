@@ -183,6 +183,26 @@ def test_a_policy_draws_each_teacher_by_its_gate_and_follows_the_generator():
     assert_close(one["route"] * chosen.sum(1, keepdim=True), chosen)
 
 
+def test_where_a_policy_draws_none_it_takes_nobody_or_the_likeliest():
+    given = operands("policy")
+    torch.manual_seed(3)
+    free = router("policy")(**given)["route"]
+    torch.manual_seed(3)
+    result = router("policy", none="likeliest")(**given)
+    none = free.sum(1) == 0
+    for seed in range(20):  # until some sample draws nobody and some draws somebody
+        if none.any() and not none.all():
+            break
+        torch.manual_seed(seed)
+        free = router("policy")(**given)["route"]
+        torch.manual_seed(seed)
+        result = router("policy", none="likeliest")(**given)
+        none = free.sum(1) == 0
+    assert none.any() and not none.all()
+    assert torch.equal(result["route"][~none], free[~none])
+    assert torch.equal(result["route"][none], F.one_hot(result["gate"].argmax(1), 3).float()[none])
+
+
 def test_a_policy_reads_the_sample_each_teacher_and_its_loss_and_detaches_them():
     made, given = router("policy"), operands("policy")
     gate = made(**given)["gate"]
