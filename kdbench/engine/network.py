@@ -19,8 +19,8 @@ from kdbench.engine.roles import Role, input_feature, inputs_of, root_of, upstre
 class Members(nn.ModuleDict):
     """A ModuleDict whose names may be any: a term called `forward` is no method of it."""
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules.update({name: module})
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
 
 
 class Network(nn.Module):
