@@ -89,6 +89,7 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
         decay=fields.take("decay", "float", 0.999, SHARE),
         every=every,
         every_steps=every_steps,
+        draw=fields.take("draw", "int", 0, NOT_NEGATIVE),
         made=made,
         transforms=_transforms(context, fields),
         freeze=fields.texts("freeze"),
@@ -97,6 +98,8 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
     )
     if fields.has("decay") and mode != "ema":
         fields.fault("decay", "belongs to a role with `ema: ROLE`.")
+    if fields.has("draw") and mode in _FOLLOWERS:
+        fields.fault("draw", f"has no effect: the weights of role {name!r} are those of {of!r}.")
     if fields.has("every") and mode != "snapshot":
         fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
     if mode == "same" and role.weights is not None:

@@ -59,6 +59,7 @@ class RoleConfig:
         `snapshot` (a copy of `of`, renewed every `every` epochs, or every `every_steps` steps; 0: as it was when the
         stage began); `same` (the very network `of`, or its module `part`, on another input).
     input: `SOURCE.FIELD`, or `ROLE:PATH` for another role's output. also: further inputs, passed after the first.
+    draw: which draw of its initial weights; other numbers are other draws of the same seed.
     made: `STAGE.NAME` of the choice that an earlier stage makes of the model; `model` is then what the plan rehearses.
     transforms: what is done to the weights in every forward, such as quantising them; baked in when exported.
     freeze: module paths whose parameters do not train (and whose BatchNorm statistics stay).
@@ -76,6 +77,7 @@ class RoleConfig:
     decay: float = 0.999
     every: int = 0
     every_steps: int = 0
+    draw: int = 0
     made: str | None = None
     transforms: tuple[Named, ...] = ()
     freeze: tuple[str, ...] = ()

@@ -105,7 +105,7 @@ def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: Samp
     root = config
     while root.model is None and root.of is not None:
         root = roles[root.of]
-    with seeded(seed, "init", root.name):
+    with seeded(seed, "init", root.name, *([root.draw] if root.draw else [])):
         return _built(MODELS, named.type, named.params, named.place, **facts.injected)
 
 

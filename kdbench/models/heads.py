@@ -123,6 +123,36 @@ class Projector(nn.Module):
         return self.transfer(feature if self.size is None else F.adaptive_avg_pool2d(feature, self.size))
 
 
+@MODELS.register("connector", version=1, paper="https://openreview.net/forum?id=ZzwDy_wiWv", image=(64,))
+class Connector(nn.Module):
+    """A linear map with BatchNorm and ReLU, from a student's feature to the width of the teacher's: SRRL.
+
+    Yang, Martinez, Bulat and Tzimiropoulos 2021 (ICLR) put it between the student and the teacher's classifier. Where
+    the feature is a map it is a 1x1 convolution, else a linear layer, both without bias.
+
+    Shapes: (batch, values) -> (batch, channels), or (batch, values, height, width) -> (batch, channels, height, width).
+
+    Args:
+        channels: of the teacher's feature.
+        input_shape: of one sample of the student's feature; the engine gives it.
+    """
+
+    def __init__(self, channels: int = 64, input_shape: tuple[int, ...] = (64,)) -> None:
+        super().__init__()
+        if len(input_shape) not in (1, 3) or channels < 1:
+            raise ConfigError(
+                f"connector: reads a vector or a map and gives at least 1 channel, got {list(input_shape)}, {channels}"
+            )
+        if len(input_shape) == 3:
+            self.transfer = nn.Sequential(*convolution(input_shape[0], channels, 1))
+        else:
+            linear = nn.Linear(input_shape[0], channels, bias=False)
+            self.transfer = nn.Sequential(linear, nn.BatchNorm1d(channels), nn.ReLU())
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.transfer(feature)
+
+
 @MODELS.register("dual_head", version=1, paper="https://arxiv.org/abs/2505.07675", image=(64, 4, 4))
 class DualHead(nn.Module):
     """Two linear classifiers on one feature, one for labels and one for the teacher, that predict together: DHO.

@@ -10,7 +10,7 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, require
+from kdbench.terms.base import Number, Term, equal_shapes, require
 from kdbench.terms.numerics import (
     at_least_float32,
     full_precision,
@@ -94,6 +94,36 @@ class NeuronSelectivity(Term):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return nst_loss(student, teacher)
+
+
+def mmd_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Squared distance of the mean features of two batches; a scalar. See `MeanDiscrepancy`."""
+    student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    counts = row_weights(student, mask, weight)
+    difference = ratio((counts.unsqueeze(1) * (student - teacher)).sum(0), counts.sum())
+    return difference.square().sum()
+
+
+@TERMS.register("mmd", space="batch", version=1, features=True, paper="AAAI 2019")
+class MeanDiscrepancy(Term):
+    """Maximum mean discrepancy with the linear kernel: the mean feature of a batch is the same on both sides.
+
+    loss = |mean_i s_i - mean_i t_i|^2, the sum over the elements, as the text has it. Single samples may differ: of one
+    network under two distortions of its input, only what the distortions do to all samples alike is taken away. There
+    both sides learn (`teacher_grad: true`).
+    Masked rows count nowhere; a row of weight c counts c times in both means (weights are relative).
+
+    Xu and Liu, Data-Distortion Guided Self-Distillation for Deep Neural Networks, AAAI 2019.
+    Shapes: student, teacher (batch, ...) of equal shape -> scalar, squared units of the feature.
+    """
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_shapes("features", shapes["student"], shapes["teacher"])
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        return mmd_loss(student, teacher, mask, weight)
 
 
 @TERMS.register("cc", space="batch", version=1, features=True, paper="arXiv:1904.01802")

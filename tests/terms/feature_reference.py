@@ -100,6 +100,13 @@ def cc(student, teacher, gamma=0.4, order=2):
     return total / n**2
 
 
+def mmd(student, teacher):
+    """Mean feature of each batch, one element at a time."""
+    rows, n = list(zip((_flat(s) for s in student), (_flat(t) for t in teacher), strict=True)), len(student)
+    elements = range(len(rows[0][0]))
+    return sum((sum(s[e] for s, _ in rows) / n - sum(t[e] for _, t in rows) / n) ** 2 for e in elements)
+
+
 def hcl(student, teacher):
     losses = []
     for s, t in zip(student, teacher, strict=True):

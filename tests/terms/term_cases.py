@@ -342,6 +342,7 @@ FEATURE_CASES = [
     ),
     Case("nst", "nst", student=MAP, teacher=(5, 2, 2), broken={"sum": _times(4)}),
     Case("nst-pooled", "nst", student=(2, 4, 2), teacher=(3, 2, 4), broken={"sum": _times(4)}),
+    Case("mmd", "mmd", broken={"mean": _times(1 / 3), "by sample": _times(BATCH)}),
     Case("cc", "cc", student=MAP, teacher=(7,), broken={"order 1": _with(order=1), "gamma 1": _with(gamma=1.0)}),
     Case("cc-order", "cc", {"gamma": 1.0, "order": 4}, student=(3,), teacher=(7,), broken={"order 3": _with(order=3)}),
     Case(
