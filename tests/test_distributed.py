@@ -33,11 +33,19 @@ COUPLED = (
     "{ce: cross_entropy, dist: dist, rkd: {type: rkd, student: pool, teacher: pool, weight: 0.02}, "
     "sp: {type: sp, student: {path: conv2, adapter: conv1x1}, teacher: conv2, weight: 10}}"
 )
+REMEMBERING = "{own: {type: self_target, alpha: 0.5}, last: {type: last_batch, temperature: 2, weight: 0.1}}"
+ROUTED = (
+    "{ce: cross_entropy, kd: {type: kd, teacher: [teacher, second], route: {type: top_k, k: 2, read: 'student:pool'}}, "
+    "balance: {type: load_balance, student: 'term:kd.gate', weight: 3}, "
+    "rkd: {type: rkd, student: 'student:logits', teacher: 'teacher:logits', weight: 0.02, weigh: disagreement}}"
+)
 CASES = {
     "group": ("group", MASKED, ""),
     "coupled": ("group", COUPLED, "precision: float64\n"),
     "synced": ("batch", COUPLED, "sync_batchnorm: true\nema: 0.9\nclip: 0.5\n"),
     "apart": ("batch", MASKED, "models: {shadow: {ema: student, decay: 0.8}}\nema: 0.9\n"),
+    "remembering": ("group", REMEMBERING, "precision: float64\n"),
+    "routed": ("group", ROUTED, "models: {second: {model: t_conv, frozen: true}}\nprecision: float64\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }
 
@@ -73,7 +81,7 @@ def tree(folder: Path) -> dict:
     return torch.load(folder / "checkpoints/last.pt", weights_only=True)
 
 
-SAME = ["group", "coupled", "synced", "accumulated"]
+SAME = ["group", "coupled", "synced", "accumulated", "remembering", "routed"]
 
 
 @pytest.mark.parametrize("case", SAME)

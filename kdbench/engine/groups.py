@@ -205,6 +205,9 @@ class TermGroup(nn.Module):
         total = loss.sum() / (count * inner)
         return total if share_of_ranks == 1.0 else total * share_of_ranks
 
+    def _rows(self, batch: Batch) -> int:
+        return next(iter(batch[self.source].values())).shape[0]
+
     def _routed(self, values: Values, batch: Batch, count: Count, share: float, world: World) -> list[Tensor]:
         """The same with weights of samples and edges, and with what later terms read of this one."""
         edges: list[TermEdge] = list(self.edges)  # type: ignore[arg-type]
@@ -227,10 +230,12 @@ class TermGroup(nn.Module):
             given_out = routed if isinstance(routed, dict) else {"route": routed}
             for name, value in given_out.items():
                 values[term_key(self.config.name, name)] = value
+            _refuse_shape("router", given_out["route"], self._rows(batch), len(edges))
             weights = [given_out["route"][:, number] for number in range(len(edges))]
         if self.weigh is not None:
             for number, (edge, given) in enumerate(zip(edges, read, strict=True)):
                 weight = self.weigh(given, batch[edge.source], values, batch)
+                _refuse_shape("weigher", weight, self._rows(batch))
                 before = weights[number]
                 weights[number] = weight if before is None else weight * before
         if by_row:
@@ -247,6 +252,15 @@ class TermGroup(nn.Module):
             loss = self._loss(edge, self._read(edge, values, weighed, world))
             result.append(self._reduced(edge, loss, batch, None, count, share, world))
         return result
+
+
+def _refuse_shape(what: str, weight: Tensor, *expected: int) -> None:
+    """Raises ValueError for weights that would be spread over the loss in another way than meant."""
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"the {what} gives weights of shape {list(weight.shape)} where {list(expected)} was expected: one for each "
+            "sample; it may not fit operands of this shape"
+        )
 
 
 def _per_row(loss: Tensor) -> Tensor:

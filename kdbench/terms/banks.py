@@ -41,3 +41,4 @@ class SampleBank(nn.Module):
         self.clock += 1
         self.values[index] = values
         self.when[index] = self.clock.expand(index.shape)
+        self.when[self.samples :].fill_(-1)  # the row that takes what is not kept is never written
