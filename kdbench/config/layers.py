@@ -1,8 +1,8 @@
 """How one part of a recipe is laid over another: group under recipe under override, and top level under stage.
 
 Mappings merge key by key, lists and values replace. Three things replace as a whole, because merging would mix two
-choices into one: a part whose `type` changes (the SGD of a protocol and the AdamW of a recipe), weights from another
-kind of place, and `epochs` against `steps`.
+choices into one: a part whose `type` or `combine` changes (the SGD of a protocol and the AdamW of a recipe), weights
+from another kind of place, and `epochs` against `steps`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 _EXCLUSIVE = ("epochs", "steps")
 _WEIGHT_KINDS = ("recipe", "stage", "path")
-_SOURCE_KINDS = ("type", "dataset", "made")
+_KINDS = ("type", "dataset", "made", "combine")
 
 
 def kind_of(name: str, part: Mapping[str, Any]) -> Any:
     """What a mapping is one of, or None when merging it with another is always right."""
     if name == "weights":
         return next((kind for kind in _WEIGHT_KINDS if part.get(kind) is not None), None)
-    value = next((part[kind] for kind in _SOURCE_KINDS if part.get(kind) is not None), None)
+    value = next((part[kind] for kind in _KINDS if part.get(kind) is not None), None)
     return value.get("type") if isinstance(value, Mapping) else value
 
 

@@ -21,6 +21,13 @@ def test_another_type_replaces_the_whole_part():
     assert merge(SGD, {"optimizer": {"type": "SGD", "lr": 1}})["optimizer"]["momentum"] == 0.9
 
 
+def test_another_combiner_replaces_the_whole_combination():
+    lower = {"teacher": {"combine": "kdcl_naive", "of": ["a", "b"], "label": "train.label"}}
+    upper = {"teacher": {"combine": "mean_logits", "of": ["a", "b"]}}
+    assert merge(lower, upper) == upper
+    assert merge(lower, {"teacher": {"combine": "kdcl_naive", "of": ["a", "c"]}})["teacher"]["label"] == "train.label"
+
+
 def test_weights_of_another_kind_and_epochs_against_steps_replace():
     lower = {"teacher": {"weights": {"recipe": "a", "model": "b"}}, "epochs": 3}
     upper = {"teacher": {"weights": {"path": "x.pt"}}, "steps": 5}
