@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from made_data import made, model, pool
 from torch import Tensor
-from wiring import manifest, play, resume_differs, shortened
+from wiring import manifest, play, resume_differs, scores, shortened
 
+from kdbench.config.load import load_recipe
 from kdbench.data.build import build_sources
 from kdbench.results.experiment import Outcome
 
@@ -157,3 +159,19 @@ def test_control_unbalanced_and_read_from_elsewhere(tmp_path):
     assert len(set(counts[counts > 0].tolist())) > 1
     other = shortened("digits/generated_set", "stages.distil.data.train={dataset: digits}")
     assert {s.split for s in other.stages[-1].data.values() if s.dataset.type == "digits"} == {"test", "train"}
+
+
+# Whole runs
+
+
+@pytest.mark.slow
+def test_a_noisy_student_is_better_than_its_first_teacher(tmp_path):
+    """65.0 to 80.6 with seed 1 and 30 labels."""
+    found = scores(play(load_recipe("digits/noisy_student", []), tmp_path / "run"))
+    assert found[-1] > 70 and found[-1] > found[1] + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bar"), [("consensus", 80), ("generated_set", 65)])  # 87.2 and 78.1 with seed 1
+def test_a_student_of_made_data_learns(name, bar, tmp_path):
+    assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
