@@ -13,7 +13,7 @@ from kdbench.config.schema import Published, Recipe, RoleConfig, StageConfig, We
 TEXT = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
 NOT_KEYS = {
     *("name", "file", "path", "resolved", "places", "choices", "overrides", "dropped"),  # of Recipe
-    *("place", "roles", "mode", "of"),  # spelled otherwise
+    *("place", "roles", "mode", "of", "also", "every_steps", "transforms"),  # spelled otherwise
 }
 
 
