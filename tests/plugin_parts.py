@@ -232,6 +232,14 @@ class Refusing(nn.Module):
         raise ConfigError(f"t_refusing: depth must be 6n + 2, got {depth}")
 
 
+@TERMS.register("t_coupled", space="batch")
+class Coupled(Term):
+    """The distance of the batch's means: it takes no weights."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student.mean(0) - teacher.mean(0)).square().sum()
+
+
 @TERMS.register("t_reads_item", space="sample")
 class ReadsItem(Term):
     """Reads a value on the host."""

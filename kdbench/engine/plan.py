@@ -23,6 +23,7 @@ from kdbench.engine.build import (
     SampleFacts,
     build_model,
     build_network,
+    observers_of,
     role_order,
     shared_module,
     transform,
@@ -144,6 +145,7 @@ def plan_stage(
         _check_reads(stage.terms[name], sources, specs, stage)
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
+    _refuse_parted_selection(stage, world_size)
     if not terms and stage.terms and (stage.epochs or stage.steps):
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
@@ -249,6 +251,17 @@ def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> 
             )
 
 
+def _refuse_parted_selection(stage: StageConfig, world_size: int) -> None:
+    """Which rows are the best is a question to the whole batch."""
+    for update in stage.updates:
+        if update.select is not None and (stage.accumulate > 1 or world_size > 1):
+            parts = f"accumulate: {stage.accumulate}" if stage.accumulate > 1 else f"{world_size} processes"
+            raise ConfigError(
+                f"{update.select.place}: {update.select.type} chooses among the rows of the whole batch, which {parts} "
+                "would part. Use a larger batch_size in one process."
+            )
+
+
 def _survey(
     stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int
 ) -> tuple[Layout, dict[str, nn.Module], dict[str, list[ModuleCall]], dict[str, int], torch.device]:
@@ -318,10 +331,13 @@ class _Survey:
             self.values[name, feature] = tensor
         self.overwritten[name] = frozenset(spoiled)
         read = [operand for term in self.layout.terms for operand in stage.terms[term].reads()]
+        read += [leaf for part in observers_of(stage).values() for o in part.operands.values() for leaf in o.leaves()]
         for operand in read:
             if operand.kind == "role" and operand.role == name and operand.is_state:
-                with _in_words(f"{operand.place}: {operand}"):
+                try:
                     self.shapes[name, feature_of(operand)] = tuple(module_state(model, feature_of(operand)).shape)
+                except ConfigError as error:
+                    raise ConfigError(f"{operand.place}: {operand}: {error}") from None
 
     def _model(self, name: str) -> nn.Module:
         config = self.stage.roles[name]
@@ -398,11 +414,11 @@ def _rehearse(
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = forward_in_words(network, stage, batch, update)
+        where = update.place if str(update.place) else stage.terms[update.terms[0]].place
+        models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
         if not total.requires_grad:
-            models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
-            raise ConfigError(
-                f"{update.place}: nothing to update: no term of {what} reaches a parameter of {models} that trains"
-            )
+            said = f"no term of {what} reaches a parameter of {models} that trains"
+            raise ConfigError(f"{where}: nothing to update: {said}")
         most = max(most, sum(saved.values()))
         total.backward()
         owned = {
@@ -413,6 +429,9 @@ def _rehearse(
         owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
         learning = {n: p for n, p in owned.items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
+        if update.models and not any(not n.startswith("terms.") for n in reached):
+            said = f"{what} reaches no parameter of {models}; only an adapter on a detached operand would learn"
+            raise ConfigError(f"{where}: nothing to update: {said}, and nothing would be taught")
         updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached)))
     network.zero_grad(set_to_none=True)
     return tuple(updates), most
