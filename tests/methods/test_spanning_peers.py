@@ -144,12 +144,12 @@ def test_fitnets_goes_on_in_the_stage_in_which_it_was_killed(tmp_path):
 
 
 def average_gap(*overrides: str) -> float:
-    """How far the teacher is from the average, decay 0.97, of the student's weights on its way."""
+    """How far the teacher is from the average, decay 0.98, of the student's weights on its way."""
     run = peers("mean_teacher", *overrides)
     average = run.weights()
     for _ in range(5):
         student = run.step().weights()
-        average = {k: 0.97 * average[k] + 0.03 * v if v.is_floating_point() else v for k, v in student.items()}
+        average = {k: 0.98 * average[k] + 0.02 * v if v.is_floating_point() else v for k, v in student.items()}
     assert not same(run.weights("teacher"), peers("mean_teacher").weights())
     return apart(run.weights("teacher"), average)
 
@@ -282,13 +282,23 @@ def test_a_chain_that_is_killed_in_an_assistants_training_goes_on_there(chain):
     assert same(*weights_of)
 
 
-# Whole runs
+# Whole runs: seen with seed 1 were 97.7 (dml), 97.0 (fitnets), 88.0 (mean_teacher; 89.2 with seed 2), 95.8 (takd).
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bar", "role"),
-    [("dml", 95, "a"), ("fitnets", 93, "student"), ("mean_teacher", 75, "teacher"), ("takd", 85, "student")],
+    [("dml", 95, "a"), ("fitnets", 93, "student"), ("mean_teacher", 84, "teacher"), ("takd", 91, "student")],
 )
 def test_the_whole_recipe_learns(name, bar, role, tmp_path):
     assert scores(play(load_recipe(f"digits/{name}"), tmp_path), role)[-1] > bar
+
+
+@pytest.mark.slow
+def test_mean_teacher_is_better_than_its_student_without_it(tmp_path):
+    """Seen: 88.0 against 78 (seeds 1 and 2)."""
+    alone = play(load_recipe("digits/mean_teacher", ["terms.consistency=null"]), tmp_path / "alone")
+    assert (
+        scores(play(load_recipe("digits/mean_teacher"), tmp_path / "with"), "teacher")[-1]
+        > 3 + scores(alone, "teacher")[-1]
+    )

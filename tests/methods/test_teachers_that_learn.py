@@ -289,7 +289,7 @@ def test_the_same_after_a_kill(name, overrides, tmp_path):
     assert resume_differs(shortened(f"digits/{name}", *overrides, steps=5), tmp_path, 4) == []
 
 
-# Whole runs
+# Whole runs: seen with seed 1 were 97.8 (kdcl), 98.0 (one), 97.1 (bd_kd), 95.8 (codistillation).
 
 
 @pytest.mark.slow
