@@ -117,7 +117,12 @@ def _life(role: RoleConfig, stage: StageConfig) -> str:
         "snapshot": f"copy of {role.of}",
         "same": f"{role.of}{':' + role.part if role.part else ''} itself",
     }[role.mode]
-    return words + (", the result" if role.name == stage.export else "")
+    weights = role.weights
+    origin = ""
+    if weights is not None:
+        where = f"stage {weights.stage}" if weights.stage else weights.recipe or weights.path
+        origin = f", from {where}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
+    return words + origin + (", the result" if role.name == stage.export else "")
 
 
 def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
