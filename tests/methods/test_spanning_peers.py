@@ -282,7 +282,7 @@ def test_a_chain_that_is_killed_in_an_assistants_training_goes_on_there(chain):
     assert same(*weights_of)
 
 
-# Whole runs: seen with seed 1 were 97.7 (dml), 97.0 (fitnets), 88.0 (mean_teacher; 89.2 with seed 2), 95.8 (takd).
+# Whole runs: seen with seed 1 were 97.3 (dml), 97.0 (fitnets), 88.0 (mean_teacher; 89.2 with seed 2), 95.8 (takd).
 
 
 @pytest.mark.slow
