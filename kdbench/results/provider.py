@@ -11,13 +11,18 @@ from kdbench.config.schema import Named, Recipe, Weights
 
 
 def provider(weights: Weights, recipe: Recipe) -> Recipe:
-    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results."""
+    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results.
+
+    It keeps every epoch that any role of any stage takes from it: whoever asks first, one run serves them all.
+    """
     assert weights.recipe is not None
     overrides = []
     if weights.model is not None:
         overrides.append(f"student.model={_override_value(weights.model)}")
     told = load_recipe(weights.recipe, overrides)
-    epochs = {*told.keep_epochs, weights.epoch} if weights.epoch is not None else told.keep_epochs
+    wanted = (role.weights for stage in recipe.stages for role in stage.roles.values() if role.weights is not None)
+    alike = (own for own in (weights, *wanted) if (own.recipe, own.model) == (weights.recipe, weights.model))
+    epochs = {*told.keep_epochs, *(own.epoch for own in alike if own.epoch is not None)}
     return replace(
         told,
         device=recipe.device,
