@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kdbench.cli.drawing import draw
 from kdbench.cli.main import COMMANDS, main
 from kdbench.config.load import load_recipe, recipe_names
 from kdbench.registry import DATASETS, MODELS, TERMS
+from kdbench.results.making import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,18 +66,17 @@ def test_a_command_with_a_shipped_recipe_is_valid(command: str):
 
 
 def test_the_tables_name_what_is_registered():
-    assert sorted(names("term")) == sorted(TERMS.entries)
+    assert sorted(names("terms")) == sorted(TERMS.entries)
     assert sorted(names("dataset")) == sorted(DATASETS.entries)
     own = [name for name in names("models") if not name.endswith("/NAME")]
     assert sorted(own) == sorted(name for name in MODELS.entries if "/" not in name)
     assert sorted(names("recipes")) == recipe_names()
 
 
-@pytest.mark.parametrize("row", table("term"), ids=lambda row: row[0].strip("`"))
-def test_a_term_cites_its_paper(row: list[str]):
-    name, paper = row[0].strip("`"), str(TERMS.entry(row[0].strip("`")).facts["paper"])
-    assert paper in row[2], name
-    assert f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" in row[2]
+def test_the_drawing_is_the_recipe_s():
+    recipe = load_recipe("digits/dafl", [])
+    (plan,) = plan_stages(recipe)
+    assert "\n".join(draw(plan)) + "\n" in [block for _, block in BLOCKS]
 
 
 def test_every_command_is_named():
