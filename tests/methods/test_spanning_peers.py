@@ -18,6 +18,7 @@ from wiring import Stopped, losses, play, resume_differs, scores, shortened, sto
 
 from kdbench.config.load import load_recipe
 from kdbench.config.paths import find_recipe
+from kdbench.config.schema import Named
 from kdbench.engine.runner import Runner
 
 EXACT = "precision=float64"
@@ -42,7 +43,8 @@ def swap_gap(*overrides: str) -> float:
     one, other = peers("dml", *overrides), peers("dml", *overrides)
     for mine, theirs in (("a", "b"), ("b", "a")):
         other.model(mine).load_state_dict(one.weights(theirs))
-    one.step(5), other.step(5)
+    one.step(5)
+    other.step(5)
     return max(apart(one.weights("a"), other.weights("b")), apart(one.weights("b"), other.weights("a")))
 
 
@@ -163,7 +165,8 @@ def step_gap(*overrides: str) -> float:
     """How far a step is from the paper's, written out: labels where there are, consistency of two views everywhere."""
     full = "terms.consistency.weight=20"
     run, hand = peers("mean_teacher", full, *overrides), peers("mean_teacher", full)
-    run.step(2), hand.step(1)  # from the second step on the teacher is not the student
+    run.step(2)
+    hand.step(1)  # from the second step on the teacher is not the student
     batch = next(hand.windows())[0]["train"]
     known = batch["label"] >= 0
     assert 0 < int(known.sum()) < len(known) and not torch.equal(batch["image"], batch["other"])
@@ -190,7 +193,7 @@ def test_labels_where_they_are_known_and_consistency_of_two_views_everywhere():
 def test_consistency_comes_in_slowly():
     run = peers("mean_teacher")
     schedule = load_recipe("digits/mean_teacher").stages[0].terms["consistency"].weight
-    assert not isinstance(schedule, float)
+    assert isinstance(schedule, Named)
     top = float(schedule.params["value"])
     run.runner.begin_step()
     assert float(run.network.term("consistency").weight) == pytest.approx(top * 0.0067379, rel=1e-4)
@@ -263,7 +266,8 @@ def test_the_student_learns_what_the_assistant_says_and_not_what_the_teacher_say
         folders = [path.parent for path in Path("runs").rglob("resolved.yaml") if "takd_assistant" in str(path)]
         assistant.model().load_state_dict(weights(folders[0], "student"))
         batch = next(student.windows())[0]["train"]["image"]
-        student.network.train(), assistant.network.eval()
+        student.network.train()
+        assistant.network.eval()
         q = (assistant.model()(batch).detach().double() / 4).softmax(1)
         p = (student.model()(batch).detach().double() / 4).softmax(1)
         loss = float(16 * (q * (q / p).log()).sum(1).mean())
