@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdbench.config.paths import recipe_names
+from kdbench.registry import COMBINERS, MAKERS, ROUTERS, SELECTORS, TERMS, TRANSFORMS, WEIGHERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -124,3 +127,21 @@ def test_files_that_a_page_names_exist(page: Path):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     named = re.findall(r"`((?:kdbench|configs|recipes|benchmarks|scripts|tests|docs|examples)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_no_file_of_the_engine_knows_a_method():
+    """Neither by the name of a part nor by a method's: what a recipe wires, the engine only runs."""
+    kinds = (TERMS, ROUTERS, WEIGHERS, COMBINERS, MAKERS, SELECTORS, TRANSFORMS)
+    parts = {name for registry in kinds for name in registry.entries}
+    methods = {word for recipe in recipe_names() if recipe.startswith("digits/") for word in [recipe.split("/")[1]]}
+    methods -= {"teacher", "one"}  # words of the grammar
+    parts -= {"confidence", "weighted"}  # a metric's column, a key of the log
+    files = sorted((ROOT / "kdbench" / "engine").glob("*.py"))
+    assert len(files) > 15 and len(methods) > 40 and len(parts) > 60
+    found = []
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        words = set(re.findall(r"[a-z_0-9]+", text.lower()))
+        constants = {n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)}
+        found += [f"{path.name}: {name}" for name in sorted((parts & constants) | (methods & words))]
+    assert found == []
