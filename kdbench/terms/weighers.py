@@ -126,3 +126,27 @@ class Focal(Weigher):
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
         rest = 1 - _own(_softmax(student), label)
         return torch.where(label < 0, 0, rest**self.power)
+
+
+@WEIGHERS.register("outside", version=1, operands=("judge",))
+class Outside(Weigher):
+    """Only samples that a network takes for none of some classes count: 1 where its first choice is another, else 0.
+
+    SCAR so leaves out images that look to the old network like what is to be forgotten (authors' code). The runner
+    still divides by all rows of the batch.
+
+    Shapes: judge logits (batch, classes) -> (batch,), 0 or 1.
+    """
+
+    def __init__(self, classes: list[int]) -> None:
+        super().__init__()
+        if not classes or min(classes) < 0:
+            raise ConfigError(f"outside: classes lists class numbers, got {classes}")
+        self.classes = tuple(classes)
+
+    def forward(self, judge: Tensor) -> Tensor:
+        first = judge.detach().argmax(1)
+        inside = torch.zeros_like(first, dtype=torch.bool)
+        for number in self.classes:
+            inside = inside | (first == number)
+        return 1 - inside.to(at_least_float32(judge.detach()).dtype)
