@@ -334,10 +334,13 @@ class Runner:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the stage needs to go on; frozen roles come from where they came from."""
         roles = {n: self.network.role(n) for n in self.plan.layout.order}
+        used = [n for n, r in roles.items() if r.config.transforms]
+        if roles[self.stage.export].config.mode == "same":  # a part of another network that is the result, as in SimKD
+            used.append(self.stage.export)
         return {
             "step": self.done,
             "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode not in ("frozen", "same")},
-            "baked": {n: self.exported(n) for n, r in roles.items() if r.config.transforms},
+            "baked": {n: self.exported(n) for n in used},
             "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
             "optimizers": [update.optimizer.state_dict() for update in self.updates],
             "scaler": self.scaler.state_dict(),
