@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdbench.registry import ADAPTERS
 from kdbench.terms.divergences import standardised
+from kdbench.terms.numerics import at_least_float32
 
 
 @ADAPTERS.register("classes", version=1, injected=("source", "target"))
@@ -54,3 +55,22 @@ class Standardise(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return standardised(features)
+
+
+@ADAPTERS.register("log", version=1, injected=("source", "target"))
+class Log(nn.Module):
+    """The logarithm of stored probabilities, such as `train.soft`: logits whose softmax they are.
+
+    Probabilities below 1e-12 count as that, so that 0 has finite logits.
+
+    Shapes: (batch, classes) -> the same, nats.
+    """
+
+    def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(source) != 1:
+            raise ValueError(f"reads probabilities of classes, but the operand is {list(source)} per sample")
+        self.shape = tuple(source)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return at_least_float32(features).clamp(min=1e-12).log()

@@ -41,6 +41,15 @@ def test_standardised_logits_have_mean_0_and_deviation_1_and_make_standardised_k
     )
 
 
+def test_the_log_of_stored_probabilities_teaches_as_the_logits_did():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 6, dtype=torch.float64)
+    stored = adapter("log")(teacher.softmax(1))
+    assert_close(stored.softmax(1), teacher.softmax(1))
+    assert_close(kd_loss(student, stored, 1.0), kd_loss(student, teacher, 1.0))
+    assert adapter("log")(torch.tensor([[0.0] * 5 + [1.0]])).isfinite().all()
+
+
 def test_equal_logits_have_a_finite_gradient():
     flat = torch.ones(2, 6, requires_grad=True)
     adapter("standardise")(flat).square().sum().backward()
@@ -55,6 +64,7 @@ def test_equal_logits_have_a_finite_gradient():
         ("classes", (6,), {"keep": [1, 1]}, "names a class twice"),
         ("standardise", (3, 4, 4), {}, "over at least 2 classes"),
         ("standardise", (1,), {}, "over at least 2 classes"),
+        ("log", (3, 4, 4), {}, "[3, 4, 4] per sample"),
     ],
 )
 def test_what_cannot_be_narrowed_is_refused_in_words(name, source, params, words):
