@@ -408,7 +408,8 @@ class _Experiment:
                 "flops": role.flops,
                 "weights_sha256": state_hash(module),
             }
-            if upstream_role(role.config) is None and plan.specs[plan.layout.sources[name]].classes is not None:
+            alone = upstream_role(role.config) is None and not role.config.also
+            if alone and plan.specs[plan.layout.sources[name]].classes is not None:
                 models[name]["latency_ms"] = latency(module, judge.example())
         final = self.history.evaluations[-1] if self.history.evaluations else {}
         summary = build_summary(

@@ -34,7 +34,7 @@ class Judge:
 
     The exported role (and its average, called `ema`) is measured after an epoch on the validation part, when there is
     one, and on the test split; the first of these chooses the best epoch. A frozen role that sees the data itself is
-    measured once, before training.
+    measured once, before training. A role with a second input, such as the mask of an autoencoder, is not measured.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class Judge:
         self.world, self.device, self.tracker, self.history = world, device, tracker, history
         self.splits = {n: split for n, split in SPLITS.items() if n in sources and sources[n].classes}
         self.splits |= {n: n[len(APART) :] for n in sources if n.startswith(APART) and sources[n].classes}
+        if stage.roles[stage.export].also:  # an evaluation shows images alone
+            self.splits = {}
         teacher = teacher_of(stage)
-        self.teacher = teacher if teacher is not None and upstream_role(teacher) is None else None
+        self.teacher = teacher if teacher is not None and upstream_role(teacher) is None and not teacher.also else None
 
     def frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
         """Measures the frozen roles on the test split, and refuses one below the accuracy that the recipe states.
@@ -64,7 +66,7 @@ class Judge:
         measured: dict[str, dict[str, float]] = {}
         for name in self.plan.layout.order:
             config = self.stage.roles[name]
-            if config.mode != "frozen" or upstream_role(config) is not None or "eval" not in self.splits:
+            if config.mode != "frozen" or upstream_role(config) is not None or "eval" not in self.splits or config.also:
                 continue
             if self.sources[self.plan.layout.sources[name]].classes != self.sources["eval"].classes:
                 continue
@@ -114,7 +116,7 @@ class Judge:
         moving = {name: dict(splits) for name, splits in last["metrics"].items()}
         source = self.plan.train_source
         models = self._moving(runner)
-        if self.sources[source].classes:
+        if self.sources[source].classes and not config.also:
             for name, model in models.items():
                 if name not in (role, "ema"):
                     continue
