@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -43,12 +44,19 @@ class Digits(Dataset):
         return {"train": 901, "test": 896}[self.split]
 
     def load(self) -> Packed:
-        from sklearn.datasets import load_digits
-
-        values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+        values, labels = _arrays()
         chosen = np.array(sorted(i for group in _halves(labels, self.split) for i in group))
         images = torch.from_numpy(values[chosen].astype(np.float32) / 16).view(-1, *self.shape)
         return pack(self.classes, images, torch.from_numpy(labels[chosen].astype(np.int64)))
+
+
+@cache
+def _arrays() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels; read once, because every stage of a run asks for them."""
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    return np.asarray(values), np.asarray(labels)
 
 
 def _halves(labels: np.ndarray, split: str) -> list[list[int]]:

@@ -138,7 +138,9 @@ class _Experiment:
         if reads_made(self.recipe.stages[position]):
             made = made_files(self.recipe, self.folder)
             self.rehearsed = describe_stages(self.recipe, made)
-            self.plans = plan_stages(self.recipe, self.rehearsed, made=made, world_size=self.world.size)
+            self.plans = plan_stages(
+                self.recipe, self.rehearsed, made=made, world_size=self.world.size, before=self.plans
+            )
         return self.plans[position]
 
     # The run

@@ -69,18 +69,28 @@ def describe_stages(recipe: Recipe, made: Files | None = None) -> list[Rehearsed
 
 
 def plan_stages(
-    recipe: Recipe, rehearsed: list[Rehearsed] | None = None, *, made: Files | None = None, world_size: int = 1
+    recipe: Recipe,
+    rehearsed: list[Rehearsed] | None = None,
+    *,
+    made: Files | None = None,
+    world_size: int = 1,
+    before: list[StagePlan] | None = None,
 ) -> list[StagePlan]:
     """Plans every stage; the tensors that are still to be made have their shapes.
+
+    Args:
+        before: plans from when less had been made; what did not change is not rehearsed again.
 
     Raises:
         ConfigError: anything that the first step of a stage, or what it makes, would have failed at.
     """
     tensors: dict[str, Tensor] = {}
-    plans = []
+    plans: list[StagePlan] = []
     for one in rehearsed if rehearsed is not None else describe_stages(recipe, made):
         tensors |= made_tensors(one.stage, made or {})
-        plan = plan_stage(one.stage, one.specs, recipe, world_size=world_size, made=tensors)
+        plan = _planned_alike(one, [*plans, *(before or [])])
+        if plan is None:
+            plan = plan_stage(one.stage, one.specs, recipe, world_size=world_size, made=tensors)
         for name, make in one.stage.make.items():
             shape = _rehearse(make, plan, recipe, tensors)
             if shape is not None:
@@ -89,9 +99,32 @@ def plan_stages(
     return plans
 
 
+def _planned_alike(one: Rehearsed, plans: list[StagePlan]) -> StagePlan | None:
+    """The plan of a stage that is rehearsed just as this one is, such as that of an earlier round; None without one."""
+    if next(made_operands(one.stage), None) is not None:
+        return None
+    wanted = _what_is_rehearsed(one.stage)
+    for plan in plans:
+        if plan.specs == one.specs and _what_is_rehearsed(plan.stage) == wanted:
+            roles = {name: replace(role, config=one.stage.roles[name]) for name, role in plan.roles.items()}
+            return replace(plan, stage=one.stage, specs=one.specs, roles=roles)
+    return None
+
+
+def _what_is_rehearsed(stage: StageConfig) -> StageConfig:
+    """A stage without what no rehearsal depends on: its name, where weights come from, which samples there are."""
+    roles = {name: replace(role, weights=None) for name, role in stage.roles.items()}
+    own = Named(type="")
+    data = {n: replace(s, dataset=own, made=None, subset=None, labels=None) for n, s in stage.data.items()}
+    return replace(stage, name="", roles=roles, data=data, make={name: m.part for name, m in stage.make.items()})  # type: ignore[arg-type]
+
+
 def reads_made(stage: StageConfig) -> bool:
     """Whether what earlier stages make changes how a stage is planned."""
-    data = any(s.made or isinstance(s.subset, str | tuple) or isinstance(s.labels, str) for s in stage.data.values())
+    data = False
+    for source in stage.data.values():
+        chosen = source.subset if isinstance(source.subset, tuple) else (source.subset,)
+        data = data or bool(source.made) or any(isinstance(text, str) for text in (*chosen, source.labels))
     return data or any(role.made for role in stage.roles.values()) or next(made_operands(stage), None) is not None
 
 
