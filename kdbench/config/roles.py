@@ -262,7 +262,8 @@ def bind_inputs(
 
 def _circle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | None:
     """The way along inputs that leads from a role back to itself, or None."""
-    waiting, visited = [(name,)], set()
+    waiting: list[tuple[str, ...]] = [(name,)]
+    visited: set[str] = set()
     while waiting:
         chain = waiting.pop()
         role = roles[chain[-1]]
