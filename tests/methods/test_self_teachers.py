@@ -241,7 +241,7 @@ BARS = {
     "two_inputs": 91,
     "rco": 94,
 }
-"""Top-1 in percent of the whole run, well below what was seen with seed 1."""
+"""Top-1 in percent of the whole run, well below what was seen with seeds 1 and 2."""
 
 
 @pytest.mark.slow

@@ -256,14 +256,14 @@ BARS = {
     "fsp": 80,
     "ab": 80,
     "ft": 78,
-    "simkd": 90,
+    "simkd": 85,
     "srrl": 93,
-    "kd_plus_plus": 92,
+    "kd_plus_plus": 88,
     "mcmi": 94,
     "ernie_tiny": 60,
     "diswot": 94,
 }
-"""Top-1 in percent of the whole run, well below what was seen with seed 1."""
+"""Top-1 in percent of the whole run, well below what was seen with seeds 1 and 2."""
 
 
 @pytest.mark.slow
