@@ -101,3 +101,38 @@ class FeaturePrecision(_PerClass):
     def shape(self, facts: Facts) -> tuple[int, ...]:
         elements = facts.shapes["features"][0]
         return (len(facts.classes), elements, elements)
+
+
+@MAKERS.register("nearest_mean", makes="model", operands=("features",), candidates="candidates")
+class NearestMeanMaker(Maker):
+    """The classifier of iCaRL: each class's mean of features of length 1, itself at length 1.
+
+    Over a source of exemplars it is the nearest mean of exemplars. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725,
+    algorithm 1 and section 2.1. A later stage takes it as `model: {made: STAGE.NAME}`, on the same features.
+
+    features: (samples, values). candidates: {nearest: nearest_mean}, the model that is given the means.
+    """
+
+    def __init__(self, candidates: dict) -> None:  # type: ignore[type-arg]
+        if len(candidates) != 1:
+            raise ConfigError(f"nearest_mean: there is one candidate, the model of the means, got {len(candidates)}")
+        self.candidates = candidates
+
+    def check(self, facts: Facts) -> None:
+        shape = facts.shapes.get("features", (1,))
+        if len(shape) != 1:
+            raise ValueError(f"reads a feature vector per sample, but the operand is {list(shape)}")
+
+    def __call__(self, pool: Pool) -> dict[str, Any]:
+        found = pool.gathered("features", "label")
+        features = torch.nn.functional.normalize(found["features"].double(), dim=1)
+        label, classes = found["label"], len(pool.facts.classes)
+        means = torch.zeros(classes, features.shape[1], dtype=features.dtype)
+        for number in range(classes):
+            if (label == number).any():
+                means[number] = features[label == number].mean(0)
+        means = torch.nn.functional.normalize(means, dim=1)
+        params = dict(next(iter(self.candidates.values())))
+        kind = params.pop("type")
+        told = {"samples": int((label >= 0).sum()), "classes": int((means != 0).any(1).sum())}
+        return {"type": kind, "params": {**params, "means": means.tolist()}, "told": told}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdbench.errors import ConfigError
 from kdbench.registry import MODELS
@@ -42,3 +43,38 @@ class TaskLogits(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         return torch.where(self.inside, logits, self.OUT)
+
+
+@MODELS.register("nearest_mean", version=1, paper="https://arxiv.org/abs/1611.07725", image=(64,))
+class NearestMean(nn.Module):
+    """A classifier without training: the class whose mean feature is nearest, both at length 1: iCaRL's.
+
+    Output: minus the Euclidean distance to each class's mean. The maker `nearest_mean` finds the means. A class without
+    samples has mean 0 and is never nearest to what points anywhere near another mean.
+
+    Shapes: (batch, values) -> (batch, num_classes).
+
+    Args:
+        num_classes: of the data; the engine gives it.
+        input_shape: of one sample of the feature; the engine gives it.
+        means: of the classes, num_classes lists of as many values as the feature has; null: 0.
+    """
+
+    means: Tensor
+
+    def __init__(
+        self, num_classes: int = 10, input_shape: tuple[int, ...] = (64,), means: list[list[float]] | None = None
+    ) -> None:
+        super().__init__()
+        if len(input_shape) != 1:
+            raise ConfigError(f"nearest_mean: reads one vector per sample, but what it sees is {list(input_shape)}")
+        value = torch.zeros(num_classes, input_shape[0]) if means is None else torch.tensor(means)
+        if tuple(value.shape) != (num_classes, input_shape[0]):
+            raise ConfigError(
+                f"nearest_mean: means must be {num_classes} lists of {input_shape[0]} values, got {list(value.shape)}"
+            )
+        self.register_buffer("means", value)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        unit, means = F.normalize(feature, dim=1), F.normalize(self.means, dim=1)
+        return -torch.linalg.vector_norm(unit.unsqueeze(1) - means, dim=2)

@@ -18,7 +18,7 @@ class ICaRL(Term):
 
     loss = sum_k BCE(sigmoid(student_k), t_k), t_k = sigmoid(teacher_k) for k in `old`, else 1 for the label's class and
     0 for others. The sum over the classes as in the paper (equation in algorithm 3); its code takes the mean.
-    Hidden labels (negative) give 0.
+    Without old classes (`old: []`, the first task) all targets are labels. Hidden labels (negative) give 0.
 
     Rebuffi, Kolesnikov, Sperl and Lampert, iCaRL: Incremental Classifier and Representation Learning, CVPR 2017,
     arXiv:1611.07725.
@@ -27,19 +27,19 @@ class ICaRL(Term):
 
     def __init__(self, old: list[int]) -> None:
         super().__init__()
-        if not old or min(old) < 0 or len(set(old)) != len(old):
+        if any(number < 0 for number in old) or len(set(old)) != len(old):
             raise ConfigError(f"icarl: old lists the numbers of the old classes, each once, got {old}")
         self.old = tuple(old)
 
     def check_shapes(self, **shapes: Size) -> None:
         equal_classes(shapes["student"], shapes["teacher"])
-        if max(self.old) >= shapes["student"][1]:
+        if self.old and max(self.old) >= shapes["student"][1]:
             raise ValueError(f"names old class {max(self.old)}, but there are {shapes['student'][1]} classes from 0 on")
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         old = torch.zeros(student.shape[1], dtype=torch.bool, device=student.device)
-        old = old.scatter(0, torch.tensor(self.old, device=student.device), True)
+        old = old.scatter(0, torch.tensor(self.old, dtype=torch.int64, device=student.device), True)
         hard = torch.zeros_like(student).scatter(1, label.clamp(min=0).unsqueeze(1), 1)
         target = torch.where(old, teacher.sigmoid(), hard)
         return torch.where(label < 0, 0, (F.softplus(student) - target * student).sum(1))

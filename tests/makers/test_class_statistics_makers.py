@@ -92,6 +92,23 @@ def test_statistics_refuse_what_they_cannot_be_made_of(kind):
     assert tuple(MAKERS.build(kind, {})(pool(features()))["value"].shape) == MAKERS.build(kind, {}).shape(facts)
 
 
+# The nearest mean
+
+
+def test_nearest_mean_has_the_unit_means_of_unit_features():
+    rows = features()
+    rows["label"][rows["label"] == 2] = -100
+    made = MAKERS.build("nearest_mean", {"candidates": {"nearest": {"type": "nearest_mean"}}})(pool(rows))
+    assert made["type"] == "nearest_mean" and made["told"] == {"samples": 36, "classes": 2}
+    for c in (0, 1):
+        unit = rows["features"][rows["label"] == c].double()
+        mean = (unit / unit.norm(dim=1, keepdim=True)).mean(0)
+        torch.testing.assert_close(torch.tensor(made["params"]["means"][c]).double(), mean / mean.norm())
+    assert not any(made["params"]["means"][2])
+    with pytest.raises(ConfigError, match="one candidate"):
+        MAKERS.build("nearest_mean", {"candidates": {}})
+
+
 # Fisher information
 
 

@@ -1,4 +1,4 @@
-"""One classifier, seen as one head per task."""
+"""One classifier, seen as one head per task; and the nearest mean, which needs no training."""
 
 import pytest
 import torch
@@ -29,3 +29,20 @@ def test_other_classes_say_nothing_to_a_divergence_of_two_tasks_in_half_precisio
 def test_refuses_classes_that_there_are_not(keep):
     with pytest.raises(ConfigError, match="class numbers from 0 to 4"):
         MODELS.build("task_logits", {"keep": keep}, input_shape=(5,))
+
+
+def test_the_nearest_mean_is_the_one_in_the_same_direction():
+    means = [[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]
+    model = MODELS.build("nearest_mean", {"means": means}, num_classes=3, input_shape=(2,))
+    feature = torch.tensor([[5.0, 1.0], [0.1, 0.2], [-0.01, 0.0]])
+    unit = torch.nn.functional.normalize(feature.double(), dim=1)
+    expected = -torch.cdist(unit, torch.nn.functional.normalize(torch.tensor(means).double(), dim=1))
+    torch.testing.assert_close(model(feature).double(), expected, rtol=1e-5, atol=1e-6)
+    assert model(feature).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_nearest_mean_refuses_means_of_another_shape():
+    with pytest.raises(ConfigError, match="3 lists of 4 values"):
+        MODELS.build("nearest_mean", {"means": [[1.0, 0.0]]}, num_classes=3, input_shape=(4,))
+    with pytest.raises(ConfigError, match="one vector per sample"):
+        MODELS.build("nearest_mean", {}, num_classes=3, input_shape=(4, 2, 2))
