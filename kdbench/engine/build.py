@@ -60,6 +60,7 @@ class Layout:
     order: roles, each after those that it sees. features: what to capture in each role. terms: the names of the terms
     that count (those of constant weight 0 are left out). sources: the source at the root of each role's input.
     fields: of each source, the shape of one sample of each field. samples: how many each source's split has in all.
+    unmeasured: the roles that do not give a value for each class of the evaluation source.
     """
 
     order: tuple[str, ...]
@@ -71,6 +72,7 @@ class Layout:
     overwritten: Mapping[str, frozenset[Feature]] = field(default_factory=dict)
     fields: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     samples: Mapping[str, int] = field(default_factory=dict)
+    unmeasured: frozenset[str] = frozenset()
 
     def step_sources(self, stage: StageConfig) -> tuple[str, ...]:
         """The sources that a step reads: those of the roles, and those whose fields a term reads."""

@@ -150,7 +150,9 @@ def plan_stage(
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
 
-    layout, models, calls, flops, device = _survey(stage, layout, specs, recipe.seed)
+    layout, models, calls, flops, device = _survey(
+        stage, layout, specs, recipe.seed, stage.name == recipe.stages[-1].name
+    )
     tensors = {name: tensor if device == META else torch.zeros(tensor.shape) for name, tensor in tensors.items()}
     network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, made=tensors)
     updates, saved = _rehearse(network, stage, layout, specs, device)
@@ -176,7 +178,9 @@ def plan_stage(
     owned = {name: sum(p.numel() for p in network.term(name).parameters()) for name in layout.terms}
     batch = max((spec_batch(stage, source) for source in layout.step_sources(stage)), default=1)
     memory = _memory(models, network, saved * batch // ROWS)
-    return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, _notes(stage, specs, terms))
+    return StagePlan(
+        stage, layout, specs, roles, updates, adapters, owned, memory, _notes(stage, specs, terms, layout.unmeasured)
+    )
 
 
 def spec_batch(stage: StageConfig, source: str) -> int:
@@ -263,7 +267,7 @@ def _refuse_parted_selection(stage: StageConfig, world_size: int) -> None:
 
 
 def _survey(
-    stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int
+    stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int, last: bool
 ) -> tuple[Layout, dict[str, nn.Module], dict[str, list[ModuleCall]], dict[str, int], torch.device]:
     """Builds all models on meta (where one cannot live there, all on the CPU), and runs each once in eval mode."""
     for device in (META, torch.device("cpu")):
@@ -276,7 +280,7 @@ def _survey(
                 raise error.reason from None
             continue
         found = replace(layout, facts=survey.facts, shapes=survey.shapes, overwritten=survey.overwritten)
-        return found, survey.models, survey.calls, survey.flops, device
+        return replace(found, unmeasured=survey.unmeasured(last)), survey.models, survey.calls, survey.flops, device
     raise AssertionError("unreachable")
 
 
@@ -302,6 +306,27 @@ class _Survey:
         self.values: dict[tuple[str, Feature], Tensor] = {}
         self.shapes: dict[tuple[str, Feature], tuple[int, ...]] = {}
         self.overwritten: dict[str, frozenset[Feature]] = {}
+        self.outputs: dict[str, tuple[int, ...]] = {}
+
+    def unmeasured(self, last: bool) -> frozenset[str]:
+        """The roles that cannot be evaluated, because they do not give a value for each class.
+
+        Raises:
+            ConfigError: the result of the recipe is one of them.
+        """
+        spec, stage = self.specs.get("eval"), self.stage
+        if spec is None or spec.classes is None:
+            return frozenset()
+        shapes = self.outputs.items()
+        found = frozenset(name for name, shape in shapes if len(shape) != 1 or shape[0] < spec.classes)
+        for name in (stage.export, *stage.evaluate):
+            if name in found and (last or name in stage.evaluate):
+                raise ConfigError(
+                    f"{stage.roles[name].place}: role {name!r} gives {list(self.outputs[name])} per sample, but what "
+                    f"is evaluated has to give a value for each of the {spec.classes} classes of source 'eval'. Name "
+                    f"another role in `{'export' if name == stage.export else 'evaluate'}`."
+                )
+        return found
 
     def add(self, name: str) -> None:
         """Builds a role on what the roles before it give, and runs it."""
@@ -321,6 +346,7 @@ class _Survey:
             with counter, torch.no_grad():
                 output = model(*inputs)
         self.flops[name] = counter.get_total_flops() // ROWS
+        self.outputs[name] = tuple(model_output(output).shape[1:])
         spoiled = set()
         for feature in self.layout.features[name]:
             tensor = model_output(output, feature.path) if feature.is_output else None
@@ -504,8 +530,12 @@ def _memory(models: Mapping[str, nn.Module], network: Network, activations: int)
     return weights + learning + activations
 
 
-def _notes(stage: StageConfig, specs: Mapping[str, SourceSpec], terms: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(
+    stage: StageConfig, specs: Mapping[str, SourceSpec], terms: tuple[str, ...], unmeasured: frozenset[str]
+) -> tuple[str, ...]:
     notes = [f"data {name}: {spec.problem}" for name, spec in specs.items() if spec.problem]
+    if stage.export in unmeasured:
+        notes.append(f"{stage.export} gives no value for each class, so this stage is not evaluated")
     notes += [f"term {name} has weight 0 and costs nothing" for name in stage.terms if name not in terms]
     return tuple(dict.fromkeys(notes))
 

@@ -54,6 +54,8 @@ class Judge:
         self.splits |= {n: n[len(APART) :] for n in sources if n.startswith(APART) and sources[n].classes}
         if stage.roles[stage.export].also:  # an evaluation shows images alone
             self.splits = {}
+        if stage.export in plan.layout.unmeasured:
+            self.splits = {}
         teacher = teacher_of(stage)
         self.teacher = teacher if teacher is not None and upstream_role(teacher) is None and not teacher.also else None
 

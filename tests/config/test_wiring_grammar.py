@@ -133,6 +133,12 @@ WRONG = {
         ["the rows of the whole batch", "accumulate: 2"],
         ["accumulate=2"],
     ),
+    "a result that has no classes": (
+        "models: {maker: {model: t_generator, input: noise.z}}\n"
+        "data: {noise: {type: gaussian, shape: [6], samples: 64}}\n"
+        "terms: {ce: cross_entropy}\nexport: maker",
+        ["role 'maker' gives [1, 8, 8] per sample", "each of the 4 classes", "`export`"],
+    ),
     "a selection without a number": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random}}]",
         ["say how many rows stay"],
