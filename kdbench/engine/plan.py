@@ -455,7 +455,7 @@ def _rehearse(
         owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
         learning = {n: p for n, p in owned.items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
-        if update.models and not any(not n.startswith("terms.") for n in reached):
+        if all(name.startswith("terms.") and ".adapter." in name for name in reached):
             said = f"{what} reaches no parameter of {models}; only an adapter on a detached operand would learn"
             raise ConfigError(f"{where}: nothing to update: {said}, and nothing would be taught")
         updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached)))

@@ -335,7 +335,7 @@ class Runner:
         """Everything that the stage needs to go on; frozen roles come from where they came from."""
         roles = {n: self.network.role(n) for n in self.plan.layout.order}
         used = [n for n, r in roles.items() if r.config.transforms]
-        if roles[self.stage.export].config.mode == "same":  # a part of another network that is the result, as in SimKD
+        if roles[self.stage.export].config.mode == "same":  # its root may be frozen, which no checkpoint holds
             used.append(self.stage.export)
         return {
             "step": self.done,

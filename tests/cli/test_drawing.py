@@ -92,7 +92,7 @@ LINES = {
     ("mst_distill", "distil"): [
         " ── kd ─> student  (routed by top_k)",
         "── balance ─> term:kd.gate",
-        "│  │  └─ both_pool3 (both:pool itself)",
+        "both:fc itself)",
         "moves     student by ce, kd, balance",
     ],
     ("lwf", "learn@2"): ["was1 ── old ─> task1", "was2 ── old ─> task2", "└─ teacher (frozen, from stage warm_up@2)"],

@@ -20,8 +20,8 @@ REFERENCES = [term_reference, logit_reference, feature_reference]
 ELSEWHERE = {
     "vid": "test_variational",
     "crd": "test_contrastive",
-    "weight_distance": "test_weights",
-    "ewc": "test_weights",
+    "weight_distance": "test_weight_terms",
+    "ewc": "test_weight_terms",
     "last_batch": "test_self_teaching",
     "cmi": "test_class_statistics",
     "scar": "test_class_statistics",

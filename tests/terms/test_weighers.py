@@ -26,7 +26,7 @@ def operands(name, dtype=torch.float64, seed=0):
 
 
 def test_every_weigher_is_tested():
-    assert set(ALL) == {name for name, entry in WEIGHERS.entries.items() if entry.module.startswith("kdbench")}
+    assert {*ALL, "outside"} == {name for name, entry in WEIGHERS.entries.items() if entry.module.startswith("kdbench")}
 
 
 def entropy(logits):
@@ -63,6 +63,18 @@ def test_weights_are_those_of_the_formula_detached_and_row_by_row(name):
 def test_half_precision_gives_float32_and_nothing_is_read_on_the_host(name):
     assert weigher(name)(**operands(name, torch.bfloat16)).dtype == torch.float32
     assert runs_without_reading(lambda: weigher(name), operands(name, torch.float32)).shape == (6,)
+
+
+def test_outside_leaves_out_what_the_judge_takes_for_one_of_the_classes():
+    judge = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]], dtype=torch.float64, requires_grad=True)
+    weight = weigher("outside", classes=[1])(judge=judge)
+    assert weight.tolist() == [1, 0, 1] and not weight.requires_grad
+    assert weigher("outside", classes=[0, 2])(judge=judge).tolist() == [0, 1, 0]
+    assert runs_without_reading(lambda: weigher("outside", classes=[1]), {"judge": judge.detach().float()}).shape == (
+        3,
+    )
+    with pytest.raises(ConfigError, match="lists class numbers"):
+        weigher("outside", classes=[])
 
 
 def test_forward_and_reverse_divergence_take_turns_where_one_side_is_surer():
