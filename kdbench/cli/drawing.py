@@ -77,11 +77,7 @@ def _running(plan: StagePlan) -> list[str]:
     """The roles that run in a stage: what terms and makers read, what is measured, and what those see."""
     stage = plan.stage
     waiting = [stage.export, *stage.evaluate]
-    read = [leaf for name in plan.layout.terms for leaf in stage.terms[name].reads()]
-    read += [leaf for m in stage.make.values() for operand in m.part.operands.values() for leaf in operand.leaves()]
-    chosen = [o for update in stage.updates if update.select for o in update.select.operands.values()]
-    read += [leaf for operand in chosen for leaf in operand.leaves()]
-    waiting += [leaf.role for leaf in read if leaf.kind == "role"]
+    waiting += [leaf.role for leaf in stage.reads(plan.layout.terms) if leaf.kind == "role"]
     found: set[str] = set()
     while waiting:
         name = waiting.pop()

@@ -159,9 +159,4 @@ def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Place]]:
 
 def made_operands(stage: StageConfig) -> Iterator[Operand]:
     """The operands of a stage's terms, updates and makers that are tensors which an earlier stage made."""
-    for term in stage.terms.values():
-        yield from (operand for operand in term.reads() if operand.kind == "made")
-    parts = [update.select for update in stage.updates] + [make.part for make in stage.make.values()]
-    for part in parts:
-        for operand in part.operands.values() if part is not None else ():
-            yield from (leaf for leaf in operand.leaves() if leaf.kind == "made")
+    return (operand for operand in stage.reads() if operand.kind == "made")

@@ -6,7 +6,7 @@ The loader (`kdbench.config.load`) is the last place that knows YAML, Hydra and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -304,6 +304,24 @@ class StageConfig:
     log_every: int = 50
     precision: Precision = "float32"
     sync_batchnorm: bool = False
+
+    def observers(self) -> dict[str, Part]:
+        """The makers and selectors, which read operands beside the terms, by who they are."""
+        found = {f"make.{name}": make.part for name, make in self.make.items()}
+        return found | {f"select.{i}": u.select for i, u in enumerate(self.updates) if u.select is not None}
+
+    def reads(self, terms: Iterable[str] | None = None, *, makers: bool = True) -> Iterator[Operand]:
+        """Everything that terms (all, unless some are named), selectors and makers read, combinations taken apart.
+
+        Args:
+            makers: false leaves out what is read at the end of the stage, not in its steps.
+        """
+        for name in self.terms if terms is None else terms:
+            yield from self.terms[name].reads()
+        for owner, part in self.observers().items():
+            if makers or not owner.startswith("make."):
+                for operand in part.operands.values():
+                    yield from operand.leaves()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,7 @@ def _update(
     models, names = fields.texts("models"), fields.texts("terms")
     if not names:
         fields.fault("", "an update needs `terms`, a list of names.")
-    if not models and not any(TERMS.entry(terms[name].type).facts.get("learns") for name in names if name in terms):
+    if not models:
         fields.fault("", "an update needs `models`, a list of names.")
     for name in models:
         if name not in roles:

@@ -78,15 +78,7 @@ class Layout:
         """The sources that a step reads: those of the roles, and those whose fields a term reads."""
         found = list(self.sources.values())
         found += [a.split(".", 1)[0] for name in self.order for a in inputs_of(stage.roles[name]) if ":" not in a]
-        read = [operand for name in self.terms for operand in stage.terms[name].reads()]
-        read += [
-            o
-            for update in stage.updates
-            if update.select
-            for op in update.select.operands.values()
-            for o in op.leaves()
-        ]
-        found += [operand.role for operand in read if operand.kind == "field"]
+        found += [operand.role for operand in stage.reads(self.terms, makers=False) if operand.kind == "field"]
         return tuple(dict.fromkeys(found))
 
 
@@ -196,12 +188,12 @@ class Setting:
         shapes = {name: tuple(self.shape(own)) for name, own in part.operands.items()}
         with seeded(self.seed, "term", *key, "combiner"):
             combiner = _built(COMBINERS, part.type, part.params, part.place, parts=len(operand.parts), shapes=shapes)
-        parts = [self.part_reader(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
-        named = {name: self.reader(own, None, *key, name) for name, own in part.operands.items()}
+        parts = [self.alone(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
+        named = {name: self.alone(own, *key, name) for name, own in part.operands.items()}
         return Reader(operand, adapter, combiner=combiner, parts=parts, named=named)
 
-    def part_reader(self, operand: Operand, *key: str) -> Reader:
-        """A part of a combination; its adapter makes it the shape of what it was, where it needs none other."""
+    def alone(self, operand: Operand, *key: str) -> Reader:
+        """Reads an operand that is compared with no other; an adapter, where it has one, keeps its shape."""
         adapter = self.adapter(operand, None, operand, *key) if operand.adapter is not None else None
         return self.reader(operand, adapter, *key)
 
@@ -282,7 +274,7 @@ def _build_edge(
         raise ConfigError(f"{config.place}: term {config.name!r} ({config.type}) {error} ({operands})") from None
     student = setting.reader(edge.student, student_adapter, *key, "student")
     teacher = None if edge.teacher is None else setting.reader(edge.teacher, teacher_adapter, *key, "teacher")
-    named = {name: setting.reader(operand, None, *key, name) for name, operand in config.operands.items()}
+    named = {name: setting.alone(operand, *key, name) for name, operand in config.operands.items()}
     return TermEdge(edge, term, student, teacher, named, source)
 
 
@@ -302,7 +294,7 @@ def _build_routed(
     facts = {**setting.layout.facts[setting.stage.export].injected, "edges": len(config.edges), "shapes": shapes}
     with seeded(setting.seed, "term", config.name, what):
         built = _built(registry, part.type, params, part.place, **facts)
-    named = {name: setting.reader(operand, None, config.name, what, name) for name, operand in part.operands.items()}
+    named = {name: setting.alone(operand, config.name, what, name) for name, operand in part.operands.items()}
     return Routed(built, registry.entry(part.type), named)
 
 
@@ -347,17 +339,10 @@ def build_network(
         gives = frozenset(operand.path for operand in wanted if operand.role == name)
         terms[name] = build_term(stage.terms[name], setting, gives)
     observers = {
-        owner: {name: setting.reader(operand, None, owner, name).to(device) for name, operand in part.operands.items()}
-        for owner, part in observers_of(stage).items()
+        owner: {name: setting.alone(operand, owner, name).to(device) for name, operand in part.operands.items()}
+        for owner, part in stage.observers().items()
     }
     return Network(roles, terms, layout.sources, world, observers)
-
-
-def observers_of(stage: StageConfig) -> dict[str, Part]:
-    """The makers and selectors of a stage, which read operands beside the terms."""
-    found = {f"make.{name}": make.part for name, make in stage.make.items()}
-    found |= {f"select.{i}": u.select for i, u in enumerate(stage.updates) if u.select is not None}
-    return found
 
 
 def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
@@ -390,9 +375,7 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
 def wanted_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
     """What to capture in each role: what terms, selectors and makers read, and what other roles see."""
     wanted: dict[str, list[Feature]] = {name: [] for name in order}
-    read = [operand for name in terms for operand in stage.terms[name].reads()]
-    read += [leaf for part in observers_of(stage).values() for o in part.operands.values() for leaf in o.leaves()]
-    for operand in read:
+    for operand in stage.reads(terms):
         if operand.kind == "role" and not operand.is_state:
             wanted[operand.role].append(feature_of(operand))
     for name in order:

@@ -168,7 +168,7 @@ class Runner:
         first = next(iter(part.operands.values()), None)
         sources, terms = self.plan.layout.sources, self.stage.terms
         source = (source_of(first, sources, terms) if first is not None else None) or self.plan.train_source
-        owner = f"select.{next(i for i, u in enumerate(self.stage.updates) if u.place == update.place)}"
+        owner = f"select.{next(i for i, u in enumerate(self.stage.updates) if u.select is part)}"
         selector = SELECTORS.build(part.type, part.params, part.place).to(self.device)
         return Selection(selector, entry.inputs, owner, source, update.keep)
 
