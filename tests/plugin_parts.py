@@ -99,6 +99,19 @@ class Tokens(nn.Module):
         return self.fc(torch.relu(self.tokens(self.patches(image).flatten(2).transpose(1, 2))).mean(1))
 
 
+@MODELS.register("t_two", version=1)
+class Two(nn.Module):
+    """Sees an image and a vector."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.image, self.vector = nn.Linear(64, num_classes), nn.Linear(6, num_classes)
+
+    def forward(self, image: Tensor, vector: Tensor | None = None) -> Tensor:
+        logits = self.image(image.flatten(1))
+        return logits if vector is None else logits + self.vector(vector)
+
+
 @MODELS.register("t_twice", version=1)
 class Twice(nn.Module):
     """Calls one layer twice, a layer with a keyword argument, an in-place ReLU, and overwrites a layer's output."""

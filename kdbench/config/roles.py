@@ -40,7 +40,7 @@ def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...])
             written[name] = (top.path(f"models.{name}"), data)
     for name in ("teacher", "student"):
         data = top.raw(name)
-        if data is None:
+        if data is None or models.get(name, data) is None:  # `models: {student: null}` in a round removes `student:`
             continue
         if name in written:
             where = context.place(written[name][0])

@@ -129,8 +129,8 @@ def _metrics(context: Context, top: Fields, terms_with_teacher: bool) -> tuple[N
     if value is None:
         chosen = [*DEFAULT_METRICS, *(["agreement"] if terms_with_teacher else [])]
         return tuple(Named(type=name) for name in chosen if name in METRICS.entries)
-    if not isinstance(value, list):
-        top.fault("metrics", f"must be a list such as [top1, ece], got {value!r}.")
+    if not isinstance(value, list) or not value:
+        top.fault("metrics", f"must be a list of one or more, such as [top1, ece], got {value!r}.")
         return ()
     read = [named(context, METRICS, item, top.path(f"metrics.{i}"), METRIC_INJECTED) for i, item in enumerate(value)]
     return tuple(metric for metric in read if metric is not None)

@@ -23,7 +23,6 @@ from kdbench.engine.build import (
     SampleFacts,
     build_model,
     build_network,
-    observers_of,
     role_order,
     shared_module,
     transform,
@@ -146,6 +145,8 @@ def plan_stage(
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
     _refuse_parted_selection(stage, world_size)
+    for name in order:
+        _check_side_by_side(stage.roles[name], stage, specs, world_size)
     if not terms and stage.terms and (stage.epochs or stage.steps):
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
@@ -196,6 +197,34 @@ def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec])
     while (upstream := upstream_role(config)) is not None:
         config = stage.roles[upstream]
     return config.input.split(".", 1)[0]
+
+
+def _check_side_by_side(
+    config: RoleConfig, stage: StageConfig, specs: Mapping[str, SourceSpec], world_size: int
+) -> None:
+    """A role that sees two sources row by row needs batches of equal size from both, the last ones too."""
+    sources, waiting = set(), [config]
+    while waiting:
+        for address in inputs_of(waiting.pop()):
+            head = address.split(":" if ":" in address else ".", 1)[0]
+            if ":" in address:
+                waiting.append(stage.roles[head])
+            else:
+                sources.add(head)
+    if len(sources) < 2:
+        return
+    rows = {}
+    for source in sorted(sources):
+        batch, samples = stage.data[source].batch_size, specs[source].samples
+        noise = specs[source].classes is None  # drawn, so that every batch is whole
+        rest = 0 if noise or samples is None else samples % (batch * world_size)
+        rows[source] = (batch, rest)
+    if len({batch for batch, _ in rows.values()}) > 1 or any(rest for _, rest in rows.values()):
+        told = ", ".join(f"{n}: {b}" + (f", the last one {r}" if r else "") for n, (b, r) in rows.items())
+        raise ConfigError(
+            f"{config.place}: role {config.name!r} sees {' and '.join(rows)} side by side, but their batches differ "
+            f"({told}). Give all of them one `batch_size` that leaves no smaller last batch."
+        )
 
 
 def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConfig) -> None:
@@ -356,9 +385,7 @@ class _Survey:
             self.shapes[name, feature] = tuple(tensor.shape[1:])
             self.values[name, feature] = tensor
         self.overwritten[name] = frozenset(spoiled)
-        read = [operand for term in self.layout.terms for operand in stage.terms[term].reads()]
-        read += [leaf for part in observers_of(stage).values() for o in part.operands.values() for leaf in o.leaves()]
-        for operand in read:
+        for operand in stage.reads(self.layout.terms):
             if operand.kind == "role" and operand.role == name and operand.is_state:
                 try:
                     self.shapes[name, feature_of(operand)] = tuple(module_state(model, feature_of(operand)).shape)
@@ -411,10 +438,9 @@ def meta_batch(specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device:
 
 
 def _operand_place(stage: StageConfig, role: str, feature: Feature) -> Any:
-    for term in stage.terms.values():
-        for operand in term.reads():
-            if operand.kind == "role" and operand.role == role and operand.path == feature.path:
-                return f"{operand.place}"
+    for operand in stage.reads():
+        if operand.kind == "role" and operand.role == role and operand.path == feature.path:
+            return f"{operand.place}"
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig, Weights
 from kdbench.engine.distributed import World, synchronise_batchnorm
+from kdbench.engine.features import Feature
 from kdbench.engine.fold import fold_batchnorm
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.roles import root_of
@@ -60,7 +61,7 @@ class Preparation:
             model = model.eval()
             if not config.also and not _reads_state(self.stage, config.name):
                 example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
-                model, _ = fold_batchnorm(model, example, self.plan.layout.features[config.name])
+                model, _ = fold_batchnorm(model, example, _seen(self.stage, self.plan, config.name))
         elif self.stage.sync_batchnorm:
             model = synchronise_batchnorm(model, self.world)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
@@ -92,12 +93,24 @@ def weights_file(weights: Weights, recipe: Recipe) -> Path:
     return beside if not file.exists() and beside.exists() else file
 
 
+def _seen(stage: StageConfig, plan: StagePlan, name: str) -> list[Feature]:
+    """The values inside a network that folding must leave as they are.
+
+    Those that are captured in it, and what comes out of, or is captured in, a part of it that is a role of its own: a
+    convolution alone must not answer for the BatchNorm behind it.
+    """
+    found = list(plan.layout.features[name])
+    for other, config in stage.roles.items():
+        if config.mode == "same" and config.of == name:
+            prefix = f"{config.part}." if config.part else ""
+            inner = [f._replace(path=prefix + f.path) for f in plan.layout.features[other] if not f.is_output]
+            found += inner + ([Feature(config.part)] if config.part else [])
+    return found
+
+
 def _reads_state(stage: StageConfig, name: str) -> bool:
     """Whether something is read off a role's own modules, such as the statistics of a BatchNorm: they must stay."""
-    parts = [make.part for make in stage.make.values()] + [u.select for u in stage.updates if u.select is not None]
-    read = [operand for term in stage.terms.values() for operand in term.reads()]
-    read += [leaf for part in parts for operand in part.operands.values() for leaf in operand.leaves()]
-    return any(o.kind == "role" and o.is_state and root_of(o.role, stage.roles) == name for o in read)
+    return any(o.kind == "role" and o.is_state and root_of(o.role, stage.roles) == name for o in stage.reads())
 
 
 def read_later(recipe: Recipe, stage: StageConfig) -> set[str]:

@@ -139,11 +139,31 @@ WRONG = {
         "terms: {ce: cross_entropy}\nexport: maker",
         ["role 'maker' gives [1, 8, 8] per sample", "each of the 4 classes", "`export`"],
     ),
+    "two sources side by side": (
+        "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
+        "data: {noise: {type: gaussian, shape: [6], samples: 64}, train: {subset: 50}}\n"
+        "terms: {ce: {type: cross_entropy, student: both}}",
+        ["'both' sees noise and train side by side", "train: 16, the last one 2"],
+    ),
+    "nothing to measure": ("terms: {ce: cross_entropy}\nmetrics: []", ["one or more"]),
     "a selection without a number": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random}}]",
         ["say how many rows stay"],
     ),
 }
+
+
+def test_a_null_in_models_removes_what_stands_at_the_top():
+    text = HEAD + "terms: {ce: {type: cross_entropy, student: own}}\nmodels: {own: {model: t_layers}, student: null}"
+    assert sorted(recipe(text).stages[0].roles) == ["own", "teacher"]
+
+
+def test_two_sources_of_whole_batches_may_stand_side_by_side():
+    text = "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
+    text += (
+        "data: {noise: {type: gaussian, shape: [6], samples: 64}}\nterms: {ce: {type: cross_entropy, student: both}}"
+    )
+    assert plan_of(recipe(HEAD + text)).updates
 
 
 @pytest.mark.parametrize("name", WRONG)

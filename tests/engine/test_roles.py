@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support import bench, parts, plan_of, recipe, same  # noqa: F401
+from torch import nn
 
+from kdbench.engine.build import build_network
+from kdbench.engine.distributed import World
+from kdbench.engine.prepare import Preparation
 from kdbench.errors import ConfigError
 
 FROZEN = """
@@ -142,3 +146,40 @@ def test_roles_and_terms_may_have_the_names_of_a_modules_own_methods():
     run.step(2)
     assert not same(before, run.weights()) and same(run.weights("train"), bench(text).weights("train"))
     assert set(run.runner.state_dict()["terms"]) == {"forward", "values", "keys"}
+
+
+def test_a_part_of_a_frozen_network_answers_alone_as_it_is():
+    """The teacher's BatchNorms are folded away, but not into a convolution that is a role of its own."""
+    text = """
+    teacher: {model: {type: t_conv, norm: batch}}
+    student: {model: t_conv}
+    models: {stem: {same: 'teacher:conv1', input: train.image}}
+    terms: {ce: cross_entropy, hint: {type: hint, student: conv1, teacher: 'stem:logits', weight: 0.1}}
+    optimizer: {type: SGD, lr: 0.1}
+    epochs: 1
+    batch_size: 16
+    """
+    loaded = recipe(text)
+    plan = plan_of(loaded)
+    prepared = Preparation(loaded, loaded.stages[0], plan, World(), artefacts={}, produced={})
+    network = build_network(plan.stage, plan.layout, seed=1, device=torch.device("cpu"), prepare=prepared)
+    plain = build_network(plan.stage, plan.layout, seed=1, device=torch.device("cpu"))
+    for bare in (plain.role("teacher").model, network.role("teacher").model):
+        assert isinstance(bare.norm1, nn.BatchNorm2d)
+    assert isinstance(network.role("teacher").model.norm2, nn.Identity), "the other one is folded"
+    image = torch.randn(2, 1, 8, 8)
+    assert torch.equal(network.role("stem").model(image), plain.role("stem").model(image))
+
+
+def test_an_adapter_of_a_further_operand_is_used():
+    text = """
+    student: {model: t_layers}
+    models: {second: {model: t_layers, frozen: true}}
+    teacher: {model: t_layers}
+    terms: {kd: {type: kd, teacher: [teacher, second], route: {type: top_k, k: 2, read: {path: layer1, adapter: mlp}}}}
+    optimizer: {type: SGD, lr: 0.1}
+    epochs: 1
+    batch_size: 16
+    """
+    names = [name for name, _ in bench(text).network.named_parameters()]
+    assert any("route.named.read.adapter" in name for name in names)
