@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, require
+from kdbench.terms.base import Term, feature_maps, require
 from kdbench.terms.numerics import at_least_float32, ratio, safe_sqrt
 
 
@@ -62,12 +62,7 @@ class AttentionTransfer(Term):
         self.p = p
 
     def check_shapes(self, **shapes: Size) -> None:
-        for role in ("student", "teacher"):
-            if len(shapes[role]) != 4:
-                raise ValueError(
-                    f"reads feature maps [channels, height, width], but the {role}'s operand is "
-                    f"{list(shapes[role][1:])} per sample; name a convolutional feature"
-                )
+        feature_maps(student=shapes["student"], teacher=shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return at_loss(student, teacher, self.p)

@@ -115,6 +115,16 @@ def logits_of(role: str, shape: Size, *, least: int = 1) -> None:
         raise ValueError(f"needs at least {least} classes, but the {role} has {shape[1]}")
 
 
+def feature_maps(**shapes: Size) -> None:
+    """Raises ValueError when an operand is no feature map (batch, channels, height, width); by the operands' names."""
+    for name, shape in shapes.items():
+        if len(shape) != 4:
+            raise ValueError(
+                f"reads feature maps [channels, height, width], but the {name}'s operand is {list(shape[1:])} per "
+                "sample; name a convolutional feature"
+            )
+
+
 def require(part: str, rule: Literal["above 0", "at least 0", "at least 1", "in [0, 1]"], **parameters: Number) -> None:
     """Raises ConfigError when a parameter breaks the rule. Tensors pass: their schedule was checked before."""
     for key, value in parameters.items():

@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term
+from kdbench.terms.base import Term, feature_maps
 from kdbench.terms.numerics import at_least_float32, full_precision
-
-SIDES = ("student_from", "student", "teacher_from", "teacher")
 
 
 def flow_matrix(first: Tensor, second: Tensor) -> Tensor:
@@ -63,12 +61,7 @@ class Flow(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        for name in SIDES:
-            if name in shapes and len(shapes[name]) != 4:
-                raise ValueError(
-                    f"reads feature maps [channels, height, width], but the operand {name} is "
-                    f"{list(shapes[name][1:])} per sample"
-                )
+        feature_maps(**shapes)
         for ours, theirs in (("student", "teacher"), ("student_from", "teacher_from")):
             if ours in shapes and theirs in shapes and shapes[ours][1] != shapes[theirs][1]:
                 raise ValueError(

@@ -10,7 +10,7 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_shapes, require
+from kdbench.terms.base import Number, Term, equal_shapes, feature_maps, require
 from kdbench.terms.numerics import (
     at_least_float32,
     full_precision,
@@ -85,12 +85,7 @@ class NeuronSelectivity(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        for role in ("student", "teacher"):
-            if len(shapes[role]) != 4:
-                raise ValueError(
-                    f"reads feature maps [channels, height, width], but the {role}'s operand is "
-                    f"{list(shapes[role][1:])} per sample; name a convolutional feature"
-                )
+        feature_maps(student=shapes["student"], teacher=shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return nst_loss(student, teacher)
