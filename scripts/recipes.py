@@ -39,7 +39,7 @@ def main() -> int:
     names = sorted(f"digits/{path.stem}" for path in (ROOT / "recipes/digits").glob("*.yaml"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     lines = [
-        f"scripts/recipes, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit.stdout.strip()}",
+        f"scripts/recipes.py, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit.stdout.strip()}",
         f"{len(names)} recipes, two at a time, one thread each, seed 1; seconds in training, last top-1 on test",
         "",
     ]

@@ -46,7 +46,7 @@ def said(text: str, *overrides: str) -> str:
 def test_the_recipes_that_are_spoilt_below_are_good():
     for text in (GOOD, STAGED):
         Path("r.yaml").write_text(text)
-        load_recipe("r.yaml")
+        assert load_recipe("r.yaml").stages
 
 
 @pytest.mark.parametrize(

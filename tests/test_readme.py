@@ -62,7 +62,7 @@ def test_there_are_quick_commands():
 @pytest.mark.parametrize("command", [c for c in commands("") if "digits/" in c or "cifar100/" in c])
 def test_a_command_with_a_shipped_recipe_is_valid(command: str):
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
-    load_recipe(words[0], words[1:])
+    assert load_recipe(words[0], words[1:]).stages
 
 
 def test_the_tables_name_what_is_registered():
