@@ -122,7 +122,8 @@ class KDCLMinLogit(Combiner):
     """KDCL-MinLogit: each class's least logit among the parts, after the label's own logit is taken off.
 
     result_k = min_i(z_i,k - z_i,label), 0 at the label: of every wrong class, the least that any network gives it.
-    Hidden labels (negative): the mean of the logits. The authors released no code; this is the text (section 3.2).
+    Hidden labels (negative): the mean of the logits. No code was found, and the text was not at hand: the method as it
+    is known.
 
     Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
     Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
@@ -139,7 +140,8 @@ class KDCLMinLogit(Combiner):
 class KDCLNaive(Combiner):
     """KDCL-Naive: for each sample, the logits of the part with the least cross-entropy.
 
-    Hidden labels (negative): the mean of the logits. The authors released no code; this is the text (section 3.2).
+    Hidden labels (negative): the mean of the logits. No code was found, and the text was not at hand: the method as it
+    is known.
 
     Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
     Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
