@@ -30,7 +30,8 @@ class Search(Maker):
         diswot: their sum. n divides each row by its length; || || is the Frobenius norm.
 
     The released code holds another measure under this name (predictor/pruners/measures/diswot.py), so this follows
-    what is told of the paper, whose formulas were not at hand. There the teacher is untrained too: give the role no `weights`; a trained one works as well.
+    what is told of the paper, whose formulas were not at hand. There the teacher is untrained too: give the role no
+    `weights`; a trained one works as well.
 
     Exhaustive by default. With `evaluations: N` at most N candidates are scored, by evolution: `population` of them are
     drawn, then again and again one of the best half is changed to a candidate that differs from it in one parameter (in

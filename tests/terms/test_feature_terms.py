@@ -192,7 +192,7 @@ def test_attention_relations_take_the_third_that_is_asked_for(tokens):
 
 VECTOR, MAP, TOKENS = Size((8, 10)), Size((8, 3, 4, 4)), Size((8, 5, 6))
 REFUSED = [
-    ("fsp", {}, {"student": MAP, "teacher": VECTOR}, "the operand teacher"),
+    ("fsp", {}, {"student": MAP, "teacher": VECTOR}, "the teacher's operand is"),
     ("fsp", {}, {"student": MAP, "teacher": MAP, "student_from": MAP, "teacher_from": Size((8, 7, 4, 4))}, "3 and 7"),
     ("ab", {}, {"student": VECTOR, "teacher": MAP}, "pre-activations of equal shape"),
     ("ft", {}, {"student": VECTOR, "teacher": MAP}, "factors of equal shape"),
