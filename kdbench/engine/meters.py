@@ -44,7 +44,7 @@ class Meters:
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
         self.first_bad = torch.full((2 * len(terms),), NEVER, device=device, dtype=torch.int64)
         self.step = torch.zeros((), device=device, dtype=torch.int64)
-        self.steps = 0
+        self.steps = 0  # since the last reading
 
     def positions(self, terms: tuple[str, ...]) -> Tensor:
         """Where the values of an update's terms are added."""
@@ -58,8 +58,8 @@ class Meters:
         self.first_bad[positions] = torch.minimum(self.first_bad[positions], bad)
 
     def end_step(self) -> None:
+        """Counts a step on the device; `steps`, on the host, is counted by whoever drives the steps."""
         self.step += 1
-        self.steps += 1
 
     def read(self, world: World) -> Reading:
         """Waits for the device, returns the means and starts anew. Every rank must call it."""

@@ -12,7 +12,7 @@ from kdbench.config.schema import Operand, RoleConfig
 from kdbench.engine.distributed import World
 from kdbench.engine.features import module_state
 from kdbench.engine.groups import Count, TermGroup
-from kdbench.engine.readers import Batch, Reader, Values, feature_of
+from kdbench.engine.readers import Batch, Reader, Values, feature_of, given_key
 from kdbench.engine.roles import Role, input_feature, inputs_of, root_of, upstream_roles
 
 
@@ -86,7 +86,7 @@ class Network(nn.Module):
         return self._run(batch, self.needed(terms), moving)
 
     def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
-        """Runs each needed role once. Without gradient where nothing that moves is the role or stands upstream."""
+        """Runs each needed role once, unless the batch has what it gives. Without gradient where nothing that moves is the role or stands upstream."""
         moving = set(moving)
         with_gradient: set[str] = set()
         values: Values = {}
@@ -94,11 +94,15 @@ class Network(nn.Module):
             if name not in needed:
                 continue
             role = self.role(name)
+            fields = batch[self.sources[name]]
+            if role.features and given_key(name, role.features[0]) in fields:
+                values |= {(name, feature): fields[given_key(name, feature)] for feature in role.features}
+                continue
             config = role.config
             if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(upstream_roles(config)):
                 with_gradient.add(name)
             for module in role.synced:
-                module.valid = batch[self.sources[name]].get("valid")
+                module.valid = fields.get("valid")
             with nullcontext() if name in with_gradient else torch.no_grad():
                 for feature, value in role(*(self._input(a, batch, values) for a in inputs_of(config))).items():
                     values[name, feature] = value

@@ -26,6 +26,15 @@ def term_key(name: str, output: str) -> tuple[str, str]:
     return f"term:{name}", output
 
 
+def given_key(role: str, feature: Feature) -> str:
+    """The field of a role's source that holds a feature which was computed before the step; no other field has a colon.
+
+    Whoever puts it there (a teacher that runs ahead, a table of its logits) gives every feature that the role captures,
+    a row for each sample of the batch; the role then does not run.
+    """
+    return f"{role}:{feature}"
+
+
 class Reader(nn.Module):
     """Reads one operand: looks it up, combines its parts, and passes it through its adapter.
 

@@ -41,6 +41,7 @@ class Role(nn.Module):
         self.kept_apart = root.frozen if root is not None else self.frozen
         self.synced = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
         self.capture = Capture(model, features, overwritten=overwritten, stop=True)
+        self.features: tuple[Feature, ...] = self.capture.features
         self.train(self.learns)
 
     def train(self, mode: bool = True) -> Role:

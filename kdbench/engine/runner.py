@@ -123,6 +123,8 @@ class Runner:
         self.losses: Callable[..., tuple[Tensor, Tensor]] = network
         if self.compiling:
             self.losses = compiled(network, fullgraph=True, dynamic=False)
+        self.perform: Callable[[Sequence[Batch]], None] = self.execute
+        """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""
         self.say: Callable[[str], None] = print
         self.grad_norm: Tensor | None = None
         network.train()
@@ -180,6 +182,13 @@ class Runner:
         Args:
             window: the micro-batches of the effective batch (one, unless the recipe accumulates).
         """
+        self.perform(window)
+        self.meters.steps += 1
+        self.done += 1
+        self.lap("optimiser")
+
+    def execute(self, window: Sequence[Batch]) -> None:
+        """What the device does in a step, and nothing that the host counts: it may be captured and replayed."""
         for group in self.groups:
             for _ in range(group[0].config.repeat):
                 for update in group:
@@ -190,8 +199,6 @@ class Runner:
             self.align()
         self._follow()
         self.meters.end_step()
-        self.done += 1
-        self.lap("optimiser")
 
     def _differentiate(self, update: Update, window: Sequence[Batch]) -> None:
         """Leaves the gradients of the effective batch, over all ranks, in the update's parameters."""
