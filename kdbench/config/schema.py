@@ -15,6 +15,7 @@ from kdbench.errors import Place
 NOWHERE = Place()
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
+Compile = bool | Literal["max", "capture"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +367,7 @@ class Recipe:
     published: Published | None = None
     # Below: no part of a run's identity.
     device: str = "auto"
-    compile: bool = False
+    compile: Compile = False
     channels_last: bool | None = None
     workers: int = 0
     data_root: str = "data"
@@ -375,3 +376,12 @@ class Recipe:
     fresh: bool = False
     tensorboard: bool = True
     keep_epochs: tuple[int, ...] = ()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the forward, the terms and the backward of a step go through torch.compile."""
+        return self.compile in (True, "max")
+
+    def captures(self, device_type: str) -> bool:
+        """Whether a step is recorded as a CUDA graph."""
+        return self.compile is not False and device_type == "cuda"

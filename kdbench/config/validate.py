@@ -52,7 +52,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         "notes": top.take("notes", "str", ""),
         "seed": top.take("seed", "int", 1),
         "device": top.take("device", "str", "auto", DEVICE),
-        "compile": top.take("compile", "bool", False),
+        "compile": top.take("compile", "bool | Literal['max', 'capture']", False),
         "channels_last": top.take("channels_last", "bool"),
         "workers": top.take("workers", "int", 0, NOT_NEGATIVE),
         "data_root": top.take("data_root", "str", "data"),

@@ -50,6 +50,19 @@ def describe_device(device: torch.device) -> str:
     return f"{name} ({platform.machine()}{threads})"
 
 
+def refuse_precision(precision: str, device: torch.device) -> None:
+    """Raises ConfigError where the device cannot compute in this precision, before anything is spent."""
+    if precision == "float64" and device.type == "mps":
+        raise ConfigError("precision: float64 is not there on an Apple GPU. Write device=cpu, or precision=float32.")
+    if precision == "bf16" and device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ConfigError(
+                f"precision: bf16 needs a GPU of compute capability 8.0 or more; {torch.cuda.get_device_name(device)} "
+                f"has {major}.{minor}. Write precision=fp16, or precision=float32."
+            )
+
+
 @contextlib.contextmanager
 def precision_settings(precision: str) -> Iterator[None]:
     """Sets which products may round to TF32 on CUDA, and puts the settings back. float32 means float32."""

@@ -86,7 +86,10 @@ class Network(nn.Module):
         return self._run(batch, self.needed(terms), moving)
 
     def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
-        """Runs each needed role once, unless the batch has what it gives. Without gradient where nothing that moves is the role or stands upstream."""
+        """Runs each needed role once, unless the batch has what it gives.
+
+        Without gradient where nothing that moves is the role or stands upstream.
+        """
         moving = set(moving)
         with_gradient: set[str] = set()
         values: Values = {}

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,19 +22,24 @@ UNFIT = {
 }
 """Optimisers of torch.optim that the training step cannot drive, and why."""
 
+FUSED = ("SGD", "Adam", "AdamW")
+"""Those that have one kernel for the whole update on CUDA; it also takes the loss scale of fp16 without a host read."""
+
 
 def build_optimizer(
     config: OptimizerConfig,
     modules: Mapping[str, nn.Module],
     only: Collection[nn.Parameter] | None = None,
+    *,
+    capture: bool = False,
 ) -> Optimizer:
     """Builds the optimiser of one update.
 
     The first parameter group holds what no entry of `config.groups` matches; then follow the entries' groups in the
     order of the recipe (empty ones are left out). Within a group, parameters stand in the order of `modules` and of
     their `named_parameters`, so that the same recipe always gives the same optimiser state. Each group has the key
-    `initial_lr` for `set_lr_factor`. On CPU and CUDA the multi-tensor implementation (`foreach`) is used where the
-    optimiser has one, unless the recipe chooses `foreach` or `fused` itself.
+    `initial_lr` for `set_lr_factor`. On CUDA the fused implementation is used where there is one, else, as on the CPU,
+    the multi-tensor one (`foreach`), unless the recipe chooses `foreach` or `fused` itself.
 
     An entry's `path` names a module or a parameter, with the role (`student.layer4`) or without (`layer4`, in every
     role that has one); negative indices count from the end. Its `type` is the class of a module (everything inside it
@@ -44,6 +50,7 @@ def build_optimizer(
         config: type, parameters and groups.
         modules: role or term name -> module whose parameters may train.
         only: the parameters that a term of this update reaches; None: all. Those without gradient are always left out.
+        capture: keep learning rate and step count on the device, where the optimiser can (`stays_on_device`).
 
     Raises:
         ConfigError: unknown optimiser or parameter, a value that the optimiser refuses, an entry of `groups` that
@@ -75,15 +82,48 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
     groups += [{"params": found, **g.overrides} for g, found in zip(entries, members, strict=True) if found]
     params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
-    if "foreach" in entry.parameters and not {"foreach", "fused", "differentiable"} & set(params):
-        params["foreach"] = all(parameter.value.device.type in ("cpu", "cuda") for parameter in owned)
+    if not {"foreach", "fused", "differentiable"} & set(params):
+        kinds = {parameter.value.device.type for parameter in owned}
+        if kinds == {"cuda"} and config.type in FUSED:
+            params["fused"] = True
+        elif "foreach" in entry.parameters:
+            params["foreach"] = kinds <= {"cpu", "cuda"}
+    if capture and "capturable" in entry.parameters:
+        params.setdefault("capturable", True)
     try:
         optimizer = entry.load()(groups, **params)
     except ValueError as error:  # torch checks ranges itself, such as `Invalid learning rate: -1`
         raise ConfigError(f"{config.place}: optimizer {config.type!r}: {error}") from None
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])
+        if capture and (group.get("capturable") or group.get("fused")):
+            group["lr"] = torch.tensor(group["initial_lr"], device=group["params"][0].device)
     return optimizer
+
+
+def stays_on_device(optimizer: Optimizer) -> bool:
+    """Whether a step of the optimiser reads nothing on the host, so that a CUDA graph of it may be replayed."""
+    return all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+
+
+_WAYS = ("lr", "foreach", "fused", "capturable")
+"""How an optimiser computes, not what: a checkpoint made in one way is read in another."""
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimiser's state with its learning rates as numbers, as they are in every way of computing."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": group["initial_lr"]} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Reads what `optimizer_state` gave, and goes on computing in this optimiser's own way."""
+    own = [{key: group[key] for key in _WAYS if key in group} for group in optimizer.param_groups]
+    groups = [{**saved, **ways} for saved, ways in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, ways in zip(optimizer.param_groups, own, strict=True):
+        group["lr"] = ways["lr"]  # the tensor itself: loading makes a copy
 
 
 def set_lr_factor(optimizer: Optimizer, factor: float) -> None:

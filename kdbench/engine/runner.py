@@ -19,7 +19,7 @@ from kdbench.engine.build import exported_state
 from kdbench.engine.distributed import World, copy_from_main, sum_gradients
 from kdbench.engine.meters import Meters, Reading
 from kdbench.engine.network import Network
-from kdbench.engine.optim import build_optimizer, set_lr_factor
+from kdbench.engine.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr_factor
 from kdbench.engine.plan import StagePlan, moved_roles
 from kdbench.engine.readers import Batch, source_of
 from kdbench.errors import TrainingError
@@ -116,15 +116,20 @@ class Runner:
         self.followers = [r for r in plan.layout.order if self.stage.roles[r].mode in ("ema", "snapshot")]
         self.average = self._start_average()
         self._follow(start=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.stage.precision == "fp16")
-        self.clock = Clock() if device.type == "cpu" and not recipe.compile else None
+        self.scaler = self._new_scaler()
+        self.compiling = recipe.compiles
+        self.clock = Clock() if device.type == "cpu" and not self.compiling else None
         network.lap = self.clock.lap if self.clock else None
-        self.compiling = recipe.compile
         self.losses: Callable[..., tuple[Tensor, Tensor]] = network
         if self.compiling:
-            self.losses = compiled(network, fullgraph=True, dynamic=False)
+            mode = (
+                "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
+            )  # graphs hold the whole step, not parts
+            self.losses = compiled(network, fullgraph=True, dynamic=False, mode=mode)
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
         """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""
+        self.differentiate: Callable[[Update, Sequence[Batch]], None] = self.gradients_of
+        """How the gradients of an update come about; likewise."""
         self.say: Callable[[str], None] = print
         self.grad_norm: Tensor | None = None
         network.train()
@@ -150,7 +155,8 @@ class Runner:
         modules = self._modules(planned.config)
         named = {f"{prefix}.{n}": p for prefix, module in modules.items() for n, p in module.named_parameters()}
         parameters = [named[name] for name in planned.parameters]
-        optimizer = build_optimizer(planned.config.optimizer or self.stage.optimizer, modules, parameters)
+        wanted = planned.config.optimizer or self.stage.optimizer
+        optimizer = build_optimizer(wanted, modules, parameters, capture=self.recipe.captures(self.device.type))
         learning = sum(1 for p in self.network.parameters() if p.requires_grad)
         return Update(
             planned.config,
@@ -192,7 +198,7 @@ class Runner:
         for group in self.groups:
             for _ in range(group[0].config.repeat):
                 for update in group:
-                    self._differentiate(update, window)
+                    self.differentiate(update, window)
                 for update in group:
                     self._move(update)
         if self.followers or self.average is not None:
@@ -200,7 +206,7 @@ class Runner:
         self._follow()
         self.meters.end_step()
 
-    def _differentiate(self, update: Update, window: Sequence[Batch]) -> None:
+    def gradients_of(self, update: Update, window: Sequence[Batch]) -> None:
         """Leaves the gradients of the effective batch, over all ranks, in the update's parameters."""
         if update.select is not None:
             window = [update.select.rows(self.network, batch) for batch in window]
@@ -246,6 +252,14 @@ class Runner:
         self.losses = self.network
         reason = " ".join(str(error).split()) or type(error).__name__
         self.say(f"compile: the step could not be compiled ({reason[:300]}); the run goes on without compiling.")
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.stage.precision == "fp16")
+
+    def restart_scaler(self) -> None:
+        """Forgets a step that was begun and not done, such as a recording that failed; the scale stays."""
+        state, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        self.scaler.load_state_dict(state)
 
     def align(self) -> None:
         """Gives every rank rank 0's buffers, such as BatchNorm's statistics, which each rank gathers from its own rows.
@@ -349,7 +363,7 @@ class Runner:
             "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode not in ("frozen", "same")},
             "baked": {n: self.exported(n) for n in used},
             "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
-            "optimizers": [update.optimizer.state_dict() for update in self.updates],
+            "optimizers": [optimizer_state(update.optimizer) for update in self.updates],
             "scaler": self.scaler.state_dict(),
             "meters": self.meters.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -363,7 +377,7 @@ class Runner:
         for name, values in state["terms"].items():
             self.network.term(name).load_state_dict(values)
         for update, values in zip(self.updates, state["optimizers"], strict=True):
-            update.optimizer.load_state_dict(values)
+            load_optimizer_state(update.optimizer, values)
         self.scaler.load_state_dict(state["scaler"])
         self.meters.load_state_dict(state["meters"])
         if self.average is not None:
@@ -384,7 +398,7 @@ class Runner:
         weights = {name: float(self.network.term(name).weight) for name in reading.losses}
         return reading, {
             "total": reading.total,
-            "lr": self.updates[0].optimizer.param_groups[0]["lr"] if self.updates else 0.0,
+            "lr": float(self.updates[0].optimizer.param_groups[0]["lr"]) if self.updates else 0.0,
             "grad_norm": norm,
             "terms": {
                 name: {"loss": loss, "weight": weights[name], "weighted": reading.weighted[name]}

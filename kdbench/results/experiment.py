@@ -19,7 +19,8 @@ from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
 from kdbench.engine.build import build_network
-from kdbench.engine.device import choose_device, describe_device, precision_settings
+from kdbench.engine.capture import capture
+from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
 from kdbench.engine.distributed import World, join_world
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
@@ -69,6 +70,8 @@ def run(recipe: Recipe, *, console: ConsoleView | None = None) -> Outcome:
         UserError: anything that the user can mend; what was saved stays.
     """
     device = choose_device(recipe.device)
+    for stage in recipe.stages:
+        refuse_precision(stage.precision, device)
     with join_world(device.type) as world:
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
@@ -316,6 +319,7 @@ class _Experiment:
         feed = self._feed(stage, plan, sources)
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=feed.steps_per_epoch, world=self.world)
         runner.say = tracker.notice
+        capture(runner)
         return runner, preparation
 
     def _produced(self, stage: StageConfig) -> dict[str, Path]:

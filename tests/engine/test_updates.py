@@ -39,7 +39,7 @@ def game(repeat: int = 1):
 def move(run: Bench, number: int, window: list[Batch]) -> None:
     """One update alone."""
     update = run.runner.updates[number]
-    run.runner._differentiate(update, window)
+    run.runner.gradients_of(update, window)
     run.runner._move(update)
 
 

@@ -1,0 +1,222 @@
+"""A captured run is the run: recordings read each batch, follow every schedule, and what cannot be recorded is told."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support import Bench, bench, parts, recipe  # noqa: F401
+from tape import TapeRecorder
+from torch import nn
+
+from kdbench.config.schema import Recipe
+from kdbench.engine import capture as capture_module
+from kdbench.engine.capture import WARM_UP, Captured
+from kdbench.engine.device import refuse_precision
+from kdbench.errors import ConfigError
+
+PLAIN = """
+student: {model: {type: t_layers, norm: batch, dropout: 0.2}}
+teacher: {model: {type: t_layers, hidden: 16}}
+terms:
+  ce: {type: cross_entropy, weight: {type: linear, start: 1, end: 0.1, by: step}}
+  kd: {type: kd, temperature: {type: linear, start: 1, end: 4, by: step}, weight: 0.9}
+optimizer: {type: SGD, lr: 0.1, momentum: 0.9, weight_decay: 1e-3, fused: true}
+scheduler: {type: cosine, by: step}
+log_every: 3
+epochs: 6
+batch_size: 24
+precision: float64
+"""
+"""64 samples in batches of 24, 24 and 16."""
+
+EVERYTHING = """
+student: {model: {type: t_layers, norm: batch}}
+models: {shadow: {ema: student, decay: 0.9}, old: {snapshot: student, every: 1}}
+terms:
+  ce: cross_entropy
+  kd: {type: kd, teacher: shadow, where: labelled}
+  back: {type: dkd, teacher: old}
+optimizer: {type: AdamW, lr: 0.01, fused: true}
+label_fraction: 32
+ema: 0.9
+clip: 1.0
+accumulate: 2
+log_every: 2
+epochs: 9
+batch_size: 12
+precision: float64
+"""
+
+GAME = """
+models: {generator: {model: t_generator, input: noise.z}}
+teacher: {model: t_layers, input: "generator:image"}
+student: {model: {type: t_layers, norm: batch}, input: "generator:image"}
+data: {noise: {type: gaussian, shape: [6], samples: 64}}
+terms: {fool: {type: kd, weight: -1, teacher_grad: true}, mimic: kd}
+updates: [{models: [generator], terms: [fool]}, {models: [student], terms: [mimic], repeat: 2}]
+optimizer: {type: SGD, lr: 0.05, momentum: 0.9, fused: true}
+epochs: 3
+batch_size: 16
+precision: float64
+"""
+
+
+@pytest.fixture(autouse=True)
+def graphs_here(monkeypatch):
+    """Lets a CPU have graphs, so that optimisers keep on the device what they can."""
+    monkeypatch.setattr(Recipe, "captures", lambda self, device_type: self.compile is not False)
+
+
+def captured(text: str, recorder: TapeRecorder | None = None) -> tuple[Bench, Captured, TapeRecorder, list[str]]:
+    run = bench(recipe(text, "compile=capture"))
+    said: list[str] = []
+    run.runner.say = said.append
+    recorder = recorder or TapeRecorder()
+    return run, Captured(run.runner, recorder), recorder, said
+
+
+def steps(run: Bench, count: int) -> list[dict]:
+    """Goes on and reads the log wherever a line would stand."""
+    lines = []
+    for window in itertools.islice(run.windows(), count):
+        run.runner.begin_step()
+        run.runner.step(window)
+        if run.runner.logs_at(run.runner.done):
+            lines.append({k: v for k, v in run.runner.read()[1].items() if k != "shares"})
+    return lines
+
+
+def equal(one: Bench, other: Bench) -> bool:
+    left, right = one.runner.state_dict(), other.runner.state_dict()
+    return repr(_bits(left)) == repr(_bits(right))
+
+
+def _bits(tree):
+    if isinstance(tree, torch.Tensor):
+        return (str(tree.dtype), tree.tolist())
+    if isinstance(tree, dict):
+        left_out = ("lr", "foreach", "fused", "capturable", "initial_lr")
+        return {key: _bits(value) for key, value in tree.items() if key not in left_out}
+    return [_bits(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+@pytest.mark.parametrize("text", [PLAIN, EVERYTHING, GAME], ids=["plain", "everything", "game"])
+def test_a_captured_run_is_the_run_bit_for_bit(text):
+    plain = bench(recipe(text, "compile=capture"))
+    total = plain.runner.total_steps
+    expected = steps(plain, total)
+    run, _, recorder, said = captured(text)
+    assert steps(run, total) == expected
+    assert equal(run, plain) and not said
+    shapes = {tuple(next(iter(b.values()))["index"].shape for b in w) for w in itertools.islice(run.feed.windows(0), 9)}
+    assert recorder.replays == total - WARM_UP * len(shapes) > 3
+    assert recorder.recordings <= 2 * len(shapes)  # with and without the gradient norm
+
+
+@pytest.mark.parametrize("stale", ["batch", "rate"])
+def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, monkeypatch):
+    """Negative control of the test above."""
+    plain = bench(recipe(PLAIN, "compile=capture"))
+    steps(plain, 12)
+    run, of, _, _ = captured(PLAIN)
+    if stale == "batch":
+        replay = of._replay
+        monkeypatch.setattr(of, "_replay", lambda recorded, window, *rest: replay(recorded, recorded.window, *rest))
+    else:
+        monkeypatch.setattr("kdbench.engine.runner.set_lr_factor", lambda optimizer, factor: None)
+    steps(run, 12)
+    assert not equal(run, plain)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_the_other_way():
+    text = PLAIN.replace("lr: 0.1,", "lr: 0.125,").replace("scheduler: {type: cosine, by: step}", "")
+    plain = bench(recipe(text, "compile=capture"))  # 0.125 is the same in float32, as the rate is on a device
+    steps(plain, 15)
+    middle = bench(recipe(text)).step(4)  # eager, learning rates as numbers
+    assert isinstance(middle.runner.updates[0].optimizer.param_groups[0]["lr"], float)
+    run, _, recorder, _ = captured(text)
+    run.runner.load_state_dict(middle.runner.state_dict())
+    assert isinstance(run.runner.updates[0].optimizer.param_groups[0]["lr"], torch.Tensor)
+    steps(run, 11)
+    assert recorder.replays and equal(run, plain)
+    back = bench(recipe(text))
+    back.runner.load_state_dict(run.runner.state_dict())
+    assert isinstance(back.runner.updates[0].optimizer.param_groups[0]["lr"], float)
+
+
+def test_an_optimizer_that_counts_on_the_host_stays_outside():
+    text = PLAIN.replace("fused: true", "foreach: true")
+    plain = bench(recipe(text, "compile=capture"))
+    expected = steps(plain, 14)
+    run, of, recorder, said = captured(text)
+    assert steps(run, 14) == expected and equal(run, plain)
+    assert recorder.replays and not of.whole
+    assert len(said) == 1 and "SGD" in said[0] and "optimiser runs as it is" in said[0]
+
+
+class Counting(nn.Module):
+    """A model that counts its forwards on the host and changes with them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seen = model, 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.model(image) / self.seen
+
+
+def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
+    def counting() -> Bench:
+        run = bench(recipe(PLAIN, "compile=capture"))
+        teacher = run.network.role("teacher")
+        teacher.model = teacher.capture.model = Counting(teacher.model)
+        return run
+
+    plain = counting()
+    steps(plain, 10)
+    run, said = counting(), []
+    run.runner.say = said.append
+    recorder = TapeRecorder()
+    Captured(run.runner, recorder)
+    steps(run, 10)
+    assert equal(run, plain) and recorder.replays == 0
+    assert "seen changes from step to step on the host" in said[0]
+    monkeypatch.setattr(capture_module, "_changed", lambda before, after: "")  # negative control
+    blind = counting()
+    Captured(blind.runner, TapeRecorder())
+    steps(blind, 10)
+    assert not equal(blind, plain)
+
+
+@pytest.mark.parametrize("fails", [1, 9])
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(fails):
+    plain = bench(recipe(PLAIN, "compile=capture"))
+    steps(plain, 15)
+    run, _, recorder, said = captured(PLAIN, TapeRecorder(fails))
+    steps(run, 15)
+    assert equal(run, plain)
+    assert "whole step cannot be one CUDA graph (an illegal operation was captured)" in said[0]
+    assert (recorder.replays > 0) == (fails == 1)
+    assert len(said) == (1 if fails == 1 else 2) and (fails == 1 or "goes on without" in said[1])
+
+
+def test_a_cpu_says_that_it_has_no_graphs(monkeypatch):
+    monkeypatch.setattr(Recipe, "captures", lambda self, device_type: False)
+    run, said = bench(recipe(PLAIN, "compile=capture")), []
+    run.runner.say = said.append
+    capture_module.capture(run.runner)
+    assert len(said) == 1 and "CPU has no graphs" in said[0]
+    assert run.runner.perform == run.runner.execute
+
+
+def test_a_gpu_too_old_for_bf16_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"Tesla T4 has 7\.5\. Write precision=fp16"):
+        refuse_precision("bf16", torch.device("cuda"))
+    refuse_precision("fp16", torch.device("cuda"))
+    refuse_precision("bf16", torch.device("cpu"))
