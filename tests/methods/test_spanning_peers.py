@@ -295,7 +295,7 @@ def test_a_chain_that_is_killed_in_an_assistants_training_goes_on_there(chain):
     [("dml", 95, "a"), ("fitnets", 93, "student"), ("mean_teacher", 84, "teacher"), ("takd", 91, "student")],
 )
 def test_the_whole_recipe_learns(name, bar, role, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}"), tmp_path), role)[-1] > bar
+    assert scores(play(load_recipe(f"digits/{name}"), tmp_path / "run"), role)[-1] > bar
 
 
 @pytest.mark.slow
