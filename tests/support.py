@@ -163,7 +163,11 @@ def step_without_reading(of: Bench, steps: int = 2) -> None:
         for group in update.optimizer.param_groups:
             group["params"] = [fake(parameter) for parameter in group["params"]]
         for state in list(update.optimizer.state.values()):
+            counted = float(state["step"]) if "step" in state else None
             fake.attributes(state)
+            if counted is not None:
+                with mode:  # the host's own count of steps, which reading does not wait for
+                    state["step"] = torch.tensor(counted)
         update.optimizer.state = defaultdict(dict, {fake(p): s for p, s in update.optimizer.state.items()})
     batches = [[{s: {k: fake(v) for k, v in fields.items()} for s, fields in b.items()} for b in w] for w in windows]
     with mode:
