@@ -78,13 +78,13 @@ def plan_of(loaded: Recipe, stage: int = 0, world_size: int = 1) -> StagePlan:
     return plan_stage(config, specs, loaded, world_size=world_size)
 
 
-def sources_of(loaded: Recipe, stage: StageConfig) -> dict[str, Source]:
+def sources_of(loaded: Recipe, stage: StageConfig, device: torch.device = CPU) -> dict[str, Source]:
     dtype = torch.float64 if stage.precision == "float64" else torch.float32
     return build_sources(
         stage.data,
         validation=stage.validation,
         seed=loaded.seed,
-        device=CPU,
+        device=device,
         data_root=loaded.data_root,
         dtype=dtype,
     )
@@ -117,14 +117,14 @@ class Bench:
         return {name: value.clone() for name, value in self.model(role).state_dict().items()}
 
 
-def bench(loaded: Recipe | str, *overrides: str, stage: int = 0) -> Bench:
+def bench(loaded: Recipe | str, *overrides: str, stage: int = 0, device: torch.device = CPU) -> Bench:
     """Plans and builds one stage as an experiment does; frozen roles have their initial weights."""
     if isinstance(loaded, str):
         loaded = recipe(loaded, *overrides)
     plan = plan_of(loaded, stage)
     config = loaded.stages[stage]
-    sources = sources_of(loaded, config)
-    network = build_network(config, plan.layout, seed=loaded.seed, device=CPU)
+    sources = sources_of(loaded, config, device)
+    network = build_network(config, plan.layout, seed=loaded.seed, device=device)
     if config.precision == "float64":
         network.double()
     feed = Feed(
@@ -132,7 +132,7 @@ def bench(loaded: Recipe | str, *overrides: str, stage: int = 0) -> Bench:
         plan.train_source,
         config.accumulate,
     )
-    runner = Runner(plan, loaded, network, CPU, steps_per_epoch=feed.steps_per_epoch, world=World())
+    runner = Runner(plan, loaded, network, device, steps_per_epoch=feed.steps_per_epoch, world=World())
     return Bench(loaded, plan, network, runner, sources, feed)
 
 

@@ -32,6 +32,13 @@ class Setting:
     channels_last: bool = False
 
 
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Sends a tensor of the host to the device without waiting for it: from pinned memory, where that is CUDA."""
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
 class Source:
     """Gives batches: dictionaries of tensors on the device, with the same field names every time.
 
@@ -295,7 +302,7 @@ class NoiseSource(Source):
         here = self.setting
         together = batch_size * here.world
         drawn = self._noise.draw(generator(here.seed, "augment", self.name, use, epoch, step), together)
-        batch = {name: value[here.rank :: here.world].to(here.device, here.dtype) for name, value in drawn.items()}
+        batch = {name: sent(value[here.rank :: here.world].to(here.dtype), here.device) for name, value in drawn.items()}
         first = step * together + here.rank
         batch["index"] = torch.arange(first, (step + 1) * together, here.world, device=here.device)
         return batch
