@@ -24,26 +24,20 @@ import argparse
 import copy
 import json
 import logging
-import os
-import platform
-import random
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from common import Paced, Training, describe_machine, measure, quartiles, today, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-import kdbench
 from kdbench.config.load import load_recipe
 from kdbench.engine.fold import fold_batchnorm
 from kdbench.registry import DATASETS, MODELS
@@ -65,57 +59,6 @@ terms:
 optimizer: {type: SGD, lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4}
 epochs: 240
 """
-
-Training = Callable[[Callable[[], None]], None]
-"""Trains without end, and calls what it was given after every step."""
-
-
-class Enough(BaseException):
-    """Ends a training that has no end."""
-
-
-class Paced:
-    """A training in a thread of its own that goes on a number of steps at a time."""
-
-    def __init__(self, training: Training, threads: int) -> None:
-        self.left = 0
-        self.over = False
-        self.error: BaseException | None = None
-        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, args=(training, threads), daemon=True)
-        self.thread.start()
-
-    def steps(self, count: int) -> None:
-        """Returns after `count` more steps."""
-        self.left = count
-        self.go.release()
-        self.paused.acquire()
-        if self.error is not None:
-            raise self.error
-
-    def end(self) -> None:
-        self.over = True
-        self.go.release()
-        self.thread.join()
-
-    def _run(self, training: Training, threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
-        try:
-            self.go.acquire()
-            training(self._tick)
-        except Enough:
-            pass
-        except BaseException as error:
-            self.error = error
-            self.paused.release()
-
-    def _tick(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.paused.release()
-            self.go.acquire()
-            if self.over:
-                raise Enough
 
 
 def networks(images: Tensor) -> tuple[nn.Module, nn.Module]:
@@ -282,48 +225,6 @@ def torchdistill(
     return train
 
 
-def measure(contenders: dict[str, Paced], rounds: int, steps: int, device: str) -> dict[str, list[float]]:
-    """Returns the images per second of every turn, by contender; the first round warms up and is left out."""
-    shuffled = random.Random(0)
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        order = list(contenders)
-        shuffled.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            contenders[name].steps(steps)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            speed = steps * BATCH / (time.perf_counter() - start)
-            if number:
-                speeds[name].append(speed)
-        print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.0f}" for name, s in speeds.items() if s), flush=True)
-    return speeds
-
-
-def quartiles(values: list[float], digits: int) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": round(middle, digits), "q1": round(low, digits), "q3": round(high, digits)}
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = lines[0] if lines else name
-    return {
-        "device": torch.cuda.get_device_name() if device != "cpu" else f"{name}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "load_average_before": [round(value, 2) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "kdbench": kdbench.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-100")
@@ -354,14 +255,14 @@ def main() -> None:
             for name, fixed in (("torchdistill", False), ("torchdistill, teacher in eval", True)):
                 trainings[name] = torchdistill(teacher, student, images, labels, args.device, args.workers, fixed=fixed)
         contenders = {name: Paced(training, args.threads) for name, training in trainings.items()}
-        speeds = measure(contenders, args.rounds, args.steps, args.device)
+        speeds = measure(contenders, args.rounds, args.steps, args.device, batch=BATCH)
         for contender in contenders.values():
             contender.end()
 
     own = speeds["kdbench"]
     result = {
         "what": "resnet56 -> resnet20 on CIFAR-100, batch 64: images per second",
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": today(),
         "command": f"python benchmarks/step.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads} "
         f"--workers {args.workers} --device {args.device}",
         "machine": machine,
@@ -374,9 +275,7 @@ def main() -> None:
         "turns": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
     }
     print(json.dumps({key: result[key] for key in ("images_per_second", "kdbench_over")}, indent=1))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""What the benchmarks share: contenders that take turns in one process, medians with quartiles, the machine, the JSON.
+
+Run a benchmark as a script (`python benchmarks/step.py ...`); Python then finds this file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import kdbench
+
+Training = Callable[[Callable[[], None]], None]
+"""Trains without end, and calls what it was given after every step."""
+
+
+class Enough(BaseException):
+    """Ends a training that has no end."""
+
+
+class Paced:
+    """A training in a thread of its own that goes on a number of steps at a time."""
+
+    def __init__(self, training: Training, threads: int) -> None:
+        self.left = 0
+        self.over = False
+        self.error: BaseException | None = None
+        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, args=(training, threads), daemon=True)
+        self.thread.start()
+
+    def steps(self, count: int) -> None:
+        """Returns after `count` more steps."""
+        self.left = count
+        self.go.release()
+        self.paused.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def end(self) -> None:
+        self.over = True
+        self.go.release()
+        self.thread.join()
+
+    def _run(self, training: Training, threads: int) -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
+        try:
+            self.go.acquire()
+            training(self._tick)
+        except Enough:
+            pass
+        except BaseException as error:
+            self.error = error
+            self.paused.release()
+
+    def _tick(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.paused.release()
+            self.go.acquire()
+            if self.over:
+                raise Enough
+
+
+def measure(
+    contenders: dict[str, Paced], rounds: int, steps: int, device: str, *, batch: int
+) -> dict[str, list[float]]:
+    """Returns the images per second of every turn, by contender; the first round warms up and is left out.
+
+    The contenders take turns of `steps` steps of `batch` images, in a new order each round.
+    """
+    shuffled = random.Random(0)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        order = list(contenders)
+        shuffled.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            contenders[name].steps(steps)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            speed = steps * batch / (time.perf_counter() - start)
+            if number:
+                speeds[name].append(speed)
+        print(f"round {number}: " + ", ".join(f"{name} {s[-1]:.0f}" for name, s in speeds.items() if s), flush=True)
+    return speeds
+
+
+def quartiles(values: list[float], digits: int) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, digits), "q1": round(low, digits), "q3": round(high, digits)}
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = lines[0] if lines else name
+    return {
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"{name}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "load_average_before": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "kdbench": kdbench.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Writes a result as JSON; without `out` it has only been printed."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
