@@ -22,6 +22,7 @@ HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
   kdbench show NAME                           one of them in full: formula, paper, parameters, an example
   kdbench inspect MODEL                       module paths of a model with output shapes, to copy into a recipe
   kdbench evaluate RUN                        evaluate a finished run's student and teacher again, from its folder
+  kdbench profile RECIPE [key=value ...]      where a step's time goes: parts, operations, FLOPs, memory, a trace
 
   --debug            tracebacks of mistakes too      --plugin MODULE    add the parts that a module declares
   --help             also after a command            --version
@@ -259,6 +260,25 @@ def _evaluate(arguments: list[str]) -> int:
     return run(given.run, device=settings.get("device"), data_root=settings.get("data_root"))
 
 
+def _profile(arguments: list[str]) -> int:
+    parser = _Parser("kdbench profile", description="Where the time of a training step goes.")
+    parser.add_argument("recipe", nargs="?", help="a shipped name or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `kdbench train`")
+    parser.add_argument("--stage", metavar="NAME", help="of a recipe with stages; else the last one that trains")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps to time (20), and as many taken apart"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the files; else runs/RECIPE/profile")
+    given = parser.parse_intermixed_args(arguments)
+    from kdbench.config.load import load_recipe
+
+    recipe, overrides = split_recipe([given.recipe or "", *given.overrides])
+    loaded = load_recipe(recipe, overrides)
+    from kdbench.cli.profile import run
+
+    return run(loaded, stage=given.stage, steps=given.steps, out=given.out)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "check": _check,
@@ -266,4 +286,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": _show,
     "inspect": _inspect,
     "evaluate": _evaluate,
+    "profile": _profile,
 }

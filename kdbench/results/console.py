@@ -222,6 +222,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
+def sized(number: float) -> str:
+    """A large number with the letter of its size: 12.3 G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
 def _short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3e}"
 

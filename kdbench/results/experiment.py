@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from kdbench.engine.roles import upstream_role
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed, History, Training
 from kdbench.engine.weights import state_hash
-from kdbench.errors import TrainingError, UserError
+from kdbench.errors import ConfigError, TrainingError, UserError, nearest
 from kdbench.files import read_json, write_atomic, write_json
 from kdbench.results.console import ConsoleView
 from kdbench.results.facts import (
@@ -99,6 +99,52 @@ def reevaluate(
     chosen = choose_device(recipe.device)
     with precision_settings(recipe.stages[0].precision):
         return _Experiment(recipe, chosen, World(), None).reevaluate(folder)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stage that could begin to train. missing: whose weights are not there yet, in words."""
+
+    recipe: Recipe
+    runner: Runner
+    feed: Feed
+    missing: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, stage: str | None = None) -> Iterator[Opened]:
+    """Builds a stage as `run` does, for whoever measures its steps. Nothing is trained, and nothing is kept.
+
+    Weights that are still to be trained (a teacher's, an earlier stage's) stay as the seed gives them.
+
+    Args:
+        stage: its name; None: the last stage that has steps.
+
+    Raises:
+        UserError: there is no such stage, it reads what an earlier stage has not made yet, or what `run` would raise.
+    """
+    device = choose_device(recipe.device)
+    names = [one.name for one in recipe.stages if one.epochs != 0 and one.steps != 0]
+    if not names or (stage is not None and stage not in names):
+        wrong = f"no stage {stage!r} that trains.{nearest(stage or '', names)}" if stage else "no stage trains"
+        raise ConfigError(f"{recipe.name}: {wrong}")
+    position = [one.name for one in recipe.stages].index(stage or names[-1])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), tempfile.TemporaryDirectory() as scratch:
+        experiment = _Experiment(recipe, device, World(), None)
+        missing = experiment.untrained(position)
+        if missing:  # the same run, but for the weights that it would wait for
+            told = recipe.stages[position]
+            roles = {n: replace(r, weights=None) if n in missing else r for n, r in told.roles.items()}
+            stages = [replace(told, roles=roles) if one is told else one for one in recipe.stages]
+            recipe = replace(recipe, stages=tuple(stages), out=str(experiment.folder))
+            experiment = _Experiment(recipe, device, World(), None)
+        with precision_settings(recipe.stages[position].precision):
+            try:
+                runner, feed = experiment.open(position, Tracker(scratch, main=False))
+                yield Opened(recipe, runner, feed, tuple(missing.values()))
+            finally:
+                for source in experiment.opened:
+                    source.close()
 
 
 class _Experiment:
@@ -260,6 +306,38 @@ class _Experiment:
             judge.frozen_roles(runner.network, 0)
             judge.moving_roles(runner, 0, 0)
             return {**judge.history.evaluations[-1]["metrics"], **judge.history.frozen}
+
+    def untrained(self, position: int) -> dict[str, str]:
+        """The roles of a stage whose weights are not there yet, with what is said of each.
+
+        Raises:
+            UserError: something else is not there yet, without which the stage cannot begin.
+        """
+        stage, earlier = self.recipe.stages[position], self.recipe.stages[:position]
+        made = made_files(self.recipe, self.folder)
+        wanted = [f"{one.name}.{name}" for one in earlier for name in one.make]
+        if reads_made(stage) and any(name not in made for name in wanted):
+            raise UserError(
+                f"stage {stage.name!r} of {self.recipe.name} reads what earlier stages make, and {self.folder} does "
+                "not hold it yet. Train the recipe until that stage begins, or choose another one with --stage."
+            )
+        found = {}
+        for name, role in stage.roles.items():
+            teacher = self.teachers.get((stage.name, name))
+            if teacher is not None and teacher._status() != "finished":
+                found[name] = f"{name}: {teacher.recipe.name} is not trained yet; its initial weights stand in"
+            earlier_stage = role.weights.stage if role.weights is not None else None
+            if earlier_stage is not None and not self.folder.stage(earlier_stage).exists():
+                found[name] = f"{name}: stage {earlier_stage!r} is not trained yet; its initial weights stand in"
+        return found
+
+    def open(self, position: int, tracker: Tracker) -> tuple[Runner, Feed]:
+        """A stage's runner before its first step, and its batches."""
+        self._plan()
+        plan = self._known(position)
+        sources = self._sources(plan.stage)
+        runner, _ = self._runner(plan.stage, plan, sources, tracker)
+        return runner, self._feed(plan.stage, plan, sources)
 
     def _announce(self, tracker: Tracker, tree: Mapping[str, Any] | None, notice: str) -> None:
         if self.world.is_main:

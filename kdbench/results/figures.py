@@ -1,4 +1,4 @@
-"""The two pictures of a run: the confusion matrix and some predictions. Drawn without pyplot, so no window opens."""
+"""Pictures: a run's confusion matrix and predictions, and shares as bars. Drawn without pyplot, so no window opens."""
 
 from __future__ import annotations
 
@@ -128,6 +128,84 @@ def predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None
             color = TEACHER if int(predicted) == label else WRONG
             axes.text(0.5, -0.15, f"teacher {name(int(predicted))} {_percent(chance)}", color=color, **below)
     return _png(figure)
+
+
+def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Picture:
+    """Draws each row as a horizontal bar of the shares of its parts; the key below has their shares in every row.
+
+    Names that begin with the same word (`forward teacher`, `forward student`) have shades of one colour.
+
+    Args:
+        rows: (label, one number per name).
+    """
+    from matplotlib.patches import Patch
+
+    colors = _colors(names)
+    lines = -(-len(names) // 2)
+    figure = _figure(11.0, 1.0 + 0.95 * len(rows) + 0.32 * lines)
+    above, below = figure.subplots(2, 1, height_ratios=[0.95 * len(rows) + 0.6, 0.32 * lines])
+    shares = [[100 * value / (sum(values) or 1) for value in values] for _, values in rows]
+    for row, values in enumerate(shares):
+        left = 0.0
+        for name, share, color in zip(names, values, colors, strict=True):
+            above.barh(row, share, left=left, color=color, edgecolor="white", linewidth=0.8, height=0.72)
+            text = name if share > 1.05 * len(name) + 1 else f"{share:.0f}%" if share > 3.5 else ""
+            if share > 1.05 * len(name) + 7:
+                text = f"{name} {share:.0f}%"
+            look = {"fontsize": 9, "color": _ink(color), "parse_math": False}
+            above.text(left + share / 2, row, text, ha="center", va="center", **look)
+            left += share
+    above.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
+    above.set_ylim(len(rows) - 0.5, -0.5)
+    above.set_xlim(0, 100)
+    above.set_xticks(range(0, 101, 10), [f"{tick}%" for tick in range(0, 101, 10)])
+    above.spines[["top", "right", "left"]].set_visible(False)
+    above.tick_params(left=False)
+    above.set_title(title, loc="left", fontsize=11, parse_math=False)
+    heads = " / ".join(label.split("\n")[0] for label, _ in rows)
+    key = [f"{name}: " + " / ".join(_share(row[place]) for row in shares) for place, name in enumerate(names)]
+    patches = [Patch(color=color, label=text) for color, text in zip(colors, key, strict=True)]
+    below.set_axis_off()
+    legend = below.legend(
+        handles=patches, ncols=2, loc="upper left", frameon=False, fontsize=9, title=f"share of {heads}"
+    )
+    legend._legend_box.align = "left"
+    return _png(figure)
+
+
+def _share(percent: float) -> str:
+    return (
+        "0"
+        if percent == 0
+        else "<0.1%"
+        if percent < 0.1
+        else f"{percent:.1f}%"
+        if percent < 9.95
+        else f"{percent:.0f}%"
+    )
+
+
+def _colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
+    """One hue per first word, lighter from part to part of the same word."""
+    from matplotlib.colors import to_rgb
+
+    hues = ("#57606a", "#9aa4af", "#0969da", "#bf5700", "#d4a72c", "#a40e26", "#1a7f37", "#8250df")
+    words = list(dict.fromkeys(name.split(" ")[0] for name in names))
+    together = {word: [name for name in names if name.split(" ")[0] == word] for word in words}
+    found = []
+    for name in names:
+        word = name.split(" ")[0]
+        place, number = together[word].index(name), len(together[word])
+        light = 0.5 * place / max(number - 1, 1) if number > 1 else 0.0
+        red, green, blue = to_rgb(hues[words.index(word) % len(hues)])
+        found.append((red + (1 - red) * light, green + (1 - green) * light, blue + (1 - blue) * light))
+    return found
+
+
+def _ink(color: tuple[float, float, float]) -> str:
+    """Black or white, whichever can be read on a colour."""
+    red, green, blue = color
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else "white"
 
 
 def _displayable(image: Tensor) -> Any:

@@ -1,0 +1,156 @@
+"""A step taken apart: its parts are the whole step's, and a step that was not taken apart knows nothing of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from support import Bench, bench, parts, same, small  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
+
+import kdbench.engine.peaks as peaks
+from kdbench.config.load import load_recipe
+from kdbench.engine import profile
+from kdbench.engine.profile import Laps, Operations, count, take_step, taken_apart, time_parts, trace, with_parts
+
+GAME = """
+models: {generator: {model: t_generator, input: noise.z}}
+teacher: {model: t_layers, input: "generator:image"}
+student: {model: t_layers, input: "generator:image"}
+data: {noise: {type: gaussian, shape: [6], samples: 64}}
+terms: {fool: {type: kd, weight: -1, teacher_grad: true}, mimic: kd}
+updates: [{models: [generator], terms: [fool]}, {models: [student], terms: [mimic]}]
+optimizer: {type: Adam, lr: 0.01}
+epochs: 2
+batch_size: 16
+"""
+
+
+def shipped(name: str) -> Bench:
+    """After one step, so that the optimiser has its state."""
+    return bench(small(load_recipe(name, []), batch_size=4)).step()
+
+
+@pytest.mark.parametrize("name", ["digits/kd", "cifar100/kd", "cifar100/hint"])
+def test_the_parts_have_all_operations_and_all_flops_of_a_plain_step(name):
+    counted = count((run := shipped(name)).runner, run.windows())
+    other = shipped(name)
+    with Operations() as operations:
+        take_step(other.runner, other.windows())
+    with FlopCounterMode(display=False) as flops:
+        take_step(other.runner, other.windows())
+    assert sum(counted.operations.values()) == operations.total > 100
+    assert sum(counted.flops.values()) == flops.get_total_flops() > 0
+    rows = run.recipe.stages[0].data["train"].batch_size
+    assert counted.flops["forward student"] == rows * run.plan.roles["student"].flops
+    teacher = rows * run.plan.roles["teacher"].flops
+    if run.plan.roles["teacher"].stops_after is None:
+        assert counted.flops["forward teacher"] == teacher
+    else:
+        assert 0 < counted.flops["forward teacher"] < teacher, "it runs only as far as its last feature"
+
+
+def test_the_parts_are_named_and_in_order():
+    run = shipped("digits/kd")
+    with taken_apart(run.runner, Laps(lambda _: 0)) as laps:
+        take_step(run.runner, run.windows())
+    names = [part for part, _ in laps.costs(lambda before, after: 0)]
+    roles = ["forward teacher", "forward student"]
+    terms = [f"term {name}" for name in run.plan.layout.terms]
+    assert names == ["data", "schedules", *roles, *terms, "sum of terms", "backward", "optimiser", "optimiser"]
+
+
+def test_several_updates_end_each_with_its_own_optimiser():
+    run = bench(GAME).step()
+    with taken_apart(run.runner, Laps(lambda _: 0)) as laps:
+        take_step(run.runner, run.windows())
+    names = [part for part, _ in laps.costs(lambda before, after: 0)]
+    assert names.count("backward") == 2 and names[names.index("backward") + 1] == "optimiser"
+
+
+def test_a_step_that_is_taken_apart_gives_the_bits_of_one_that_is_not():
+    apart, plain = shipped("cifar100/hint"), shipped("cifar100/hint")
+    windows = apart.windows()
+    with taken_apart(apart.runner, Laps(lambda _: 0)):
+        for _ in range(3):
+            take_step(apart.runner, windows)
+    plain.step(3)
+    assert same(apart.weights(), plain.weights())
+
+
+def test_nothing_is_left_behind():
+    run = shipped("digits/kd")
+    before = run.runner.clock, run.network.lap
+    with pytest.raises(RuntimeError), taken_apart(run.runner, Laps(lambda _: 0)):
+        raise RuntimeError
+    assert (run.runner.clock, run.network.lap) == before
+    modules = [run.network.role(name) for name in run.plan.layout.order]
+    modules += [run.network.term(name) for name in run.plan.layout.terms]
+    assert not any(module._forward_hooks for module in modules)
+    assert not any(update.optimizer._optimizer_step_post_hooks for update in run.runner.updates)
+
+
+def test_the_times_of_the_parts_add_up_to_a_step():
+    """Medians of the same steps; far apart only where something is left out or counted twice."""
+    run = shipped("cifar100/kd")
+    timed = time_parts(run.runner, run.windows(), 7)
+    whole = sorted(timed.whole)[3]
+    assert 0.6 * whole < sum(timed.parts.values()) < 1.6 * whole
+    assert len(timed.whole) == 7 and timed.samples == 7 * run.recipe.stages[0].data["train"].batch_size
+
+
+def test_a_part_left_out_would_be_noticed():
+    """Negative control of the test above: without the backward, most of a step is missing."""
+    run = shipped("cifar100/kd")
+    timed = time_parts(run.runner, run.windows(), 7)
+    assert sum(s for part, s in timed.parts.items() if part != "backward") < 0.8 * sum(timed.parts.values())
+
+
+def test_the_backward_is_told_by_whose_forward_it_goes_back_through():
+    run = shipped("cifar100/kd")
+    seen, _ = trace(run.runner, run.windows(), 2, apart=True)
+    assert sum(seen.backward.values()) == pytest.approx(1)
+    assert max(seen.backward, key=seen.backward.__getitem__) == "forward student"
+    assert "forward teacher" not in seen.backward, "it is frozen, and nothing that moves stands before it"
+    game = bench(GAME).step()
+    seen, _ = trace(game.runner, game.windows(), 2, apart=True)
+    assert {"forward teacher", "forward generator", "forward student"} <= set(seen.backward)
+
+
+def test_the_trace_has_a_row_with_the_parts(tmp_path):
+    run = shipped("digits/kd")
+    seen, profiler = trace(run.runner, run.windows(), 2, apart=True)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    chrome = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
+    row = [event for event in with_parts(chrome)["traceEvents"] if event.get("cat") == "part"]
+    assert [e["name"] for e in row].count("forward teacher") == 2
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)), "one after another"
+    inner = [e for e in chrome["traceEvents"] if e.get("name") == "aten::mkldnn_convolution"]
+    home = [p["name"] for e in inner for p in row if p["ts"] <= e["ts"] <= p["ts"] + p["dur"]]
+    assert len(home) == len(inner) and set(home) <= {"forward teacher", "forward student"}
+    assert seen.kernels is None and 0 < seen.busy
+
+
+def test_the_union_of_intervals_counts_nothing_twice():
+    assert profile._covered([(0, 4), (1, 2), (6, 7), (6.5, 8)]) == 6
+    assert profile._covered([]) == 0
+
+
+def test_the_peak_of_a_device_is_by_its_datasheet_or_not_claimed(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert peaks.peak(cuda, "bf16").flops == pytest.approx(989.4e12)
+    assert peaks.peak(cuda, "tf32").flops == pytest.approx(494.7e12)
+    assert peaks.peak(cuda, "float32").flops == pytest.approx(66.9e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200 MIG 1g.18gb")
+    unknown = peaks.peak(cuda, "bf16")
+    assert unknown.flops is None and "MIG" in unknown.source
+
+
+def test_the_peak_of_a_cpu_is_measured(monkeypatch):
+    monkeypatch.setattr(peaks, "PROBE_SIZE", 64)
+    monkeypatch.setattr(peaks, "PROBE_SECONDS", 0.0)
+    found = peaks.peak(torch.device("cpu"), "float32")
+    assert found.flops is not None and found.flops > 1e6 and "measured" in found.source
