@@ -5,6 +5,7 @@ Run a benchmark as a script (`python benchmarks/step.py ...`); Python then finds
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -119,6 +120,60 @@ def describe_machine(device: str) -> dict[str, Any]:
         "kdbench": kdbench.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def synchronise(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(
+    work: Callable[[], object], device: str | torch.device, *, samples: int, least: float = 0.005
+) -> list[float]:
+    """Seconds of one call of `work`, `samples` times. Each is the mean over as many calls as take `least` seconds."""
+    calls = 1
+    while True:
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronise(device)
+        spent = time.perf_counter() - start
+        if spent >= least or calls >= 10_000:
+            break
+        calls = max(calls + 1, min(10_000, round(1.2 * calls * least / max(spent, 1e-9))))
+    found = []
+    for _ in range(samples):
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronise(device)
+        found.append((time.perf_counter() - start) / calls)
+    return found
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few samples: to see that it works")
+    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
+    return parser
+
+
+def begin(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The head of a result: what was measured, when, by which command (without paths), and on which machine."""
+    torch.set_num_threads(args.threads)
+    told = {key: value for key, value in vars(args).items() if value not in (None, False) and not _is_path(value)}
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in told.items()]
+    command = " ".join([f"python benchmarks/{Path(script).name}", *flags])
+    return {"what": what, "date": today(), "command": command, "machine": describe_machine(args.device)}
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(one, Path) for one in value))
 
 
 def today() -> str:
