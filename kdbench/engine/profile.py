@@ -54,8 +54,8 @@ class Laps(Clock):
 def taken_apart(runner: Runner, laps: Laps) -> Iterator[Laps]:
     """While the block runs, every part of the runner's steps ends with a lap.
 
-    The parts: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner
-    must not be compiling: a compiled step has no parts.
+    The parts: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner's
+    step must run as it is written: a compiled or captured one has no parts.
     """
     network, before = runner.network, (runner.clock, runner.network.lap)
     runner.clock = laps

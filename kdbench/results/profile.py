@@ -27,9 +27,9 @@ from kdbench.results.console import sized
 from kdbench.results.experiment import Opened, opened
 from kdbench.results.figures import Picture, bars
 
-WARM_UP, TRACED = 3, 3
+WARM_UP, TRACED = 6, 3
 FILES = ("profile.json", "trace.json", "profile.png")
-NO_PARTS = "a compiled step has no parts: they are those of the same step without compiling"
+NO_PARTS = "a compiled or captured step has no parts: they are those of the same step, run as it stands"
 
 
 def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: Path | None = None) -> dict[str, Any]:
@@ -70,16 +70,16 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     windows = found.feed.windows(0)
     for _ in range(WARM_UP):
         engine.take_step(runner, windows)
-    asked = engine.time_whole(runner, windows, steps) if runner.compiling else None
-    seen, profiler = engine.trace(runner, windows, TRACED, apart=not runner.compiling)
+    stands = _as_it_stands(runner)
+    asked = None if stands else engine.time_whole(runner, windows, steps)
+    seen, profiler = engine.trace(runner, windows, TRACED, apart=stands)
     chrome = _exported(profiler, folder)
     memory = _peak_memory(device)
     plain = runner
-    if runner.compiling:
+    if not stands:
         notes.append(NO_PARTS)
-        plain = Runner(
-            runner.plan, _uncompiled(found.recipe), runner.network, device, steps_per_epoch=runner.steps_per_epoch
-        )
+        without = replace(found.recipe, compile=False)
+        plain = Runner(runner.plan, without, runner.network, device, steps_per_epoch=runner.steps_per_epoch)
         for _ in range(WARM_UP):
             engine.take_step(plain, windows)
     timed = engine.time_parts(plain, windows, steps)
@@ -88,7 +88,7 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         apart, _ = engine.trace(plain, windows, TRACED, apart=True)
         seen = replace(seen, backward=apart.backward)
     whole = asked or timed
-    second = statistics.median(whole.whole)
+    second = statistics.mean(whole.whole)
     limit = peak(device, precision)
     flops = sum(counted.flops.values())
     machine = {"device": describe_device(device), "python": platform.python_version()}
@@ -100,7 +100,7 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         "date": datetime.now(timezone.utc).date().isoformat(),
         **machine,
         "precision": precision,
-        "compiled": runner.compiling,
+        "compile": found.recipe.compile,
         "steps": steps,
         "samples_per_step": whole.samples / len(whole.whole),
         "step": _milliseconds(whole.whole),
@@ -125,8 +125,10 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     return result, chrome
 
 
-def _uncompiled(recipe: Recipe) -> Recipe:
-    return replace(recipe, compile=False)
+def _as_it_stands(runner: Runner) -> bool:
+    """Whether a step runs as it is written: neither compiled, nor recorded and replayed."""
+    taken_over = runner.perform != runner.execute or runner.differentiate != runner.gradients_of
+    return not runner.compiling and not taken_over
 
 
 def _exported(profiler: Any, folder: Path) -> dict[str, Any]:
@@ -155,7 +157,8 @@ def _parts(
 
 def _milliseconds(seconds: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(seconds, n=4)
-    return {"median_ms": _ms(middle), "q1_ms": _ms(low), "q3_ms": _ms(high)}
+    mean = _ms(statistics.mean(seconds))
+    return {"median_ms": _ms(middle), "q1_ms": _ms(low), "q3_ms": _ms(high), "mean_ms": mean}
 
 
 def _ms(seconds: float) -> float:

@@ -105,9 +105,9 @@ def test_a_compiled_step_is_timed_as_it_runs_and_its_parts_without(monkeypatch, 
     monkeypatch.setattr(runner_module, "compiled", compiling)
     text = STUDENT.replace(", weights: {recipe: ./teacher.yaml}", "")
     assert main(["profile", written(text), "--steps", "4", "compile=true", "device=cpu"]) == 0
-    assert len(compiled) == 1 and "a compiled step has no parts" in capsys.readouterr().out
+    assert len(compiled) == 1 and "captured step has no parts" in capsys.readouterr().out
     result = read_json("runs/own/profile/profile.json")
-    assert result["compiled"] and {"forward student", "term kd"} <= {part["part"] for part in result["parts"]}
+    assert result["compile"] is True and {"forward student", "term kd"} <= {part["part"] for part in result["parts"]}
 
 
 @pytest.mark.parametrize(
