@@ -8,10 +8,11 @@ from term_reference import central_differences
 from torch import Size
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.contrastive import draw_others, info_nce_loss, mixed
+from kdbench.terms.contrastive import draw_others, info_nce_loss, mixed, nce_loss
 
 SAMPLES, NEGATIVES = 12, 7
 LABELS = torch.tensor([0, 1, 2] * 4)
@@ -266,3 +267,62 @@ def test_info_nce_sees_direction_only_and_is_log_of_the_batch_when_all_are_alike
 def test_info_nce_of_features_of_other_sizes_is_refused():
     with pytest.raises(ValueError, match="5 elements and the teacher's 6"):
         TERMS.build("info_nce", {}).check_shapes(student=Size((2, 5)), teacher=Size((2, 2, 3)))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor of at least three dimensions, and the largest at all, that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {False: 0, True: 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(value, torch.Tensor):
+                for deep in {False, value.dim() > 2}:
+                    self.elements[deep] = max(self.elements[deep], value.numel())
+        return out
+
+
+def largest(work):
+    with Largest() as seen:
+        work()
+    return seen.elements
+
+
+BATCH, WIDTH, MANY = 8, 32, 512
+
+
+def many_negatives():
+    torch.manual_seed(0)
+    shapes = {"student": (4,), "teacher": (4,)}
+    term = TERMS.build("crd", {"width": WIDTH, "negatives": MANY}, samples=1000, shapes=shapes)
+    fields = {"index": torch.arange(BATCH) * 3, "label": torch.arange(BATCH) % 3}
+    return term, {"student": torch.randn(BATCH, 4).requires_grad_(), "teacher": torch.randn(BATCH, 4), **fields}
+
+
+def test_no_vectors_of_the_bank_are_gathered_for_each_row():
+    """One product with the bank and a gather of numbers: nothing is as large as rows * negatives * width."""
+    term, fields = many_negatives()
+    seen = largest(lambda: term(**fields).backward())
+    assert seen[True] == 0, "no tensor has three dimensions"
+    assert seen[False] <= 1001 * WIDTH < BATCH * MANY * WIDTH / 4
+
+
+def test_a_gather_of_vectors_would_be_noticed(monkeypatch):
+    """Negative control: the same loss, to rounding, by the vectors of every row's samples."""
+
+    def gathered(self, rows, bank, chosen, counts, side):
+        scores = (torch.einsum("bd,bkd->bk", rows, bank.clone()[chosen]) / self.temperature).exp()
+        self.scale[side] = self.samples * scores.detach().mean()
+        return nce_loss(scores / self.scale[side].clone(), self.samples)
+
+    term, fields = many_negatives()
+    expected = term(**fields)
+    other, _ = many_negatives()
+    monkeypatch.setattr(type(other), "_loss", gathered)
+    assert_close(other(**fields), expected)
+    other, _ = many_negatives()
+    seen = largest(lambda: other(**fields).backward())
+    assert seen[True] >= BATCH * MANY * WIDTH
