@@ -78,3 +78,17 @@ def test_scikit_learn_is_not_imported_even_for_its_digits():
     """`test_digits_halves_are_scikit_learns_images_once_each` compares what is read with what it would give."""
     assert imported_by("from kdbench.data.digits import Digits; Digits().load()") == set()
     assert imported_by("from sklearn.datasets import load_digits") == {"sklearn"}
+
+
+def test_the_collector_rests_while_the_engine_is_imported_and_only_then():
+    code = (
+        "import gc, sys; from kdbench.cli.train import _import_engine; found = []\n"
+        "gc.callbacks.append(lambda phase, info: found.append(info['generation'] == 2 and 'torch.nn' in sys.modules))\n"
+        "_import_engine(); assert gc.isenabled() and not any(found), 'searched torch'\n"
+        "kept = gc.get_freeze_count(); assert kept > 100_000, kept\n"
+        "class Ring: pass\n"
+        "ring = Ring(); ring.own = ring; del ring; _import_engine(); assert gc.get_freeze_count() == kept\n"
+        "assert gc.collect() >= 1, 'garbage of later jobs stays'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

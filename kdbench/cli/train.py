@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 def run(recipe: Recipe) -> Outcome:
     """Trains a recipe to its end; a finished one only prints its summary again."""
+    _import_engine()
     from kdbench.results.experiment import run as run_experiment
     from kdbench.results.summary import print_summary
 
@@ -23,6 +27,23 @@ def run(recipe: Recipe) -> Outcome:
         print_summary(outcome.summary)
         print(f"Everything is in {outcome.folder}")
     return outcome
+
+
+def _import_engine() -> None:
+    """Imports what every training needs while the garbage collector rests.
+
+    Torch's modules are half a million objects without any garbage. To search them over and over while they come takes a
+    quarter of the time of their import; and they are left out of all later searches, which saves 0.2 s each.
+    """
+    if "torch._dynamo" in sys.modules or not gc.isenabled():
+        return
+    gc.disable()
+    try:
+        importlib.import_module("kdbench.results.experiment")
+        importlib.import_module("torch._dynamo")  # the first optimiser that is built imports it
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
