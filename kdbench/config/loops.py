@@ -206,10 +206,10 @@ def _check_first(context: Context, data: Any, makes: set[str], key: str = "") ->
 def _roles(data: Mapping[str, Any]) -> dict[str, str]:
     """The roles of a stage, and the keys under which they stand."""
     models = data.get("models")
-    found = {}
-    if isinstance(models, Mapping):
-        found = {name: f"models.{name}" for name, value in models.items() if value is not None}
-    return found | {name: name for name in ("teacher", "student") if data.get(name) is not None}
+    models = models if isinstance(models, Mapping) else {}
+    found = {name: f"models.{name}" for name, value in models.items() if value is not None}
+    short = (name for name in ("teacher", "student") if data.get(name) is not None)
+    return found | {name: name for name in short if models.get(name, name) is not None}  # a null in `models` removes
 
 
 def _link_weights(

@@ -89,6 +89,9 @@ def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | 
             fields.fault(label, f"term {kind!r} couples the whole batch and takes no weights, so nothing can weigh it.")
     if routing["route"] is not None and len(edges) == 1:
         fields.fault("route", "a router chooses among edges, but the term has only one: give a list of teachers.")
+    elif routing["route"] is not None and edges and len({str(edge.teacher or edge.student) for edge in edges}) == 1:
+        only = edges[0].teacher or edges[0].student
+        fields.fault("route", f"a router chooses among teachers, but every edge has the same: {only}.")
     own = edges[0].student.role if edges else student
     parts: dict[str, Part | None] = {"weigh": None, "route": None}
     for label, registry in (("weigh", WEIGHERS), ("route", ROUTERS)):
@@ -170,6 +173,9 @@ def _update(
             fields.fault("models", f"no role {name!r}.{nearest(name, roles)}")
         elif roles[name].mode != "trainable":
             fields.fault("models", f"role {name!r} is {roles[name].mode}; an update moves trainable roles only.")
+    for side, listed in (("models", models), ("terms", names)):
+        for name in sorted({name for name in listed if listed.count(name) > 1}):
+            fields.fault(side, f"{name!r} is listed twice.")
     for name in names:
         if name not in terms:
             fields.fault("terms", f"no term {name!r}.{nearest(name, terms)}")

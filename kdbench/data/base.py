@@ -178,7 +178,7 @@ def describe(
         ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
     from kdbench.data.choose import check, size
-    from kdbench.data.view import fields_of
+    from kdbench.data.view import fields_of, refuse_reading
 
     if config.made is not None and config.made not in (made or {}):
         return _unmade(config, like or SourceSpec())
@@ -194,12 +194,16 @@ def describe(
         if shape is None:
             return SourceSpec(problem=str(error))
         shape = tuple(values[part] if isinstance(part, str) else part for part in shape)
+        if entry.load().resident and "resident" not in entry.parameters:
+            refuse_reading(config)
         whole = entry.facts.get("samples", {}).get(config.split)
         samples = size(config, whole, whole, made)
         return SourceSpec(fields_of(config, shape), entry.facts.get("classes"), samples, str(error), whole)
     if isinstance(dataset, Noise):
         return SourceSpec(dataset.fields(), None, len(dataset), None)
     check(config, dataset.classes)
+    if dataset.resident:
+        refuse_reading(config)
     fields = fields_of(config, dataset.shape, extra_fields(getattr(dataset, "extra", {})))
     whole = len(dataset)
     return SourceSpec(fields, len(dataset.classes), size(config, whole, whole, made), dataset.problem, whole)
@@ -214,11 +218,12 @@ def extra_fields(stored: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...
 def _unmade(config: SourceConfig, like: SourceSpec) -> SourceSpec:
     """What a source will give whose dataset an earlier stage has still to make."""
     from kdbench.data.choose import check
-    from kdbench.data.view import fields_of
+    from kdbench.data.view import fields_of, refuse_reading
 
     check(config, ())
     if "image" not in like.fields:
         return SourceSpec(like.fields, like.classes)
+    refuse_reading(config)
     extra = {name: value for name, value in like.fields.items() if name not in ("image", "label", "index")}
     return SourceSpec(fields_of(config, like.fields["image"][0], extra), like.classes)
 
@@ -241,7 +246,7 @@ def describe_all(
     Raises:
         ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
-    from kdbench.data.choose import size
+    from kdbench.data.choose import place, size
     from kdbench.data.split import share
 
     own = {name: describe(config, data_root, made=made) for name, config in data.items() if config.made is None}
@@ -259,7 +264,10 @@ def describe_all(
         for name, config in data.items():
             whole = specs[name].population
             if whole is not None and same_split(config, train):
-                left = max(whole - share(whole, validation), 0)  # a subset is chosen among what is left
+                try:
+                    left = max(whole - share(whole, validation), 0)  # a subset is chosen among what is left
+                except ConfigError as error:
+                    raise ConfigError(f"{place(train, 'validation')}: {error}") from None
                 specs[name] = replace(specs[name], samples=size(config, left, whole, made))
     return specs
 

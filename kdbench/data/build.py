@@ -17,7 +17,7 @@ from kdbench.data.base import Dataset, Noise, Packed, extra_fields, open_dataset
 from kdbench.data.choose import labelled_positions, place, relabelled, some, subset_positions
 from kdbench.data.source import HIDDEN, NoiseSource, ResidentSource, Samples, Setting, Source
 from kdbench.data.split import balanced, empty_classes, without
-from kdbench.data.view import View, build_views, fields_of
+from kdbench.data.view import View, build_views, fields_of, refuse_reading
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
 
@@ -170,16 +170,7 @@ def _source(
     samples = Samples(told, positions, labelled, truth, fields)
     fields_of(config, dataset.shape, extra_fields(fields))  # no view may be called like one of them
     if found.packed is not None:
-        for view in views.values():
-            if view.reading is not None:
-                raise ConfigError(
-                    _at(
-                        config,
-                        f"view {view.name!r}: {view.reading.registered_name} chooses what is read from a file, but ",
-                    )
-                    + f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
-                    "(image_folder with resident: false, imagenet)"
-                )
+        refuse_reading(config)
         checksum = found.packed.checksum
         return ResidentSource(config, setting, views, dataset.classes, samples, checksum, found.packed.images)
     from kdbench.data.streaming import StreamingSource

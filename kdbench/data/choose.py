@@ -52,18 +52,23 @@ def size(config: SourceConfig, candidates: int | None, population: int | None, m
 
     Args:
         candidates: of the split, less what is held out. population: of the whole split.
+
+    Raises:
+        ConfigError: more are asked for than there are.
     """
     for step in subset_steps(config):
         if candidates is None:
             return None
-        if isinstance(step, Named):
-            candidates = _build(SUBSETS, step, (), config, "subset").size(candidates)
-        elif not isinstance(step, str):
-            candidates = share(candidates, step)
-        elif candidates == population and population is not None and step in (made or {}):
-            candidates = len(_choice(config, step, population, made, "subset"))
-        else:
-            return None
+        if isinstance(step, str):
+            if candidates != population or step not in (made or {}):
+                return None
+            candidates = len(_choice(config, step, candidates, made, "subset"))
+            continue
+        part = _build(SUBSETS, step, (), config, "subset") if isinstance(step, Named) else None
+        try:
+            candidates = share(candidates, step) if part is None else part.size(candidates)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(f"{_step_place(step, config)}: {error}") from None
     return candidates
 
 
@@ -86,7 +91,7 @@ def subset_positions(
             try:
                 positions = part.choose(labels, positions, len(names), rng)
             except ConfigError as error:
-                raise ConfigError(f"{step.place if str(step.place) else where}: {step.type}: {error}") from None
+                raise ConfigError(f"{_step_place(step, config)}: {step.type}: {error}") from None
         else:
             positions = balanced(labels, positions, step, len(names), rng, where)
     return positions
@@ -127,6 +132,11 @@ def place(config: SourceConfig, option: str) -> str:
     """The place of one of a source's options, or the source's own where the option was not written."""
     given = config.places.get(option)
     return str(given or (f"{config.place}: {option}" if str(config.place) else option))
+
+
+def _step_place(step: float | int | Named, config: SourceConfig) -> str:
+    """The place of one element of `subset`."""
+    return str(step.place) if isinstance(step, Named) and str(step.place) else place(config, "subset")
 
 
 def some(names: list[str]) -> str:

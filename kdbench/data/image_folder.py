@@ -129,6 +129,8 @@ class ImageNet(ImageFolder):
         normalize: false leaves the values in [0, 1].
     """
 
+    resident = False
+
     def __init__(
         self,
         root: str = "imagenet",
@@ -145,7 +147,6 @@ class ImageNet(ImageFolder):
         self.resize, self.size = resize, size
         self.shape = (3, size, size)
         self.mean, self.std, self.normalize = IMAGENET_MEAN, IMAGENET_STD, normalize
-        self.resident = False
 
 
 def _find(root: str, data_root: str) -> Path:

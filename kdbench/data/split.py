@@ -12,7 +12,13 @@ from kdbench.errors import ConfigError
 
 
 def share(total: int, amount: float | int) -> int:
-    """Returns how many of `total` samples a share in (0, 1] or a number (2 or more) asks for."""
+    """Returns how many of `total` samples a share in (0, 1] or a number (2 or more) asks for.
+
+    Raises:
+        ConfigError: more than there are.
+    """
+    if amount > 1 and amount > total:
+        raise ConfigError(f"{amount} samples were asked for, but there are only {total}")
     return round(total * amount) if amount <= 1 else int(amount)
 
 
@@ -59,14 +65,16 @@ def balanced(
         ConfigError: the amount is not positive, or more than there is.
     """
     check_amount(amount, what)
-    if amount > 1 and amount > len(positions):
-        raise ConfigError(f"{what}: {amount} samples were asked for, but there are only {len(positions)}")
     own = labels[positions]
     groups = [positions[own == c] for c in range(classes)]
     if sum(len(group) for group in groups) < len(positions):
         groups.append(positions[own < 0])  # samples without a label, as a made dataset may have them
     chosen = []
-    for group, quota in zip(groups, quotas([len(g) for g in groups], amount), strict=True):
+    try:
+        wanted = quotas([len(group) for group in groups], amount)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
+    for group, quota in zip(groups, wanted, strict=True):
         chosen.append(group[torch.randperm(len(group), generator=generator)[:quota]])
     return torch.cat(chosen).sort().values
 

@@ -304,6 +304,18 @@ def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object)
     return views
 
 
+def refuse_reading(config: SourceConfig) -> None:
+    """Raises ConfigError where a view chooses what is read from a file, of a dataset that is held in memory."""
+    for name, own in spelled_out(config.views).items():
+        for named, _ in own:
+            if issubclass(AUGMENTS.entry(named.type).load(), Reading):
+                raise ConfigError(
+                    f"{named.place}: view {name!r}: {named.type} chooses what is read from a file, but "
+                    f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
+                    "(image_folder with resident: false, imagenet)".lstrip(": ")
+                )
+
+
 def fields_of(
     config: SourceConfig, shape: tuple[int, ...], extra: Mapping[str, tuple[tuple[int, ...], str]] | None = None
 ) -> dict[str, tuple[tuple[int, ...], str]]:

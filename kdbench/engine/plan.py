@@ -29,11 +29,12 @@ from kdbench.engine.build import (
     wanted_features,
 )
 from kdbench.engine.features import Feature, find_module, model_output, module_state
+from kdbench.engine.needs import check_needs, in_step, sizes_in_words
 from kdbench.engine.network import Network
-from kdbench.engine.readers import Batch, feature_of, source_of
+from kdbench.engine.readers import Batch, feature_of
 from kdbench.engine.roles import input_feature, inputs_of, root_of, upstream_role
 from kdbench.engine.trace import ModuleCall, trace
-from kdbench.errors import ConfigError, nearest
+from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 
 META = torch.device("meta")
@@ -140,13 +141,10 @@ def plan_stage(
     totals = {name: spec.population or spec.samples or ROWS for name, spec in specs.items()}
     wanted = {name: tuple(found) for name, found in features.items()}
     layout = Layout(order, wanted, terms, sources, {}, fields=fields, samples=totals)
-    for name in terms:
-        _check_reads(stage.terms[name], sources, specs, stage)
+    check_needs(stage, terms, sources, specs, world_size)
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
     _refuse_parted_selection(stage, world_size)
-    for name in order:
-        _check_side_by_side(stage.roles[name], stage, specs, world_size)
     if not terms and stage.terms and (stage.epochs or stage.steps):
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
@@ -157,6 +155,7 @@ def plan_stage(
     tensors = {name: tensor if device == META else torch.zeros(tensor.shape) for name, tensor in tensors.items()}
     network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, made=tensors)
     updates, saved = _rehearse(network, stage, layout, specs, device)
+    _check_unequal_batches(network, stage, layout, specs, device, world_size)
     _check_last_batch(network, stage, layout, specs, device, world_size)
 
     roles = {}
@@ -199,34 +198,6 @@ def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec])
     return config.input.split(".", 1)[0]
 
 
-def _check_side_by_side(
-    config: RoleConfig, stage: StageConfig, specs: Mapping[str, SourceSpec], world_size: int
-) -> None:
-    """A role that sees two sources row by row needs batches of equal size from both, the last ones too."""
-    sources, waiting = set(), [config]
-    while waiting:
-        for address in inputs_of(waiting.pop()):
-            head = address.split(":" if ":" in address else ".", 1)[0]
-            if ":" in address:
-                waiting.append(stage.roles[head])
-            else:
-                sources.add(head)
-    if len(sources) < 2:
-        return
-    rows = {}
-    for source in sorted(sources):
-        batch, samples = stage.data[source].batch_size, specs[source].samples
-        noise = specs[source].classes is None  # drawn, so that every batch is whole
-        rest = 0 if noise or samples is None else samples % (batch * world_size)
-        rows[source] = (batch, rest)
-    if len({batch for batch, _ in rows.values()}) > 1 or any(rest for _, rest in rows.values()):
-        told = ", ".join(f"{n}: {b}" + (f", the last one {r}" if r else "") for n, (b, r) in rows.items())
-        raise ConfigError(
-            f"{config.place}: role {config.name!r} sees {' and '.join(rows)} side by side, but their batches differ "
-            f"({told}). Give all of them one `batch_size` that leaves no smaller last batch."
-        )
-
-
 def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConfig) -> None:
     source, name = address.split(".", 1)
     if name not in specs[source].fields:
@@ -240,37 +211,6 @@ def _sample_facts(source: str, seen: tuple[int, ...], specs: Mapping[str, Source
     spec = own if own.classes is not None else evaluation
     image = (evaluation.fields.get("image") or own.fields.get("image") or ((), ""))[0]
     return SampleFacts(spec.classes, tuple(seen), tuple(image) or None)
-
-
-def _check_reads(
-    config: TermConfig, sources: Mapping[str, str], specs: Mapping[str, SourceSpec], stage: StageConfig
-) -> None:
-    """What a term reads besides its operands must be fields of the source that its student sees."""
-    entry = TERMS.entry(config.type)
-    what = f"term {config.name!r} ({config.type})"
-    for leaf in config.reads():
-        if leaf.kind == "field" and leaf.path not in specs[leaf.role].fields:
-            known = ", ".join(sorted(specs[leaf.role].fields))
-            raise ConfigError(f"{leaf.place}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
-    for edge in config.edges:
-        source = source_of(edge.student, sources, stage.terms) or sources[stage.export]
-        fields = specs[source].fields
-        own = {"student", "teacher", "mask", "weight", *entry.optional_inputs, *config.operands}
-        for name in (name for name in entry.inputs if name not in own and name not in fields):
-            known = ", ".join(sorted(fields))
-            raise ConfigError(f"{config.place}: {what} reads {name!r}, which source {source!r} has not; it has {known}")
-        if config.where is not None and fields.get(config.where, ((), ""))[1] != "bool":
-            masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
-            hint = nearest(config.where, masks) if masks else " It has none."
-            raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
-        if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
-            continue
-        other = source_of(edge.teacher, sources, stage.terms)
-        if other is not None and other != source:
-            raise ConfigError(
-                f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
-                f"{edge.teacher} sees {other!r}"
-            )
 
 
 def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
@@ -481,29 +421,87 @@ def _rehearse(
         owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
         learning = {n: p for n, p in owned.items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
-        if all(name.startswith("terms.") and ".adapter." in name for name in reached):
-            said = f"{what} reaches no parameter of {models}; only an adapter on a detached operand would learn"
-            raise ConfigError(f"{where}: nothing to update: {said}, and nothing would be taught")
+        if all(_is_adapters(name) for name in reached):
+            raise ConfigError(f"{where}: nothing to update: {what} reaches no parameter of {models}; {_ADAPTER_ALONE}")
+        _refuse_unreached(stage, update, reached, where)
         updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached)))
+        for name in update.terms if len(update.terms) > 1 else ():
+            _refuse_adapter_alone(network, stage.terms[name], batch, update, learning)
     network.zero_grad(set_to_none=True)
     return tuple(updates), most
+
+
+_ADAPTER_ALONE = "only an adapter on a detached operand would learn, and nothing would be taught"
+
+
+def _is_adapters(parameter: str) -> bool:
+    return parameter.startswith("terms.") and ".adapter." in parameter
+
+
+def _refuse_unreached(stage: StageConfig, update: UpdateConfig, reached: tuple[str, ...], where: Any) -> None:
+    """A role that an update of the recipe names must be moved by it; without `updates`, some may stand still."""
+    moved = {name.split(".", 1)[0] for name in reached}
+    missing = [name for name in moved_roles(update, stage) if name not in moved]
+    if stage.updates and missing and len(missing) < len(moved_roles(update, stage)):
+        said = f"no term of {', '.join(update.terms)} reaches a parameter of {', '.join(missing)} that trains"
+        raise ConfigError(f"{where}: nothing to update: {said}; leave it out of this update's `models`")
+
+
+def _refuse_adapter_alone(
+    network: Network, config: TermConfig, batch: Batch, update: UpdateConfig, learning: Mapping[str, nn.Parameter]
+) -> None:
+    """A term among others that would train its own adapter and nothing else."""
+    own = {n for n in learning if n.startswith(f"terms.{config.name}.")}
+    if not any(map(_is_adapters, own)) or any(operand.kind == "term" for operand in config.reads()):
+        return
+    network.zero_grad(set_to_none=True)
+    network(batch, {config.name: 1}, [config.name], update.models, 1.0)[0].backward()
+    if all(_is_adapters(n) for n, p in learning.items() if p.grad is not None):
+        said = f"term {config.name!r} reaches no parameter of {', '.join(update.models)}; {_ADAPTER_ALONE}"
+        raise ConfigError(f"{config.place}: {said}")
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def forward_in_words(network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig) -> Tensor:
-    """One forward whose failures are told as the recipe's faults, naming the term where one is at fault."""
+def forward_in_words(network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig, why: str = "") -> Tensor:
+    """One forward whose failures are told as the recipe's faults, naming the term where one is at fault.
+
+    Args:
+        why: what is peculiar to this batch.
+    """
     counts = {name: 1 for name in update.terms}
-    with _in_words(f"{stage.name}: the models cannot run on this data"):
+    why = f": {why}" if why else ""
+    with _in_words(f"{stage.name}: the models cannot run on this data{why}"):
         network.run_roles(batch, update.terms, update.models)
     for number, name in enumerate(update.terms):
         config = stage.terms[name]
-        with _in_words(f"{config.place}: term {name!r} ({config.type}) cannot work on its operands"):
+        with _in_words(f"{config.place}: term {name!r} ({config.type}) cannot work on its operands{why}"):
             alone = not any(operand.kind == "term" for operand in config.reads())
             network(batch, counts, [name] if alone else update.terms[: number + 1], update.models, 1.0)
     return network(batch, counts, update.terms, update.models, 1.0)[0]
+
+
+def _check_unequal_batches(
+    network: Network,
+    stage: StageConfig,
+    layout: Layout,
+    specs: Mapping[str, SourceSpec],
+    device: torch.device,
+    world_size: int,
+) -> None:
+    """What is compared row by row must come in batches of equal size; where these are not, it fails here in words."""
+    read = layout.step_sources(stage)
+    rows: dict[str, int] = {}
+    for source in read:
+        alike = (other for other in rows if in_step(stage, source, other, specs, world_size))
+        rows[source] = rows.get(next(alike, ""), ROWS + len(rows))
+    if len(set(rows.values())) < 2:
+        return
+    what = f"batches differ in size ({sizes_in_words(stage, read, specs, world_size)})"
+    for update in all_updates(stage, layout.terms):
+        forward_in_words(network, stage, meta_batch(specs, rows, device), update, what)
 
 
 def _check_last_batch(

@@ -22,7 +22,8 @@ class Facts:
 
     classes: names of the evaluation source's classes. samples: how many the maker's source gives; population: how many
     its whole split has; both None where only files could tell. shapes: per sample, of each operand by name.
-    injected: num_classes, in_channels, image_size, for makers that build models.
+    injected: num_classes, in_channels, image_size, for makers that build models. labelled: how many of the source's
+    samples keep their label; None: all, or not known yet.
     """
 
     classes: tuple[str, ...] = ()
@@ -30,6 +31,7 @@ class Facts:
     population: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     injected: Mapping[str, Any] = field(default_factory=dict)
+    labelled: int | None = None
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Maker:
             the fact `candidates` names.
     Every content may have "told": a mapping of plain values for the manifest (how many, which threshold...).
     selects: a fact, the key under which the recipe gives a selector; its operands are the maker's too.
-    several: a fact, operands for which the recipe may give a list.
+    several: a fact, operands for which the recipe may give a list. labels: a fact, whether it reads the field `label`.
     """
 
     def __call__(self, pool: Pool) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Choose(Maker):
     def check(self, facts: Facts) -> None:
         if facts.samples is not None and self.budget > facts.samples:
             raise ValueError(f"has a budget of {self.budget}, but its source has only {facts.samples} samples")
+        if facts.labelled is not None and facts.labelled > self.budget:
+            raise ValueError(f"has a budget of {self.budget}, but its source begins with {facts.labelled} labels")
 
     def __call__(self, pool: Pool) -> dict[str, Any]:
         entry = SELECTORS.entry(self.by["type"])
@@ -104,7 +106,7 @@ class Reservoir(Maker):
         return {"index": seen[kept], "keys": keys[kept], "seen": known.sort().values, "told": told}
 
 
-@MAKERS.register("exemplars", makes="choice", operands=("features",))
+@MAKERS.register("exemplars", makes="choice", operands=("features",), labels=True)
 class Exemplars(Maker):
     """A replay memory of the samples whose mean feature stays nearest to their class's mean: iCaRL's herding.
 

@@ -26,7 +26,9 @@ def needs_logits(facts: Facts, name: str) -> None:
         raise ValueError(f"reads logits, one vector of classes per sample, but {name} is {list(shape)} per sample")
 
 
-@MAKERS.register("pseudo_labels", makes="dataset", operands=("teacher",), several="teacher", fields=("soft",))
+@MAKERS.register(
+    "pseudo_labels", makes="dataset", operands=("teacher",), several="teacher", fields=("soft",), labels=True
+)
 class PseudoLabels(Maker):
     """The samples that a teacher (or several) labels with confidence, labelled so.
 
@@ -103,7 +105,7 @@ class PseudoLabels(Maker):
         return torch.cat(parts) if parts else order
 
 
-@MAKERS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",))
+@MAKERS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",), labels=True)
 class SoftLabels(Maker):
     """Crops stored with the teacher's probabilities, so that later training needs no teacher: FKD and FerKD.
 

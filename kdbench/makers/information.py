@@ -16,7 +16,7 @@ from kdbench.makers.base import Facts, Maker, Pool
 from kdbench.registry import MAKERS
 
 
-@MAKERS.register("fisher", makes="tensor", operands=("weights",))
+@MAKERS.register("fisher", makes="tensor", operands=("weights",), labels=True)
 class Fisher(Maker):
     """The diagonal of the Fisher information of a network's parameters, [parameters]: `fisher` of the term `ewc`.
 

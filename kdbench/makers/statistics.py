@@ -42,7 +42,7 @@ class _PerClass(Maker):
     least = 1
 
 
-@MAKERS.register("feature_means", makes="tensor", operands=("features",))
+@MAKERS.register("feature_means", makes="tensor", operands=("features",), labels=True)
 class FeatureMeans(_PerClass):
     """The mean over each class of the features to a power, [classes, elements]: `means` of the term `scar`.
 
@@ -60,7 +60,7 @@ class FeatureMeans(_PerClass):
         return (len(facts.classes), *facts.shapes["features"])
 
 
-@MAKERS.register("feature_precision", makes="tensor", operands=("features",))
+@MAKERS.register("feature_precision", makes="tensor", operands=("features",), labels=True)
 class FeaturePrecision(_PerClass):
     """The inverse of each class's shrunk, normalised covariance, [classes, elements, elements]: `precision` of `scar`.
 
@@ -103,7 +103,7 @@ class FeaturePrecision(_PerClass):
         return (len(facts.classes), elements, elements)
 
 
-@MAKERS.register("nearest_mean", makes="model", operands=("features",), candidates="candidates")
+@MAKERS.register("nearest_mean", makes="model", operands=("features",), candidates="candidates", labels=True)
 class NearestMeanMaker(Maker):
     """The classifier of iCaRL: each class's mean of features of length 1, itself at length 1.
 

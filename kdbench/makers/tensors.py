@@ -11,7 +11,7 @@ from kdbench.makers.base import Facts, Maker, Pool
 from kdbench.registry import MAKERS
 
 
-@MAKERS.register("class_means", makes="tensor", operands=("features",))
+@MAKERS.register("class_means", makes="tensor", operands=("features",), labels=True)
 class ClassMeans(Maker):
     """The mean of an operand over the samples of each class, [classes, ...].
 
@@ -41,7 +41,7 @@ class ClassMeans(Maker):
         return (len(facts.classes), *facts.shapes["features"])
 
 
-@MAKERS.register("class_counts", makes="tensor")
+@MAKERS.register("class_counts", makes="tensor", labels=True)
 class ClassCounts(Maker):
     """How many samples of each class the source gives, [classes]: what long-tailed losses weigh classes by.
 

@@ -23,7 +23,9 @@ from kdbench.config.schema import MakeConfig, Named, Recipe, RoleConfig, StageCo
 from kdbench.data.base import SourceSpec, describe_all
 from kdbench.data.made import expected
 from kdbench.data.source import Source
+from kdbench.data.split import share
 from kdbench.engine.build import Setting
+from kdbench.engine.needs import check_maker
 from kdbench.engine.plan import META, StagePlan, plan_stage
 from kdbench.engine.prepare import Origin
 from kdbench.engine.roles import inputs_of
@@ -172,11 +174,15 @@ def _rehearse(
                     f"{make.place}: {make.name!r} is made over source {source!r}, which has no field {field!r} for "
                     f"role {role.name!r} to see; it has {', '.join(sorted(spec.fields))}"
                 )
+    check_maker(make, plan.specs)
     setting = Setting(stage, plan.layout, recipe.seed, META, tensors)
+    kept = stage.data[source].labels
+    known = isinstance(kept, float | int) and spec.samples is not None
     facts = Facts(
         classes=tuple(str(number) for number in range(evaluation.classes or 0)),
         samples=spec.samples,
         population=spec.population if spec.population is not None else spec.samples,
+        labelled=share(spec.samples, kept) if known else None,  # type: ignore[arg-type]
         shapes={name: tuple(setting.shape(operand)) for name, operand in make.part.operands.items()},
         injected=_injected(plan),
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from support import parts, plan_of, recipe  # noqa: F401
 
 from kdbench.errors import ConfigError
+from kdbench.results.making import plan_stages
 
 HEAD = """
 student: {model: t_layers}
@@ -18,14 +21,26 @@ batch_size: 16
 
 def refused(text: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as told:
-        plan_of(recipe(HEAD + text, *overrides))
+        plan_stages(recipe(HEAD + text, *overrides))  # what `kdbench check` does before it prints
     return str(told.value)
 
+
+NOISE = (
+    "models: {maker: {model: t_generator, input: noise.z}, own: {model: t_layers, input: 'maker:image'}}\n"
+    "data: {noise: {type: gaussian, shape: [6], samples: 64}}\n"
+)
+"""A role that sees no image, and so no label."""
 
 WRONG = {
     "averages of each other": (
         "models: {a: {ema: b}, b: {ema: a}}\nterms: {ce: cross_entropy}",
         ["follow each other in a circle"],
+    ),
+    "an average of itself": ("models: {a: {ema: a}}\nterms: {ce: cross_entropy}", ["circle: a -> a"]),
+    "a circle through a shared network": (
+        "models:\n  a: {same: b, input: 'c:layer1'}\n  b: {model: t_layers}\n"
+        "  c: {model: t_layers, input: 'a:logits'}\nterms: {ce: {type: cross_entropy, student: a}}",
+        ["in a circle: a -> c -> a"],
     ),
     "inputs in a circle": (
         "models: {a: {model: t_layers, input: 'b:logits'}, b: {model: t_layers, input: 'a:logits'}}\n"
@@ -39,6 +54,33 @@ WRONG = {
     "an update of nothing": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [], terms: [ce]}]",
         ["an update needs `models`"],
+    ),
+    "an update that moves by nothing": (
+        "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: []}]",
+        ["an update needs `terms`"],
+    ),
+    "an update that reaches nothing": (
+        "terms: {ce: cross_entropy, kd: {type: kd, student: teacher, teacher: student}}\n"
+        "updates: [{models: [student], terms: [ce]}, {models: [student], terms: [kd]}]",
+        ["updates.1: nothing to update: no term of kd reaches a parameter of student"],
+    ),
+    "an update that leaves one of its models": (
+        "models: {b: {model: t_layers}}\nterms: {ce: cross_entropy}\nupdates: [{models: [student, b], terms: [ce]}]",
+        ["nothing to update: no term of ce reaches a parameter of b", "leave it out"],
+    ),
+    "a model and a term twice in one update": (
+        "terms: {ce: cross_entropy}\nupdates: [{models: [student, student], terms: [ce, ce]}]",
+        ["updates.0.models: 'student' is listed twice", "updates.0.terms: 'ce' is listed twice"],
+    ),
+    "one term in two updates at once": (
+        "models: {b: {model: t_layers}}\nterms: {ce: {type: cross_entropy, student: [student, b]}}\n"
+        "updates: [[{models: [student], terms: [ce]}, {models: [b], terms: [ce]}]]",
+        ["term 'ce' stands in two updates of one group", "no order"],
+    ),
+    "a network that is another's in an update": (
+        "models: {h: {same: student}}\nterms: {ce: cross_entropy, kd: {type: kd, student: h}}\n"
+        "updates: [[{models: [student], terms: [ce]}, {models: [h], terms: [kd]}]]",
+        ["role 'h' is same; an update moves trainable roles only"],
     ),
     "one model in two updates at once": (
         "terms: {ce: cross_entropy, kd: kd}\n"
@@ -58,6 +100,18 @@ WRONG = {
         "terms: {kd: {type: kd, route: uniform}}",
         ["chooses among edges", "list of teachers"],
     ),
+    "a router over one teacher, listed": (
+        "terms: {kd: {type: kd, teacher: [teacher], route: uniform}}",
+        ["chooses among edges", "list of teachers"],
+    ),
+    "a router over one teacher, twice": (
+        "terms: {kd: {type: kd, teacher: [teacher, teacher], route: uniform}}",
+        ["chooses among teachers", "the same: teacher:logits"],
+    ),
+    "a router over one teacher of two students": (
+        "models: {b: {model: t_layers}}\nterms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
+        ["chooses among teachers", "the same: teacher:logits"],
+    ),
     "a router over a term without weights": (
         "models: {second: {model: t_layers, frozen: true}}\n"
         "terms: {it: {type: t_coupled, teacher: [teacher, second], route: uniform}, ce: cross_entropy}",
@@ -73,6 +127,76 @@ WRONG = {
         "data: {noise: {type: gaussian, shape: [6], samples: 64}}\n"
         "terms: {ce: {type: cross_entropy, student: own}}",
         ["reads 'label'", "source 'noise' has not"],
+    ),
+    "a weigher that reads labels where there are none": (
+        NOISE + "terms: {kd: {type: kd, student: own, teacher: own, weigh: {type: focal, power: 1}}}",
+        ["terms.kd.weigh: weigher 'focal'", "reads 'label'", "no labels"],
+    ),
+    "a weigher that reads a teacher where there is none": (
+        "terms: {ce: {type: cross_entropy, weigh: confidence}}",
+        ["terms.ce.weigh: weigher 'confidence'", "reads 'teacher'"],
+    ),
+    "a selector that reads labels where there are none": (
+        NOISE + "terms: {kd: {type: kd, student: own, teacher: own}}\n"
+        "updates: [{models: [own], terms: [kd], select: {type: learnability, keep: 8, student: own, reference: own}}]",
+        ["updates.0.select: selector 'learnability'", "reads 'label'"],
+    ),
+    "a maker that reads labels where there are none": (
+        NOISE + "terms: {ce: cross_entropy}\nmake: {means: {type: class_means, source: noise, features: 'own:layer1'}}",
+        ["make.means: class_means reads the labels of source 'noise', which has none"],
+    ),
+    "labels to keep where there are none": (
+        "data: {noise: {type: gaussian, shape: [6], label_fraction: 4}}\nterms: {ce: cross_entropy}",
+        ["data.noise.label_fraction", "of source 'noise', which has none"],
+    ),
+    "more labels than samples": (
+        "terms: {ce: cross_entropy}\nlabel_fraction: 100",
+        ["label_fraction: 100 labels, but source 'train' has only 64 samples"],
+    ),
+    "a larger subset than there are samples": (
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: 100}}",
+        ["data.train.subset: 100 samples were asked for, but there are only 64"],
+    ),
+    "a larger part of a subset than there are samples": (
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: [32, {type: random, amount: 40}]}}",
+        ["data.train.subset.1: 40 samples were asked for, but there are only 32"],
+    ),
+    "more validation than samples": (
+        "terms: {ce: cross_entropy}\nvalidation: 70",
+        ["validation: 70 samples were asked for, but there are only 64"],
+    ),
+    "a larger batch than there are samples": (
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: 10}}",
+        ["batch_size: batch_size 16 is more than the 10 samples of source 'train'"],
+    ),
+    "more rows to keep than a batch has": (
+        "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random, keep: 40}}]",
+        ["updates.0.select: `keep: 40` is more than the 16 rows"],
+    ),
+    "a budget larger than the pool": (
+        "terms: {ce: cross_entropy}\n"
+        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 65, count: 2}}",
+        ["make.pick: choose has a budget of 65, but its source has only 64 samples"],
+    ),
+    "a budget larger than a part of the pool": (
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: 32}}\n"
+        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 33, count: 2}}",
+        ["make.pick: choose has a budget of 33, but its source has only 32 samples"],
+    ),
+    "a budget that is spent before the first round": (
+        "terms: {ce: cross_entropy}\nlabel_fraction: {made: query.pick, first: 20}\n"
+        "stages: {active: {rounds: 2, stages: {train: {epochs: 1}, query: {epochs: 0, make: {pick: "
+        "{type: choose, by: {type: entropy, student: student}, budget: 10, count: 5}}}}}}",
+        ["make.pick: choose has a budget of 10, but its source begins with 20 labels"],
+    ),
+    "more in a round than in all": (
+        "terms: {ce: cross_entropy}\n"
+        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 10, count: 20}}",
+        ["make.pick: choose: count (20) is more than the budget (10)"],
+    ),
+    "a part of a file where there is none": (
+        "terms: {ce: cross_entropy}\naugment: {image: [flip], other: {from: image, then: [random_resized_crop]}}",
+        ["augment.other.then.0: view 'other': random_resized_crop chooses what is read from a file", "in memory"],
     ),
     "a term that is read before it": (
         "models: {second: {model: t_layers, frozen: true}}\n"
@@ -110,6 +234,27 @@ WRONG = {
         "terms: {mse: {type: logit_mse, teacher: 'made:first.soft'}}",
         ["no earlier stage makes 'first.soft'"],
     ),
+    "a dataset that nobody made": (
+        "terms: {ce: cross_entropy}\ndata: {pool: {made: first.pool}}",
+        ["data.pool.made: no earlier stage makes 'first.pool'"],
+    ),
+    "a choice that nobody made": (
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: {made: first.pick}}}",
+        ["data.train.subset.made: no earlier stage makes 'first.pick'"],
+    ),
+    "labels that nobody chose": (
+        "terms: {ce: cross_entropy}\nlabel_fraction: {made: first.pick}",
+        ["label_fraction.made: no earlier stage makes 'first.pick'"],
+    ),
+    "a model that nobody chose": (
+        "models: {b: {model: {made: first.best}}}\nterms: {ce: {type: cross_entropy, student: b}}",
+        ["models.b: no earlier stage makes 'first.best'"],
+    ),
+    "a choice of a later stage": (
+        "terms: {ce: cross_entropy}\nstages:\n  one: {data: {train: {subset: {made: two.pick}}}}\n"
+        "  two: {make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 4}}}",
+        ["stages.one.data.train.subset.made: no earlier stage makes 'two.pick'"],
+    ),
     "statistics of what has none": (
         "terms: {it: {type: bn_statistics, student: 'teacher:layer1/in', teacher: 'teacher:layer1/stats'}}",
         ["keeps no running mean"],
@@ -143,7 +288,17 @@ WRONG = {
         "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
         "data: {noise: {type: gaussian, shape: [6], samples: 64}, train: {subset: 50}}\n"
         "terms: {ce: {type: cross_entropy, student: both}}",
-        ["'both' sees noise and train side by side", "train: 16, the last one 2"],
+        ["'both' sees noise and train side by side", "noise: 16; train: 16, then 2"],
+    ),
+    "two sources in one combination": (
+        NOISE + "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}",
+        ["terms.kd", "batches differ in size (noise: 16; train: 16, then 2)"],
+        ["data.train={subset: 50}"],
+    ),
+    "two sources in a term over the batch": (
+        NOISE + "terms: {ce: cross_entropy, rkd: {type: rkd, student: layer1, teacher: 'own:layer1'}}",
+        ["terms.rkd", "batches differ in size"],
+        ["data.train={subset: 50}"],
     ),
     "nothing to measure": ("terms: {ce: cross_entropy}\nmetrics: []", ["one or more"]),
     "a selection without a number": (
@@ -170,14 +325,39 @@ def test_two_sources_of_whole_batches_may_stand_side_by_side():
 def test_a_wiring_that_cannot_be_is_refused_in_words(name):
     text, words, *overrides = WRONG[name]
     told = refused(text, *(overrides[0] if overrides else ()))
-    assert "own.yaml" in told or "=" in told, "it has a place"
+    for line in told.splitlines()[1 if " mistakes:" in told else 0 :]:
+        assert re.match(r"own\.yaml:\d+ |override '", line), f"it has a place: {line}"
     for word in words:
         assert word in told
 
 
-def test_an_adapter_on_a_detached_operand_alone_cannot_learn():
-    """It would be a random projection that nobody trains."""
-    told = refused(
-        "terms: {mse: {type: logit_mse, student: teacher, teacher: {path: layer1, role: student, adapter: linear}}}"
+ADAPTED = "{type: logit_mse, student: teacher, teacher: {path: layer1, role: student, adapter: linear}}"
+
+
+@pytest.mark.parametrize("beside", ["", "ce: cross_entropy, "])
+def test_an_adapter_on_a_detached_operand_alone_cannot_learn(beside):
+    """It would be a projection that teaches nobody, also where other terms teach."""
+    told = refused(f"terms: {{{beside}mse: {ADAPTED}}}")
+    assert told.startswith("own.yaml:8 terms.mse: ") and "reaches no parameter of student" in told
+    assert "only an adapter" in told
+
+
+def test_an_adapter_beside_a_student_that_learns_may_stand_on_the_teacher():
+    text = "terms: {mse: {type: logit_mse, teacher: {path: layer1, role: teacher, adapter: linear}}}"
+    parameters = plan_of(recipe(HEAD + text)).updates[0].parameters
+    assert any(".adapter." in name for name in parameters) and any(name.startswith("student.") for name in parameters)
+
+
+def test_sources_of_equal_batches_may_stand_in_one_combination():
+    text = "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}"
+    assert plan_of(recipe(HEAD + NOISE + text)).updates
+
+
+def test_what_a_null_removed_is_not_where_the_weights_come_from():
+    text = (
+        "models: {own: {model: t_layers}}\nstages:\n  one: {terms: {ce: cross_entropy}}\n"
+        "  two: {models: {student: null}, terms: {ce: {type: cross_entropy, student: own}}, export: own}\n"
+        "  three: {student: {weights: {stage: previous}}, terms: {ce: cross_entropy}}"
     )
-    assert "nothing to update" in told and "only an adapter" in told
+    weights = recipe(HEAD + text).stages[2].roles["student"].weights
+    assert weights is not None and weights.stage == "one"

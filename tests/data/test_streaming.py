@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms.functional as tv
 
 from kdbench.data.augment import RandomResizedCrop
+from kdbench.data.base import describe
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import derive
 
@@ -102,8 +103,17 @@ def test_an_unreadable_image_is_named_without_a_worker_traceback(pets, folder, s
 def test_random_resized_crop_on_images_in_memory_is_refused(pets, make, part, source_of):
     views = {"image": (part("random_resized_crop"),)}
     params = {"root": "pets", "size": 8}
-    with pytest.raises(ConfigError, match=r"data.train: view 'image': random_resized_crop .* resident: false"):
+    with pytest.raises(
+        ConfigError, match=r"augment.random_resized_crop: view 'image': random_resized_crop .* resident: false"
+    ):
         source_of(make(dataset="image_folder", params=params, views=views, batch_size=4))
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "synthetic"])
+def test_random_resized_crop_on_images_in_memory_is_refused_before_they_are_there(make, part, dataset):
+    source = make(dataset=dataset, views={"image": (part("random_resized_crop"),)})
+    with pytest.raises(ConfigError, match=f"but {dataset} is held in memory"):
+        describe(source, "nowhere")
 
 
 def test_imagenet_on_a_small_folder(tmp_path, write_folders, make, part, source_of):
