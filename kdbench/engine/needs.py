@@ -28,7 +28,7 @@ def check_needs(
         ConfigError: a field, a label, a sample or a row is missing, with the place of what misses it.
     """
     for name in terms:
-        _check_reads(stage.terms[name], sources, specs, stage)
+        _check_reads(stage.terms[name], sources, specs, stage, world_size)
     _check_choosers(stage, sources, specs)
     _check_amounts(stage, specs, world_size)
     for config in stage.roles.values():
@@ -36,11 +36,11 @@ def check_needs(
 
 
 def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) -> tuple[int, ...]:
-    """How many rows the batches of a source have: whole ones, and what is left at the end of an epoch, or begins it."""
+    """How many rows a process's batches of a source have: whole ones, and those at the end (or beginning) of an epoch."""
     config, spec = stage.data[source], specs[source]
     size, sizes = config.batch_size, [config.batch_size]
     if spec.classes is not None and spec.samples is not None:  # noise is drawn, so that every batch is whole
-        sizes.append(spec.samples % (size * world_size))
+        sizes.append(-(-(spec.samples % (size * world_size)) // world_size))
     if config.overlap:
         sizes.append(size // 2)
     return tuple(dict.fromkeys(rows for rows in sizes if rows))
@@ -58,7 +58,9 @@ def sizes_in_words(stage: StageConfig, sources: Sequence[str], specs: Specs, wor
     return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in found)
 
 
-def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Specs, stage: StageConfig) -> None:
+def _check_reads(
+    config: TermConfig, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
+) -> None:
     """What a term reads besides its operands must be fields of the source that its student sees."""
     entry = TERMS.entry(config.type)
     what = f"term {config.name!r} ({config.type})"
@@ -81,6 +83,8 @@ def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Specs, s
             masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
             hint = nearest(config.where, masks) if masks else " It has none."
             raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
+        if entry.facts.get("space") == "batch" and world_size > 1:
+            _refuse_padded(config, source, sources, specs, stage, world_size)
         if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
             continue
         other = source_of(edge.teacher, sources, stage.terms)
@@ -89,6 +93,21 @@ def _check_reads(config: TermConfig, sources: Mapping[str, str], specs: Specs, s
                 f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
                 f"{edge.teacher} sees {other!r}"
             )
+
+
+def _refuse_padded(
+    config: TermConfig, own: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
+) -> None:
+    """Several processes pad a last batch; a term that couples rows knows the padding of its own source only."""
+    for leaf in config.reads():
+        source = source_of(leaf, sources, stage.terms)
+        if source in (None, own) or len(batch_sizes(stage, source, specs, world_size)) == 1:  # type: ignore[arg-type]
+            continue
+        raise ConfigError(
+            f"{leaf.place}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
+            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): {world_size} processes would "
+            "pad it. Choose a batch_size that leaves no smaller last batch, or one process."
+        )
 
 
 def _refuse_missing(entry: Entry, given: set[str], source: str, specs: Specs, what: str) -> None:

@@ -35,6 +35,35 @@ class LinearHead(nn.Module):
         return self.fc(as_vector(feature))
 
 
+@MODELS.register("cosine_head", version=1, paper="https://arxiv.org/abs/2304.04408", image=(64, 4, 4))
+class CosineHead(nn.Module):
+    """A classifier by direction: each class is a proxy, and its logit the feature's cosine with it over a temperature.
+
+    logit_c = cos(f, w_c) / temperature. That of PCR (Lin et al., CVPR 2023), as in its code; there the temperature is
+    0.09. A map is averaged over its places first, tokens over their number.
+    Shapes: (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
+    Feature: `fc`, whose weight holds the proxies.
+
+    Args:
+        num_classes: of the data; the engine gives it.
+        input_shape: of one sample of the feature; the engine gives it.
+        temperature: what a cosine is divided by.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, input_shape: tuple[int, ...] = (64, 4, 4), temperature: float = 0.09
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ConfigError(f"cosine_head: temperature must be above 0, got {temperature}")
+        self.temperature = temperature
+        self.fc = nn.Linear(vector_size(input_shape, "cosine_head"), num_classes, bias=False)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        direction = F.normalize(as_vector(feature), dim=1)
+        return F.linear(direction, F.normalize(self.fc.weight, dim=1)) / self.temperature
+
+
 @MODELS.register("exit_head", version=1, paper="https://arxiv.org/abs/1905.08094", image=(32, 8, 8))
 class ExitHead(nn.Module):
     """An early exit: bottleneck, mean over all places, classifier. Be Your Own Teacher (Zhang et al. 2019), BYOT.

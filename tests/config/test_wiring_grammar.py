@@ -109,7 +109,8 @@ WRONG = {
         ["chooses among teachers", "the same: teacher:logits"],
     ),
     "a router over one teacher of two students": (
-        "models: {b: {model: t_layers}}\nterms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
+        "models: {b: {model: t_layers}}\n"
+        "terms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
         ["chooses among teachers", "the same: teacher:logits"],
     ),
     "a router over a term without weights": (
@@ -351,6 +352,15 @@ def test_an_adapter_beside_a_student_that_learns_may_stand_on_the_teacher():
 def test_sources_of_equal_batches_may_stand_in_one_combination():
     text = "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}"
     assert plan_of(recipe(HEAD + NOISE + text)).updates
+
+
+def test_a_smaller_last_batch_of_another_source_is_refused_where_several_processes_would_pad_it():
+    text = "data: {memory: {subset: 50}}\nmodels: {again: {same: student, input: memory.image}}\n"
+    text += "terms: {pcr: {type: proxy_contrastive, replayed: again, replayed_label: memory.label}}"
+    assert plan_of(recipe(HEAD + text)).updates
+    with pytest.raises(ConfigError, match=r"own.yaml:10 terms.pcr.replayed.*2 processes would pad it"):
+        plan_of(recipe(HEAD + text), world_size=2)
+    assert plan_of(recipe(HEAD + text, "data.memory.subset=64"), world_size=2).updates
 
 
 def test_what_a_null_removed_is_not_where_the_weights_come_from():

@@ -28,6 +28,7 @@ CASES = [
     ("gate_mlp", {"input_shape": MAP, "hidden": 0, "batch_norm": True}, MAP, (2,), 130 + 4),
     ("gate_mlp", {"input_shape": TOKENS, "activation": "relu", "softmax": True}, TOKENS, (2,), None),
     ("linear_head", {}, MAP, (10,), 650),
+    ("cosine_head", {}, MAP, (10,), 640),
     ("linear_head", {"input_shape": TOKENS, "num_classes": 3, "bias": False}, TOKENS, (3,), 36),
     ("exit_head", {}, (32, 8, 8), (10,), 3_498),
     ("projector", {"channels": 48, "size": 2}, MAP, (48, 2, 2), None),

@@ -135,6 +135,11 @@ def proxy_contrastive(student, label, temperature=0.09):
     return loss / len(student)
 
 
+def proxy_distance(student, teacher, label):
+    values = [(s[c] - t[c]) ** 2 for s, t in zip(student, teacher, strict=True) for c in label]
+    return sum(values) / len(values)
+
+
 def load_balance(student, kind="kl"):
     experts = len(student[0])
     mean = [sum(row[k] for row in student) / len(student) for k in range(experts)]

@@ -142,6 +142,10 @@ def _old_as_new(case: Case, operands: dict[str, Tensor]) -> Tensor:
     return case.build(old=[0])(**operands)
 
 
+def _everywhere(case: Case, operands: dict[str, Tensor]) -> Tensor:
+    return (operands["student"] - operands["teacher"]).square().mean()
+
+
 MAP = (3, 2, 2)
 
 CASES = [
@@ -282,9 +286,24 @@ CASES = [
         extra=_labels,
         broken={"T 1": _with(temperature=1.0), "sum": _times(BATCH)},
     ),
+    Case(
+        "proxy_distance",
+        "proxy_distance",
+        extra=_labels,
+        broken={"all classes": _everywhere, "sum": _times(BATCH)},
+    ),
     Case("load_balance", "load_balance", teacher=None, simplex=True, broken={"cv": _with(kind="cv")}),
     Case(
         "load_balance-cv", "load_balance", {"kind": "cv"}, teacher=None, simplex=True, broken={"kl": _with(kind="kl")}
+    ),
+    Case(
+        "similarity_distribution",
+        "similarity_distribution",
+        {"temperature": 0.5},
+        student=(4,),
+        teacher=(2, 3),
+        zero=False,
+        broken={"sides": _swapped, "T 1": _with(temperature=1.0)},
     ),
     Case("pkt", "pkt", student=(4,), teacher=(2, 3), broken={"reversed KL": _swapped, "row sums": _times(BATCH)}),
 ]

@@ -179,6 +179,21 @@ def pkt(student, teacher):
     return total / n**2
 
 
+def similarity_distribution(student, teacher, temperature=0.09):
+    n, distributions = len(student), []
+    for rows in ([_flat(row) for row in student], [_flat(row) for row in teacher]):
+        lengths = [math.sqrt(_dot(row, row)) for row in rows]
+        powers = [
+            [math.exp(_dot(rows[i], rows[j]) / (lengths[i] * lengths[j]) / temperature) for j in range(n)]
+            for i in range(n)
+        ]
+        distributions.append(
+            [[powers[i][j] / sum(p for k, p in enumerate(powers[i]) if k != i) for j in range(n)] for i in range(n)]
+        )
+    q, p = distributions
+    return -sum(p[i][j] * math.log(q[i][j]) for i in range(n) for j in range(n) if j != i) / n
+
+
 def central_differences(function, tensor, step=1e-5):
     """Gradient of `function` (nested list -> float) at a float64 tensor, one element at a time."""
     gradient = tensor.new_zeros(tensor.shape)
