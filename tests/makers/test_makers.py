@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from kdbench.config.schema import Operand
 from kdbench.errors import ConfigError
 from kdbench.makers.base import Facts, Pool
 from kdbench.makers.choices import herd
-from kdbench.makers.search import similarities
+from kdbench.makers.search import looks, outer_distance
 from kdbench.registry import MAKERS
 
 SAMPLES, CLASSES = 40, 4
@@ -340,25 +341,43 @@ def test_logits_are_needed_where_classes_are_read():
 
 
 class Net(nn.Module):
-    def __init__(self, width: int = 4, num_classes: int = CLASSES) -> None:
+    def __init__(self, width: int = 4, num_classes: int = CLASSES, depth: int = 1) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU())
+        widths = [1] + [width] * depth
+        convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
+        self.body = nn.Sequential(*[part for conv in convolutions for part in (conv, nn.ReLU())])
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.fc(self.body(image).mean((-2, -1)))
 
 
-def test_the_similarities_are_those_of_the_formula():
+def by_hand(net: Net, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices that the authors' code compares, built one by one: (classes, channels, channels), (batch, batch)."""
+    gradient = torch.autograd.grad(nn.functional.cross_entropy(net(images), labels), net.fc.weight)[0]
+    outer = nn.functional.normalize(torch.bmm(gradient.unsqueeze(2), gradient.unsqueeze(1)), dim=2)
+    flat = net.body(images).detach().flatten(1)
+    return outer, nn.functional.normalize(flat @ flat.T)
+
+
+def test_the_measure_is_that_of_the_formula():
     torch.manual_seed(0)
-    net, images = Net().double(), torch.randn(6, 1, 5, 5, dtype=torch.float64)
-    semantic, relation = similarities(net, "body", images)
-    maps = net.body(images).detach()
-    flat = maps.flatten(1)
-    torch.testing.assert_close(relation, torch.nn.functional.normalize(flat @ flat.T, dim=-1))
-    # behind average pooling and a linear layer, Grad-CAM is the class-activation map, up to the number of positions
-    cams = torch.einsum("nc,bchw->nbhw", net.fc.weight.detach() / 25, maps).flatten(1)
-    torch.testing.assert_close(semantic, torch.nn.functional.normalize(cams @ cams.T, dim=-1))
+    one, other = Net().double(), Net().double()
+    images, labels = torch.randn(6, 1, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
+    (outer, gram), (outer_other, gram_other) = (by_hand(net, images, labels) for net in (one, other))
+    mine, theirs = (looks(net, "body", "fc", images, labels) for net in (one, other))
+    torch.testing.assert_close(mine[1], gram)
+    semantic = float((outer - outer_other).square().sum() / (CLASSES * 4))
+    assert outer_distance(mine[0], theirs[0]) == pytest.approx(semantic)
+    relation = float((gram - gram_other).square().sum() / 6**2)
+    search = {s: MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body", "score": s}) for s in SCORES}
+    expected = {"semantic": -semantic, "relation": -relation, "diswot": -semantic - relation}
+    assert {s: search[s]._score(mine, theirs) for s in SCORES} == pytest.approx(expected)
+    dead = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # a channel and a class without any gradient
+    assert outer_distance(dead, dead) == 0
+
+
+SCORES = ("semantic", "relation", "diswot")
 
 
 @pytest.fixture
@@ -367,26 +386,26 @@ def nets(monkeypatch):
 
     def build(self, name, facts):
         built.append(name)
-        return Net(self.candidates[name]["width"])
+        return Net(4, depth=self.candidates[name]["depth"])
 
     monkeypatch.setattr("kdbench.makers.search.Search._build", build)
     return built
 
 
-CANDIDATES = {f"w{w}": {"type": "net", "width": w} for w in (2, 3, 4, 6, 8, 12)}
+CANDIDATES = {f"d{d}": {"type": "net", "depth": d} for d in (1, 2, 3, 4, 5, 6)}
 
 
 def searching(seed: int = 0) -> Pool:
     torch.manual_seed(9)
     operand = Operand(role="teacher", path="body")
-    return pool(fields(), modules={"teacher": Net(8).eval()}, operands={"teacher": operand}, seed=seed)
+    return pool(fields(), modules={"teacher": Net(4, depth=8).eval()}, operands={"teacher": operand}, seed=seed)
 
 
 def test_the_search_finds_the_best_score(nets):
     made = make("search", searching(), candidates=CANDIDATES, feature="body", batch=16)
     scores = made["told"]["scores"]
     assert set(scores) == set(CANDIDATES) and made["told"]["chosen"] == max(scores, key=scores.get)
-    assert made["params"] == {"width": CANDIDATES[made["told"]["chosen"]]["width"]} and made["type"] == "net"
+    assert made["params"] == {"depth": CANDIDATES[made["told"]["chosen"]]["depth"]} and made["type"] == "net"
     parts = [
         make("search", searching(), candidates=CANDIDATES, feature="body", batch=16, score=s)
         for s in ("semantic", "relation")
@@ -396,21 +415,34 @@ def test_the_search_finds_the_best_score(nets):
 
 
 def test_a_network_is_most_like_itself(nets):
-    on = searching()
-    images = fields()["image"][:16]
-    teacher = similarities(on.modules["teacher"], "body", images)
+    on, rows = searching(), fields()
+    teacher = looks(on.modules["teacher"], "body", "fc", rows["image"][:16], rows["label"][:16])
     search = MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body"})
-    assert search._score(teacher, teacher) == 0
+    assert search._score(teacher, teacher) == pytest.approx(0, abs=1e-12)
     assert all(
         score < 0 for score in make("search", on, candidates=CANDIDATES, feature="body")["told"]["scores"].values()
     )
 
 
+def test_the_semantic_measure_needs_equal_channels_and_labels(nets, monkeypatch):
+    monkeypatch.setattr("kdbench.makers.search.Search._build", lambda self, name, facts: Net(5))
+    wide = {"candidates": CANDIDATES, "feature": "body"}
+    with pytest.raises(ConfigError, match=r"teacher has \[4, 4\] \(classes, channels\) and a candidate \[4, 5\]"):
+        make("search", searching(), **wide)
+    assert make("search", searching(), **wide, score="relation")["told"]["scores"]
+    with pytest.raises(ConfigError, match="classifier 'body' of Net is no linear layer"):
+        make("search", searching(), **wide, classifier="body")
+    rows = {**fields(), "label": torch.full((SAMPLES,), -100)}
+    operand = {"teacher": Operand(role="teacher", path="body")}
+    with pytest.raises(ConfigError, match="the source has none"):
+        make("search", pool(rows, modules={"teacher": Net().eval()}, operands=operand), **wide)
+
+
 def test_the_limit_of_parameters_holds(nets):
-    made = make("search", searching(), candidates=CANDIDATES, feature="body", max_parameters=60)
-    assert set(made["told"]["scores"]) == {"w2", "w3", "w4"} and made["told"]["parameters"] <= 60
+    made = make("search", searching(), candidates=CANDIDATES, feature="body", max_parameters=360)
+    assert set(made["told"]["scores"]) == {"d1", "d2", "d3"} and made["told"]["parameters"] <= 360
     search = MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body", "max_parameters": 5})
-    with pytest.raises(ValueError, match=r"allows 5 parameters, but the smallest candidate, 'w2', has"):
+    with pytest.raises(ValueError, match=r"allows 5 parameters, but the smallest candidate, 'd1', has"):
         search.check(Facts(shapes={"teacher": (4, 8, 8)}))
 
 
