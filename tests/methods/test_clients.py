@@ -130,7 +130,7 @@ def test_a_stopped_fedmd_goes_on_in_the_midst_of_a_round(tmp_path):
 
 @pytest.mark.slow
 def test_fedmd_clients_gain_from_each_other(tmp_path):
-    """Seen (seed 1): cnn 79.9 alone, 92.3 after the last digest and about 86 after the last revisit."""
+    """Seen (seed 1): cnn 79.9 alone, 88.7 after the last digest and 85.9 after the last revisit."""
     out = play(load_recipe("digits/fedmd"), tmp_path / "run")
     cnn = scores(out, "cnn")
     assert max(cnn) > 86 and max(scores(out, "resnet")) > 84
