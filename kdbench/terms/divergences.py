@@ -105,6 +105,28 @@ class ProbabilityMSE(Term):
         return (p - q).square().mean(1)
 
 
+@TERMS.register("label_mse", space="sample", version=1, paper="arXiv:2102.13088")
+class LabelMSE(Term):
+    """Squared difference of the softmax and the label, averaged over the classes: the Brier score as a loss.
+
+    loss = 1/classes * sum_k (p_k - [k = label])^2. Beside `probability_mse` it makes the self-distillation of Borup and
+    Andersen, whose target is a weighted mean of the label and the last generation's softmax: weights a and 1 - a give
+    the same gradients. Mean over the classes as in their code. Hidden labels (negative) give 0.
+
+    Borup and Andersen, Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by
+    Self-Distillation, NeurIPS 2021, arXiv:2102.13088.
+    Shapes: student logits (batch, classes), label (batch,) -> (batch,), squared probability.
+    """
+
+    def check_shapes(self, **shapes: Size) -> None:
+        logits_of("student", shapes["student"])
+
+    def forward(self, student: Tensor, label: Tensor) -> Tensor:
+        p = F.softmax(at_least_float32(student), dim=1)
+        hard = torch.zeros_like(p).scatter(1, label.clamp(min=0).unsqueeze(1), 1)
+        return torch.where(label < 0, 0, (p - hard).square().mean(1))
+
+
 @TERMS.register("standardised_kd", space="sample", version=1, paper="arXiv:2403.01427")
 class StandardisedKD(Term):
     """KD of standardised logits: each sample's own spread of logits takes the place of a shared temperature.

@@ -20,6 +20,12 @@ def divergence(student, teacher, kind="js", temperature=1.0):
     return losses
 
 
+def label_mse(student, label):
+    return [
+        sum((p - (k == y)) ** 2 for k, p in enumerate(_softmax(s))) / len(s) for s, y in zip(student, label, strict=True)
+    ]
+
+
 def probability_mse(student, teacher):
     return [
         sum((a - b) ** 2 for a, b in zip(_softmax(s), _softmax(t), strict=True)) / len(s)

@@ -20,6 +20,7 @@ REFERENCES = [term_reference, logit_reference, feature_reference]
 ELSEWHERE = {
     "vid": "test_variational",
     "crd": "test_contrastive",
+    "queue_similarity": "test_queues",
     "weight_distance": "test_weight_terms",
     "ewc": "test_weight_terms",
     "last_batch": "test_self_teaching",
@@ -175,6 +176,7 @@ CASES = [
         extra=_labels,
         broken={"no T^2": _times(1 / 4), "parts exchanged": _with(alpha=6.0, beta=1.0), "no TCKD": _with(alpha=0.0)},
     ),
+    Case("label_mse", "label_mse", {}, teacher=None, extra=_labels, broken={"sum": _times(CLASSES)}),
     Case("logit_mse", "logit_mse", {}, broken={"sum": _times(CLASSES), "centred": _with(centre=True)}),
     Case("logit_mse-centred", "logit_mse", {"centre": True}, broken={"not centred": _with(centre=False)}),
     Case(
