@@ -31,8 +31,8 @@ class Search(Maker):
         diswot: their sum. n divides each row by its length; || || is the Frobenius norm.
 
     The channels of teacher and candidates have to agree for `semantic` and `diswot`, as in the paper's spaces; `relation`
-    takes any. Two things differ from the code: networks keep their own initialisation (there: standard normal weights)
-    and are in eval mode. There the teacher is untrained too: give the role no `weights`; a trained one works as well.
+    takes any. Two things differ from the code: networks keep their own initialisation (there: standard normal) and are
+    in eval mode. There the teacher is untrained too: give the role no `weights`; a trained one works as well.
     The file predictor/pruners/measures/diswot.py of that code is another measure, which its search does not use.
 
     Exhaustive by default. With `evaluations: N` at most N candidates are scored, by evolution: `population` of them are

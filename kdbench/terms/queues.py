@@ -6,7 +6,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
@@ -32,7 +31,8 @@ class QueueSimilarity(Term):
     Memory: size * width numbers, and batch * size while a step runs.
 
     Fang, Wang, Wang, Zhang, Yang and Liu, SEED: Self-supervised Distillation For Visual Representation, ICLR 2021,
-    arXiv:2101.04731. As in the authors' code (jacobswan1/SEED, seed/builder.py) and COMODO's (Breezelled/COMODO, loss.py).
+    arXiv:2101.04731. As in the authors' code (jacobswan1/SEED: seed/builder.py) and in COMODO's (Breezelled/COMODO:
+    comodo/loss.py).
     Shapes: student (after its adapter), teacher (batch, ...), equally many elements -> scalar, nats.
     """
 
@@ -69,7 +69,9 @@ class QueueSimilarity(Term):
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         if student.shape[0] > self.size:
-            raise ConfigError(f"queue_similarity: a batch of {student.shape[0]} does not fit into a queue of {self.size}")
+            raise ConfigError(
+                f"queue_similarity: a batch of {student.shape[0]} does not fit into a queue of {self.size}"
+            )
         with full_precision(student):
             ours = scaled_to_length(valid_rows(student, mask))
             theirs = scaled_to_length(valid_rows(teacher, mask)).detach()
@@ -87,7 +89,7 @@ class QueueSimilarity(Term):
         return ratio((counts * loss).sum(), counts.sum())
 
     def _near(self, theirs: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates of this batch, (1 or batch, candidates, width), and which of them count, (batch, candidates)."""
+        """The candidates of this batch (1 or batch, candidates, width), and which count (batch, candidates)."""
         if self.candidates == "own":
             return theirs.unsqueeze(1), torch.ones_like(counts, dtype=torch.bool).unsqueeze(1)
         own = torch.eye(len(counts), dtype=torch.bool, device=counts.device)  # so that no softmax is empty

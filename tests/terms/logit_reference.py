@@ -22,7 +22,8 @@ def divergence(student, teacher, kind="js", temperature=1.0):
 
 def label_mse(student, label):
     return [
-        sum((p - (k == y)) ** 2 for k, p in enumerate(_softmax(s))) / len(s) for s, y in zip(student, label, strict=True)
+        sum((p - (k == y)) ** 2 for k, p in enumerate(_softmax(s))) / len(s)
+        for s, y in zip(student, label, strict=True)
     ]
 
 
