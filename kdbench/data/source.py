@@ -302,7 +302,8 @@ class NoiseSource(Source):
         here = self.setting
         together = batch_size * here.world
         drawn = self._noise.draw(generator(here.seed, "augment", self.name, use, epoch, step), together)
-        batch = {name: sent(value[here.rank :: here.world].to(here.dtype), here.device) for name, value in drawn.items()}
+        own = {name: value[here.rank :: here.world].to(here.dtype) for name, value in drawn.items()}
+        batch = {name: sent(value, here.device) for name, value in own.items()}
         first = step * together + here.rank
         batch["index"] = torch.arange(first, (step + 1) * together, here.world, device=here.device)
         return batch

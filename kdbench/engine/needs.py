@@ -36,7 +36,7 @@ def check_needs(
 
 
 def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) -> tuple[int, ...]:
-    """How many rows a process's batches of a source have: whole ones, and those at the end (or beginning) of an epoch."""
+    """How many rows a process's batches of a source have: whole ones, and those that end (or begin) an epoch."""
     config, spec = stage.data[source], specs[source]
     size, sizes = config.batch_size, [config.batch_size]
     if spec.classes is not None and spec.samples is not None:  # noise is drawn, so that every batch is whole
@@ -105,8 +105,8 @@ def _refuse_padded(
             continue
         raise ConfigError(
             f"{leaf.place}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
-            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): {world_size} processes would "
-            "pad it. Choose a batch_size that leaves no smaller last batch, or one process."
+            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): {world_size} processes "
+            "would pad it. Choose a batch_size that leaves no smaller last batch, or one process."
         )
 
 
