@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.padding import Padding
@@ -12,12 +12,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from kdbench.cli.drawing import course, draw, moved
-from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig, TermConfig
+from kdbench.cli.drawing import course, draw
+from kdbench.cli.words import in_words, shape_words, value_words
+from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
-    from kdbench.engine.plan import RolePlan, StagePlan
+    from kdbench.engine.plan import StagePlan
 
 
 def run(recipe: Recipe, *, brief: bool = False) -> int:
@@ -53,7 +54,7 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
         later = recipe.stages[number + 1 :]
         same = _as_before(plan, told)
         if same is not None:
-            console.print(Text(f"stage {plan.stage.name}: as {same}, one round later\n"))
+            console.print(Text(f"stage {plan.stage.name}: as {same}, in a later round\n"))
             continue
         _print_stage(console, plan, later, several=len(plans) > 1)
     if recipe.published:
@@ -153,102 +154,6 @@ def _features_table(plan: StagePlan) -> Table:
     return table
 
 
-def in_words(plan: StagePlan) -> list[str]:
-    """Says in sentences what a stage does."""
-    stage = plan.stage
-    lines = [*_data_words(plan), *(_role_words(name, role, plan) for name, role in plan.roles.items())]
-    lines += [_term_words(stage.terms[name]) for name in plan.layout.terms]
-    for number, update in enumerate(plan.updates, 1):
-        label = f"update {number} of each step" if len(plan.updates) > 1 else "each step"
-        models, terms = moved(update), ", ".join(update.config.terms)
-        owned = sum(plan.term_parameters[name] for name in update.config.terms)
-        extra = f" and {owned:,} parameters of terms and adapters" if owned else ""
-        times = f", {update.config.repeat} times" if update.config.repeat > 1 else ""
-        optimizer = update.config.optimizer or stage.optimizer
-        lines.append(f"{label} moves {models}{extra} by {terms} with {_optimizer_words(optimizer)}{times}.")
-        if update.unreached:
-            shown = ", ".join(update.unreached[:3]) + (", ..." if len(update.unreached) > 3 else "")
-            lines.append(f"{len(update.unreached)} parameter tensors get no gradient and stay out of it: {shown}.")
-    lines += _course_words(plan)
-    return lines + list(plan.notes)
-
-
-def _data_words(plan: StagePlan) -> list[str]:
-    lines = []
-    for name, spec in plan.specs.items():
-        config = plan.stage.data[name]
-        fields = ", ".join(f"{field} {shape_words(shape)}" for field, (shape, _) in spec.fields.items() if shape)
-        samples = f"{spec.samples:,} samples" if spec.samples is not None else "samples not counted yet"
-        classes = f", {spec.classes} classes" if spec.classes else ""
-        hidden = f"; labels kept: {config.labels}" if config.labels is not None else ""
-        size = f", batches of {config.batch_size}" if name in plan.layout.sources.values() else ""
-        size += ", of which half were in the batch before" if config.overlap else ""
-        lines.append(
-            f"source {name}: {config.dataset.type} {config.split}, {samples}{classes}, {fields}{size}{hidden}."
-        )
-    if plan.stage.validation is not None:
-        lines.append(f"{plan.stage.validation} of train is held out as validation and chooses the best epoch.")
-    return lines
-
-
-def _role_words(name: str, role: RolePlan, plan: StagePlan) -> str:
-    config = role.config
-    life = {
-        "frozen": "is frozen (eval mode, no gradient to its parameters)",
-        "trainable": "learns",
-        "ema": f"is the moving average of {config.of} (decay {config.decay})",
-        "snapshot": f"is a copy of {config.of}" + (f", renewed every {config.every} epochs" if config.every else ""),
-        "same": f"is the very network of {config.of}" + (f", its {config.part}" if config.part else ""),
-    }[config.mode]
-    stops = f" and runs only as far as {role.stops_after}" if role.stops_after else ""
-    exported = "; it is what the recipe is for (exported)" if name == plan.stage.export else ""
-    frozen = f"; {', '.join(config.freeze)} stay as they are" if config.freeze else ""
-    return f"{name} ({role.model}) sees {config.input}, {life}{stops}{frozen}{exported}."
-
-
-def _term_words(config: TermConfig) -> str:
-    pairs = []
-    for edge in config.edges:
-        if edge.teacher is None:
-            pairs.append(f"{edge.student} learns from {'labels' if _reads_label(config) else 'itself'}")
-        else:
-            pairs.append(f"{edge.teacher} teaches {edge.student}")
-    gradient = " (the teacher gets gradient too)" if config.teacher_grad else ""
-    where = f", where {config.where}" if config.where else ""
-    return f"{config.name}: {'; '.join(pairs)}{gradient}{where}, times {value_words(config.weight)}."
-
-
-def _reads_label(config: TermConfig) -> bool:
-    return "label" in TERMS.entry(config.type).inputs
-
-
-def _course_words(plan: StagePlan) -> list[str]:
-    stage = plan.stage
-    spec, source = plan.specs[plan.train_source], stage.data[plan.train_source]
-    new = source.batch_size // 2 if source.overlap else source.batch_size
-    steps = f" of {-(-spec.samples // (new * stage.accumulate)):,} steps" if spec.samples else ""
-    length = f"{stage.steps:,} steps" if stage.steps is not None else f"{stage.epochs} epochs{steps}"
-    scheduler = value_words(stage.scheduler) if stage.scheduler else "constant"
-    lines = [f"{length}; learning rate: {scheduler}; precision {stage.precision}; evaluated every {_epochs(stage)}."]
-    if stage.ema is not None:
-        lines.append(f"a moving average of {stage.export} (decay {stage.ema}) is kept and evaluated beside it.")
-    lines.append(
-        f"estimated memory: {plan.memory_bytes / 2**20:,.0f} MiB (weights, gradients, momentum and the activations of "
-        "a batch; without the data)."
-    )
-    return lines
-
-
-def _epochs(stage: StageConfig) -> str:
-    return "epoch" if stage.eval_every == 1 else f"{stage.eval_every} epochs"
-
-
-def _optimizer_words(optimizer: Any) -> str:
-    params = ", ".join(f"{key} {value}" for key, value in optimizer.params.items())
-    groups = f", {len(optimizer.groups)} groups apart" if optimizer.groups else ""
-    return f"{optimizer.type}({params}{groups})"
-
-
 def _weights_words(config: RoleConfig) -> str:
     weights = config.weights
     if weights is None:
@@ -257,18 +162,6 @@ def _weights_words(config: RoleConfig) -> str:
         model = weights.model.type if isinstance(weights.model, Named) else weights.model
         return f"recipe {weights.recipe}" + (f" ({model})" if model else "")
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
-
-
-def value_words(value: Any) -> str:
-    """A number, or a schedule in words."""
-    if isinstance(value, Named):
-        inner = ", ".join(f"{key} {value_words(item)}" for key, item in value.params.items())
-        return f"{value.type}({inner})" if inner else value.type
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def shape_words(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in shape)
 
 
 def _short(number: int) -> str:

@@ -66,14 +66,14 @@ def _sees(plan: StagePlan) -> Iterator[str]:
     """The fields of the sources, and below each the roles that see it, and those that see these."""
     stage = plan.stage
     children: dict[str, list[str]] = {}
-    for name in _running(plan):
+    for name in running(plan):
         children.setdefault(_root(stage.roles[name].input), []).append(name)
     for address in (address for address in children if "." in address and ":" not in address):
         yield address
         yield from _branches(stage, children, address, "")
 
 
-def _running(plan: StagePlan) -> list[str]:
+def running(plan: StagePlan) -> list[str]:
     """The roles that run in a stage: what terms and makers read, what is measured, and what those see."""
     stage = plan.stage
     waiting = [stage.export, *stage.evaluate]
@@ -113,12 +113,22 @@ def _life(role: RoleConfig, stage: StageConfig) -> str:
         "snapshot": f"copy of {role.of}",
         "same": f"{role.of}{':' + role.part if role.part else ''} itself",
     }[role.mode]
+    where = origin(role)
+    return words + (f", {where}" if where else "") + (", the result" if role.name == stage.export else "")
+
+
+def origin(role: RoleConfig) -> str:
+    """Where a role's weights come from, in words; empty where they are drawn from the seed."""
     weights = role.weights
-    origin = ""
-    if weights is not None:
-        where = f"stage {weights.stage}" if weights.stage else weights.recipe or weights.path
-        origin = f", from {where}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
-    return words + origin + (", the result" if role.name == stage.export else "")
+    if weights is None:
+        return ""
+    where = f"stage {weights.stage}" if weights.stage else weights.recipe or weights.path
+    own = ""
+    if len(weights.role) > 1:
+        own = f", the mean of {' and '.join(weights.role)}"
+    elif weights.role and weights.role[0] != role.name:
+        own = f", its {weights.role[0]}"
+    return f"from {where}{own}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
 
 
 def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
@@ -130,6 +140,8 @@ def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
         name = f"{config.name}, away" if away else config.name
         how = [f"{word} by {part.type}" for word, part in (("routed", config.route), ("weighed", config.weigh)) if part]
         how += [f"where {config.where}"] if config.where else []
+        named = [f"{name} {_short(operand)}" for name, operand in config.operands.items()]
+        how += [f"with {', '.join(named)}"] if named else []
         both = config.teacher_grad and edge.teacher is not None
         told = f"  ({', '.join(how)})" if how else ""
         yield f"{teacher:>{width}} {'<' if both else '─'}─ {name} ─> {_short(edge.student)}{told}"

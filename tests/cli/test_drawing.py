@@ -95,7 +95,11 @@ LINES = {
         "both:fc itself)",
         "moves     student by ce, kd, balance",
     ],
-    ("lwf", "learn@2"): ["was1 ── old ─> task1", "was2 ── old ─> task2", "└─ teacher (frozen, from stage warm_up@2)"],
+    ("lwf", "learn@2"): [
+        "was1 ── old ─> task1",
+        "was2 ── old ─> task2",
+        "└─ teacher (frozen, from stage warm_up@2, its student)",
+    ],
     ("fedmd", "digest@1"): [
         "├─ said_mlp (copy of mlp)",
         "mean_logits(said_cnn:fc, said_mlp:fc, said_resnet:fc) ── consensus ─> resnet:fc",
