@@ -10,9 +10,10 @@ from kdbench.cli.words import counted, in_words, listed
 from kdbench.config.load import load_recipe
 from kdbench.results.making import plan_stages
 
-SPANNING = (
-    "dml dafl zskt fitnets mean_teacher takd mst_distill lwf fedmd hard scrub".split()  # fmt: skip
-)
+SPANNING = [
+    *("dml", "dafl", "zskt", "fitnets", "mean_teacher", "takd"),
+    *("mst_distill", "lwf", "fedmd", "hard", "scrub"),
+]
 
 
 @cache
@@ -35,8 +36,8 @@ SAID = {
         "kd: student:logits learns from teacher:logits, times linear(start 0.44, end 0.11).",
     ],
     ("digits/mean_teacher", "main"): [
-        "teacher (as student) sees train.other, is the moving average of student (decay 0.98); it is what the recipe is "
-        "for (exported).",
+        "teacher (as student) sees train.other, is the moving average of student (decay 0.98); it is what the recipe "
+        "is for (exported).",
         "ce: student:logits learns from the labels.",
     ],
     ("digits/takd", "main"): [
@@ -48,12 +49,12 @@ SAID = {
         "other_by2 do not run: nothing here reads them.",
     ],
     ("digits/mst_distill", "distil"): [
-        "kd: student:logits learns from both_by1:logits, both_by2:logits, other_by1:logits and other_by2:logits, routed by "
-        "top_k(k 2), which reads student:logits, times step(milestones [1, 7, 13, 19], gamma 0.5, start 1).",
+        "kd: student:logits learns from both_by1:logits, both_by2:logits, other_by1:logits and other_by2:logits, routed "
+        "by top_k(k 2), which reads student:logits, times step(milestones [1, 7, 13, 19], gamma 0.5, start 1).",
     ],
     ("digits/lwf", "learn@2"): [
-        "teacher (digits_cnn, from stage warm_up@2, its student) sees train.image, is frozen (eval mode, no gradient to "
-        "its parameters).",
+        "teacher (digits_cnn, from stage warm_up@2, its student) sees train.image, is frozen (eval mode, no gradient "
+        "to its parameters).",
         "was2 (task_logits) sees teacher:logits, has no parameters.",
     ],
     ("digits/fedmd", "digest@1"): [
@@ -83,8 +84,8 @@ SAID = {
         "labels.",
     ],
     ("digits/acid", "main"): [
-        "each step moves student by ce with SGD(lr 0.05, momentum 0.9, weight_decay 0.0005), on 0.25 of the rows of each "
-        "batch, chosen by learnability, which reads student student:logits and reference reference:logits.",
+        "each step moves student by ce with SGD(lr 0.05, momentum 0.9, weight_decay 0.0005), on 0.25 of the rows of "
+        "each batch, chosen by learnability, which reads student student:logits and reference reference:logits.",
     ],
     ("digits/codistillation", "main"): ["is a copy of a, renewed every "],
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import bench
 from torch.nn import functional as F
 from wiring import play, resume_differs, scores, shortened, weights
 
@@ -99,6 +100,28 @@ def test_scrub_losses_are_the_papers(tmp_path):
     assert logged(out, "towards@1")["ce"]["loss"] == pytest.approx(expected, rel=1e-4)
     away = logged(out, "away@1")["forget"]
     assert away["weighted"] == pytest.approx(-away["loss"]) and away["loss"] > 0
+
+
+def parted(*overrides: str) -> float:
+    """By how much the student parts from its old self on the images to forget, over some steps away."""
+    run = bench(shortened("digits/scrub", *overrides, steps=20))
+    image = next(run.windows())[0]["forget"]["image"]
+    old = F.log_softmax(run.model("teacher")(image).detach() / 2, 1)
+
+    def apart() -> float:
+        with torch.no_grad():
+            now = F.log_softmax(run.model("student")(image) / 2, 1)
+        return float(F.kl_div(now, old, log_target=True, reduction="batchmean"))
+
+    before = apart()
+    run.step(10)
+    return apart() - before
+
+
+def test_scrub_drives_the_student_away_from_its_old_self_on_what_is_forgotten():
+    assert parted() > 0
+    assert parted("stages.turns.stages.away.terms.forget.weight=1") < 0, "control: the old self teaches"
+    assert parted("stages.turns.stages.away.optimizer.lr=0") == 0, "control: nobody moves"
 
 
 def test_a_stopped_scrub_goes_on_in_the_right_turn(tmp_path):
