@@ -49,8 +49,8 @@ SAID = {
         "other_by2 do not run: nothing here reads them.",
     ],
     ("digits/mst_distill", "distil"): [
-        "kd: student:logits learns from both_by1:logits, both_by2:logits, other_by1:logits and other_by2:logits, routed "
-        "by top_k(k 2), which reads student:logits, times step(milestones [1, 7, 13, 19], gamma 0.5, start 1).",
+        "kd: student:logits learns from both_by1:logits, both_by2:logits, other_by1:logits and other_by2:logits, "
+        "routed by top_k(k 2), which reads student:logits, times step(milestones [1, 7, 13, 19], gamma 0.5, start 1).",
     ],
     ("digits/lwf", "learn@2"): [
         "teacher (digits_cnn, from stage warm_up@2, its student) sees train.image, is frozen (eval mode, no gradient "
