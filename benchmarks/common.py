@@ -166,7 +166,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def begin(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
     """The head of a result: what was measured, when, by which command (without paths), and on which machine."""
     torch.set_num_threads(args.threads)
-    told = {key: value for key, value in vars(args).items() if value not in (None, False) and not _is_path(value)}
+    told = {
+        key: value
+        for key, value in vars(args).items()
+        if value is not None and value is not False and not _is_path(value)
+    }
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in told.items()]
     command = " ".join([f"python benchmarks/{Path(script).name}", *flags])
     return {"what": what, "date": today(), "command": command, "machine": describe_machine(args.device)}

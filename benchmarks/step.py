@@ -149,11 +149,14 @@ def torchdistill(
     device: str,
     workers: int,
     fixed: bool,
+    own: bool = False,
+    batch: int = BATCH,
 ) -> Training:
     """torchdistill's box under the loop of its own example script (examples/torchvision/image_classification.py).
 
     Args:
         fixed: put the teacher in eval mode, which torchdistill leaves to nobody.
+        own: the networks as they are given, where torchdistill has none of their architecture.
     """
     from torchdistill.core.distillation import get_distillation_box  # pyright: ignore[reportMissingImports]
     from torchdistill.misc.log import MetricLogger, SmoothedValue  # pyright: ignore[reportMissingImports]
@@ -162,6 +165,9 @@ def torchdistill(
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
     theirs = []
     for name, model in (("resnet56", teacher), ("resnet20", student)):
+        if own:
+            theirs.append(model.to(device))
+            continue
         built = get_model(name, None, num_classes=CLASSES, pretrained=False, progress=False)
         built.load_state_dict(model.state_dict())
         theirs.append(built.to(device))
@@ -180,7 +186,7 @@ def torchdistill(
         "train_data_loader": {
             "dataset_id": "train",
             "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": None},
-            "kwargs": {"batch_size": BATCH, "num_workers": workers, "pin_memory": device != "cpu", "drop_last": False},
+            "kwargs": {"batch_size": batch, "num_workers": workers, "pin_memory": device != "cpu", "drop_last": False},
         },
         "teacher": {"forward_proc": "forward_batch_only", "sequential": [], "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only", "sequential": [], "requires_grad": True},
