@@ -107,7 +107,7 @@ def test_terms_are_shares_of_a_plain_step(monkeypatch, capsys):
     assert set(result["parts"]) == {"term kd", "term crd"}
     step = (result["plain_step_ms"]["before"]["median"] + result["plain_step_ms"]["after"]["median"]) / 2
     for part in result["parts"].values():
-        assert 0 < part["share_of_step"] and part["ms"]["median"] < 50 * step
+        assert part["share_of_step"] > 0 and part["ms"]["median"] < 50 * step
 
 
 def test_scaling_writes_exponents(monkeypatch, capsys):
