@@ -1,4 +1,4 @@
-"""How fast is a training step? resnet56 -> resnet20 on CIFAR-100, batch 64, against a bare loop and torchdistill.
+"""How fast is a training step? A pair of CIFAR-100, batch 64, against a bare loop, torchdistill and the arithmetic.
 
 Every contender trains the same two networks from the same weights on the same images, with random crop, flip and
 normalisation, cross-entropy plus soft targets at temperature 4, and SGD with momentum. They take turns in one process
@@ -6,10 +6,18 @@ normalisation, cross-entropy plus soft targets at temperature 4, and SGD with mo
 all alike. A speed is images per second over one turn; ratios are taken within a round. The contenders:
 
     kdbench                        a whole run, as `kdbench train` does it, logs and all
+    kdbench, compiled              the same with `compile=true`
     bare                           a hand-written eager loop, with batched augmentation of images in memory
     bare, tuned                    the same with what kdbench does to the networks (channels_last, folded BatchNorm)
     torchdistill                   1.1.5 as shipped: teacher in train mode, its models, hooks, PIL transforms, workers
     torchdistill, teacher in eval  the same after `teacher.eval()`
+
+The bound is what the device could do if a step were its products alone: the operations of one step (teacher forward,
+student forward and backward) over the best rate of a large product of matrices, measured before.
+
+`--pair vgg13_vgg8` takes another pair (torchdistill has resnet56_resnet20 alone, and is left out elsewhere).
+`--recipe cifar100/dkd` lets kdbench run another method; the others stay what they are, so that the ratio to the bare
+loop says what the method costs above soft targets.
 
 To repeat it (torchdistill goes to a folder of its own, its requirements besides torch are numpy, pyyaml and scipy):
 
@@ -24,6 +32,7 @@ import argparse
 import copy
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -36,9 +45,11 @@ import torchvision
 from common import Paced, Training, describe_machine, measure, quartiles, today, write
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from kdbench.config.load import load_recipe
+from kdbench.config.schema import Recipe, StageConfig
 from kdbench.engine.fold import fold_batchnorm
 from kdbench.registry import DATASETS, MODELS
 from kdbench.results.console import ConsoleView
@@ -47,25 +58,18 @@ from kdbench.results.experiment import run
 BATCH, CLASSES, TEMPERATURE = 64, 100, 4.0
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-RECIPE = """
-dataset: cifar100
-batch_size: 64
-augment: [{type: crop, padding: 4}, flip]
-teacher: {model: resnet56, weights: {path: TEACHER}}
-student: {model: resnet20, weights: {path: STUDENT}}
-terms:
-  ce: {type: cross_entropy, weight: 0.1}
-  kd: {type: kd, temperature: 4, weight: 0.9}
-optimizer: {type: SGD, lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4}
-epochs: 240
-"""
+OURS = {"kdbench": False, "kdbench, compiled": True}
+THEIRS = {"torchdistill": False, "torchdistill, teacher in eval": True}
 
 
-def networks(images: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Returns teacher and student; the teacher's BatchNorms have seen data, so that its outputs are sane."""
+def networks(pair: StageConfig, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Returns a recipe's teacher and student; the teacher's BatchNorms have seen data, so that its outputs are sane."""
     torch.manual_seed(0)
-    teacher = MODELS.build("resnet56", {}, num_classes=CLASSES)
-    student = MODELS.build("resnet20", {}, num_classes=CLASSES)
+    teacher, student = (
+        MODELS.build(named.type, named.params, num_classes=CLASSES)
+        for named in (pair.roles[name].model for name in ("teacher", "student"))
+        if named is not None
+    )
     norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # statistics of this one pass
@@ -112,15 +116,8 @@ def bare(teacher: nn.Module, student: nn.Module, images: Tensor, labels: Tensor,
     return train
 
 
-def ours(teacher: nn.Module, student: nn.Module, root: Path, device: str, scratch: Path) -> Training:
-    """A run of kdbench: recipe, plan, logs, TensorBoard; only the progress bar gives way to the benchmark's clock."""
-    text = RECIPE
-    for name, model in (("TEACHER", teacher), ("STUDENT", student)):
-        torch.save(model.state_dict(), scratch / f"{name}.pt")
-        text = text.replace(name, str(scratch / f"{name}.pt"))
-    (scratch / "step.yaml").write_text(text)
-    settings = [f"device={device}", f"data_root={root.resolve()}", f"out={scratch / 'run'}"]
-    recipe = load_recipe(str(scratch / "step.yaml"), settings)
+def ours(recipe: Recipe) -> Training:
+    """A run of kdbench: plan, logs, TensorBoard; only the progress bar gives way to the benchmark's clock."""
 
     def train(tick: Callable[[], None]) -> None:
         class Clock(ConsoleView):
@@ -131,6 +128,44 @@ def ours(teacher: nn.Module, student: nn.Module, root: Path, device: str, scratc
         run(recipe, console=Clock(quiet=True))
 
     return train
+
+
+def recipes(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, scratch: Path) -> dict[str, Recipe]:
+    """The recipe for each of our contenders, with the weights that all of them start from."""
+    settings = [f"pair={args.pair}", f"device={args.device}", f"data_root={args.data.resolve()}"]
+    for name, model in (("teacher", teacher), ("student", student)):
+        torch.save(model.state_dict(), scratch / f"{name}.pt")
+        settings += [f"{name}.weights.recipe=null", f"{name}.weights.model=null"] if name == "teacher" else []
+        settings.append(f"{name}.weights.path={scratch / name}.pt")
+    return {
+        name: load_recipe(args.recipe, [*settings, f"compile={str(compiled).lower()}", f"out={scratch / name[-8:]}"])
+        for name, compiled in OURS.items()
+    }
+
+
+def bound(teacher: nn.Module, student: nn.Module, device: str) -> dict[str, float]:
+    """Images per second if a step were its products alone, and they ran as fast as one large product of matrices."""
+    image = torch.zeros(BATCH, 3, 32, 32, device=device)
+    teacher, student = (copy.deepcopy(model).to(device) for model in (teacher, student))
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            teacher.eval()(image)
+        student.train()(image).sum().backward()
+    flops, size = counter.get_total_flops(), 1536 if device == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device)
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        left @ right
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    peak = 2 * size**3 / best
+    return {
+        "flops_per_step": flops,
+        "measured_peak_gflops": round(peak / 1e9, 1),
+        "images_per_second": round(BATCH * peak / flops, 1),
+    }
 
 
 class InMemoryCIFAR(torchvision.datasets.CIFAR100):
@@ -231,12 +266,22 @@ def torchdistill(
     return train
 
 
+def ratios(speeds: dict[str, list[float]], own: str) -> dict[str, dict[str, float]]:
+    """How many times as fast one of ours is as each of the others, within the rounds."""
+    others = {name: values for name, values in speeds.items() if name not in OURS}
+    return {
+        name: quartiles([a / b for a, b in zip(speeds[own], values, strict=True)], 3) for name, values in others.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-100")
     parser.add_argument(
         "--torchdistill", type=Path, help="folder that torchdistill was installed to; without: left out"
     )
+    parser.add_argument("--pair", default="resnet56_resnet20", help="of configs/pair")
+    parser.add_argument("--recipe", default="cifar100/kd", help="what kdbench runs, a recipe with a teacher")
     parser.add_argument("--rounds", type=int, default=20, help="pairs to measure")
     parser.add_argument("--steps", type=int, default=12, help="steps per turn")
     parser.add_argument("--threads", type=int, default=2)
@@ -249,38 +294,36 @@ def main() -> None:
 
     train = DATASETS.build("cifar100", {}, split="train", data_root=str(args.data)).load()
     images, labels = train.images, train.labels
-    teacher, student = networks(images)
+    teacher, student = networks(load_recipe("cifar100/kd", [f"pair={args.pair}"]).stages[0], images)
+    limit = bound(teacher, student, args.device)
     with tempfile.TemporaryDirectory() as scratch:
-        trainings: dict[str, Training] = {
-            "kdbench": ours(teacher, student, args.data, args.device, Path(scratch)),
-            "bare": bare(teacher, student, images, labels, args.device, tuned=False),
-            "bare, tuned": bare(teacher, student, images, labels, args.device, tuned=True),
-        }
-        if args.torchdistill is not None:
+        own = recipes(args, teacher, student, Path(scratch))
+        trainings: dict[str, Training] = {name: ours(recipe) for name, recipe in own.items()}
+        for name, tuned in (("bare", False), ("bare, tuned", True)):
+            trainings[name] = bare(teacher, student, images, labels, args.device, tuned=tuned)
+        if args.torchdistill is not None and args.pair == "resnet56_resnet20":
             sys.path.append(str(args.torchdistill))
-            for name, fixed in (("torchdistill", False), ("torchdistill, teacher in eval", True)):
+            for name, fixed in THEIRS.items():
                 trainings[name] = torchdistill(teacher, student, images, labels, args.device, args.workers, fixed=fixed)
         contenders = {name: Paced(training, args.threads) for name, training in trainings.items()}
         speeds = measure(contenders, args.rounds, args.steps, args.device, batch=BATCH)
         for contender in contenders.values():
             contender.end()
 
-    own = speeds["kdbench"]
+    words = [f"--pair {args.pair} --recipe {args.recipe} --rounds {args.rounds} --steps {args.steps}"]
+    words += [f"--threads {args.threads} --workers {args.workers} --device {args.device}"]
     result = {
-        "what": "resnet56 -> resnet20 on CIFAR-100, batch 64: images per second",
+        "what": f"{args.pair} on CIFAR-100, {args.recipe}, batch {BATCH}: images per second",
         "date": today(),
-        "command": f"python benchmarks/step.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads} "
-        f"--workers {args.workers} --device {args.device}",
+        "command": " ".join(["python benchmarks/step.py", *words]),
         "machine": machine,
         "images_per_second": {name: quartiles(values, 1) for name, values in speeds.items()},
-        "kdbench_over": {
-            name: quartiles([a / b for a, b in zip(own, values, strict=True)], 3)
-            for name, values in speeds.items()
-            if name != "kdbench"
-        },
+        "bound": limit,
+        "kdbench_over": ratios(speeds, "kdbench"),
+        "kdbench_compiled_over": ratios(speeds, "kdbench, compiled"),
         "turns": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
     }
-    print(json.dumps({key: result[key] for key in ("images_per_second", "kdbench_over")}, indent=1))
+    print(json.dumps({key: result[key] for key in result if key.endswith(("second", "bound", "over"))}, indent=1))
     write(result, args.out)
 
 
