@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kdbench.engine.distributed import World
 
-NEVER = 2**62
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -42,7 +40,8 @@ class Meters:
         self.terms = terms
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
-        self.first_bad = torch.full((2 * len(terms),), NEVER, device=device, dtype=torch.int64)
+        self.bad = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)
+        """For how many steps a sum has not been finite: once a loss was not, its sum is not until the next reading."""
         self.step = torch.zeros((), device=device, dtype=torch.int64)
         self.steps = 0  # since the last reading
 
@@ -54,12 +53,11 @@ class Meters:
     def add(self, values: Tensor, positions: Tensor) -> None:
         """Adds the vector that `Network.forward` gave for the terms at `positions`."""
         self.sums.index_add_(0, positions, values.to(self.sums.dtype))
-        bad = torch.where(torch.isfinite(values), NEVER, self.step + 1)
-        self.first_bad[positions] = torch.minimum(self.first_bad[positions], bad)
 
     def end_step(self) -> None:
         """Counts a step on the device; `steps`, on the host, is counted by whoever drives the steps."""
         self.step += 1
+        self.bad += (self.sums - self.sums) != 0  # NaN where a sum is not finite; fewer kernels than `isfinite`
 
     def read(self, world: World) -> Reading:
         """Waits for the device, returns the means and starts anew. Every rank must call it."""
@@ -71,13 +69,13 @@ class Meters:
     def peek(self, world: World) -> Reading:
         """Waits for the device and returns the means so far. Every rank must call it."""
         sums = world.sum_(self.sums.clone()).tolist()
-        bad = self.first_bad.clone()
+        bad = self.bad.clone()
         if world.size > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         count = max(self.steps, 1)
         means = [value / count for value in sums]
-        names, n = self.terms, len(self.terms)
-        not_finite = {name: step for name, step in zip(names, bad.tolist()[:n], strict=True) if step < NEVER}
+        names, n, step = self.terms, len(self.terms), int(self.step)
+        not_finite = {name: step - since + 1 for name, since in zip(names, bad.tolist()[:n], strict=True) if since}
         return Reading(
             self.steps, dict(zip(names, means[:n], strict=True)), dict(zip(names, means[n:], strict=True)), not_finite
         )
