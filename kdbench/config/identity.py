@@ -56,8 +56,9 @@ def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int
 
     It covers every stage as it was understood (so that `teacher:` and `models.teacher:`, 4 and 4.0, or the order of
     keys make no difference), the parameters that were left at their default, the `version` of each part, the seed, and
-    `extra`. It leaves out where and how a run is executed (device, compile, workers, out, runs, data_root, fresh,
-    tensorboard), what is only told (title, paper, published) and how often something is logged or saved.
+    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_rows,
+    workers, out, runs, data_root, fresh, tensorboard), what is only told (title, paper, published) and how often
+    something is logged or saved.
 
     Args:
         recipe: a loaded recipe.
@@ -103,6 +104,11 @@ def _dataclass(value: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
         if own != default:
             result[item.name] = _plain(own, _REGISTRIES.get(item.name, SCHEDULES))
     return result
+
+
+def part_facts(named: Named, registry: Registry) -> dict[str, Any]:
+    """What a part computes, as plain data: its name, its parameters with defaults filled in, and its version."""
+    return _part(named.type, named.params, registry)
 
 
 def _part(kind: str, params: Mapping[str, Any], registry: Registry) -> dict[str, Any]:

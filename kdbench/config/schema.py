@@ -16,6 +16,7 @@ NOWHERE = Place()
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 Compile = bool | Literal["max", "capture"]
+FrozenForward = Literal["auto", "inline", "ahead", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +348,8 @@ class Recipe:
     dropped: what `twin: true` left out, in words.
     methods: rows of the list of methods (`kdbench list methods`) that this recipe is. notes: where it follows the
         authors' code, and where the text.
+    frozen_forward: when roles that do not move are run: in the step, some steps ahead of it, or once for each image
+        that they can be shown. frozen_rows: about how many rows they are run on at once outside the step.
     """
 
     name: str
@@ -368,6 +371,8 @@ class Recipe:
     # Below: no part of a run's identity.
     device: str = "auto"
     compile: Compile = False
+    frozen_forward: FrozenForward = "auto"
+    frozen_rows: int = 1024
     channels_last: bool | None = None
     workers: int = 0
     data_root: str = "data"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.compose import Composed
-from kdbench.config.fields import NOT_NEGATIVE, PERCENT, POSITIVE, Context, Fields, Test
+from kdbench.config.fields import AT_LEAST_ONE, NOT_NEGATIVE, PERCENT, POSITIVE, Context, Fields, Test
 from kdbench.config.loops import LENGTH, Unrolled, unroll
 from kdbench.config.makes import check_made
 from kdbench.config.schema import Published, Recipe, StageConfig
@@ -53,6 +53,8 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         "seed": top.take("seed", "int", 1),
         "device": top.take("device", "str", "auto", DEVICE),
         "compile": top.take("compile", "bool | Literal['max', 'capture']", False),
+        "frozen_forward": top.take("frozen_forward", "Literal['auto', 'inline', 'ahead', 'table']", "auto"),
+        "frozen_rows": top.take("frozen_rows", "int", 1024, AT_LEAST_ONE),
         "channels_last": top.take("channels_last", "bool"),
         "workers": top.take("workers", "int", 0, NOT_NEGATIVE),
         "data_root": top.take("data_root", "str", "data"),

@@ -55,6 +55,21 @@ class Augment:
         """Returns what was drawn as the field `tells`, int64 (batch,)."""
         raise NotImplementedError
 
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        """Returns how many images it can make of one sample; None where they are not counted.
+
+        Where they are, the image that comes out is a function of the image that goes in and of `code` alone, so that
+        what a network gives for it can be kept.
+
+        Args:
+            shape: that goes in, (channels, height, width).
+        """
+        return None if self.columns else 1
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns which of its `variants` the draws give, int64 (batch,), from 0; where it draws nothing, 0."""
+        return torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+
 
 @AUGMENTS.register("same", version=1)
 class Same(Augment):
@@ -112,6 +127,9 @@ class Mixing(Augment):
         """Returns the blend and the share of the own label, float (batch,)."""
         raise NotImplementedError
 
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return None
+
 
 class Reading(Augment):
     """Chooses the part of the undecoded image that is read."""
@@ -119,6 +137,9 @@ class Reading(Augment):
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Returns left, upper, right, lower in pixels of an image of the given size."""
         raise NotImplementedError
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return None
 
 
 def window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
@@ -168,9 +189,23 @@ class Crop(Geometric):
 
     def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
-        top = whole(draws[:, 0], ys.shape[1] + 2 * self.padding - height + 1) - self.padding
-        left = whole(draws[:, 1], xs.shape[1] + 2 * self.padding - width + 1) - self.padding
+        rows, columns = self._corners(ys.shape[1], xs.shape[1])
+        top = whole(draws[:, 0], rows) - self.padding
+        left = whole(draws[:, 1], columns) - self.padding
         return window(ys, top, height), window(xs, left, width)
+
+    def _corners(self, height: int, width: int) -> tuple[int, int]:
+        """In how many rows and in how many columns the window may begin."""
+        room = 2 * self.padding + 1
+        return height + room - (self.size or height), width + room - (self.size or width)
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        rows, columns = self._corners(*shape[1:])
+        return rows * columns
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        rows, columns = self._corners(*shape[1:])
+        return whole(draws[:, 0], rows) * columns + whole(draws[:, 1], columns)
 
     def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
@@ -196,6 +231,12 @@ class Flip(Geometric):
 
     def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         return ys, torch.where(draws[:, :1] < self.p, xs.flip(1), xs)
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return 2
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return (draws[:, 0] < self.p).long()
 
 
 def between(length: int, low: Tensor, high: Tensor) -> Tensor:
@@ -228,6 +269,12 @@ class Cutout(Masking):
         rows = between(height, top, top + self.size)
         columns = between(width, left, left + self.size)
         return image.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return shape[1] * shape[2]
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return whole(draws[:, 0], shape[1]) * shape[2] + whole(draws[:, 1], shape[2])
 
 
 def _beta(alpha: float, samples: int, seed: int) -> Tensor:

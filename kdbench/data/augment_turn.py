@@ -46,3 +46,9 @@ class Rotate90(Masking):
 
     def told(self, draws: Tensor) -> Tensor:
         return whole(draws[:, 0], 4)
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return 1 if self.turns is not None else 4
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.told(draws) if self.turns is None else super().code(draws, shape)

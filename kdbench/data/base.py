@@ -107,6 +107,14 @@ def pack(classes: list[str], images: Tensor, labels: Tensor) -> Packed:
 
 
 @dataclass(frozen=True)
+class Variants:
+    """How many images a view can show of one sample; `count` is None where they are not counted, and `why` says why."""
+
+    count: int | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class SourceSpec:
     """What a source will give, known before its files are read.
 
@@ -114,6 +122,7 @@ class SourceSpec:
     classes, samples: None where only the files could tell.
     problem: what stands in the way of training, in words; None when nothing does.
     population: samples of the whole split, of which the source may give a part: `index` is below it.
+    variants: view -> how many images it can show of one sample.
     """
 
     fields: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
@@ -121,6 +130,7 @@ class SourceSpec:
     samples: int | None = None
     problem: str | None = None
     population: int | None = None
+    variants: Mapping[str, Variants] = field(default_factory=dict)
 
 
 @contextmanager
@@ -178,7 +188,7 @@ def describe(
         ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
     from kdbench.data.choose import check, size
-    from kdbench.data.view import fields_of, refuse_reading
+    from kdbench.data.view import fields_of, refuse_reading, variants_of
 
     if config.made is not None and config.made not in (made or {}):
         return _unmade(config, like or SourceSpec())
@@ -198,7 +208,8 @@ def describe(
             refuse_reading(config)
         whole = entry.facts.get("samples", {}).get(config.split)
         samples = size(config, whole, whole, made)
-        return SourceSpec(fields_of(config, shape), entry.facts.get("classes"), samples, str(error), whole)
+        classes, variants = entry.facts.get("classes"), variants_of(config, shape)
+        return SourceSpec(fields_of(config, shape), classes, samples, str(error), whole, variants)
     if isinstance(dataset, Noise):
         return SourceSpec(dataset.fields(), None, len(dataset), None)
     check(config, dataset.classes)
@@ -206,7 +217,9 @@ def describe(
         refuse_reading(config)
     fields = fields_of(config, dataset.shape, extra_fields(getattr(dataset, "extra", {})))
     whole = len(dataset)
-    return SourceSpec(fields, len(dataset.classes), size(config, whole, whole, made), dataset.problem, whole)
+    variants = variants_of(config, dataset.shape, resident=dataset.resident)
+    samples = size(config, whole, whole, made)
+    return SourceSpec(fields, len(dataset.classes), samples, dataset.problem, whole, variants)
 
 
 def extra_fields(stored: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -162,18 +162,33 @@ class ImageSource(Source):
         here = self.setting
         overlap = self.config.overlap
         order = self._placed(epoch_order(self.positions, here.seed, self.name, epoch))
-        visits = (epoch, f"{epoch} again") if overlap else (epoch,)
-        tables = {
-            name: torch.cat([view.table(self.population, here.seed, self.name, visit) for visit in visits])
-            for name, view in self.views.items()
-        }
-        tables = {name: table.to(here.device) for name, table in tables.items()}
+        tables = {name: self.draws(name, epoch) for name in self.views}
         shards = (
             shard(order, step, self.batch_size, here.rank, here.world, overlap=overlap)
             for step in range(start, self.steps_per_epoch)
         )
         for part, own, partner in self._read(shards, epoch):
             yield self.augmented(part, own, partner, tables)
+
+    def draws(self, view: str, epoch: int) -> Tensor:
+        """Returns an epoch's draws of a view, float32 (population, columns), on the device.
+
+        Where batches overlap there are twice as many rows: those of second visits stand behind those of the first.
+        """
+        here = self.setting
+        visits = (epoch, f"{epoch} again") if self.config.overlap else (epoch,)
+        tables = [self.views[view].table(self.population, here.seed, self.name, visit) for visit in visits]
+        return torch.cat(tables).to(here.device)
+
+    def visited(self, epoch: int) -> Tensor:
+        """Returns the samples that this rank sees in an epoch, each once, int64, sorted, on the CPU."""
+        here = self.setting
+        if here.world == 1:
+            return self.positions
+        order = epoch_order(self.positions, here.seed, self.name, epoch)
+        steps = range(self.steps_per_epoch)
+        parts = [shard(order, s, self.batch_size, here.rank, here.world, overlap=self.config.overlap) for s in steps]
+        return torch.cat([part.index for part in parts]).unique()
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         here = self.setting

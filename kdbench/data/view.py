@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kdbench.config.schema import Named, SourceConfig
 from kdbench.data.augment import OUTSIDE, Augment, Colouring, Geometric, Masking, Mixing, Reading
+from kdbench.data.base import Variants
 from kdbench.errors import ConfigError, UserError, nearest
 from kdbench.randomness import derive
 from kdbench.registry import AUGMENTS
@@ -60,6 +61,7 @@ class View:
         self.name = name
         self.pixels = pixels
         self.augments: list[Augment] = []
+        self._seen: list[tuple[int, ...]] = []  # the shape that goes into each augmentation
         self.stored = shape
         self.shape = shape
         for named in augments:
@@ -85,6 +87,7 @@ class View:
                 f"{named.place}: {named.type} needs images of shape [channels, height, width], "
                 f"but this dataset's samples are {list(self.stored)}".lstrip(": ")
             )
+        self._seen.append(self.shape)
         try:
             augment: Augment = AUGMENTS.build(named.type, named.params, named.place)
             self.shape = augment.shape(self.shape)
@@ -184,6 +187,30 @@ class View:
         """What an augmentation tells -> its field: the same word in the view `image`, else `VIEW_WORD`."""
         words = [augment.tells for augment in self.augments if augment.tells]
         return {word: word if self.name == "image" else f"{self.name}_{word}" for word in words}
+
+    @cached_property
+    def variants(self) -> Variants:
+        """How many images the view can show of one sample: those of its augmentations, multiplied."""
+        count = 1
+        for augment, shape in zip(self.augments, self._seen, strict=True):
+            if isinstance(augment, Mixing):
+                return Variants(None, f"{augment.registered_name} blends samples")
+            own = augment.variants(shape)
+            if own is None:
+                return Variants(None, f"the images that {augment.registered_name} makes of a sample are not counted")
+            count *= own
+        return Variants(count)
+
+    def codes(self, draws: Tensor) -> Tensor:
+        """Returns which of its `variants` each sample's draws give, int64 (batch,), from 0.
+
+        Args:
+            draws: float32 (batch, columns).
+        """
+        codes = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+        for (augment, drawn), shape in zip(self._with_draws(draws), self._seen, strict=True):
+            codes = codes * (augment.variants(shape) or 1) + augment.code(drawn, shape)
+        return codes
 
     def _with_draws(self, draws: Tensor) -> list[tuple[Augment, Tensor]]:
         parts = draws.split([augment.columns for augment in self.augments], dim=1) if self.augments else ()
@@ -314,6 +341,22 @@ def refuse_reading(config: SourceConfig) -> None:
                     f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
                     "(image_folder with resident: false, imagenet)".lstrip(": ")
                 )
+
+
+def variants_of(config: SourceConfig, shape: tuple[int, ...], *, resident: bool = True) -> dict[str, Variants]:
+    """Returns how many images each view of a source can show of one sample.
+
+    Args:
+        shape: of one stored image.
+        resident: whether the images lie in memory.
+    """
+    found = {name: view.variants for name, view in build_views(config, shape).items()}
+    if not resident:
+        return dict.fromkeys(found, Variants(None, f"the images of source {config.name!r} are read from files"))
+    if config.overlap:
+        why = f"batches of source {config.name!r} overlap, so that a sample is seen twice in an epoch"
+        return dict.fromkeys(found, Variants(None, why))
+    return found
 
 
 def fields_of(

@@ -85,6 +85,14 @@ class Network(nn.Module):
         """Runs each role that these terms need once."""
         return self._run(batch, self.needed(terms), moving)
 
+    @torch.no_grad()
+    def run_fixed(self, batch: Batch, names: Iterable[str]) -> Values:
+        """Runs roles of which none moves, and nothing upstream of them; the batch has the fields that they see."""
+        found = set(names)
+        for name in names:
+            found |= _upstream(name, self.configs)
+        return self._run(batch, found, ())
+
     def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
         """Runs each needed role once, unless the batch has what it gives.
 

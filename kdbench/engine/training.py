@@ -22,6 +22,14 @@ class Log(Protocol):
     def train(self, record: Any) -> None: ...
 
 
+class Windows(Protocol):
+    """What training needs of a feed: the source whose rows it counts, and the micro-batches of every step."""
+
+    main: str
+
+    def windows(self, step: int) -> Iterator[list[Batch]]: ...
+
+
 class Feed:
     """The batches of all sources at any step, as functions of the step alone.
 
@@ -32,14 +40,18 @@ class Feed:
     """
 
     def __init__(self, sources: Mapping[str, Source], main: str, accumulate: int = 1) -> None:
-        self.sources, self.main, self.accumulate = sources, main, accumulate
+        self.sources, self.main, self.accumulate = dict(sources), main, accumulate
         self.batches_per_epoch = sources[main].steps_per_epoch
         self.steps_per_epoch = -(-self.batches_per_epoch // accumulate)
 
+    def batch_at(self, step: int) -> int:
+        """Returns the number of the first micro-batch of a step, counted from the begin of the stage."""
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        return epoch * self.batches_per_epoch + inside * self.accumulate
+
     def windows(self, step: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of every step from `step` on, without end."""
-        epoch, inside = divmod(step, self.steps_per_epoch)
-        first = epoch * self.batches_per_epoch + inside * self.accumulate
+        first = self.batch_at(step)
         streams = {name: self._stream(source, first) for name, source in self.sources.items()}
         while True:
             left = self.batches_per_epoch - first % self.batches_per_epoch
@@ -78,7 +90,7 @@ class Training:
     """
 
     runner: Runner
-    feed: Feed
+    feed: Windows
     log: Log
     history: History
     evaluate: Callable[[int], None]

@@ -22,6 +22,7 @@ from kdbench.engine.build import build_network
 from kdbench.engine.capture import capture
 from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
 from kdbench.engine.distributed import World, join_world
+from kdbench.engine.frozen import TABLES, Arrangement, arrange
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
 from kdbench.engine.roles import upstream_role
@@ -424,18 +425,33 @@ class _Experiment:
     ) -> None:
         stage = runner.stage
         tracker.stage(stage.name, stage.epochs, runner.total_steps, runner.done)
+
+        def told(arrangement: Arrangement) -> None:
+            if arrangement.words():
+                tracker.notice(arrangement.words())
+            self._record_frozen(stage, arrangement)
+
+        tables = Path(self.recipe.runs) / TABLES
+        arrangement = arrange(self._feed(stage, plan, sources), runner, self.recipe, tables, told)
         Training(
             runner,
-            self._feed(stage, plan, sources),
+            arrangement.windows,
             tracker,
             self.history,
             evaluate=lambda epoch: self._evaluate(runner, judge, epoch),
             checkpoint=lambda: self._save(runner, tracker),
             steps_before=self.steps_before,
         ).run()
+        if arrangement.tables:
+            self._record_frozen(stage, arrangement)
         if runner.total_steps == 0 and not judge.evaluated(stage.name):
             self._evaluate(runner, judge, 0)
             self._save(runner, tracker)
+
+    def _record_frozen(self, stage: StageConfig, arrangement: Arrangement) -> None:
+        """Writes down how roles that do not move are run: bits are the same only where this is the same."""
+        if self.world.is_main:
+            amend_manifest(self.folder.manifest, {"frozen_forward": {stage.name: arrangement.facts()}})
 
     def _hand_on(
         self, runner: Runner, plan: StagePlan, sources: Mapping[str, Source], preparation: Preparation

@@ -18,7 +18,7 @@ from kdbench.files import read_json, write_json
 from kdbench.results.folder import FORMAT
 
 PACKAGES = ("kdbench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
-SAME_BITS = ("device", "threads", "world_size", "versions")
+SAME_BITS = ("device", "threads", "world_size", "versions", "frozen_forward")
 """A resumed run ends with the same bits only when these are as they were."""
 
 
@@ -59,6 +59,7 @@ def write_manifest(
         "device": device_name(device),
         "threads": _threads(),
         "world_size": world_size,
+        "frozen_forward": f"{recipe.frozen_forward}, {recipe.frozen_rows} rows",
         "versions": versions(),
         "git": git_state(),
     }
@@ -88,6 +89,7 @@ def write_manifest(
             "data": data or {},
             "roles": _merge(earlier.get("roles", {}), roles or {}),
             "made": earlier.get("made", {}),
+            "frozen_forward": earlier.get("frozen_forward", {}),
             "parts": parts or {},
             "sessions": [*sessions, session],
         },
@@ -190,6 +192,6 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted({*old, *new})
             found += [f"{n} was {old.get(n)}, is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
-        elif old != new:
+        elif old != new and key in before:
             found.append(f"{key.replace('_', ' ')} was {old}, is {new}")
     return [f"{text}: the run goes on, but not to the same bits." for text in found]

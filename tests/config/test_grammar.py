@@ -254,7 +254,7 @@ def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
         "clip: 1\naccumulate: 2\nema: 0.99\nvalidation: 0.1\nmetrics: [top1, ece]\neval_every: 2\nlog_every: 5\n"
         "checkpoint_every: {steps: 10, minutes: 1.5}\nprecision: bf16\nsync_batchnorm: true\nseed: 3\ndevice: cpu\n"
         "compile: true\nchannels_last: true\nworkers: 2\ndata_root: d\nruns: r\nout: o\nfresh: true\n"
-        "tensorboard: false\ntitle: T\npaper: P\neval_batch_size: 100\n"
+        "tensorboard: false\ntitle: T\npaper: P\neval_batch_size: 100\nfrozen_forward: table\nfrozen_rows: 64\n"
     )
     recipe = load(text)
     (stage,) = recipe.stages
@@ -271,3 +271,4 @@ def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
     )
     assert (recipe.data_root, recipe.runs, recipe.out, recipe.fresh, recipe.tensorboard) == ("d", "r", "o", True, False)
     assert (recipe.title, recipe.paper) == ("T", "P")
+    assert (recipe.frozen_forward, recipe.frozen_rows) == ("table", 64)

@@ -16,6 +16,8 @@ from kdbench.config.identity import identity
     [
         "device=cpu",
         "compile=true",
+        "frozen_forward=table",
+        "frozen_rows=64",
         "workers=2",
         "out=x",
         "runs=y",
