@@ -85,6 +85,34 @@ class SmallConv(nn.Module):
         return self.fc(self.pool(value).flatten(1))
 
 
+@MODELS.register("t_mixes_rows", version=1)
+class MixesRows(OneLinear):
+    """A linear layer on what each row is beyond the mean of its batch, in eval mode too."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image - image.mean(0, keepdim=True))
+
+
+@MODELS.register("t_draws", version=1)
+class Draws(OneLinear):
+    """A linear layer with dropout that eval mode does not end."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(image, 0.5, training=True))
+
+
+@MODELS.register("t_doubles_rows", version=1)
+class DoublesRows(OneLinear):
+    """A linear layer, and a module `doubled` whose output has two rows for each sample."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8, bias: bool = True) -> None:
+        super().__init__(num_classes, in_channels, image_size, bias)
+        self.doubled = nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.doubled(super().forward(image).repeat(2, 1))[: len(image)]
+
+
 @MODELS.register("t_tokens", version=1)
 class Tokens(nn.Module):
     """Sixteen patches of an 8x8 image as tokens of eight values, and a classifier on their mean."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def in_words(plan: StagePlan) -> list[str]:
     """Says in sentences what a stage does."""
+    from kdbench.engine.frozen import in_words as frozen_words
+
     stage, run = plan.stage, running(plan)
     lines = [_source_words(name, plan) for name in plan.specs]
     if stage.validation is not None:
@@ -43,7 +45,7 @@ def in_words(plan: StagePlan) -> list[str]:
             shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             one = "1 parameter tensor gets no gradient and stays" if len(left) == 1 else ""
             lines.append(f"{one or f'{len(left)} parameter tensors get no gradient and stay'} out of it: {shown}.")
-    return [*lines, *_course_words(plan), *plan.notes]
+    return [*lines, *frozen_words(plan), *_course_words(plan), *plan.notes]
 
 
 def _source_words(name: str, plan: StagePlan) -> str:

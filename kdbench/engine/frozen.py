@@ -13,7 +13,7 @@ from kdbench.config.schema import Recipe
 from kdbench.engine.ahead import LookAhead, agreed, fixed_roles
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.runner import Runner
-from kdbench.engine.table import Refused, gigabytes
+from kdbench.engine.table import Refused, size_words
 from kdbench.engine.tabled import Tabled, extent, open_table
 from kdbench.engine.training import Feed, Windows
 
@@ -165,7 +165,7 @@ def in_words(plan: StagePlan) -> list[str]:
             continue
         try:
             samples, variants, size = extent(plan, name)
-            table = f"a table of it has {samples:,} x {variants:,} rows, {gigabytes(size)}"
+            table = f"a table of it has {samples:,} x {variants:,} rows, {size_words(size)}"
         except Refused as refused:
             table = f"no table: {refused}"
         lines.append(f"{name} does not move, and may run ahead of the step; {table}.")

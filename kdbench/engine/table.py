@@ -137,7 +137,7 @@ class Table:
             return
         free = shutil.disk_usage(self.path).free
         if self.bytes + self.size + SPARE_BYTES > free:
-            raise Refused(f"it would take {gigabytes(self.bytes)} of disk, and {gigabytes(free)} are free")
+            raise Refused(f"it would take {size_words(self.bytes)} of disk, and {size_words(free)} are free")
         try:
             for name, size in sizes.items():
                 _reserve(self.path / name, size)
@@ -175,9 +175,9 @@ class Table:
             places = places[new]
             self.rows[places] = rows[new]
             try:
-                self._rows_map.flush()
+                _sync(self._rows_map)
                 self.filled[places] = True
-                self._filled_map.flush()
+                _sync(self._filled_map)
             except OSError as error:
                 self.fault = error.strerror or str(error)
 
@@ -192,11 +192,16 @@ def _reserve(path: Path, size: int) -> None:
         os.fsync(file.fileno())
 
 
+def _sync(mapped: mmap.mmap) -> None:
+    mapped.flush()
+
+
 def _mapped(path: Path, size: int) -> mmap.mmap:
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)
 
 
-def gigabytes(count: int) -> str:
+def size_words(count: int) -> str:
     """A number of bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
+    return f"{count / size:,.1f} {unit}"

@@ -25,7 +25,7 @@ from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import given_key
 from kdbench.engine.roles import root_of
 from kdbench.engine.runner import Runner
-from kdbench.engine.table import Columns, Refused, Table, gigabytes
+from kdbench.engine.table import Columns, Refused, Table, size_words
 from kdbench.engine.weights import state_hash
 from kdbench.registry import AUGMENTS, MODELS, TRANSFORMS
 
@@ -186,7 +186,7 @@ def open_table(
     needed = len(seen) * sum(columns.widths) * columns.dtype.itemsize
     free = memory(origin.images.device)
     if needed > MEMORY_SHARE * free:
-        raise Refused(f"the rows of an epoch would take {gigabytes(needed)} of {gigabytes(free)} of memory")
+        raise Refused(f"the rows of an epoch would take {size_words(needed)} of {size_words(free)} of memory")
     table = Table(folder, _content(runner, name, forward), columns, samples * variants)
     _compare(table, at, values, TOLERANCE.get(plan.stage.precision, 0.05))
     return Tabled(inner, forward, table, say)
