@@ -120,21 +120,30 @@ def outcome(run: Bench, steps: int | None = None) -> dict[str, torch.Tensor]:
     return moving | terms | {"meters": run.runner.meters.sums.clone()}
 
 
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two outcomes are equal but for the rounding of float64: BLAS may sum five rows and 32 in other orders."""
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[key].double(), other[key].double(), rtol=1e-11, atol=1e-11) for key in one
+    )
+
+
 @pytest.mark.parametrize("mode", ["ahead", "table"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_stage_ends_with_the_bits_of_the_plain_run(case, mode):
+def test_a_stage_ends_as_the_plain_run_does(case, mode):
+    """Where all that is read of a frozen network comes from convolutions, which go image by image, to the same bits."""
     plain = outcome(arranged(CASES[case], "inline")[0])
     run, arrangement = arranged(CASES[case], mode)
-    assert same(outcome(run), plain)
+    found = outcome(run)
+    assert close(found, plain) and (case != "features" or same(found, plain))
     assert set(arrangement.modes.values()) == {mode}
 
 
 @pytest.mark.parametrize(("more", "reason"), [(MIXED, "mixup blends"), (SEVERAL, ""), (CHAINED, "more than an image")])
-def test_what_no_table_can_hold_runs_ahead_to_the_same_bits(more, reason):
+def test_what_no_table_can_hold_runs_ahead_to_the_same_result(more, reason):
     plain = outcome(arranged(more, "inline")[0])
-    assert same(outcome(arranged(more, "ahead")[0]), plain)
+    assert close(outcome(arranged(more, "ahead")[0]), plain)
     run, arrangement = arranged(more, "table")
-    assert same(outcome(run), plain)
+    assert close(outcome(run), plain)
     if reason:
         assert "ahead" in arrangement.modes.values() and reason in arrangement.words()
 
@@ -297,7 +306,7 @@ def test_without_the_check_a_network_that_mixes_rows_would_give_another_result(m
     plain = outcome(arranged(more, "inline")[0])
     monkeypatch.setattr(ahead_module, "coupled", lambda *args: {})
     run, arrangement = arranged(more, "ahead")
-    assert not same(outcome(run), plain) and arrangement.modes == {"teacher": "ahead"}
+    assert not close(outcome(run), plain) and arrangement.modes == {"teacher": "ahead"}
 
 
 def test_a_head_on_a_network_that_may_not_run_ahead_stays_with_it():
@@ -355,8 +364,13 @@ def test_auto_is_inline_on_the_cpu_and_ahead_on_a_gpu():
     assert arrangement.modes == {"teacher": "inline"} and not arrangement.words() and isinstance(run.feed, Feed)
 
 
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return torch.load(f"{folder}/checkpoints/last.pt", weights_only=True)["models"]["student"]
+
+
 def test_a_run_says_how_its_frozen_roles_run_and_its_manifest_keeps_it():
-    for mode, words in (("ahead", "teacher ahead of it (4 steps, 32 rows)"), ("inline", ""), ("table", "tables/")):
+    modes = {"inline": "", "ahead": "teacher ahead of it (4 steps, 32 rows)", "table": "teacher from a table (tables/"}
+    for mode, words in modes.items():
         console = Quiet()
         train(text_of(f"out: {mode}\nfrozen_forward: {mode}\n"), data=DATA, console=console)
         told = [text for text in console.notices if "do not move" in text]
@@ -367,8 +381,7 @@ def test_a_run_says_how_its_frozen_roles_run_and_its_manifest_keeps_it():
         assert str(Path.cwd()) not in Path(mode, "manifest.json").read_text().replace(
             kept["sessions"][0]["command"], ""
         )
-    assert differences(result_of("inline"), result_of("ahead")) == differences(result_of("inline"), result_of("table"))
-    assert differences(result_of("inline"), result_of("ahead")) == []
+    assert close(weights_of("ahead"), weights_of("inline")) and close(weights_of("table"), weights_of("inline"))
 
 
 class Killed(BaseException):
@@ -430,12 +443,12 @@ def test_images_that_are_read_from_files_are_read_once(workers, monkeypatch):
     for mode in ("inline", "ahead"):
         reads.clear()
         train(text_of(f"workers: {workers}\nout: {mode}\nfrozen_forward: {mode}\nlabel_fraction: null\n"), data=data)
-        results[mode] = (result_of(mode), sorted(reads))
-    assert differences(results["inline"][0], results["ahead"][0]) == []
-    assert results["inline"][1] == results["ahead"][1] and (workers or len(reads) >= 52)
+        results[mode] = sorted(reads)
+    assert close(weights_of("ahead"), weights_of("inline"))
+    assert results["inline"] == results["ahead"] and (workers or len(reads) >= 52)
 
 
-def test_two_processes_end_with_the_bits_of_their_plain_run():
+def test_two_processes_end_as_their_plain_run_does():
     """Each runs ahead, and fills the table, with its own rows; 61 samples leave a row that is repeated."""
     files = []
     for mode in ("inline", "ahead", "table"):
@@ -446,7 +459,7 @@ def test_two_processes_end_with_the_bits_of_their_plain_run():
     assert done.returncode == 0, done.stderr
     for mode in ("ahead", "table"):
         assert read_json(f"{mode}/manifest.json")["frozen_forward"]["main"]["teacher"]["mode"] == mode
-        assert differences(result_of("inline"), result_of(mode)) == ["summary:recipe"], "the file's name alone"
+        assert close(weights_of(mode), weights_of("inline"))
 
 
 def test_check_says_what_may_run_ahead_and_how_large_its_table_would_be():
