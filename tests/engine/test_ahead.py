@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from plugin_parts import CALLS
 from support import (  # noqa: F401
     TESTS,
     Bench,
@@ -179,6 +180,19 @@ def test_the_largest_batch_of_a_step_decides_how_many_steps_a_block_has():
     run, _ = arranged(SEVERAL, "ahead", "accumulate=2")
     assert isinstance(run.feed, LookAhead)
     assert (run.feed.steps, run.feed.rows) == (2, {"train": 32, "other": 16})
+
+
+@pytest.mark.parametrize("mode", ["inline", "ahead", "table"])
+def test_a_network_ends_at_the_last_feature_that_is_read(mode):
+    more = (
+        "teacher: {model: {type: t_layers, label: frozen}}\n"
+        "terms: {ce: cross_entropy, hint: {type: hint, student: {path: fc, adapter: linear}, teacher: layer2}}\n"
+    )
+    run, arrangement = arranged(more, mode)
+    CALLS.clear()
+    outcome(run)
+    assert arrangement.modes == {"teacher": mode}
+    assert set(CALLS) == {"frozen.layer1", "frozen.layer2"}, "layer3 never runs"
 
 
 @pytest.mark.parametrize("steps", [3, 11, 12])
