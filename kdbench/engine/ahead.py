@@ -38,10 +38,11 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
     stage, order = plan.stage, plan.layout.order
     moved = {root for update in plan.updates for root in moved_roles(update.config, stage)}
     found: dict[str, str] = {}
+    run = _run_in_steps(plan)
     for name in order:
         config = stage.roles[name]
         root = root_of(name, stage.roles)
-        if name not in _run_in_steps(plan) or stage.roles[root].mode != "frozen":
+        if name not in run or stage.roles[root].mode != "frozen":
             continue
         sources = {address.split(".", 1)[0] for address in inputs_of(config) if ":" not in address}
         sources |= {plan.layout.sources[other] for other in upstream_roles(config)}
