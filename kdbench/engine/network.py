@@ -105,13 +105,13 @@ class Network(nn.Module):
             if name not in needed:
                 continue
             role = self.role(name)
+            config = role.config
+            if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(upstream_roles(config)):
+                with_gradient.add(name)
             fields = batch[self.sources[name]]
             if role.features and given_key(name, role.features[0]) in fields:
                 values |= {(name, feature): fields[given_key(name, feature)] for feature in role.features}
                 continue
-            config = role.config
-            if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(upstream_roles(config)):
-                with_gradient.add(name)
             for module in role.synced:
                 module.valid = fields.get("valid")
             with nullcontext() if name in with_gradient else torch.no_grad():

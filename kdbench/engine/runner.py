@@ -299,12 +299,17 @@ class Runner:
                 set_lr_factor(update.optimizer, factor)
         for name in self.plan.layout.terms:
             self.network.term(name).move(self.scheduled)
-        torch.default_generator.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(derive(self.recipe.seed, "model", self.stage.name, step, self.world.rank))
+        self.seed_draws()
         for config in (self.stage.roles[name] for name in self.followers):
             if step and config.mode == "snapshot" and config.of is not None and self._renews(config, step, epoch):
                 copy_state(self.network.role(config.of).model, self.network.role(config.name).model)
+
+    def seed_draws(self) -> None:
+        """Seeds torch's own generators, which dropout and the like draw from, for the coming step."""
+        seed = derive(self.recipe.seed, "model", self.stage.name, self.done, self.world.rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _renews(self, config: RoleConfig, step: int, epoch: int) -> bool:
         """Whether a snapshot is taken anew before this step."""

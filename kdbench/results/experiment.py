@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -52,6 +52,9 @@ from kdbench.results.summary import build_summary
 from kdbench.results.tracking import Tracker
 
 
+Attend: TypeAlias = Callable[[Runner], None]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run leaves: its folder, and the content of summary.json."""
@@ -64,8 +67,12 @@ class Outcome:
     """Whether this process is the one that speaks."""
 
 
-def run(recipe: Recipe, *, console: ConsoleView | None = None) -> Outcome:
+def run(recipe: Recipe, *, console: ConsoleView | None = None, attend: Attend | None = None) -> Outcome:
     """Trains a recipe to its end, or goes on where an earlier attempt stopped.
+
+    Args:
+        console: what the person sees.
+        attend: gets the runner of each stage when it is ready for its first step (not those of teachers).
 
     Raises:
         UserError: anything that the user can mend; what was saved stays.
@@ -78,7 +85,7 @@ def run(recipe: Recipe, *, console: ConsoleView | None = None) -> Outcome:
             device = torch.device("cuda", world.local_rank)
             torch.cuda.set_device(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's draws stay as they were
-            return _Experiment(recipe, device, world, console).run()
+            return _Experiment(recipe, device, world, console, attend).run()
 
 
 def reevaluate(
@@ -149,8 +156,15 @@ def opened(recipe: Recipe, stage: str | None = None) -> Iterator[Opened]:
 
 
 class _Experiment:
-    def __init__(self, recipe: Recipe, device: torch.device, world: World, console: ConsoleView | None) -> None:
-        self.recipe, self.device, self.world, self.console = recipe, device, world, console
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        world: World,
+        console: ConsoleView | None,
+        attend: Attend | None = None,
+    ) -> None:
+        self.recipe, self.device, self.world, self.console, self.attend = recipe, device, world, console, attend
         self.plans: list[StagePlan] = []
         self.rehearsed = describe_stages(recipe)
         self.channels_last = uses_channels_last(recipe, self.rehearsed[0].specs)
@@ -424,6 +438,8 @@ class _Experiment:
         self, runner: Runner, plan: StagePlan, sources: Mapping[str, Source], judge: Judge, tracker: Tracker
     ) -> None:
         stage = runner.stage
+        if self.attend is not None:
+            self.attend(runner)
         tracker.stage(stage.name, stage.epochs, runner.total_steps, runner.done)
 
         def told(arrangement: Arrangement) -> None:
