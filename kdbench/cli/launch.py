@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from kdbench.errors import ConfigError, UserError
 from kdbench.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from kdbench.config.schema import Recipe
     from kdbench.results.experiment import Outcome
 
 JOBS = "jobs"
@@ -59,6 +60,10 @@ def launch(arguments: Sequence[str]) -> int:
     from kdbench.cli.main import split_recipe
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
+    if any(for_hydra(text) for text in arguments if "=" in text):  # a launcher may be ours
+        from kdbench.cli.gang import register
+
+        register()
     flags, words = _flags(arguments)
     recipe, overrides = split_recipe(words)
     name, path = find_recipe(recipe)
@@ -187,40 +192,91 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def job(config: Any) -> float | None:
-    """One job, in this process or in a launcher's worker; Hydra calls it with the composed config.
+class Job:
+    """One job of Hydra's, from its composed config to what it leaves.
 
-    Returns:
-        The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test.
+    Args:
+        config: without Hydra's node.
+        node: Hydra's own node.
     """
-    from hydra.core.hydra_config import HydraConfig
 
-    from kdbench.plugins import load_plugins
+    def __init__(self, config: Any, node: Any) -> None:
+        self.config, self.node = config, node
+        self.number: int = node.job.num
+        self.words: list[str] = list(node.overrides.task)
+        self.folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
+        self.recipe: Recipe | None = None
+        self.outcome: Outcome | None = None
+        self.failed: JobFailed | None = None
 
-    node = HydraConfig.get()
-    folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
-    try:
+    def begin(self) -> None:
+        """Says what was asked for, and loads it."""
+        print(f"job {self.number}: {' '.join(text.lstrip('+') for text in self.words)}", flush=True)
+        _keep_job(self.folder, self.number, self.words, None)
+        try:
+            self.recipe = self.load()
+        except Exception as error:
+            self.fail(error)
+
+    def load(self) -> Recipe:
+        from kdbench.plugins import load_plugins
+
         load_plugins()
-        if _single is None:
-            print(f"job {node.job.num}: {' '.join(text.lstrip('+') for text in node.overrides.task)}", flush=True)
-            _keep_job(folder, node.job.num, node.overrides.task, None)
-        recipe = load_job(config, folder, node)
-        if _single is not None:
-            shutil.rmtree(_single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed
-        from kdbench.cli.train import run
-        from kdbench.results.summary import headline
+        return load_job(self.config, self.folder, self.node)
 
-        outcome = run(recipe)
-    except Exception as error:
-        if _single is not None:
-            _single.error = error  # told by `main`; Hydra would add a line of its own
-            return None
+    def given(self) -> Recipe:
+        assert self.recipe is not None
+        return self.recipe
+
+    def keep(self, train: Callable[[], Outcome]) -> None:
+        """Trains, and notes where the result lies; an error is told, and kept for the sweep's end."""
+        try:
+            self.outcome = train()
+            _keep_job(self.folder, self.number, self.words, self.outcome)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
         mistake = isinstance(error, UserError)
         if mistake:
-            print(f"kdbench: job {node.job.num}: {error}", file=sys.stderr, flush=True)
+            print(f"kdbench: job {self.number}: {error}", file=sys.stderr, flush=True)
         else:
-            traceback.print_exc()
-        raise JobFailed(2 if mistake else 1) from None
-    if _single is None:
-        _keep_job(folder, node.job.num, node.overrides.task, outcome)
-    return headline(outcome.summary)
+            traceback.print_exception(error)
+        self.failed = JobFailed(2 if mistake else 1)
+
+    def headline(self) -> float | None:
+        """The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test."""
+        from kdbench.results.summary import headline
+
+        return None if self.outcome is None else headline(self.outcome.summary)
+
+
+def job(config: Any) -> float | None:
+    """One job, in this process or in a launcher's worker; Hydra calls it with the composed config."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from kdbench.cli import train
+
+    told = Job(config, HydraConfig.get())
+    if _single is not None:
+        return _alone(told, _single)
+    told.begin()
+    if told.failed is None:
+        told.keep(lambda: train.run(told.given()))
+    if told.failed is not None:
+        raise told.failed
+    return told.headline()
+
+
+def _alone(told: Job, single: _Single) -> float | None:
+    """The only job of a run that is no multirun."""
+    from kdbench.cli import train
+
+    try:
+        told.recipe = told.load()
+        shutil.rmtree(single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed
+        told.outcome = train.run(told.recipe)
+        return told.headline()
+    except Exception as error:
+        single.error = error  # told by `main`; Hydra would add a line of its own
+        return None

@@ -18,15 +18,21 @@ def run(recipe: Recipe) -> Outcome:
     """Trains a recipe to its end; a finished one only prints its summary again."""
     _import_engine()
     from kdbench.results.experiment import run as run_experiment
-    from kdbench.results.summary import print_summary
 
     outcome = run_experiment(recipe)
+    tell(outcome)
+    return outcome
+
+
+def tell(outcome: Outcome) -> None:
+    """Prints how a run ended."""
+    from kdbench.results.summary import print_summary
+
     if outcome.is_main:
         if outcome.repeated:
             print(f"{outcome.folder} is finished; this is its summary (fresh=true trains anew).")
         print_summary(outcome.summary)
         print(f"Everything is in {outcome.folder}")
-    return outcome
 
 
 def _import_engine() -> None:

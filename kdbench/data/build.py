@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,22 @@ from kdbench.data.split import balanced, empty_classes, without
 from kdbench.data.view import View, build_views, fields_of, refuse_reading
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
+
+
+_SHARED: weakref.WeakValueDictionary[str, Packed] | None = None
+"""What runs in one process share while `shared` holds: splits on a device, as long as a source keeps them."""
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Lets sources that are opened meanwhile use the same memory for the same split. Files must not change meanwhile."""
+    global _SHARED
+    before = _SHARED
+    _SHARED = weakref.WeakValueDictionary() if before is None else before
+    try:
+        yield
+    finally:
+        _SHARED = before
 
 
 @dataclass
@@ -77,7 +95,7 @@ def build_sources(
         if isinstance(dataset, Noise):
             noises[name] = dataset
         else:
-            opened[key] = _load(dataset, config, setting)
+            opened[key] = _load(dataset, config, setting, data_root)
     held_out = None
     if validation is not None:
         held_out = _hold_out(data, opened, validation, seed)
@@ -102,17 +120,30 @@ def _key(config: SourceConfig) -> str:
     return json.dumps(named, sort_keys=True, default=str)
 
 
-def _load(dataset: Dataset, config: SourceConfig, setting: Setting) -> _Opened:
+def _load(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> _Opened:
     if config.made is not None and dataset.problem is not None:
         raise DataError(_at(config, f"{config.made} has not been made yet"))
     if len(dataset) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
         return _Opened(dataset, dataset.labels())
-    with placed(config):
-        packed = dataset.load()
-    images = packed.images.to(setting.device)
-    return _Opened(dataset, packed.labels, replace(packed, images=images))
+    packed = _resident(dataset, config, setting, data_root)
+    return _Opened(dataset, packed.labels, packed)
+
+
+def _resident(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> Packed:
+    """A split with its images on the device; a made one is never shared, since its run may make it anew."""
+    key = json.dumps([_key(config), data_root, str(setting.device)])
+    found = None if _SHARED is None or config.made is not None else _SHARED.get(key)
+    if found is None:
+        with placed(config):
+            packed = dataset.load()
+        found = replace(packed, images=packed.images.to(setting.device))
+        if _SHARED is not None and config.made is None:
+            _SHARED[key] = found
+            if setting.device.type == "cuda":  # others read it on streams of their own
+                torch.cuda.current_stream(setting.device).synchronize()
+    return found
 
 
 def _hold_out(
@@ -171,8 +202,7 @@ def _source(
     fields_of(config, dataset.shape, extra_fields(fields))  # no view may be called like one of them
     if found.packed is not None:
         refuse_reading(config)
-        checksum = found.packed.checksum
-        return ResidentSource(config, setting, views, dataset.classes, samples, checksum, found.packed.images)
+        return ResidentSource(config, setting, views, dataset.classes, samples, found.packed)
     from kdbench.data.streaming import StreamingSource
 
     return StreamingSource(config, setting, views, dataset.classes, samples, dataset.checksum(), dataset.reader())

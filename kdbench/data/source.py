@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
-from kdbench.data.base import Noise, extra_fields
+from kdbench.data.base import Noise, Packed, extra_fields
 from kdbench.data.order import Shard, epoch_order, shard, steps
 from kdbench.data.view import View, fields_of
 from kdbench.randomness import generator
@@ -260,7 +260,8 @@ class ResidentSource(ImageSource):
     """A source whose whole split lies on the device, as it was stored.
 
     Args:
-        images: (population, ...), already on the device, shared with other sources of the same dataset.
+        packed: the split, its images (population, ...) already on the device, shared with other sources of the same
+            dataset.
         Everything else as in ImageSource.
     """
 
@@ -271,11 +272,11 @@ class ResidentSource(ImageSource):
         views: dict[str, View],
         classes: Sequence[str],
         samples: Samples,
-        checksum: str,
-        images: Tensor,
+        packed: Packed,
     ) -> None:
-        super().__init__(config, setting, views, classes, samples, checksum)
-        self.images = images
+        super().__init__(config, setting, views, classes, samples, packed.checksum)
+        self.packed = packed
+        self.images = packed.images
 
     def _placed(self, order: Tensor) -> Tensor:
         return order.to(self.setting.device)

@@ -27,11 +27,14 @@ class ConsoleView:
         console: where to; stdout when None.
         prefix: stands before every line, such as "teacher" for a teacher that is trained on the way.
         quiet: shows notices only.
+        bar: on a terminal, a bar that moves; without it, lines as on a pipe (several runs share the terminal).
     """
 
-    def __init__(self, console: Console | None = None, *, prefix: str = "", quiet: bool = False) -> None:
+    def __init__(
+        self, console: Console | None = None, *, prefix: str = "", quiet: bool = False, bar: bool = True
+    ) -> None:
         self.out = console or Stdout(highlight=False)
-        self.live = self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
+        self.live = bar and self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
         self.prefix = f"{prefix.rstrip(': ')} │ " if prefix else ""
         self.quiet = quiet
         self._bar: Progress | None = None
