@@ -202,12 +202,16 @@ class Job:
 
     def __init__(self, config: Any, node: Any) -> None:
         self.config, self.node = config, node
-        self.number: int = node.job.num
         self.words: list[str] = list(node.overrides.task)
         self.folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
         self.recipe: Recipe | None = None
         self.outcome: Outcome | None = None
         self.failed: JobFailed | None = None
+
+    @property
+    def number(self) -> int:
+        """Its place in the sweep."""
+        return self.node.job.num
 
     def begin(self) -> None:
         """Says what was asked for, and loads it."""

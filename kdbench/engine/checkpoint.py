@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdbench.engine.weights import read_checkpoint
 from kdbench.errors import CheckpointError
@@ -26,10 +28,22 @@ def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> No
         TrainingError: no space is left; the old checkpoint stays.
     """
     content = io.BytesIO()
-    torch.save({"format": FORMAT, **tree}, content)
+    torch.save({"format": FORMAT, **_by_itself(tree)}, content)
     if keep_previous and path.exists():
         os.replace(path, _previous(path))  # killed before the next line, `load` finds it there
     write_atomic(path, content.getvalue())
+
+
+def _by_itself(value: Any) -> Any:
+    """The same tree, where a tensor that is part of a larger one is copied: else the larger one would be written."""
+    if isinstance(value, Tensor):
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return value if whole else value.clone()
+    if isinstance(value, dict):
+        result = copy.copy(value)  # a state dict stays one, with what it says of versions
+        result.update({name: _by_itself(item) for name, item in value.items()})
+        return result
+    return [_by_itself(item) for item in value] if isinstance(value, list) else value
 
 
 def _previous(path: Path) -> Path:
