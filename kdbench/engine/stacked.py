@@ -241,5 +241,6 @@ def _relative(one: Tensor, other: Tensor, floor: float = 0.0) -> float:
         return math.inf
     if torch.equal(one, other):
         return 0.0
-    gap = float((one.double() - other.double()).abs().max())
-    return gap / max(float(other.double().abs().max()), floor, 1e-300) if math.isfinite(gap) else math.inf
+    one, other = one.detach().double(), other.detach().double()
+    gap = float((one - other).abs().max())
+    return gap / max(float(other.abs().max()), floor, 1e-300) if math.isfinite(gap) else math.inf
