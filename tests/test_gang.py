@@ -129,7 +129,9 @@ def test_a_stack_that_gives_other_values_is_refused(monkeypatch):
 
 def test_members_that_draw_keep_their_own_draws():
     """Dropout is no layer of a stack; with it the members take turns, and each draws by its own seed."""
-    text = KD.replace("student: {model: {type: t_conv, norm: batch}}", "student: {model: {type: t_layers, dropout: 0.3}}")
+    text = KD.replace(
+        "student: {model: {type: t_conv, norm: batch}}", "student: {model: {type: t_layers, dropout: 0.3}}"
+    )
     text = text.replace("  hint: {type: hint, student: conv2, teacher: conv2, weight: 0.1}\n", "")
     outcomes, said = gang(jobs_of(SEEDS, "together", text), True)
     assert any("Dropout" in text for text in said)
@@ -230,7 +232,7 @@ def test_the_launcher_trains_a_sweep_and_prints_its_table(capfd):
     out = capfd.readouterr().out
     assert "seed=1 │ " in out and "seed=2 │ " in out and "gang │ 2 runs step as one stack" in out
     assert out.index("seed=2 │ main  epoch") < out.index("Everything is in")  # both before the first summary
-    assert re.search(r"all jobs +2 ", out)
+    assert re.search(r"epochs=1 +2 ", out)  # the table: both seeds in one row
     folders = re.findall(r"Everything is in (\S+)", out)
     write()
     assert main(["train", "kd.yaml", "seed=2", "epochs=1", "runs=single"]) == 0

@@ -286,7 +286,9 @@ class _Stacking:
             return f"stacked, the student gives other values (by {exact:.1e} of the largest, in float64)"
         self.same = "the same bits as unstacked" if own == 0.0 else f"rounding of up to {own:.0e} apart from unstacked"
         if gang.stack == "auto" and own > 0.0 and gang.device.type == "cpu":
-            return f"on this CPU a stack rounds otherwise ({self.same}); hydra.launcher.stack=true takes it all the same"
+            return (
+                f"on this CPU a stack rounds otherwise ({self.same}); hydra.launcher.stack=true takes it all the same"
+            )
         with gang._common(self.members):
             self.joint = Joint(runners, gang.say)
         return ""
