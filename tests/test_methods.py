@@ -9,7 +9,7 @@ import pytest
 
 from kdbench.cli.check import run as check
 from kdbench.cli.main import main
-from kdbench.cli.methods import markdown
+from kdbench.cli.methods import detail, markdown
 from kdbench.config.load import load_recipe
 from kdbench.config.methods import NOT_YET, RUNS, SAME, UNSTATED, claimed, read_methods
 from kdbench.config.paths import recipe_names, share
@@ -24,7 +24,7 @@ FILE = """\
 methods:
   m1: {method: One, missing: a detector}
   m2: {method: Two, same_as: {recipe: digits/kd, keys: [terms.kd.temperature=2]}}
-  m3: {method: Three, unstated: true}
+  m3: {method: Three, unstated: its loss}
   m4: {method: Four}
 beyond:
   x-five: {method: Five, missing: much}
@@ -47,6 +47,7 @@ def test_the_page_is_fresh():
 def test_the_status_of_a_row_follows_from_its_facts(tmp_path):
     assert [m.status for m in read(tmp_path).methods] == [NOT_YET, SAME, UNSTATED, NOT_YET, NOT_YET]
     assert read(tmp_path).counts() == {RUNS: 0, SAME: 1, NOT_YET: 3, UNSTATED: 1}
+    assert [detail(m) for m in read(tmp_path).methods][2:4] == ["its loss", "a recipe"]
 
 
 def test_a_recipe_of_its_own_wins_over_every_fact(tmp_path):
@@ -59,7 +60,7 @@ def test_a_recipe_of_its_own_wins_over_every_fact(tmp_path):
     ("change", "said"),
     [
         (("missing: a detector", "mising: a detector"), "no key 'mising'. Did you mean 'missing'?"),
-        (("unstated: true", "unstated: true, missing: all"), "missing and unstated exclude each other"),
+        (("unstated: its loss", "unstated: its loss, missing: all"), "missing and unstated exclude each other"),
         (("method: Four", "paper: none"), "a mapping with the key `method` was expected"),
         (
             ("keys: [terms.kd.temperature=2]", "key: a=1"),
@@ -120,6 +121,7 @@ def test_the_facts_of_every_row_are_of_their_form():
         assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|[A-Za-z]+ \d{4}|", method.paper), method.id
         assert 20 < len(method.mechanism) < 180 and "\n" not in method.mechanism, method.id
         assert method.beyond or (method.title and method.field), method.id
+        assert len(detail(method)) > 5, f"{method.id} is listed without a reason"
         assert method.id not in LISTED.language_model
 
 

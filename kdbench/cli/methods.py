@@ -49,12 +49,12 @@ def list_methods(status: str = "") -> int:
 
 
 def detail(method: Method) -> str:
-    """What a status means for this row: its recipes, the recipe and keys it runs as, or what is missing."""
+    """What a status means for this row: its recipes, the recipe and keys it runs as, what is missing, or not told."""
     if method.status == RUNS:
         return ", ".join(method.recipes)
     if method.same_as is not None:
         return " ".join((method.same_as.recipe, *method.same_as.keys))
-    return method.missing if method.status == NOT_YET else method.mechanism
+    return method.missing if method.status == NOT_YET else method.unstated
 
 
 def counted(listed: MethodList) -> str:
@@ -74,7 +74,9 @@ def describe(method: Method) -> str:
         "Paper": ", ".join(text for text in (method.title, method.link or method.paper) if text),
         "What it does": method.mechanism,
         "Field": method.field,
-        {RUNS: "Runs", SAME: "Runs as", NOT_YET: "Not yet; missing"}.get(method.status, "Not stated"): detail(method),
+        {RUNS: "Runs", SAME: "Runs as", NOT_YET: "Not yet; missing"}.get(method.status, "Not stated; not told"): detail(
+            method
+        ),
     }
     return "\n".join([*lines, *(f"{key}: {text}" for key, text in told.items() if text)])
 
@@ -130,12 +132,12 @@ def _count_table(listed: MethodList) -> Iterator[str]:
 
 
 def _table(methods: Sequence[Method], status: str) -> Iterator[str]:
-    last = {RUNS: "recipe", SAME: "recipe and keys", NOT_YET: "what is missing"}.get(status, "")
-    yield f"| id | method | what it does |{f' {last} |' if last else ''}"
-    yield f"|---|---|---|{'---|' if last else ''}"
+    last = {RUNS: "recipe", SAME: "recipe and keys", NOT_YET: "what is missing", UNSTATED: "what is not told"}[status]
+    yield f"| id | method | what it does | {last} |"
+    yield "|---|---|---|---|"
     for method in methods:
         name = f"[{method.method}]({method.link})" if method.link else _with_venue(method)
-        cells = [method.id, name, method.mechanism, *([_last(method)] if last else [])]
+        cells = [method.id, name, method.mechanism, _last(method)]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -148,7 +150,7 @@ def _last(method: Method) -> str:
         return ", ".join(_recipe(name) for name in method.recipes)
     if method.same_as is not None:
         return " ".join((_recipe(method.same_as.recipe), *(f"`{key}`" for key in method.same_as.keys)))
-    return method.missing
+    return detail(method)
 
 
 def _recipe(name: str) -> str:

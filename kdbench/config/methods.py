@@ -39,7 +39,7 @@ class Method:
 
     id: its row, such as `m058`, or `x-kd` for a method beyond the catalogue (`beyond`). method: how the field calls it.
     paper: an arXiv id (`arXiv:1503.02531`) or a venue; empty where none was found. mechanism: one line of what it does.
-    recipes: the shipped recipes that are this method.
+    recipes: the shipped recipes that are this method. unstated: what the abstract does not tell and was not found.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Method:
     recipes: tuple[str, ...] = ()
     same_as: SameAs | None = None
     missing: str = "a recipe"
-    unstated: bool = False
+    unstated: str = ""
     beyond: bool = False
 
     @property
@@ -137,9 +137,9 @@ def _method(name: str, row: Any, beyond: bool, recipes: tuple[str, ...]) -> Meth
     facts = [fact for fact in _FACTS if row.get(fact)]
     if len(facts) > 1:
         raise ConfigError(f"{where}: {' and '.join(facts)} exclude each other.")
-    texts: dict[str, Any] = {key: str(row[key]) for key in ("method", *_TEXTS, "missing") if row.get(key)}
+    texts: dict[str, Any] = {key: str(row[key]) for key in ("method", *_TEXTS, "missing", "unstated") if row.get(key)}
     same = _same_as(row["same_as"], where) if row.get("same_as") else None
-    return Method(id=name, recipes=recipes, same_as=same, unstated=bool(row.get("unstated")), beyond=beyond, **texts)
+    return Method(id=name, recipes=recipes, same_as=same, beyond=beyond, **texts)
 
 
 def _same_as(value: Any, where: str) -> SameAs:

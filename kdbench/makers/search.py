@@ -30,10 +30,10 @@ class Search(Maker):
         semantic: -(1 / (classes * channels)) sum over c of || n(g_T g_T') - n(g_S g_S') ||^2, over the channels;
         diswot: their sum. n divides each row by its length; || || is the Frobenius norm.
 
-    The channels of teacher and candidates have to agree for `semantic` and `diswot`, as in the paper's spaces;
-    `relation` takes any. Two things differ from the code: networks keep their own initialisation (there: standard normal) and are
-    in eval mode. There the teacher is untrained too: give the role no `weights`; a trained one works as well.
-    The file predictor/pruners/measures/diswot.py of that code is another measure, which its search does not use.
+    The channels of teacher and candidates have to agree for `semantic` and `diswot`; `relation` takes any. Two things
+    differ from the code: networks keep their own initialisation (there: standard normal) and are in eval mode. There
+    the teacher is untrained too: give the role no `weights`; a trained one works as well.
+    The file predictor/pruners/measures/diswot.py of that code holds another measure.
 
     Exhaustive by default. With `evaluations: N` at most N candidates are scored, by evolution: `population` of them are
     drawn, then again and again one of the best half is changed to a candidate that differs from it in one parameter (in

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
+from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 from kdbench.terms.banks import SampleBank
 from kdbench.terms.base import Number, Term, logits_of, require
@@ -85,6 +86,53 @@ class LastBatch(Term):
         loss = kd_loss(student, before, self.temperature)
         self.bank.write(index, at_least_float32(student), mask)
         return torch.where(age == 0, loss, 0)
+
+
+@TERMS.register(
+    "temporal_ensemble",
+    space="sample",
+    version=1,
+    state=True,
+    injected=("samples", "num_classes"),
+    paper="arXiv:1610.02242",
+)
+class TemporalEnsemble(Term):
+    """Temporal ensembling: a sample keeps the running mean of what the model said of it in all earlier epochs.
+
+    loss = 1/classes * sum_k (p_k - z_k)^2, z the mean of the sample's earlier softmaxes in which each epoch counts
+    `momentum` times as much as the next: Z <- momentum * Z + (1 - momentum) * p, z = Z / (1 - momentum^visits). At the
+    first visit the loss is 0. Labels are not read. As in the authors' code (smlaine2/tempens), whose weight rises along
+    half a bell over 80 of 300 epochs: schedule `ramp_up`; there Z moves when the epoch ends, here when the sample is
+    seen, which is the same where each comes once. Not for mixed images.
+
+    Laine and Aila, Temporal Ensembling for Semi-Supervised Learning, ICLR 2017, arXiv:1610.02242.
+    Shapes: student logits (batch, classes), index (batch,) -> (batch,), squared probability.
+    """
+
+    def __init__(self, samples: int, num_classes: int, momentum: float = 0.6) -> None:
+        super().__init__()
+        require("temporal_ensemble", "in [0, 1]", momentum=momentum)
+        if momentum == 1:
+            raise ConfigError("temporal_ensemble: momentum must be below 1, or nothing is ever remembered")
+        self.momentum = momentum
+        self.bank = SampleBank(samples, num_classes + 1)  # the last column gathers 1 - momentum^visits
+
+    def check_shapes(self, **shapes: Size) -> None:
+        logits_of("student", shapes["student"])
+        if shapes["student"][1] != self.bank.values.shape[1] - 1:
+            raise ValueError(
+                f"stores predictions over the {self.bank.values.shape[1] - 1} classes of the data, but the student's "
+                f"operand has {shapes['student'][1]}"
+            )
+
+    def forward(self, student: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+        p = F.softmax(at_least_float32(student), dim=1)
+        kept, age = self.bank.read(index)
+        seen, kept = age >= 0, kept.to(p.dtype)
+        target = kept[:, :-1] / torch.where(seen, kept[:, -1], 1).unsqueeze(1)
+        now = torch.cat([p.detach(), torch.ones_like(p[:, :1])], 1)
+        self.bank.write(index, self.momentum * kept + (1 - self.momentum) * now, mask)
+        return torch.where(seen, (p - target).square().mean(1), 0)
 
 
 @TERMS.register("tf_kd", space="sample", version=1, paper="arXiv:1909.11723")

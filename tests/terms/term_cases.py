@@ -24,6 +24,7 @@ ELSEWHERE = {
     "weight_distance": "test_weight_terms",
     "ewc": "test_weight_terms",
     "last_batch": "test_self_teaching",
+    "temporal_ensemble": "test_self_teaching",
     "cmi": "test_class_statistics",
     "scar": "test_class_statistics",
     "bn_statistics": "test_generated",

@@ -74,7 +74,7 @@ def test_each_visit_replaces_the_one_before():
     assert_close(made(**now), expected)
 
 
-@pytest.mark.parametrize("name", ["self_target", "last_batch"])
+@pytest.mark.parametrize("name", ["self_target", "last_batch", "temporal_ensemble"])
 def test_the_memory_is_in_the_state_and_a_resume_goes_on_with_it(name):
     def made():
         return term(name, **FACTS).double()
@@ -89,7 +89,7 @@ def test_the_memory_is_in_the_state_and_a_resume_goes_on_with_it(name):
     assert not torch.allclose(step(made(), batch(1, [5, 3, 1])), step(resumed, batch(2, [5, 3, 1])))
 
 
-@pytest.mark.parametrize("name", ["self_target", "last_batch"])
+@pytest.mark.parametrize("name", ["self_target", "last_batch", "temporal_ensemble"])
 def test_a_padded_row_leaves_the_memory_of_the_sample_whose_index_it_repeats(name):
     made = term(name, **FACTS).double()
     first = batch(0, [3, 5, 3])
@@ -99,7 +99,10 @@ def test_a_padded_row_leaves_the_memory_of_the_sample_whose_index_it_repeats(nam
     made(**fields, mask=torch.tensor([True, True, False]))
     kept = made.bank.values[torch.tensor([3, 5])]
     shown = first["student"][:2]
-    assert_close(kept, shown.softmax(1) if name == "self_target" else shown)
+    if name == "temporal_ensemble":
+        assert_close(kept, 0.4 * torch.cat([shown.softmax(1), torch.ones(2, 1).double()], 1))
+    else:
+        assert_close(kept, shown.softmax(1) if name == "self_target" else shown)
 
 
 def test_hidden_labels_give_zero_and_are_not_remembered():
@@ -136,7 +139,7 @@ def test_without_an_overlap_there_is_nothing_to_learn():
         assert (made(**logits_and_index(seed, index)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["self_target", "last_batch"])
+@pytest.mark.parametrize("name", ["self_target", "last_batch", "temporal_ensemble"])
 def test_neither_reads_a_tensor_on_the_host_and_half_precision_gives_float32(name):
     fields = batch(0, [1, 2, 3], torch.bfloat16)
     fields = fields if name == "self_target" else {k: v for k, v in fields.items() if k != "label"}
@@ -163,3 +166,49 @@ def test_the_virtual_teacher_is_right_and_soft():
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     virtual = (student.softmax(1) - gradient)[0]
     assert_close(virtual[2] / virtual[0], torch.tensor(math.exp((0.99 - 0.0025) / 20), dtype=torch.float64))
+
+
+# Temporal ensembling
+
+
+def ensemble(momentum=0.7):
+    return term("temporal_ensemble", {"momentum": momentum}, **FACTS).double()
+
+
+def after_three_visits(made):
+    """Three visits of sample 3, and of 8 the last two; the loss of both then, and what was said before."""
+    said = {3: [], 8: []}
+    for seed, index in enumerate(([3, 1], [8, 3], [3, 8])):
+        now = logits_and_index(seed, index)
+        made(**now)
+        for row, sample in enumerate(index):
+            if sample in said:
+                said[sample].append(now["student"][row].softmax(0).detach())
+    now = logits_and_index(7, [8, 3])
+    return made(**now), now["student"], said
+
+
+def test_the_target_is_the_unbiased_running_mean_of_all_earlier_predictions():
+    loss, student, said = after_three_visits(ensemble())
+    expected = []
+    for row, sample in enumerate((8, 3)):
+        weights = [0.7 ** (len(said[sample]) - 1 - visit) for visit in range(len(said[sample]))]
+        mean = sum(w * p for w, p in zip(weights, said[sample], strict=True)) / sum(weights)
+        expected.append((student[row].softmax(0) - mean).square().mean())
+    assert_close(loss, torch.stack(expected))
+    (gradient,) = torch.autograd.grad(loss.sum(), student, retain_graph=True)
+    assert_close(gradient, torch.autograd.grad(sum(expected), student)[0])
+    last_alone, _, _ = after_three_visits(ensemble(momentum=0.0))  # control: only the last epoch
+    assert (last_alone - loss).abs().min() > 1e-4
+
+
+def test_at_the_first_visit_there_is_nothing_to_agree_with():
+    made = ensemble()
+    assert_close(made(**logits_and_index(0, [2, 5])), torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_momentum_that_forgets_nothing_and_other_classes_are_refused():
+    with pytest.raises(ConfigError, match="momentum must be below 1"):
+        ensemble(momentum=1.0)
+    with pytest.raises(ValueError, match="over the 4 classes of the data, but the student's operand has 3"):
+        ensemble().check_shapes(student=torch.Size((2, 3)))
