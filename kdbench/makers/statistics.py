@@ -86,7 +86,8 @@ class FeaturePrecision(_PerClass):
         return {"value": torch.stack([self._precision(own) for own in classes]).float(), "told": told}
 
     def _precision(self, own: Tensor) -> Tensor:
-        covariance = self._shrunk(self._shrunk(torch.cov(own.t())))
+        # From the first sample on, so that what never varies has a variance of exactly 0, not one of rounding.
+        covariance = self._shrunk(self._shrunk(torch.cov((own - own[0]).t())))
         deviation = covariance.diagonal().sqrt()
         scale = torch.outer(deviation, deviation)
         # An element that never varies while none does would divide 0 by 0; it says nothing of the class.
