@@ -6,6 +6,7 @@ None of them touched `kdbench/engine`, a schema or the loader. What each needed:
     digits/dhkd (DHKD, m036): the recipe alone. The term `dhkd` was there; the second head is the model `linear_head`.
     digits/sinkd (SinKD, m029): the recipe and one class, the term `sinkhorn` (kdbench/terms/transport.py), with its
         loss as plain loops in tests/terms/logit_reference.py.
+    digits/taid (TAID, m061): the recipe and one class, the term `taid` (kdbench/terms/progressive.py).
 """
 
 from __future__ import annotations
@@ -119,13 +120,45 @@ def test_control_plain_soft_targets_or_the_last_logits_alone_move_it_elsewhere()
     assert ofa_differs("terms.ofa.student=student") > 1e-5
 
 
+# TAID
+
+
+def taid_differs(*overrides: str, nearer: float = 0.4) -> float:
+    found = bench(shortened("digits/taid", "precision=float64", *overrides))
+    student, teacher = found.model(), found.model("teacher")
+
+    def loss(batch):
+        z, t = student(batch["image"]), teacher(batch["image"]).detach()
+        target = ((1 - nearer) * z.detach() + nearer * t).softmax(1)
+        return -(target * z.log_softmax(1)).sum(1).mean()
+
+    return first_move(found, loss)
+
+
+def test_taid_begins_at_four_tenths_of_the_way_to_the_teacher():
+    assert taid_differs() < 1e-7
+    assert taid_differs(nearer=1) > 1e-5  # control: plain soft targets
+    assert taid_differs("terms.taid.least=1") > 1e-5
+
+
+def test_taid_is_at_the_teacher_in_the_end():
+    run = bench(shortened("digits/taid", steps=6)).step(6)
+    assert float(run.network.term("taid").edges[0].term.t) > 0.89  # the line ends at 0.9 in the sixth of six steps
+    early = bench(shortened("digits/taid", "terms.taid.least=0.4", steps=6)).step(6)
+    assert float(early.network.term("taid").edges[0].term.t) < 0.41, "control: no line"
+
+
+def test_taid_goes_on_where_it_was_stopped(tmp_path):
+    assert resume_differs(shortened("digits/taid", steps=4), tmp_path, 2) == []
+
+
 # Whole runs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bar"),
-    [("sinkd", 93), ("dhkd", 88), ("ofa", 86)],  # 97.0, 93.4 and 91.7 with seed 1
+    [("sinkd", 93), ("dhkd", 88), ("ofa", 86), ("taid", 93)],  # 97.0, 93.4, 91.7 and 96.7 with seed 1
 )
 def test_a_whole_run_learns(name, bar, tmp_path):
     assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar

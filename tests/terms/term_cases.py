@@ -25,6 +25,7 @@ ELSEWHERE = {
     "ewc": "test_weight_terms",
     "last_batch": "test_self_teaching",
     "temporal_ensemble": "test_self_teaching",
+    "taid": "test_progressive",
     "cmi": "test_class_statistics",
     "scar": "test_class_statistics",
     "bn_statistics": "test_generated",
