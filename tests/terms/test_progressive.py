@@ -105,7 +105,7 @@ def test_nothing_waits_for_the_host():
 
 
 def test_wrong_values_are_refused():
-    with pytest.raises(ConfigError, match="least must be at most end, got 0.9 and 0.5"):
+    with pytest.raises(ConfigError, match="least must be at most end"):
         build(least=0.9, end=0.5)
     with pytest.raises(ConfigError, match=r"rate must be in \[0, 1\]"):
         build(rate=2.0)
