@@ -27,7 +27,7 @@ class QueueSimilarity(Term):
     earlier batches, first in first out. 0.2 and 0.01 are SEED's text (its code: 1e-4), 0.05 and 0.1 COMODO's.
     Places of the queue that are still empty do not count; SEED's code fills them with noise at first, COMODO's with
     samples. Masked rows do not count, are no candidates and do not enter the queue; rows count by weight in the mean
-    (weights are relative).
+    (weights are relative). Several processes keep one queue; rows of one batch enter it in the order of the ranks.
     Memory: size * width numbers, and batch * size while a step runs.
 
     Fang, Wang, Wang, Zhang, Yang and Liu, SEED: Self-supervised Distillation For Visual Representation, ICLR 2021,
