@@ -94,14 +94,13 @@ def ours(dataset: str, augment: str, args: argparse.Namespace, folder: Path) -> 
 
 def loader(dataset: Any, args: argparse.Namespace) -> Batches:
     """Batches of a DataLoader, moved to the device, epoch after epoch."""
-    workers = {"persistent_workers": True} if args.workers else {}
     batches = DataLoader(
         dataset,
         args.batch,
         shuffle=True,
         num_workers=args.workers,
         pin_memory=args.device != "cpu",
-        **workers,
+        persistent_workers=args.workers > 0,
     )
     while True:
         for image, label in batches:

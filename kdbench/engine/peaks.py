@@ -61,6 +61,6 @@ def probe(device: torch.device, precision: str) -> float:
     began = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < PROBE_SECONDS:
         start = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         times.append(time.perf_counter() - start)
     return 2 * PROBE_SIZE**3 / min(times)

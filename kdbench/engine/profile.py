@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,9 +148,9 @@ def time_parts(runner: Runner, windows: Windows, steps: int) -> Timed:
 
 def _medians(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
     """Each part's median over the steps; a part that comes several times in a step is added up first."""
-    sums: list[Counter[str]] = []
+    sums: list[defaultdict[str, float]] = []
     for costs in steps:
-        together: Counter[str] = Counter()
+        together: defaultdict[str, float] = defaultdict(float)
         for part, seconds in costs:
             together[part] += seconds
         sums.append(together)
@@ -316,7 +316,7 @@ def _backward(events: Iterable[Any], parts: list[tuple[float, float, str]], cuda
     backward carries the same number.
     """
     makers: dict[int, str] = {}
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     position = 0
     for event in sorted(events, key=_start):
         start = event.time_range.start

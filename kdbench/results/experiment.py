@@ -111,10 +111,15 @@ def reevaluate(
 
 @dataclass(frozen=True)
 class Opened:
-    """A stage that could begin to train. missing: whose weights are not there yet, in words."""
+    """A stage that could begin to train.
+
+    arrangement: the batches as the recipe asks for them, with what runs outside the step in them. feed: those with
+    every role in the step. missing: whose weights are not there yet, in words.
+    """
 
     recipe: Recipe
     runner: Runner
+    arrangement: Arrangement
     feed: Feed
     missing: tuple[str, ...]
 
@@ -148,8 +153,8 @@ def opened(recipe: Recipe, stage: str | None = None) -> Iterator[Opened]:
             experiment = _Experiment(recipe, device, World(), None)
         with precision_settings(recipe.stages[position].precision):
             try:
-                runner, feed = experiment.open(position, Tracker(scratch, main=False))
-                yield Opened(recipe, runner, feed, tuple(missing.values()))
+                runner, arrangement, feed = experiment.open(position, Tracker(scratch, main=False))
+                yield Opened(recipe, runner, arrangement, feed, tuple(missing.values()))
             finally:
                 for source in experiment.opened:
                     source.close()
@@ -346,13 +351,15 @@ class _Experiment:
                 found[name] = f"{name}: stage {earlier_stage!r} is not trained yet; its initial weights stand in"
         return found
 
-    def open(self, position: int, tracker: Tracker) -> tuple[Runner, Feed]:
-        """A stage's runner before its first step, and its batches."""
+    def open(self, position: int, tracker: Tracker) -> tuple[Runner, Arrangement, Feed]:
+        """A stage's runner before its first step, and its batches: as the recipe has them, and with all in the step."""
         self._plan()
         plan = self._known(position)
         sources = self._sources(plan.stage)
         runner, _ = self._runner(plan.stage, plan, sources, tracker)
-        return runner, self._feed(plan.stage, plan, sources)
+        tables = Path(self.recipe.runs) / TABLES
+        arrangement = arrange(self._feed(plan.stage, plan, sources), runner, self.recipe, tables)
+        return runner, arrangement, self._feed(plan.stage, plan, sources)
 
     def _announce(self, tracker: Tracker, tree: Mapping[str, Any] | None, notice: str) -> None:
         if self.world.is_main:

@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +20,9 @@ from kdbench.config.schema import Recipe
 from kdbench.engine import profile as engine
 from kdbench.engine.device import describe_device
 from kdbench.engine.peaks import peak
+from kdbench.engine.readers import Batch
 from kdbench.engine.runner import Runner
+from kdbench.engine.training import Windows
 from kdbench.errors import ConfigError, UserError
 from kdbench.files import saving, write_atomic, write_json
 from kdbench.results.console import sized
@@ -29,7 +31,10 @@ from kdbench.results.figures import Picture, bars
 
 WARM_UP, TRACED = 6, 3
 FILES = ("profile.json", "trace.json", "profile.png")
-NO_PARTS = "a compiled or captured step has no parts: they are those of the same step, run as it stands"
+NO_PARTS = (
+    "a compiled or captured step has no parts, nor has one whose frozen networks run elsewhere: they are those of the "
+    "same step, run as it stands with all in it"
+)
 
 
 def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: Path | None = None) -> dict[str, Any]:
@@ -67,17 +72,19 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     runner.say = notes.append
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    windows = found.feed.windows(0)
+    windows = _endless(found.arrangement.windows)
     for _ in range(WARM_UP):
         engine.take_step(runner, windows)
-    stands = _as_it_stands(runner)
+    elsewhere = {name: mode for name, mode in found.arrangement.modes.items() if mode != "inline"}
+    stands = _as_it_stands(runner) and not elsewhere
     asked = None if stands else engine.time_whole(runner, windows, steps)
     seen, profiler = engine.trace(runner, windows, TRACED, apart=stands)
     chrome = _exported(profiler, folder)
     memory = _peak_memory(device)
     plain = runner
     if not stands:
-        notes.append(NO_PARTS)
+        notes += [*filter(None, [found.arrangement.words()]), NO_PARTS]
+        windows = found.feed.windows(0)
         without = replace(found.recipe, compile=False)
         plain = Runner(runner.plan, without, runner.network, device, steps_per_epoch=runner.steps_per_epoch)
         for _ in range(WARM_UP):
@@ -90,7 +97,9 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     whole = asked or timed
     second = statistics.mean(whole.whole)
     limit = peak(device, precision)
+    read = sum(counted.flops.get(f"forward {name}", 0) for name, mode in elsewhere.items() if mode == "table")
     flops = sum(counted.flops.values())
+    executed = flops - read
     machine = {"device": describe_device(device), "python": platform.python_version()}
     machine |= {"torch": torch.__version__, "kdbench": kdbench.__version__}
     result = {
@@ -101,6 +110,7 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         **machine,
         "precision": precision,
         "compile": found.recipe.compile,
+        "frozen_forward": dict(found.arrangement.modes),
         "steps": steps,
         "samples_per_step": whole.samples / len(whole.whole),
         "step": _milliseconds(whole.whole),
@@ -113,9 +123,9 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         "copies": seen.copies,
         "busy_ms": _ms(seen.busy),
         "idle_ms": _ms(max(0.0, second - seen.busy)),
-        "flops_per_second": flops / second,
+        "flops_per_second": executed / second,
         "peak": {"flops_per_second": limit.flops, "source": limit.source},
-        "mfu": None if limit.flops is None else flops / second / limit.flops,
+        "mfu": None if limit.flops is None else executed / second / limit.flops,
         "peak_memory": memory,
         "slowest_operations": [
             {"operation": name, "ms": _ms(seconds), "calls": calls} for name, seconds, calls in seen.slowest
@@ -123,6 +133,12 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         "notes": notes,
     }
     return result, chrome
+
+
+def _endless(windows: Windows) -> Iterator[list[Batch]]:
+    """A stage's batches, from the begin again where it is shorter than what is measured."""
+    while True:
+        yield from windows.windows(0)
 
 
 def _as_it_stands(runner: Runner) -> bool:

@@ -110,6 +110,18 @@ def test_a_compiled_step_is_timed_as_it_runs_and_its_parts_without(monkeypatch, 
     assert result["compile"] is True and {"forward student", "term kd"} <= {part["part"] for part in result["parts"]}
 
 
+def test_a_teacher_that_runs_elsewhere_is_timed_there_and_taken_apart_in_the_step(capsys):
+    text = STUDENT.replace(", weights: {recipe: ./teacher.yaml}", "")
+    for mode in ("ahead", "table"):
+        assert main(["profile", written(text), "--steps", "4", f"frozen_forward={mode}", "device=cpu"]) == 0
+        told = read_json("runs/own/profile/profile.json")
+        assert told["frozen_forward"] == {"teacher": mode}
+        assert "forward teacher" in {part["part"] for part in told["parts"]}
+        executed = told["flops_per_second"] * told["step"]["mean_ms"] / 1000
+        assert executed == pytest.approx(told["flops"], rel=1e-3) or mode == "table"
+        assert executed < 0.95 * told["flops"] or mode == "ahead", "what is read from a table was not computed"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
