@@ -81,7 +81,7 @@ def together(recipes: Sequence[Recipe], stack: Stack, said: list[str]) -> Traini
         # The last member's step ends a round; whatever ends it ends all.
         ticks = [*itertools.repeat(lambda: None, len(recipes) - 1), tick]
         ended = gang.run([task(recipe, own) for recipe, own in zip(recipes, ticks, strict=True)])
-        raise next((one for one in ended if isinstance(one, BaseException) and not isinstance(one, KeyboardInterrupt)))
+        raise next(one for one in ended if isinstance(one, BaseException) and not isinstance(one, KeyboardInterrupt))
 
     return train
 

@@ -23,14 +23,13 @@ from kdbench.data.view import View, build_views, fields_of, refuse_reading
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
 
-
 _SHARED: weakref.WeakValueDictionary[str, Packed] | None = None
 """What runs in one process share while `shared` holds: splits on a device, as long as a source keeps them."""
 
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Lets sources that are opened meanwhile use the same memory for the same split. Files must not change meanwhile."""
+    """Lets sources that are opened meanwhile share the memory of a split. Its files must not change meanwhile."""
     global _SHARED
     before = _SHARED
     _SHARED = weakref.WeakValueDictionary() if before is None else before

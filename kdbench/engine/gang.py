@@ -342,9 +342,8 @@ def _nothing(window: Sequence[Batch]) -> None:
 @contextlib.contextmanager
 def _formats_kept() -> Iterator[None]:
     """Puts the number formats of the process back, which each member sets for its stage."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,4 +1,4 @@
-"""The step of several runs at once: one forward and one backward of their students, stacked; the rest is each one's own."""
+"""A step of several runs at once: their students stacked, one forward, one backward; the rest is each one's own."""
 
 from __future__ import annotations
 

@@ -174,7 +174,9 @@ def _widen(net: nn.Module, path: str, module: nn.Module, parts: Sequence[nn.Modu
         module.num_groups, module.num_channels = module.num_groups * count, module.num_channels * count
     elif isinstance(module, nn.Linear):
         parent, _, name = path.rpartition(".")
-        setattr(net.get_submodule(parent), name, StackedLinear(count, module.weight, module.bias))
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        assert weight is not None
+        setattr(net.get_submodule(parent), name, StackedLinear(count, weight, bias))
 
 
 def difference(

@@ -51,7 +51,6 @@ from kdbench.results.provider import provider
 from kdbench.results.summary import build_summary
 from kdbench.results.tracking import Tracker
 
-
 Attend: TypeAlias = Callable[[Runner], None]
 
 

@@ -49,14 +49,14 @@ def test_stacked_networks_give_the_bits_of_each_alone(name, shape, features, cha
 def test_networks_with_frozen_parts_are_stacked_as_they_are():
     models = networks("digits_cnn")
     for model in models:
-        model.layer1.eval().requires_grad_(False)
-    before = [copy.deepcopy(model.layer1.state_dict()) for model in models]
+        model.get_submodule("layer1").eval().requires_grad_(False)
+    before = [copy.deepcopy(model.get_submodule("layer1").state_dict()) for model in models]
     assert difference(models, LOGITS, frozenset(), images((1, 8, 8)), torch.float64) == 0.0
     stacked = Stacked(models, LOGITS)
     stacked.share()
     stacked(images((1, 8, 8)))
     for model, old in zip(models, before, strict=True):
-        assert all(torch.equal(value, old[name]) for name, value in model.layer1.state_dict().items())
+        assert all(torch.equal(value, old[name]) for name, value in model.get_submodule("layer1").state_dict().items())
 
 
 class Mixes(nn.Module):
@@ -90,7 +90,8 @@ def test_parts_of_the_stack_in_another_order_are_noticed(monkeypatch):
         last = len(self.models) - 1
         for own, stacked, place in right(self):
             rows = own.shape[0]
-            number = place.start // rows
+            assert isinstance(place, slice)
+            number = int(place.start) // rows
             other = {0: last, last: 0}.get(number, number)
             yield own, stacked, slice(other * rows, (other + 1) * rows)
 
@@ -133,6 +134,6 @@ def test_the_networks_themselves_become_views_of_the_stack():
     for model, other in zip(models, plain, strict=True):
         for (name, value), (_, wanted) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
             assert torch.equal(value, wanted), name
-    assert not torch.equal(models[0].fc.weight, models[1].fc.weight)
+    assert not torch.equal(*(model.get_parameter("fc.weight") for model in models[:2]))
     first = next(models[0].parameters())
     assert first.untyped_storage().nbytes() == 3 * first.numel() * first.element_size()
