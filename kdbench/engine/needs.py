@@ -105,8 +105,9 @@ def _refuse_padded(
             continue
         raise ConfigError(
             f"{leaf.place}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
-            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): {world_size} processes "
-            "would pad it. Choose a batch_size that leaves no smaller last batch, or one process."
+            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): "
+            f"{world_size} processes would pad it. Choose a batch_size that leaves no smaller last batch, or one "
+            "process."
         )
 
 
