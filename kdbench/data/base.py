@@ -77,7 +77,7 @@ class Dataset:
         raise NotImplementedError
 
     def reader(self) -> Any:
-        """Returns what decodes one image at a time (`kdbench.data.streaming.Reader`), of one that is not resident."""
+        """Returns what decodes one image at a time (`kdbench.data.decode.Reader`), of one that is not resident."""
         raise NotImplementedError
 
     def checksum(self) -> str:

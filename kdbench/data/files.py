@@ -115,17 +115,25 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
 
     The same pixels as torchvision's Resize and CenterCrop on PIL images, for size <= resize.
     """
-    width, height = image.size
+    (width, height), left, top = central(*image.size, resize, size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if (width, height) == (size, size):
+        return image
+    return image.crop((left, top, left + size, top + size))
+
+
+def central(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], int, int]:
+    """Returns the width and height of an image whose shorter side is resized, and where its central square begins.
+
+    Rounded as torchvision's Resize and CenterCrop.
+    """
     if min(width, height) != resize:
         if width <= height:
             width, height = resize, int(resize * height / width)
         else:
             width, height = int(resize * width / height), resize
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-    if (width, height) == (size, size):
-        return image
-    return image.crop((left, top, left + size, top + size))
+    return (width, height), round((width - size) / 2.0), round((height - size) / 2.0)
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kdbench.data.base import Dataset, Packed
 from kdbench.data.cache import Cache
+from kdbench.data.decode import READERS, Reader
 from kdbench.data.files import class_names, decode_all, list_folder, resize_and_crop
-from kdbench.data.streaming import Reader
-from kdbench.errors import ConfigError, DataError
+from kdbench.errors import ConfigError, DataError, nearest
 from kdbench.registry import DATASETS
 
 RESIDENT_LIMIT = 2 * 2**30
@@ -40,6 +40,8 @@ class ImageFolder(Dataset):
         mean: per channel, of images in [0, 1]; null takes ImageNet's, which torchvision's weights expect.
         std: likewise.
         normalize: false leaves the values in [0, 1].
+        decode: null decodes, crops and resizes with PIL; `torchvision` decodes JPEGs with torchvision (on CUDA, with
+            nvJPEG, on the GPU), then crops and resizes whole batches on the device, and implies `resident: false`.
     """
 
     splits = ("train", "val", "test")
@@ -52,10 +54,16 @@ class ImageFolder(Dataset):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         normalize: bool = True,
+        decode: str | None = None,
         split: str = "train",
         data_root: str = "data",
     ) -> None:
         self.check_split(split)
+        self.decode = _decode("image_folder", decode)
+        if decode is not None and resident:
+            raise ConfigError(
+                "image_folder: decode says how files are read in every epoch; resident: true reads them once"
+            )
         if size < 1:
             raise ConfigError(f"image_folder: size must be at least 1, got {size}")
         for name, value in (("mean", mean), ("std", std)):
@@ -67,7 +75,8 @@ class ImageFolder(Dataset):
         self.resize = self.size = size
         self.shape = (3, size, size)
         self.mean, self.std, self.normalize = tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD), normalize
-        self.resident = len(self.listing) * 3 * size * size <= RESIDENT_LIMIT if resident is None else resident
+        fits = len(self.listing) * 3 * size * size <= RESIDENT_LIMIT and decode is None
+        self.resident = fits if resident is None else resident
 
     def _open(self, root: Path, split: str, data_root: str) -> None:
         self.root, self.split, self.data_root = root, split, Path(data_root)
@@ -84,7 +93,7 @@ class ImageFolder(Dataset):
         return torch.tensor(self.listing.labels)
 
     def reader(self) -> Reader:
-        return Reader(self.listing, self.resize, self.size)
+        return READERS[self.decode](self.listing, self.resize, self.size)
 
     def checksum(self) -> str:
         """Returns the digest of the pixels, or, of images that are not held in memory, of names and file sizes."""
@@ -127,6 +136,7 @@ class ImageNet(ImageFolder):
         size: height and width of the images.
         resize: of the shorter side, before the centre is cut out.
         normalize: false leaves the values in [0, 1].
+        decode: as of `image_folder`.
     """
 
     resident = False
@@ -137,16 +147,26 @@ class ImageNet(ImageFolder):
         size: int = 224,
         resize: int = 256,
         normalize: bool = True,
+        decode: str | None = None,
         split: str = "train",
         data_root: str = "data",
     ) -> None:
         self.check_split(split)
+        self.decode = _decode("imagenet", decode)
         if not 1 <= size <= resize:
             raise ConfigError(f"imagenet: 1 <= size <= resize must hold, got size {size} and resize {resize}")
         self._open(_find(root, data_root), split, data_root)
         self.resize, self.size = resize, size
         self.shape = (3, size, size)
         self.mean, self.std, self.normalize = IMAGENET_MEAN, IMAGENET_STD, normalize
+
+
+def _decode(dataset: str, decode: str | None) -> str:
+    if decode is not None and decode not in READERS:
+        raise ConfigError(
+            f"{dataset}: decode must be null or a way to read files, got {decode!r}.{nearest(decode, READERS)}"
+        )
+    return decode or "pil"
 
 
 def _find(root: str, data_root: str) -> Path:

@@ -10,6 +10,13 @@ from torch import Tensor
 from kdbench.randomness import generator
 
 
+def onto(value: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor of the host without waiting for a GPU."""
+    if device.type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return (value if value.is_pinned() else value.pin_memory()).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Shard:
     """One rank's part of a global batch.
@@ -28,8 +35,9 @@ class Shard:
     partner_again: Tensor | None = None
 
     def to(self, device: torch.device) -> Shard:
-        moved = (None if part is None else part.to(device) for part in (self.valid, self.again, self.partner_again))
-        return Shard(self.index.to(device), self.partner.to(device), *moved)
+        parts = (self.valid, self.again, self.partner_again)
+        moved = (None if part is None else onto(part, device) for part in parts)
+        return Shard(onto(self.index, device), onto(self.partner, device), *moved)
 
     def drawn(self, population: int) -> Tensor:
         """Which row of an epoch's draws each row has: those of second visits stand behind those of the first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -67,6 +67,7 @@ class Source:
         self.setting = setting
         self.name = config.name
         self.batch_size = config.batch_size
+        self.say: Callable[[str], None] = print  # told in words what the user may want to know; a run sets it
 
     @property
     def steps_per_epoch(self) -> int:

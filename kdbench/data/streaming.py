@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from kdbench.config.schema import SourceConfig
-from kdbench.data.augment import Reading
-from kdbench.data.files import Listing, pixels, read_image, resize_and_crop
+from kdbench.data.decode import WHOLE, Reader
 from kdbench.data.order import Shard
 from kdbench.data.source import ImageSource, Pixels, Samples, Setting
 from kdbench.data.view import View
 from kdbench.errors import DataError
 from kdbench.randomness import derive
-
-WHOLE = ""
-"""Key of the image as evaluation reads it, which all views without a `Reading` share."""
-
-
-class Reader:
-    """Decodes one image at a time; small enough to be sent to worker processes.
-
-    Args:
-        listing: the files.
-        resize: the shorter side is resized to this...
-        size: ...and the central square of this side is cut out.
-    """
-
-    def __init__(self, listing: Listing, resize: int, size: int) -> None:
-        # One array instead of a list of strings: workers share its memory instead of copying it page by page.
-        self.paths = np.array([os.fsencode(listing.folder / path) for path in listing.paths])
-        self.resize = resize
-        self.size = size
-
-    def read(
-        self, number: int, readings: dict[str, tuple[Reading, np.random.Generator]], whole: bool
-    ) -> dict[str, Tensor]:
-        """Decodes the file once; returns uint8 (3, size, size) for each reading, and under WHOLE the plain image."""
-        image = read_image(os.fsdecode(self.paths[number]))
-        found = {}
-        for name, (reading, rng) in readings.items():
-            part = image.crop(reading.box(*image.size, rng))
-            found[name] = _tensor(part.resize((self.size, self.size), Image.Resampling.BILINEAR))
-        if whole:
-            found[WHOLE] = _tensor(resize_and_crop(image, self.resize, self.size))
-        return found
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(pixels(image).copy())
-
 
 Request = tuple[int | None, list[int]]
 """An epoch (None: evaluation, nothing is drawn) and the positions to read; second visits lie behind the end of the
@@ -87,15 +48,15 @@ class _Decoder(TorchDataset):
         self.seed = seed
         self.source = source
 
-    def __getitems__(self, request: Request) -> tuple[Request, dict[str, Tensor] | DataError]:
+    def __getitems__(self, request: Request) -> tuple[Request, Any]:
         epoch, numbers = request
         try:
             samples = [self._one(epoch, number) for number in numbers]
         except DataError as error:
             return request, error  # raised in the main process, without the worker's traceback in its text
-        return request, {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        return request, self.reader.collect(samples)
 
-    def _one(self, epoch: int | None, number: int) -> dict[str, Tensor]:
+    def _one(self, epoch: int | None, number: int) -> Any:
         position = number % len(self.reader.paths)
         if epoch is None:
             return self.reader.read(position, {}, True)
@@ -129,12 +90,20 @@ class StreamingSource(ImageSource):
         reader: Reader,
     ) -> None:
         super().__init__(config, setting, views, classes, samples, checksum)
+        self.reader = reader
         self._decoder = _Decoder(reader, views, setting.seed, config.name)
         self._plan = _Plan([])
         self._training: DataLoader | None = None
+        self._passes: WeakSet[Any] = WeakSet()
 
     def close(self) -> None:
+        """Ends the worker processes, those of passes that were left in the middle too."""
         self._training = None
+        for one in list(self._passes):
+            end = getattr(one, "_shutdown_workers", None)  # else they live as long as somebody holds the iterator
+            if end is not None:
+                end()
+        self._passes.clear()
 
     def _placed(self, order: Tensor) -> Tensor:
         return order
@@ -154,12 +123,8 @@ class StreamingSource(ImageSource):
             for part in parts
         ]
         device = self.setting.device
-        loader = self._loader(requests, lasting=epoch is not None)
-        for part, request, (answered, read) in zip(parts, requests, loader, strict=True):
-            assert answered == request, f"source {self.name!r} was started twice at the same time"
-            if isinstance(read, DataError):
-                raise read
-            images = {key: value.to(device, non_blocking=True) for key, value in read.items()}
+        for part, read in zip(parts, self._answers(requests, lasting=epoch is not None), strict=True):
+            images = self.reader.placed(read, device, self.say)
             rows = torch.arange(len(part.index), device=device)
             read_for = {
                 name: images[view.reading_owner if view.reading is not None and epoch is not None else WHOLE]
@@ -168,6 +133,31 @@ class StreamingSource(ImageSource):
             own = {name: (stored, rows) for name, stored in read_for.items()}
             other = {name: (stored, rows + len(rows)) for name, stored in read_for.items()} if partners else None
             yield part.to(device), own, other
+
+    def _answers(self, requests: list[Request], *, lasting: bool) -> Iterator[Any]:
+        """Yields what the workers read, in order.
+
+        Raises:
+            DataError: an image cannot be read, or a worker died.
+        """
+        self.reader.settle(self.setting.device, self.say)
+        answers = iter(self._loader(requests, lasting=lasting))
+        self._passes.add(answers)
+        for request in requests:
+            try:
+                answered, read = next(answers)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a process that decodes images of source {self.name!r} ended ({' '.join(str(error).split())}). "
+                    f"Where memory ran out, take fewer `workers` (now {self.setting.workers}) or a smaller batch."
+                ) from None
+            assert answered == request, f"source {self.name!r} was started twice at the same time"
+            if isinstance(read, DataError):
+                raise read
+            yield read
+        assert next(answers, None) is None  # asking once more ends the workers of a pass that has its own
 
     def _loader(self, requests: list[Request], *, lasting: bool) -> DataLoader:
         """Training keeps its workers from epoch to epoch; evaluation, which may run in between, has its own."""
