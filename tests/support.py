@@ -312,6 +312,22 @@ def torchrun(*words: str, processes: int = 2) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *several, *words]
 
 
+def nodes_of(*words: str) -> list[list[str]]:
+    """A script or module under torchrun on two nodes with one process each; both nodes are this machine."""
+    meeting = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(_free_port()),
+    ]
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    return [[*run, *meeting, "--node-rank", str(node), *words] for node in range(2)]
+
+
 def environment() -> dict[str, str]:
     """For a process of its own: one thread, the tests' folder and the repository on the path."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

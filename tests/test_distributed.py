@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TESTS, differences, environment, parts, result_of, run_command, torchrun, train  # noqa: F401
+from support import (  # noqa: F401
+    TESTS,
+    differences,
+    environment,
+    nodes_of,
+    parts,
+    result_of,
+    run_command,
+    torchrun,
+    train,
+)
 from torch.testing import assert_close
 
 from kdbench.files import read_json
+from kdbench.results.folder import RunFolder
 from kdbench.results.jsonlines import read_lines
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
@@ -172,6 +183,29 @@ def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved):
     whole = run_command("apart2.yaml", "out=undisturbed", "terms.odd={type: t_dies, at: 7}", processes=2)
     assert whole.returncode == 0, whole.stderr
     assert differences(result_of("resumed"), result_of("undisturbed")) == []
+
+
+def test_two_nodes_are_two_processes(moved):
+    """`--nnodes 2`, both on this machine, with a rendezvous of their own: the bits of two processes on one node."""
+    Path("again").mkdir()
+    Path("again/group.yaml").write_text(text_of("group", 8, "nodes"))
+    nodes = [
+        subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for words in nodes_of("-m", "kdbench", "train", "again/group.yaml", "--plugin", "plugin_parts")
+    ]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert differences(result_of("nodes"), result_of(Path("group") / "two")) == []
+
+
+def test_what_only_the_first_process_sees_is_told_by_all(moved):
+    """A locked folder; without an agreement the others wait in a sum until torchrun kills them."""
+    Path("locked.yaml").write_text(text_of("group", 8, "locked"))
+    with RunFolder("locked").lock():
+        done = run_command("locked.yaml", processes=2, timeout=90)
+    assert done.returncode != 0 and "Signal" not in done.stderr
+    assert "\nkdbench: locked is in use by process" in f"\n{done.stderr}"
+    assert "kdbench: process 0 of 2: locked is in use by process" in done.stderr
 
 
 def test_a_mistake_ends_every_process_with_words_and_without_hanging(moved):

@@ -1,8 +1,4 @@
-"""Several processes: where this one stands, sums over all of them, and statistics that span them.
-
-Gradients are summed by the runner, not by a wrapper around a model, so that any wiring of roles and terms is
-distributed the same way: each rank's loss is its share of the whole batch's, and the gradients add up.
-"""
+"""Several processes: where this one stands, sums over all of them, and statistics that span them."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
+from kdbench.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def share(self, value: Any) -> Any:
         """Returns rank 0's value on every rank."""
         if self.size == 1:
@@ -48,6 +40,30 @@ class World:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Runs a block that may fail on one rank alone, such as at a locked folder or a file that one machine lacks.
+
+        All ranks leave it together, with an error when any rank had one. No sum or broadcast may stand inside: a rank
+        that failed would not take part.
+
+        Raises:
+            UserError: this rank's own, or else the first other rank's, with its number.
+        """
+        own: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            own = error
+        if self.size > 1:
+            told: list[str | None] = [None] * self.size
+            dist.all_gather_object(told, None if own is None else str(own))
+            other = next((f"process {rank} of {self.size}: {text}" for rank, text in enumerate(told) if text), None)
+            if own is None and other is not None:
+                raise UserError(other)
+        if own is not None:
+            raise own
 
 
 @contextmanager
@@ -65,6 +81,23 @@ def join_world(device_type: str) -> Iterator[World]:
     finally:
         if started_here:
             dist.destroy_process_group()
+
+
+def own_gpu(world: World) -> torch.device:
+    """Takes the GPU of this process: that of its number on its machine.
+
+    Raises:
+        UserError: the machine has fewer.
+    """
+    found = torch.cuda.device_count()
+    if world.local_rank >= found:
+        raise UserError(
+            f"this machine has {found} GPUs, but torchrun started process {world.local_rank + 1} on it; each needs one "
+            f"of its own: --nproc-per-node {found} at most, or device=cpu."
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 class _GatherRows(torch.autograd.Function):
@@ -94,30 +127,11 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     return _GatherRows.apply(rows, world)  # type: ignore[no-any-return]
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Adds the gradients up over all ranks, in buckets of flat memory."""
-    if world.size == 1:
-        return
-    bucket: list[Tensor] = []
-    filled = 0
-    for parameter in parameters:
-        if parameter.grad is None:  # a rank whose rows gave none still takes part
-            parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        if bucket and (filled >= BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            _reduce_bucket(bucket)
-            bucket, filled = [], 0
-        bucket.append(gradient)
-        filled += gradient.numel() * gradient.element_size()
-    if bucket:
-        _reduce_bucket(bucket)
-
-
-def _reduce_bucket(gradients: list[Tensor]) -> None:
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
+def own_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Yields the buffers that each rank gathers from its own rows; those of `SyncBatchNorm` are equal on all ranks."""
+    for module in model.modules():
+        if not isinstance(module, SyncBatchNorm):
+            yield from module.buffers(recurse=False)
 
 
 def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig, UpdateConfig
 from kdbench.engine.build import exported_state
-from kdbench.engine.distributed import World, copy_from_main, sum_gradients
+from kdbench.engine.distributed import World, copy_from_main, own_buffers
+from kdbench.engine.gradients import GradientSum
 from kdbench.engine.meters import Meters, Reading
 from kdbench.engine.network import Network
 from kdbench.engine.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr_factor
@@ -38,6 +39,7 @@ class Update:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     positions: Tensor
+    sums: GradientSum
     everything: bool
     """Whether its parameters are all that a backward could reach: then the backward need not be told."""
     select: Selection | None = None
@@ -164,6 +166,7 @@ class Runner:
             parameters,
             optimizer,
             self.meters.positions(planned.config.terms),
+            GradientSum(parameters, self.world),
             everything=len(self.plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
             select=self._build_selection(planned.config),
         )
@@ -220,7 +223,7 @@ class Runner:
         repeat = update.config.repeat
         for values in losses:  # logged is the mean over the repeats, comparable with every other term
             self.meters.add(values if repeat == 1 else values / repeat, update.positions)
-        sum_gradients(update.parameters, self.world)
+        update.sums.finish()
 
     def _move(self, update: Update) -> None:
         self.scaler.unscale_(update.optimizer)
@@ -239,9 +242,11 @@ class Runner:
         share = 1.0 / (len(window) * self.world.size)
         update.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for batch in window:
+        for number, batch in enumerate(window, 1):
             with self.autocast():
                 total, values = self.losses(batch, counts, terms, moving, share)
+            if number == len(window):
+                update.sums.begin()
             self.scaler.scale(total).backward(inputs=None if update.everything else update.parameters)
             self.lap("backward")
             losses.append(values)
@@ -267,7 +272,7 @@ class Runner:
         What is evaluated, followed and saved is then the same model on every rank, and the one that a resume loads.
         """
         learning = (self.network.role(name) for name in self.plan.layout.order)
-        copy_from_main((b for role in learning if role.learns for b in role.model.buffers()), self.world)
+        copy_from_main((b for role in learning if role.learns for b in own_buffers(role.model)), self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.stage.precision)

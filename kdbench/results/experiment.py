@@ -21,7 +21,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.build import build_network
 from kdbench.engine.capture import capture
 from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
-from kdbench.engine.distributed import World, join_world
+from kdbench.engine.distributed import World, join_world, own_gpu
 from kdbench.engine.frozen import TABLES, Arrangement, arrange
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
@@ -81,10 +81,11 @@ def run(recipe: Recipe, *, console: ConsoleView | None = None, attend: Attend | 
         refuse_precision(stage.precision, device)
     with join_world(device.type) as world:
         if device.type == "cuda" and world.size > 1:
-            device = torch.device("cuda", world.local_rank)
-            torch.cuda.set_device(device)
+            device = own_gpu(world)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's draws stay as they were
-            return _Experiment(recipe, device, world, console, attend).run()
+            with world.together():
+                experiment = _Experiment(recipe, device, world, console, attend)
+            return experiment.run()
 
 
 def reevaluate(
@@ -221,14 +222,17 @@ class _Experiment:
         """
         if not self.recipe.fresh and self._status() == "finished":
             return self._told()
-        self._plan()
+        with self.world.together():
+            self._plan()
         for teacher in self.teachers.values():
             teacher.run(wait=True)
         told = (self.console or ConsoleView()).notice if wait else None
-        with self.folder.lock(wait=told) if self.world.is_main else contextlib.nullcontext():
-            if self.recipe.fresh and self.world.is_main:
-                self.folder.clear()
-            self.world.barrier()
+        with contextlib.ExitStack() as held:
+            with self.world.together():
+                if self.world.is_main:
+                    held.enter_context(self.folder.lock(wait=told))
+                    if self.recipe.fresh:
+                        self.folder.clear()
             status = self._status()  # another process may have finished it meanwhile
             if status == "finished":
                 return self._told()
@@ -254,41 +258,64 @@ class _Experiment:
             UserError: the folder holds another run, or something that is no run.
         """
         status = ""
-        if self.world.is_main:
-            status = self.folder.status()
-            told = read_json(self.folder.manifest).get("identity") if status != "new" else self.identity
-            if told != self.identity:
-                raise UserError(
-                    f"{self.folder} holds another run (identity {told}, this one is {self.identity}). Choose another "
-                    "folder with out=DIR, or start anew with fresh=true."
-                )
+        with self.world.together():
+            if self.world.is_main:
+                status = self.folder.status()
+                told = read_json(self.folder.manifest).get("identity") if status != "new" else self.identity
+                if told != self.identity:
+                    raise UserError(
+                        f"{self.folder} holds another run (identity {told}, this one is {self.identity}). Choose "
+                        "another folder with out=DIR, or start anew with fresh=true."
+                    )
         return self.world.share(status)
 
     def _told(self) -> Outcome:
         return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=self.world.is_main)
 
     def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
-        tree, notice = checkpoint.load(self.folder.last) if resumed else (None, "")
+        tree, notice = self._saved() if resumed else (None, "")
         if tree is not None:
             tracker.load_state_dict(tree["tracker"])
             self.history = History(**tree["history"])
             self.finished = dict(tree["finished"])
-        self._announce(tracker, tree, notice)
+        with self.world.together():
+            self._announce(tracker, tree, notice)
         last: tuple[Judge, Runner] | None = None
         for position, stage in enumerate(self.recipe.stages):
             if stage.name in self.finished and stage.name != self.final:
                 continue
+            with self.world.together():
+                plan = self._known(position)
             with precision_settings(stage.precision):
-                last = self._train_stage(self._known(position), tree, tracker)
+                last = self._train_stage(plan, tree, tracker)
         assert last is not None
         with precision_settings(last[1].stage.precision):
             return self._finish(*last, tracker)
 
+    def _saved(self) -> tuple[dict[str, Any] | None, str]:
+        """The newest checkpoint, which every process reads by itself.
+
+        Raises:
+            UserError: there are some but none is good, or a process reads another one than the first does.
+        """
+        with self.world.together():
+            tree, notice = checkpoint.load(self.folder.last)
+        own = "none" if tree is None else f"stage {tree['stage']}, step {tree['step']}"
+        first = self.world.share(own)
+        with self.world.together():
+            if own != first:
+                raise UserError(
+                    f"{self.folder} holds another checkpoint here ({own}) than where the first process reads it "
+                    f"({first}). All machines must see one folder of runs: set runs=DIR on a disk that they share."
+                )
+        return tree, notice
+
     def _train_stage(self, plan: StagePlan, tree: Mapping[str, Any] | None, tracker: Tracker) -> tuple[Judge, Runner]:
         stage = plan.stage
-        sources = self._sources(stage)
-        judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
-        runner, preparation = self._runner(stage, plan, sources, tracker)
+        with self.world.together():
+            sources = self._sources(stage)
+            judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
+            runner, preparation = self._runner(stage, plan, sources, tracker)
         if tree is not None and tree["stage"] == stage.name:
             runner.load_state_dict(tree)
         else:
@@ -480,23 +507,26 @@ class _Experiment:
     ) -> None:
         """Leaves what later stages start from and read. One process writes it, the others wait and read the files."""
         stage = plan.stage
-        if self.world.is_main and len(self.recipe.stages) > 1:
-            weights = self._weights(runner)
-            models = handed_on(self.recipe, stage, weights["models"], preparation.kept)
-            checkpoint.save(self.folder.stage(stage.name), {**weights, "models": models})
-        if self.world.is_main and stage.make:
-            whole = sources if self.world.size == 1 else self._sources(stage, World())
-            made = make_all(self.recipe, runner, plan, whole, self.folder, preparation.origins)
-            amend_manifest(self.folder.manifest, {"made": made})
-        self.world.barrier()
+        state = self._weights(runner)
+        with self.world.together():
+            if self.world.is_main and len(self.recipe.stages) > 1:
+                models = handed_on(self.recipe, stage, state["models"], preparation.kept)
+                checkpoint.save(self.folder.stage(stage.name), {**state, "models": models})
+            if self.world.is_main and stage.make:
+                whole = sources if self.world.size == 1 else self._sources(stage, World())
+                made = make_all(self.recipe, runner, plan, whole, self.folder, preparation.origins)
+                amend_manifest(self.folder.manifest, {"made": made})
 
     def _evaluate(self, runner: Runner, judge: Judge, epoch: int) -> None:
         best = judge.moving_roles(runner, epoch, self.steps_before + runner.done)
-        if best and self.world.is_main:
-            checkpoint.save(self.folder.best, {**self._weights(runner), "epoch": epoch})
-        stage = runner.stage
-        if self.world.is_main and epoch in self.recipe.keep_epochs and stage.name == self.final:
-            checkpoint.save(self.folder.epoch(epoch), {**self._weights(runner), "epoch": epoch})
+        kept = epoch in self.recipe.keep_epochs and runner.stage.name == self.final
+        if not best and not kept:
+            return
+        tree = {**self._weights(runner), "epoch": epoch}
+        with self.world.together():
+            for wanted, file in ((best, self.folder.best), (kept, self.folder.epoch(epoch))):
+                if wanted and self.world.is_main:
+                    checkpoint.save(file, tree)
 
     def _weights(self, runner: Runner) -> dict[str, Any]:
         state = runner.state_dict()
@@ -504,8 +534,6 @@ class _Experiment:
         return {"export": runner.stage.export, **kept}
 
     def _save(self, runner: Runner, tracker: Tracker) -> None:
-        if not self.world.is_main:
-            return
         tree = {
             **runner.state_dict(),
             "export": runner.stage.export,
@@ -513,9 +541,11 @@ class _Experiment:
             "stage": runner.stage.name,
             "finished": self.finished,
             "history": vars(self.history),
-            "tracker": tracker.state_dict(),
         }
-        checkpoint.save(self.folder.last, tree, keep_previous=True)
+        with self.world.together():
+            if self.world.is_main:
+                tree["tracker"] = tracker.state_dict()
+                checkpoint.save(self.folder.last, tree, keep_previous=True)
 
     def _finish(self, judge: Judge, runner: Runner, tracker: Tracker) -> Outcome:
         plan = runner.plan
@@ -545,11 +575,11 @@ class _Experiment:
             export=stage.export,
             device=describe_device(self.device),
         )
-        if self.world.is_main:
-            tracker.hparams({"seed": self.recipe.seed, **training_facts(stage, self.world.size)})
-            write_json(self.folder.summary, summary)
-            finish_manifest(self.folder.manifest, "finished")
-        self.world.barrier()
+        with self.world.together():
+            if self.world.is_main:
+                tracker.hparams({"seed": self.recipe.seed, **training_facts(stage, self.world.size)})
+                write_json(self.folder.summary, summary)
+                finish_manifest(self.folder.manifest, "finished")
         return Outcome(self.folder, summary, repeated=False, is_main=self.world.is_main)
 
     def _sources(self, stage: StageConfig, world: World | None = None) -> dict[str, Source]:

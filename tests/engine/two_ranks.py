@@ -1,0 +1,68 @@
+"""What two processes find when they add gradients up and agree on errors. Started by torchrun, from test_gradients.py.
+
+Writes what each rank found to `<first argument>/<rank>.pt`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdbench.engine.distributed import World
+from kdbench.engine.gradients import GradientSum
+from kdbench.errors import UserError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def rows(rank: int) -> Tensor:
+    return torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+def summed(
+    world: World, *, bytes_: int, early_begin: bool = False, skip_head: bool = False
+) -> tuple[list[Tensor], int]:
+    """The gradients of two micro-batches, summed; and how many buckets left before the backward was over."""
+    model = network()
+    sums = GradientSum(list(model.parameters()), world, bucket_bytes=bytes_)
+    for _ in range(2):  # a second step must not know of the first
+        model.zero_grad(set_to_none=True)
+        for number, batch in enumerate(rows(world.rank)):
+            if number == (0 if early_begin else 1):
+                sums.begin()
+            used = model[:3] if skip_head and world.rank == 1 else model
+            used(batch).square().sum().backward()
+        sums.finish()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], sums.early
+
+
+def told(world: World, failing: int | None) -> str:
+    try:
+        with world.together():
+            if world.rank == failing:
+                raise UserError("the folder is locked")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
+    found = {
+        "small": summed(world, bytes_=1),
+        "whole": summed(world, bytes_=2**20),
+        "too early": summed(world, bytes_=1, early_begin=True),
+        "uneven": summed(world, bytes_=1, skip_head=True),
+        "told": [told(world, failing) for failing in (0, 1, None)],
+    }
+    torch.save(found, Path(sys.argv[1]) / f"{world.rank}.pt")
+    dist.destroy_process_group()
