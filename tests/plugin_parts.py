@@ -113,6 +113,32 @@ class DoublesRows(OneLinear):
         return self.doubled(super().forward(image).repeat(2, 1))[: len(image)]
 
 
+class Block(nn.Module):
+    """A convolution beside the way around it."""
+
+    def __init__(self, width: int, norm: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(1, width) if norm == "group" else nn.BatchNorm2d(width)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.relu(value + self.norm(self.conv(value)))
+
+
+@MODELS.register("t_blocks", version=1)
+class Blocks(nn.Module):
+    """A stem, three blocks of seven channels (odd, so that no share of a rank is like another's), a classifier."""
+
+    def __init__(self, num_classes: int = 4, in_channels: int = 1, norm: str = "group") -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 7, 3, padding=1), nn.Tanh(), nn.Conv2d(7, 7, 1))
+        self.blocks = nn.Sequential(*(Block(7, norm) for _ in range(3)))
+        self.fc = nn.Linear(7, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(image)).mean((2, 3)))
+
+
 @MODELS.register("t_tokens", version=1)
 class Tokens(nn.Module):
     """Sixteen patches of an 8x8 image as tokens of eight values, and a classifier on their mean."""

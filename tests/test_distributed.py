@@ -54,6 +54,11 @@ ROUTED = (
     "balance: {type: load_balance, student: 'term:kd.gate', weight: 3}, "
     "rkd: {type: rkd, student: 'student:logits', teacher: 'teacher:logits', weight: 0.02, weigh: disagreement}}"
 )
+PARTED = (
+    "{ce: cross_entropy, kd: {type: kd, temperature: 2}, "
+    "hint: {type: hint, student: {path: blocks.1, adapter: conv1x1}, teacher: blocks.1}}"
+)
+IN_PARTS = "models: {second: {model: t_blocks, frozen: true}}\nshard: true\nprecision: float64\n"
 CASES = {
     "group": ("group", MASKED, ""),
     "coupled": ("group", COUPLED, "precision: float64\n"),
@@ -62,13 +67,20 @@ CASES = {
     "remembering": ("group", REMEMBERING, "precision: float64\n"),
     "queued": ("group", QUEUED, "precision: float64\n"),
     "routed": ("group", ROUTED, "models: {second: {model: t_conv, frozen: true}}\nprecision: float64\n"),
+    "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\n"),
+    "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }
 
 
 def text_of(case: str, batch: int, out: str) -> str:
     norm, terms, extra = CASES[case]
-    text = COMMON.replace("NORM", norm).replace("TERMS", terms).replace("BATCH", str(batch))
+    text = (
+        COMMON.replace("t_conv", "t_blocks" if "shard" in extra else "t_conv")
+        .replace("NORM", norm)
+        .replace("TERMS", terms)
+        .replace("BATCH", str(batch))
+    )
     return DATA + text + extra + f"out: {out}\n"
 
 
@@ -97,7 +109,7 @@ def tree(folder: Path) -> dict:
     return torch.load(folder / "checkpoints/last.pt", weights_only=True)
 
 
-SAME = ["group", "coupled", "synced", "accumulated", "remembering", "queued", "routed"]
+SAME = ["group", "coupled", "synced", "accumulated", "remembering", "queued", "routed", "parted", "parted_synced"]
 
 
 @pytest.mark.parametrize("case", SAME)

@@ -56,7 +56,7 @@ def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int
 
     It covers every stage as it was understood (so that `teacher:` and `models.teacher:`, 4 and 4.0, or the order of
     keys make no difference), the parameters that were left at their default, the `version` of each part, the seed, and
-    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_rows,
+    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_rows, shard,
     workers, out, runs, data_root, fresh, tensorboard), what is only told (title, paper, published) and how often
     something is logged or saved.
 

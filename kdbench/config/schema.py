@@ -374,6 +374,7 @@ class Recipe:
     frozen_forward: FrozenForward = "auto"
     frozen_rows: int = 1024
     channels_last: bool | None = None
+    shard: bool | tuple[str, ...] = False
     workers: int = 0
     data_root: str = "data"
     runs: str = "runs"

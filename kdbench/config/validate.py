@@ -56,6 +56,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         "frozen_forward": top.take("frozen_forward", "Literal['auto', 'inline', 'ahead', 'table']", "auto"),
         "frozen_rows": top.take("frozen_rows", "int", 1024, AT_LEAST_ONE),
         "channels_last": top.take("channels_last", "bool"),
+        "shard": _shard(top),
         "workers": top.take("workers", "int", 0, NOT_NEGATIVE),
         "data_root": top.take("data_root", "str", "data"),
         "runs": top.take("runs", "str", "runs"),
@@ -71,6 +72,7 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
     unrolled = unroll(inner, stages_value, shared, own_keys)
     stages = _read_stages(inner, unrolled, base, seen)
     _check_lengths(context, unrolled)
+    _check_shard(context, options["shard"], stages)
     _check_export(context, stages)
     published = _published(context, top, published_value, composed, stages)
     context.faults.raise_any(composed.file)
@@ -88,6 +90,19 @@ def validate(composed: Composed, base: Path, seen: tuple[str, ...] = ()) -> Reci
         **options,
     )
     return without_teachers(recipe) if twin else recipe
+
+
+def _shard(top: Fields) -> bool | tuple[str, ...]:
+    """Which roles lie in parts where there are several processes: none, all that can, or those named."""
+    value = top.raw("shard", False)
+    return value if isinstance(value, bool) else top.texts("shard")
+
+
+def _check_shard(context: Context, shard: bool | tuple[str, ...], stages: list[StageConfig]) -> None:
+    roles = {name for stage in stages for name in stage.roles}
+    for name in () if isinstance(shard, bool) else shard:
+        if name not in roles:
+            context.fault("shard", f"no role {name!r}.{nearest(name, roles)}")
 
 
 def _check_export(context: Context, stages: list[StageConfig]) -> None:

@@ -82,7 +82,10 @@ class Source:
         raise NotImplementedError
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Yields every sample once, in order, without augmentation; sharded by rank, so ranks may differ in length."""
+        """Yields every sample once, in order, without augmentation, sharded by rank.
+
+        All ranks get equally many rows: where the last ones do not divide, some are repeated and not `valid`.
+        """
         raise NotImplementedError
 
     def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -193,14 +196,15 @@ class ImageSource(Source):
 
     def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         here = self.setting
-        order, together = self._placed(self.positions), batch_size * here.world
+        order = self._placed(self.positions)
         tables = {
             name: view.table(self.population, here.seed, self.name, "evaluation").to(here.device)
             for name, view in self.views.items()
             if view.draws_always
         }
-        parts = (order[start : start + together][here.rank :: here.world] for start in range(0, len(order), together))
-        for part, own, _ in self._read((Shard(index, index) for index in parts if len(index)), None):
+        count = steps(len(order), batch_size, here.world)
+        parts = (shard(order, step, batch_size, here.rank, here.world) for step in range(count))
+        for part, own, _ in self._read(parts, None):
             batch = {}
             for name, view in self.views.items():
                 draws = tables[name].index_select(0, part.index) if name in tables else None

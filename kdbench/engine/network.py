@@ -49,6 +49,7 @@ class Network(nn.Module):
         self.world = world
         self.observers = {owner: Members(readers) for owner, readers in (observers or {}).items()}
         self.configs: dict[str, RoleConfig] = {name: role.config for name, role in roles.items()}
+        self.sharded: tuple[str, ...] = ()  # the roles that lie in parts (kdbench.engine.shard)
         self.lap: Callable[[str], None] | None = None  # set by the runner where it times the parts of a step
 
     def role(self, name: str) -> Role:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from kdbench.config.schema import OptimizerConfig
 from kdbench.engine.features import find_module
+from kdbench.engine.parts import is_part
 from kdbench.errors import ConfigError, Place, nearest
 from kdbench.registry import OPTIMIZERS
 
@@ -84,10 +85,11 @@ def build_optimizer(
     params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
     if not {"foreach", "fused", "differentiable"} & set(params):
         kinds = {parameter.value.device.type for parameter in owned}
-        if kinds == {"cuda"} and config.type in FUSED:
+        parts = any(is_part(parameter.value) for parameter in owned)  # torch takes no list of whole and parted tensors
+        if kinds == {"cuda"} and not parts and config.type in FUSED:
             params["fused"] = True
         elif "foreach" in entry.parameters:
-            params["foreach"] = kinds <= {"cpu", "cuda"}
+            params["foreach"] = kinds <= {"cpu", "cuda"} and not parts
     if capture and "capturable" in entry.parameters:
         params.setdefault("capturable", True)
     try:

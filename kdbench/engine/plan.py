@@ -33,6 +33,7 @@ from kdbench.engine.needs import check_needs, in_step, sizes_in_words
 from kdbench.engine.network import Network
 from kdbench.engine.readers import Batch, feature_of
 from kdbench.engine.roles import input_feature, inputs_of, root_of, upstream_role
+from kdbench.engine.shard import sharded_roles
 from kdbench.engine.trace import ModuleCall, trace
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
@@ -77,6 +78,8 @@ class StagePlan:
     term_parameters: Mapping[str, int]
     memory_bytes: int
     notes: tuple[str, ...] = field(default_factory=tuple)
+    sharded: tuple[str, ...] = ()
+    """The roles whose weights lie in parts, where there are several processes."""
 
     @property
     def train_source(self) -> str:
@@ -178,9 +181,9 @@ def plan_stage(
     owned = {name: sum(p.numel() for p in network.term(name).parameters()) for name in layout.terms}
     batch = max((spec_batch(stage, source) for source in layout.step_sources(stage)), default=1)
     memory = _memory(models, network, saved * batch // ROWS)
-    return StagePlan(
-        stage, layout, specs, roles, updates, adapters, owned, memory, _notes(stage, specs, terms, layout.unmeasured)
-    )
+    notes = _notes(stage, specs, terms, layout.unmeasured)
+    sharded = sharded_roles(recipe, stage, layout.features, models)
+    return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, notes, sharded)
 
 
 def spec_batch(stage: StageConfig, source: str) -> int:

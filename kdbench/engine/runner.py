@@ -21,6 +21,7 @@ from kdbench.engine.gradients import GradientSum
 from kdbench.engine.meters import Meters, Reading
 from kdbench.engine.network import Network
 from kdbench.engine.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr_factor
+from kdbench.engine.parts import clip, is_part, load_model, parted_state, total_norm, whole
 from kdbench.engine.plan import StagePlan, moved_roles
 from kdbench.engine.readers import Batch, source_of
 from kdbench.errors import TrainingError
@@ -119,7 +120,7 @@ class Runner:
         self.average = self._start_average()
         self._follow(start=True)
         self.scaler = self._new_scaler()
-        self.compiling = recipe.compiles
+        self.compiling = recipe.compiles and not network.sharded
         self.clock = Clock() if device.type == "cpu" and not self.compiling else None
         network.lap = self.clock.lap if self.clock else None
         self.losses: Callable[..., tuple[Tensor, Tensor]] = network
@@ -166,7 +167,7 @@ class Runner:
             parameters,
             optimizer,
             self.meters.positions(planned.config.terms),
-            GradientSum(parameters, self.world),
+            GradientSum([p for p in parameters if not is_part(p)], self.world),
             everything=len(self.plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
             select=self._build_selection(planned.config),
         )
@@ -228,10 +229,10 @@ class Runner:
     def _move(self, update: Update) -> None:
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(update.parameters, self.stage.clip, foreach=True)
+            self.grad_norm = clip(update.parameters, self.stage.clip, self.world)
         elif self.logs_at(self.done + 1):
             gradients = [p.grad for p in update.parameters if p.grad is not None]
-            self.grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
+            self.grad_norm = total_norm(gradients, self.world)
         self.scaler.step(update.optimizer)
         self.scaler.update()
 
@@ -363,17 +364,25 @@ class Runner:
         return exported_state(self.stage.roles[name], self.network.role(name).model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the stage needs to go on; frozen roles come from where they came from."""
+        """Everything that the stage needs to go on; frozen roles come from where they came from.
+
+        All ranks call it: tensors that lie in parts are put together, on the first one.
+        """
+        keep = self.world.is_main
         roles = {n: self.network.role(n) for n in self.plan.layout.order}
         used = [n for n, r in roles.items() if r.config.transforms]
         if roles[self.stage.export].config.mode == "same":  # its root may be frozen, which no checkpoint holds
             used.append(self.stage.export)
         return {
             "step": self.done,
-            "models": {n: r.model.state_dict() for n, r in roles.items() if r.config.mode not in ("frozen", "same")},
+            "models": {
+                n: whole(r.model.state_dict(), keep=keep)
+                for n, r in roles.items()
+                if r.config.mode not in ("frozen", "same")
+            },
             "baked": {n: self.exported(n) for n in used},
             "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
-            "optimizers": [optimizer_state(update.optimizer) for update in self.updates],
+            "optimizers": [whole(optimizer_state(update.optimizer), keep=keep) for update in self.updates],
             "scaler": self.scaler.state_dict(),
             "meters": self.meters.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -383,11 +392,11 @@ class Runner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done = int(state["step"])
         for name, values in state["models"].items():
-            self.network.role(name).model.load_state_dict(values)
+            load_model(self.network.role(name).model, values)
         for name, values in state["terms"].items():
             self.network.term(name).load_state_dict(values)
         for update, values in zip(self.updates, state["optimizers"], strict=True):
-            load_optimizer_state(update.optimizer, values)
+            load_optimizer_state(update.optimizer, parted_state(update.optimizer, values))
         self.scaler.load_state_dict(state["scaler"])
         self.meters.load_state_dict(state["meters"])
         if self.average is not None:
@@ -424,12 +433,12 @@ class Runner:
         """
         self.refuse_not_finite()
         parameters = [parameter.detach() for update in self.updates for parameter in update.parameters]
-        if not nn.utils.get_total_norm(parameters, math.inf, foreach=True).isfinite():
+        if not total_norm(parameters, self.world, math.inf).isfinite():
             bad = [
                 name
                 for update in self.updates
                 for name, parameter in zip(update.names, update.parameters, strict=True)
-                if not parameter.isfinite().all()
+                if not whole(parameter.detach()).isfinite().all()
             ]
             raise TrainingError(
                 f"{len(bad)} parameters are not finite after step {self.done} of stage {self.stage.name!r} (epoch "

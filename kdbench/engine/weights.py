@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import Weights
+from kdbench.engine.parts import whole
 from kdbench.errors import CheckpointError, Place, nearest
 
 
@@ -48,7 +49,7 @@ def state_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()[:16]
 

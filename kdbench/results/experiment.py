@@ -23,10 +23,12 @@ from kdbench.engine.capture import capture
 from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
 from kdbench.engine.distributed import World, join_world, own_gpu
 from kdbench.engine.frozen import TABLES, Arrangement, arrange
+from kdbench.engine.network import Network
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
 from kdbench.engine.roles import upstream_role
 from kdbench.engine.runner import Runner
+from kdbench.engine.shard import shard
 from kdbench.engine.training import Feed, History, Training
 from kdbench.engine.weights import state_hash
 from kdbench.errors import ConfigError, TrainingError, UserError, nearest
@@ -315,7 +317,8 @@ class _Experiment:
         with self.world.together():
             sources = self._sources(stage)
             judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
-            runner, preparation = self._runner(stage, plan, sources, tracker)
+            network, preparation = self._network(stage, plan, tracker)
+        runner = self._runner(network, stage, plan, sources, tracker)
         if tree is not None and tree["stage"] == stage.name:
             runner.load_state_dict(tree)
         else:
@@ -347,7 +350,8 @@ class _Experiment:
             tracker = Tracker(scratch, main=False)
             sources = self._sources(stage)
             judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, History())
-            runner, _ = self._runner(stage, plan, sources, tracker)
+            network, _ = self._network(stage, plan, tracker)
+            runner = self._runner(network, stage, plan, sources, tracker)
             runner.load_state_dict(tree)
             judge.frozen_roles(runner.network, 0)
             judge.moving_roles(runner, 0, 0)
@@ -418,9 +422,7 @@ class _Experiment:
         for text in (*filter(None, [notice]), *changes, *self.recipe.dropped):
             tracker.notice(text)
 
-    def _runner(
-        self, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source], tracker: Tracker
-    ) -> tuple[Runner, Preparation]:
+    def _network(self, stage: StageConfig, plan: StagePlan, tracker: Tracker) -> tuple[Network, Preparation]:
         preparation = Preparation(
             self.recipe,
             stage,
@@ -442,11 +444,25 @@ class _Experiment:
         )
         if stage.precision == "float64":
             network.double()
+        return network, preparation
+
+    def _runner(
+        self, network: Network, stage: StageConfig, plan: StagePlan, sources: Mapping[str, Source], tracker: Tracker
+    ) -> Runner:
+        """Whatever sums over the ranks begins here; before, one of them may have failed alone."""
+        if plan.sharded and self.world.size > 1:
+            shard(network, plan.sharded, self.device, self.world)
+            also = "; the step is not compiled" if self.recipe.compile else ""
+            tracker.notice(f"{' and '.join(plan.sharded)} lie in {self.world.size} parts, one in each process{also}.")
+        elif plan.sharded:
+            tracker.notice("shard: there is one process only, so every network lies in it whole.")
+        for source in sources.values():
+            source.say = tracker.notice
         feed = self._feed(stage, plan, sources)
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=feed.steps_per_epoch, world=self.world)
         runner.say = tracker.notice
         capture(runner)
-        return runner, preparation
+        return runner
 
     def _produced(self, stage: StageConfig) -> dict[str, Path]:
         """Role -> the checkpoint of the recipe that its weights name."""
@@ -561,7 +577,11 @@ class _Experiment:
                 "weights_sha256": state_hash(module),
             }
             alone = upstream_role(role.config) is None and not role.config.also
-            if alone and plan.specs[plan.layout.sources[name]].classes is not None:
+            if (
+                alone
+                and name not in runner.network.sharded
+                and plan.specs[plan.layout.sources[name]].classes is not None
+            ):
                 models[name]["latency_ms"] = latency(module, judge.example())
         final = self.history.evaluations[-1] if self.history.evaluations else {}
         summary = build_summary(

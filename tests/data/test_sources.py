@@ -147,10 +147,10 @@ def test_mixing_gives_the_partner_and_the_share(source_of, part, make):
 def test_evaluation_gives_every_sample_once_in_order(source_of, make):
     whole = collect(source_of(make(params={"samples": 45})).in_order(8))
     assert whole["index"].tolist() == list(range(45))
-    ranks = [
-        collect(source_of(make(params={"samples": 45}, batch_size=8), rank=r, world=4).in_order(8)) for r in range(4)
-    ]
-    assert sorted(torch.cat([rank["index"] for rank in ranks]).tolist()) == list(range(45))
+    ranks = [list(source_of(make(params={"samples": 45}, batch_size=8), rank=r, world=4).in_order(8)) for r in range(4)]
+    assert [[len(batch["index"]) for batch in rank] for rank in ranks] == [[8, 4]] * 4  # 45 = 4 * 11 + 1
+    told = [batch["index"][batch["valid"]] if "valid" in batch else batch["index"] for rank in ranks for batch in rank]
+    assert sorted(torch.cat(told).tolist()) == list(range(45))
 
 
 def test_hidden_labels_never_leak(source_of, part, make):

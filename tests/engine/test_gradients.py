@@ -12,7 +12,8 @@ from support import environment, torchrun
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))
-from two_ranks import network, rows
+from plugin_parts import Blocks
+from two_ranks import images, network, rows
 
 from kdbench.engine.distributed import World
 from kdbench.engine.gradients import GradientSum, _buckets
@@ -61,6 +62,43 @@ def test_a_rank_whose_backward_leaves_parameters_out_takes_part_all_the_same(fou
     for rank, early in zip(found, (6, 0), strict=True):  # the head is first in order, and rank 1 has none of it
         assert_close(rank["uneven"][0], expected(skip_head=True), rtol=1e-12, atol=1e-12)
         assert rank["uneven"][1] == early
+
+
+def whole_gradients() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Blocks().double()
+    for rank in range(2):
+        model.blocks[:2](model.stem(images(rank))).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_of_a_network_in_parts_are_those_of_one_process(found):
+    """Of a loss on the output of a block in the middle; what stands behind it has none, or zeros."""
+    expected = whole_gradients()
+    for rank in found:
+        ours = rank["parted"]["gradients"]
+        assert set(expected) <= set(ours)
+        for name, value in ours.items():
+            assert_close(value, expected.get(name, torch.zeros_like(value)), rtol=1e-12, atol=1e-12)
+    parameters = sum(p.numel() for p in Blocks().parameters())
+    shares = [rank["parted"]["here"] for rank in found]
+    assert sum(shares) == parameters and max(shares) < 0.6 * parameters
+
+
+def test_a_mean_over_the_parts_is_another_gradient(found):
+    """The negative control: what FSDP does by itself."""
+    for rank in found:
+        for name, value in whole_gradients().items():
+            assert_close(rank["mean"]["gradients"][name], value / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_the_norm_spans_the_parts_and_what_lies_whole_beside_them(found):
+    values = [value.flatten() for value in whole_gradients().values()]
+    flat = torch.cat([*values, torch.full((3,), 2.0, dtype=torch.float64)])
+    for rank in found:
+        assert_close(rank["parted"]["norm"], flat.norm(), rtol=1e-12, atol=0)
+        assert_close(rank["parted"]["largest"], flat.abs().max(), rtol=1e-12, atol=0)
+        assert_close(rank["parted"]["clipped"], torch.tensor(0.5, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 def test_an_error_of_one_rank_is_told_by_all(found):

@@ -5,6 +5,7 @@ Writes what each rank found to `<first argument>/<rank>.pt`.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -53,6 +54,42 @@ def told(world: World, failing: int | None) -> str:
     return ""
 
 
+def parted(world: World, *, mean: bool = False) -> dict:
+    """The gradients of a network in parts and their norms, whole; and how much of it lies here."""
+    from plugin_parts import Blocks
+
+    from kdbench.config.schema import RoleConfig
+    from kdbench.engine.features import Feature
+    from kdbench.engine.network import Network
+    from kdbench.engine.parts import clip, is_part, local, total_norm, whole
+    from kdbench.engine.roles import Role
+    from kdbench.engine.shard import shard
+
+    torch.manual_seed(0)
+    config = RoleConfig(name="student", model=None, input="train.image")
+    role = Role(config, Blocks().double(), [Feature("blocks.1")])
+    shard(Network({"student": role}, {}, {"student": "train"}, world), ["student"], torch.device("cpu"), world)
+    if mean:
+        for part in (*role.model.blocks, role.model):
+            part.set_gradient_divide_factor(float(world.size))
+    beside = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    beside.grad = torch.full_like(beside, 2.0)
+    role(images(world.rank))[Feature("blocks.1")].square().sum().backward()  # it begins in the middle of the network
+    reached = [p for p in role.model.parameters() if p.grad is not None]
+    assert all(is_part(p) and is_part(p.grad) for p in reached)
+    found = {"gradients": {n: whole(p.grad) for n, p in role.model.named_parameters() if p.grad is not None}}
+    found["here"] = sum(local(p).numel() for p in role.model.parameters())
+    found["norm"] = total_norm([p.grad for p in (beside, *reached)], world)
+    found["largest"] = total_norm([p.grad for p in (beside, *reached)], world, math.inf)
+    assert torch.equal(clip([beside, *reached], 0.5, world), found["norm"])
+    found["clipped"] = total_norm([p.grad for p in (beside, *reached)], world)
+    return found
+
+
+def images(rank: int) -> Tensor:
+    return torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -62,6 +99,8 @@ if __name__ == "__main__":
         "whole": summed(world, bytes_=2**20),
         "too early": summed(world, bytes_=1, early_begin=True),
         "uneven": summed(world, bytes_=1, skip_head=True),
+        "parted": parted(world),
+        "mean": parted(world, mean=True),
         "told": [told(world, failing) for failing in (0, 1, None)],
     }
     torch.save(found, Path(sys.argv[1]) / f"{world.rank}.pt")
