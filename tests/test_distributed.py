@@ -10,8 +10,10 @@ import pytest
 import torch
 from support import (  # noqa: F401
     TESTS,
+    bench,
     differences,
     environment,
+    flat,
     nodes_of,
     parts,
     result_of,
@@ -21,7 +23,9 @@ from support import (  # noqa: F401
 )
 from torch.testing import assert_close
 
+from kdbench.config.load import load_recipe
 from kdbench.files import read_json
+from kdbench.results.experiment import reevaluate
 from kdbench.results.folder import RunFolder
 from kdbench.results.jsonlines import read_lines
 
@@ -183,18 +187,47 @@ def moved(runs, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
-def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved):
-    """BatchNorm apart on each rank, an average and a teacher that follow: a resume loads what every rank had."""
-    Path("apart2.yaml").write_text(text_of("apart", 8, "resumed"))
-    short = run_command("apart2.yaml", "checkpoint_every.steps=1", "terms.odd={type: t_dies, at: 7}", processes=2)
-    assert short.returncode != 0 and tree(Path("resumed"))["step"] == 6
+@pytest.mark.parametrize("case", ["apart", "parted"])
+def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved, case):
+    """BatchNorm apart on each rank, an average and a teacher that follow; networks in parts: a resume loads all of it."""
+    Path("alive").unlink(missing_ok=True)
+    file, out = f"{case}2.yaml", f"resumed_{case}"
+    Path(file).write_text(text_of(case, 8, out))
+    dies = "terms.odd={type: t_dies, at: 7}"
+    short = run_command(file, "checkpoint_every.steps=1", dies, processes=2)
+    assert short.returncode != 0 and tree(Path(out))["step"] == 6
     # The term that dies is part of the identity: the same command goes on, and this time it does not die.
     Path("alive").touch()
-    again = run_command("apart2.yaml", "checkpoint_every.steps=1", "terms.odd={type: t_dies, at: 7}", processes=2)
+    again = run_command(file, "checkpoint_every.steps=1", dies, processes=2)
     assert again.returncode == 0, again.stderr
-    whole = run_command("apart2.yaml", "out=undisturbed", "terms.odd={type: t_dies, at: 7}", processes=2)
+    whole = run_command(file, f"out=undisturbed_{case}", dies, processes=2)
     assert whole.returncode == 0, whole.stderr
-    assert differences(result_of("resumed"), result_of("undisturbed")) == []
+    assert differences(result_of(out), result_of(f"undisturbed_{case}")) == []
+
+
+@pytest.mark.parametrize("case", ["parted", "parted_synced"])
+def test_what_was_trained_in_parts_is_evaluated_by_one_process(moved, case):
+    told = read_json(Path(case) / "two" / "summary.json")["test"]["student"]
+    found = reevaluate(RunFolder(Path(case) / "two"))["student"]["test"]
+    assert found.keys() <= told["last"].keys() if "last" in told else found
+    last = [line for line in read_lines(Path(case) / "two" / "metrics.jsonl") if line["event"] == "eval"]
+    logged = next(line["metrics"] for line in reversed(last) if (line["role"], line["split"]) == ("student", "test"))
+    shared = found.keys() & logged.keys()
+    assert "top1" in shared and "nll" in shared
+    for name in shared:
+        assert_close(found[name], logged[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["parted", "parted_synced"])
+def test_a_state_of_parts_is_loaded_whole_by_one_process(moved, case):
+    """Another number of processes is another run; but weights and moments are the same tree."""
+    state = tree(Path(case) / "two")
+    alone = bench(load_recipe(f"{case}.yaml")).runner
+    alone.load_state_dict(state)
+    again = alone.state_dict()
+    for key in ("models", "optimizers"):
+        ours, theirs = dict(flat(again[key])), dict(flat(state[key]))
+        assert ours == theirs and any("momentum_buffer" in name for name in ours) == (key == "optimizers")
 
 
 def test_two_nodes_are_two_processes(moved):

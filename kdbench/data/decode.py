@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdbench.data.augment import Reading
 from kdbench.data.files import Listing, central, pixels, read_image, resize_and_crop
-from kdbench.data.order import onto
+from kdbench.data.order import sent
 from kdbench.data.resample import Region, resample
 from kdbench.errors import DataError
 
@@ -69,7 +69,7 @@ class Reader:
 
     def placed(self, batch: Any, device: torch.device, say: Callable[[str], None]) -> dict[str, Tensor]:
         """Returns key -> uint8 (batch, 3, size, size), on the device."""
-        return {key: onto(value, device) for key, value in batch.items()}
+        return {key: sent(value, device) for key, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class TorchvisionReader(Reader):
             self.told = True
             say(f"{batch.odd}: PIL decodes it on the CPU, and others of its kind; they are slower.")
         encoded = [len(shape) == 1 for shape in batch.shapes]
-        images = self._decoded(batch, encoded, device, say) if any(encoded) else batch.files(onto(batch.data, device))
+        images = self._decoded(batch, encoded, device, say) if any(encoded) else batch.files(sent(batch.data, device))
         return {key: resample(images, regions, self.size) for key, regions in batch.regions.items()}
 
     def _decoded(
@@ -180,10 +180,10 @@ class TorchvisionReader(Reader):
             found = iter(decoder()(waiting, mode="RGB", device=device))
         except RuntimeError as error:  # one of them, and it is not told which
             numbers = [n for n, is_encoded in zip(batch.numbers, encoded, strict=True) if is_encoded]
-            read = [onto(_tensor(read_image(self.path(number))), device) for number in numbers]  # raises DataError
+            read = [sent(_tensor(read_image(self.path(number))), device) for number in numbers]  # raises DataError
             say(f"the GPU could not decode a batch of JPEGs ({_line(error)}); PIL did, on the CPU.")
             found = iter(read)
-        return [next(found) if e else onto(file, device) for file, e in zip(files, encoded, strict=True)]
+        return [next(found) if e else sent(file, device) for file, e in zip(files, encoded, strict=True)]
 
 
 READERS: dict[str, type[Reader]] = {"pil": Reader, "torchvision": TorchvisionReader}

@@ -10,8 +10,8 @@ from torch import Tensor
 from kdbench.randomness import generator
 
 
-def onto(value: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor of the host without waiting for a GPU."""
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Sends a tensor of the host to the device without waiting for it: from pinned memory, where that is CUDA."""
     if device.type != "cuda" or value.is_cuda:
         return value.to(device)
     return (value if value.is_pinned() else value.pin_memory()).to(device, non_blocking=True)
@@ -36,8 +36,8 @@ class Shard:
 
     def to(self, device: torch.device) -> Shard:
         parts = (self.valid, self.again, self.partner_again)
-        moved = (None if part is None else onto(part, device) for part in parts)
-        return Shard(onto(self.index, device), onto(self.partner, device), *moved)
+        moved = (None if part is None else sent(part, device) for part in parts)
+        return Shard(sent(self.index, device), sent(self.partner, device), *moved)
 
     def drawn(self, population: int) -> Tensor:
         """Which row of an epoch's draws each row has: those of second visits stand behind those of the first."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdbench.data.order import onto
+from kdbench.data.order import sent
 
 GROUP_ELEMENTS = 2**25
 """Images are padded to one size in groups of at most so many values (128 MiB of float32); a larger one is alone."""
@@ -59,7 +59,7 @@ def resample(images: Sequence[Tensor], regions: Sequence[Region], size: int) -> 
             own = regions[number]
             padded[row, :, : own.height, : own.width].copy_(cut[number])
         facts = [(r.height, r.width, r.out_height, r.out_width, r.down, r.right) for r in (regions[n] for n in members)]
-        heights, widths, out_heights, out_widths, down, right = onto(torch.tensor(facts), device).unbind(1)
+        heights, widths, out_heights, out_widths, down, right = sent(torch.tensor(facts), device).unbind(1)
         rows = weights(heights, out_heights, down, size, height)
         columns = weights(widths, out_widths, right, size, width)
         # Columns first, and whole levels in between, as PIL does it.

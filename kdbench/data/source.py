@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
 from kdbench.data.base import Noise, Packed, extra_fields
-from kdbench.data.order import Shard, epoch_order, shard, steps
+from kdbench.data.order import Shard, epoch_order, sent, shard, steps
 from kdbench.data.view import View, fields_of
 from kdbench.randomness import generator
 
@@ -30,13 +30,6 @@ class Setting:
     workers: int = 0
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-
-
-def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Sends a tensor of the host to the device without waiting for it: from pinned memory, where that is CUDA."""
-    if device.type != "cuda":
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
 
 
 class Source:

@@ -386,7 +386,8 @@ class _Experiment:
         self._plan()
         plan = self._known(position)
         sources = self._sources(plan.stage)
-        runner, _ = self._runner(plan.stage, plan, sources, tracker)
+        network, _ = self._network(plan.stage, plan, tracker)
+        runner = self._runner(network, plan.stage, plan, sources, tracker)
         tables = Path(self.recipe.runs) / TABLES
         arrangement = arrange(self._feed(plan.stage, plan, sources), runner, self.recipe, tables)
         return runner, arrangement, self._feed(plan.stage, plan, sources)
@@ -452,7 +453,7 @@ class _Experiment:
         """Whatever sums over the ranks begins here; before, one of them may have failed alone."""
         if plan.sharded and self.world.size > 1:
             shard(network, plan.sharded, self.device, self.world)
-            also = "; the step is not compiled" if self.recipe.compile else ""
+            also = "; the step is not compiled" if self.recipe.compiles else ""
             tracker.notice(f"{' and '.join(plan.sharded)} lie in {self.world.size} parts, one in each process{also}.")
         elif plan.sharded:
             tracker.notice("shard: there is one process only, so every network lies in it whole.")
