@@ -72,7 +72,8 @@ def shard(network: Network, names: Collection[str], device: torch.device, world:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         # What stands around the blocks stays gathered until the backward, which may begin at a feature, not at the end.
         fully_shard(model, mesh=mesh, reshard_after_forward=not _differentiated(role))
-        for part in (*parted, model):
+        everything: list[Any] = [*parted, model]
+        for part in everything:
             part.set_gradient_divide_factor(1.0)  # a rank's loss is its share of the whole batch's: a sum, no mean
             part.set_force_sum_reduction_for_comms(True)
     network.sharded = tuple(names)
