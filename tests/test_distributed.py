@@ -71,7 +71,7 @@ CASES = {
     "remembering": ("group", REMEMBERING, "precision: float64\n"),
     "queued": ("group", QUEUED, "precision: float64\n"),
     "routed": ("group", ROUTED, "models: {second: {model: t_conv, frozen: true}}\nprecision: float64\n"),
-    "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\n"),
+    "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\nfrozen_forward: table\n"),
     "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }

@@ -86,9 +86,13 @@ def arrange(
     plan = runner.plan
     mode, why = asked_for(recipe, runner.device)
     result = Arrangement(feed, mode)
-    for name, reason in fixed_roles(plan).items():
+    reasons = fixed_roles(plan)
+    for name in runner.network.sharded:  # all ranks gather its weights at once, and a table's misses differ
+        if not reasons.get(name, "no"):
+            reasons[name] = "its weights lie in parts"
+    for name, reason in reasons.items():
         result.put(name, "inline", reason or why)
-    free = [name for name, reason in fixed_roles(plan).items() if not reason]
+    free = [name for name, reason in reasons.items() if not reason]
     if mode == "inline" or not free or runner.done >= runner.total_steps:
         told(result)
         return result
