@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdbench.results.console import sized
 
 def run(recipe: Recipe, *, stage: str | None, steps: int, out: str | None) -> int:
     """Profiles one stage of a recipe and prints what was found."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler tells of GPUs that are not there
     from kdbench.results.profile import profile
 
     found = profile(recipe, stage=stage, steps=steps, out=None if out is None else Path(out))

@@ -193,7 +193,7 @@ def picture(result: Mapping[str, Any]) -> Picture:
     """Draws the parts as shares of a step's time, operations and FLOPs, one bar each."""
     step, parts = result["parts_of_a_step"]["taken_apart_ms"], result["parts"]
     rows = [
-        (f"time\n{step:.3g} ms", [part["ms"] for part in parts]),
+        (f"time\n{step:,.{1 if step < 100 else 0}f} ms", [part["ms"] for part in parts]),
         (f"operations\n{result['operations']:,}", [part["operations"] for part in parts]),
         (f"FLOPs\n{sized(result['flops'])}", [part["flops"] for part in parts]),
     ]
