@@ -23,11 +23,11 @@ from torch import nn
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import precision_settings
-from kdbench.engine.peaks import peak
 from kdbench.registry import DATASETS, MODELS
 from kdbench.results.console import ConsoleView
 from kdbench.results.experiment import run
 from kdbench.results.profile import profile
+from kdbench.speed.peaks import peak
 
 RECIPE = """
 dataset: {dataset}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdbench.engine import peaks
 from kdbench.registry import ROUTERS, TERMS, WEIGHERS
+from kdbench.speed import peaks
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

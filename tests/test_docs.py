@@ -25,6 +25,7 @@ LAYERS = (
     {"errors", "files", "registry", "randomness", "config"},
     {"models", "data", "terms"},
     {"engine"},
+    {"speed"},
     {"makers"},
     {"results"},
     {"cli", "plugins"},
@@ -136,7 +137,7 @@ def test_no_file_of_the_engine_knows_a_method():
     methods = {word for recipe in recipe_names() if recipe.startswith("digits/") for word in [recipe.split("/")[1]]}
     methods -= {"teacher", "one"}  # words of the grammar
     parts -= {"confidence", "weighted"}  # a metric's column, a key of the log
-    files = sorted((ROOT / "kdbench" / "engine").glob("*.py"))
+    files = sorted(path for folder in ("engine", "speed") for path in (ROOT / "kdbench" / folder).glob("*.py"))
     assert len(files) > 15 and len(methods) > 40 and len(parts) > 60
     found = []
     for path in files:

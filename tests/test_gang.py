@@ -19,13 +19,13 @@ from kdbench.cli.gang import labels_of
 from kdbench.cli.main import main
 from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
-from kdbench.engine.gang import Gang, Member, Stack
-from kdbench.engine.joint import Joint
 from kdbench.engine.runner import Runner
-from kdbench.engine.stacked import Stacked
 from kdbench.errors import TrainingError
 from kdbench.results.experiment import Outcome
 from kdbench.results.experiment import run as run_experiment
+from kdbench.speed.gang import Gang, Member, Stack
+from kdbench.speed.joint import Joint
+from kdbench.speed.stacked import Stacked
 
 KD = """
 teacher: {model: {type: t_conv, norm: batch}}
@@ -121,7 +121,7 @@ def test_gradients_that_go_to_the_wrong_member_change_its_result(monkeypatch):
                 turned = slice((place.start + rows) % stacked.shape[0], (place.start + rows) % stacked.shape[0] + rows)
                 own.grad = stacked.grad[turned]
 
-    monkeypatch.setattr("kdbench.engine.gang.gap", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr("kdbench.speed.gang.gap", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(Stacked, "hand_out", hand_out)
     outcomes, _ = gang(jobs_of(SEEDS, "together"), True)
     single = alone(jobs_of(SEEDS, "single"))
@@ -129,7 +129,7 @@ def test_gradients_that_go_to_the_wrong_member_change_its_result(monkeypatch):
 
 
 def test_a_stack_that_gives_other_values_is_refused(monkeypatch):
-    monkeypatch.setattr("kdbench.engine.gang.gap", lambda *_: (1e-3, 1e-3))
+    monkeypatch.setattr("kdbench.speed.gang.gap", lambda *_: (1e-3, 1e-3))
     outcomes, said = gang(jobs_of(SEEDS, "together"), True)
     assert any("gives other values" in text for text in said)
     for one, other in zip(results(outcomes), alone(jobs_of(SEEDS, "single")), strict=True):

@@ -21,8 +21,8 @@ from kdbench.config.schema import Recipe
 from kdbench.errors import ConfigError, Place
 
 if TYPE_CHECKING:
-    from kdbench.engine.gang import Member
     from kdbench.results.experiment import Outcome
+    from kdbench.speed.gang import Member
 
 NAME = "gang"
 PLACE = "hydra_plugins.kdbench_gang"
@@ -153,7 +153,7 @@ def _train(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
         jobs[0].keep(lambda: run(jobs[0].given()))
         return
     from kdbench.engine.device import choose_device
-    from kdbench.engine.gang import Gang
+    from kdbench.speed.gang import Gang
 
     try:
         device = choose_device(jobs[0].given().device)

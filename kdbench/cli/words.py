@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def in_words(plan: StagePlan) -> list[str]:
     """Says in sentences what a stage does."""
-    from kdbench.engine.frozen import in_words as frozen_words
+    from kdbench.speed.frozen import in_words as frozen_words
 
     stage, run = plan.stage, running(plan)
     lines = [_source_words(name, plan) for name in plan.specs]

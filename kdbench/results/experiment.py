@@ -19,10 +19,8 @@ from kdbench.data.build import build_sources
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
 from kdbench.engine.build import build_network
-from kdbench.engine.capture import capture
 from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
 from kdbench.engine.distributed import World, join_world, own_gpu
-from kdbench.engine.frozen import TABLES, Arrangement, arrange
 from kdbench.engine.network import Network
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
@@ -52,6 +50,8 @@ from kdbench.results.manifest import amend_manifest, finish_manifest, write_mani
 from kdbench.results.provider import provider
 from kdbench.results.summary import build_summary
 from kdbench.results.tracking import Tracker
+from kdbench.speed.capture import capture
+from kdbench.speed.frozen import TABLES, Arrangement, arrange
 
 Attend: TypeAlias = Callable[[Runner], None]
 

@@ -17,9 +17,7 @@ import torch
 
 import kdbench
 from kdbench.config.schema import Recipe
-from kdbench.engine import profile as engine
 from kdbench.engine.device import describe_device
-from kdbench.engine.peaks import peak
 from kdbench.engine.readers import Batch
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Windows
@@ -28,6 +26,8 @@ from kdbench.files import saving, write_atomic, write_json
 from kdbench.results.console import sized
 from kdbench.results.experiment import Opened, opened
 from kdbench.results.figures import Picture, bars
+from kdbench.speed import profile as engine
+from kdbench.speed.peaks import peak
 
 WARM_UP, TRACED = 6, 3
 FILES = ("profile.json", "trace.json", "profile.png")

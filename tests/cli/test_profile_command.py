@@ -10,10 +10,10 @@ import torch
 from support import DATA, Quiet, parts, recipe, train  # noqa: F401
 
 from kdbench.cli.main import main
-from kdbench.engine import peaks
 from kdbench.engine import runner as runner_module
 from kdbench.files import read_json
 from kdbench.results.experiment import opened
+from kdbench.speed import peaks
 
 STUDENT = """
 teacher: {model: t_conv, weights: {recipe: ./teacher.yaml}}

@@ -21,8 +21,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # when it runs as a script
 from support import Bench, bench, parts, small  # noqa: F401
 
 from kdbench.config.load import load_recipe, recipe_names
-from kdbench.engine.profile import Operations
 from kdbench.results.making import reads_made
+from kdbench.speed.profile import Operations
 
 FILE = Path(__file__).with_name("operations.json")
 RENEW = (

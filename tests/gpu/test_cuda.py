@@ -12,8 +12,8 @@ from support import Bench, bench, differences, parts, recipe, result_of, train  
 from test_resume import killed_at
 from torch.testing import assert_close
 
-from kdbench.engine.capture import Captured, CudaRecorder
 from kdbench.engine.device import precision_settings
+from kdbench.speed.capture import Captured, CudaRecorder
 
 pytestmark = [
     pytest.mark.gpu,

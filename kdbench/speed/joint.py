@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.capture import Captured, CudaRecorder
 from kdbench.engine.optim import stays_on_device
 from kdbench.engine.readers import Batch, given_key
 from kdbench.engine.roles import Role, root_of
 from kdbench.engine.runner import Runner, Update
-from kdbench.engine.stacked import Stacked, difference, obstacle
+from kdbench.speed.capture import Captured, CudaRecorder
+from kdbench.speed.stacked import Stacked, difference, obstacle
 
 EXACT = 1e-8
 """How far, in float64, the stacked students may be from each alone: rounding, far below any mistake."""

@@ -3,7 +3,7 @@
 A run knows nothing of it: whoever drives the gang hands it `Member.attend`, which stands in for `Runner.step` and gives
 the turn away before each step. What the process has one of (torch's generators, number formats) is put right at each
 turn. On CUDA every member launches its kernels into a stream of its own and goes on without waiting, so that the
-device works at several steps at once. Members of one kind may step together as a stack (`engine/joint.py`).
+device works at several steps at once. Members of one kind may step together as a stack (`speed/joint.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from kdbench.data.build import shared
-from kdbench.engine.joint import EXACT, Joint, gap, kind_of, why_alone
 from kdbench.engine.readers import Batch
 from kdbench.engine.runner import Runner
+from kdbench.speed.joint import EXACT, Joint, gap, kind_of, why_alone
 
 T = TypeVar("T")
 Stack = Literal["auto", True, False]

@@ -11,10 +11,10 @@ from tape import TapeRecorder
 from torch import nn
 
 from kdbench.config.schema import Recipe
-from kdbench.engine import capture as capture_module
-from kdbench.engine.capture import WARM_UP, Captured
 from kdbench.engine.device import refuse_precision
 from kdbench.errors import ConfigError
+from kdbench.speed import capture as capture_module
+from kdbench.speed.capture import WARM_UP, Captured
 
 PLAIN = """
 student: {model: {type: t_layers, norm: batch, dropout: 0.2}}

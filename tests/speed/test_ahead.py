@@ -32,13 +32,13 @@ from support import (  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdbench.cli.words import in_words
-from kdbench.engine import ahead as ahead_module
 from kdbench.engine import runner as runner_module
-from kdbench.engine.ahead import LookAhead, fixed_roles, near
-from kdbench.engine.frozen import Arrangement, arrange, asked_for
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed
 from kdbench.files import read_json
+from kdbench.speed import ahead as ahead_module
+from kdbench.speed.ahead import LookAhead, fixed_roles, near
+from kdbench.speed.frozen import Arrangement, arrange, asked_for
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
 """61 = 7 * 8 + 5: the last batch is ragged, so that blocks of steps do not end with epochs."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from kdbench.config.schema import Recipe
-from kdbench.engine.ahead import LookAhead, agreed, fixed_roles
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.runner import Runner
-from kdbench.engine.table import Refused, size_words
-from kdbench.engine.tabled import Tabled, extent, open_table
 from kdbench.engine.training import Feed, Windows
+from kdbench.speed.ahead import LookAhead, agreed, fixed_roles
+from kdbench.speed.table import Refused, size_words
+from kdbench.speed.tabled import Tabled, extent, open_table
 
 TABLES = "tables"
 """The folder of all tables, in the folder of all runs."""

@@ -10,10 +10,10 @@ import torch
 from support import Bench, bench, parts, same, small  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-import kdbench.engine.peaks as peaks
+import kdbench.speed.peaks as peaks
 from kdbench.config.load import load_recipe
-from kdbench.engine import profile
-from kdbench.engine.profile import Laps, Operations, count, take_step, taken_apart, time_parts, trace, with_parts
+from kdbench.speed import profile
+from kdbench.speed.profile import Laps, Operations, count, take_step, taken_apart, time_parts, trace, with_parts
 
 GAME = """
 models: {generator: {model: t_generator, input: noise.z}}

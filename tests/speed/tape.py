@@ -53,7 +53,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """What `kdbench.engine.capture` records with here. `fails`: how many recordings fail first."""
+    """What `kdbench.speed.capture` records with here. `fails`: how many recordings fail first."""
 
     def __init__(self, fails: int = 0) -> None:
         self.fails = fails

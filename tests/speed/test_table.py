@@ -13,12 +13,12 @@ import torch
 from support import Quiet, differences, parts, result_of, train  # noqa: F401
 
 from kdbench.data.view import View
-from kdbench.engine import table as table_module
-from kdbench.engine import tabled as tabled_module
 from kdbench.engine.features import Feature
-from kdbench.engine.table import Columns, Refused, Table, size_words
-from kdbench.engine.tabled import Forward
 from kdbench.files import read_json
+from kdbench.speed import table as table_module
+from kdbench.speed import tabled as tabled_module
+from kdbench.speed.table import Columns, Refused, Table, size_words
+from kdbench.speed.tabled import Forward
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
 TEXT = """

@@ -18,16 +18,16 @@ from torch import Tensor
 from kdbench.config.identity import part_facts
 from kdbench.data.source import ResidentSource, Source
 from kdbench.data.view import spelled_out
-from kdbench.engine.ahead import coupled, joined, near
 from kdbench.engine.build import architecture
 from kdbench.engine.device import describe_device
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import given_key
 from kdbench.engine.roles import root_of
 from kdbench.engine.runner import Runner
-from kdbench.engine.table import Columns, Refused, Table, size_words
 from kdbench.engine.weights import state_hash
 from kdbench.registry import AUGMENTS, MODELS, TRANSFORMS
+from kdbench.speed.ahead import coupled, joined, near
+from kdbench.speed.table import Columns, Refused, Table, size_words
 
 MEMORY_SHARE = 0.25
 """How much of the memory an epoch's rows may take."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.engine.features import Capture, Feature
-from kdbench.engine.stacked import Stacked, difference, obstacle
 from kdbench.registry import MODELS
+from kdbench.speed.stacked import Stacked, difference, obstacle
 
 LOGITS = (Feature(),)
 

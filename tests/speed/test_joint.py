@@ -6,7 +6,7 @@ from support import bench, parts, same  # noqa: F401
 from tape import TapeRecorder
 
 from kdbench.config.schema import Recipe
-from kdbench.engine.joint import Joint, _Recorded
+from kdbench.speed.joint import Joint, _Recorded
 
 TEXT = """
 teacher: {model: {type: t_conv, norm: batch}}
@@ -21,7 +21,7 @@ epochs: 4
 
 def test_a_recorded_stack_gives_the_bits_of_each_run_alone(monkeypatch):
     monkeypatch.setattr(Recipe, "captures", lambda self, device: True)  # learning rates live on the device
-    monkeypatch.setattr("kdbench.engine.joint.CudaRecorder", lambda device: TapeRecorder())
+    monkeypatch.setattr("kdbench.speed.joint.CudaRecorder", lambda device: TapeRecorder())
     runs, singles = ([bench(TEXT, f"seed={seed}") for seed in (1, 2)] for _ in range(2))
     said: list[str] = []
     joint = Joint([run.runner for run in runs], said.append)
