@@ -1,4 +1,5 @@
-"""Trains every digits recipe whole, with one thread each, and says how long its own part took and what came out.
+"""Trains every digits recipe whole, or those that are named, with one thread each; says how long its own part took and
+what came out.
 
 Every teacher that another recipe makes is trained first, so that each time is the recipe's own. Exit code 1 when a
 recipe fails or takes longer than the limit.
@@ -36,7 +37,8 @@ def train(recipe: str, runs: str) -> tuple[str, float, str]:
 
 
 def main() -> int:
-    names = sorted(f"digits/{path.stem}" for path in (ROOT / "recipes/digits").glob("*.yaml"))
+    named = sys.argv[1:]
+    names = named or sorted(f"digits/{path.stem}" for path in (ROOT / "recipes/digits").glob("*.yaml"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     lines = [
         f"scripts/recipes.py, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit.stdout.strip()}",
@@ -55,7 +57,7 @@ def main() -> int:
     last = f"longer than {LIMIT:.0f} s or failed: {', '.join(bad)}" if bad else f"all within {LIMIT:.0f} s"
     lines += ["", f"{last}; {time.monotonic() - began:.0f} s in all"]
     print(lines[-1])
-    log = ROOT / "results/logs" / f"{datetime.now(timezone.utc):%Y-%m-%d}-recipes.txt"
+    log = ROOT / "results/logs" / f"{datetime.now(timezone.utc):%Y-%m-%d}-recipes{'-some' if named else ''}.txt"
     log.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 1 if bad else 0
 
