@@ -68,14 +68,7 @@ class Network(nn.Module):
 
     def behind(self, operands: Iterable[Operand]) -> set[str]:
         """The roles that must run so that these operands can be read."""
-        wanted = [leaf.role for operand in operands for leaf in operand.features() if not leaf.is_state]
-        found: set[str] = set()
-        while wanted:
-            name = wanted.pop()
-            if name not in found:
-                found.add(name)
-                wanted += upstream_roles(self.configs[name])
-        return found
+        return roles_behind(operands, self.configs)
 
     def counts(self, window: Sequence[Batch], terms: Iterable[str]) -> dict[str, Count]:
         """What each term's sum is divided by over one effective batch."""
@@ -183,6 +176,18 @@ class Network(nn.Module):
             self.lap = lap
             for module, mode in modes:
                 module.training = mode
+
+
+def roles_behind(operands: Iterable[Operand], configs: Mapping[str, RoleConfig]) -> set[str]:
+    """The roles that must run so that operands can be read: those that they name, and those that these see."""
+    wanted = [leaf.role for operand in operands for leaf in operand.features() if not leaf.is_state]
+    found: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found.add(name)
+            wanted += upstream_roles(configs[name])
+    return found
 
 
 class Chain(nn.Module):

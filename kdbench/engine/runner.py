@@ -125,9 +125,8 @@ class Runner:
         network.lap = self.clock.lap if self.clock else None
         self.losses: Callable[..., tuple[Tensor, Tensor]] = network
         if self.compiling:
-            mode = (
-                "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
-            )  # graphs hold the whole step, not parts
+            # Never with graphs of the compiler's own: kdbench.speed.capture records the whole step, not parts of it.
+            mode = "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
             self.losses = compiled(network, fullgraph=True, dynamic=False, mode=mode)
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
         """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""

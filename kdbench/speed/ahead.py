@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdbench.engine.device import precision_settings
 from kdbench.engine.distributed import World
-from kdbench.engine.network import Network
+from kdbench.engine.network import Network, roles_behind
 from kdbench.engine.plan import StagePlan, moved_roles
 from kdbench.engine.readers import Batch, Values, given_key
 from kdbench.engine.roles import inputs_of, root_of, upstream_roles
@@ -38,7 +38,8 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
     stage, order = plan.stage, plan.layout.order
     moved = {root for update in plan.updates for root in moved_roles(update.config, stage)}
     found: dict[str, str] = {}
-    run = _run_in_steps(plan)
+    # what only makers read runs after the steps
+    run = roles_behind(stage.reads(plan.layout.terms, makers=False), stage.roles)
     for name in order:
         config = stage.roles[name]
         root = root_of(name, stage.roles)
@@ -58,20 +59,6 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
             found[name] = f"it sees the sources {' and '.join(sorted(sources))} side by side"
         else:
             found[name] = ""
-    return found
-
-
-def _run_in_steps(plan: StagePlan) -> set[str]:
-    """The roles that terms and selectors read, and those that they see; what only makers read runs after the steps."""
-    stage = plan.stage
-    read = stage.reads(plan.layout.terms, makers=False)
-    waiting = [leaf.role for operand in read for leaf in operand.features() if not leaf.is_state]
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += upstream_roles(stage.roles[name])
     return found
 
 
