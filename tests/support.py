@@ -328,6 +328,13 @@ def nodes_of(*words: str) -> list[list[str]]:
     return [[*run, *meeting, "--node-rank", str(node), *words] for node in range(2)]
 
 
+def by_hand(*words: str, processes: int = 2) -> list[tuple[list[str], dict[str, str]]]:
+    """The same processes without torchrun: each one's words and environment."""
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
+    return [([sys.executable, *words], {**environment(), **meeting, **rank}) for rank in ranks]
+
+
 def environment() -> dict[str, str]:
     """For a process of its own: one thread, the tests' folder and the repository on the path."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -11,6 +11,7 @@ import torch
 from support import (  # noqa: F401
     TESTS,
     bench,
+    by_hand,
     differences,
     environment,
     flat,
@@ -242,13 +243,26 @@ def test_two_nodes_are_two_processes(moved):
 
 
 def test_what_only_the_first_process_sees_is_told_by_all(moved):
-    """A locked folder; without an agreement the others wait in a sum until torchrun kills them."""
+    """A locked folder; without an agreement the second would wait in a sum. No torchrun here: it ends all others as
+    soon as one process has gone, which may be before that one has said its words."""
     Path("locked.yaml").write_text(text_of("group", 8, "locked"))
     with RunFolder("locked").lock():
-        done = run_command("locked.yaml", processes=2, timeout=90)
-    assert done.returncode != 0 and "Signal" not in done.stderr
-    assert "\nkdbench: locked is in use by process" in f"\n{done.stderr}"
-    assert "kdbench: process 0 of 2: locked is in use by process" in done.stderr
+        pair = [
+            subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for words, env in by_hand("-m", "kdbench", "train", "locked.yaml", "--plugin", "plugin_parts")
+        ]
+        first, second = (process.communicate(timeout=120)[1] for process in pair)
+    assert [process.returncode for process in pair] == [2, 2], (first, second)
+    assert "\nkdbench: locked is in use by process" in f"\n{first}"
+    assert "\nkdbench: process 0 of 2: locked is in use by process" in f"\n{second}"
+
+
+def test_under_torchrun_a_locked_folder_ends_every_process_in_words(moved):
+    Path("taken.yaml").write_text(text_of("group", 8, "taken"))
+    with RunFolder("taken").lock():
+        done = run_command("taken.yaml", processes=2, timeout=120)
+    assert done.returncode != 0 and "taken is in use by process" in done.stderr
+    assert "exitcode  : 2" in done.stderr
 
 
 def test_a_mistake_ends_every_process_with_words_and_without_hanging(moved):
