@@ -63,6 +63,17 @@ def steps(samples: int, batch_size: int, world: int, *, overlap: bool = False) -
     return -(-samples // (fresh(batch_size, overlap) * world))
 
 
+def shards(order: Tensor, step: int, count: int, batch_size: int, rank: int = 0, world: int = 1) -> Shard:
+    """Returns the rows of a rank in `count` global batches from `step` on, one batch after the other.
+
+    All of them must be whole, and none may overlap; `shard` gives any single one.
+    """
+    together = batch_size * world
+    rows = order[step * together : (step + count) * together].view(count, together)
+    partners = rows.roll(1, 1)
+    return Shard(rows[:, rank::world].reshape(-1), partners[:, rank::world].reshape(-1))
+
+
 def shard(order: Tensor, step: int, batch_size: int, rank: int = 0, world: int = 1, *, overlap: bool = False) -> Shard:
     """Returns rows `rank::world` of global batch `step`, that is of `order[step*B*world : (step+1)*B*world]`.
 

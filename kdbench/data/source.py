@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
 from kdbench.data.base import Noise, Packed, extra_fields
-from kdbench.data.order import Shard, epoch_order, sent, shard, steps
+from kdbench.data.order import Shard, epoch_order, sent, shard, shards, steps
 from kdbench.data.view import View, fields_of
 from kdbench.randomness import generator
 
@@ -19,9 +20,18 @@ HIDDEN = -100
 """The label of a sample whose label the source hides; what `cross_entropy` ignores."""
 
 
+BLOCK, BLOCK_BYTES = 15, 32 * 2**20
+"""How many batches are augmented together on CUDA, and how large their views may be. An odd number: `kdbench profile`
+takes every second step apart, and is to meet those that begin a block as often as they come."""
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What all sources of a run share."""
+    """What all sources of a run share.
+
+    block: how many batches of images in memory are augmented together; None: up to BLOCK on CUDA, where at small
+        batches each operation costs its launch, and one elsewhere.
+    """
 
     seed: int
     device: torch.device
@@ -30,6 +40,7 @@ class Setting:
     workers: int = 0
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    block: int | None = None
 
 
 class Source:
@@ -139,6 +150,7 @@ class ImageSource(Source):
         self.population = len(samples.labels)
         self.num_samples = len(samples.positions)
         self.positions = samples.positions
+        self.block = 1
         hidden = torch.zeros(self.population, dtype=torch.bool)
         self._by_index: dict[str, Tensor] = {}
         if samples.labelled is not None:
@@ -160,12 +172,33 @@ class ImageSource(Source):
         overlap = self.config.overlap
         order = self._placed(epoch_order(self.positions, here.seed, self.name, epoch))
         tables = {name: self.draws(name, epoch) for name in self.views}
-        shards = (
-            shard(order, step, self.batch_size, here.rank, here.world, overlap=overlap)
-            for step in range(start, self.steps_per_epoch)
+        blocks = self._blocks(start)
+        parts = (
+            shards(order, step, count, self.batch_size, here.rank, here.world)
+            if count > 1
+            else shard(order, step, self.batch_size, here.rank, here.world, overlap=overlap)
+            for step, count in blocks
         )
-        for part, own, partner in self._read(shards, epoch):
-            yield self.augmented(part, own, partner, tables)
+        for (step, count), (part, own, partner) in zip(blocks, self._read(parts, epoch), strict=True):
+            block = self.augmented(part, own, partner, tables, batches=count)
+            if count == 1:
+                yield block
+                continue
+            split = {name: value.split(self.batch_size) for name, value in block.items()}
+            for number in range(max(start - step, 0), count):
+                yield {name: batches[number] for name, batches in split.items()}
+
+    def _blocks(self, start: int) -> list[tuple[int, int]]:
+        """Which batches of an epoch are made together: (first step, how many), those that `start` lies in or before.
+
+        They are fixed by the absolute step and made whole, also from the middle: on a GPU, rounding may depend on how
+        many samples an operation has.
+        """
+        size, last = self.block, self.steps_per_epoch
+        whole = self.num_samples // (self.batch_size * self.setting.world) if size > 1 else 0
+        blocks = [(step, min(size, whole - step)) for step in range(0, whole, size)]
+        blocks += [(step, 1) for step in range(whole, last)]
+        return [(step, count) for step, count in blocks if step + count > start]
 
     def draws(self, view: str, epoch: int) -> Tensor:
         """Returns an epoch's draws of a view, float32 (population, columns), on the device.
@@ -205,15 +238,16 @@ class ImageSource(Source):
             yield batch | self._fields(part)
 
     def augmented(
-        self, part: Shard, own: Pixels, partner: Pixels | None, tables: Mapping[str, Tensor]
+        self, part: Shard, own: Pixels, partner: Pixels | None, tables: Mapping[str, Tensor], *, batches: int = 1
     ) -> dict[str, Tensor]:
-        """Makes a batch from stored images and draws; everything stays on the device and no shape depends on a value.
+        """Makes batches from stored images and draws; everything stays on the device and no shape depends on a value.
 
         Args:
             part: the rows, on the device.
             own: the stored images of the rows.
             partner: those of the partners; None in a single process, where they are the same rows rolled by one.
             tables: view -> the epoch's draws, float32 (population, columns); twice as many rows where batches overlap.
+            batches: how many of equal size the rows are, one after the other; each mixes its own rows.
         """
         batch = {}
         fields = self._fields(part)
@@ -223,7 +257,7 @@ class ImageSource(Source):
             image = view.augmented(*own[name], draws)
             if view.mixes:
                 if partner is None:
-                    other = image.roll(1, 0)
+                    other = image.unflatten(0, (batches, -1)).roll(1, 1).flatten(0, 1)
                 else:
                     theirs = tables[name].index_select(0, part.partner_drawn(self.population))
                     other = view.augmented(*partner[name], theirs)
@@ -275,6 +309,15 @@ class ResidentSource(ImageSource):
         super().__init__(config, setting, views, classes, samples, packed.checksum)
         self.packed = packed
         self.images = packed.images
+        if not config.overlap:
+            self.block = setting.block or self._fitting()
+
+    def _fitting(self) -> int:
+        if self.setting.device.type != "cuda":
+            return 1
+        size = self.setting.dtype.itemsize
+        batch = sum(self.batch_size * math.prod(view.shape) * size for view in self.views.values())
+        return max(1, min(BLOCK, BLOCK_BYTES // max(batch, 1)))
 
     def _placed(self, order: Tensor) -> Tensor:
         return order.to(self.setting.device)

@@ -105,7 +105,8 @@ def synchronise(device: torch.device) -> None:
 @dataclass(frozen=True)
 class Timed:
     """Times of steps. whole: seconds of each, not taken apart. parts: seconds by part, in the order of a step, of those
-    that were taken apart: each part's median over them. samples: of all steps that were not taken apart."""
+    that were taken apart: each part's median over them, of `data` the mean. samples: of all steps that were not taken
+    apart."""
 
     whole: list[float]
     parts: dict[str, float]
@@ -143,11 +144,14 @@ def time_parts(runner: Runner, windows: Windows, steps: int) -> Timed:
             take_step(runner, windows)
         synchronise(runner.device)
         apart.append(laps.costs(between))
-    return Timed(whole, _medians(apart), samples)
+    return Timed(whole, _typical(apart), samples)
 
 
-def _medians(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
-    """Each part's median over the steps; a part that comes several times in a step is added up first."""
+def _typical(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
+    """Each part's median over the steps; a part that comes several times in a step is added up first.
+
+    Of `data` it is the mean: batches may be made, and what does not move run ahead, for several steps at once.
+    """
     sums: list[defaultdict[str, float]] = []
     for costs in steps:
         together: defaultdict[str, float] = defaultdict(float)
@@ -155,7 +159,10 @@ def _medians(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
             together[part] += seconds
         sums.append(together)
     parts = dict.fromkeys(part for together in sums for part in together)
-    return {part: statistics.median(together[part] for together in sums) for part in parts}
+    return {
+        part: (statistics.mean if part == "data" else statistics.median)([together[part] for together in sums])
+        for part in parts
+    }
 
 
 def _device_clock(device: torch.device) -> tuple[Callable[[str], Any], Callable[[Any, Any], float]]:
