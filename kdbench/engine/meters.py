@@ -37,7 +37,7 @@ class Meters:
     """
 
     def __init__(self, terms: tuple[str, ...], device: torch.device) -> None:
-        self.terms = terms
+        self.terms, self.device = terms, device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
         self.bad = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)

@@ -3,86 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
-from kdbench.config.schema import Recipe, RoleConfig, StageConfig, UpdateConfig
+from kdbench.config.schema import Recipe, StageConfig
 from kdbench.engine.build import exported_state
+from kdbench.engine.clock import Clock
 from kdbench.engine.distributed import World, copy_from_main, own_buffers
-from kdbench.engine.gradients import GradientSum
+from kdbench.engine.followers import Followers
 from kdbench.engine.meters import Meters, Reading
 from kdbench.engine.network import Network
-from kdbench.engine.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr_factor
-from kdbench.engine.parts import clip, is_part, load_model, parted_state, total_norm, whole
-from kdbench.engine.plan import StagePlan, moved_roles
-from kdbench.engine.readers import Batch, source_of
+from kdbench.engine.optim import load_optimizer_state, optimizer_state, set_lr_factor
+from kdbench.engine.parts import clip, load_model, parted_state, total_norm, whole
+from kdbench.engine.plan import StagePlan
+from kdbench.engine.readers import Batch
+from kdbench.engine.updates import Update, build_updates, together
 from kdbench.errors import TrainingError
 from kdbench.randomness import derive
-from kdbench.registry import SELECTORS
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Update:
-    """One move of a step, ready to run."""
-
-    config: UpdateConfig
-    names: tuple[str, ...]
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    positions: Tensor
-    sums: GradientSum
-    everything: bool
-    """Whether its parameters are all that a backward could reach: then the backward need not be told."""
-    select: Selection | None = None
-
-
-@dataclass
-class Selection:
-    """Which rows of a batch an update moves by: a selector, who observes for it, and how many rows stay."""
-
-    selector: nn.Module
-    inputs: tuple[str, ...]
-    owner: str
-    source: str
-    keep: float | int
-
-    def rows(self, network: Network, batch: Batch) -> Batch:
-        """The batch with the chosen rows of its source; nothing here depends on a value but which rows they are."""
-        fields = batch[self.source]
-        given = {**fields, **network.observe(batch, self.owner)}
-        size = next(iter(fields.values())).shape[0]
-        count = round(size * self.keep) if self.keep < 1 else min(int(self.keep), size)
-        chosen = self.selector(max(count, 1), None, **{n: given[n] for n in self.inputs if n in given})
-        return {**batch, self.source: {name: value.index_select(0, chosen) for name, value in fields.items()}}
-
-
-class Clock:
-    """Shares of the time between two readings, by part; only where the host runs in step with the device (CPU)."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.spent[part] = self.spent.get(part, 0.0) + now - self.last
-        self.last = now
-
-    def read(self) -> dict[str, float]:
-        total = sum(self.spent.values()) or 1.0
-        shares = {part: round(seconds / total, 4) for part, seconds in self.spent.items()}
-        self.spent = {}
-        return shares
 
 
 class Runner:
@@ -113,12 +58,10 @@ class Runner:
         self.total_steps = self.stage.steps if self.stage.steps is not None else steps_per_epoch * self._epochs()
         self.done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
         self.meters = Meters(plan.layout.terms, device)
-        self.updates = [self._build_update(number) for number in range(len(plan.updates))]
-        self.groups = _together(self.updates)
+        self.updates = build_updates(plan, recipe, network, self.meters, world)
+        self.groups = together(self.updates)
         self.lr_schedule = build_schedule(self.stage.scheduler) if self.stage.scheduler else None
-        self.followers = [r for r in plan.layout.order if self.stage.roles[r].mode in ("ema", "snapshot")]
-        self.average = self._start_average()
-        self._follow(start=True)
+        self.followers = Followers(plan, network)
         self.scaler = self._new_scaler()
         self.compiling = recipe.compiles and not network.sharded
         self.clock = Clock() if device.type == "cpu" and not self.compiling else None
@@ -147,41 +90,10 @@ class Runner:
         """Epochs of the stage; the last may be cut short when the recipe counts steps."""
         return -(-self.total_steps // self.steps_per_epoch) if self.total_steps else 0
 
-    def _modules(self, update: UpdateConfig) -> dict[str, nn.Module]:
-        moved = moved_roles(update, self.stage)
-        modules: dict[str, nn.Module] = {name: self.network.role(name).model for name in moved}
-        return modules | {f"terms.{name}": self.network.term(name) for name in update.terms}
-
-    def _build_update(self, number: int) -> Update:
-        planned = self.plan.updates[number]
-        modules = self._modules(planned.config)
-        named = {f"{prefix}.{n}": p for prefix, module in modules.items() for n, p in module.named_parameters()}
-        parameters = [named[name] for name in planned.parameters]
-        wanted = planned.config.optimizer or self.stage.optimizer
-        optimizer = build_optimizer(wanted, modules, parameters, capture=self.recipe.captures(self.device.type))
-        learning = sum(1 for p in self.network.parameters() if p.requires_grad)
-        return Update(
-            planned.config,
-            planned.parameters,
-            parameters,
-            optimizer,
-            self.meters.positions(planned.config.terms),
-            GradientSum([p for p in parameters if not is_part(p)], self.world),
-            everything=len(self.plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
-            select=self._build_selection(planned.config),
-        )
-
-    def _build_selection(self, update: UpdateConfig) -> Selection | None:
-        if update.select is None or update.keep is None:
-            return None
-        part = update.select
-        entry = SELECTORS.entry(part.type)
-        first = next(iter(part.operands.values()), None)
-        sources, terms = self.plan.layout.sources, self.stage.terms
-        source = (source_of(first, sources, terms) if first is not None else None) or self.plan.train_source
-        owner = f"select.{next(i for i, u in enumerate(self.stage.updates) if u.select is part)}"
-        selector = SELECTORS.build(part.type, part.params, part.place).to(self.device)
-        return Selection(selector, entry.inputs, owner, source, update.keep)
+    @property
+    def average(self) -> nn.Module | None:
+        """The moving average of the exported role, when the recipe asks for one."""
+        return self.followers.average
 
     # One step
 
@@ -204,9 +116,9 @@ class Runner:
                     self.differentiate(update, window)
                 for update in group:
                     self._move(update)
-        if self.followers or self.average is not None:
+        if self.followers:
             self.align()
-        self._follow()
+        self.followers.move()
         self.meters.end_step()
 
     def gradients_of(self, update: Update, window: Sequence[Batch]) -> None:
@@ -296,8 +208,6 @@ class Runner:
 
     def begin_step(self) -> None:
         """Sets what moves with the position: learning rate, scheduled weights and parameters, the model's own draws."""
-        step = self.done
-        epoch = step // self.steps_per_epoch
         if self.lr_schedule is not None:
             factor = self.scheduled(self.lr_schedule)
             for update in self.updates:
@@ -305,9 +215,7 @@ class Runner:
         for name in self.plan.layout.terms:
             self.network.term(name).move(self.scheduled)
         self.seed_draws()
-        for config in (self.stage.roles[name] for name in self.followers):
-            if step and config.mode == "snapshot" and config.of is not None and self._renews(config, step, epoch):
-                copy_state(self.network.role(config.of).model, self.network.role(config.name).model)
+        self.followers.renew(self.done, self.steps_per_epoch)
 
     def seed_draws(self) -> None:
         """Seeds torch's own generators, which dropout and the like draw from, for the coming step."""
@@ -316,45 +224,11 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _renews(self, config: RoleConfig, step: int, epoch: int) -> bool:
-        """Whether a snapshot is taken anew before this step."""
-        if config.every_steps:
-            return step % config.every_steps == 0
-        return bool(config.every) and step % self.steps_per_epoch == 0 and epoch % config.every == 0
-
     def scheduled(self, schedule: Schedule) -> float:
         """A schedule's value at the coming step."""
         if schedule.by == "epoch":
             return schedule(self.done // self.steps_per_epoch, self.epochs)
         return schedule(self.done, self.total_steps)
-
-    # Roles that follow others
-
-    def _start_average(self) -> nn.Module | None:
-        """The moving average of the exported role, when the recipe asks for one."""
-        if self.stage.ema is None:
-            return None
-        role = self.network.role(self.stage.export)
-        average = copy.deepcopy(role.model)
-        handles = [handle for name in self.plan.layout.order for handle in self.network.role(name).capture.handles]
-        for module in average.modules():  # the copy is evaluated whole: nothing is captured in it
-            for handle in handles:
-                module._forward_hooks.pop(handle.id, None)
-                module._forward_pre_hooks.pop(handle.id, None)
-        return average.requires_grad_(False).eval()
-
-    def _follow(self, *, start: bool = False) -> None:
-        """Moves the averages one step after the roles that they follow; at the start they are copies."""
-        for name in self.followers:
-            config = self.stage.roles[name]
-            assert config.of is not None
-            source, target = self.network.role(config.of).model, self.network.role(name).model
-            if start:
-                copy_state(source, target)
-            elif config.mode == "ema":
-                average_state(source, target, config.decay)
-        if self.average is not None and self.stage.ema is not None and not start:
-            average_state(self.network.role(self.stage.export).model, self.average, self.stage.ema)
 
     # State
 
@@ -459,18 +333,6 @@ class Runner:
             )
 
 
-def _together(updates: list[Update]) -> list[list[Update]]:
-    """The updates in order, those that move together in one group."""
-    groups: list[list[Update]] = []
-    for update in updates:
-        number = update.config.together
-        if groups and number is not None and groups[-1][0].config.together == number:
-            groups[-1].append(update)
-        else:
-            groups.append([update])
-    return groups
-
-
 compiled: Any = torch.compile
 """How a network becomes a compiled step."""
 
@@ -478,23 +340,3 @@ compiled: Any = torch.compile
 def _is_compilers(error: Exception) -> bool:
     """Whether an error is the compiler's own, not the step's."""
     return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
-
-
-def copy_state(source: nn.Module, target: nn.Module) -> None:
-    """Copies parameters and buffers."""
-    with torch.no_grad():
-        for own, other in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-            own.copy_(other)
-
-
-def average_state(source: nn.Module, target: nn.Module, decay: float) -> None:
-    """target <- decay * target + (1 - decay) * source for real values; whole numbers are copied."""
-    real: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with torch.no_grad():
-        for own, other in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-            if own.is_floating_point():
-                real[0].append(own)
-                real[1].append(other)
-            else:
-                own.copy_(other)
-        torch._foreach_lerp_(real[0], real[1], 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kdbench.engine.optim import stays_on_device
 from kdbench.engine.readers import Batch
-from kdbench.engine.runner import Runner, Update
+from kdbench.engine.runner import Runner
+from kdbench.engine.updates import Update
 
 WARM_UP = 3
 """Steps that run as they stand before one is recorded: they compile, choose convolutions and make optimisers' state."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kdbench.engine.optim import stays_on_device
 from kdbench.engine.readers import Batch, given_key
 from kdbench.engine.roles import Role, root_of
-from kdbench.engine.runner import Runner, Update
+from kdbench.engine.runner import Runner
+from kdbench.engine.updates import Update
 from kdbench.speed.capture import Captured, CudaRecorder
 from kdbench.speed.stacked import Stacked, difference, obstacle
 

@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdbench.engine.clock import Clock
 from kdbench.engine.readers import Batch
-from kdbench.engine.runner import Clock, Runner
+from kdbench.engine.runner import Runner
 
 MARK = "kdbench: "
 """Before the name of a part, in the profiler's trace."""

@@ -11,8 +11,8 @@ from support import Bench, bench, parts, plan_of, recipe, same  # noqa: F401
 from torch.testing import assert_close
 
 from kdbench.engine.features import Feature
+from kdbench.engine.followers import copy_state
 from kdbench.engine.readers import Batch
-from kdbench.engine.runner import copy_state
 
 GAME = """
 models: {generator: {model: t_generator, input: noise.z}}
