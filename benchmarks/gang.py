@@ -31,7 +31,7 @@ from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import choose_device
 from kdbench.engine.runner import Runner
-from kdbench.results.experiment import opened
+from kdbench.results.opened import opened
 from kdbench.speed.gang import Gang, Member, Stack
 
 BATCH = 64

@@ -20,7 +20,7 @@ from common import arguments, begin, quartiles, seconds, write
 from operands import Size, build, count, names
 
 from kdbench.config.load import load_recipe
-from kdbench.results.experiment import opened
+from kdbench.results.opened import opened
 from kdbench.speed.profile import take_step
 
 RECIPE = """

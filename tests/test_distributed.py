@@ -26,9 +26,9 @@ from torch.testing import assert_close
 
 from kdbench.config.load import load_recipe
 from kdbench.files import read_json
-from kdbench.results.experiment import reevaluate
 from kdbench.results.folder import RunFolder
 from kdbench.results.jsonlines import read_lines
+from kdbench.results.opened import reevaluate
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
 """61 = 3 * 16 + 13: the last batch is ragged, and one of its rows is repeated to make two ranks equal."""

@@ -13,8 +13,8 @@ from kdbench.errors import UserError
 def run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
     """Measures the roles of a run from its last checkpoint, and says where that differs from its summary."""
     from kdbench.files import read_json
-    from kdbench.results.experiment import reevaluate
     from kdbench.results.folder import RunFolder
+    from kdbench.results.opened import reevaluate
 
     run_folder = RunFolder(Path(folder))
     if not run_folder.is_run:

@@ -24,8 +24,8 @@ from kdbench.engine.training import Windows
 from kdbench.errors import ConfigError, UserError
 from kdbench.files import saving, write_atomic, write_json
 from kdbench.results.console import sized
-from kdbench.results.experiment import Opened, opened
 from kdbench.results.figures import Picture, bars
+from kdbench.results.opened import Opened, opened
 from kdbench.speed import profile as engine
 from kdbench.speed.peaks import peak
 

@@ -12,7 +12,7 @@ from support import DATA, Quiet, parts, recipe, train  # noqa: F401
 from kdbench.cli.main import main
 from kdbench.engine import runner as runner_module
 from kdbench.files import read_json
-from kdbench.results.experiment import opened
+from kdbench.results.opened import opened
 from kdbench.speed import peaks
 
 STUDENT = """

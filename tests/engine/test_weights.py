@@ -15,7 +15,7 @@ from kdbench.config.schema import Weights
 from kdbench.engine.weights import load_state, read_checkpoint, select_state, state_hash
 from kdbench.errors import CheckpointError, Place, UserError
 from kdbench.files import read_json
-from kdbench.results import experiment
+from kdbench.results import experiment, setup
 
 PLACE = Place("teacher.weights", "own.yaml", 3)
 
@@ -179,13 +179,13 @@ def pupil(weights: str = "{recipe: teacher.yaml}", out: str = "run") -> str:
 def networks(monkeypatch) -> list:
     """The networks that experiments build, in order."""
     built = []
-    original = experiment.build_network
+    original = setup.build_network
 
     def build(*args, **kwargs):
         built.append(original(*args, **kwargs))
         return built[-1]
 
-    monkeypatch.setattr(experiment, "build_network", build)
+    monkeypatch.setattr(setup, "build_network", build)
     return built
 
 

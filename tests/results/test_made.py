@@ -404,7 +404,7 @@ def test_two_processes_make_what_one_makes():
 
 
 def test_a_finished_run_can_be_measured_again():
-    from kdbench.results.experiment import reevaluate
+    from kdbench.results.opened import reevaluate
 
     outcome = train(SEARCH)
     scores = reevaluate(RunFolder("run"))
