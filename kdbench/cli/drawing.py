@@ -10,7 +10,8 @@ from kdbench.config.schema import Edge, Operand, RoleConfig, StageConfig, TermCo
 from kdbench.registry import MAKERS, TERMS
 
 if TYPE_CHECKING:
-    from kdbench.engine.plan import StagePlan, UpdatePlan
+    from kdbench.engine.plan import StagePlan
+    from kdbench.engine.rehearsal import UpdatePlan
 
 LABELS = ("sees", "teaches", "moves", "makes", "hands on")
 INDENT = max(len(label) for label in LABELS) + 2

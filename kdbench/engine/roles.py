@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from kdbench.config.schema import RoleConfig
+from kdbench.config.schema import RoleConfig, StageConfig, UpdateConfig
 from kdbench.engine.distributed import SyncBatchNorm
 from kdbench.engine.features import Capture, Feature, find_module
 
@@ -80,3 +80,8 @@ def root_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
     while roles[name].mode == "same":
         name = roles[name].of or ""
     return name
+
+
+def moved_roles(update: UpdateConfig, stage: StageConfig) -> tuple[str, ...]:
+    """The roles whose own parameters an update moves."""
+    return tuple(dict.fromkeys(root_of(name, stage.roles) for name in update.models))

@@ -15,8 +15,10 @@ from kdbench.engine.meters import Meters
 from kdbench.engine.network import Network
 from kdbench.engine.optim import build_optimizer
 from kdbench.engine.parts import is_part
-from kdbench.engine.plan import StagePlan, UpdatePlan, moved_roles
+from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import Batch, source_of
+from kdbench.engine.rehearsal import UpdatePlan
+from kdbench.engine.roles import moved_roles
 from kdbench.registry import SELECTORS
 
 

@@ -25,8 +25,9 @@ from kdbench.data.made import expected
 from kdbench.data.source import Source
 from kdbench.data.split import share
 from kdbench.engine.build import Setting
+from kdbench.engine.meta import META
 from kdbench.engine.needs import check_maker
-from kdbench.engine.plan import META, StagePlan, plan_stage
+from kdbench.engine.plan import StagePlan, plan_stage
 from kdbench.engine.prepare import Origin
 from kdbench.engine.roles import inputs_of
 from kdbench.engine.runner import Runner

@@ -17,9 +17,9 @@ from torch import Tensor
 from kdbench.engine.device import precision_settings
 from kdbench.engine.distributed import World
 from kdbench.engine.network import Network, roles_behind
-from kdbench.engine.plan import StagePlan, moved_roles
+from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import Batch, Values, given_key
-from kdbench.engine.roles import inputs_of, root_of, upstream_roles
+from kdbench.engine.roles import inputs_of, moved_roles, root_of, upstream_roles
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed
 
