@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,48 @@ def test_scar_losses_are_the_papers(tmp_path):
 
 def test_a_stopped_scar_goes_on_with_the_statistics_that_it_made(tmp_path):
     assert resume_differs(shortened("digits/scar", steps=3), tmp_path, 1) == []
+
+
+@pytest.fixture(scope="module")
+def knows_all(tmp_path_factory) -> str:
+    """A network that knows all digits, after a moment of training; where its weights lie."""
+    data = load_recipe("digits/teacher").stages[0].data
+    source = build_sources(data, validation=None, seed=1, device=torch.device("cpu"), data_root="data")["train"]
+    batches = list(source.in_order(2048))
+    images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))
+    draws = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = DigitsMLP()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        rows = torch.randint(len(labels), (256,), generator=draws)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    file = tmp_path_factory.mktemp("old") / "weights.pt"
+    torch.save(model.state_dict(), file)
+    return str(file)
+
+
+def test_scar_forgets_by_its_pull_and_keeps_by_its_old_self(tmp_path, knows_all):
+    """Seen with such a network, seeds 1, 2, 3: forget 0.0 and retain 93.8 to 94.3; without the pull forget 94.6 to
+    95.7; without the old self retain 77.9 to 79.3."""
+    old = [f"{role}.weights={{path: '{knows_all}'}}" for role in ("teacher", "student")]
+
+    def percent(name: str, *overrides: str) -> tuple[float, float]:
+        short = ["teacher.accuracy=85", "stages.unlearn.epochs=6", "stages.unlearn.eval_every=6"]
+        recipe = replace(load_recipe("digits/scar", [*old, *short, *overrides]), tensorboard=False)
+        out = play(recipe, tmp_path / name)
+        return scores(out, split="forget")[-1], scores(out, split="retain")[-1]
+
+    forget, retain = percent("scar")
+    assert forget < 5 and retain > 90
+    everything = "stages.unlearn.models.target.model.keep=[0,1,2,3,4,5,6,7,8,9]"
+    forget, _ = percent("no_pull", "stages.unlearn.terms.forget.weight=0", everything)
+    assert forget > 80, "control: nothing drives the class out"
+    _, retain = percent("no_old_self", "stages.unlearn.terms.retain.weight=0")
+    assert retain < 85, "control: nothing keeps the others"
 
 
 @pytest.mark.slow
