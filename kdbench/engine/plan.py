@@ -32,13 +32,18 @@ from kdbench.registry import TERMS
 
 @dataclass(frozen=True)
 class RolePlan:
-    """What `check` says of a role. FLOPs are of one sample's forward (a multiply-add is two), as far as it runs."""
+    """What `check` says of a role.
+
+    flops: of one sample's forward, as far as a step runs it (a multiply-add is two). whole_flops: of all of it, as it
+    is evaluated and exported.
+    """
 
     config: RoleConfig
     model: str
     parameters: int
     trainable: int
     flops: int
+    whole_flops: int
     features: Mapping[Feature, tuple[int, ...]]
     stops_after: str | None
     overwritten: frozenset[Feature]
@@ -189,6 +194,7 @@ def _role_plan(config: RoleConfig, layout: Layout, found: Survey) -> RolePlan:
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         flops=found.flops[name],
+        whole_flops=found.whole_flops[name],
         features={feature: layout.shapes[name, feature] for feature in features},
         stops_after=_last_feature(found.calls[name], inner) if stops else None,
         overwritten=layout.overwritten.get(name, frozenset()),

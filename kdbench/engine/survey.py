@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdbench.config.schema import StageConfig
 from kdbench.data.base import SourceSpec
 from kdbench.engine.build import Layout, SampleFacts, build_model, shared_module, transform
-from kdbench.engine.features import Feature, find_module, model_output, module_state
+from kdbench.engine.features import Capture, Feature, find_module, model_output, module_state
 from kdbench.engine.meta import META, ROWS, in_words, meta_field
 from kdbench.engine.readers import feature_of
 from kdbench.engine.roles import input_feature, inputs_of
@@ -62,6 +62,7 @@ class Survey:
         self.facts: dict[str, SampleFacts] = {}
         self.models: dict[str, nn.Module] = {}
         self.calls: dict[str, list[ModuleCall]] = {}
+        self.whole_flops: dict[str, int] = {}
         self.flops: dict[str, int] = {}
         self.values: dict[tuple[str, Feature], Tensor] = {}
         self.shapes: dict[tuple[str, Feature], tuple[int, ...]] = {}
@@ -107,14 +108,12 @@ class Survey:
         for feature in self.layout.features[name]:
             if not feature.is_output:
                 find_module(model, feature.path, _operand_place(stage, name, feature) or config.place)
-        counter = FlopCounterMode(display=False)
         seen = " and ".join(str(list(value.shape[1:])) for value in inputs)
         with in_words(f"{config.place}: role {name!r} cannot take an input of shape {seen}"):
             with torch.no_grad():
                 self.calls[name] = trace(model, *inputs)
-            with counter, torch.no_grad():
+            with FlopCounterMode(display=False) as whole, torch.no_grad():
                 output = model(*inputs)
-        self.flops[name] = counter.get_total_flops() // ROWS
         self.outputs[name] = tuple(model_output(output).shape[1:])
         spoiled = set()
         for feature in self.layout.features[name]:
@@ -125,12 +124,24 @@ class Survey:
             self.shapes[name, feature] = tuple(tensor.shape[1:])
             self.values[name, feature] = tensor
         self.overwritten[name] = frozenset(spoiled)
+        self.whole_flops[name] = whole.get_total_flops() // ROWS
+        self.flops[name] = self._flops_in_step(name, inputs)
         for operand in stage.reads(self.layout.terms):
             if operand.kind == "role" and operand.role == name and operand.is_state:
                 try:
                     self.shapes[name, feature_of(operand)] = tuple(module_state(model, feature_of(operand)).shape)
                 except ConfigError as error:
                     raise ConfigError(f"{operand.place}: {operand}: {error}") from None
+
+    def _flops_in_step(self, name: str, inputs: list[Tensor]) -> int:
+        """FLOPs of one sample as far as the step runs the role: to the last feature that is read, as captured there."""
+        capture = Capture(self.models[name], self.layout.features[name], stop=True)
+        if not capture.stop:
+            return self.whole_flops[name]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            capture(*inputs)
+        capture.remove()
+        return counter.get_total_flops() // ROWS
 
     def _model(self, name: str) -> nn.Module:
         config = self.stage.roles[name]

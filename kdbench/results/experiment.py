@@ -301,7 +301,7 @@ class _Run:
             models[name] = {
                 "model": role.model,
                 "parameters": role.parameters,
-                "flops": role.flops,
+                "flops": role.whole_flops,
                 "weights_sha256": state_hash(module),
             }
             alone = upstream_role(role.config) is None and not role.config.also

@@ -50,6 +50,17 @@ def test_parameters_and_flops_are_those_of_the_layers():
     assert plan.roles["student"].trainable == plan.roles["student"].parameters and plan.roles["teacher"].trainable == 0
 
 
+def test_flops_of_a_role_that_stops_early_are_of_what_it_runs():
+    """The teacher's last feature is layer2: layer3 and the classifier never run, and what goes out is the whole."""
+    run, whole = [64 * 14, 14 * 14], [14 * 14, 14 * 4]
+    teacher = planned(BASE).roles["teacher"]
+    assert teacher.flops == 2 * sum(run) and teacher.whole_flops == 2 * sum(run + whole)
+    read = planned(BASE.replace("teacher: layer2", "teacher: logits")).roles["teacher"]
+    assert read.flops == read.whole_flops == teacher.whole_flops
+    before = planned(BASE.replace("teacher: layer2", "teacher: layer2/in")).roles["teacher"]
+    assert before.flops == 2 * 64 * 14
+
+
 def test_flops_of_resnet20_are_the_published_ones():
     """0.041 G multiply-adds of one 32x32 image: He et al. 2015, as counted in many tables."""
     data = "dataset: {type: synthetic, shape: [3, 32, 32], classes: 100, samples: 200}\n"
