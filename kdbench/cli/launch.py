@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdbench.config.compose import composing, saying
+from kdbench.config.compose import composing, job_overrides, saying
 from kdbench.config.load import load_job, validated
 from kdbench.config.overrides import combinations, for_hydra, parsed_value, prepare
 from kdbench.config.paths import find_recipe
@@ -202,7 +202,7 @@ class Job:
 
     def __init__(self, config: Any, node: Any) -> None:
         self.config, self.node = config, node
-        self.words: list[str] = list(node.overrides.task)
+        self.words = job_overrides(node)
         self.folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
         self.recipe: Recipe | None = None
         self.outcome: Outcome | None = None

@@ -111,9 +111,17 @@ def composed_job(config: Any, folder: Path, hydra_config: Any) -> Composed:
     whole = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(whole):
         whole.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
-    overrides = list(hydra_config.overrides.task)
+    overrides = job_overrides(hydra_config)
     with saying(overrides):
         return _read(whole, origin, overrides)
+
+
+def job_overrides(hydra_config: Any) -> list[str]:
+    """The overrides of a job as they were written: read item by item, Hydra's node gives values for references."""
+    from omegaconf import OmegaConf
+
+    written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return written
 
 
 def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> Composed:

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from kdbench.cli.main import main
+from kdbench.config.identity import identity
+from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.errors import TrainingError
 
@@ -27,6 +29,8 @@ epochs: 1
 optimizer: {type: SGD, lr: 0.1}
 terms: {ce: {type: cross_entropy}, kd: {type: kd}}
 """
+HINT = """hint: {type: hint, student: layer1, teacher: [layer1, layer2]}}
+vars: {maps: [layer1, layer2], length: 2}"""
 
 
 @pytest.fixture
@@ -143,6 +147,19 @@ def test_complaints_of_hydra_are_paragraphs(asked, arguments: list[str], said: s
     assert main(["train", "kd.yaml", *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and err.startswith("kdbench: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"], ["-m", "hydra/launcher=gang"]])
+def test_an_override_may_refer_to_a_list(asked, tmp_path, flags: list[str]):
+    """It is kept as it was written, not as the list that it stands for, which is no override."""
+    (tmp_path / "kd.yaml").write_text(KD.replace("kd: {type: kd}}", HINT))
+    words = ["terms.hint.student='${vars.maps}'", "epochs='${vars.length}'"]
+    assert main(["train", "kd.yaml", *words, *flags]) == 0
+    expected = load_recipe("kd.yaml", words)
+    edges = expected.stages[0].terms["hint"].edges
+    assert [str(edge.student) for edge in edges] == ["student:layer1", "student:layer2"]
+    assert asked[0].resolved == expected.resolved and identity(asked[0]) == identity(expected)
+    assert [text.lstrip("+") for text in asked[0].overrides] == words
 
 
 def test_another_process_can_compose_the_job_again(asked, tmp_path):
