@@ -36,6 +36,11 @@ NO_PARTS = (
     "same step, run as it stands with all in it"
 )
 
+NOTHING_SEEN = (
+    "torch's profiler saw nothing that ran on the GPU, so kernels and the device's time are missing; with "
+    "KINETO_LOG_LEVEL=1 in the environment it says why"
+)
+
 
 def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: Path | None = None) -> dict[str, Any]:
     """Measures a stage's steps and writes `profile.json`, `trace.json` and `profile.png`.
@@ -79,6 +84,8 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     stands = _as_it_stands(runner) and not elsewhere
     asked = None if stands else engine.time_whole(runner, windows, steps)
     seen, profiler = engine.trace(runner, windows, TRACED, apart=stands)
+    if seen.kernels == 0:
+        notes.append(NOTHING_SEEN)
     chrome = _exported(profiler, folder)
     memory = _peak_memory(device)
     plain = runner

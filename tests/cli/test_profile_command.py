@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from kdbench.engine import runner as runner_module
 from kdbench.files import read_json
 from kdbench.results.opened import opened
 from kdbench.speed import peaks
+from kdbench.speed import profile as engine
 
 STUDENT = """
 teacher: {model: t_conv, weights: {recipe: ./teacher.yaml}}
@@ -92,6 +97,31 @@ def test_takes_a_teacher_that_is_trained():
         learnt = found.runner.network.role("teacher").model.state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in learnt.items())
     assert not teacher.repeated
+
+
+def test_nothing_is_said_on_stderr():
+    """Of torch's profiler, which writes there by itself; hence another process."""
+    written(STUDENT.replace(", weights: {recipe: ./teacher.yaml}", "").replace("t_conv", "digits_mlp"), "quiet")
+    command = [sys.executable, "-m", "kdbench", "profile", "quiet.yaml", "--steps", "4", "device=cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_profiler_that_sees_no_kernel_on_a_gpu_is_told_of(monkeypatch, capsys):
+    traced = engine.trace
+
+    def blind(*args, **options):
+        seen, profiler = traced(*args, **options)
+        return replace(seen, kernels=0.0, copies=0.0), profiler
+
+    monkeypatch.setattr(engine, "trace", blind)
+    text = written(STUDENT.replace(", weights: {recipe: ./teacher.yaml}", ""))
+    assert main(["profile", text, "--steps", "4", "device=cpu"]) == 0
+    assert "saw nothing that ran on the GPU" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "trace", traced)
+    assert main(["profile", text, "--steps", "4", "device=cpu"]) == 0
+    assert "saw nothing" not in capsys.readouterr().out
 
 
 def test_a_compiled_step_is_timed_as_it_runs_and_its_parts_without(monkeypatch, capsys):
