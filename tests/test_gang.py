@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
 from kdbench.engine.runner import Runner
 from kdbench.errors import TrainingError
+from kdbench.files import read_json
 from kdbench.results.experiment import Outcome
 from kdbench.results.experiment import run as run_experiment
 from kdbench.speed.gang import Gang, Member, Stack
@@ -134,6 +136,40 @@ def test_a_stack_that_gives_other_values_is_refused(monkeypatch):
     assert any("gives other values" in text for text in said)
     for one, other in zip(results(outcomes), alone(jobs_of(SEEDS, "single")), strict=True):
         assert differences(one, other) == []
+
+
+def told(outcome: Outcome | BaseException) -> dict:
+    """What a run's manifest says of the gang that it was in; how its steps were done, by the first of them."""
+    assert isinstance(outcome, Outcome)
+    return read_json(outcome.folder.manifest)["sessions"][-1].get("gang", {})
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_a_members_manifest_says_how_it_was_computed(stack: Stack):
+    outcomes, _ = gang(jobs_of(MIXED, "together"), stack)
+    facts = [told(outcome) for outcome in outcomes]
+    assert [fact["label"] for fact in facts] == ["job 0", "job 1", "job 2"] == facts[0]["runs"]
+    forms = [fact["from_step"]["main"]["0"] for fact in facts]
+    assert [form["form"] for form in forms] == (["stacked"] * 2 if stack else ["unstacked"] * 2) + ["unstacked"]
+    whys = ("stack: true; the same bits", "no two runs have students of one kind") if stack else ("stack: false",) * 2
+    assert whys[0] in forms[0]["why"] and (whys[1] in forms[2]["why"] or "no other run" in forms[2]["why"])
+    assert told(run_experiment(recipe(KD, "runs=single"), console=Quiet())) == {}, "a run alone was in none"
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_members_manifest_says_what_was_chosen_and_from_which_step_on(monkeypatch, stacked: bool):
+    seconds = iter([1.0, 2.0] if stacked else [2.0, 1.0])
+    monkeypatch.setattr("kdbench.speed.gang.CHUNK", 1)
+    monkeypatch.setattr("kdbench.speed.gang.CHUNKS", 4)
+    monkeypatch.setattr("kdbench.speed.gang.statistics", SimpleNamespace(median=lambda spent: next(seconds)))
+    outcomes, said = gang(jobs_of(SEEDS, "together"), "auto")
+    assert any(("as one stack" if stacked else "each by itself") in text for text in said)
+    for outcome in outcomes:
+        forms = told(outcome)["from_step"]["main"]
+        assert forms["0"]["form"] == "both"
+        assert forms["4"]["form"] == ("stacked" if stacked else "unstacked")
+        assert "1000.0 ms" in forms["4"]["why"] and "2000.0 ms" in forms["4"]["why"]
+        assert set(forms) - {"0", "4"} <= {"5"}, "a member that is left alone at the end says so"
 
 
 def test_members_that_draw_keep_their_own_draws():

@@ -76,6 +76,8 @@ class Runner:
         self.differentiate: Callable[[Update, Sequence[Batch]], None] = self.gradients_of
         """How the gradients of an update come about; likewise."""
         self.say: Callable[[str], None] = print
+        self.record: Callable[[Mapping[str, Any]], None] = _forgotten
+        """Writes down how steps are done, where the run is written down; what stands for a step knows that."""
         self.grad_norm: Tensor | None = None
         network.train()
 
@@ -331,6 +333,10 @@ class Runner:
                 f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; what was "
                 "saved before stays. A smaller learning rate, `clip`, or a smaller weight may help."
             )
+
+
+def _forgotten(facts: Mapping[str, Any]) -> None:
+    """Where no run is written down."""
 
 
 compiled: Any = torch.compile

@@ -30,7 +30,7 @@ from kdbench.results.folder import RunFolder
 from kdbench.results.judge import Judge
 from kdbench.results.latency import latency
 from kdbench.results.making import make_all
-from kdbench.results.manifest import amend_manifest, finish_manifest, write_manifest
+from kdbench.results.manifest import amend_manifest, amend_session, finish_manifest, write_manifest
 from kdbench.results.setup import Setup
 from kdbench.results.summary import build_summary
 from kdbench.results.tracking import Tracker
@@ -172,6 +172,8 @@ class _Run:
             judge = Judge(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
             network, preparation = self.setup.network(plan, tracker.notice)
         runner = self.setup.runner(network, plan, sources, tracker.notice)
+        if self.world.is_main:
+            runner.record = lambda facts: amend_session(self.folder.manifest, facts)
         if tree is not None and tree["stage"] == stage.name:
             runner.load_state_dict(tree)
         else:

@@ -102,6 +102,12 @@ def amend_manifest(path: Path, changes: Mapping[str, Any]) -> None:
     write_json(path, _merge(read_json(path), changes))
 
 
+def amend_session(path: Path, changes: Mapping[str, Any]) -> None:
+    """Merges facts about how the last session computes, such as `{"gang": {"label": "seed=2"}}`."""
+    *earlier, last = read_json(path)["sessions"]
+    amend_manifest(path, {"sessions": [*earlier, _merge(last, changes)]})
+
+
 def finish_manifest(path: Path, status: Literal["finished", "failed"], reason: str = "") -> None:
     """Says how the run ended and when; `reason` is why it failed."""
     ended = {"status": status, "finished": _now() if status == "finished" else None}

@@ -47,6 +47,7 @@ class Member:
         self.ordinary: Callable[[Sequence[Batch]], None] = _nothing
         self.kind: Any = None
         self.why_alone = ""
+        self.form: tuple[str, str] | None = None
         self.window: Sequence[Batch] | None = None
         self.taken = False
         self.error: BaseException | None = None
@@ -55,7 +56,7 @@ class Member:
 
     def attend(self, runner: Runner) -> None:
         """Steps of this runner are steps of the gang from now on; returns when every member has come as far."""
-        self.runner, self.ordinary = runner, runner.step
+        self.runner, self.ordinary, self.form = runner, runner.step, None
         runner.step = self.step  # type: ignore[method-assign]
         self.why_alone = why_alone(runner) if self.gang.stack is not False else ""
         self.kind = kind_of(runner) if self.gang.stack is not False and not self.why_alone else None
@@ -69,6 +70,7 @@ class Member:
         runner.forget_lap()
         if not self.taken:
             self.gang.together(self)
+        self._record()
         self.window = None
         if self.error is not None:
             error, self.error = self.error, None
@@ -81,6 +83,16 @@ class Member:
         else:
             runner.seed_draws()  # another member has seeded for itself meanwhile
             self.ordinary(window)
+
+    def _record(self) -> None:
+        """Writes down how its steps are done from the coming one on, whenever that changes."""
+        runner, form = self.runner, self.gang.form_of(self)
+        if runner is None or form is None or form == self.form:
+            return
+        self.form = form
+        steps = {runner.stage.name: {str(runner.done): {"form": form[0], "why": form[1]}}}
+        runs = [member.label for member in self.gang.members]
+        runner.record({"gang": {"label": self.label, "runs": runs, "from_step": steps}})
 
 
 class Gang(Generic[T]):
@@ -220,6 +232,15 @@ class Gang(Generic[T]):
         self.stacks[member.kind] = found = _Stacking(self, alike)
         return found if found.use else None
 
+    def form_of(self, member: Member) -> tuple[str, str] | None:
+        """How a member's steps are done by now (`stacked`, `unstacked`, `both`), and why; None: not known yet."""
+        if self.stack is False:
+            return "unstacked", "stack: false"
+        if member.kind is None:
+            return "unstacked", member.why_alone
+        stack = self.stacks.get(member.kind)
+        return (stack.form, stack.why) if stack is not None and stack.has(member) else None
+
     def _tell(self, text: str) -> None:
         if text not in self.told:
             self.told.add(text)
@@ -262,10 +283,19 @@ class _Stacking:
         refused = self._refused()
         self.use = not refused
         self.trying = self.use and gang.stack == "auto"
+        self.why = refused or (f"both are timed in turn; {self.same}" if self.trying else f"stack: true; {self.same}")
         if refused:
             gang.say(f"{', '.join(member.label for member in members)}: unstacked, since {refused}.")
         elif not self.trying:
             gang.say(f"{len(members)} runs step as one stack ({self.same}).")
+
+    @property
+    def form(self) -> str:
+        return "both" if self.trying else "stacked" if self.use else "unstacked"
+
+    def has(self, member: Member) -> bool:
+        """Whether a member is in it, with the runner that it was made for."""
+        return member in self.members and self.runners[self.members.index(member)] is member.runner
 
     def _refused(self) -> str:
         """Why these members are not stacked, in words; makes the stack where nothing speaks against it."""
@@ -323,10 +353,8 @@ class _Stacking:
         stacked, alone = (statistics.median(self.spent[form]) / CHUNK for form in (True, False))
         self.trying, self.use = False, stacked < alone
         form = "as one stack" if self.use else "each by itself"
-        self.gang.say(
-            f"{len(self.members)} runs step {form}: {1000 * stacked:.1f} ms a round stacked, {1000 * alone:.1f} ms "
-            f"unstacked ({self.same})."
-        )
+        self.why = f"{1000 * stacked:.1f} ms a round stacked, {1000 * alone:.1f} ms unstacked ({self.same})"
+        self.gang.say(f"{len(self.members)} runs step {form}: {self.why}.")
         return self.use
 
 
