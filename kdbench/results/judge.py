@@ -26,6 +26,9 @@ SPLITS = {"validation": "validation", "eval": "test"}
 APART = "eval_"
 """A source whose name begins so is measured besides, under the rest of its name: `old`, `new`, `forget`, `retain`."""
 
+POSITION = "index"
+"""The field that says where a sample stands in its own split: the same number in another split is another sample."""
+
 SHOWN = 8  # samples in the picture of predictions
 
 
@@ -147,18 +150,24 @@ class Judge:
     def _answers(self, name: str, network: Network) -> nn.Module:
         """What is evaluated for a role: its model, behind the roles that it sees where those see images too.
 
-        A student of a generator's images is shown the evaluation's images instead.
+        A student of the images that a generator makes of noise, or a bank keeps, is shown the evaluation's images instead.
         """
         config = self.stage.roles[name]
-        if upstream_role(config) is None or self.plan.specs[self.plan.layout.sources[name]].classes is None:
+        noise = self.plan.specs[self.plan.layout.sources[name]].classes is None
+        if upstream_role(config) is None or noise or self._root(config) == POSITION:
             return network.role(name).model
         return Chain(network, name)
 
-    def _field(self, config: RoleConfig) -> str:
+    def _root(self, config: RoleConfig) -> str:
         """The field of a source at the root of what a role sees."""
         while (upstream := upstream_role(config)) is not None:
             config = self.stage.roles[upstream]
         return config.input.split(".", 1)[1]
+
+    def _field(self, config: RoleConfig) -> str:
+        """What a role is shown of an evaluation's sample."""
+        root = self._root(config)
+        return "image" if root == POSITION else root
 
     def _measure(
         self,
