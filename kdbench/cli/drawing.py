@@ -106,10 +106,18 @@ def _branches(stage: StageConfig, children: Mapping[str, Sequence[str]], parent:
         yield from _branches(stage, children, name, f"{lead}{'   ' if last else '│  '}")
 
 
+def stands_still(role: RoleConfig, stage: StageConfig) -> bool:
+    """Whether a role could learn, but the stage has updates and none of them names it."""
+    if role.mode != "trainable" or not stage.updates:
+        return False
+    named = [stage.roles[name] for update in stage.updates for name in update.models]
+    return all(role.name not in (one.name, one.of if one.mode == "same" else None) for one in named)
+
+
 def _life(role: RoleConfig, stage: StageConfig) -> str:
     words = {
         "frozen": "frozen",
-        "trainable": "learns",
+        "trainable": "in train mode, moved by nothing" if stands_still(role, stage) else "learns",
         "ema": f"average of {role.of}",
         "snapshot": f"copy of {role.of}",
         "same": f"{role.of}{':' + role.part if role.part else ''} itself",

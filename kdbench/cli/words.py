@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kdbench.cli.drawing import moved, origin, running
+from kdbench.cli.drawing import moved, origin, running, stands_still
 from kdbench.config.schema import Named, Operand, Part, SourceConfig, StageConfig, TermConfig
 from kdbench.registry import TERMS
 
@@ -77,7 +77,9 @@ def _role_words(name: str, role: RolePlan, plan: StagePlan) -> str:
     config = role.config
     life = {
         "frozen": "is frozen (eval mode, no gradient to its parameters)" if role.parameters else "has no parameters",
-        "trainable": "learns",
+        "trainable": "runs in train mode (its BatchNorms by the batch's own statistics), but no update moves it"
+        if stands_still(config, plan.stage)
+        else "learns",
         "ema": f"is the moving average of {config.of} (decay {config.decay})",
         "snapshot": f"is a copy of {config.of}{_renewed(config.every, config.every_steps)}",
         "same": f"is the very network of {config.of}" + (f", its {config.part}" if config.part else ""),

@@ -93,6 +93,7 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     if isinstance(value, str):
         value = {"dataset": value}
     fields = Fields(context, value, key, f"source {name!r}")
+    fields.known += ["type", "made", "first"]
     made: str | None = None
     if fields.has("made"):
         made = made_name(context, fields.raw("made"), fields.path("made"), shared.made, "first" in fields.data)
@@ -125,7 +126,6 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
                 said = "a source has one of `made:` and `dataset:`"
                 said = "what a stage made has no splits" if other == "split" else said
                 fields.fault(other, f"{said}; remove this, or write `{other}: null` where it comes from a layer below.")
-        fields.known.append("type")
         fields.done()
     elif fields.has("type"):
         if own["dataset"] is not None:

@@ -57,6 +57,11 @@ def test_a_made_choice_is_the_latest_of_its_name(read):
     assert not faults and sources["train"].labels == "query@2.picked" and sources["eval"].labels is None
 
 
+def test_a_null_takes_what_was_made_from_a_source(read):
+    sources, faults = read({"train": {"made": None, "first": None, "dataset": "digits"}})
+    assert not faults and sources["train"].made is None and sources["train"].dataset.type == "digits"
+
+
 def test_where_no_earlier_stage_made_it_the_first_is_taken(read):
     first = {"made": "query.picked", "first": 20}
     assert subset_of(read, first, made={}) == 20
