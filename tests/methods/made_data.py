@@ -66,16 +66,16 @@ def top(scores: Tensor, count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda row: -float(scores[row]))[:count])
 
 
-def first_move(bench: Bench, loss: Any) -> float:
-    """How far the student's first step is from that of plain SGD on `loss(batch)`; best: 0.
+def first_move(bench: Bench, loss: Any, *, role: str = "student", source: str = "train") -> float:
+    """How far the first step of a role, the student, is from that of plain SGD on `loss(batch)`; best: 0.
 
     Args:
-        loss: from the fields of the first batch to a scalar, with the student's present weights.
+        loss: from the fields of the first batch of `source` to a scalar, with the role's present weights.
     """
     window = next(bench.windows())
-    student = bench.model()
+    student = bench.model(role)
     names = [name for name, _ in student.named_parameters()]
-    gradients = torch.autograd.grad(loss(window[0]["train"]), list(student.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(loss(window[0][source]), list(student.parameters()), allow_unused=True)
     params = bench.plan.stage.optimizer.params
     expected = {
         name: p.detach() - params["lr"] * (g + params["weight_decay"] * p.detach())

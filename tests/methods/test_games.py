@@ -292,7 +292,9 @@ def test_the_images_of_deepinversion_fit_the_teachers_memory_and_its_classes():
 def test_who_sees_a_bank_of_images_is_measured_on_the_test_images(tmp_path):
     """The bank has fewer images than the test split, and the same position is another sample there."""
     few = ("data.targets.dataset.samples=20", "data.targets.batch_size=20", "stages.distil.data.train.batch_size=20")
-    outcome = play(shortened("digits/deepinversion", *few, "stages.invert.models.bank.model.samples=20"), tmp_path / "run")
+    outcome = play(
+        shortened("digits/deepinversion", *few, "stages.invert.models.bank.model.samples=20"), tmp_path / "run"
+    )
     run = built("deepinversion")
     test = next(iter(run.sources["eval"].in_order(896)))
     right = float((on(run, "teacher", test["image"]).argmax(1) == test["label"]).float().mean())

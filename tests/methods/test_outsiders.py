@@ -1,0 +1,120 @@
+"""Methods written by a newcomer from the documentation alone, each a recipe with at most one new registered class.
+
+Like those of test_openness.py, none of them touched `kdbench/engine`, a schema or the loader. What each needed:
+
+    digits/cv_dd (CV-DD, m090): the recipe alone.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from made_data import first_move
+from support import bench
+from torch import Tensor, nn
+from torch.nn import functional as F
+from wiring import play, resume_differs, scores, shortened
+
+from kdbench.config.load import load_recipe
+
+# CV-DD
+
+PRIOR = torch.tensor([93.7, 93.8, 95.0]).double()
+SGD = "optimizer={type: SGD, lr: 1, weight_decay: 0}"
+
+
+def statistics_apart(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network says of images, and how far what its BatchNorms see is from their memory, the first times ten."""
+    apart, hooks = [], []
+
+    def compare(norm: nn.BatchNorm2d, seen: tuple[Tensor], _: Tensor) -> None:
+        rows = seen[0].transpose(0, 1).flatten(1)
+        mean, variance = rows.mean(1), rows.var(1, unbiased=False)
+        apart.append((mean - norm.running_mean).norm() + (variance - norm.running_var).norm())
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_hook(compare))
+    said = network(images)
+    for hook in hooks:
+        hook.remove()
+    return said, sum(apart) + 9 * apart[0]
+
+
+def images_differ(*overrides: str) -> float:
+    """How far the images' first step is from the committee's, of the length of that step."""
+    found = bench(shortened("digits/cv_dd", "precision=float64", f"stages.recover.{SGD}", *overrides))
+    bank, before = found.model("bank"), found.weights("bank")["pixels"]
+    votes = (PRIOR / 5).softmax(0)
+
+    def loss(batch):
+        total = 0
+        for vote, name in zip(votes, "abc", strict=True):
+            said, apart = statistics_apart(found.model(name), bank(batch["index"]))
+            total = total + vote * (F.cross_entropy(said, batch["label"]) + 0.1 * apart)
+        return total
+
+    apart = first_move(found, loss, role="bank", source="targets")
+    return apart / float((found.weights("bank")["pixels"] - before).abs().max())
+
+
+def test_each_network_votes_on_the_images_by_what_it_does_alone():
+    assert images_differ() < 1e-3  # the recipe has the votes with four digits
+
+
+def test_control_equal_votes_or_one_network_move_the_images_elsewhere():
+    equal = [f"stages.recover.terms.{term}_{name}.weight=0.3333" for term in ("class", "first") for name in "abc"]
+    assert images_differ(*equal) > 0.03
+    assert images_differ("stages.recover.terms.class_c=null") > 0.03
+
+
+LEARN = ("stages.learn.data.train.made=null", "stages.learn.data.train.dataset=digits", f"stages.learn.{SGD}")
+
+
+def labels_differ(*overrides: str) -> float:
+    """How far the student's first step is from one towards the committee normalised by the batch itself."""
+    found = bench(shortened("digits/cv_dd", "precision=float64", *LEARN, *overrides), stage=1)
+    student = found.model()
+    committee = [copy.deepcopy(found.model(name)).train() for name in "abc"]
+    shares = (PRIOR / 10).softmax(0)
+
+    def loss(batch):
+        with torch.no_grad():
+            said = sum(share * network(batch["image"]) for share, network in zip(shares, committee, strict=True))
+        log_p = (student(batch["image"]) / 20).log_softmax(1)
+        return F.kl_div(log_p, (said / 20).softmax(1), reduction="batchmean")
+
+    before = found.weights()
+    apart = first_move(found, loss)
+    after = found.weights()
+    return apart / max(float((after[name] - before[name]).abs().max()) for name in before if "weight" in name)
+
+
+def test_the_student_follows_the_committee_normalised_by_each_batch():
+    assert labels_differ() < 1e-3
+
+
+def test_control_frozen_teachers_normalise_by_their_memory():
+    assert labels_differ(*(f"stages.learn.models.{name}.frozen=true" for name in "abc")) > 0.1
+
+
+def test_no_update_moves_the_committee():
+    found = bench(shortened("digits/cv_dd", *LEARN), stage=1)
+    before, after = found.weights("a"), found.step().weights("a")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("running" in name or "tracked" in name for name in moved), "statistics, and nothing else"
+
+
+def test_cv_dd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
+    assert resume_differs(shortened("digits/cv_dd", steps=2), tmp_path, 1, 3) == []
+
+
+# Whole runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bar"), [("cv_dd", 96)])  # 98.4 with seed 1
+def test_a_whole_run_learns(name, bar, tmp_path):
+    assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
