@@ -33,6 +33,8 @@ class Size:
 
 SHAPES: dict[str, Callable[[Size], tuple[int, ...]]] = {
     "logits": lambda size: (size.batch, size.classes),
+    "joint logits": lambda size: (size.batch, 4 * size.classes),
+    "turns": lambda size: (size.batch,),
     "map": lambda size: (size.batch, WIDTH, 8, 8),
     "early map": lambda size: (size.batch, 16, 32, 32),
     "vector": lambda size: (size.batch, WIDTH),
@@ -56,6 +58,7 @@ OPERANDS: dict[str, dict[str, str]] = {
     "bkd": {"counts": "class counts"},
     "bn_statistics": {"student": "map", "teacher": "statistics"},
     "binary": {"student": "one"},
+    "joint_cross_entropy": {"student": "joint logits", "kind": "turns"},
     "total_variation": {"student": "image"},
     "image_norm": {"student": "image"},
     "ft": {"student": "map", "teacher": "map"},
@@ -158,6 +161,8 @@ def _operand(entry: Entry, name: str, operand: str, size: Size, generator: torch
         return None
     default = {side: "map" if entry.facts.get("features") else "logits" for side in ("student", "teacher")}
     shape = SHAPES[{**default, **known}[operand]](size)
+    if known.get(operand) == "turns":
+        return torch.randint(4, shape, generator=generator)
     value = torch.randn(shape, generator=generator)
     if name in SIMPLEX or {**default, **known}[operand] == "gate":
         value = value.softmax(-1)

@@ -150,7 +150,7 @@ class Judge:
     def _answers(self, name: str, network: Network) -> nn.Module:
         """What is evaluated for a role: its model, behind the roles that it sees where those see images too.
 
-        A student of the images that a generator makes of noise, or a bank keeps, is shown the evaluation's images instead.
+        What sees the images that a generator makes of noise, or a bank keeps, is shown the evaluation's images instead.
         """
         config = self.stage.roles[name]
         noise = self.plan.specs[self.plan.layout.sources[name]].classes is None

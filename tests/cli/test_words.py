@@ -24,8 +24,8 @@ def sentences(recipe: str) -> dict[str, list[str]]:
 SAID = {
     ("digits/dml", "main"): ["kl: a:logits learns from b:logits; b:logits learns from a:logits."],
     ("digits/cv_dd", "learn"): [
-        "c (digits_resnet, from digits/teacher) sees train.image, runs in train mode (its BatchNorms by the batch's own "
-        "statistics), but no update moves it.",
+        "c (digits_resnet, from digits/teacher) sees train.image, runs in train mode (its BatchNorms by the batch's "
+        "own statistics), but no update moves it.",
         "each step moves student by kd with AdamW(lr 0.003, weight_decay 0.01).",
     ],
     ("digits/dafl", "main"): [

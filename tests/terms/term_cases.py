@@ -132,6 +132,20 @@ def _labels() -> dict[str, Tensor]:
     return {"label": torch.tensor([3, 0, 1, 3, 2])}
 
 
+def _turned() -> dict[str, Tensor]:
+    return {**_labels(), "kind": torch.tensor([0, 1, 1, 0, 1])}
+
+
+def _kinds_first(case: Case, operands: dict[str, Tensor]) -> Tensor:
+    return case.build()(
+        operands["student"].unflatten(1, (2, CLASSES)).mT.flatten(1), operands["kind"], operands["label"]
+    )
+
+
+def _never_turned(case: Case, operands: dict[str, Tensor]) -> Tensor:
+    return case.build()(operands["student"], torch.zeros_like(operands["kind"]), operands["label"])
+
+
 def _mixed() -> dict[str, Tensor]:
     other = torch.tensor([1, 0, 2, 0, 3])
     return {**_labels(), "label_other": other, "mix": torch.tensor([1.0, 0.5, 0.25, 0.0, 0.9]).double()}
@@ -168,6 +182,16 @@ CASES = [
         teacher=None,
         extra=_mixed,
         broken={"not mixed": _without("label_other", "mix")},
+    ),
+    Case(
+        "joint_cross_entropy",
+        "joint_cross_entropy",
+        {"kinds": 2},
+        student=(2 * CLASSES,),
+        teacher=None,
+        extra=_turned,
+        by_class=False,
+        broken={"kinds first": _kinds_first, "not turned": _never_turned},
     ),
     Case("kd", "kd", {"temperature": 3.0}, broken={"no T^2": _times(1 / 9), "reversed KL": _swapped}),
     Case("kd-cold", "kd", {"temperature": 1.0}, broken={"T left at 4": _with(temperature=4.0)}),

@@ -41,6 +41,15 @@ def cross_entropy(student, label, label_other=None, mix=None, label_smoothing=0.
     return losses
 
 
+def joint_cross_entropy(student, kind, label, kinds=4):
+    losses = []
+    for logits, k, own in zip(student, kind, label, strict=True):
+        pairs = [(c, j) for c in range(len(logits) // kinds) for j in range(kinds)]
+        p = dict(zip(pairs, _softmax(logits), strict=True))
+        losses.append(0.0 if own < 0 else -math.log(p[own, k]))
+    return losses
+
+
 def kd(student, teacher, temperature=4.0):
     return [
         temperature**2 * _kl(_softmax(t, temperature), _softmax(s, temperature))
