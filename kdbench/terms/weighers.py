@@ -12,6 +12,7 @@ from kdbench.errors import ConfigError
 from kdbench.registry import WEIGHERS
 from kdbench.terms.base import Number, Weigher, require
 from kdbench.terms.divergences import entropy_of
+from kdbench.terms.logits import cross_entropy_loss
 from kdbench.terms.numerics import at_least_float32
 
 
@@ -126,6 +127,25 @@ class Focal(Weigher):
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
         rest = 1 - _own(_softmax(student), label)
         return torch.where(label < 0, 0, rest**self.power)
+
+
+@WEIGHERS.register("loss_ratio", version=1)
+class LossRatio(Weigher):
+    """WSLD: a sample's soft label counts less the better the student has its hard label already, beside the teacher.
+
+    weight = 1 - exp(-CE(student) / (CE(teacher) + 1e-7)): near 0 where the student has learnt the label and soft labels
+    would only bias it, 1 - 1/e where both are alike, 1 where the teacher knows it far better. Hidden labels
+    (negative): 0.
+
+    Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
+    Tradeoff Perspective, ICLR 2021, arXiv:2102.00650; the small number as in the authors' code
+    (bellymonster/Weighted-Soft-Label-Distillation).
+    Shapes: student, teacher logits (batch, classes), label (batch,) -> (batch,), in [0, 1].
+    """
+
+    def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+        ours, theirs = (cross_entropy_loss(logits.detach(), label) for logits in (student, teacher))
+        return 1 - torch.exp(-ours / (theirs + 1e-7))
 
 
 @WEIGHERS.register("outside", version=1, operands=("judge",))

@@ -34,6 +34,8 @@ CASES = [
     ("projector", {"channels": 48, "size": 2}, MAP, (48, 2, 2), None),
     ("projector", {}, MAP, MAP, 13_568),
     ("dual_head", {"scale": 100.0}, MAP, (10,), 1_300),
+    ("review_fusion", {"channels": 48}, MAP, (48, 4, 4), 64 * 64 + 128 + 9 * 64 * 48 + 96),
+    ("review_fusion", {"channels": 48, "input_shape": (20,), "width": 8}, (20,), (48,), 20 * 8 + 16 + 9 * 8 * 48 + 96),
     ("connector", {"channels": 48, "input_shape": MAP}, MAP, (48, 4, 4), 64 * 48 + 96),
     ("connector", {"channels": 48, "input_shape": (20,)}, (20,), (48,), 20 * 48 + 96),
     ("paraphraser", {}, MAP, MAP, 129_312),
@@ -100,6 +102,33 @@ def test_a_generator_says_which_sizes_it_makes():
         build("latent_generator", width=5)
     with pytest.raises(ConfigError, match="image_shape must be channels"):
         build("latent_generator", image_shape=(8, 8))
+
+
+def fused_by_hand(model: nn.Module, feature: torch.Tensor, deeper: torch.Tensor) -> torch.Tensor:
+    """What ReviewKD fuses, place by place: a deeper map of half the size, under two weights for each place."""
+    own = F.conv2d(feature, model.enter[0].weight)
+    own = (own - own.mean((0, 2, 3), keepdim=True)) / (own.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    kernel, bias = model.weights[0].weight[:, :, 0, 0], model.weights[0].bias
+    out = torch.zeros_like(own)
+    for y in range(own.shape[2]):
+        for x in range(own.shape[3]):
+            here, below = own[:, :, y, x], deeper[:, :, y // 2, x // 2]
+            share = torch.sigmoid(torch.cat([here, below], 1) @ kernel.T + bias)
+            out[:, :, y, x] = share[:, :1] * here + share[:, 1:] * below
+    return out
+
+
+def test_a_review_fusion_weighs_its_own_map_and_the_deeper_one_at_every_place():
+    model = build("review_fusion", input_shape=(5, 4, 4), width=6, channels=7, fuse=True).double()
+    feature, deeper = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 6, 2, 2).double()
+    seen = []
+    model.fused.register_forward_hook(lambda *call: seen.append(call[2]))
+    assert model(feature, deeper).shape == (3, 7, 4, 4)
+    assert_close(seen[0], fused_by_hand(model, feature, deeper))
+    other = fused_by_hand(model, feature, deeper.flip(3))
+    assert (seen[0] - other).abs().max() > 0.1, "control: the deeper map's places matter"
+    with pytest.raises(ConfigError, match="it sees two things"):
+        model(feature)
 
 
 def test_a_bank_gives_the_images_asked_for_and_only_they_get_gradient():

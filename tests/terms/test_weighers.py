@@ -11,7 +11,7 @@ from kdbench.registry import WEIGHERS
 from kdbench.terms.divergences import divergence_loss
 
 LABEL = torch.tensor([0, 2, 1, 4, 3, -100])
-ALL = ["confidence", "threshold", "entropy_gap", "disagreement", "focal"]
+ALL = ["confidence", "threshold", "entropy_gap", "disagreement", "focal", "loss_ratio"]
 
 
 def weigher(name, **params):
@@ -44,6 +44,9 @@ def plain(name, student=None, teacher=None, label=None):
     if name == "disagreement":
         return (F.softmax(student, 1) - F.softmax(teacher, 1)).clamp(min=0).sum(1)
     own = F.softmax(student, 1).gather(1, label.clamp(min=0)[:, None])[:, 0]
+    if name == "loss_ratio":
+        best = F.softmax(teacher, 1).gather(1, label.clamp(min=0)[:, None])[:, 0]
+        return torch.where(label < 0, 0, 1 - (own.log() / (1e-7 - best.log())).exp())
     return torch.where(label < 0, 0, (1 - own) ** 2)
 
 
