@@ -320,10 +320,12 @@ class OperandReader:
             return
         for side, read in [("student", s) for s, _ in pairs] + [("teacher", t) for _, t in pairs if t is not None]:
             if not read.explicit:
+                role = read.operand.role
                 self.context.fault(
                     self.key,
                     f"term {self.entry.name!r} compares features: `{side}` must give a module path, such as "
-                    f"`{side}: layer3` (`kdbench inspect MODEL` lists them).",
+                    f"`{side}: layer3` (`kdbench inspect MODEL` lists them)"
+                    + ("." if role == side else f"; what the role {role!r} itself gives out is `{role}:logits`."),
                 )
 
     def _operand(self, value: Any, own_role: str | None, key: str, position: int) -> _Read | None:
