@@ -112,7 +112,12 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         ("type: kd,", "type: kd, teacher: 'techer:fc',", "r.yaml:11 terms.kd.teacher: no role 'techer'", "'teacher'?"),
         ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "say which feature of the teacher"),
         ("type: kd,", "type: at,", "r.yaml:11 terms.kd: term 'at' compares features", "such as `student: layer3`"),
-        ("type: kd,", "type: at, student: teacher, teacher: layer1,", "'at' compares features", "is `teacher:logits`"),
+        (
+            "type: kd,",
+            "type: at, student: teacher, teacher: layer1,",
+            "r.yaml:11 terms.kd: term 'at'",
+            "is `teacher:logits`",
+        ),
         (
             "type: kd,",
             "type: kd, student: 'a b',",
