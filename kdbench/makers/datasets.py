@@ -185,9 +185,10 @@ class SoftLabels(Maker):
 class Generate(Maker):
     """What a generator makes of noise becomes a dataset, labelled by a teacher.
 
-    label = argmax of the teacher's softmax, which the field `soft` keeps. The source is a noise source, which gives as
-    many samples as its dataset says; `threshold` leaves out what the teacher is less sure of, and `balanced: true`
-    keeps equally many of every class that comes at all, the most certain ones.
+    label = argmax of the teacher's softmax, which the field `soft` keeps. The source is what the generator sees: noise,
+    which gives as many samples as its dataset says, or images, each of which is made into one. `threshold` leaves out
+    what the teacher is less sure of, and `balanced: true` keeps equally many of every class that comes at all, the most
+    certain ones.
 
     image: what is stored, such as generator:image. teacher: logits (samples, classes) of it.
     """

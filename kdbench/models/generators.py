@@ -104,6 +104,27 @@ class ImageBank(nn.Module):
         return self.pixels[index]
 
 
+@MODELS.register("shared_pattern", version=1, paper="https://arxiv.org/abs/2408.06927", image=(1, 8, 8))
+class SharedPattern(nn.Module):
+    """Adds one learnt pattern to every image, whatever its class: the compensator of INFER (Zhang et al. 2024).
+
+    out = image + pattern, in the space of normalised images; the pattern starts at 0. Images of all classes move it
+    together, so that it holds what the classes share (https://arxiv.org/abs/2408.06927, ICLR 2025).
+
+    Shapes: (batch, *image_shape) -> the same. One parameter, `pattern`, (1, *image_shape).
+
+    Args:
+        input_shape: of one image; the engine gives it.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...] = (1, 8, 8)) -> None:
+        super().__init__()
+        self.pattern = nn.Parameter(torch.zeros(1, *_image(input_shape, "shared_pattern")))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.pattern
+
+
 @MODELS.register("affine_augmentor", version=1, paper="https://arxiv.org/abs/2305.14890", image=(1, 8, 8))
 class AffineAugmentor(nn.Module):
     """A learnt, bounded augmentation of each image: an affine transform, brightness and contrast.

@@ -3,6 +3,7 @@
 Like those of test_openness.py, none of them touched `kdbench/engine`, a schema or the loader. What each needed:
 
     digits/cv_dd (CV-DD, m090): the recipe alone.
+    digits/infer (INFER, m089): the recipe and one class, the model `shared_pattern` (kdbench/models/generators.py).
     digits/hsakd (HSAKD): the recipe and one class, the term `joint_cross_entropy` (kdbench/terms/joint.py).
     digits/review (ReviewKD): the recipe and one class, the model `review_fusion` (kdbench/models/review.py).
     digits/wsld (WSLD): the recipe and one class, the weigher `loss_ratio` (kdbench/terms/weighers.py).
@@ -14,7 +15,7 @@ import copy
 
 import pytest
 import torch
-from made_data import first_move
+from made_data import first_move, made, pool
 from support import bench
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,7 +112,82 @@ def test_no_update_moves_the_committee():
 
 
 def test_cv_dd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/cv_dd", steps=2), tmp_path, 1, 3) == []
+    assert resume_differs(shortened("digits/cv_dd", steps=2), tmp_path, 3) == []
+
+
+# INFER
+
+
+def pattern_differs(role: str, network: str, *overrides: str) -> float:
+    """How far the first step of one network's pattern is from one by classes and statistics of all fifty images."""
+    found = bench(shortened("digits/infer", "precision=float64", f"stages.compensate.{SGD}", *overrides))
+    pattern = found.model(role).pattern
+
+    def loss(batch):
+        said, apart = statistics_apart(found.model(network), batch["image"] + pattern)
+        return F.cross_entropy(said, batch["label"]) + apart
+
+    return first_move(found, loss, role=role)
+
+
+@pytest.mark.parametrize(("role", "network"), [("with_a", "a"), ("with_b", "b")])
+def test_each_pattern_fits_its_own_network_on_images_of_all_classes(role, network):
+    assert pattern_differs(role, network) < 1e-9
+
+
+def test_control_without_statistics_or_for_another_network_it_moves_elsewhere():
+    assert pattern_differs("with_a", "a", "stages.compensate.terms.first=null") > 1e-3
+    assert pattern_differs("with_a", "b") > 1e-3
+
+
+def spread_of_what_was_added(tmp_path, *overrides: str) -> tuple[float, float]:
+    """How unlike the fifty images' additions are, and how large they are at most."""
+    recipe = shortened("digits/infer", *overrides, steps=3)
+    added = made(play(recipe, tmp_path), "compensate.images_a")["images"] - pool(recipe, "compensate")["image"]
+    return float(added.std(0).max()), float(added.abs().max())
+
+
+def test_all_classes_are_given_the_same_pattern(tmp_path):
+    spread, size = spread_of_what_was_added(tmp_path / "run")
+    assert spread < 1e-6 and size > 0.1
+    augmented = "stages.compensate.models.with_a.model={type: affine_augmentor}"
+    spread, size = spread_of_what_was_added(tmp_path / "control", augmented)
+    assert spread > 1e-3, "control: a change of each image's own"
+
+
+def mixtures_differ(*overrides: str) -> float:
+    """How far the student's first step is from one towards both networks' mean logits on mixtures of three sets."""
+    sources = [f"stages.learn.data.made_{name}.{key}" for name in "ab" for key in ("made=null", "dataset=digits")]
+    quick = ("precision=float64", f"stages.learn.{SGD}", *sources)
+    found = bench(shortened("digits/infer", *quick, *overrides), stage=1)
+    student, networks = found.model(), [found.model(name) for name in "ab"]
+    window = next(found.windows())[0]
+    shown = [window[source]["image"] for source in ("train", "made_a", "made_b")]
+
+    def loss(_):
+        total = 0
+        for image in shown:
+            said = sum(network(image) for network in networks).detach() / 2
+            total = total + F.kl_div(
+                (student(image) / 30).log_softmax(1), (said / 30).softmax(1), reduction="batchmean"
+            )
+        return total
+
+    before = found.weights()
+    apart, after = first_move(found, loss), found.weights()
+    return apart / max(float((after[name] - before[name]).abs().max()) for name in before if "weight" in name)
+
+
+def test_the_student_follows_both_networks_on_each_mixed_set():
+    assert mixtures_differ() < 1e-3  # 30^2 times the recipe's weight is 0.9999
+
+
+def test_control_one_network_for_each_set_moves_it_elsewhere():
+    assert mixtures_differ("stages.learn.terms.kd.teacher=[a, a_a, b_b]") > 0.05
+
+
+def test_infer_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
+    assert resume_differs(shortened("digits/infer", steps=2), tmp_path, 3) == []
 
 
 # HSAKD
@@ -171,7 +247,7 @@ def test_the_teachers_heads_learn_class_and_turn_together():
 
 
 def test_hsakd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/hsakd", steps=2), tmp_path, 1, 3) == []
+    assert resume_differs(shortened("digits/hsakd", steps=2), tmp_path, 3) == []
 
 
 # ReviewKD
@@ -285,7 +361,7 @@ def test_control_all_samples_alike_or_by_the_teachers_confidence_move_it_elsewhe
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "bar"), [("cv_dd", 96), ("hsakd", 94), ("review", 95), ("wsld", 95)]
-)  # 98.4, 96.2, 97.2 and 97.5 with seed 1
+    ("name", "bar"), [("cv_dd", 96), ("infer", 93), ("hsakd", 94), ("review", 95), ("wsld", 95)]
+)  # 98.4, 96.4, 96.2, 97.2 and 97.5 with seed 1
 def test_a_whole_run_learns(name, bar, tmp_path):
     assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar

@@ -22,6 +22,7 @@ CASES = [
     ("latent_generator", {"tanh": False, "affine": True}, (64,), (1, 8, 8), 255_875),
     ("affine_augmentor", {}, (1, 8, 8), (1, 8, 8), 6_087),
     ("affine_augmentor", {"in_channels": 3}, (3, 32, 32), (3, 32, 32), None),
+    ("shared_pattern", {}, (1, 8, 8), (1, 8, 8), 64),
     ("feature_mask", {}, MAP, MAP, 133_351),
     ("feature_mask", {"input_shape": (64,)}, (64,), (64,), None),
     ("gate_mlp", {"ways": 3}, VECTOR, (3,), 220 + 63),
