@@ -214,7 +214,9 @@ def small(loaded: Recipe, *, samples: int = 96, batch_size: int = 16) -> Recipe:
 
 def _synthetic(source: SourceConfig, loaded: Recipe, samples: int, batch_size: int) -> SourceConfig:
     spec = describe(source, loaded.data_root)
-    if spec.classes is None or source.dataset.type == "synthetic":  # a bank of images counts the samples that it is told
+    if (
+        spec.classes is None or source.dataset.type == "synthetic"
+    ):  # a bank of images counts the samples that it is told
         return replace(source, batch_size=min(batch_size, source.batch_size))
     from kdbench.registry import DATASETS
 

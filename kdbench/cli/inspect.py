@@ -36,7 +36,8 @@ def run(
         model: a name of `kdbench list models`.
         params: further parameters of the model.
         num_classes: size of the classifier; None: the model's default.
-        image: channels, height and width; None: what the model says of itself, else 3, 224, 224.
+        image: channels, height and width; None: what the model says of itself (a head may see a vector), else
+            3, 224, 224.
         depth: show only paths of at most this many parts.
         file: where to print; None: standard output. A terminal gets a coloured table, anything else plain columns.
 
@@ -49,13 +50,14 @@ def run(
     params = dict(params or {})
     entry = MODELS.check(model, params, "inspect")  # before torch is imported
     shape = tuple(image or entry.facts.get("image", (3, 224, 224)))
-    if len(shape) != 3 or min(shape) < 1:
+    if (image and len(shape) != 3) or min(shape) < 1:
         raise ConfigError(f"inspect: image must be channels, height and width, such as 3,32,32; got {list(shape)}")
     injected = {"in_channels": shape[0], **({} if num_classes is None else {"num_classes": num_classes})}
     network, calls = _trace(model, params, injected, shape)
     rows = [row for call, row in zip(calls, _rows(network, calls), strict=True) if _shown(call.path, depth)]
     total = sum(p.numel() for p in network.parameters())
-    title = f"{model}: {total:,} parameters, {type(network).__name__}, image {_shape(shape)}"
+    seen = f"{'image' if len(shape) == 3 else 'vector'} {_shape(shape)}"
+    title = f"{model}: {total:,} parameters, {type(network).__name__}, {seen}"
     _print(title, rows, file or sys.stdout)
     return 0
 
@@ -78,8 +80,11 @@ def _trace(
         pass  # some models read a value of a tensor, which meta tensors do not have; the CPU decides
     try:
         return attempt(torch.device("cpu"))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"inspect: model {name!r} does not take an image of {_shape(image)}: {error}") from error
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"inspect: model {name!r} does not take an image of {_shape(image)}: {error}. What it sees in a recipe, "
+            "and the features that are read of it, are in the tables of `kdbench check RECIPE`"
+        ) from error
 
 
 def _rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ...]]:

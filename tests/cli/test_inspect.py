@@ -27,6 +27,17 @@ def test_lists_paths_shapes_and_parameters():
     assert rows["logits"] == ["logits", "CifarResNet", "100", "278,324"]
 
 
+def test_a_part_that_sees_a_vector_is_shown_with_one():
+    rows = table("gate_mlp")
+    assert rows["title"] == ["gate_mlp: 262 parameters, GateMLP, vector 10"] and rows["logits"][2] == "2"
+
+
+@pytest.mark.parametrize("name", ["image_bank", "masked_vit", "hidden_patches"])
+def test_a_part_that_sees_no_image_alone_is_refused_in_words(name):
+    with pytest.raises(ConfigError, match=f"'{name}' does not take an image.*kdbench check RECIPE"):
+        table(name)
+
+
 def test_marks_what_is_overwritten_later():
     rows = table("torchvision/resnet18", depth=2)
     assert "overwritten" in rows["bn1"] and "overwritten" not in rows["relu"]
