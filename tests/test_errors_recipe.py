@@ -300,6 +300,13 @@ def test_a_mistake_in_an_override_names_the_override(override: str, hint: str):
     assert lines and hint in lines[0]
 
 
+def test_a_mapping_over_a_list_says_how_to_write_it():
+    listed = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
+    over = "terms.kd.teacher={combine: mean_logits, of: [teacher]}"
+    assert said(listed, over).endswith("write `terms.kd.teacher=null` before it.")
+    load_recipe("r.yaml", ["terms.kd.teacher=null", over])
+
+
 def test_recipes_that_need_each_other_are_refused():
     taking = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
     Path("other.yaml").write_text(taking.replace("OTHER", "r.yaml"))

@@ -153,4 +153,7 @@ def say_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
     said = " ".join(" ".join(parts).split())
     named = [text for text in overrides if text.lstrip("+~").split("=", 1)[0] in said]
     place = Place(override=named[0]) if named else ""
+    if named and "Cannot merge DictConfig with ListConfig" in said:
+        key = named[0].lstrip("+~").split("=", 1)[0]
+        said = f"a list stands there, and a mapping is laid over mappings only; write `{key}=null` before it."
     return f"{place}: {said}" if place else said
