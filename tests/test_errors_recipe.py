@@ -302,7 +302,7 @@ def test_a_mistake_in_an_override_names_the_override(override: str, hint: str):
 
 def test_a_mapping_over_a_list_says_how_to_write_it():
     listed = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
-    over = "terms.kd.teacher={combine: mean_logits, of: [teacher]}"
+    over = "terms.kd.teacher={combine: mean_logits, of: [teacher, student]}"
     assert said(listed, over).endswith("write `terms.kd.teacher=null` before it.")
     load_recipe("r.yaml", ["terms.kd.teacher=null", over])
 
