@@ -180,27 +180,33 @@ def _around(dotted: str) -> list[str]:
     return [".".join(names[:count]) for count in range(len(names) - 1, 0, -1)]
 
 
-def _at(data: Any, dotted: str) -> Mapping[str, Any]:
-    """The mapping at a dotted key; empty where there is none."""
-    for name in dotted.split(".") if dotted else ():
-        data = data.get(name) if isinstance(data, Mapping) else None
+def _inside(data: Any) -> Mapping[str, Any]:
+    """What a dotted key goes on to: the keys of a mapping, the numbers of a list."""
+    if isinstance(data, list):
+        return {str(number): item for number, item in enumerate(data)}
     return data if isinstance(data, Mapping) else {}
 
 
+def _at(data: Any, dotted: str) -> Mapping[str, Any]:
+    """What is at a dotted key, by name; empty where there is nothing inside."""
+    for name in dotted.split(".") if dotted else ():
+        data = _inside(data).get(name)
+    return _inside(data)
+
+
 def _has(data: Any, dotted: str) -> bool:
-    for name in dotted.split("."):
-        if not isinstance(data, Mapping) or name not in data:
-            return False
-        data = data[name]
-    return True
+    parent, _, last = dotted.rpartition(".")
+    return last in _at(data, parent)
 
 
-def _deep(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain deep merge, as Hydra does it."""
-    result = dict(lower)
+def _deep(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain deep merge, as Hydra does it; into a list by the numbers of its items."""
+    result = dict(_inside(lower))
     for key, value in upper.items():
         below = result.get(key)
-        result[key] = _deep(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        numbered = isinstance(below, list) and isinstance(value, Mapping) and set(value) <= set(_inside(below))
+        merges = numbered or (isinstance(below, Mapping) and isinstance(value, Mapping))
+        result[key] = _deep(below, value) if merges else value
     return result
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from kdbench.config.identity import identity
 from kdbench.config.load import dump_recipe, load_resolved
+from kdbench.errors import ConfigError
 
 TOP = """\
 dataset: digits
@@ -231,3 +232,26 @@ def test_methods_and_notes_are_told_and_no_part_of_the_identity(load, fault):
     assert told.methods == ("m001", "m002") and told.notes == "as the authors' code does it"
     assert identity(plain) == identity(told)
     assert "belongs to the top level" in fault(LOOP.replace("warm: {epochs", "warm: {notes: x, epochs"))
+
+
+def test_an_override_removes_from_a_round_by_its_number(load):
+    """In the order of the command line: what an earlier override set in a round is there for a later one."""
+    text = (
+        TOP
+        + """\
+stages:
+  stream:
+    rounds:
+      - {terms: {ce: cross_entropy, kl: {type: cross_entropy, weight: 0.5}}}
+      - {terms: {ce: cross_entropy, kl: {type: cross_entropy, weight: 0.5}}}
+    stages: {learn: {epochs: 2}}
+"""
+    )
+    first = "stages.stream.rounds.0.terms"
+    for removal in (f"{first}.kl=null", f"~{first}.kl"):
+        found = load(text, f"{first}.ce.weight=2", removal)
+        assert ["kl" in stage.terms for stage in found.stages] == [False, True], removal
+    with pytest.raises(ConfigError, match=r"there is no '.*rounds.0.terms.kk' to remove. Did you mean 'kl'"):
+        load(text, f"~{first}.kk")
+    with pytest.raises(ConfigError, match=r"there is no '.*rounds.7.terms.kl' to remove"):
+        load(text, "~stages.stream.rounds.7.terms.kl")
