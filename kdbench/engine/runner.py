@@ -118,6 +118,7 @@ class Runner:
                     self.differentiate(update, window)
                 for update in group:
                     self._move(update)
+                self.scaler.update()  # once for all gradients that were taken at one scale
         if self.followers:
             self.align()
         self.followers.move()
@@ -147,7 +148,6 @@ class Runner:
             gradients = [p.grad for p in update.parameters if p.grad is not None]
             self.grad_norm = total_norm(gradients, self.world)
         self.scaler.step(update.optimizer)
-        self.scaler.update()
 
     def _gradients(self, update: Update, window: Sequence[Batch]) -> list[Tensor]:
         """Leaves this rank's gradients in the parameters; returns each micro-batch's losses."""

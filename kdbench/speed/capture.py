@@ -33,6 +33,10 @@ class Recorder(Protocol):
         """Records the work without doing it; returns what does it, on the memory that it was recorded with."""
         ...
 
+    def forget(self) -> None:
+        """Is told that nothing which was recorded will be replayed any more; further recordings may follow."""
+        ...
+
 
 class CudaRecorder:
     """Records CUDA graphs that share one pool of memory, on a stream of their own.
@@ -56,12 +60,34 @@ class CudaRecorder:
             outside.wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        try:
+            return self._recorded(work).replay
+        except Exception:
+            self._clean_up()
+            raise
+
+    def forget(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()  # torch lets no graph into a pool whose graphs are all gone
+
+    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: a gang's other members, and the thread that loads data, may go on with their own streams
-        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
-        with recording:
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             work()
-        return graph.replay
+        return graph
+
+    def _clean_up(self) -> None:
+        """Ends what torch leaves open when a capture breaks off: it then ends the stream's recording, and no more.
+
+        The allocator still keeps the pool for it, and an older torch's generator still takes every draw for a recorded
+        one and raises at the next that is not. A recording that succeeds puts the latter right.
+        """
+        with contextlib.suppress(RuntimeError):  # it was not open: the work raised without breaking the capture
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+        self.forget()
+        with contextlib.suppress(RuntimeError):
+            self._recorded(lambda: torch.zeros(1, device=self.stream.device))
+        self.forget()
 
 
 @dataclass
@@ -129,7 +155,7 @@ class Captured:
 
     def _in_parts(self, obstacle: str) -> None:
         self.whole = False
-        self.recorded.clear()
+        self._forget()
         self.runner.perform = self.runner.execute
         self.runner.differentiate = self._gradients
         self.runner.say(
@@ -153,11 +179,15 @@ class Captured:
             self._replay(self.recorded[shape], window, update.parameters)
 
     def _stop(self, obstacle: str) -> None:
-        self.recorded.clear()
+        self._forget()
         self.runner.differentiate = self.runner.gradients_of
         self.runner.say(f"capture: the step cannot be captured ({obstacle}); the run goes on without.")
 
     # Both
+
+    def _forget(self) -> None:
+        self.recorded.clear()
+        self.recorder.forget()
 
     def _watched(self, shape: Shape, work: Callable[[], None]) -> None:
         """Runs a step as it is; before the last one, notes what a replay would take for unchanging."""
@@ -183,7 +213,7 @@ class Captured:
             replay = self.recorder.record(lambda: work(own))
         except Exception as error:
             self.runner.restart_scaler()
-            return (" ".join(str(error).split()) or type(error).__name__)[:300]
+            return _first_cause(error)
         finally:
             norm, self.runner.grad_norm = self.runner.grad_norm, before
         gradients = [parameter.grad for parameter in parameters]
@@ -221,6 +251,13 @@ def _obstacle(runner: Runner) -> str:
         if not stays_on_device(update.optimizer):
             return f"{type(update.optimizer).__name__} reads its learning rate or its step on the host"
     return ""
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong, in words. The end of a capture that broke off raises again, and says no more than that."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _shape(window: Sequence[Batch]) -> Shape:

@@ -207,7 +207,7 @@ class _Recorded(Captured):
     """A joint step is recorded whole or not at all."""
 
     def _in_parts(self, obstacle: str) -> None:
-        self.recorded.clear()
+        self._forget()
         self.runner.perform = self.runner.execute
         self.runner.say(f"the stacked step cannot be one CUDA graph ({obstacle}); it runs as it is.")
 

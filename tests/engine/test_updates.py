@@ -285,3 +285,24 @@ def test_the_average_captures_nothing_and_keeps_the_hooks_of_the_models_own():
     assert len(average.fc._forward_pre_hooks) == 1
     run.step(2)
     assert average(torch.zeros(2, 1, 8, 8, dtype=torch.float64)).isfinite().all()
+
+
+def test_peers_that_move_together_are_unscaled_by_the_scale_that_their_losses_had():
+    """fp16: the scale may grow or shrink after every step, but not between the moves of one."""
+
+    def peers(interval: int) -> Bench:
+        text = (
+            "models: {a: {model: t_layers}, b: {model: {type: t_layers, hidden: 9}}}\nexport: a\n"
+            "terms: {ce: {type: cross_entropy, student: a}, cf: {type: cross_entropy, student: b}}\n"
+            "updates: [[{models: [a], terms: [ce]}, {models: [b], terms: [cf]}]]\n"
+            "optimizer: {type: SGD, lr: 0.2}\nprecision: fp16\nepochs: 2\nbatch_size: 16\n"
+        )
+        run = bench(text)
+        run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=interval)
+        return run.step(4)
+
+    growing, constant = peers(1), peers(10**6)
+    assert growing.runner.scaler.get_scale() > 64.0 == constant.runner.scaler.get_scale()
+    for name in ("a", "b"):
+        for one, other in zip(growing.weights(name).values(), constant.weights(name).values(), strict=True):
+            assert_close(one, other, rtol=1e-3, atol=1e-4)

@@ -152,6 +152,22 @@ def test_a_replay_does_not_wait_for_the_device():
             run.runner.step(window)
 
 
+def test_a_step_that_cannot_be_captured_goes_on_and_still_draws():
+    """A capture that breaks off leaves the allocator's pool and the generator open; both have to be put right."""
+    text = DROPOUT.replace("terms:\n", "terms:\n  t: t_reads_item\n")
+    run, said = on_gpu(text, "compile=capture"), []
+    run.runner.say = said.append
+    captured = Captured(run.runner, CudaRecorder(CUDA))
+    steps(run, 12)
+    assert not captured.whole and not captured.recorded and len(said) == 2
+    assert "capturing" in said[0] and "already recording" not in said[1]
+    torch.nn.functional.dropout(torch.ones(8, device=CUDA), 0.5)
+    fine = steps(on_gpu(DROPOUT, "compile=capture"), 4)
+    after = Captured(fine.runner, CudaRecorder(CUDA))
+    steps(fine, 8)
+    assert after.whole and after.recorded
+
+
 @pytest.mark.parametrize("how", ["false", "capture"])
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(how):
     torch.backends.cudnn.deterministic = True

@@ -57,11 +57,14 @@ class TapeRecorder:
 
     def __init__(self, fails: int = 0) -> None:
         self.fails = fails
-        self.recordings = self.replays = 0
+        self.recordings = self.replays = self.forgotten = 0
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         yield
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.fails:

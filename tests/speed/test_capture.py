@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import Bench, bench, parts, recipe  # noqa: F401
+from support import CPU, Bench, bench, parts, recipe  # noqa: F401
 from tape import TapeRecorder
 from torch import nn
 
@@ -201,6 +203,69 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(fails):
     assert "whole step cannot be one CUDA graph (an illegal operation was captured)" in said[0]
     assert (recorder.replays > 0) == (fails == 1)
     assert len(said) == (1 if fails == 1 else 2) and (fails == 1 or "goes on without" in said[1])
+
+
+def test_recordings_that_are_dropped_are_never_joined_by_new_ones_in_their_memory(monkeypatch):
+    """Torch lets no graph into a pool whose graphs are all gone while something still lies in it."""
+    run, of, recorder, said = captured(PLAIN)
+    steps(run, 8)
+    assert of.recorded and not recorder.forgotten
+    monkeypatch.setattr(capture_module, "_changed", lambda before, after: "something")
+    of.recorded.clear()
+    steps(run, 10)
+    assert recorder.forgotten == len(said) == 2  # the whole step, then forward and backward
+
+
+class FakeCuda:
+    """Stands for torch.cuda where the end of a capture that broke off raises, as CUDA's does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools = itertools.count(1)
+        self.captures: list[tuple[object, bool]] = []
+        self.left: list[object] = []
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device_index=0, device=device))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(self.pools)))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+
+    def end(self, device, pool):
+        if pool not in self.left:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.left.remove(pool)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        if pool in self.left:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.left.append(pool)
+        try:
+            yield
+        except ArithmeticError:  # breaks the capture: the end raises, and does not close the pool
+            self.captures.append((pool, False))
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        except BaseException:
+            self.left.remove(pool)
+            raise
+        self.left.remove(pool)
+        self.captures.append((pool, True))
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, ValueError], ids=["breaks the capture", "does not"])
+def test_after_a_capture_that_broke_off_another_succeeds_and_the_first_cause_is_told(error, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    recorder = capture_module.CudaRecorder(CPU)
+
+    def work() -> None:
+        raise error("this reads the device")
+
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        recorder.record(work)
+    assert capture_module._first_cause(raised.value) == "this reads the device"
+    assert not cuda.left and cuda.captures[-1][1]  # nothing is open, and a capture has been done to its end
+    recorder.record(lambda: None)
+    pools = [pool for pool, _ in cuda.captures]
+    assert len(set(pools)) == len(pools)
 
 
 def test_a_cpu_says_that_it_has_no_graphs(monkeypatch):
