@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,15 +97,33 @@ def attempt(name: str, args: argparse.Namespace, seconds: float) -> tuple[str, s
     else:
         command = [sys.executable, str(Path(__file__).resolve()), "--part", name, *_passed_on(args)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 60))
+            code, told = finished(command, max(seconds, 60))
         except subprocess.TimeoutExpired:
             return "interrupted", "the minutes were over"
-        code, told = done.returncode, " ".join(done.stderr.split())[-600:]
+        told = " ".join(told.split())[-600:]
     result = args.out / f"{file_name(name)}.json"
     if code:
         return "failed", told or f"exit code {code}"
     skipped = json.loads(result.read_text(encoding="utf-8"))["measured"].get("skipped")
     return ("skipped", skipped) if skipped else ("done", "")
+
+
+def finished(command: list[str], seconds: float) -> tuple[int, str]:
+    """Runs a command to its end; returns its exit code and its stderr.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer. Whatever it had started is ended with it: a sweep that went on would
+            share the GPU with the next part.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, told = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, told
 
 
 def _passed_on(args: argparse.Namespace) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,20 @@ def state() -> dict:
 
 
 QUICK = ["kernels", "teacher forward", "step captured bf16", "epochs", "accuracy float32 eager 1", "mdistiller"]
+
+
+def test_what_a_part_had_started_ends_with_it():
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.finished(["sh", "-c", "sleep 60 & echo $! > pid; wait"], 1.0)
+    started = int(Path("pid").read_text())
+    for _ in range(50):  # whoever adopts it has to notice
+        state = Path(f"/proc/{started}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("it goes on")
+    assert gpu.finished(["sh", "-c", "echo why >&2; exit 3"], 9.0) == (3, "why\n")
 
 
 def test_the_gpu_parts_run_at_toy_size_and_are_not_run_again(monkeypatch, capsys):

@@ -235,6 +235,16 @@ def test_a_graph_break_in_a_recipe_would_be_noticed():
         run.step()
 
 
+def test_a_long_sweep_over_a_number_compiles_every_run(monkeypatch):
+    """Each value makes a form of the step of its own, each size of batch another; torch's own limit is eight."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(runner_module, "compiled", lambda network, **o: torch.compile(network, backend="eager", **o))
+    text = "student: t_layers\nteacher: t_layers\nterms: {kd: {type: kd, temperature: NUMBER}}\n"
+    text += "optimizer: {type: SGD, lr: 0.1}\nepochs: 2\nbatch_size: 40\ncompile: true\n"
+    runs = [bench(text.replace("NUMBER", str(number))).step(2) for number in range(1, 11)]
+    assert all(run.runner.compiling for run in runs)
+
+
 def test_a_backend_that_fails_is_no_reason_to_stop(monkeypatch):
     torch._dynamo.reset()
 

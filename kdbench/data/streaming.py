@@ -153,7 +153,8 @@ class StreamingSource(ImageSource):
                     f"a process that decodes images of source {self.name!r} ended ({' '.join(str(error).split())}). "
                     f"Where memory ran out, take fewer `workers` (now {self.setting.workers}) or a smaller batch."
                 ) from None
-            assert answered == request, f"source {self.name!r} was started twice at the same time"
+            # an older torch's pinning makes lists of tuples
+            assert tuple(answered) == request, f"source {self.name!r} was started twice at the same time"
             if isinstance(read, DataError):
                 raise read
             yield read

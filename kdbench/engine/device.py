@@ -38,6 +38,8 @@ def choose_device(asked: str) -> torch.device:
         raise ConfigError(
             f"device: {asked} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0)."
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what names no device, as `torch.cuda.manual_seed` does, means the current one
     return device
 
 

@@ -70,6 +70,7 @@ class Runner:
         if self.compiling:
             # Never with graphs of the compiler's own: kdbench.speed.capture records the whole step, not parts of it.
             mode = "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
+            _keep_variants()
             self.losses = compiled(network, fullgraph=True, dynamic=False, mode=mode)
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
         """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""
@@ -341,6 +342,15 @@ def _forgotten(facts: Mapping[str, Any]) -> None:
 
 compiled: Any = torch.compile
 """How a network becomes a compiled step."""
+
+VARIANTS = 64
+"""How many forms of the compiled step a process may keep. Each run of a sweep, each stage and each size of batch has its
+own, where torch would refuse the ninth of all together."""
+
+
+def _keep_variants() -> None:
+    config: Any = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, VARIANTS)  # torch keeps it for each thread
 
 
 def _is_compilers(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from tape import TapeRecorder
 from torch import nn
 
 from kdbench.config.schema import Recipe
-from kdbench.engine.device import refuse_precision
+from kdbench.engine.device import choose_device, refuse_precision
 from kdbench.errors import ConfigError
 from kdbench.speed import capture as capture_module
 from kdbench.speed.capture import WARM_UP, Captured
@@ -285,3 +285,15 @@ def test_a_gpu_too_old_for_bf16_is_refused_in_words(monkeypatch):
         refuse_precision("bf16", torch.device("cuda"))
     refuse_precision("fp16", torch.device("cuda"))
     refuse_precision("bf16", torch.device("cpu"))
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    """`torch.cuda.manual_seed` seeds the current device: dropout on another one would draw anew in every run."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    choose_device("cuda")
+    choose_device("cpu")
+    assert chosen == []
+    assert choose_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
