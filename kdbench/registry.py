@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,12 +111,14 @@ class Registry:
         variable: the name of the variable that holds this registry, as decorators spell it (`TERMS`).
         kind: what messages call such a part (`term`).
         package: the package whose modules declare the shipped parts.
+        given: parameters that the framework fills in wherever a signature has them; a recipe may say otherwise.
     """
 
-    def __init__(self, variable: str, kind: str, package: str) -> None:
+    def __init__(self, variable: str, kind: str, package: str, given: tuple[str, ...] = ()) -> None:
         self.variable = variable
         self.kind = kind
         self.package = package
+        self.given = given
         self.families: list[Family] = []
         self._extra: dict[str, Entry] = {}
 
@@ -198,18 +200,22 @@ class Registry:
             fault = type_fault(parameter.annotation, value)
             if fault:
                 raise ConfigError(f"{where}: {self.kind} {name!r}: {key} must be {fault}, got {value!r}")
-        injected = entry.facts.get("injected", ())
-        missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED]
-        missing = [key for key in missing if key not in params and key not in injected]
-        if missing:
-            raise ConfigError(f"{where}: {self.kind} {name!r} needs {', '.join(missing)}. Write {entry.signature()}")
+        self._refuse_missing(entry, {*params, *entry.facts.get("injected", ()), *self.given}, where)
         return entry
 
     def build(self, name: str, params: Mapping[str, Any], where: Place | str = "", **injected: Any) -> Any:
         """Builds the part. `injected` values are passed only where the signature asks for them."""
         entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, where)
         given = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
+        self._refuse_missing(entry, {*given, *params}, where)
         return entry.load()(**{**given, **params})
+
+    def _refuse_missing(self, entry: Entry, known: Collection[str], where: Place | str) -> None:
+        missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in known]
+        if missing:
+            raise ConfigError(
+                f"{where}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(": ")
+            )
 
     def _merge(self, into: dict[str, Entry], found: list[Entry], taken: Mapping[str, Entry] | None = None) -> None:
         for entry in found:
@@ -386,7 +392,12 @@ def _words(node: ast.expr) -> str:
     return ast.unparse(node)
 
 
-MODELS = Registry("MODELS", "model", "kdbench.models")
+MODELS = Registry(
+    "MODELS",
+    "model",
+    "kdbench.models",
+    given=("num_classes", "in_channels", "image_size", "input_shape", "image_shape"),
+)
 DATASETS = Registry("DATASETS", "dataset", "kdbench.data")
 AUGMENTS = Registry("AUGMENTS", "augmentation", "kdbench.data")
 TERMS = Registry("TERMS", "term", "kdbench.terms")

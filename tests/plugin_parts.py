@@ -40,6 +40,12 @@ class Counted(nn.Module):
         return value
 
 
+@MODELS.register("t_required", version=1)
+def required(num_classes: int, in_channels: int) -> nn.Module:
+    """Has no default for what the dataset tells."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * in_channels, num_classes))
+
+
 @MODELS.register("t_layers", version=1)
 class Layers(nn.Module):
     """Three linear layers that note their calls; `norm` and `dropout` stand after the first."""
@@ -314,6 +320,14 @@ class ReadsItem(Term):
     def forward(self, student: Tensor) -> Tensor:
         read = 0.0 if student.is_meta else student.detach().sum().item()
         return student.square().sum(1) * (1.0 + 0.0 * read)
+
+
+@TERMS.register("t_brings_number", space="sample")
+class BringsNumber(Term):
+    """Makes a tensor from a number of the host."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        return student.square().sum(1) * torch.tensor(2.0, device=student.device)
 
 
 @TERMS.register("t_reads_branch", space="sample")

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Named, Recipe, SourceConfig, StageConfig
@@ -170,11 +171,22 @@ def step_without_reading(of: Bench, steps: int = 2) -> None:
                     state["step"] = torch.tensor(counted)
         update.optimizer.state = defaultdict(dict, {fake(p): s for p, s in update.optimizer.state.items()})
     batches = [[{s: {k: fake(v) for k, v in fields.items()} for s, fields in b.items()} for b in w] for w in windows]
-    with mode:
+    with mode, NothingFromTheHost():
         for window in batches:
             runner.begin_step()
             runner.step(window)
     assert runner.done == done + steps
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Raises where a part makes a tensor out of numbers of the host: on CUDA the host waits until they are there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if not caller.startswith("torch."):  # an optimiser makes its counts once
+                raise RuntimeError(f"{caller} makes a tensor from numbers of the host in a step")
+        return func(*args, **(kwargs or {}))
 
 
 class _Fake:

@@ -135,6 +135,9 @@ def test_a_step_that_reads_is_caught():
         run.step()
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             step_without_reading(run)
+    run = bench("student: t_layers\nterms: {t: t_brings_number}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n").step()
+    with pytest.raises(RuntimeError, match="plugin_parts makes a tensor from numbers of the host"):
+        step_without_reading(run)
 
 
 READS_MADE = {"bkd", "nd", "scar"}

@@ -11,7 +11,6 @@ from kdbench.config.faults import Faults
 from kdbench.config.fields import Context, Fields, named
 from kdbench.config.loops import Unrolled
 from kdbench.config.operands import Addresses
-from kdbench.config.roles import MODEL_INJECTED
 from kdbench.config.schema import MakeConfig, Named, Operand, Part, RoleConfig, SourceConfig, StageConfig
 from kdbench.errors import Place, nearest
 from kdbench.registry import MAKERS, MODELS, SELECTORS
@@ -95,7 +94,7 @@ def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | N
         models = params.get(listed)
         params[listed] = {}
         for name, model in models.items() if isinstance(models, Mapping) else ():
-            read = named(context, MODELS, model, f"{key}.{listed}.{name}", MODEL_INJECTED)
+            read = named(context, MODELS, model, f"{key}.{listed}.{name}", MODELS.given)
             if read is not None:
                 params[listed][name] = {"type": read.type, **read.params}
         if not params[listed]:

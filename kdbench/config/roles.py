@@ -16,7 +16,6 @@ from kdbench.config.source import leaves, read_source
 from kdbench.errors import ConfigError, nearest
 from kdbench.registry import DATASETS, MODELS, TRANSFORMS
 
-MODEL_INJECTED = ("num_classes", "in_channels", "image_size", "input_shape", "image_shape")
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 _FOLLOWERS = ("ema", "snapshot", "same")
 _NO_NAMES = ("others", "logits", "term", "made")
@@ -65,12 +64,14 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
     if isinstance(model_value, Mapping) and isinstance(model_value.get("made"), str):
         made = model_value["made"]
         rest = {k: v for k, v in model_value.items() if k != "made"}
-        model = named(context, MODELS, rest, fields.path("model"), MODEL_INJECTED) if rest else None
+        model = named(context, MODELS, rest, fields.path("model"), MODELS.given) if rest else None
     elif model_value is not None:
-        model = named(context, MODELS, model_value, fields.path("model"), MODEL_INJECTED)
+        model = named(context, MODELS, model_value, fields.path("model"), MODELS.given)
     mode, of = _mode(fields, name)
     if model_value is None and mode not in _FOLLOWERS:
         fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
+        if isinstance(meant := fields.raw("type"), str):
+            fault = f"the network of role {name!r} stands under `model`: write `{name}: {{model: {{type: {meant}}}}}`."
         context.fault(key, fault)
     if model_value is not None and mode == "same":
         fields.fault("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
@@ -180,7 +181,7 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
         own.fault("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
     model = own.raw("model")
     if model is not None:
-        named(context, MODELS, model, own.path("model"), MODEL_INJECTED)
+        named(context, MODELS, model, own.path("model"), MODELS.given)
     rename = own.take("rename", "dict", {})
     if not all(isinstance(new, str) for new in rename.values()):
         own.fault("rename", f"must map text to text, got {rename!r}.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kdbench.errors import ConfigError
+from kdbench.errors import ConfigError, TrainingError
 
 
 def choose_device(asked: str) -> torch.device:
@@ -74,3 +74,24 @@ def precision_settings(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@contextlib.contextmanager
+def memory_in_words(device: torch.device) -> Iterator[None]:
+    """Says in words that memory ran out, on the device or beside it.
+
+    Raises:
+        TrainingError: instead of what torch raises.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = " ".join(str(error).split())
+        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in told for word in words):
+            raise
+        raise TrainingError(
+            f"memory ran out on {describe_device(device)} ({told[:200] or type(error).__name__}). A smaller "
+            "`batch_size` needs less (`accumulate` keeps the effective batch), and so do smaller images and "
+            "`precision: bf16`. What was saved stays: with those keys changed it is another run, else repeat the command."
+        ) from error

@@ -18,7 +18,7 @@ from kdbench.engine.meta import META, ROWS, in_words, meta_field
 from kdbench.engine.readers import feature_of
 from kdbench.engine.roles import input_feature, inputs_of
 from kdbench.engine.trace import ModuleCall, trace
-from kdbench.errors import ConfigError
+from kdbench.errors import ConfigError, DataError
 
 
 def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int) -> Survey:
@@ -150,6 +150,11 @@ class Survey:
         try:
             with self.device:
                 return transform(config, build_model(config, self.stage.roles, self.facts[name], self.seed))
+        except ConfigError:
+            missing = next((spec.problem for spec in self.specs.values() if spec.problem), None)
+            if self.facts[name].classes is None and missing is not None:  # what it lacks, the data would have told
+                raise DataError(missing) from None
+            raise
         except (NotImplementedError, RuntimeError) as error:
             raise _CannotBuild(error) from error
 

@@ -39,7 +39,9 @@ def read_checkpoint(path: str | Path, where: Place | str = "") -> Any:
         raise
     except Exception as error:  # damaged bytes can end in any of them
         reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
-        if isinstance(error, pickle.UnpicklingError) and "eights" in reason:
+        if path.is_file() and path.stat().st_size == 0:
+            reason = "the file is empty"
+        elif isinstance(error, pickle.UnpicklingError) and "eights" in reason:
             reason = "it holds Python objects besides tensors, which kdbench does not load"
         raise CheckpointError(f"{where}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None
 

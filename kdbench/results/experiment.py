@@ -14,7 +14,13 @@ from kdbench.config.schema import Recipe, StageConfig
 from kdbench.data.base import open_dataset
 from kdbench.data.source import Source
 from kdbench.engine import checkpoint
-from kdbench.engine.device import choose_device, describe_device, precision_settings, refuse_precision
+from kdbench.engine.device import (
+    choose_device,
+    describe_device,
+    memory_in_words,
+    precision_settings,
+    refuse_precision,
+)
 from kdbench.engine.distributed import World, join_world, own_gpu
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.prepare import Preparation, handed_on
@@ -109,7 +115,8 @@ class _Run:
                 self.folder.path, main=self.world.is_main, tensorboard=self.recipe.tensorboard, console=self.console
             )
             try:
-                return self._train(tracker, resumed=status == "interrupted")
+                with memory_in_words(self.device):
+                    return self._train(tracker, resumed=status == "interrupted")
             except UserError as error:
                 if self.world.is_main and self.folder.manifest.exists():
                     with contextlib.suppress(TrainingError):  # no space to say so: the first message stands

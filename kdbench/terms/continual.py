@@ -25,11 +25,14 @@ class ICaRL(Term):
     Shapes: student, teacher logits (batch, classes), label (batch,) -> (batch,), nats.
     """
 
+    places: Tensor
+
     def __init__(self, old: list[int]) -> None:
         super().__init__()
         if any(number < 0 for number in old) or len(set(old)) != len(old):
             raise ConfigError(f"icarl: old lists the numbers of the old classes, each once, got {old}")
         self.old = tuple(old)
+        self.register_buffer("places", torch.tensor(self.old, dtype=torch.int64), persistent=False)
 
     def check_shapes(self, **shapes: Size) -> None:
         equal_classes(shapes["student"], shapes["teacher"])
@@ -39,7 +42,7 @@ class ICaRL(Term):
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         old = torch.zeros(student.shape[1], dtype=torch.bool, device=student.device)
-        old = old.scatter(0, torch.tensor(self.old, dtype=torch.int64, device=student.device), True)
+        old = old.scatter(0, self.places, True)
         hard = torch.zeros_like(student).scatter(1, label.clamp(min=0).unsqueeze(1), 1)
         target = torch.where(old, teacher.sigmoid(), hard)
         return torch.where(label < 0, 0, (F.softplus(student) - target * student).sum(1))

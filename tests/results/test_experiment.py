@@ -15,6 +15,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.training import Training
 from kdbench.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from kdbench.files import read_json
+from kdbench.results.experiment import run as run_experiment
 from kdbench.results.folder import RunFolder
 from kdbench.results.jsonlines import read_lines
 
@@ -371,3 +372,39 @@ def test_the_command_line_says_that_a_run_was_interrupted(monkeypatch, capsys):
     interrupt(monkeypatch, 6)
     assert main(["train", "own.yaml"]) == 130
     assert "goes on" in capsys.readouterr().err and step_of() == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_runs_out_is_told_in_words_and_the_run_goes_on_later(error, monkeypatch):
+    def out_of_memory(self):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", out_of_memory)
+        with pytest.raises(TrainingError, match="memory ran out on CPU.*smaller `batch_size`"):
+            train(TINY)
+        assert read_json("run/manifest.json")["status"] == "failed"
+        patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            train(TINY)
+    assert train(TINY).summary["last"]
+
+
+def test_a_model_without_defaults_gets_what_the_dataset_tells():
+    outcome = train(TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required"))
+    assert outcome.summary["last"]
+
+
+def test_missing_data_is_told_although_a_model_lacks_what_it_would_tell():
+    text = TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required")
+    loaded = recipe(text, data="dataset: {type: image_folder, root: nowhere, size: 8}\n")
+    with pytest.raises(DataError, match="no folder .*nowhere"):
+        run_experiment(loaded)
