@@ -47,6 +47,11 @@ class TrainingError(UserError):
     """Training cannot go on (a loss that is not finite, no space left); what was saved stays."""
 
 
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names of files and classes may hold commands to a terminal."""
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+
+
 def nearest(name: str, known: Iterable[str], *, limit: int = 12) -> str:
     """Returns " Did you mean 'x'? Known: ..." for a name that is not among `known`."""
     names = sorted(known)

@@ -214,7 +214,9 @@ class Registry:
         missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in known]
         if missing:
             raise ConfigError(
-                f"{where}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(": ")
+                f"{where}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(
+                    ": "
+                )
             )
 
     def _merge(self, into: dict[str, Entry], found: list[Entry], taken: Mapping[str, Entry] | None = None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from kdbench.cli.main import main
 from kdbench.config.load import load_recipe
 from kdbench.errors import ConfigError
 
@@ -347,3 +349,17 @@ def test_a_result_that_never_moves_is_refused(tmp_path):
         load_recipe(str(file))
     file.write_text(text.replace("export: teacher", "export: student"))
     assert load_recipe(str(file)).stages[0].export == "student"
+
+
+def test_a_name_from_the_disk_cannot_command_the_terminal(capsys):
+    for split in ("train", "test"):
+        Path(f"photos/{split}/\x1b[31mdog" if split == "train" else f"photos/{split}/cat").mkdir(parents=True)
+    Path("r.yaml").write_text(
+        "dataset: {type: image_folder, root: photos, size: 8}\nstudent: resnet20\nterms: {ce: cross_entropy}\n"
+        "optimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"
+    )
+    for path in list(Path("photos").glob("*/*")):
+        Image.new("RGB", (8, 8)).save(path / "a.png")
+    assert main(["train", "r.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told and "\\x1b[31mdog" in told

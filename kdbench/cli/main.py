@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kdbench import __version__
-from kdbench.errors import ConfigError, UserError, nearest
+from kdbench.errors import ConfigError, UserError, nearest, printable
 
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"kdbench: {error}", file=sys.stderr)
+        print(f"kdbench: {printable(str(error))}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("\nkdbench: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)

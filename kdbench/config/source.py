@@ -25,6 +25,8 @@ _INTERPOLATION = re.compile(r"\$\{[^}]*\}?")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[\w-]+)*\}")
 _HYDRA_KEY = re.compile(r"_\w+_")
 _RESOLVER = yaml.SafeLoader("")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_MAX_WHOLE = 2**63 - 1
 _MAX_NODES = 100_000  # a file of nested aliases can stand for more nodes than there is memory
 
 
@@ -63,6 +65,13 @@ def read_source(path: Path) -> Source:
 
 def parse(text: str, file: str) -> Source:
     """Reads YAML text; `file` is its name in messages."""
+    try:
+        return _parsed(text, file)
+    except RecursionError:
+        raise ConfigError(f"{file}: lists and mappings stand within each other more deeply than can be read.") from None
+
+
+def _parsed(text: str, file: str) -> Source:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -168,7 +177,11 @@ class _Reader:
             fault = f"YAML reads it as {truth}; write {truth}, or '{text}' in quotes for text."
         elif kind == "int":
             if _DECIMAL.fullmatch(text):
-                return int(text.replace("_", ""))
+                value = int(text.replace("_", "")[:30])
+                if abs(value) <= _MAX_WHOLE:
+                    return value
+                self.faults.add(place, f"{what} is a whole number of more than 64 bits.")
+                return None
             meant = yaml.safe_load(text)
             fault = f"YAML reads it as {meant}; write the decimal number, or '{text}' in quotes for text."
         elif kind == "float":
@@ -186,6 +199,8 @@ class _Reader:
 
     def text(self, text: str, place: Place) -> str:
         fault = interpolation_fault(text)
+        if _CONTROLS.search(text):
+            fault = f"{text!r} holds control characters, which a terminal would take for commands; take them out."
         if fault:
             self.faults.add(place, fault)
         return text

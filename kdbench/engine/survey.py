@@ -18,7 +18,7 @@ from kdbench.engine.meta import META, ROWS, in_words, meta_field
 from kdbench.engine.readers import feature_of
 from kdbench.engine.roles import input_feature, inputs_of
 from kdbench.engine.trace import ModuleCall, trace
-from kdbench.errors import ConfigError, DataError
+from kdbench.errors import ConfigError, DataError, Place
 
 
 def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int) -> Survey:
@@ -34,7 +34,10 @@ def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], 
                 found.add(name)
         except _CannotBuild as error:
             if device != META:
-                raise error.reason from None
+                told = " ".join(str(error.reason).split())[:300] or type(error.reason).__name__
+                raise ConfigError(
+                    f"{error.place}: the model cannot be built with these parameters ({told})"
+                ) from error.reason
             continue
         return found
     raise AssertionError("unreachable")
@@ -43,9 +46,9 @@ def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], 
 class _CannotBuild(Exception):
     """A model cannot be built on this device."""
 
-    def __init__(self, reason: Exception) -> None:
+    def __init__(self, place: Place, reason: Exception) -> None:
         super().__init__(str(reason))
-        self.reason = reason
+        self.place, self.reason = place, reason
 
 
 class Survey:
@@ -156,7 +159,7 @@ class Survey:
                 raise DataError(missing) from None
             raise
         except (NotImplementedError, RuntimeError) as error:
-            raise _CannotBuild(error) from error
+            raise _CannotBuild(config.model.place if config.model else config.place, error) from error
 
     def _value(self, address: str) -> Tensor:
         if ":" in address:

@@ -70,7 +70,7 @@ def run(recipe: Recipe, *, console: ConsoleView | None = None, attend: Attend | 
     device = choose_device(recipe.device)
     for stage in recipe.stages:
         refuse_precision(stage.precision, device)
-    with join_world(device.type) as world:
+    with memory_in_words(device), join_world(device.type) as world:
         if device.type == "cuda" and world.size > 1:
             device = own_gpu(world)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's draws stay as they were

@@ -126,3 +126,21 @@ def test_a_list_of_terms_in_a_stage_becomes_a_mapping():
     source = lists_to_mappings(parse("stages:\n  one:\n    terms: [{type: kd}]\n", "r.yaml"))
     assert source.data["stages"]["one"]["terms"] == {"kd": {"type": "kd"}}
     assert "stages.one.terms.kd.type" in source.places
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('title: "\\e]0;x\\a"\n', "r.yaml:1 title: '\\x1b]0;x\\x07' holds control characters"),
+        ('a: {"\\e[2J": 1}\n', "holds control characters"),
+        ("seed: 99999999999999999999\n", "r.yaml:1 seed: the value is a whole number of more than 64 bits"),
+        ("seed: " + "9" * 5000 + "\n", "more than 64 bits"),
+        ("a: " + "[" * 2000 + "]" * 2000 + "\n", "more deeply than can be read"),
+    ],
+    ids=["value", "key", "number", "long number", "depth"],
+)
+def test_what_would_fool_a_terminal_or_a_machine_is_refused(text, told):
+    with pytest.raises(ConfigError) as raised:
+        parse(text, "r.yaml")
+    assert told in str(raised.value) and "\x1b" not in str(raised.value)
+    assert parse(f"seed: {2**63 - 1}\ntitle: two\\tlines \u00e9\n", "r.yaml").data["seed"] == 2**63 - 1

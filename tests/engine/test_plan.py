@@ -242,3 +242,11 @@ def test_the_plan_knows_how_many_samples_training_will_have(subset, validation):
     text = BASE.replace("batch_size: 16\n", "batch_size: 4\n" + validation)
     loaded = recipe(text + (f"data: {{train: {{{subset}}}}}\n" if subset else ""))
     assert plan_of(loaded).specs["train"].samples == bench(loaded).sources["train"].num_samples
+
+
+def test_a_parameter_that_no_network_can_have_is_told_with_its_place():
+    with pytest.raises(ConfigError, match=r"own\.yaml:2 student\.model: the model cannot be built .*negative"):
+        plan_of(recipe("student: {model: {type: t_layers, hidden: -4}}\nterms: {ce: cross_entropy}\n" + END))
+
+
+END = "optimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"
