@@ -93,5 +93,5 @@ def memory_in_words(device: torch.device) -> Iterator[None]:
         raise TrainingError(
             f"memory ran out on {describe_device(device)} ({told[:200] or type(error).__name__}). A smaller "
             "`batch_size` needs less (`accumulate` keeps the effective batch), and so do smaller images and "
-            "`precision: bf16`. What was saved stays: with those keys changed it is another run, else repeat the command."
+            "`precision: bf16`. What was saved stays; with those keys changed it is another run."
         ) from error

@@ -344,8 +344,8 @@ compiled: Any = torch.compile
 """How a network becomes a compiled step."""
 
 VARIANTS = 64
-"""How many forms of the compiled step a process may keep. Each run of a sweep, each stage and each size of batch has its
-own, where torch would refuse the ninth of all together."""
+"""How many forms of the compiled step a process may keep. Each run of a sweep, each stage and each size of batch has
+its own, where torch would refuse the ninth of all together."""
 
 
 def _keep_variants() -> None:

@@ -389,7 +389,7 @@ def test_memory_that_runs_out_is_told_in_words_and_the_run_goes_on_later(error, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "run", out_of_memory)
-        with pytest.raises(TrainingError, match="memory ran out on CPU.*smaller `batch_size`"):
+        with pytest.raises(TrainingError, match=r"memory ran out on CPU.*smaller `batch_size`"):
             train(TINY)
         assert read_json("run/manifest.json")["status"] == "failed"
         patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
@@ -406,5 +406,5 @@ def test_a_model_without_defaults_gets_what_the_dataset_tells():
 def test_missing_data_is_told_although_a_model_lacks_what_it_would_tell():
     text = TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required")
     loaded = recipe(text, data="dataset: {type: image_folder, root: nowhere, size: 8}\n")
-    with pytest.raises(DataError, match="no folder .*nowhere"):
+    with pytest.raises(DataError, match=r"no folder .*nowhere"):
         run_experiment(loaded)
