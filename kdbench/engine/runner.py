@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class Runner:
         if self.compiling:
             # Never with graphs of the compiler's own: kdbench.speed.capture records the whole step, not parts of it.
             mode = "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
-            _keep_variants()
+            _prepare_compiler()
             self.losses = compiled(network, fullgraph=True, dynamic=False, mode=mode)
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
         """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""
@@ -348,7 +349,8 @@ VARIANTS = 64
 its own, where torch would refuse the ninth of all together."""
 
 
-def _keep_variants() -> None:
+def _prepare_compiler() -> None:
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # `precision` says what is wanted
     config: Any = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, VARIANTS)  # torch keeps it for each thread
 

@@ -78,7 +78,7 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     windows = _endless(found.arrangement.windows)
-    for _ in range(WARM_UP):
+    for _ in range(_warm_up(runner, steps)):
         engine.take_step(runner, windows)
     elsewhere = {name: mode for name, mode in found.arrangement.modes.items() if mode != "inline"}
     stands = _as_it_stands(runner) and not elsewhere
@@ -140,6 +140,17 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
         "notes": notes,
     }
     return result, chrome
+
+
+def _warm_up(runner: Runner, steps: int) -> int:
+    """How many steps come before the first that is timed.
+
+    A captured step is recorded anew for the first that is logged, which takes as long as hundreds of replays: it comes
+    before, unless no timed step is logged.
+    """
+    logged = runner.stage.log_every
+    timed = runner.recipe.captures(runner.device.type) and logged <= WARM_UP + steps + TRACED
+    return max(WARM_UP, logged) if timed else WARM_UP
 
 
 def _endless(windows: Windows) -> Iterator[list[Batch]]:

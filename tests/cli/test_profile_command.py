@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kdbench.cli.main import main
 from kdbench.engine import runner as runner_module
 from kdbench.files import read_json
 from kdbench.results.opened import opened
+from kdbench.results.profile import _warm_up
 from kdbench.speed import peaks
 from kdbench.speed import profile as engine
 
@@ -184,3 +186,16 @@ def test_a_folder_that_cannot_be_written_to_is_told(capsys):
     Path("taken").write_text("a file")
     assert main(["profile", "digits/kd", "--out", "taken", "device=cpu"]) == 2
     assert "taken cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("captures", "log_every", "expected"), [(True, 50, 50), (True, 2, 6), (True, 900, 6), (False, 50, 6)]
+)
+def test_a_recording_for_the_log_is_made_before_anything_is_timed(captures, log_every, expected):
+    """Recording takes as long as hundreds of replays: within the timed steps it would be most of their mean."""
+    runner = SimpleNamespace(
+        stage=SimpleNamespace(log_every=log_every),
+        recipe=SimpleNamespace(captures=lambda device_type: captures),
+        device=torch.device("cpu"),
+    )
+    assert _warm_up(runner, 300) == expected
