@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -135,6 +136,8 @@ class _Run:
         return Outcome(self.folder, read_json(self.folder.summary), repeated=True, is_main=self.world.is_main)
 
     def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
+        if self.device.type == "cuda":  # an earlier run of this process (a teacher) refers to itself, with its memory
+            gc.collect()
         tree, notice = self._saved() if resumed else (None, "")
         if tree is not None:
             tracker.load_state_dict(tree["tracker"])

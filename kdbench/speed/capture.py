@@ -48,6 +48,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask them for their stream for good
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -71,9 +72,13 @@ class CudaRecorder:
 
     def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a gang's other members, and the thread that loads data, may go on with their own streams
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            # thread_local: a gang's other members, and the thread that loads data, may go on with their own streams
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                work()
+        except Exception:
+            self.broken.append(graph)
+            raise
         return graph
 
     def _clean_up(self) -> None:
