@@ -124,16 +124,26 @@ class Cache:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time through; where the folder cannot be written or the system has no locks, all."""
+def locked(path: Path, *, needed: bool = False) -> Iterator[None]:
+    """Lets one process at a time through; where the folder cannot be written or the file system has no locks, all.
+
+    Args:
+        needed: a file system without locks is an OSError instead.
+    """
     try:
         import fcntl
 
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("a")
     except (ImportError, OSError):
+        if needed:
+            raise
         yield
         return
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            if needed:
+                raise
         yield

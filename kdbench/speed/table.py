@@ -109,7 +109,7 @@ class Table:
         self._since = time.monotonic()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with locked(self._lock):
+            with locked(self._lock, needed=True):
                 self._create(content)
             self._rows_map = _mapped(self.path / "rows.bin", self.bytes)
             self._filled_map = _mapped(self.path / "filled.bin", rows)
@@ -170,7 +170,7 @@ class Table:
         if not pending:
             return
         places, rows = torch.cat([p for p, _ in pending]), torch.cat([r for _, r in pending])
-        with locked(self._lock):
+        with locked(self._lock, needed=True):
             new = self.missing(places)
             places = places[new]
             self.rows[places] = rows[new]

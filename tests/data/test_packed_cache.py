@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 
 import pytest
 import torch
 
 from kdbench.data.base import content_checksum
-from kdbench.data.cache import Cache
+from kdbench.data.cache import Cache, locked
 
 CLASSES = ["cat", "dog"]
 
@@ -132,3 +134,16 @@ def test_a_decoder_that_fails_leaves_no_cache(tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         load(tmp_path, fail)
     assert not list(tmp_path.glob("*.packed*"))
+
+
+def test_a_file_system_without_locks_still_has_a_cache_but_no_table(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    decode = Decoder()
+    for _ in range(2):
+        assert torch.equal(load(tmp_path, decode).images, decode.images)
+    assert decode.calls == 1
+    with pytest.raises(OSError, match="not implemented"), locked(tmp_path / "lock", needed=True):
+        pytest.fail("it went on")
