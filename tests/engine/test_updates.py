@@ -306,3 +306,22 @@ def test_peers_that_move_together_are_unscaled_by_the_scale_that_their_losses_ha
     for name in ("a", "b"):
         for one, other in zip(growing.weights(name).values(), constant.weights(name).values(), strict=True):
             assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_limit_on_the_gradients_holds_for_them_as_they_are_without_the_scale():
+    """fp16: a gradient that was still scaled would be cut down however small it is."""
+
+    def limited(scale: float, clip: float) -> Bench:
+        text = (
+            "student: t_layers\nterms: {ce: cross_entropy}\noptimizer: {type: SGD, lr: 0.2}\n"
+            f"precision: fp16\nclip: {clip}\nepochs: 2\nbatch_size: 16\n"
+        )
+        run = bench(text)
+        run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return run.step(4)
+
+    weak, strong = limited(2.0, 0.1), limited(1024.0, 0.1)
+    for one, other in zip(weak.weights().values(), strong.weights().values(), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-4)
+    free = limited(2.0, 1e6)  # control: the limit is felt
+    assert not torch.allclose(free.model().fc.weight, weak.model().fc.weight, rtol=1e-2)
