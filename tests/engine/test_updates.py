@@ -325,3 +325,22 @@ def test_a_limit_on_the_gradients_holds_for_them_as_they_are_without_the_scale()
         assert_close(one, other, rtol=1e-3, atol=1e-4)
     free = limited(2.0, 1e6)  # control: the limit is felt
     assert not torch.allclose(free.model().fc.weight, weak.model().fc.weight, rtol=1e-2)
+
+
+def test_every_step_of_a_stage_draws_for_itself():
+    """The same numbers in every log interval, say, would resume to the same bits and still be no dropout."""
+    run = bench("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF)
+    seeds = []
+    for window in itertools.islice(run.windows(), 9):
+        run.runner.begin_step()
+        seeds.append(torch.initial_seed())
+        run.runner.step(window)
+        if run.runner.logs_at(run.runner.done):
+            run.runner.read()
+    assert len(set(seeds)) == 9
+    other = bench("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF, "seed=7")
+    other.runner.begin_step()
+    assert torch.initial_seed() not in seeds
+
+
+BRIEF = "optimizer: {type: SGD, lr: 0.1}\nepochs: 3\nbatch_size: 24\nlog_every: 2\n"

@@ -40,4 +40,6 @@ def test_a_recorded_stack_gives_the_bits_of_each_run_alone(monkeypatch):
     for run, single in zip(runs, singles, strict=True):
         single.step(12)
         assert same(run.weights(), single.weights())
+        own, alone = run.runner.read()[1], single.runner.read()[1]
+        assert own["terms"] == alone["terms"] and own["grad_norm"] == alone["grad_norm"]  # its losses, not another's
     assert not same(runs[0].weights(), runs[1].weights())
