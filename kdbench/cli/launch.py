@@ -19,7 +19,7 @@ from kdbench.config.load import load_job, validated
 from kdbench.config.overrides import combinations, for_hydra, parsed_value, prepare
 from kdbench.config.paths import find_recipe
 from kdbench.config.prepared import CONFIG_NAME, Prepared, read_layers
-from kdbench.errors import ConfigError, UserError
+from kdbench.errors import ConfigError, UserError, printable
 from kdbench.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class Job:
     def fail(self, error: Exception) -> None:
         mistake = isinstance(error, UserError)
         if mistake:
-            print(f"kdbench: job {self.number}: {error}", file=sys.stderr, flush=True)
+            print(f"kdbench: job {self.number}: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
         self.failed = JobFailed(2 if mistake else 1)

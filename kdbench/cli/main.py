@@ -159,7 +159,7 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
             mistakes += run(loaded, brief=True) != DONE
         except UserError as error:
             mistakes += 1
-            print(f"kdbench: {name}: {error}", file=sys.stderr)
+            print(f"kdbench: {name}: {printable(str(error))}", file=sys.stderr)
     print(f"{len(names) - mistakes} of {len(names)} recipes are right.")
     return MISTAKE if mistakes else DONE
 

@@ -105,6 +105,12 @@ def test_brackets_are_text_not_markup():
     assert file.getvalue() == "terms [kd] and [/red]\n"
 
 
+def test_a_file_name_in_a_notice_cannot_command_the_terminal():
+    view, file = piped()
+    view.notice("photos/\x1b]0;x\x07dog.jpg is a JPEG in CMYK")
+    assert file.getvalue() == "photos/\\x1b]0;x\\x07dog.jpg is a JPEG in CMYK\n"
+
+
 def test_a_terminal_shows_stage_epoch_loss_accuracy_speed_and_time_left(monkeypatch):
     view, file = on_terminal()
     now = 100.0
