@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_parts import CAN_PART, needs_parts
 from support import (  # noqa: F401
     TESTS,
     bench,
@@ -76,6 +77,12 @@ CASES = {
     "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }
+CASES = {name: case for name, case in CASES.items() if CAN_PART or not name.startswith("parted")}
+
+
+def cases(*names: str) -> list:
+    """Names of cases as parameters; those in parts are skipped, with the reason, where torch cannot part."""
+    return [pytest.param(name, marks=needs_parts) if name.startswith("parted") else name for name in names]
 
 
 def text_of(case: str, batch: int, out: str) -> str:
@@ -117,7 +124,7 @@ def tree(folder: Path) -> dict:
 SAME = ["group", "coupled", "synced", "accumulated", "remembering", "queued", "routed", "parted", "parted_synced"]
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", cases(*SAME))
 def test_two_processes_follow_the_doubled_batch(runs, case):
     one, two = tree(runs / case / "one"), tree(runs / case / "two")
     assert one["step"] == two["step"] >= 8
@@ -151,7 +158,7 @@ def test_without_synchronisation_batchnorm_is_per_rank_and_the_manifest_says_so(
     assert read_json(runs / "apart" / "two" / "manifest.json")["training"]["main"]["effective_batch"] == {"train": 16}
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", cases(*SAME))
 def test_the_logs_tell_the_same_losses_and_scores(runs, case):
     one, two = (read_lines(runs / case / which / "metrics.jsonl") for which in ("one", "two"))
     assert [line["event"] for line in one] == [line["event"] for line in two]
@@ -188,7 +195,7 @@ def moved(runs, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["apart", "parted"])
+@pytest.mark.parametrize("case", cases("apart", "parted"))
 def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved, case):
     """BatchNorm apart on each rank, an average and a teacher that follow; networks in parts: a resume has it all."""
     Path("alive").unlink(missing_ok=True)
@@ -206,7 +213,7 @@ def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved, case)
     assert differences(result_of(out), result_of(f"undisturbed_{case}")) == []
 
 
-@pytest.mark.parametrize("case", ["parted", "parted_synced"])
+@pytest.mark.parametrize("case", cases("parted", "parted_synced"))
 def test_what_was_trained_in_parts_is_evaluated_by_one_process(moved, case):
     lines = [line for line in read_lines(Path(case) / "two" / "metrics.jsonl") if line["event"] == "evaluation"]
     student = (line for line in reversed(lines) if (line["role"], line["split"]) == ("student", "test"))
@@ -217,7 +224,7 @@ def test_what_was_trained_in_parts_is_evaluated_by_one_process(moved, case):
         assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ["parted", "parted_synced"])
+@pytest.mark.parametrize("case", cases("parted", "parted_synced"))
 def test_a_state_of_parts_is_loaded_whole_by_one_process(moved, case):
     """Another number of processes is another run; but its weights and moments are the same tree."""
     state = tree(Path(case) / "two")

@@ -12,6 +12,7 @@ from support import environment, torchrun
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))
+from in_parts import needs_parts
 from plugin_parts import Blocks
 from two_ranks import images, network, rows
 
@@ -72,6 +73,7 @@ def whole_gradients() -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@needs_parts
 def test_gradients_of_a_network_in_parts_are_those_of_one_process(found):
     """Of a loss on the output of a block in the middle; what stands behind it has none, or zeros."""
     expected = whole_gradients()
@@ -85,6 +87,7 @@ def test_gradients_of_a_network_in_parts_are_those_of_one_process(found):
     assert sum(shares) == parameters and max(shares) < 0.6 * parameters
 
 
+@needs_parts
 def test_a_mean_over_the_parts_is_another_gradient(found):
     """The negative control: what FSDP does by itself."""
     for rank in found:
@@ -92,6 +95,7 @@ def test_a_mean_over_the_parts_is_another_gradient(found):
             assert_close(rank["mean"]["gradients"][name], value / 2, rtol=1e-12, atol=1e-12)
 
 
+@needs_parts
 def test_the_norm_spans_the_parts_and_what_lies_whole_beside_them(found):
     values = [value.flatten() for value in whole_gradients().values()]
     flat = torch.cat([*values, torch.full((3,), 2.0, dtype=torch.float64)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from in_parts import needs_parts
 from support import bench, parts, plan_of, recipe  # noqa: F401
 from torch import nn
 
@@ -31,6 +32,7 @@ def test_without_the_key_nothing_lies_in_parts():
     assert plan_of(recipe(PLAIN)).sharded == ()
 
 
+@needs_parts
 def test_true_takes_every_role_that_can_be_parted():
     assert plan_of(recipe(PLAIN + "shard: true\n")).sharded == ("teacher", "student")
     followed = PLAIN + "models: {shadow: {ema: student}}\nshard: true\n"
@@ -51,6 +53,7 @@ REFUSED = {
 }
 
 
+@needs_parts
 @pytest.mark.parametrize("extra", REFUSED)
 def test_what_cannot_be_parted_is_refused_with_its_place(extra):
     with pytest.raises(ConfigError, match=REFUSED[extra]) as error:
@@ -58,6 +61,7 @@ def test_what_cannot_be_parted_is_refused_with_its_place(extra):
     assert str(error.value).startswith("own.yaml:") and " shard:" in str(error.value)
 
 
+@needs_parts
 def test_a_feature_inside_a_block_is_refused_where_a_backward_begins_there():
     """The teacher's is read inside a block too, without harm: nothing goes back through it."""
     inside = TEXT.replace("FEATURE", "blocks.0.conv")
@@ -81,6 +85,7 @@ def test_parts_are_no_part_of_a_runs_identity():
     assert identity(recipe(PLAIN)) == identity(recipe(PLAIN + "shard: true\n"))
 
 
+@needs_parts
 def test_one_process_steps_as_if_nothing_were_said():
     plain, parted = bench(PLAIN).step(2), bench(PLAIN + "shard: true\n").step(2)
     assert all(torch.equal(parted.weights()[name], value) for name, value in plain.weights().items())

@@ -1,0 +1,10 @@
+"""Whether the torch at hand can hold roles in parts (`shard`): it has to sum their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+CAN_PART = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+needs_parts = pytest.mark.skipif(not CAN_PART, reason=f"torch {torch.__version__} cannot sum the gradients of parts")
