@@ -1,4 +1,7 @@
-"""How much each sample of a term counts. All weights are detached: no network can lower its loss through them."""
+"""How much each sample of a term counts.
+
+All weights but those of `learnt` are detached: no network can lower its loss through them.
+"""
 
 from __future__ import annotations
 
@@ -170,3 +173,22 @@ class Outside(Weigher):
         for number in self.classes:
             inside = inside | (first == number)
         return 1 - inside.to(at_least_float32(judge.detach()).dtype)
+
+
+@WEIGHERS.register("learnt", version=1, operands=("by",))
+class Learnt(Weigher):
+    """A sample counts by what a network says of it, and the network learns by what its weights lead to.
+
+    weight = the output, or with `complement` 1 minus it: what the one term gains, the other loses. Nothing is detached
+    here. A network that its own weights' loss trained would weigh everything 0: let an update with `after` move it.
+
+    Shapes: by (batch,) or (batch, 1) -> (batch,). The network sees to it that weights are at least 0.
+    """
+
+    def __init__(self, complement: bool = False) -> None:
+        super().__init__()
+        self.complement = complement
+
+    def forward(self, by: Tensor) -> Tensor:
+        weight = by.squeeze(1) if by.dim() == 2 else by
+        return 1 - weight if self.complement else weight

@@ -1,4 +1,4 @@
-"""Weighers: each weight is what the formula says, detached, and of its own row only."""
+"""Weighers: each weight is what the formula says, detached (but for `learnt`), and of its own row only."""
 
 import pytest
 import torch
@@ -26,7 +26,9 @@ def operands(name, dtype=torch.float64, seed=0):
 
 
 def test_every_weigher_is_tested():
-    assert {*ALL, "outside"} == {name for name, entry in WEIGHERS.entries.items() if entry.module.startswith("kdbench")}
+    assert {*ALL, "outside", "learnt"} == {
+        name for name, entry in WEIGHERS.entries.items() if entry.module.startswith("kdbench")
+    }
 
 
 def entropy(logits):
@@ -108,3 +110,14 @@ def test_parameters_that_make_no_sense_are_refused():
         weigher("threshold", least=1.5)
     with pytest.raises(ConfigError, match="power must be above 0"):
         weigher("focal", power=0.0)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_a_learnt_weight_is_what_the_network_says_and_lets_its_gradient_through(shape):
+    by = torch.rand(shape, dtype=torch.float64).requires_grad_()
+    weight, rest = weigher("learnt")(by), weigher("learnt", complement=True)(by)
+    assert weight.shape == (6,)
+    assert_close(weight + rest, torch.ones(6, dtype=torch.float64))
+    assert_close(weight, by.reshape(6))
+    (2 * weight + rest).sum().backward()
+    assert_close(by.grad, torch.ones(shape, dtype=torch.float64))  # negative control: detached, it would be None
