@@ -249,6 +249,28 @@ class BadGradient(Term):
         return (zero.square() + torch.where(self.seen >= self.at, 0.0, 1.0)).sqrt()
 
 
+class _Once(torch.autograd.Function):
+    """The square, whose gradient cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(value)
+        return value**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@TERMS.register("t_once", space="sample")
+class OnceDifferentiable(Term):
+    """Has a gradient, but no second one."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        return _Once.apply(student).sum(1)  # type: ignore[no-any-return,attr-defined]
+
+
 @TERMS.register("t_scaled", space="sample")
 class Scaled(Term):
     """Squared logits times a parameter that a schedule may move."""

@@ -161,6 +161,9 @@ def step_without_reading(of: Bench, steps: int = 2) -> None:
     for update in runner.updates:
         update.parameters = [fake(parameter) for parameter in update.parameters]  # type: ignore[misc]
         update.positions = fake(update.positions)
+        if update.virtual is not None:
+            update.virtual.parameters = [fake(parameter) for parameter in update.virtual.parameters]  # type: ignore[misc]
+            fake.attributes(vars(update.virtual))
         for group in update.optimizer.param_groups:
             group["params"] = [fake(parameter) for parameter in group["params"]]
         for state in list(update.optimizer.state.values()):

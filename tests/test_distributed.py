@@ -60,6 +60,17 @@ ROUTED = (
     "balance: {type: load_balance, student: 'term:kd.gate', weight: 3}, "
     "rkd: {type: rkd, student: 'student:logits', teacher: 'teacher:logits', weight: 0.02, weigh: disagreement}}"
 )
+GATED = (
+    "{kd: {type: kd, weigh: {type: learnt, by: gate}}, ce: {type: cross_entropy, weigh: {type: learnt, by: gate, "
+    "complement: true}}, rkd: {type: rkd, student: pool, teacher: pool, weight: 0.02}, "
+    "held: {type: cross_entropy, student: judge}}"
+)
+AHEAD = (
+    "models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}\n"
+    "data: {held: {subset: {type: random, amount: 24}}}\nprecision: float64\n"
+    "updates: [[{models: [gate], terms: [held], after: {models: [student], terms: [kd, ce, rkd]}}, "
+    "{models: [student], terms: [kd, ce, rkd]}]]\n"
+)
 PARTED = (
     "{ce: cross_entropy, kd: {type: kd, temperature: 2}, "
     "hint: {type: hint, student: {path: blocks.1, adapter: conv1x1}, teacher: blocks.1}}"
@@ -73,6 +84,8 @@ CASES = {
     "remembering": ("group", REMEMBERING, "precision: float64\n"),
     "queued": ("group", QUEUED, "precision: float64\n"),
     "routed": ("group", ROUTED, "models: {second: {model: t_conv, frozen: true}}\nprecision: float64\n"),
+    "ahead": ("group", GATED, AHEAD),
+    "ahead_synced": ("batch", GATED, AHEAD + "sync_batchnorm: true\n"),
     "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\nfrozen_forward: table\n"),
     "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
@@ -121,7 +134,19 @@ def tree(folder: Path) -> dict:
     return torch.load(folder / "checkpoints/last.pt", weights_only=True)
 
 
-SAME = ["group", "coupled", "synced", "accumulated", "remembering", "queued", "routed", "parted", "parted_synced"]
+SAME = [
+    "group",
+    "coupled",
+    "synced",
+    "accumulated",
+    "remembering",
+    "queued",
+    "routed",
+    "parted",
+    "parted_synced",
+    "ahead",
+    "ahead_synced",
+]
 
 
 @pytest.mark.parametrize("case", cases(*SAME))

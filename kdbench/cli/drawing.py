@@ -186,6 +186,8 @@ def _moves(updates: Sequence[UpdatePlan]) -> Iterator[str]:
         how = f", {update.repeat} times" if update.repeat > 1 else ""
         if update.select is not None and update.keep is not None:
             how += f", on {update.keep:g} of the rows, chosen by {update.select.type}"
+        if update.after is not None:
+            how += f", after a virtual step of {', '.join(update.after.models)} by {', '.join(update.after.terms)}"
         label = f"{number}." if not together else "&".rjust(len(f"{number}."))
         yield f"{label + ' ' if len(updates) > 1 else ''}{moved(plan)} by {', '.join(update.terms)}{how}"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdbench.cli.drawing import moved, origin, running, stands_still
-from kdbench.config.schema import Named, Operand, Part, SourceConfig, StageConfig, TermConfig
+from kdbench.config.schema import Named, Operand, Part, SourceConfig, StageConfig, TermConfig, VirtualConfig
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def in_words(plan: StagePlan) -> list[str]:
             rows = f"{keep:g} of the rows" if keep < 1 else f"{keep:g} rows"
             times += f", on {rows} of each batch, chosen by {part_words(select)}"
             times += _reading_words("which reads", select.operands)
+        if update.config.after is not None:
+            times += _virtual_words(update.config.after)
         optimizer = _optimizer_words(update.config.optimizer or stage.optimizer)
         lines.append(
             f"{label} moves {moved(update)}{extra} by {', '.join(update.config.terms)} with {optimizer}{times}."
@@ -157,6 +159,13 @@ def _reading_words(word: str, operands: Mapping[str, Operand]) -> str:
     """`, with reward term:kd.loss`, and `, which reads student:logits` where the operand has no other name."""
     told = [f"{'' if name == 'read' else f'{name} '}{operand_words(operand)}" for name, operand in operands.items()]
     return f", {word} {listed(told)}" if told else ""
+
+
+def _virtual_words(after: VirtualConfig) -> str:
+    """`, as they stand after a virtual step of student by soft and hard at its own rate, and through that step`."""
+    rate = "its own rate" if after.lr is None else f"rate {value_words(after.lr)}"
+    step = f"a virtual step of {listed(list(after.models))} by {listed(list(after.terms))} at {rate}"
+    return f", at the weights to which {step} would lead, with the gradient through that step"
 
 
 def _course_words(plan: StagePlan) -> list[str]:

@@ -315,7 +315,19 @@ def _input(
 
 
 def source_fields(source: SourceConfig) -> set[str]:
-    """The fields that a model can see: the views, or what a dataset without images declares (`fields`)."""
+    """The fields that a model can see: views and labels, or what a dataset without images declares (`fields`)."""
     entry = DATASETS.entries.get(source.dataset.type)
     declared = entry.facts.get("fields") if entry is not None else None
-    return {*declared, "index"} if declared else {*source.views, "index"}
+    return {*declared, "index"} if declared else {*source.views, "label", "index"}
+
+
+def behind(name: str, roles: Mapping[str, RoleConfig]) -> set[str]:
+    """A role and all those whose outputs it sees, directly or not."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        one = waiting.pop()
+        if one in roles and one not in found:
+            found.add(one)
+            waiting += [i.split(":", 1)[0] for i in (roles[one].input, *roles[one].also) if ":" in i]
+    return found

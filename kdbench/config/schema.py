@@ -237,12 +237,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VirtualConfig:
+    """A step that is never taken: these models (and their terms' own parameters) by one plain gradient step.
+
+    lr: its learning rate, a number or a schedule; None: for each parameter the rate of the update that moves it.
+    """
+
+    models: tuple[str, ...]
+    terms: tuple[str, ...]
+    lr: float | Named | None = None
+    place: Place = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
     """One move within a step: these models by these terms, `repeat` times with a fresh forward each.
 
     together: updates with the same number see the same weights: all their gradients are taken before any of them moves.
     select: a part of SELECTORS that chooses the rows of the batch by which this update moves; keep: a share in (0, 1)
         or the number of rows that it keeps.
+    after: its terms are taken at the weights to which this virtual step leads, and its gradient goes through the step.
     """
 
     models: tuple[str, ...]
@@ -252,6 +266,7 @@ class UpdateConfig:
     together: int | None = None
     select: Part | None = None
     keep: float | int | None = None
+    after: VirtualConfig | None = None
     place: Place = field(default=NOWHERE, compare=False)
 
 

@@ -18,7 +18,7 @@ from kdbench.config.fields import (
 from kdbench.config.loops import ONLY_STAGE, Unrolled
 from kdbench.config.makes import read_makes
 from kdbench.config.optimizers import read_optimizer, read_scheduler
-from kdbench.config.roles import bind_inputs, read_roles
+from kdbench.config.roles import behind, bind_inputs, read_roles
 from kdbench.config.schema import Named, OptimizerConfig, RoleConfig, StageConfig
 from kdbench.config.sources import read_sources
 from kdbench.config.terms import read_terms, read_updates
@@ -76,6 +76,7 @@ def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str
     )
     top.done()
     _check_training(context, stage, optimizer is not None)
+    _check_measured(context, stage)
     return stage
 
 
@@ -149,6 +150,16 @@ def _checkpoints(context: Context, top: Fields) -> Mapping[str, float]:
     return {key: number for key, number in (("steps", steps), ("minutes", minutes)) if number is not None}
 
 
+def _check_measured(context: Context, stage: StageConfig) -> None:
+    """What is evaluated must find its class without being told it."""
+    for name in (stage.export, *stage.evaluate):
+        for role in sorted(behind(name, stage.roles)):
+            config = stage.roles[role]
+            if any(":" not in address and address.endswith(".label") for address in (config.input, *config.also)):
+                said = f"role {role!r} sees the labels, so {name!r}, which is evaluated, must not see it."
+                context.fault(f"{config.place.key}.input", said)
+
+
 def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -> None:
     """What a stage that trains cannot do without."""
     if not stage.epochs and not stage.steps:
@@ -161,5 +172,9 @@ def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -
         context.fault("terms" if "terms" in context.places else "", f"no term is left to train by{where}.")
     if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
         context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
+    for update in stage.updates if stage.precision == "fp16" else ():
+        if update.after is not None:
+            said = "scales losses so that gradients fit, which a gradient through a step would undo; take bf16"
+            context.fault("precision", f"fp16 {said} beside `after` ({update.after.place}).")
     if stage.validation is not None and stage.data and "train" not in stage.data:
         context.fault("validation", "is held out from the source `train`, which this recipe does not have.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kdbench.config.fields import AT_LEAST_ONE, SHARE_OR_COUNT, Context, Fields, parameters, schedule
+from kdbench.config.fields import AT_LEAST_ONE, POSITIVE, SHARE_OR_COUNT, Context, Fields, parameters, schedule
 from kdbench.config.operands import Addresses, OperandReader
 from kdbench.config.optimizers import read_optimizer
-from kdbench.config.schema import Named, Part, RoleConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import Named, Part, RoleConfig, TermConfig, UpdateConfig, VirtualConfig
 from kdbench.errors import nearest
 from kdbench.registry import ROUTERS, SELECTORS, TERMS, WEIGHERS, Entry, type_fault
 
@@ -163,16 +163,45 @@ def _update(
     together: int | None,
 ) -> UpdateConfig:
     fields = Fields(context, item, key, "an update")
+    models, names = _moves(fields, roles, terms, "an update")
+    optimizer = None
+    if fields.raw("optimizer") is not None:
+        optimizer = read_optimizer(context, fields.data["optimizer"], fields.path("optimizer"))
+    repeat = fields.take("repeat", "int", 1, AT_LEAST_ONE)
+    if together is not None and repeat > 1:
+        fields.fault(
+            "repeat", "updates that move together cannot be repeated apart; repeat belongs to a single update."
+        )
+    select, keep = _selection(context, fields, roles, sources)
+    after = _virtual(context, fields, roles, terms)
+    fields.done()
+    return UpdateConfig(
+        models=models,
+        terms=names,
+        repeat=repeat,
+        optimizer=optimizer,
+        together=together,
+        select=select,
+        keep=keep,
+        after=after,
+        place=fields.place(),
+    )
+
+
+def _moves(
+    fields: Fields, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig], what: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Reads `models` and `terms`: who moves by what."""
     models, names = fields.texts("models"), fields.texts("terms")
     if not names:
-        fields.fault("", "an update needs `terms`, a list of names.")
+        fields.fault("", f"{what} needs `terms`, a list of names.")
     if not models:
-        fields.fault("", "an update needs `models`, a list of names.")
+        fields.fault("", f"{what} needs `models`, a list of names.")
     for name in models:
         if name not in roles:
             fields.fault("models", f"no role {name!r}.{nearest(name, roles)}")
         elif roles[name].mode != "trainable":
-            fields.fault("models", f"role {name!r} is {roles[name].mode}; an update moves trainable roles only.")
+            fields.fault("models", f"role {name!r} is {roles[name].mode}; {what} moves trainable roles only.")
     for side, listed in (("models", models), ("terms", names)):
         for name in sorted({name for name in listed if listed.count(name) > 1}):
             fields.fault(side, f"{name!r} is listed twice.")
@@ -184,26 +213,26 @@ def _update(
             if operand.kind == "term" and operand.role not in names[: names.index(name)]:
                 said = f"term {name!r} reads {operand}, which this update does not compute before it"
                 fields.fault("terms", f"{said}; list {operand.role!r} first.")
-    optimizer = None
-    if fields.raw("optimizer") is not None:
-        optimizer = read_optimizer(context, fields.data["optimizer"], fields.path("optimizer"))
-    repeat = fields.take("repeat", "int", 1, AT_LEAST_ONE)
-    if together is not None and repeat > 1:
-        fields.fault(
-            "repeat", "updates that move together cannot be repeated apart; repeat belongs to a single update."
-        )
-    select, keep = _selection(context, fields, roles, sources)
-    fields.done()
-    return UpdateConfig(
-        models=models,
-        terms=names,
-        repeat=repeat,
-        optimizer=optimizer,
-        together=together,
-        select=select,
-        keep=keep,
-        place=fields.place(),
-    )
+    return models, names
+
+
+def _virtual(
+    context: Context, fields: Fields, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+) -> VirtualConfig | None:
+    value = fields.raw("after")
+    if value is None:
+        return None
+    own = Fields(context, value, fields.path("after"), "after")
+    models, names = _moves(own, roles, terms, "a virtual step")
+    lr: float | Named | None = None
+    if isinstance(own.raw("lr"), Mapping):
+        lr = schedule(context, own.data["lr"], own.path("lr"))
+    else:
+        lr = own.take("lr", "float", None, POSITIVE)
+    own.done()
+    if fields.data.get("select") is not None:
+        fields.fault("select", "cannot stand beside `after`: both steps are of the whole batch.")
+    return VirtualConfig(models=models, terms=names, lr=lr, place=own.place())
 
 
 def _selection(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kdbench.config.schema import Edge, Part, Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import Edge, Part, Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig, VirtualConfig
 from kdbench.errors import ConfigError
 
 
@@ -69,11 +69,25 @@ def _stage(
             if select != update.select:
                 dropped.append(f"{where}how the update of {', '.join(models)} chooses its rows")
             keep = update.keep if select is not None else None
-            updates.append(replace(update, models=models, terms=names, select=select, keep=keep))
+            after = _virtual(update.after, roles, terms)
+            if after is None and update.after is not None:
+                dropped.append(f"{where}the virtual step before the update of {', '.join(models)}")
+            updates.append(replace(update, models=models, terms=names, select=select, keep=keep, after=after))
     metrics = tuple(metric for metric in stage.metrics if metric.type != "agreement")
     kept = replace(stage, roles=roles, terms=terms, updates=tuple(updates), metrics=metrics)
     kept = replace(kept, evaluate=tuple(name for name in stage.evaluate if name in roles))
     return kept if terms or not trains else replace(kept, epochs=0, steps=None)
+
+
+def _virtual(
+    after: VirtualConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+) -> VirtualConfig | None:
+    """A virtual step by what is left; None when nothing of it is."""
+    if after is None:
+        return None
+    models = tuple(name for name in after.models if name in roles)
+    names = tuple(name for name in after.terms if name in terms)
+    return replace(after, models=models, terms=names) if models and names else None
 
 
 def _term(term: TermConfig, stage: StageConfig, gone: set[str]) -> TermConfig | None:

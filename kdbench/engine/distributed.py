@@ -100,6 +100,23 @@ def own_gpu(world: World) -> torch.device:
     return device
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return sum_over_ranks(gradient)  # itself differentiable: a gradient may go through a gradient
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns the sum over all ranks, on every rank; the gradients of all ranks' sums come back to each rank's own."""
+    return _SumOverRanks.apply(value)  # type: ignore[no-any-return]
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
@@ -110,10 +127,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
         start = ctx.world.rank * ctx.rows
-        return gradient[start : start + ctx.rows], None
+        return sum_over_ranks(gradient)[start : start + ctx.rows], None
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
@@ -148,20 +163,6 @@ def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
         torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
 
 
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with statistics over all ranks; works on gloo (CPU) as well as on NCCL.
 
@@ -188,11 +189,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = wide.new_ones(input.shape[0]) if self.valid is None else self.valid.to(wide.dtype)
         rows = rows.view([-1] + [1] * (input.dim() - 1))
         count = rows.sum().reshape(1) * (input.numel() // (input.shape[0] * input.shape[1]))
-        sums = _SumOverRanks.apply(torch.cat([(wide * rows).sum(axes), count]))
+        sums = sum_over_ranks(torch.cat([(wide * rows).sum(axes), count]))
         total = sums[-1]
         mean = sums[:-1] / total
         centred = wide - mean.view(shape)
-        variance = _SumOverRanks.apply((centred * centred * rows).sum(axes)) / total
+        variance = sum_over_ranks((centred * centred * rows).sum(axes)) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 if self.num_batches_tracked is not None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import Operand, RoleConfig
+from kdbench.config.schema import Operand, RoleConfig, UpdateConfig, VirtualConfig
 from kdbench.engine.distributed import World
 from kdbench.engine.features import module_state
 from kdbench.engine.groups import Count, TermGroup
@@ -65,6 +65,12 @@ class Network(nn.Module):
     def needed(self, terms: Iterable[str]) -> set[str]:
         """The roles that must run for these terms, those upstream included."""
         return self.behind(operand for name in terms for operand in self.term(name).config.reads())
+
+    def owned(self, move: UpdateConfig | VirtualConfig) -> dict[str, nn.Parameter]:
+        """The parameters that a move could reach, by name: those of its roles, and those of its terms."""
+        roles = dict.fromkeys(root_of(name, self.configs) for name in move.models)
+        found = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
+        return found | {f"terms.{t}.{n}": p for t in move.terms for n, p in self.term(t).named_parameters()}
 
     def behind(self, operands: Iterable[Operand]) -> set[str]:
         """The roles that must run so that these operands can be read."""

@@ -139,6 +139,8 @@ def plan_stage(
     batch = max((stage.data[source].batch_size for source in layout.step_sources(stage)), default=1)
     memory = _memory(models, network, saved * batch // ROWS)
     notes = _notes(stage, specs, terms, layout.unmeasured)
+    if recipe.compiles and any(planned.ahead for planned in updates):
+        notes += ("compile: an update with `after` runs as it is: the compiler takes no gradient through a gradient",)
     sharded = sharded_roles(recipe, stage, layout.features, models)
     return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, notes, sharded)
 

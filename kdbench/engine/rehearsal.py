@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import StageConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import StageConfig, TermConfig, UpdateConfig, VirtualConfig
 from kdbench.data.base import SourceSpec
 from kdbench.engine.build import Layout
 from kdbench.engine.meta import ROWS, in_words, meta_batch
@@ -17,25 +18,42 @@ from kdbench.engine.needs import in_step, sizes_in_words
 from kdbench.engine.network import Network
 from kdbench.engine.readers import Batch
 from kdbench.engine.roles import moved_roles
+from kdbench.engine.virtual import check_rates, rehearse_virtual
 from kdbench.errors import ConfigError
+
+Move = TypeVar("Move", UpdateConfig, VirtualConfig)
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """One move: these models (and the terms' own parameters) by these terms."""
+    """One move: these models (and the terms' own parameters) by these terms.
+
+    ahead: the parameters that its virtual step moves.
+    """
 
     config: UpdateConfig
     parameters: tuple[str, ...]
     unreached: tuple[str, ...]
+    ahead: tuple[str, ...] = ()
 
 
 def all_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfig, ...]:
     """The stage's updates; without any, one of all trainable roles by all terms."""
     if stage.updates:
-        kept = [replace(u, terms=tuple(t for t in u.terms if t in terms)) for u in stage.updates]
-        return tuple(update for update in kept if update.terms)
+        kept = [_of_terms(update, terms) for update in stage.updates]
+        return tuple(replace(u, after=u.after and _of_terms(u.after, terms)) for u in kept if u.terms)
     learning = tuple(name for name, role in stage.roles.items() if role.mode == "trainable")
     return (UpdateConfig(models=learning, terms=terms),) if terms else ()
+
+
+def _of_terms(move: Move, terms: tuple[str, ...]) -> Move:
+    return replace(move, terms=tuple(name for name in move.terms if name in terms))
+
+
+def _moves(stage: StageConfig, terms: tuple[str, ...]) -> Iterator[UpdateConfig | VirtualConfig]:
+    """The stage's updates, and their virtual steps."""
+    for update in all_updates(stage, terms):
+        yield from (update,) if update.after is None else (update.after, update)
 
 
 def rehearse(
@@ -58,8 +76,12 @@ def rehearse(
     for update in all_updates(stage, layout.terms):
         network.zero_grad(set_to_none=True)
         saved.clear()
+        ahead: tuple[str, ...] = ()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            total = _forward_in_words(network, stage, batch, update)
+            if update.after is None:
+                total = _forward_in_words(network, stage, batch, update)
+            else:
+                total, ahead = rehearse_virtual(network, update, partial(_forward_in_words, network, stage, batch))
         where = update.place if str(update.place) else stage.terms[update.terms[0]].place
         models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
         if not total.requires_grad:
@@ -67,21 +89,16 @@ def rehearse(
             raise ConfigError(f"{where}: nothing to update: {said}")
         most = max(most, sum(saved.values()))
         total.backward()
-        owned = {
-            f"{role}.{n}": p
-            for role in moved_roles(update, stage)
-            for n, p in network.role(role).model.named_parameters()
-        }
-        owned |= {f"terms.{t}.{n}": p for t in update.terms for n, p in network.term(t).named_parameters()}
-        learning = {n: p for n, p in owned.items() if p.requires_grad}
+        learning = {n: p for n, p in network.owned(update).items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
         if all(_is_adapters(name) for name in reached):
             raise ConfigError(f"{where}: nothing to update: {what} reaches no parameter of {models}; {_ADAPTER_ALONE}")
         _refuse_unreached(stage, update, reached, where)
-        updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached)))
-        for name in update.terms if len(update.terms) > 1 else ():
+        updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached), ahead))
+        for name in update.terms if len(update.terms) > 1 and update.after is None else ():
             _refuse_adapter_alone(network, stage.terms[name], batch, update, learning)
     network.zero_grad(set_to_none=True)
+    check_rates([(planned.config, planned.ahead, planned.parameters) for planned in updates])
     return tuple(updates), most
 
 
@@ -120,7 +137,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _forward_in_words(
-    network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig, why: str = ""
+    network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig | VirtualConfig, why: str = ""
 ) -> Tensor:
     """One forward whose failures are told as the recipe's faults, naming the term where one is at fault.
 
@@ -156,7 +173,7 @@ def check_unequal_batches(
     if len(set(rows.values())) < 2:
         return
     what = f"batches differ in size ({sizes_in_words(stage, read, specs, world_size)})"
-    for update in all_updates(stage, layout.terms):
+    for update in _moves(stage, layout.terms):
         _forward_in_words(network, stage, meta_batch(specs, rows, device), update, what)
 
 
@@ -177,7 +194,7 @@ def check_last_batch(
         if size > apart and not 0 < rest <= apart:
             continue
         rows = {name: (1 if name == source else ROWS) for name in layout.step_sources(stage)}
-        for update in all_updates(stage, layout.terms):
+        for update in _moves(stage, layout.terms):
             try:
                 network(
                     meta_batch(specs, rows, device), dict.fromkeys(update.terms, 1), update.terms, update.models, 1.0

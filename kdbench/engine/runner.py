@@ -25,6 +25,7 @@ from kdbench.engine.parts import clip, load_model, parted_state, total_norm, who
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import Batch
 from kdbench.engine.updates import Update, build_updates, together
+from kdbench.engine.virtual import Losses
 from kdbench.errors import TrainingError
 from kdbench.randomness import derive
 
@@ -67,7 +68,7 @@ class Runner:
         self.compiling = recipe.compiles and not network.sharded
         self.clock = Clock() if device.type == "cpu" and not self.compiling else None
         network.lap = self.clock.lap if self.clock else None
-        self.losses: Callable[..., tuple[Tensor, Tensor]] = network
+        self.losses: Losses = network
         if self.compiling:
             # Never with graphs of the compiler's own: kdbench.speed.capture records the whole step, not parts of it.
             mode = "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
@@ -138,8 +139,8 @@ class Runner:
             self._stop_compiling(error)
             losses = self._gradients(update, window)
         repeat = update.config.repeat
-        for values in losses:  # logged is the mean over the repeats, comparable with every other term
-            self.meters.add(values if repeat == 1 else values / repeat, update.positions)
+        for values, positions in losses:  # logged is the mean over the repeats, comparable with every other term
+            self.meters.add(values if repeat == 1 else values / repeat, positions)
         update.sums.finish()
 
     def _move(self, update: Update) -> None:
@@ -151,21 +152,27 @@ class Runner:
             self.grad_norm = total_norm(gradients, self.world)
         self.scaler.step(update.optimizer)
 
-    def _gradients(self, update: Update, window: Sequence[Batch]) -> list[Tensor]:
-        """Leaves this rank's gradients in the parameters; returns each micro-batch's losses."""
+    def _gradients(self, update: Update, window: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """Leaves this rank's gradients in the parameters; returns losses, and where they belong."""
         terms, moving = update.config.terms, update.config.models
         counts = self.network.counts(window, terms)
         share = 1.0 / (len(window) * self.world.size)
         update.optimizer.zero_grad(set_to_none=True)
-        losses = []
+        forward, virtual = self.losses, update.virtual
+        losses: list[tuple[Tensor, Tensor]] = []
+        if virtual is not None:
+            forward, seen = virtual.losses_after(self.network, window, share, self.autocast)
+            losses = [(values, virtual.positions) for values in seen]
         for number, batch in enumerate(window, 1):
+            last = number == len(window)
             with self.autocast():
-                total, values = self.losses(batch, counts, terms, moving, share)
-            if number == len(window):
+                total, values = forward(batch, counts, terms, moving, share)
+            if last and virtual is None:  # the backward of a virtual step has sums over ranks of its own
                 update.sums.begin()
-            self.scaler.scale(total).backward(inputs=None if update.everything else update.parameters)
+            inputs = None if update.everything else update.parameters
+            self.scaler.scale(total).backward(inputs=inputs, retain_graph=virtual is not None and not last)
             self.lap("backward")
-            losses.append(values)
+            losses.append((values, update.positions))
         return losses
 
     def _stop_compiling(self, error: Exception) -> None:
@@ -216,6 +223,9 @@ class Runner:
             factor = self.scheduled(self.lr_schedule)
             for update in self.updates:
                 set_lr_factor(update.optimizer, factor)
+        for update in self.updates:
+            if update.virtual is not None:
+                update.virtual.move(self.scheduled)
         for name in self.plan.layout.terms:
             self.network.term(name).move(self.scheduled)
         self.seed_draws()

@@ -19,6 +19,7 @@ from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import Batch, source_of
 from kdbench.engine.rehearsal import UpdatePlan
 from kdbench.engine.roles import moved_roles
+from kdbench.engine.virtual import Virtual, build_virtual
 from kdbench.registry import SELECTORS
 
 
@@ -35,6 +36,8 @@ class Update:
     everything: bool
     """Whether its parameters are all that a backward could reach: then the backward need not be told."""
     select: Selection | None = None
+    virtual: Virtual | None = None
+    """The step at whose end its terms are taken."""
 
 
 @dataclass
@@ -59,7 +62,14 @@ class Selection:
 
 def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: Meters, world: World) -> list[Update]:
     """The updates of a stage in order, on the device of `meters`."""
-    return [_update(planned, plan, recipe, network, meters, world) for planned in plan.updates]
+    updates = [_update(planned, plan, recipe, network, meters, world) for planned in plan.updates]
+    logged = {name for update in updates for name in update.config.terms}
+    for update, planned in zip(updates, plan.updates, strict=True):
+        if update.config.after is not None:
+            parameters = [network.owned(update.config.after)[name] for name in planned.ahead]
+            optimizers = [other.optimizer for other in updates]
+            update.virtual = build_virtual(update.config, parameters, optimizers, meters, logged)
+    return updates
 
 
 def together(updates: list[Update]) -> list[list[Update]]:

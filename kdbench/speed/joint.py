@@ -60,7 +60,8 @@ def why_alone(runner: Runner) -> str:
 
 
 def _plain(update: Update, export: str) -> bool:
-    return update.select is None and update.config.repeat == 1 and export in update.config.models
+    alone = update.select is None and update.config.after is None
+    return alone and update.config.repeat == 1 and export in update.config.models
 
 
 def _student(runner: Runner) -> tuple[Role, frozenset[Any]]:

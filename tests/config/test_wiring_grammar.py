@@ -31,7 +31,97 @@ NOISE = (
 )
 """A role that sees no image, and so no label."""
 
+GATED = (
+    "models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}, "
+    "free: {model: t_layers}}\ndata: {held: {}}\n"
+    "terms: {kd: {type: kd, weigh: {type: learnt, by: gate}}, ce: cross_entropy, "
+    "held: {type: cross_entropy, student: judge}, idle: {type: kd, weight: 0}}\n"
+)
+
+
+def after(step: str, outer: str = "models: [gate], terms: [held]", more: str = "") -> str:
+    """A student that learns by kd, and a gate that learns after a virtual step."""
+    return GATED + f"updates: [{{{outer}, after: {step}}}, {{models: [student], terms: [kd, ce]}}{more}]"
+
+
+AFTER = {
+    "a virtual step of nothing": (
+        after("{models: [], terms: []}"),
+        ["updates.0.after: a virtual step needs `terms`", "updates.0.after: a virtual step needs `models`"],
+    ),
+    "a virtual step of a role that is not there": (
+        after("{models: [studnet], terms: [kd]}"),
+        ["updates.0.after.models: no role 'studnet'. Did you mean 'student'?"],
+    ),
+    "a virtual step of a frozen role": (
+        after("{models: [teacher], terms: [kd]}"),
+        ["updates.0.after.models: role 'teacher' is frozen; a virtual step moves trainable roles only"],
+    ),
+    "a virtual step by a term that is not there": (
+        after("{models: [student], terms: [dk]}"),
+        ["updates.0.after.terms: no term 'dk'. Did you mean 'kd'?"],
+    ),
+    "a virtual step with a key that it has not": (
+        after("{models: [student], terms: [kd], rate: 0.1}"),
+        ["updates.0.after.rate: unknown key"],
+    ),
+    "a virtual step at rate 0": (
+        after("{models: [student], terms: [kd], lr: 0}"),
+        ["updates.0.after.lr: must be above 0, got 0"],
+    ),
+    "a virtual step that is not a mapping": (after("student"), ["updates.0.after: after must be a mapping"]),
+    "a virtual step by a term of weight 0": (
+        after("{models: [student], terms: [idle]}"),
+        ["updates.0.after: no virtual step to take: every term of it has weight 0"],
+    ),
+    "a virtual step that moves nothing": (
+        after("{models: [free], terms: [kd], lr: 1}"),
+        ["updates.0.after: no virtual step to take: no term of kd reaches a parameter of free"],
+    ),
+    "a virtual step that nothing reads": (
+        after("{models: [student], terms: [kd]}", "models: [gate], terms: [own]").replace(
+            "idle:", "own: {type: cross_entropy, student: free}, idle:"
+        ),
+        ["updates.0.after: nothing comes after this step: no term of own reads what the virtual step of student moves"],
+    ),
+    "a virtual step that the learner does not touch": (
+        after("{models: [student], terms: [ce]}"),
+        ["updates.0: nothing to update", "no way through the virtual step of student by ce to a parameter of gate"],
+    ),
+    "a virtual step without a rate, of what no update moves": (
+        after("{models: [free], terms: [own]}", "models: [gate], terms: [own]").replace(
+            "idle:", "own: {type: cross_entropy, student: free, weigh: {type: learnt, by: gate}}, idle:"
+        ),
+        ["updates.0.after: say the learning rate of this step", "no update moves free.layer1"],
+    ),
+    "a virtual step without a rate, of what two updates move": (
+        after("{models: [student], terms: [kd]}", more=", {models: [student], terms: [ce]}"),
+        ["updates.0.after: say the learning rate of this step", "2 updates move student.layer1"],
+    ),
+    "a virtual step by what has no second derivative": (
+        after("{models: [student], terms: [kd, once]}").replace(
+            "idle:", "once: {type: t_once, weigh: {type: learnt, by: gate}}, idle:"
+        ),
+        ["updates.0.after: a gradient goes through this step, but kd, once cannot be differentiated twice"],
+    ),
+    "a virtual step beside a selection": (
+        after("{models: [student], terms: [kd]}, select: {type: random, keep: 4}"),
+        ["updates.0.select: cannot stand beside `after`"],
+    ),
+    "a virtual step in fp16": (
+        after("{models: [student], terms: [kd]}") + "\nprecision: fp16",
+        ["precision: fp16 scales losses", "take bf16", "updates.0.after"],
+    ),
+    "a result that is told its class": (
+        "models: {told: {model: fusion_gate, input: ['student:logits', 'teacher:logits', train.label]}}\n"
+        "terms: {ce: cross_entropy}\nexport: told",
+        ["models.told.input: role 'told' sees the labels, so 'told', which is evaluated"],
+    ),
+}
+"""Steps that are never taken, and what cannot come after them."""
+
 WRONG = {
+    **AFTER,
     "averages of each other": (
         "models: {a: {ema: b}, b: {ema: a}}\nterms: {ce: cross_entropy}",
         ["follow each other in a circle"],

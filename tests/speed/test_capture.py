@@ -63,6 +63,21 @@ epochs: 3
 batch_size: 16
 precision: float64
 """
+AHEAD = """
+models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}
+data: {held: {subset: {type: balanced, amount: 0.5}}}
+student: {model: {type: t_layers, norm: batch}}
+teacher: {model: t_layers}
+terms: {kd: {type: kd, weigh: {type: learnt, by: gate}}, held: {type: cross_entropy, student: judge}}
+updates:
+  - {models: [gate], terms: [held], after: {models: [student], terms: [kd]}}
+  - {models: [student], terms: [kd]}
+optimizer: {type: SGD, lr: 0.05, momentum: 0.9, FUSED}
+scheduler: {type: cosine, by: step}
+epochs: 3
+batch_size: 16
+precision: float64
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +119,10 @@ def _bits(tree):
     return [_bits(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-@pytest.mark.parametrize("text", [PLAIN, EVERYTHING, GAME], ids=["plain", "everything", "game"])
+WHOLE = {"plain": PLAIN, "everything": EVERYTHING, "game": GAME, "virtual": AHEAD.replace("FUSED", "fused: true")}
+
+
+@pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
 def test_a_captured_run_is_the_run_bit_for_bit(text):
     plain = bench(recipe(text, "compile=capture"))
     total = plain.runner.total_steps
@@ -156,6 +174,15 @@ def test_an_optimizer_that_counts_on_the_host_stays_outside():
     assert steps(run, 14) == expected and equal(run, plain)
     assert recorder.replays and not of.whole
     assert len(said) == 1 and "SGD" in said[0] and "optimiser runs as it is" in said[0]
+
+
+def test_the_rate_of_a_virtual_step_moves_where_the_optimiser_stays_outside():
+    text = AHEAD.replace("FUSED", "foreach: true")
+    plain = bench(recipe(text, "compile=capture"))
+    expected = steps(plain, 14)
+    run, of, recorder, said = captured(text)
+    assert steps(run, 14) == expected and equal(run, plain)
+    assert recorder.replays and not of.whole and len(said) == 1
 
 
 class Counting(nn.Module):
