@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,7 +226,69 @@ def test_the_weights_of_the_maps_learn_from_the_distillation_loss_as_in_the_auth
     assert weight_gradient() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["digits/rl_kd", "digits/ca_mkd"])
+# TGeo-KD
+
+TGEO = "digits/tgeo_kd"
+
+
+def held_out_gradient(rate: float | None = None) -> float:
+    """The size of what the loss on held-out samples leaves in the gate, by way of the student's virtual step."""
+    run = bench(shortened(TGEO, "precision=float64"))
+    gate, virtual = run.runner.updates[0], run.runner.updates[0].virtual
+    assert gate.config.models == ("gate",) and gate.config.terms == ("held",) and virtual is not None
+    run.runner.begin_step()
+    if rate is not None:
+        virtual.rates.fill_(rate)
+    run.runner.gradients_of(gate, next(run.windows()))
+    return sum(float(p.grad.abs().sum()) for p in run.model("gate").parameters() if p.grad is not None)
+
+
+def test_the_gate_learns_from_held_out_samples_through_the_students_step():
+    assert held_out_gradient() > 1e-4
+    assert held_out_gradient(rate=0.0) == 0, "control: a step that leads nowhere"
+    assert held_out_gradient(rate=0.1) == pytest.approx(2 * held_out_gradient(rate=0.05), rel=0.2)
+
+
+def test_only_held_out_samples_move_the_gate_and_only_the_others_the_student():
+    run = bench(shortened(TGEO))
+    train, held = (
+        {int(i) for window in itertools.islice(run.feed.windows(0), 13) for i in window[0][source]["index"]}
+        for source in ("train", "held")
+    )
+    assert not train & held and len(held) == 90 and len(train) == 811
+    window = next(run.windows())
+    run.runner.begin_step()
+    for number, (mine, other) in enumerate((("gate", "student"), ("student", "gate"))):
+        before = {role: run.weights(role) for role in (mine, other)}
+        run.runner.gradients_of(run.runner.updates[number], window)
+        run.runner._move(run.runner.updates[number])
+        moved = {role for role in before for n, p in run.model(role).named_parameters() if (p != before[role][n]).any()}
+        assert moved == {mine}
+
+
+def share(*overrides: str, learns: bool = True) -> tuple[float, float]:
+    """The mean share of the soft targets of an untrained teacher, before and after 40 steps."""
+    run = bench(shortened(TGEO, *overrides, steps=40))
+    for group in run.runner.updates[0].optimizer.param_groups if not learns else ():
+        group["initial_lr"] = 0.0
+    window = next(run.windows())
+    found = []
+    for steps in (0, 40):
+        run.step(steps)
+        with torch.no_grad():
+            values = run.network.run_roles(window[0], ["soft"], ["student"])
+        found.append(float(said(values, "gate").mean()))
+    return found[0], found[1]
+
+
+def test_the_gate_finds_out_that_a_teacher_knows_nothing():
+    before, after = share()
+    assert 0.4 < before < 0.6 and after < 0.1
+    before, after = share(learns=False)
+    assert after == pytest.approx(before, abs=0.05), "control: a gate that does not learn, as in the released code"
+
+
+@pytest.mark.parametrize("name", ["digits/rl_kd", "digits/ca_mkd", TGEO])
 def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
     assert resume_differs(shortened(name), tmp_path, 1) == []
 
@@ -236,6 +300,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
         (MST, 82.0),  # 87.1 with seed 1; the student sees half of the image
         ("digits/rl_kd", 94.0),  # 97.2 with seed 1
         ("digits/ca_mkd", 94.0),  # 98.3 with seed 1
+        (TGEO, 94.0),  # 97.4 with seed 1
     ],
 )
 def test_the_student_learns(name, bar):
