@@ -76,6 +76,7 @@ OPERANDS: dict[str, dict[str, str]] = {
     "info_nce": {"student": "vector", "teacher": "vector"},
     "outside": {"judge": "logits"},
     "given": {"route": "gate"},
+    "learnt": {"by": "one"},
     "top_k": {"read": "vector"},
     "policy": {"read": "vector"},
 }

@@ -152,6 +152,7 @@ OPERANDS = {
     "icarl": "old: [0, 1]",
     "information_entropy": "student: logits",
     "binary": "student: one:logits",
+    "joint_cross_entropy": "student: pairs:logits, kind: train.label",
     "token_relation": "student: tokens, teacher: tokens",
     "attention_relation": "student: tokens, teacher: tokens, heads: 2",
     "image_norm": "student: conv2",
@@ -178,13 +179,14 @@ def term_bench(name: str, *, compiled: bool = True) -> Bench:
     model = "t_tokens" if "tokens" in operands else "t_conv"
     teacher = model if model == "t_tokens" else f"{model}, norm: batch"
     routed = ROUTED if "term:" in operands else ""
-    state = any(word in operands for word in ("/weights", "one:", "term:"))
+    state = any(word in operands for word in ("/weights", "one:", "pairs:", "term:"))
     labels = ", ce: cross_entropy" if state or not TRACES_RAISE else ""
     text = f"""
     student: {model}
     teacher: {{model: {{type: {teacher}}}}}
     models:
       one: {{model: {{type: t_layers, num_classes: 1}}}}
+      pairs: {{model: {{type: t_layers, num_classes: 16}}}}
       second: {{model: t_layers, frozen: true}}
     terms: {{{routed}term: {{type: {name}{operands and ", " + operands}}}{labels}}}
     optimizer: {{type: SGD, lr: 0.01}}
