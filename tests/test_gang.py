@@ -330,7 +330,12 @@ def test_a_gang_that_is_killed_or_stopped_goes_on_to_the_same_bits(how):
     settings = ["epochs=40", "checkpoint_every.steps=1", "log_every=1"]
     words = ["-m", "kdbench", "train", "kd.yaml", "seed=1,2", *settings, *SWEEP, "--plugin", "plugin_parts"]
     process = subprocess.Popen(
-        [sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignored"
     )
     deadline = time.monotonic() + 100
     while len(list(Path("runs").glob("kd/*/checkpoints/last.pt"))) < 2 and time.monotonic() < deadline:
