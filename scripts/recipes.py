@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,9 @@ def main() -> int:
     began = time.monotonic()
     bad = []
     with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(2) as pool:
-        train("digits/teacher", runs)
+        texts = [(ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in names]
+        for needed in sorted({found for text in texts for found in re.findall(r"recipe: (digits/\w+)", text)}):
+            train(needed, runs)  # before two of them want to at the same time
         for recipe, seconds, told in pool.map(lambda name: train(name, runs), names):
             lines.append(f"{recipe:<36} {seconds:7.1f} s   {told}")
             print(lines[-1], flush=True)
