@@ -59,8 +59,7 @@ def _keep_freed_memory() -> None:
     """Lets glibc's malloc keep what a step frees for the next step, where nobody has set it up otherwise.
 
     By itself it gives blocks of some megabytes, such as feature maps on a CPU, back to the system as soon as they are
-    free; the next step then gets them as fresh pages, each of which the system has to clear and to map at first touch
-    (about 4000 of them in a step of cifar100/kd).
+    free; the next step then gets them as fresh pages, each of which the system has to clear and to map at first touch.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -19,7 +19,6 @@ from kdbench.randomness import generator
 HIDDEN = -100
 """The label of a sample whose label the source hides; what `cross_entropy` ignores."""
 
-
 BLOCK, BLOCK_BYTES = 15, 32 * 2**20
 """How many batches are augmented together on CUDA, and how large their views may be. An odd number: `kdbench profile`
 takes every second step apart, and is to meet those that begin a block as often as they come."""
@@ -27,11 +26,7 @@ takes every second step apart, and is to meet those that begin a block as often 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sources of a run share.
-
-    block: how many batches of images in memory are augmented together; None: up to BLOCK on CUDA, where at small
-        batches each operation costs its launch, and one elsewhere.
-    """
+    """What all sources of a run share."""
 
     seed: int
     device: torch.device
@@ -40,7 +35,6 @@ class Setting:
     workers: int = 0
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-    block: int | None = None
 
 
 class Source:
@@ -310,9 +304,10 @@ class ResidentSource(ImageSource):
         self.packed = packed
         self.images = packed.images
         if not config.overlap:
-            self.block = setting.block or self._fitting()
+            self.block = self._fitting()
 
     def _fitting(self) -> int:
+        """How many batches are augmented together: on CUDA, where a small operation costs its launch, up to BLOCK."""
         if self.setting.device.type != "cuda":
             return 1
         size = self.setting.dtype.itemsize
