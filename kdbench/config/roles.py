@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -321,13 +321,20 @@ def source_fields(source: SourceConfig) -> set[str]:
     return {*declared, "index"} if declared else {*source.views, "label", "index"}
 
 
-def behind(name: str, roles: Mapping[str, RoleConfig]) -> set[str]:
-    """A role and all those whose outputs it sees, directly or not."""
+def behind(names: Iterable[str], roles: Mapping[str, RoleConfig], *, followed: bool = False) -> set[str]:
+    """These roles and all those whose outputs they see, directly or not.
+
+    Args:
+        followed: those too of which one is an average, a copy or the very network.
+    """
     found: set[str] = set()
-    waiting = [name]
+    waiting = list(names)
     while waiting:
-        one = waiting.pop()
-        if one in roles and one not in found:
-            found.add(one)
-            waiting += [i.split(":", 1)[0] for i in (roles[one].input, *roles[one].also) if ":" in i]
+        role = roles.get(waiting.pop())
+        if role is None or role.name in found:
+            continue
+        found.add(role.name)
+        waiting += role.upstream
+        if followed and role.of is not None:
+            waiting.append(role.of)
     return found

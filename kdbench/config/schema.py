@@ -86,6 +86,11 @@ class RoleConfig:
     accuracy: float | None = None
     place: Place = field(default=NOWHERE, compare=False)
 
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """The roles whose outputs it sees."""
+        return tuple(address.split(":", 1)[0] for address in (self.input, *self.also) if ":" in address)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:

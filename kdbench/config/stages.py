@@ -153,7 +153,7 @@ def _checkpoints(context: Context, top: Fields) -> Mapping[str, float]:
 def _check_measured(context: Context, stage: StageConfig) -> None:
     """What is evaluated must find its class without being told it."""
     for name in (stage.export, *stage.evaluate):
-        for role in sorted(behind(name, stage.roles)):
+        for role in sorted(behind([name], stage.roles)):
             config = stage.roles[role]
             if any(":" not in address and address.endswith(".label") for address in (config.input, *config.also)):
                 said = f"role {role!r} sees the labels, so {name!r}, which is evaluated, must not see it."

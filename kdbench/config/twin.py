@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from kdbench.config.roles import behind
 from kdbench.config.schema import Edge, Part, Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig, VirtualConfig
 from kdbench.errors import ConfigError
 
@@ -118,7 +119,7 @@ def _reads(part: Part | None, gone: set[str]) -> bool:
 
 def _teachers(stage: StageConfig) -> set[str]:
     """The roles that teach another, and those that follow or see one of them."""
-    needed = _upstream(stage.export, stage.roles)
+    needed = behind([stage.export], stage.roles, followed=True)
     gone: set[str] = set()
     for edge in (edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None):
         own = {leaf.role for leaf in edge.student.features()}
@@ -128,8 +129,7 @@ def _teachers(stage: StageConfig) -> set[str]:
     while changed:
         changed = False
         for name, role in stage.roles.items():
-            above = {address.split(":", 1)[0] for address in (role.input, *role.also) if ":" in address}
-            if name not in gone | needed and (role.of in gone or above & gone):
+            if name not in gone | needed and not gone.isdisjoint((role.of, *role.upstream)):
                 gone.add(name)
                 changed = True
     return gone
@@ -138,19 +138,4 @@ def _teachers(stage: StageConfig) -> set[str]:
 def _behind_makers(stage: StageConfig) -> set[str]:
     """The roles of which the stage makes something, and those that they follow or see."""
     made = (leaf.role for make in stage.make.values() for op in make.part.operands.values() for leaf in op.features())
-    return set().union(*(_upstream(name, stage.roles) for name in made))
-
-
-def _upstream(name: str, roles: Mapping[str, RoleConfig]) -> set[str]:
-    """A role, what it follows and what it sees."""
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        role = roles.get(waiting.pop())
-        if role is None or role.name in found:
-            continue
-        found.add(role.name)
-        if role.of is not None:
-            waiting.append(role.of)
-        waiting += [address.split(":", 1)[0] for address in (role.input, *role.also) if ":" in address]
-    return found
+    return behind(made, stage.roles, followed=True)

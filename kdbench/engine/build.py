@@ -17,7 +17,7 @@ from kdbench.engine.features import Feature, find_module
 from kdbench.engine.groups import Routed, TermEdge, TermGroup
 from kdbench.engine.network import Network
 from kdbench.engine.readers import Reader, feature_of, source_of
-from kdbench.engine.roles import Role, input_feature, inputs_of, upstream_roles
+from kdbench.engine.roles import Role, input_feature, inputs_of
 from kdbench.errors import ConfigError, Place
 from kdbench.models.transforms import used_state
 from kdbench.randomness import seeded
@@ -358,7 +358,7 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
             return
         if name in path:
             raise ConfigError(f"{roles[name].place}: the inputs of {' -> '.join((*path, name))} form a cycle")
-        before = [*upstream_roles(roles[name])]
+        before = [*roles[name].upstream]
         if roles[name].mode == "same" and roles[name].of is not None:
             before.append(roles[name].of or "")
         for other in before:

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from kdbench.config.roles import behind
 from kdbench.config.schema import Operand, RoleConfig, UpdateConfig, VirtualConfig
 from kdbench.engine.distributed import World
 from kdbench.engine.features import module_state
 from kdbench.engine.groups import Count, TermGroup
 from kdbench.engine.readers import Batch, Reader, Values, feature_of, given_key
-from kdbench.engine.roles import Role, input_feature, inputs_of, root_of, upstream_roles
+from kdbench.engine.roles import Role, input_feature, inputs_of, moved_roles, root_of
 
 
 class Members(nn.ModuleDict):
@@ -68,7 +69,7 @@ class Network(nn.Module):
 
     def owned(self, move: UpdateConfig | VirtualConfig) -> dict[str, nn.Parameter]:
         """The parameters that a move could reach, by name: those of its roles, and those of its terms."""
-        roles = dict.fromkeys(root_of(name, self.configs) for name in move.models)
+        roles = moved_roles(move, self.configs)
         found = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
         return found | {f"terms.{t}.{n}": p for t in move.terms for n, p in self.term(t).named_parameters()}
 
@@ -88,10 +89,7 @@ class Network(nn.Module):
     @torch.no_grad()
     def run_fixed(self, batch: Batch, names: Iterable[str]) -> Values:
         """Runs roles of which none moves, and nothing upstream of them; the batch has the fields that they see."""
-        found = set(names)
-        for name in names:
-            found |= _upstream(name, self.configs)
-        return self._run(batch, found, ())
+        return self._run(batch, behind(names, self.configs), ())
 
     def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
         """Runs each needed role once, unless the batch has what it gives.
@@ -106,7 +104,7 @@ class Network(nn.Module):
                 continue
             role = self.role(name)
             config = role.config
-            if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(upstream_roles(config)):
+            if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(config.upstream):
                 with_gradient.add(name)
             fields = batch[self.sources[name]]
             if role.features and given_key(name, role.features[0]) in fields:
@@ -186,14 +184,7 @@ class Network(nn.Module):
 
 def roles_behind(operands: Iterable[Operand], configs: Mapping[str, RoleConfig]) -> set[str]:
     """The roles that must run so that operands can be read: those that they name, and those that these see."""
-    wanted = [leaf.role for operand in operands for leaf in operand.features() if not leaf.is_state]
-    found: set[str] = set()
-    while wanted:
-        name = wanted.pop()
-        if name not in found:
-            found.add(name)
-            wanted += upstream_roles(configs[name])
-    return found
+    return behind((leaf.role for operand in operands for leaf in operand.features() if not leaf.is_state), configs)
 
 
 class Chain(nn.Module):
@@ -206,7 +197,8 @@ class Chain(nn.Module):
 
     def __init__(self, network: Network, name: str) -> None:
         super().__init__()
-        self.names = [n for n in network.roles if n in _upstream(name, network.configs)]
+        above = behind(network.configs[name].upstream, network.configs)
+        self.names = [n for n in network.roles if n in above]
         self.members = nn.ModuleList(network.role(n) for n in self.names)
         self.last = network.role(name).model
         self.config = network.role(name).config
@@ -224,15 +216,3 @@ class Chain(nn.Module):
         """Further fields of a training source, such as masks, are not there when a network is evaluated."""
         found = [values[input_feature(config.input)] if ":" in config.input else image]
         return found + [values[input_feature(address)] for address in config.also if ":" in address]
-
-
-def _upstream(name: str, configs: Mapping[str, RoleConfig]) -> set[str]:
-    """The roles that a role sees, directly or not; not itself."""
-    found: set[str] = set()
-    waiting = list(upstream_roles(configs[name]))
-    while waiting:
-        one = waiting.pop()
-        if one not in found:
-            found.add(one)
-            waiting += upstream_roles(configs[one])
-    return found

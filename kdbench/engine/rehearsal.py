@@ -112,8 +112,8 @@ def _is_adapters(parameter: str) -> bool:
 def _refuse_unreached(stage: StageConfig, update: UpdateConfig, reached: tuple[str, ...], where: Any) -> None:
     """A role that an update of the recipe names must be moved by it; without `updates`, some may stand still."""
     moved = {name.split(".", 1)[0] for name in reached}
-    missing = [name for name in moved_roles(update, stage) if name not in moved]
-    if stage.updates and missing and len(missing) < len(moved_roles(update, stage)):
+    missing = [name for name in moved_roles(update, stage.roles) if name not in moved]
+    if stage.updates and missing and len(missing) < len(moved_roles(update, stage.roles)):
         said = f"no term of {', '.join(update.terms)} reaches a parameter of {', '.join(missing)} that trains"
         raise ConfigError(f"{where}: nothing to update: {said}; leave it out of this update's `models`")
 

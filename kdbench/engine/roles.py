@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from kdbench.config.schema import RoleConfig, StageConfig, UpdateConfig
+from kdbench.config.schema import RoleConfig, UpdateConfig, VirtualConfig
 from kdbench.engine.distributed import SyncBatchNorm
 from kdbench.engine.features import Capture, Feature, find_module
 
@@ -64,11 +64,6 @@ def upstream_role(config: RoleConfig) -> str | None:
     return config.input.split(":", 1)[0] if ":" in config.input else None
 
 
-def upstream_roles(config: RoleConfig) -> tuple[str, ...]:
-    """All roles whose outputs a role sees."""
-    return tuple(address.split(":", 1)[0] for address in inputs_of(config) if ":" in address)
-
-
 def input_feature(address: str) -> tuple[str, Feature]:
     """The role and the feature that a `ROLE:PATH` input names."""
     role, path = address.split(":", 1)
@@ -82,6 +77,6 @@ def root_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
     return name
 
 
-def moved_roles(update: UpdateConfig, stage: StageConfig) -> tuple[str, ...]:
-    """The roles whose own parameters an update moves."""
-    return tuple(dict.fromkeys(root_of(name, stage.roles) for name in update.models))
+def moved_roles(move: UpdateConfig | VirtualConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
+    """The roles whose own parameters a move moves."""
+    return tuple(dict.fromkeys(root_of(name, roles) for name in move.models))

@@ -18,7 +18,7 @@ from kdbench.config.schema import Recipe, StageConfig
 from kdbench.engine.distributed import World
 from kdbench.engine.features import Feature, find_module
 from kdbench.engine.network import Network
-from kdbench.engine.roles import Role, upstream_roles
+from kdbench.engine.roles import Role
 from kdbench.errors import ConfigError
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -136,7 +136,7 @@ def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], mode
     for operand in stage.reads():
         if operand.kind == "role" and operand.is_state and operand.role == name:
             return f"{operand} is read off its whole weights"
-    if role.mode == "frozen" and not upstream_roles(role):
+    if role.mode == "frozen" and not role.upstream:
         return None
     blocks = block_paths(model)
     for feature in (feature for feature in features if not feature.is_output):
@@ -150,4 +150,4 @@ def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], mode
 
 def _differentiated(role: Role) -> bool:
     """Whether a backward may go through a role."""
-    return role.learns or bool(upstream_roles(role.config))
+    return role.learns or bool(role.config.upstream)

@@ -88,8 +88,8 @@ def _update(
     planned: UpdatePlan, plan: StagePlan, recipe: Recipe, network: Network, meters: Meters, world: World
 ) -> Update:
     modules = _modules(planned.config, plan, network)
-    named = {f"{prefix}.{n}": p for prefix, module in modules.items() for n, p in module.named_parameters()}
-    parameters = [named[name] for name in planned.parameters]
+    owned = network.owned(planned.config)
+    parameters = [owned[name] for name in planned.parameters]
     wanted = planned.config.optimizer or plan.stage.optimizer
     optimizer = build_optimizer(wanted, modules, parameters, capture=recipe.captures(meters.device.type))
     learning = sum(1 for p in network.parameters() if p.requires_grad)
@@ -107,7 +107,7 @@ def _update(
 
 def _modules(update: UpdateConfig, plan: StagePlan, network: Network) -> Mapping[str, nn.Module]:
     """What an update moves, by the prefix of its parameters' names in the plan."""
-    modules: dict[str, nn.Module] = {name: network.role(name).model for name in moved_roles(update, plan.stage)}
+    modules: dict[str, nn.Module] = {name: network.role(name).model for name in moved_roles(update, plan.stage.roles)}
     return modules | {f"terms.{name}": network.term(name) for name in update.terms}
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdbench.config.makes import made_operands
+from kdbench.config.roles import behind
 from kdbench.config.schema import MakeConfig, Named, Recipe, RoleConfig, StageConfig
 from kdbench.data.base import SourceSpec, describe_all
 from kdbench.data.made import expected
@@ -203,16 +204,10 @@ def _injected(plan: StagePlan) -> Mapping[str, Any]:
     return plan.layout.facts[plan.stage.export].injected
 
 
-def _behind(make: MakeConfig, stage: StageConfig) -> Iterator[RoleConfig]:
-    """The roles that run so that a maker's operands can be read."""
-    waiting = [leaf.role for operand in make.part.operands.values() for leaf in operand.features()]
-    seen: set[str] = set()
-    while waiting:
-        role = stage.roles[waiting.pop()]
-        if role.name not in seen:
-            seen.add(role.name)
-            yield role
-            waiting += [address.split(":", 1)[0] for address in inputs_of(role) if ":" in address]
+def _behind(make: MakeConfig, stage: StageConfig) -> list[RoleConfig]:
+    """The roles that run so that a maker's operands can be read, by name."""
+    named = (leaf.role for operand in make.part.operands.values() for leaf in operand.features())
+    return [stage.roles[name] for name in sorted(behind(named, stage.roles))]
 
 
 # Making
@@ -328,7 +323,7 @@ def _provenance(
     content["checksum"] = content_hash(content)
     source = sources[make.source or "train"]
     roles = {}
-    for role in sorted(_behind(make, plan.stage), key=lambda role: role.name):
+    for role in _behind(make, plan.stage):
         origin = origins.get(role.name)
         if role.mode == "frozen" and origin is not None:
             roles[role.name] = origin.sha256  # as it was loaded: what runs may have its BatchNorm folded

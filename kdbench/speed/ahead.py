@@ -19,7 +19,7 @@ from kdbench.engine.distributed import World
 from kdbench.engine.network import Network, roles_behind
 from kdbench.engine.plan import StagePlan
 from kdbench.engine.readers import Batch, Values, given_key
-from kdbench.engine.roles import inputs_of, moved_roles, root_of, upstream_roles
+from kdbench.engine.roles import inputs_of, moved_roles, root_of
 from kdbench.engine.runner import Runner
 from kdbench.engine.training import Feed
 
@@ -36,7 +36,7 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
         Role -> why it has to run inside the step; empty where it may run before it.
     """
     stage, order = plan.stage, plan.layout.order
-    moved = {root for update in plan.updates for root in moved_roles(update.config, stage)}
+    moved = {root for update in plan.updates for root in moved_roles(update.config, stage.roles)}
     found: dict[str, str] = {}
     # what only makers read runs after the steps
     run = roles_behind(stage.reads(plan.layout.terms, makers=False), stage.roles)
@@ -46,9 +46,9 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
         if name not in run or stage.roles[root].mode != "frozen":
             continue
         sources = {address.split(".", 1)[0] for address in inputs_of(config) if ":" not in address}
-        sources |= {plan.layout.sources[other] for other in upstream_roles(config)}
-        moving = next((other for other in upstream_roles(config) if other not in found), None)
-        inside = next((other for other in upstream_roles(config) if found.get(other)), None)
+        sources |= {plan.layout.sources[other] for other in config.upstream}
+        moving = next((other for other in config.upstream if other not in found), None)
+        inside = next((other for other in config.upstream if found.get(other)), None)
         if root in moved:
             found[name] = "an update moves it"
         elif moving is not None:
@@ -100,7 +100,7 @@ class LookAhead:
         for name in self.roles:
             own = [address.split(".", 1)[1] for address in inputs_of(configs[name]) if ":" not in address]
             # What comes from a table is in the batch already.
-            above = [other for other in upstream_roles(configs[name]) if other not in self.roles]
+            above = [other for other in configs[name].upstream if other not in self.roles]
             own += [given_key(other, f) for other in above for f in runner.network.role(other).features]
             self.fields[sources[name]] += own
         self.checked = False
@@ -156,7 +156,7 @@ class LookAhead:
             parts[source] = slice(stop - max(1, min(_length(batches[0][source]), stop // 2)), stop)
         refused = agreed(coupled(network, block, parts, self.roles), self.roles, self.runner.world, self.runner.device)
         for name in self.roles:
-            inside = next((other for other in upstream_roles(network.configs[name]) if other in refused), None)
+            inside = next((other for other in network.configs[name].upstream if other in refused), None)
             if inside is not None:
                 refused.setdefault(name, f"it sees {inside}, which runs inside the step")
         self.roles = tuple(name for name in self.roles if name not in refused)
