@@ -224,7 +224,7 @@ def test_a_batch_of_one_row_under_batchnorm(text, samples, extra, world):
     ],
 )
 def test_other_remainders_are_no_mistake(text, samples, extra, world):
-    planned(text + extra, data=DATA.replace("64", str(samples)), world_size=world)
+    assert planned(text + extra, data=DATA.replace("64", str(samples)), world_size=world).updates
 
 
 def test_the_network_that_is_planned_is_the_one_that_is_built():
