@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from kdbench.config.load import load_recipe
-from kdbench.data.build import build_sources
+from kdbench.data.loading.build import build_sources
 from kdbench.registry import DATASETS
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

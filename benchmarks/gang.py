@@ -30,9 +30,9 @@ from common import Paced, Training, arguments, begin, measure, quartiles, write
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import choose_device
-from kdbench.engine.runner import Runner
-from kdbench.results.opened import opened
-from kdbench.speed.gang import Gang, Member, Stack
+from kdbench.engine.train.runner import Runner
+from kdbench.experiment.reopened import opened
+from kdbench.speed.concurrent.dispatcher import Gang, Member, Stack
 
 BATCH = 64
 RECIPE = """

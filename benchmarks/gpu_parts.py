@@ -23,11 +23,11 @@ from torch import nn
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import precision_settings
+from kdbench.experiment.profile import profile
+from kdbench.experiment.run import run
 from kdbench.registry import DATASETS, MODELS
-from kdbench.results.console import ConsoleView
-from kdbench.results.experiment import run
-from kdbench.results.profile import profile
-from kdbench.speed.peaks import peak
+from kdbench.report.console import ConsoleView
+from kdbench.speed.profiling.peaks import peak
 
 RECIPE = """
 dataset: {dataset}
@@ -347,7 +347,7 @@ def _cifar_folder(data: Path) -> Path:
 
 def gang(context: Context) -> dict[str, Any]:
     """Four students in one process against one alone: how much longer the wall takes."""
-    if importlib.util.find_spec("kdbench.cli.gang") is None:
+    if importlib.util.find_spec("kdbench.cli.concurrent_launcher") is None:
         raise Skipped("this version of kdbench has no launcher gang")
     seeds, steps = ("1,2", 8) if context.quick else ("1,2,3,4", 1200)
     best = BEST[:1] if context.quick else BEST

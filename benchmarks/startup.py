@@ -29,7 +29,7 @@ os._exit(0)
 """
 OURS = """
 import os, sys
-from kdbench.results.console import ConsoleView
+from kdbench.report.console import ConsoleView
 
 def progress(self, done, phase=""):
     os._exit(0 if done == 1 else 1)

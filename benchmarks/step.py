@@ -50,10 +50,10 @@ from torchvision import transforms
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.engine.fold import fold_batchnorm
+from kdbench.engine.state.fold_batchnorm import fold_batchnorm
+from kdbench.experiment.run import run
 from kdbench.registry import DATASETS, MODELS
-from kdbench.results.console import ConsoleView
-from kdbench.results.experiment import run
+from kdbench.report.console import ConsoleView
 
 BATCH, CLASSES, TEMPERATURE = 64, 100, 4.0
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}

@@ -20,8 +20,8 @@ from common import arguments, begin, quartiles, seconds, write
 from operands import Size, build, count, names
 
 from kdbench.config.load import load_recipe
-from kdbench.results.opened import opened
-from kdbench.speed.profile import take_step
+from kdbench.experiment.reopened import opened
+from kdbench.speed.profiling.profiler import take_step
 
 RECIPE = """
 dataset: {{type: synthetic, shape: [3, 32, 32], classes: {classes}, samples: {samples}}}

@@ -15,7 +15,11 @@ from kdbench.errors import ConfigError
 from kdbench.registry import REGISTRIES
 
 GROUP = "kdbench.plugins"
+
+
 _VARIABLE = "KDBENCH_PLUGINS"  # carries the command line's choice to worker processes of a multirun
+
+
 _loaded: set[str] = set()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+
 Stream = Literal["init", "order", "augment", "model", "term", "split"]
 
 

@@ -112,13 +112,15 @@ class Registry:
         kind: what messages call such a part (`term`).
         package: the package whose modules declare the shipped parts.
         given: parameters that the framework fills in wherever a signature has them; a recipe may say otherwise.
+        catalog: a module that adds families of third-party parts when it is imported.
     """
 
-    def __init__(self, variable: str, kind: str, package: str, given: tuple[str, ...] = ()) -> None:
+    def __init__(self, variable: str, kind: str, package: str, given: tuple[str, ...] = (), catalog: str = "") -> None:
         self.variable = variable
         self.kind = kind
         self.package = package
         self.given = given
+        self.catalog = catalog
         self.families: list[Family] = []
         self._extra: dict[str, Entry] = {}
 
@@ -134,13 +136,14 @@ class Registry:
 
     @cached_property
     def _shipped(self) -> dict[str, Entry]:
-        importlib.import_module(self.package)  # its __init__ imports no torch; it may add families
-        folder = Path(__file__).parent.joinpath(*self.package.split(".")[1:])
-        found: dict[str, Entry] = {}
-        for path in sorted(folder.glob("*.py")):
-            module = self.package if path.stem == "__init__" else f"{self.package}.{path.stem}"
-            self._merge(found, self._read(path, module))
-        return found
+        if self.catalog:
+            importlib.import_module(self.catalog)  # adds families; it imports no torch
+        root = Path(__file__).parent
+        entries: dict[str, Entry] = {}
+        for path in sorted(root.joinpath(*self.package.split(".")[1:]).rglob("*.py")):
+            module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
+            self._merge(entries, self._read(path, module))
+        return entries
 
     def scan(self, module: str) -> None:
         """Adds the declarations of a plug-in module. It is imported only when one of its parts is built."""
@@ -399,22 +402,56 @@ MODELS = Registry(
     "model",
     "kdbench.models",
     given=("num_classes", "in_channels", "image_size", "input_shape", "image_shape"),
+    catalog="kdbench.models.catalog",
 )
-DATASETS = Registry("DATASETS", "dataset", "kdbench.data")
-AUGMENTS = Registry("AUGMENTS", "augmentation", "kdbench.data")
+
+
+DATASETS = Registry("DATASETS", "dataset", "kdbench.data.datasets")
+
+
+AUGMENTS = Registry("AUGMENTS", "augmentation", "kdbench.data.augment")
+
+
 TERMS = Registry("TERMS", "term", "kdbench.terms")
-ADAPTERS = Registry("ADAPTERS", "adapter", "kdbench.terms")
-WEIGHERS = Registry("WEIGHERS", "weigher", "kdbench.terms")
-ROUTERS = Registry("ROUTERS", "router", "kdbench.terms")
-COMBINERS = Registry("COMBINERS", "combiner", "kdbench.terms")
+
+
+ADAPTERS = Registry("ADAPTERS", "adapter", "kdbench.wiring")
+
+
+WEIGHERS = Registry("WEIGHERS", "weigher", "kdbench.wiring")
+
+
+ROUTERS = Registry("ROUTERS", "router", "kdbench.wiring")
+
+
+COMBINERS = Registry("COMBINERS", "combiner", "kdbench.wiring")
+
+
 TRANSFORMS = Registry("TRANSFORMS", "transform", "kdbench.models")
-SUBSETS = Registry("SUBSETS", "subset", "kdbench.data")
-RELABELS = Registry("RELABELS", "relabelling", "kdbench.data")
-MAKERS = Registry("MAKERS", "maker", "kdbench.makers")
-SELECTORS = Registry("SELECTORS", "selector", "kdbench.makers")
-METRICS = Registry("METRICS", "metric", "kdbench.engine")
+
+
+SUBSETS = Registry("SUBSETS", "subset", "kdbench.data.sampling")
+
+
+RELABELS = Registry("RELABELS", "relabelling", "kdbench.data.sampling")
+
+
+MAKERS = Registry("MAKERS", "maker", "kdbench.artifacts")
+
+
+SELECTORS = Registry("SELECTORS", "selector", "kdbench.artifacts")
+
+
+METRICS = Registry("METRICS", "metric", "kdbench.engine.evaluation")
+
+
 SCHEDULES = Registry("SCHEDULES", "schedule", "kdbench.config")
-OPTIMIZERS = Registry("OPTIMIZERS", "optimizer", "kdbench.engine")
+
+
+OPTIMIZERS = Registry(
+    "OPTIMIZERS", "optimizer", "kdbench.engine.train", catalog="kdbench.engine.train.optimizer_catalog"
+)
+
 
 REGISTRIES = {
     "models": MODELS,

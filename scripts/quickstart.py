@@ -20,11 +20,11 @@ from rich.table import Table
 
 from kdbench.config.load import load_recipe
 from kdbench.errors import UserError
+from kdbench.experiment.run import run
 from kdbench.files import write_json
-from kdbench.results.console import ConsoleView
-from kdbench.results.experiment import run
-from kdbench.results.report import Report, Row, aggregate
-from kdbench.results.summary import score
+from kdbench.report.console import ConsoleView
+from kdbench.report.summary import score
+from kdbench.report.tables import Report, Row, aggregate
 
 THREADS = 1
 """Networks of this size gain nothing by more, and lose much when the machine is busy."""

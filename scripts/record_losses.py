@@ -47,7 +47,7 @@ def shorten(recipe: Any, name: str) -> Any:
 def record(name: str, runs: str, path: Path) -> None:
     """Trains one shortened recipe in this process and writes its log, without times, to `path`."""
     from kdbench.config.load import load_recipe
-    from kdbench.results.experiment import run
+    from kdbench.experiment.run import run
 
     overrides = [f"runs={runs}", "tensorboard=false", "device=cpu"]
     if name.startswith("cifar100/"):

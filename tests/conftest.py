@@ -16,8 +16,8 @@ def _own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _own_calls():
-    """The parts of `plugin_parts` note their calls in one list. The compiler builds a list that a step appends to anew
-    for each form of the step: with the calls of all tests before, that took it minutes."""
-    parts = sys.modules.get("plugin_parts")
+    """The parts of `helpers.plugin_parts` note their calls in one list. The compiler builds a list that a step appends
+    to anew for each form of the step: with the calls of all tests before, that took it minutes."""
+    parts = sys.modules.get("helpers.plugin_parts")
     if parts is not None:
         parts.CALLS.clear()

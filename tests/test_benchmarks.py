@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdbench.registry import ROUTERS, TERMS, WEIGHERS
-from kdbench.speed import peaks
+from kdbench.speed.profiling import peaks
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

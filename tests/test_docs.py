@@ -22,12 +22,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("exam
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 LAYERS = (
-    {"errors", "files", "registry", "randomness", "config"},
-    {"models", "data", "terms"},
+    {"errors", "files", "registry", "randomness", "config", "run_folder"},
+    {"models", "data", "terms", "wiring", "report"},
     {"engine"},
     {"speed"},
-    {"makers"},
-    {"results"},
+    {"artifacts"},
+    {"experiment"},
     {"cli", "plugins"},
 )
 

@@ -11,9 +11,9 @@ from kdbench.cli.check import run as check
 from kdbench.cli.main import main
 from kdbench.cli.methods import detail, markdown
 from kdbench.config.load import load_recipe
-from kdbench.config.methods import NOT_YET, RUNS, SAME, UNSTATED, claimed, read_methods
+from kdbench.config.method_list import NOT_YET, RUNS, SAME, UNSTATED, claimed, read_methods
 from kdbench.config.paths import recipe_names, share
-from kdbench.config.source import read_source
+from kdbench.config.yaml_reader import read_source
 from kdbench.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,8 +99,8 @@ def test_one_key_is_read_in_every_way_of_writing_it(tmp_path, monkeypatch):
     texts["d"] = "methods:\n  [m1,\n   m4]\nterms: {}\n"
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("kdbench.config.methods.share", lambda kind: tmp_path)
-    monkeypatch.setattr("kdbench.config.methods.recipe_names", lambda: sorted(texts))
+    monkeypatch.setattr("kdbench.config.method_list.share", lambda kind: tmp_path)
+    monkeypatch.setattr("kdbench.config.method_list.recipe_names", lambda: sorted(texts))
     assert claimed() == {"m1": ["a", "b", "d"], "m2": ["a"], "m3": ["b"], "m4": ["d"]}
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdbench.cli.drawing import draw
+from kdbench.cli.diagram import draw
 from kdbench.cli.main import COMMANDS, main
 from kdbench.config.load import load_recipe, recipe_names
+from kdbench.experiment.artifacts import plan_stages
 from kdbench.registry import DATASETS, MODELS, TERMS
-from kdbench.results.making import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

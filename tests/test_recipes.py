@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DATA, Bench, bench, parts, recipe, same, small, step_without_reading  # noqa: F401
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from wiring import play, shortened
 
+from helpers.recipes import DATA, Bench, bench, parts, recipe, same, small, step_without_reading  # noqa: F401
+from helpers.shipped_recipes import play, shortened
 from kdbench.config.load import load_recipe, recipe_names
 from kdbench.config.paths import share
 from kdbench.config.schema import StageConfig
-from kdbench.engine import runner as runner_module
-from kdbench.engine.features import TRACES_RAISE
+from kdbench.engine.network.features import TRACES_RAISE
+from kdbench.engine.train import runner as runner_module
 from kdbench.files import read_json
 from kdbench.registry import TERMS
 

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from kdbench.config.load import load_recipe
-from kdbench.results.experiment import run
-from kdbench.results.report import Line, Report, Spread
+from kdbench.experiment.run import run
+from kdbench.report.tables import Line, Report, Spread
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "scripts").iterdir()) if path.read_bytes().startswith(b"#!")]

@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from support import environment
+
+from helpers.recipes import environment
 
 LATE = ("torchvision", "sklearn", "matplotlib", "tensorboard")
 
 FIRST_STEP = """
 import os, sys
-from kdbench.results.console import ConsoleView
+from kdbench.report.console import ConsoleView
 late, words = sys.argv[1].split(","), sys.argv[2:]  # Hydra takes over sys.argv
 
 def progress(self, done, phase=""):
@@ -63,7 +64,7 @@ def test_tensorboard_is_imported_when_it_is_written():
 
 
 def test_matplotlib_is_imported_when_a_picture_is_drawn():
-    draw = "import torch; from kdbench.results.figures import confusion"
+    draw = "import torch; from kdbench.report.figures import confusion"
     assert imported_by(draw) == set()
     assert imported_by(f"{draw}; confusion(torch.eye(3, dtype=torch.int64), list('abc'), title='')") == {"matplotlib"}
 
@@ -76,7 +77,7 @@ def test_torchvision_is_imported_when_a_network_of_it_is_built():
 
 def test_scikit_learn_is_not_imported_even_for_its_digits():
     """`test_digits_halves_are_scikit_learns_images_once_each` compares what is read with what it would give."""
-    assert imported_by("from kdbench.data.digits import Digits; Digits().load()") == set()
+    assert imported_by("from kdbench.data.datasets.digits import Digits; Digits().load()") == set()
     assert imported_by("from sklearn.datasets import load_digits") == {"sklearn"}
 
 

@@ -12,13 +12,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from kdbench.cli.drawing import course, draw
-from kdbench.cli.words import in_words, shape_words, value_words
+from kdbench.cli.descriptions import in_words, shape_words, value_words
+from kdbench.cli.diagram import course, draw
 from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
-    from kdbench.engine.plan import StagePlan
+    from kdbench.engine.plan.plan import StagePlan
 
 
 def run(recipe: Recipe, *, brief: bool = False) -> int:
@@ -28,7 +28,7 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
         ConfigError: anything that training would have failed at before its first step.
     """
     from kdbench.engine.device import choose_device, describe_device
-    from kdbench.results.making import plan_stages
+    from kdbench.experiment.artifacts import plan_stages
 
     console = Console(highlight=False)
     if not console.is_terminal:

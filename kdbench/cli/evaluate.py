@@ -12,9 +12,9 @@ from kdbench.errors import UserError
 
 def run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
     """Measures the roles of a run from its last checkpoint, and says where that differs from its summary."""
+    from kdbench.experiment.reopened import reevaluate
     from kdbench.files import read_json
-    from kdbench.results.folder import RunFolder
-    from kdbench.results.opened import reevaluate
+    from kdbench.run_folder import RunFolder
 
     run_folder = RunFolder(Path(folder))
     if not run_folder.is_run:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from kdbench.engine.trace import ModuleCall
+    from kdbench.engine.plan.trace import ModuleCall
+
 
 COLUMNS = ("path", "type", "output", "parameters", "notes")
 
@@ -67,7 +68,7 @@ def _trace(
 ) -> tuple[nn.Module, list[ModuleCall]]:
     import torch
 
-    from kdbench.engine.trace import trace
+    from kdbench.engine.plan.trace import trace
 
     def attempt(device: torch.device) -> tuple[nn.Module, list[ModuleCall]]:
         with device:

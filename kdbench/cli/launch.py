@@ -8,36 +8,25 @@ import os
 import shutil
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdbench.config.compose import composing, job_overrides, saying
-from kdbench.config.load import load_job, validated
-from kdbench.config.overrides import combinations, for_hydra, parsed_value, prepare
+from kdbench.config.compose.hydra import composing, saying
+from kdbench.config.compose.layers import CONFIG_NAME, Prepared, read_layers
+from kdbench.config.compose.overrides import combinations, for_hydra, parsed_value, prepare
+from kdbench.config.load import validated
 from kdbench.config.paths import find_recipe
-from kdbench.config.prepared import CONFIG_NAME, Prepared, read_layers
-from kdbench.errors import ConfigError, UserError, printable
-from kdbench.files import read_json, write_json
+from kdbench.errors import ConfigError
+from kdbench.files import read_json
 
 if TYPE_CHECKING:
-    from kdbench.config.schema import Recipe
-    from kdbench.results.experiment import Outcome
+    pass
+from kdbench.cli.jobs import JOBS, Job, JobFailed
 
-JOBS = "jobs"
-"""Where the notes of a multirun's finished jobs lie, beside its configs."""
 _TELLING = ("cfg", "info", "hydra_help", "shell_completion")
 """Flags that print something instead of running."""
-
-
-class JobFailed(Exception):
-    """A job of a multirun that ended with this exit code and has said why."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 class _Single:
@@ -57,11 +46,11 @@ def launch(arguments: Sequence[str]) -> int:
     Raises:
         UserError: a mistake in the recipe or an override, also in a later job of a multirun, before any job begins.
     """
-    from kdbench.cli.main import split_recipe
+    from kdbench.cli.arguments import split_recipe
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
     if any(for_hydra(text) for text in arguments if "=" in text):  # a launcher may be ours
-        from kdbench.cli.gang import register
+        from kdbench.cli.concurrent_launcher import register
 
         register()
     flags, words = _flags(arguments)
@@ -156,20 +145,6 @@ def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Name
     return code
 
 
-def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
-    """Leaves a note of a job, which a launcher may run in another process or on another machine.
-
-    Before the job it says what was asked for; after it (with the outcome), where the result lies.
-    """
-    note = {"label": " ".join(word for text in overrides if not (word := text.lstrip("+")).startswith("seed="))}
-    if outcome is not None:
-        if not outcome.is_main:
-            return
-        note |= {"folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
-    (folder / JOBS).mkdir(exist_ok=True)
-    write_json(folder / JOBS / f"{number}.json", note)
-
-
 def _hydra(folder: Path, flags: argparse.Namespace, given: Sequence[str]) -> None:
     import hydra
 
@@ -190,69 +165,6 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-class Job:
-    """One job of Hydra's, from its composed config to what it leaves.
-
-    Args:
-        config: without Hydra's node.
-        node: Hydra's own node.
-    """
-
-    def __init__(self, config: Any, node: Any) -> None:
-        self.config, self.node = config, node
-        self.words = job_overrides(node)
-        self.folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
-        self.recipe: Recipe | None = None
-        self.outcome: Outcome | None = None
-        self.failed: JobFailed | None = None
-
-    @property
-    def number(self) -> int:
-        """Its place in the sweep."""
-        return self.node.job.num
-
-    def begin(self) -> None:
-        """Says what was asked for, and loads it."""
-        print(f"job {self.number}: {' '.join(text.lstrip('+') for text in self.words)}", flush=True)
-        _keep_job(self.folder, self.number, self.words, None)
-        try:
-            self.recipe = self.load()
-        except Exception as error:
-            self.fail(error)
-
-    def load(self) -> Recipe:
-        from kdbench.plugins import load_plugins
-
-        load_plugins()
-        return load_job(self.config, self.folder, self.node)
-
-    def given(self) -> Recipe:
-        assert self.recipe is not None
-        return self.recipe
-
-    def keep(self, train: Callable[[], Outcome]) -> None:
-        """Trains, and notes where the result lies; an error is told, and kept for the sweep's end."""
-        try:
-            self.outcome = train()
-            _keep_job(self.folder, self.number, self.words, self.outcome)
-        except Exception as error:
-            self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        mistake = isinstance(error, UserError)
-        if mistake:
-            print(f"kdbench: job {self.number}: {printable(str(error))}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-        self.failed = JobFailed(2 if mistake else 1)
-
-    def headline(self) -> float | None:
-        """The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test."""
-        from kdbench.results.summary import headline
-
-        return None if self.outcome is None else headline(self.outcome.summary)
 
 
 def job(config: Any) -> float | None:

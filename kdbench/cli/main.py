@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kdbench import __version__
+from kdbench.cli.arguments import split_recipe
 from kdbench.errors import ConfigError, UserError, nearest, printable
 
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
 
 HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
 
@@ -28,6 +30,7 @@ HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
   --help             also after a command            --version
 
 Exit codes: 0 done, 2 a mistake in what was asked for, 1 a fault of kdbench, 130 interrupted."""
+
 
 TRAIN_HELP = """kdbench train RECIPE [key=value ...] [flags]
 
@@ -164,20 +167,6 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
     return MISTAKE if mistakes else DONE
 
 
-def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes the recipe out of words in any order: it is the one that is no override."""
-    words = [word for word in arguments if word and "=" not in word and not word.startswith("~")]
-    overrides = [word for word in arguments if word and word not in words]
-    if not words:
-        from kdbench.config.paths import recipe_names
-
-        known = ", ".join(recipe_names()) or "none are shipped"
-        raise ConfigError(f"which recipe? Give the path of a YAML file, or one of: {known}.")
-    if len(words) > 1:
-        raise ConfigError(f"one recipe at a time, got {', '.join(words)}; an override is written key=value.")
-    return words[0], overrides
-
-
 def _list(arguments: list[str]) -> int:
     from kdbench.cli.show import KINDS, list_kinds
 
@@ -225,7 +214,7 @@ def _inspect(arguments: list[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     import yaml
 
-    from kdbench.config.source import parse
+    from kdbench.config.yaml_reader import parse
     from kdbench.registry import MODELS
 
     params = {}

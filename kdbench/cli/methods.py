@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from kdbench.config.methods import NOT_YET, RUNS, SAME, STATUSES, UNSTATED, Method, MethodList, read_methods
+from kdbench.config.method_list import NOT_YET, RUNS, SAME, STATUSES, UNSTATED, Method, MethodList, read_methods
 
 _HEAD = {
     RUNS: "Runs",
@@ -14,12 +14,16 @@ _HEAD = {
     NOT_YET: "Not yet",
     UNSTATED: "Not stated",
 }
+
+
 _SAYS = {
     RUNS: "The recipe is the method, with a test of what it does.",
     SAME: "The wiring is that of another row's recipe; these overrides make it this method.",
     NOT_YET: "By field, with what is missing: a kind of data, a family of networks, a term, or a wiring.",
     UNSTATED: "The abstract gives too little, and neither the paper's text nor code was found.",
 }
+
+
 _INTRO = """\
 # Methods
 

@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kdbench.config.schema import Recipe
-from kdbench.results.console import sized
+from kdbench.report.console import sized
 
 
 def run(recipe: Recipe, *, stage: str | None, steps: int, out: str | None) -> int:
     """Profiles one stage of a recipe and prints what was found."""
     # Before torch: its profiler takes a GPU that is not there for an error, and its marks (USDT) stand above errors.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from kdbench.results.profile import profile
+    from kdbench.experiment.profile import profile
 
     found = profile(recipe, stage=stage, steps=steps, out=None if out is None else Path(out))
     console = Console(highlight=False)

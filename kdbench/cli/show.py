@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.cli.methods import counted, describe, detail, list_methods
-from kdbench.config.methods import Method, read_methods
+from kdbench.config.method_list import Method, read_methods
+from kdbench.config.parse.data import DATASET_INJECTED
 from kdbench.config.paths import GROUPS, find_recipe, group_files, recipe_names, share
-from kdbench.config.sources import DATASET_INJECTED
 from kdbench.errors import ConfigError, nearest
 from kdbench.registry import MODELS, REGISTRIES, REQUIRED, Entry, Parameter
 
 KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
+
+
 _INJECTED = {"models": MODELS.given, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
+
+
 _WRAPPED = 95  # a line of a docstring longer than this goes on in the next
+
 
 Row = tuple[str, str]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from kdbench.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from kdbench.results.experiment import Outcome
+    from kdbench.experiment.run import Outcome
 
 
 def run(recipe: Recipe) -> Outcome:
     """Trains a recipe to its end; a finished one only prints its summary again."""
     _import_engine()
     _keep_freed_memory()
-    from kdbench.results.experiment import run as run_experiment
+    from kdbench.experiment.run import run as run_experiment
 
     outcome = run_experiment(recipe)
     tell(outcome)
@@ -29,7 +29,7 @@ def run(recipe: Recipe) -> Outcome:
 
 def tell(outcome: Outcome) -> None:
     """Prints how a run ended."""
-    from kdbench.results.summary import print_summary
+    from kdbench.report.summary import print_summary
 
     if outcome.is_main:
         if outcome.repeated:
@@ -48,7 +48,7 @@ def _import_engine() -> None:
         return
     gc.disable()
     try:
-        importlib.import_module("kdbench.results.experiment")
+        importlib.import_module("kdbench.experiment.run")
         importlib.import_module("torch._dynamo")  # the first optimiser that is built imports it
         gc.freeze()
     finally:
@@ -82,7 +82,7 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
     """
     from rich.console import Console
 
-    from kdbench.results.report import Row, aggregate
+    from kdbench.report.tables import Row, aggregate
 
     by_label: dict[str, list[Mapping[str, str]]] = {}
     for job in jobs:

@@ -33,6 +33,7 @@ from kdbench.registry import (
 LOGGING = ("log_every", "checkpoint_every")
 """Keys of a stage that say how often something is written, not what is computed."""
 
+
 _REGISTRIES = {
     "model": MODELS,
     "dataset": DATASETS,

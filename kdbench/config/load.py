@@ -8,14 +8,15 @@ from typing import Any
 
 import yaml
 
-from kdbench.config.compose import Composed, compose, composed_job
+from kdbench.config.compose.hydra import Composed, compose, composed_job
+from kdbench.config.compose.layers import read_layers
+from kdbench.config.parse.recipe import validate
 from kdbench.config.paths import find_recipe, recipe_names
-from kdbench.config.prepared import read_layers
 from kdbench.config.schema import Recipe
-from kdbench.config.validate import validate
 from kdbench.errors import ConfigError
 
 __all__ = ["dump_recipe", "find_recipe", "load_job", "load_recipe", "load_resolved", "recipe_names"]
+
 
 RESOLVED = "resolved.yaml"
 """The file of a run's folder that holds its resolved recipe."""

@@ -9,6 +9,7 @@ from kdbench.errors import ConfigError, Place, nearest
 GROUPS = ("protocol", "pair")
 """The Hydra groups that a recipe may choose from, in the order in which they are laid under it."""
 
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

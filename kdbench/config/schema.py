@@ -14,8 +14,13 @@ from kdbench.errors import Place
 
 NOWHERE = Place()
 
+
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
+
+
 Compile = bool | Literal["max", "capture"]
+
+
 FrozenForward = Literal["auto", "inline", "ahead", "table"]
 
 

@@ -5,10 +5,13 @@ All take logits (batch, classes), compute in float32 at least, and return nats (
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
+from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
 from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
@@ -267,3 +270,141 @@ class Dist(Term):
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         return dist_loss(student, teacher, mask, weight, beta=self.beta, gamma=self.gamma, temperature=self.temperature)
+
+
+@TERMS.register(
+    "joint_cross_entropy",
+    space="sample",
+    version=1,
+    injected=("num_classes",),
+    operands=("kind",),
+    paper="arXiv:2107.13715",
+)
+class JointCrossEntropy(Term):
+    """HSAKD: cross-entropy with class and transformation together, one joint class for each pair of them.
+
+    loss = -log softmax(student)[label * kinds + kind]. `kind` says which transformation the image went through, such as
+    the quarter turns that a random `rotate90` tells: with `turned: {from: image, then: [rotate90]}`,
+    `kind: train.turned_turns`. The student is a head with `num_classes: CLASSES * KINDS`. Hidden labels (negative): 0.
+
+    Yang, An, Cai and Xu, Hierarchical Self-supervised Augmented Knowledge Distillation, IJCAI 2021, arXiv:2107.13715;
+    the order of the joint classes as in the authors' code (winycg/HSAKD).
+    Shapes: student logits (batch, classes * kinds), kind (batch,) of 0 to kinds - 1, label (batch,) -> (batch,), nats.
+    """
+
+    def __init__(self, num_classes: int, kinds: int = 4) -> None:
+        super().__init__()
+        if kinds < 2:
+            raise ConfigError(f"joint_cross_entropy: kinds must be at least 2, got {kinds}")
+        self.classes, self.kinds = num_classes, kinds
+
+    def check_shapes(self, **shapes: Size) -> None:
+        logits_of("student", shapes["student"])
+        if shapes["student"][1] != self.classes * self.kinds:
+            raise ValueError(
+                f"needs a value for each pair of {self.classes} classes and {self.kinds} kinds, "
+                f"{self.classes * self.kinds} in all, but the student has {shapes['student'][1]}"
+            )
+
+    def forward(self, student: Tensor, kind: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy_loss(student, label * self.kinds + kind * (label >= 0))
+
+
+def log_class_weights(counts: Tensor, beta: float) -> Tensor:
+    """log of 1 / E_c, E_c = (1 - beta^n_c) / (1 - beta) the effective number of samples of class c, up to a constant.
+
+    Args:
+        counts: (classes,), n_c; a class without samples counts as one of a single sample.
+        beta: in [0, 1); 0 makes all classes equal, near 1 the weights are 1 / n_c.
+    """
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    return -torch.log(-torch.expm1(at_least_float32(counts).clamp(min=1) * log_beta))
+
+
+@TERMS.register("bkd", space="sample", version=1, operands=("counts",), paper="arXiv:2104.10510")
+class BalancedSoftTargets(Term):
+    """BKD: soft targets in which rare classes count more, for a teacher that learnt from long-tailed data.
+
+    loss = T^2 * KL(q' || softmax(student / T)), q'_c in proportion to w_c softmax(teacher / T)_c, with w_c one over the
+    effective number of class c: (1 - beta) / (1 - beta^n_c) (Cui et al. 2019, arXiv:1901.05555). As in the authors'
+    code (BKDLoss), where plain cross-entropy stands beside it with weight 1. With beta 0 it is `kd`.
+
+    Zhang, Chen, Hu and Peng, Balanced Knowledge Distillation for Long-tailed Learning, 2021, arXiv:2104.10510.
+    Shapes: student, teacher logits (batch, classes), counts (classes,), such as what the maker `class_counts` made ->
+    (batch,), nats times T^2.
+    """
+
+    def __init__(self, temperature: Number = 2.0, beta: float = 0.9999) -> None:
+        super().__init__()
+        require("bkd", "above 0", temperature=temperature)
+        if not 0 <= beta < 1:
+            raise ConfigError(f"bkd: beta must be at least 0 and below 1, got {beta}")
+        self.temperature, self.beta = temperature, beta
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_classes(shapes["student"], shapes["teacher"])
+        if tuple(shapes["counts"]) != (shapes["student"][1],):
+            raise ValueError(
+                f"weighs {shapes['student'][1]} classes by how many samples each has, but counts is "
+                f"{list(shapes['counts'])}"
+            )
+
+    def forward(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        log_q = F.log_softmax(at_least_float32(teacher) / self.temperature, dim=1)
+        balanced = self.temperature * (log_q + log_class_weights(counts, self.beta))
+        return kd_loss(student, balanced, self.temperature)
+
+
+@TERMS.register("taid", space="batch", version=1, paper="arXiv:2501.16937")
+class TemporallyAdaptiveInterpolation(Term):
+    """TAID: the target lies between the student's own distribution and the teacher's, nearer to it as the loss falls.
+
+    loss = mean of -sum_k q_k log p_k, q = softmax((1 - t) z_s + t z_t) with the student's logits z_s held constant, p
+    its softmax. After each step m <- momentum * m + (1 - momentum) (before - loss) / before, t <- t + rate * sigmoid(m)
+    (1 - t), never below `least` and never above `end`. The authors' least value rises in a line from 0.2 or 0.4 to
+    `end` over all steps: `least: {type: linear, start: 0.4, end: 1, by: step}`. As in their code (SakanaAI/TAID:
+    src/distil_losses/taid.py), which reads the linear value of the step before. Under `accumulate` a step is a
+    micro-batch. Masked rows do not count; rows count by weight in the mean (weights are relative).
+
+    Shing, Misaki, Bao, Yokoi and Akiba, TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
+    Transfer in Language Models, ICLR 2025, arXiv:2501.16937 (on images too).
+    Shapes: student, teacher logits (batch, classes) -> scalar, nats.
+    """
+
+    t: Tensor
+    drift: Tensor
+    before: Tensor
+
+    def __init__(self, least: Number = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
+        super().__init__()
+        require("taid", "in [0, 1]", least=least, end=end, rate=rate, momentum=momentum)
+        if not isinstance(least, Tensor) and least > end:
+            raise ConfigError(f"taid: least must be at most end, got {least} and {end}")
+        self.least, self.end, self.rate, self.momentum = least, end, rate, momentum
+        self.register_buffer("t", torch.zeros(()))
+        self.register_buffer("drift", torch.zeros(()))  # the running relative fall of the loss
+        self.register_buffer("before", torch.full((), torch.inf))  # the loss of the step before
+
+    def check_shapes(self, **shapes: Size) -> None:
+        equal_classes(shapes["student"], shapes["teacher"])
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        own, theirs = valid_rows(student, mask), valid_rows(teacher, mask)
+        counts = row_weights(own, mask, weight)
+        t = self.t.clamp(min=self.least).clamp(max=self.end).to(own.dtype)
+        target = ((1 - t) * own.detach() + t * theirs).softmax(1)
+        rows = -(target * own.log_softmax(1)).sum(1)
+        loss = ratio((counts * rows).sum(), counts.sum())
+        if self.training:
+            self._move(t.to(self.t.dtype), loss.detach().to(self.t.dtype))
+        return loss
+
+    def _move(self, t: Tensor, loss: Tensor) -> None:
+        first = self.before.isinf()
+        fall = torch.where(first, 0, (self.before - loss) / (self.before + 1e-15))
+        drift = self.momentum * self.drift + (1 - self.momentum) * fall
+        self.drift.copy_(torch.where(first, self.drift, drift))
+        self.t.copy_(torch.where(first, t, (t + self.rate * self.drift.sigmoid() * (1 - t)).clamp(max=self.end)))
+        self.before.copy_(loss)

@@ -59,7 +59,7 @@ def test_follows_parameters_and_options():
 def test_a_model_that_meta_cannot_hold_is_built_on_the_cpu(monkeypatch):
     from torch import nn
 
-    import kdbench.models.digits as digits
+    import kdbench.models.small.cnn as digits
 
     class Reader(digits.DigitsMLP):
         def __init__(self, **params):

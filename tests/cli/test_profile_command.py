@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import DATA, Quiet, parts, recipe, train  # noqa: F401
 
+from helpers.recipes import DATA, Quiet, parts, recipe, train  # noqa: F401
 from kdbench.cli.main import main
-from kdbench.engine import runner as runner_module
+from kdbench.engine.train import runner as runner_module
+from kdbench.experiment.profile import _warm_up
+from kdbench.experiment.reopened import opened
 from kdbench.files import read_json
-from kdbench.results.opened import opened
-from kdbench.results.profile import _warm_up
-from kdbench.speed import peaks
-from kdbench.speed import profile as engine
+from kdbench.speed.profiling import peaks
+from kdbench.speed.profiling import profiler as engine
 
 STUDENT = """
 teacher: {model: t_conv, weights: {recipe: ./teacher.yaml}}

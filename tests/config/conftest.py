@@ -7,8 +7,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from recipe_texts import KD
 
+from helpers.recipe_texts import KD
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.errors import ConfigError

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from recipe_texts import KD
 
+from helpers.recipe_texts import KD
 from kdbench.config.load import dump_recipe, load_recipe, load_resolved
 from kdbench.config.paths import find_recipe, group_files
 from kdbench.errors import ConfigError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from recipe_texts import KD
 
+from helpers.recipe_texts import KD
 from kdbench.config.schema import Named, Recipe
 
 BASE = "dataset: digits\nepochs: 1\noptimizer: {type: SGD, lr: 0.1}\n"

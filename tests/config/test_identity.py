@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from recipe_texts import KD
 
+from helpers.recipe_texts import KD
 from kdbench.config.identity import identity
 
 

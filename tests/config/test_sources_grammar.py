@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_texts import KD
 
-from kdbench.config.fields import Context, Fields
+from helpers.recipe_texts import KD
+from kdbench.config.parse.data import read_sources
+from kdbench.config.parse.keys import Context, Fields
 from kdbench.config.schema import Named, SourceConfig
-from kdbench.config.sources import read_sources
 
 MADE = {"query.picked": "query@2.picked", "query@1.picked": "query@1.picked", "paint.pool": "paint.pool"}
 

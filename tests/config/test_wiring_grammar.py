@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from support import parts, plan_of, recipe  # noqa: F401
 
+from helpers.recipes import parts, plan_of, recipe  # noqa: F401
 from kdbench.errors import ConfigError
-from kdbench.results.making import plan_stages
+from kdbench.experiment.artifacts import plan_stages
 
 HEAD = """
 student: {model: t_layers}

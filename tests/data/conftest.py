@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from kdbench.config.schema import Named, SourceConfig
-from kdbench.data.build import build_sources
+from kdbench.data.loading.build import build_sources
 from kdbench.errors import Place
 
 

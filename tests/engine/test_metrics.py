@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdbench.config.schema import Named
-from kdbench.engine.metrics import IGNORED, MetricSet, higher_is_better
+from kdbench.engine.evaluation.metrics import IGNORED, MetricSet, higher_is_better
 from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 

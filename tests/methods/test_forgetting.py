@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import bench
 from torch.nn import functional as F
-from wiring import play, resume_differs, scores, shortened, weights
 
+from helpers.recipes import bench
+from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
-from kdbench.data.build import build_sources
-from kdbench.models.digits import DigitsMLP
-from kdbench.results.jsonlines import read_lines
+from kdbench.data.loading.build import build_sources
+from kdbench.files import read_lines
+from kdbench.models.small.mlp import DigitsMLP
 
 SEEDS = (1, 2, 3)
 NEVER = (

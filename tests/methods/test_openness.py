@@ -4,20 +4,20 @@ None of them touched `kdbench/engine`, a schema or the loader. What each needed:
 
     digits/ofa (OFA-KD, m023): the recipe alone. The term `ofa` and the model `exit_head` were there for others.
     digits/dhkd (DHKD, m036): the recipe alone. The term `dhkd` was there; the second head is the model `linear_head`.
-    digits/sinkd (SinKD, m029): the recipe and one class, the term `sinkhorn` (kdbench/terms/transport.py), with its
-        loss as plain loops in tests/terms/logit_reference.py.
-    digits/taid (TAID, m061): the recipe and one class, the term `taid` (kdbench/terms/progressive.py).
+    digits/sinkd (SinKD, m029): the recipe and one class, the term `sinkhorn` (kdbench/terms/divergences.py), with its
+        loss as plain loops in tests/helpers/logit_reference.py.
+    digits/taid (TAID, m061): the recipe and one class, the term `taid` (kdbench/terms/logits.py).
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from made_data import first_move
-from support import bench
 from torch.nn import functional as F
-from wiring import play, resume_differs, scores, shortened, weights
 
+from helpers.artifact_data import first_move
+from helpers.recipes import bench
+from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
 from kdbench.config.load import load_recipe
 from kdbench.registry import MODELS
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from wiring import play, resume_differs, scores, shortened, weights
 
+from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
-from kdbench.data.build import build_sources
-from kdbench.models.digits import DigitsCNN, DigitsMLP
-from kdbench.results.experiment import Outcome
-from kdbench.results.jsonlines import read_lines
+from kdbench.data.loading.build import build_sources
+from kdbench.experiment.run import Outcome
+from kdbench.files import read_lines
+from kdbench.models.small.cnn import DigitsCNN
+from kdbench.models.small.mlp import DigitsMLP
 
 TASKS = {"task1": {0, 1, 2, 3}, "task2": {4, 5, 6}, "task3": {7, 8, 9}}
 FORGETFUL = ("stages.stream.rounds.0.terms.old.weight=0", "stages.stream.rounds.1.terms.old.weight=0")

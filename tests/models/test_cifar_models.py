@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from kdbench.engine.trace import trace
+from kdbench.engine.plan.trace import trace
 from kdbench.registry import MODELS
 
 # Parameters with 100 classes and multiply-adds per 32x32 image of the networks released with CRD (RepDistiller,
@@ -147,7 +147,7 @@ def test_wide_resnet_stages_end_before_their_relu():
 
 
 def test_wide_resnet_shortcut_takes_the_activated_input_only_where_it_is_a_convolution():
-    from kdbench.models.wide_resnet import WideBlock
+    from kdbench.models.cifar.wide_resnet import WideBlock
 
     torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 6)

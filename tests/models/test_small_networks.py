@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from kdbench.engine.trace import trace
+from kdbench.engine.plan.trace import trace
 from kdbench.errors import ConfigError
-from kdbench.models.vit import positions, split_patches
+from kdbench.models.small.vit import positions, split_patches
 from kdbench.registry import MODELS
 
 SIZES = [
@@ -183,7 +183,7 @@ def test_every_place_has_its_own_position():
 
 
 def test_attention_is_that_of_torch():
-    from kdbench.models.attention import SelfAttention
+    from kdbench.models.layers import SelfAttention
 
     torch.manual_seed(0)
     own, reference = SelfAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()

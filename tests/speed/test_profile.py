@@ -7,13 +7,22 @@ import json
 
 import pytest
 import torch
-from support import Bench, bench, parts, same, small  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-import kdbench.speed.peaks as peaks
+import kdbench.speed.profiling.peaks as peaks
+from helpers.recipes import Bench, bench, parts, same, small  # noqa: F401
 from kdbench.config.load import load_recipe
-from kdbench.speed import profile
-from kdbench.speed.profile import Laps, Operations, count, take_step, taken_apart, time_parts, trace, with_parts
+from kdbench.speed.profiling import profiler as profile
+from kdbench.speed.profiling.profiler import (
+    Laps,
+    Operations,
+    count,
+    take_step,
+    taken_apart,
+    time_parts,
+    trace,
+    with_parts,
+)
 
 GAME = """
 models: {generator: {model: t_generator, input: noise.z}}

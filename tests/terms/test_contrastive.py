@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from term_reference import central_differences
 from torch import Size
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.term_reference import central_differences
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 from kdbench.terms.contrastive import draw_others, info_nce_loss, mixed, nce_loss

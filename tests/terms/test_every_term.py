@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from term_cases import (
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from helpers.term_cases import (
     BATCH_CASES,
     CASES,
     ELSEWHERE,
@@ -16,10 +19,7 @@ from term_cases import (
     case_id,
     one_per_term,
 )
-from term_reference import central_differences
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing import assert_close
-
+from helpers.term_reference import central_differences
 from kdbench.registry import TERMS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from parts import runs_without_reading, term
 from torch import Size
 from torch.testing import assert_close
 
+from helpers.term_inputs import runs_without_reading, term
 from kdbench.errors import ConfigError
 
 CLASSES, RATE, MOMENTUM = 4, 0.3, 0.6

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from parts import runs_without_reading
-from term_reference import central_differences
 from torch import Size
 from torch.testing import assert_close
 
+from helpers.term_inputs import runs_without_reading
+from helpers.term_reference import central_differences
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 

@@ -1,10 +1,10 @@
 """What the relational terms do and do not see of a batch."""
 
 import pytest
-import term_reference as reference
 import torch
 from torch.testing import assert_close
 
+from helpers import term_reference as reference
 from kdbench.terms.relations import RelationalKD, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
 
 LOSSES = {"sp": sp_loss, "rkd-distance": rkd_distance_loss, "rkd-angle": rkd_angle_loss, "pkt": pkt_loss}

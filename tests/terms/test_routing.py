@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from parts import runs_without_reading, term
 from torch.testing import assert_close
+
+from helpers.term_inputs import runs_without_reading, term
 
 GATE = torch.tensor([[0.9, 0.2], [0.5, 0.6]], dtype=torch.float64)
 ACTION = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)

@@ -1,0 +1,162 @@
+"""The entries of `make:`, what a stage makes at its end, and whether what a stage reads was made and is of its kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from kdbench.config.error_list import Faults
+from kdbench.config.parse.keys import Context, Fields
+from kdbench.config.parse.loops import Unrolled
+from kdbench.config.parse.operands import Addresses
+from kdbench.config.parse.parts import named
+from kdbench.config.schema import MakeConfig, Named, Operand, Part, RoleConfig, SourceConfig, StageConfig
+from kdbench.errors import Place, nearest
+from kdbench.registry import MAKERS, MODELS, SELECTORS
+
+_NAME = re.compile(r"[\w-]+")
+
+
+def read_makes(
+    context: Context,
+    top: Fields,
+    roles: Mapping[str, RoleConfig],
+    sources: Mapping[str, SourceConfig],
+    export: str | None,
+    unrolled: Unrolled,
+) -> dict[str, MakeConfig]:
+    """Reads everything that a stage makes; a null entry removes one."""
+    value = top.raw("make", {})
+    if not isinstance(value, Mapping):
+        top.fault("make", f"must be a mapping such as `soft: {{type: outputs, value: teacher}}`, got {value!r}.")
+        return {}
+    addresses = Addresses(context, list(roles), list(sources), (), unrolled.made)
+    makes = {}
+    for name, entry in value.items():
+        if entry is None:
+            continue
+        key = top.path(f"make.{name}")
+        if not _NAME.fullmatch(str(name)):
+            context.fault(key, f"{name!r} cannot be the name of what is made; use letters, digits, `_` and `-`.")
+            continue
+        fields = Fields(context, {"type": entry} if isinstance(entry, str) else entry, key, f"make {name!r}")
+        source = _source(fields, sources)
+        part = _maker(addresses, fields, export)
+        if part is not None:
+            previous = unrolled.made.get(f"{unrolled.base}.{name}")
+            makes[name] = MakeConfig(name=name, part=part, source=source, previous=previous, place=context.place(key))
+    return makes
+
+
+def _source(fields: Fields, sources: Mapping[str, SourceConfig]) -> str | None:
+    given = fields.take("source", "str")
+    if given is None:
+        if "train" not in sources:
+            fields.fault("", f"say over which samples it is made: `source: NAME`.{nearest('train', sources)}")
+        return "train"
+    if given not in sources:
+        fields.fault("source", f"no source {given!r}.{nearest(given, sources)}")
+    return given
+
+
+def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | None:
+    """The maker with its parameters and operands; those of its selector stand beside its own."""
+    context, key = addresses.context, fields.key
+    kind = fields.data.get("type")
+    entry = MAKERS.entries.get(kind) if isinstance(kind, str) else None
+    chooser = entry.facts.get("selects") if entry is not None else None
+    listed = entry.facts.get("candidates") if entry is not None else None
+    several = entry.facts.get("several") if entry is not None else None
+    data, more = fields.data, []
+    if several and isinstance(data.get(several), list) and data[several]:
+        data, more = {**data, several: data[several][0]}, data[several][1:]
+    reserved = ("source", *([chooser] if chooser else []))
+    part = addresses.part(MAKERS, data, key, export, reserved=reserved)
+    if part is None:
+        return None
+    params, operands = dict(part.params), dict(part.operands)
+    for number, item in enumerate(more, 1):
+        read = addresses.read(item, export, f"{key}.{several}.{number}")
+        if read is not None:
+            operands[f"{several}_{number}"] = read.operand
+    if chooser:
+        by = fields.data.get(chooser)
+        if by is None:
+            context.fault(key, f"maker {kind!r} needs `{chooser}`, one of `kdbench list selectors`.")
+            return None
+        selector = addresses.part(SELECTORS, by, f"{key}.{chooser}", export)
+        if selector is None:
+            return None
+        params[chooser] = {"type": selector.type, **selector.params}
+        operands |= selector.operands
+    if listed:
+        models = params.get(listed)
+        params[listed] = {}
+        for name, model in models.items() if isinstance(models, Mapping) else ():
+            read = named(context, MODELS, model, f"{key}.{listed}.{name}", MODELS.given)
+            if read is not None:
+                params[listed][name] = {"type": read.type, **read.params}
+        if not params[listed]:
+            context.fault(f"{key}.{listed}", "there is no candidate; write a mapping of names to models.")
+    return replace(part, params=params, operands=operands)
+
+
+def check_made(faults: Faults, stages: list[StageConfig], unrolled: list[Unrolled]) -> list[StageConfig]:
+    """Finds the model that stands in for a chosen one, and finds fault with what is read as something that it is not.
+
+    Returns:
+        The stages, each role's `made` by its full name.
+    """
+    kinds: dict[str, MakeConfig] = {}
+    checked = []
+    for stage, own in zip(stages, unrolled, strict=True):
+        roles = {name: _role(faults, role, own, kinds) for name, role in stage.roles.items()}
+        for name, wanted, place in _reads(stage):
+            made = kinds.get(name)
+            found = MAKERS.entry(made.part.type).facts.get("makes") if made is not None else wanted
+            if found != wanted:
+                faults.add(place, f"{name!r} is a {found}, but a {wanted} is read here.")
+        checked.append(replace(stage, roles=roles))
+        kinds |= {f"{stage.name}.{name}": make for name, make in stage.make.items()}
+    return checked
+
+
+def _role(faults: Faults, role: RoleConfig, unrolled: Unrolled, kinds: Mapping[str, MakeConfig]) -> RoleConfig:
+    if role.made is None:
+        return role
+    full = unrolled.made.get(role.made)
+    if full is None:
+        hint = nearest(role.made, unrolled.made) if unrolled.made else " No earlier stage makes anything."
+        faults.add(role.place, f"no earlier stage makes {role.made!r}, the model of role {role.name!r}.{hint}")
+        return role
+    make = kinds.get(full)
+    if make is None:  # it is at fault itself
+        return role
+    entry = MAKERS.entry(make.part.type)
+    if entry.facts.get("makes") != "model":
+        faults.add(role.place, f"{full!r} is a {entry.facts.get('makes')}, but role {role.name!r} needs a model.")
+        return role
+    candidates = make.part.params.get(entry.facts.get("candidates", ""), {})
+    first: dict[str, Any] = dict(next(iter(candidates.values()), {}))
+    if not first:
+        return role
+    return replace(role, made=full, model=Named(type=first.pop("type"), params=first, place=make.place))
+
+
+def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Place]]:
+    """What a stage reads of what others made: its name, the kind that it must be, and where that was written."""
+    for source in stage.data.values():
+        if source.made is not None:
+            yield source.made, "dataset", source.place
+        for option, value in (("subset", source.subset), ("labels", source.labels)):
+            if isinstance(value, str):
+                yield value, "choice", source.places.get(option, source.place)
+    for operand in made_operands(stage):
+        yield f"{operand.role}.{operand.path}", "tensor", operand.place
+
+
+def made_operands(stage: StageConfig) -> Iterator[Operand]:
+    """The operands of a stage's terms, updates and makers that are tensors which an earlier stage made."""
+    return (operand for operand in stage.reads() if operand.kind == "made")

@@ -1,0 +1,345 @@
+"""The networks of a recipe: `models:`, and `teacher:` and `student:`, which are short for two of its entries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, PERCENT, SHARE, Context, Fields
+from kdbench.config.parse.parts import named
+from kdbench.config.paths import find_recipe
+from kdbench.config.schema import Named, RoleConfig, SourceConfig, Weights
+from kdbench.config.yaml_reader import leaves, read_source
+from kdbench.errors import ConfigError, nearest
+from kdbench.registry import DATASETS, MODELS, TRANSFORMS
+
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+
+_FOLLOWERS = ("ema", "snapshot", "same")
+
+
+_NO_NAMES = ("others", "logits", "term", "made")
+
+
+def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
+    """Reads every role; a null entry removes one.
+
+    Args:
+        top: the stage's keys.
+        base: the folder of the recipe, where paths of other recipes begin.
+        seen: the files of the recipes that lead here, for a recipe that would need itself.
+    """
+    written: dict[str, tuple[str, Any]] = {}
+    models = top.raw("models", {})
+    if not isinstance(models, Mapping):
+        top.fault("models", f"must be a mapping of role names to models, got {models!r}.")
+        models = {}
+    for name, data in models.items():
+        if data is not None:
+            written[name] = (top.path(f"models.{name}"), data)
+    for name in ("teacher", "student"):
+        data = top.raw(name)
+        if data is None or models.get(name, data) is None:  # `models: {student: null}` in a round removes `student:`
+            continue
+        if name in written:
+            where = context.place(written[name][0])
+            top.fault(name, f"role {name!r} is given twice: here and as models.{name} ({where}); keep one of them.")
+        written[name] = (top.path(name), data)
+    roles = {}
+    for name, (key, data) in written.items():
+        if not _NAME.fullmatch(name) or name in _NO_NAMES:
+            context.fault(key, f"{name!r} cannot be a role's name; use letters, digits, `_` and `-`.")
+            continue
+        roles[name] = _role(context, name, key, data, base, seen)
+    if not roles:
+        context.fault("", "the recipe names no network; write `student: {model: NAME}`.")
+    _check_followers(context, roles)
+    return roles
+
+
+def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
+    fields = Fields(context, data, key, f"role {name!r}")
+    model_value = fields.raw("model")
+    model, made = None, None
+    if isinstance(model_value, Mapping) and isinstance(model_value.get("made"), str):
+        made = model_value["made"]
+        rest = {k: v for k, v in model_value.items() if k != "made"}
+        model = named(context, MODELS, rest, fields.path("model"), MODELS.given) if rest else None
+    elif model_value is not None:
+        model = named(context, MODELS, model_value, fields.path("model"), MODELS.given)
+    mode, of = _mode(fields, name)
+    if model_value is None and mode not in _FOLLOWERS:
+        fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
+        if isinstance(meant := fields.raw("type"), str):
+            fault = f"the network of role {name!r} stands under `model`: write `{name}: {{model: {{type: {meant}}}}}`."
+        context.fault(key, fault)
+    if model_value is not None and mode == "same":
+        fields.fault("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
+    of, _, part = (of or "").partition(":")
+    every, every_steps = _every(fields)
+    inputs = fields.texts("input")
+    role = RoleConfig(
+        name=name,
+        model=model,
+        weights=read_weights(context, fields, base, seen),
+        input=inputs[0] if inputs else "",
+        also=inputs[1:],
+        mode=mode,
+        of=of or None,
+        part=part or None,
+        decay=fields.take("decay", "float", 0.999, SHARE),
+        every=every,
+        every_steps=every_steps,
+        draw=fields.take("draw", "int", 0, NOT_NEGATIVE),
+        made=made,
+        transforms=_transforms(context, fields),
+        freeze=fields.texts("freeze"),
+        accuracy=fields.take("accuracy", "float", None, PERCENT),
+        place=context.place(key),
+    )
+    if fields.has("decay") and mode != "ema":
+        fields.fault("decay", "belongs to a role with `ema: ROLE`.")
+    if fields.has("draw") and mode in _FOLLOWERS:
+        fields.fault("draw", f"has no effect: the weights of role {name!r} are those of {of!r}.")
+    if fields.has("every") and mode != "snapshot":
+        fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
+    if mode == "same" and role.weights is not None:
+        fields.fault("weights", f"role {name!r} is the very network of {of!r}; its weights are those.")
+    if part and mode != "same":
+        fields.fault(mode, f"a part of a role can only be shared: `same: {of}:{part}`.")
+    if role.transforms and mode != "trainable":
+        fields.fault("transform", f"belongs to a role that trains; role {name!r} is {mode}.")
+    if fields.has("freeze") and mode != "trainable":
+        fields.fault("freeze", f"has no effect: nothing of role {name!r} trains.")
+    fields.done()
+    return role
+
+
+def _every(fields: Fields) -> tuple[int, int]:
+    """How often a snapshot is renewed: `every: 5` epochs, or `every: {steps: 100}`."""
+    if isinstance(fields.data.get("every"), Mapping):
+        own = Fields(fields.context, fields.raw("every"), fields.path("every"), "every")
+        steps = own.take("steps", "int", 0, AT_LEAST_ONE)
+        own.done()
+        return 0, steps
+    return fields.take("every", "int", 0, NOT_NEGATIVE), 0
+
+
+def _transforms(context: Context, fields: Fields) -> tuple[Named, ...]:
+    value = fields.raw("transform", [])
+    listed = isinstance(value, list)
+    found = [
+        named(context, TRANSFORMS, item, fields.path(f"transform.{i}" if listed else "transform"))
+        for i, item in enumerate(value if listed else [value])
+    ]
+    return tuple(item for item in found if item is not None)
+
+
+def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
+    frozen = fields.take("frozen", "bool")
+    trainable = fields.take("trainable", "bool")
+    followed = {mode: fields.take(mode, "str") for mode in _FOLLOWERS}
+    chosen = [mode for mode, of in followed.items() if of is not None]
+    if len(chosen) > 1 or (chosen and (frozen is not None or trainable is not None)):
+        fields.fault("", "`frozen`, `trainable`, `ema`, `snapshot` and `same` exclude each other; give one of them.")
+    if frozen is not None and trainable is not None and frozen == trainable:
+        fields.fault("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
+    if chosen:
+        return chosen[0], followed[chosen[0]]
+    if frozen is None:
+        frozen = not trainable if trainable is not None else name == "teacher"
+    return ("frozen" if frozen else "trainable"), None
+
+
+def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
+    for role in roles.values():
+        if role.of is None:
+            continue
+        key = f"{role.place.key}.{role.mode}"
+        if role.of not in roles:
+            context.fault(key, f"no role {role.of!r} to follow.{nearest(role.of, set(roles) - {role.name})}")
+            continue
+        chain, current = [role.name], role
+        while current.of is not None and current.of in roles:
+            chain.append(current.of)
+            current = roles[current.of]
+            if current.name in chain[:-1]:
+                context.fault(key, f"roles follow each other in a circle: {' -> '.join(chain)}.")
+                break
+
+
+def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> Weights | None:
+    """Reads the `weights` of a role: from a recipe, an earlier stage (by its full name), or a file."""
+    value = fields.raw("weights")
+    if value is None:
+        return None
+    own = Fields(context, value, fields.path("weights"), "weights")
+    given = [kind for kind in ("recipe", "stage", "path") if own.has(kind)]
+    recipe, stage, path = (own.take(kind, "str") for kind in ("recipe", "stage", "path"))
+    if len(given) != 1:
+        got = f", got {' and '.join(given)}" if given else ""
+        own.fault("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
+    model = own.raw("model")
+    if model is not None:
+        named(context, MODELS, model, own.path("model"), MODELS.given)
+    rename = own.take("rename", "dict", {})
+    if not all(isinstance(new, str) for new in rename.values()):
+        own.fault("rename", f"must map text to text, got {rename!r}.")
+        rename = {}
+    role = own.texts("role")
+    if len(set(role)) < len(role):
+        own.fault("role", f"a role is listed twice: {', '.join(role)}.")
+    weights = Weights(
+        recipe=_recipe(own, recipe, base, seen),
+        model=model,
+        epoch=own.take("epoch", "int", None, NOT_NEGATIVE),
+        stage=stage,
+        role=role,
+        path=path,
+        key=own.take("key", "str"),
+        strip=own.take("strip", "str"),
+        rename=rename,
+        strict=own.take("strict", "bool", True),
+        place=own.place(),
+    )
+    for name, kind in {"model": "recipe", "epoch": "recipe", "key": "path", "first": "stage"}.items():
+        own.raw(name)
+        if own.has(name) and given and kind not in given:
+            own.fault(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
+    own.done()
+    return weights if len(given) == 1 else None
+
+
+def _recipe(own: Fields, recipe: str | None, base: Path, seen: tuple[str, ...]) -> str | None:
+    """The shipped name, or the full path of the user's recipe."""
+    if recipe is None:
+        return None
+    try:
+        name, path = find_recipe(recipe, base, own.place("recipe"))
+    except ConfigError as error:
+        own.context.faults.add("", str(error))
+        return recipe
+    if _leads_to(path, seen):
+        own.fault("recipe", f"the recipe would need its own result first: {recipe!r}.")
+    return name if recipe == name else str(path)
+
+
+def _leads_to(path: Path, seen: tuple[str, ...]) -> bool:
+    """Whether a recipe, or one that it takes weights from, is among those being read."""
+    waiting, visited = [path], set()
+    while waiting:
+        current = waiting.pop()
+        if str(current.resolve()) in seen:
+            return True
+        if current in visited:
+            continue
+        visited.add(current)
+        # A mistake in another recipe is told when that recipe is loaded.
+        with suppress(ConfigError):
+            needed = [
+                v
+                for key, v in leaves(read_source(current).data)
+                if key.endswith(("weights.recipe", "weights.first.recipe"))
+            ]
+            waiting += [find_recipe(str(name), current.parent)[1] for name in needed]
+    return False
+
+
+def bind_inputs(
+    context: Context, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
+) -> dict[str, RoleConfig]:
+    """Spells out what each role sees, and finds fault with sources, fields and roles that do not exist."""
+    bound = {}
+    for name, role in roles.items():
+        first = _input(context, role, role.input, roles, data)
+        bound[name] = replace(role, input=first, also=tuple(_input(context, role, i, roles, data) for i in role.also))
+    for name in bound:
+        circle = _circle(name, bound)
+        if circle is not None:
+            said = " -> ".join(circle)
+            context.fault(_input_key(bound[name]), f"roles see each other's outputs in a circle: {said}.")
+    return bound
+
+
+def _circle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | None:
+    """The way along inputs that leads from a role back to itself, or None."""
+    waiting: list[tuple[str, ...]] = [(name,)]
+    visited: set[str] = set()
+    while waiting:
+        chain = waiting.pop()
+        role = roles[chain[-1]]
+        for upstream in (i.split(":", 1)[0] for i in (role.input, *role.also) if ":" in i):
+            if upstream == name:
+                return (*chain, upstream)
+            if upstream not in visited:
+                visited.add(upstream)
+                waiting.append((*chain, upstream))
+    return None
+
+
+def _input_key(role: RoleConfig) -> str:
+    return f"{role.place.key}.input"
+
+
+def _input(
+    context: Context,
+    role: RoleConfig,
+    given: str,
+    roles: Mapping[str, RoleConfig],
+    data: Mapping[str, SourceConfig],
+) -> str:
+    key = _input_key(role)
+    fallback = "train.image"
+    if not given:
+        if "train" not in data:
+            known = ", ".join(data) or "none"
+            said = f"role {role.name!r} needs an `input`: there is no source `train` (sources: {known})."
+            context.fault(role.place.key, said)
+        return fallback
+    if ":" in given:
+        upstream, _, path = given.partition(":")
+        if upstream not in roles:
+            context.fault(key, f"no role {upstream!r} to read from.{nearest(upstream, set(roles) - {role.name})}")
+            return fallback
+        return f"{upstream}:{path or 'logits'}"
+    source, _, name = given.rpartition(".")
+    source = source or "train"
+    if source not in data:
+        context.fault(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{nearest(source, data)}")
+        return fallback
+    fields = source_fields(data[source])
+    if name not in fields and data[source].made is None:
+        context.fault(key, f"source {source!r} has no field {name!r}.{nearest(name, fields)}")
+        return fallback
+    return f"{source}.{name}"
+
+
+def source_fields(source: SourceConfig) -> set[str]:
+    """The fields that a model can see: views and labels, or what a dataset without images declares (`fields`)."""
+    entry = DATASETS.entries.get(source.dataset.type)
+    declared = entry.facts.get("fields") if entry is not None else None
+    return {*declared, "index"} if declared else {*source.views, "label", "index"}
+
+
+def behind(names: Iterable[str], roles: Mapping[str, RoleConfig], *, followed: bool = False) -> set[str]:
+    """These roles and all those whose outputs they see, directly or not.
+
+    Args:
+        followed: those too of which one is an average, a copy or the very network.
+    """
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        role = roles.get(waiting.pop())
+        if role is None or role.name in found:
+            continue
+        found.add(role.name)
+        waiting += role.upstream
+        if followed and role.of is not None:
+            waiting.append(role.of)
+    return found

@@ -1,0 +1,128 @@
+"""The entries of `terms:` and `updates:`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from kdbench.config.parse.keys import Context, Fields
+from kdbench.config.parse.operands import Addresses, OperandReader
+from kdbench.config.parse.parts import parameters, schedule
+from kdbench.config.schema import Named, Part, RoleConfig, TermConfig
+from kdbench.registry import ROUTERS, TERMS, WEIGHERS, Entry, type_fault
+
+RESERVED = ("type", "weight", "student", "teacher", "where", "teacher_grad", "weigh", "route")
+
+
+def read_terms(
+    context: Context,
+    top: Fields,
+    roles: Mapping[str, RoleConfig],
+    export: str | None,
+    sources: Collection[str] = (),
+    made: Mapping[str, str] | None = None,
+) -> dict[str, TermConfig]:
+    """Reads every term; a null entry removes one that a layer below gave.
+
+    Args:
+        export: the role that is the result, where it is known.
+        sources: the names of the sources, whose fields a term may read.
+        made: what earlier stages make, as written and by its full name.
+    """
+    value = top.raw("terms", {})
+    if isinstance(value, list):  # an override can still give one
+        value = {str(item.get("type") if isinstance(item, Mapping) else item): item for item in value}
+    if not isinstance(value, Mapping):
+        top.fault("terms", f"must be a mapping such as `kd: {{type: kd, weight: 0.9}}`, got {value!r}.")
+        value = {}
+    trainable = [name for name, role in roles.items() if role.mode == "trainable"]
+    student = "student" if "student" in roles else export
+    if student is None and len(trainable) == 1:
+        student = trainable[0]
+    terms = {}
+    for name, entry in value.items():
+        if entry is not None:
+            addresses = Addresses(context, list(roles), sources, list(terms), made or {})
+            term = _term(addresses, name, top.path(f"terms.{name}"), entry, student)
+            if term is not None:
+                terms[name] = term
+    return terms
+
+
+def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | None) -> TermConfig | None:
+    context = addresses.context
+    if isinstance(value, str):
+        value = {"type": value}
+    fields = Fields(context, value, key, f"term {name!r}")
+    kind = fields.raw("type")
+    if not isinstance(kind, str):
+        said = f"term {name!r} needs a `type`, one of: {', '.join(sorted(TERMS.entries))}."
+        context.fault(key, said)
+        return None
+    weight = _weight(context, fields)
+    student_value, teacher_value = fields.raw("student"), fields.raw("teacher")
+    where = fields.take("where", "str")
+    teacher_grad = fields.take("teacher_grad", "bool", False)
+    type_key = fields.path("type") if fields.path("type") in context.places else key
+    routing = {name: fields.raw(name) for name in ("weigh", "route")}
+    known = TERMS.entries.get(kind)
+    declared = [
+        name for name in (known.facts.get("operands", ()) if known else ()) if name not in ("student", "teacher")
+    ]
+    more = {name: fields.raw(name) for name in declared}
+    params = parameters(context, TERMS, kind, fields.rest(), key, type_key, beside=(*RESERVED, *declared))
+    if params is None:
+        return None
+    entry = TERMS.entry(kind)
+    space = entry.facts.get("space", "sample")
+    if where is not None and (space == "model" or (space == "batch" and "mask" not in entry.inputs)):
+        fields.fault(
+            "where", f"term {kind!r} couples the whole batch and takes no mask, so `where` cannot thin it out."
+        )
+    if teacher_grad and "teacher" not in entry.inputs:
+        fields.fault("teacher_grad", f"term {kind!r} reads no teacher.")
+    reader = OperandReader(addresses, student, key, entry)
+    edges = reader.edges(student_value, teacher_value) if addresses.roles else ()  # no roles: told already
+    for label, value in routing.items():
+        if value is not None and not _takes_weights(entry):
+            fields.fault(label, f"term {kind!r} couples the whole batch and takes no weights, so nothing can weigh it.")
+    if routing["route"] is not None and len(edges) == 1:
+        fields.fault("route", "a router chooses among edges, but the term has only one: give a list of teachers.")
+    elif routing["route"] is not None and edges and len({str(edge.teacher or edge.student) for edge in edges}) == 1:
+        only = edges[0].teacher or edges[0].student
+        fields.fault("route", f"a router chooses among teachers, but every edge has the same: {only}.")
+    own = edges[0].student.role if edges else student
+    parts: dict[str, Part | None] = {"weigh": None, "route": None}
+    for label, registry in (("weigh", WEIGHERS), ("route", ROUTERS)):
+        if routing[label] is not None:
+            parts[label] = addresses.part(
+                registry, routing[label], f"{key}.{label}", own, given=("student", "teacher", "teachers", "losses")
+            )
+    return TermConfig(
+        name=name,
+        type=kind,
+        weight=weight,
+        edges=edges,
+        where=where,
+        teacher_grad=teacher_grad,
+        params=params,
+        operands=addresses.declared(entry, declared, more, key, own),
+        **parts,
+        place=context.place(key),
+    )
+
+
+def _takes_weights(entry: Entry) -> bool:
+    """Whether samples can count differently in a term: the runner weighs what it reduces, the others must take them."""
+    space = entry.facts.get("space", "sample")
+    return space not in ("batch", "model") or (space == "batch" and "weight" in entry.inputs)
+
+
+def _weight(context: Context, fields: Fields) -> float | Named:
+    value = fields.raw("weight", 1.0)
+    if isinstance(value, Mapping):
+        return schedule(context, value, fields.path("weight")) or 1.0
+    if type_fault("float", value) or value != value or abs(value) == float("inf"):
+        fields.fault("weight", f"must be a finite number or a schedule such as {{type: linear, ...}}, got {value!r}.")
+        return 1.0
+    return value

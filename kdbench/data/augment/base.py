@@ -1,0 +1,139 @@
+"""Augmentations: per sample, batched, on the device, from draws that belong to the sample and the epoch.
+
+Each kind is one base class; `kdbench.data.augment.view` runs them in this order, the kinds in the order of the recipe:
+
+- `Geometric` moves pixels. All of a view are composed into one pair of coordinate maps, so the image is read once;
+- `Colouring` changes colours, in [0, 1];
+- then the image is normalised;
+- `Masking` changes the normalised image in place of pixels (cutout, noise); what stands after the mixing in the recipe
+  comes after it;
+- `Mixing` blends a sample with another one of the batch; at most one per view.
+- `Reading` chooses what is decoded at all, and so works on datasets that are read from files in every epoch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdbench.registry import AUGMENTS
+
+OUTSIDE = -1
+"""A coordinate that lies in the padding, where pixels are zero."""
+
+
+class Augment:
+    """Base of all augmentations.
+
+    columns: how many numbers each sample draws in an epoch.
+    always: whether evaluation does it too, with draws that are the same every time.
+    tells: the field of the batch that `told` gives; empty for none.
+    """
+
+    columns = 0
+    always = False
+    tells = ""
+    registered_name: str
+
+    def table(self, samples: int, seed: int) -> Tensor:
+        """Returns an epoch's draws, float32 (samples, columns), uniform in [0, 1) unless the class says otherwise."""
+        return torch.rand(samples, self.columns, generator=torch.Generator().manual_seed(seed))
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape (channels, height, width) that comes out.
+
+        Raises:
+            ConfigError: the augmentation does not fit images of this shape.
+        """
+        return shape
+
+    def told(self, draws: Tensor) -> Tensor:
+        """Returns what was drawn as the field `tells`, int64 (batch,)."""
+        raise NotImplementedError
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        """Returns how many images it can make of one sample; None where they are not counted.
+
+        Where they are, the image that comes out is a function of the image that goes in and of `code` alone, so that
+        what a network gives for it can be kept.
+
+        Args:
+            shape: that goes in, (channels, height, width).
+        """
+        return None if self.columns else 1
+
+    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns which of its `variants` the draws give, int64 (batch,), from 0; where it draws nothing, 0."""
+        return torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+
+
+@AUGMENTS.register("same", version=1)
+class Same(Augment):
+    """First in a view: all that another view does to the sample, with the same draws.
+
+    `corrupted: {from: image, then: [noise]}` is short for `corrupted: [{type: same, view: image}, noise]`: both views
+    are cropped and flipped (and mixed) alike, and then one of them is corrupted. Views without it draw apart.
+
+    Args:
+        view: the other view.
+    """
+
+    def __init__(self, view: str) -> None:
+        self.view = view
+
+
+class Geometric(Augment):
+    """Moves pixels: maps rows and columns of the output to those of the input."""
+
+    def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Composes this move after those before it.
+
+        Args:
+            ys: int64 (batch, height), the source row of each row so far, or OUTSIDE.
+            xs: int64 (batch, width), likewise.
+            draws: float32 (batch, columns).
+        """
+        raise NotImplementedError
+
+    def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+        """What evaluation does in its place."""
+        return ys, xs
+
+
+class Colouring(Augment):
+    """Changes colours before the image is normalised."""
+
+    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Args: image (batch, channels, height, width) in [0, 1]; draws float32 (batch, columns)."""
+        raise NotImplementedError
+
+
+class Masking(Augment):
+    """Changes the normalised image."""
+
+    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Args: image (batch, channels, height, width); draws float32 (batch, columns)."""
+        raise NotImplementedError
+
+
+class Mixing(Augment):
+    """Blends each sample with a partner of the same batch."""
+
+    def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the blend and the share of the own label, float (batch,)."""
+        raise NotImplementedError
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return None
+
+
+class Reading(Augment):
+    """Chooses the part of the undecoded image that is read."""
+
+    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Returns left, upper, right, lower in pixels of an image of the given size."""
+        raise NotImplementedError
+
+    def variants(self, shape: tuple[int, ...]) -> int | None:
+        return None

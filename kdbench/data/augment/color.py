@@ -1,0 +1,57 @@
+"""Changes of colour, before the image is normalised."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdbench.data.augment.base import Colouring
+from kdbench.errors import ConfigError
+from kdbench.registry import AUGMENTS
+
+
+@AUGMENTS.register("color", version=1)
+class Color(Colouring):
+    """Random brightness, contrast and saturation, as torchvision's ColorJitter, always in this order.
+
+    Each factor is uniform in [max(0, 1 - x), 1 + x]; values stay in [0, 1]. Grey images have no saturation to change.
+
+    Args:
+        brightness: x of the factor on all pixels.
+        contrast: x of the factor on the distance to the image's mean grey.
+        saturation: x of the factor on the distance to each pixel's grey.
+    """
+
+    columns = 3
+
+    def __init__(self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4) -> None:
+        for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            if value < 0:
+                raise ConfigError(f"color: {name} must not be negative, got {value}")
+        self.strengths = (brightness, contrast, saturation)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if shape[0] not in (1, 3):
+            raise ConfigError(f"color: needs images of 1 or 3 channels, these have {shape[0]}")
+        return shape
+
+    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+        brightness, contrast, saturation = (
+            (low + draws[:, k] * (1 + strength - low)).to(image.dtype).view(-1, 1, 1, 1)
+            for k, strength in enumerate(self.strengths)
+            for low in (max(0.0, 1 - strength),)
+        )
+        image = (image * brightness).clamp(0, 1)
+        image = _towards(image, _grey(image).mean((1, 2, 3), keepdim=True), contrast)
+        return image if image.shape[1] == 1 else _towards(image, _grey(image), saturation)
+
+
+def _towards(image: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (factor * image + (1 - factor) * other).clamp(0, 1)
+
+
+def _grey(image: Tensor) -> Tensor:
+    """The luma of ITU-R 601, (batch, 1, height, width)."""
+    if image.shape[1] == 1:
+        return image
+    red, green, blue = image.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue

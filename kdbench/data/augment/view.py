@@ -1,0 +1,387 @@
+"""A view: how the image of a source becomes one field of the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.config.schema import Named, SourceConfig
+from kdbench.data.augment.base import OUTSIDE, Augment, Colouring, Geometric, Masking, Mixing, Reading
+from kdbench.data.source_spec import Variants
+from kdbench.errors import ConfigError, UserError, nearest
+from kdbench.randomness import derive
+from kdbench.registry import AUGMENTS
+
+
+class View:
+    """Augments, normalises and converts the images of one field, batched, on the device.
+
+    Crops and flips are composed into coordinates and read in one gather from the resident images; then x / 255; then
+    colours; then (x - mean) / std; then cutout and noise; then mixup or cutmix; then what the recipe has after that.
+    No step waits for the device.
+
+    Args:
+        name: of the field, such as `image`.
+        augments: the recipe's list.
+        shape: of one stored image, (channels, height, width); other shapes take no augmentation.
+        mean, std: per channel, of images in [0, 1]; None leaves them in [0, 1].
+        owners: the view whose draws each augmentation takes; None: this view.
+        pixels: whether the stored images are in [0, 1] (or uint8), not normalised already.
+
+    Attributes:
+        shape: of one image of the batch.
+        columns: how many numbers a sample draws in an epoch.
+        mixes: the view whose draws mix this one; empty where nothing is mixed.
+        reading: what chooses the part of a file that is read, and `reading_owner` the view whose draws it takes.
+        draws_always: whether evaluation needs draws.
+
+    Raises:
+        ConfigError: an augmentation is unknown, does not fit the shape, or two of them mix.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        augments: Sequence[Named],
+        shape: tuple[int, ...],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        owners: Sequence[str] | None = None,
+        pixels: bool = True,
+    ) -> None:
+        self.name = name
+        self.pixels = pixels
+        self.augments: list[Augment] = []
+        self._seen: list[tuple[int, ...]] = []  # the shape that goes into each augmentation
+        self.stored = shape
+        self.shape = shape
+        for named in augments:
+            self._add(named)
+        self.keys = _keys(augments)
+        self.columns = sum(augment.columns for augment in self.augments)
+        self.owners = list(owners) if owners is not None else [name] * len(self.augments)
+        self._mixing = next((i for i, augment in enumerate(self.augments) if isinstance(augment, Mixing)), None)
+        self.mixes = "" if self._mixing is None else self.owners[self._mixing]
+        reads = [(a, owner) for a, owner in zip(self.augments, self.owners, strict=True) if isinstance(a, Reading)]
+        self.reading, self.reading_owner = reads[0] if reads else (None, "")
+        self.draws_always = any(augment.always and augment.columns for augment in self.augments)
+        self.dtype = dtype
+        self.channels_last = channels_last and len(shape) == 3
+        trailing = (-1, *([1] * (len(shape) - 1)))
+        self.mean = None if mean is None else torch.tensor(mean, dtype=dtype, device=device).view(trailing)
+        self.std = None if std is None else torch.tensor(std, dtype=dtype, device=device).view(trailing)
+
+    def _add(self, named: Named) -> None:
+        AUGMENTS.check(named.type, named.params, named.place)
+        if len(self.stored) != 3:
+            raise ConfigError(
+                f"{named.place}: {named.type} needs images of shape [channels, height, width], "
+                f"but this dataset's samples are {list(self.stored)}".lstrip(": ")
+            )
+        self._seen.append(self.shape)
+        try:
+            augment: Augment = AUGMENTS.build(named.type, named.params, named.place)
+            self.shape = augment.shape(self.shape)
+        except UserError as error:
+            raise ConfigError(f"{named.place}: {error}".lstrip(": ")) from None
+        if isinstance(augment, Colouring) and not self.pixels:
+            raise ConfigError(
+                f"{named.place}: {named.type} changes colours of images in [0, 1], but these were stored "
+                "normalised".lstrip(": ")
+            )
+        if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
+            raise ConfigError(f"{named.place}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
+        self.augments.append(augment)
+
+    def table(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
+        """Returns the draws of all samples for one epoch, float32 (samples, columns), on the CPU.
+
+        Each augmentation has its own stream: one more in the list leaves the draws of the others as they are. Those
+        that another view owns have that view's.
+        """
+        parts = [
+            augment.table(samples, derive(seed, "augment", source, owner, epoch, key))
+            for augment, owner, key in zip(self.augments, self.owners, self.keys, strict=True)
+            if augment.columns
+        ]
+        return torch.cat(parts, dim=1) if parts else torch.empty(samples, 0)
+
+    def augmented(self, images: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
+        """Returns the augmented images before mixing.
+
+        Args:
+            images: (samples, *stored shape), uint8 or float in [0, 1].
+            rows: int64 (batch,), which of them.
+            draws: float32 (batch, columns).
+
+        Returns:
+            (batch, *shape), normalised.
+        """
+        own = self._with_draws(draws)
+        moves = [(augment, drawn) for augment, drawn in own if isinstance(augment, Geometric)]
+        if moves:
+            ys, xs = _identity(len(rows), self.stored, rows.device)
+            for augment, drawn in moves:
+                ys, xs = augment.maps(ys, xs, drawn)
+            read = gather_pixels(images, rows, ys, xs)
+        else:
+            read = images.index_select(0, rows)
+        image = self._scaled(read)
+        for augment, drawn in own:
+            if isinstance(augment, Colouring):
+                image = augment.apply(image, drawn)
+        image = self._normalised(image)
+        return self._laid_out(_masked(image, own[: self._mixing]))
+
+    def mixed(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Blends each image with its partner; returns the blend and the share of the own label (batch,)."""
+        own = self._with_draws(draws)
+        for number, (augment, drawn) in enumerate(own):
+            if isinstance(augment, Mixing):
+                image, share = augment.mix(image, partner, drawn)
+                return self._laid_out(_masked(image, own[number:])), share
+        raise ValueError(f"view {self.name!r} does not mix")
+
+    def plain(self, images: Tensor, rows: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns the images as evaluation sees them: normalised, cut to the view's size at the centre, and with what
+        the view always does.
+
+        Args:
+            draws: float32 (batch, columns); needed where `draws_always`.
+        """
+        moves = [augment for augment in self.augments if isinstance(augment, Geometric)]
+        if self.shape == self.stored:
+            read = images.index_select(0, rows)
+        else:
+            ys, xs = _identity(len(rows), self.stored, rows.device)
+            for augment in moves:
+                ys, xs = augment.fixed(ys, xs)
+            read = gather_pixels(images, rows, ys, xs)
+        image = self._normalised(self._scaled(read))
+        if draws is None:
+            draws = torch.zeros(len(rows), self.columns, device=rows.device)
+        own = self._with_draws(draws) if any(augment.always for augment in self.augments) else []
+        return self._laid_out(_masked(image, [(augment, drawn) for augment, drawn in own if augment.always]))
+
+    def told(self, draws: Tensor) -> dict[str, Tensor]:
+        """Returns what the view says of itself in fields of its own, such as how far it is turned."""
+        if not self.tells:
+            return {}
+        return {
+            self.tells[augment.tells]: augment.told(drawn)
+            for augment, drawn in self._with_draws(draws)
+            if augment.tells
+        }
+
+    @cached_property
+    def tells(self) -> dict[str, str]:
+        """What an augmentation tells -> its field: the same word in the view `image`, else `VIEW_WORD`."""
+        words = [augment.tells for augment in self.augments if augment.tells]
+        return {word: word if self.name == "image" else f"{self.name}_{word}" for word in words}
+
+    @cached_property
+    def variants(self) -> Variants:
+        """How many images the view can show of one sample: those of its augmentations, multiplied."""
+        count = 1
+        for augment, shape in zip(self.augments, self._seen, strict=True):
+            if isinstance(augment, Mixing):
+                return Variants(None, f"{augment.registered_name} blends samples")
+            own = augment.variants(shape)
+            if own is None:
+                return Variants(None, f"the images that {augment.registered_name} makes of a sample are not counted")
+            count *= own
+        return Variants(count)
+
+    def codes(self, draws: Tensor) -> Tensor:
+        """Returns which of its `variants` each sample's draws give, int64 (batch,), from 0.
+
+        Args:
+            draws: float32 (batch, columns).
+        """
+        codes = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
+        for (augment, drawn), shape in zip(self._with_draws(draws), self._seen, strict=True):
+            codes = codes * (augment.variants(shape) or 1) + augment.code(drawn, shape)
+        return codes
+
+    def _with_draws(self, draws: Tensor) -> list[tuple[Augment, Tensor]]:
+        parts = draws.split([augment.columns for augment in self.augments], dim=1) if self.augments else ()
+        return list(zip(self.augments, parts, strict=True))
+
+    def _scaled(self, read: Tensor) -> Tensor:
+        image = read.to(self.dtype)
+        return image if read.is_floating_point() else image.div_(255)
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        if self.mean is not None and self.std is not None:
+            image = image.sub_(self.mean).div_(self.std)
+        return image
+
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+
+def _masked(image: Tensor, own: Sequence[tuple[Augment, Tensor]]) -> Tensor:
+    for augment, drawn in own:
+        if isinstance(augment, Masking):
+            image = augment.apply(image, drawn)
+    return image
+
+
+def _keys(augments: Sequence[Named]) -> list[str]:
+    seen: Counter[str] = Counter()
+    keys = []
+    for named in augments:
+        keys.append(f"{named.type}{seen[named.type] or ''}")
+        seen[named.type] += 1
+    return keys
+
+
+def _identity(batch: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    _, height, width = shape
+    ys = torch.arange(height, device=device).expand(batch, height)
+    xs = torch.arange(width, device=device).expand(batch, width)
+    return ys, xs
+
+
+def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
+    """Reads out[b, c, i, j] = images[rows[b], c, ys[b, i], xs[b, j]], zero where a coordinate is OUTSIDE.
+
+    Args:
+        images: (samples, channels, height, width).
+        rows: int64 (batch,).
+        ys: int64 (batch, out_height). xs: int64 (batch, out_width).
+
+    Returns:
+        (batch, channels, out_height, out_width), of the dtype of `images`.
+    """
+    # One row and one column of zeros stand for everything outside. Whole rows are copied first, pixels second: that
+    # is twice as fast on a CPU as one take over all pixels.
+    channels, height, width = images.shape[1:]
+    batch = rows.shape[0]
+    read = F.pad(images.index_select(0, rows), (0, 1, 0, 1))
+    ys = torch.where(ys == OUTSIDE, height, ys)
+    xs = torch.where(xs == OUTSIDE, width, xs)
+    planes = torch.arange(batch * channels, device=rows.device).view(batch, channels, 1) * (height + 1)
+    lines = read.view(-1, width + 1).index_select(0, (planes + ys[:, None, :]).view(-1))
+    lines = lines.view(batch, channels, ys.shape[1], width + 1)
+    return lines.gather(3, xs[:, None, None, :].expand(batch, channels, ys.shape[1], xs.shape[1]))
+
+
+def spelled_out(views: Mapping[str, Sequence[Named]]) -> dict[str, list[tuple[Named, str]]]:
+    """Puts the augmentations of the other view in the place of each `same`.
+
+    Returns:
+        View -> its augmentations in order, each with the view whose draws it takes.
+
+    Raises:
+        ConfigError: `same` is not the first of a view, or names none, or itself.
+    """
+    found: dict[str, list[tuple[Named, str]]] = {}
+
+    def spell(name: str, above: tuple[str, ...]) -> list[tuple[Named, str]]:
+        if name in found:
+            return found[name]
+        own: list[tuple[Named, str]] = []
+        for number, named in enumerate(views[name]):
+            if named.type != "same":
+                own.append((named, name))
+                continue
+            other = str(named.params.get("view"))
+            where = f"{named.place}: " if str(named.place) else ""
+            if number:
+                raise ConfigError(f"{where}`same` comes first in a view; what follows it is done to what it gives")
+            if other not in views:
+                raise ConfigError(f"{where}no view {other!r}.{nearest(other, views)}")
+            if other in (*above, name):
+                raise ConfigError(f"{where}views continue each other in a circle: {' -> '.join((*above, name, other))}")
+            own += spell(other, (*above, name))
+        found[name] = own
+        return own
+
+    for name in views:
+        spell(name, ())
+    return {name: found[name] for name in views}
+
+
+def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object) -> dict[str, View]:
+    """Builds the views of a source.
+
+    Raises:
+        ConfigError: an augmentation does not fit, or two views mix labels, each in its own way.
+    """
+    views = {}
+    for name, own in spelled_out(config.views).items():
+        augments, owners = [named for named, _ in own], [owner for _, owner in own]
+        views[name] = View(name, augments, shape, owners=owners, **options)  # type: ignore[arg-type]
+    if len({view.mixes for view in views.values() if view.mixes}) > 1:
+        mixing = [name for name, view in views.items() if view.mixes]
+        raise ConfigError(
+            f"{config.place}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
+            "`label_other`; mix in one view, and let the other continue it (`from:`)".lstrip(": ")
+        )
+    return views
+
+
+def refuse_reading(config: SourceConfig) -> None:
+    """Raises ConfigError where a view chooses what is read from a file, of a dataset that is held in memory."""
+    for name, own in spelled_out(config.views).items():
+        for named, _ in own:
+            if issubclass(AUGMENTS.entry(named.type).load(), Reading):
+                raise ConfigError(
+                    f"{named.place}: view {name!r}: {named.type} chooses what is read from a file, but "
+                    f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
+                    "(image_folder with resident: false, imagenet)".lstrip(": ")
+                )
+
+
+def variants_of(config: SourceConfig, shape: tuple[int, ...], *, resident: bool = True) -> dict[str, Variants]:
+    """Returns how many images each view of a source can show of one sample.
+
+    Args:
+        shape: of one stored image.
+        resident: whether the images lie in memory.
+    """
+    found = {name: view.variants for name, view in build_views(config, shape).items()}
+    if not resident:
+        return dict.fromkeys(found, Variants(None, f"the images of source {config.name!r} are read from files"))
+    if config.overlap:
+        why = f"batches of source {config.name!r} overlap, so that a sample is seen twice in an epoch"
+        return dict.fromkeys(found, Variants(None, why))
+    return found
+
+
+def fields_of(
+    config: SourceConfig, shape: tuple[int, ...], extra: Mapping[str, tuple[tuple[int, ...], str]] | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the fields of a source's batches: name -> (shape of one sample, dtype).
+
+    Args:
+        shape: of one stored image.
+        extra: what the dataset itself has for each sample.
+    """
+    views = build_views(config, shape)
+    fields = {name: (view.shape, "float32") for name, view in views.items()}
+    fields |= {"label": ((), "int64"), "index": ((), "int64")}
+    if config.relabel is not None:
+        fields["label_true"] = ((), "int64")
+    if config.labels is not None:
+        fields["labelled"] = ((), "bool")
+    if any(view.mixes for view in views.values()):
+        fields |= {"label_other": ((), "int64"), "mix": ((), "float32")}
+    for view in views.values():
+        fields |= {name: ((), "int64") for name in view.tells.values()}
+    taken = sorted(set(fields).difference({"labelled"}).intersection(extra or {}))
+    if taken:
+        raise ConfigError(
+            f"{config.place}: a view is called {', '.join(taken)}, which is a field of the dataset".lstrip(": ")
+        )
+    return fields | dict(extra or {})

@@ -1,0 +1,91 @@
+"""Handwritten digits that ship inside scikit-learn: real data without a download."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdbench.data.datasets.base import Dataset, Packed, pack
+from kdbench.errors import DataError
+from kdbench.registry import DATASETS
+
+
+@DATASETS.register(
+    "digits",
+    version=1,
+    injected=("split", "data_root"),
+    shape=(1, 8, 8),
+    classes=10,
+    samples={"train": 901, "test": 896},
+)
+class Digits(Dataset):
+    """scikit-learn's 1797 handwritten digits, 1x8x8, ten classes (the test set of UCI's optical digits, ID 80).
+
+    The values 0..16 are divided by 16 (float32). Half of every class is held out as `test` (896 images), the rest is
+    `train` (901). The halves are fixed for ever: the images of a class are put in the order of a hash of their number,
+    and the first half is test. No run's seed changes that.
+
+    Args:
+        normalize: false leaves the values in [0, 1].
+    """
+
+    def __init__(self, normalize: bool = True, split: str = "train", data_root: str = "data") -> None:
+        self.check_split(split)
+        self.split = split
+        self.normalize = normalize
+        self.classes = [str(digit) for digit in range(10)]
+        self.shape = (1, 8, 8)
+        self.mean = (0.3053,)  # of the 1797 images
+        self.std = (0.3760,)
+
+    def __len__(self) -> int:
+        return {"train": 901, "test": 896}[self.split]
+
+    def load(self) -> Packed:
+        values, labels = _arrays()
+        chosen = np.array(sorted(i for group in _halves(labels, self.split) for i in group))
+        images = torch.from_numpy(values[chosen].astype(np.float32) / 16).view(-1, *self.shape)
+        return pack(self.classes, images, torch.from_numpy(labels[chosen].astype(np.int64)))
+
+
+@cache
+def _arrays() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels; read once, because every stage of a run asks for them.
+
+    The table (64 pixels and the label in a row, whole numbers) is read from scikit-learn's folder without importing
+    scikit-learn, which would bring SciPy and take longer than the training of a small student.
+    """
+    file = _file()
+    try:
+        text = gzip.decompress(file.read_bytes()).decode()
+        table = np.array([line.split(",") for line in text.split()], dtype=np.int64)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"digits: {file} cannot be read ({error}); install scikit-learn anew.") from None
+    if table.shape != (1797, 65):
+        raise DataError(f"digits: {file} holds a table of shape {table.shape}, expected (1797, 65).")
+    return table[:, :-1], table[:, -1]
+
+
+def _file() -> Path:
+    """Where scikit-learn keeps the digits."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise DataError("digits: scikit-learn, which brings them, is not installed: pip install scikit-learn")
+    return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+def _halves(labels: np.ndarray, split: str) -> list[list[int]]:
+    groups = []
+    for digit in range(10):
+        members = np.flatnonzero(labels == digit).tolist()
+        members.sort(key=lambda number: hashlib.sha256(f"kdbench digits {number}".encode()).digest())
+        half = len(members) // 2
+        groups.append(members[:half] if split == "test" else members[half:])
+    return groups

@@ -1,0 +1,44 @@
+"""Gaussian noise: what a data-free method's generator reads."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from kdbench.data.datasets.base import Noise
+from kdbench.errors import ConfigError
+from kdbench.registry import DATASETS
+
+
+@DATASETS.register("gaussian", version=1, injected=("split", "data_root"), fields=("z",))
+class Gaussian(Noise):
+    """Standard normal vectors in the field `z`, new ones in every step; no labels, no files, no end.
+
+    Args:
+        shape: of one sample.
+        samples: how many make an epoch (rounded up to whole batches).
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...] = (64,), samples: int = 50000, split: str = "train", data_root: str = "data"
+    ) -> None:
+        if not shape or min(shape) < 1:
+            raise ConfigError(f"gaussian: shape must be a list of whole numbers of at least 1, got {list(shape)}")
+        if samples < 1:
+            raise ConfigError(f"gaussian: samples must be at least 1, got {samples}")
+        self.shape = tuple(shape)
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {"z": (self.shape, "float32"), "index": ((), "int64")}
+
+    def draw(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:
+        return {"z": torch.randn(count, *self.shape, generator=generator)}
+
+    def checksum(self) -> str:
+        return hashlib.sha256(f"gaussian {list(self.shape)} {self.samples}".encode()).hexdigest()

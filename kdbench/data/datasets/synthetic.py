@@ -1,0 +1,70 @@
+"""Images that need no files, for tests and demonstrations."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from kdbench.data.datasets.base import Dataset, Packed, pack
+from kdbench.errors import ConfigError
+from kdbench.registry import DATASETS
+
+
+@DATASETS.register("synthetic", version=1, injected=("split", "data_root"))
+class Synthetic(Dataset):
+    """Learnable tensors drawn from a seed: each class is one blurred pattern, each sample the pattern plus noise.
+
+    Every split has the same patterns and other noise; the classes are equally frequent. uint8.
+
+    Args:
+        shape: of one sample, [channels, height, width]; other shapes work without augmentations.
+        classes: how many.
+        samples: how many in each split.
+        seed: other seeds give other patterns. The run's seed does not matter here.
+        normalize: false leaves the values in [0, 1].
+    """
+
+    splits = ("train", "val", "test")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (3, 32, 32),
+        classes: int = 10,
+        samples: int = 512,
+        seed: int = 0,
+        normalize: bool = True,
+        split: str = "train",
+        data_root: str = "data",
+    ) -> None:
+        self.check_split(split)
+        if not shape or min(shape) < 1:
+            raise ConfigError(f"synthetic: shape must be a list of whole numbers of at least 1, got {list(shape)}")
+        if classes < 1 or samples < classes:
+            raise ConfigError(f"synthetic: needs at least one sample per class, got {samples} for {classes} classes")
+        self.shape = tuple(shape)
+        self.samples = samples
+        self.seed = seed
+        self.split = split
+        self.normalize = normalize
+        self.classes = [f"class{number:0{len(str(classes - 1))}d}" for number in range(classes)]
+        self.mean = (0.5,) * self.shape[0]
+        self.std = (0.2,) * self.shape[0]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def load(self) -> Packed:
+        patterns = _rng(self.seed, "patterns").normal(size=(len(self.classes), *self.shape))
+        for axis in range(2, patterns.ndim):  # neighbouring pixels agree, as in pictures: crops keep the class
+            patterns = np.stack([np.roll(patterns, shift, axis) for shift in range(-2, 3)]).sum(0) / 5**0.5
+        labels = np.arange(self.samples) % len(self.classes)
+        noise = _rng(self.seed, self.split).normal(size=(self.samples, *self.shape))
+        images = np.clip(128 + 30 * patterns[labels] + 30 * noise, 0, 255).astype(np.uint8)
+        return pack(self.classes, torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"synthetic {seed} {purpose}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "big")))

@@ -1,0 +1,1 @@
+"""Batches from datasets: sources resident on the device, streamed from worker processes, or drawn; decoding, caches."""

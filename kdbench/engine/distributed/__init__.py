@@ -1,0 +1,1 @@
+"""Process groups, collectives, gradient reduction, synchronised BatchNorm, sharded parameters."""

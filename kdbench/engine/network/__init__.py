@@ -1,0 +1,1 @@
+"""The modules of one stage: roles, feature extraction, operands, terms, and the network that connects them."""

@@ -1,0 +1,194 @@
+"""What roles, terms and their parts need of the sources that they read: fields, labels, enough samples, equal rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kdbench.config.parse.data import is_evaluation
+from kdbench.config.schema import MakeConfig, Operand, RoleConfig, StageConfig, TermConfig
+from kdbench.data.source_spec import SourceSpec
+from kdbench.engine.network.operands import source_of
+from kdbench.engine.network.roles import inputs_of
+from kdbench.errors import ConfigError, Place, nearest
+from kdbench.registry import MAKERS, ROUTERS, SELECTORS, TERMS, WEIGHERS, Entry
+
+Specs = Mapping[str, SourceSpec]
+
+
+def check_needs(
+    stage: StageConfig, terms: Sequence[str], sources: Mapping[str, str], specs: Specs, world_size: int
+) -> None:
+    """Finds fault with what a stage reads and its sources cannot give.
+
+    Args:
+        terms: those that are not left out.
+        sources: the source at the root of each role's input.
+
+    Raises:
+        ConfigError: a field, a label, a sample or a row is missing, with the place of what misses it.
+    """
+    for name in terms:
+        _check_reads(stage.terms[name], sources, specs, stage, world_size)
+    _check_choosers(stage, sources, specs)
+    _check_amounts(stage, specs, world_size)
+    for config in stage.roles.values():
+        _check_side_by_side(config, stage, specs, world_size)
+
+
+def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) -> tuple[int, ...]:
+    """How many rows a process's batches of a source have: whole ones, and those that end (or begin) an epoch."""
+    config, spec = stage.data[source], specs[source]
+    size, sizes = config.batch_size, [config.batch_size]
+    if spec.classes is not None and spec.samples is not None:  # noise is drawn, so that every batch is whole
+        sizes.append(-(-(spec.samples % (size * world_size)) // world_size))
+    if config.overlap:
+        sizes.append(size // 2)
+    return tuple(dict.fromkeys(rows for rows in sizes if rows))
+
+
+def in_step(stage: StageConfig, one: str, other: str, specs: Specs, world_size: int) -> bool:
+    """Whether the batches of two sources have equally many rows at every step."""
+    sizes = [batch_sizes(stage, source, specs, world_size) for source in (one, other)]
+    return sizes[0] == sizes[1] and (len(sizes[0]) == 1 or specs[one].samples == specs[other].samples)
+
+
+def sizes_in_words(stage: StageConfig, sources: Sequence[str], specs: Specs, world_size: int) -> str:
+    """`train: 16, then 2; noise: 16`."""
+    found = ((source, batch_sizes(stage, source, specs, world_size)) for source in sources)
+    return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in found)
+
+
+def _check_reads(
+    config: TermConfig, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
+) -> None:
+    """What a term reads besides its operands must be fields of the source that its student sees."""
+    entry = TERMS.entry(config.type)
+    what = f"term {config.name!r} ({config.type})"
+    for leaf in config.reads():
+        if leaf.kind == "field" and leaf.path not in specs[leaf.role].fields:
+            known = ", ".join(sorted(specs[leaf.role].fields))
+            raise ConfigError(f"{leaf.place}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
+    for edge in config.edges:
+        source = source_of(edge.student, sources, stage.terms) or sources[stage.export]
+        fields = specs[source].fields
+        own = {"student", "teacher", "mask", "weight", *config.operands}
+        _refuse_missing(entry, own, source, specs, f"{config.place}: {what}")
+        for part, registry in ((config.weigh, WEIGHERS), (config.route, ROUTERS)):
+            if part is not None:
+                given = {"student", "teachers", "losses", *part.operands, *config.operands}
+                given |= {"teacher"} if edge.teacher is not None else set()
+                said = f"{part.place}: {registry.kind} {part.type!r} of {what}"
+                _refuse_missing(registry.entry(part.type), given, source, specs, said)
+        if config.where is not None and fields.get(config.where, ((), ""))[1] != "bool":
+            masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
+            hint = nearest(config.where, masks) if masks else " It has none."
+            raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
+        if entry.facts.get("space") == "batch" and world_size > 1:
+            _refuse_padded(config, source, sources, specs, stage, world_size)
+        if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
+            continue
+        other = source_of(edge.teacher, sources, stage.terms)
+        if other is not None and other != source:
+            raise ConfigError(
+                f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
+                f"{edge.teacher} sees {other!r}"
+            )
+
+
+def _refuse_padded(
+    config: TermConfig, own: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
+) -> None:
+    """Several processes pad a last batch; a term that couples rows knows the padding of its own source only."""
+    for leaf in config.reads():
+        source = source_of(leaf, sources, stage.terms)
+        if source in (None, own) or len(batch_sizes(stage, source, specs, world_size)) == 1:  # type: ignore[arg-type]
+            continue
+        raise ConfigError(
+            f"{leaf.place}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
+            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): "
+            f"{world_size} processes would pad it. Choose a batch_size that leaves no smaller last batch, or one "
+            "process."
+        )
+
+
+def _refuse_missing(entry: Entry, given: set[str], source: str, specs: Specs, what: str) -> None:
+    """Raises for the first thing that a part cannot do without and that is neither given nor a field."""
+    fields = specs[source].fields
+    for name in entry.inputs:
+        if name not in given and name not in entry.optional_inputs and name not in fields:
+            hint = " It has no labels." if name == "label" else ""
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{what} reads {name!r}, which source {source!r} has not; it has {known}.{hint}")
+
+
+def _check_choosers(stage: StageConfig, sources: Mapping[str, str], specs: Specs) -> None:
+    """Selectors read fields of the source that they choose from, and keep no more rows than a batch has."""
+    for update in stage.updates:
+        part = update.select
+        if part is None or update.keep is None:
+            continue
+        first = next(iter(part.operands.values()), None)
+        source = (source_of(first, sources, stage.terms) if first is not None else None) or sources[stage.export]
+        _check_selector(part.type, part.operands, source, specs, part.place)
+        size = stage.data[source].batch_size
+        if update.keep > max(size, 1):
+            said = f"`keep: {update.keep}` is more than the {size} rows of a batch of source {source!r}"
+            raise ConfigError(f"{part.place}: {said}, so nothing would be chosen")
+
+
+def check_maker(make: MakeConfig, specs: Specs) -> None:
+    """Finds fault with a maker, or its selector, that reads labels or other fields which its source has not."""
+    entry, source = MAKERS.entry(make.part.type), make.source or "train"
+    if entry.facts.get("labels"):
+        _refuse_unlabelled(source, specs, f"{make.place}: {make.part.type} reads the labels")
+    chooser = make.part.params.get(entry.facts.get("selects", ""))
+    if isinstance(chooser, Mapping):
+        _check_selector(str(chooser["type"]), make.part.operands, source, specs, make.place)
+
+
+def _check_selector(kind: str, operands: Mapping[str, Operand], source: str, specs: Specs, place: Place) -> None:
+    given = {"count", "taken", "seed", *operands}
+    _refuse_missing(SELECTORS.entry(kind), given, source, specs, f"{place}: selector {kind!r}")
+
+
+def _refuse_unlabelled(source: str, specs: Specs, what: str) -> None:
+    known = sorted(specs[source].fields)
+    if "label" not in known:
+        raise ConfigError(f"{what} of source {source!r}, which has none; it has {', '.join(known)}")
+
+
+def _check_amounts(stage: StageConfig, specs: Specs, world_size: int) -> None:
+    """A number of labels, or of rows, must not be more than the samples that there are."""
+    for name, config in stage.data.items():
+        samples = specs[name].samples
+        if isinstance(config.labels, float | int):
+            place = config.places.get("labels", config.place)
+            _refuse_unlabelled(name, specs, f"{place}: label_fraction {config.labels} keeps labels")
+            if samples is not None and config.labels > max(samples, 1):
+                raise ConfigError(f"{place}: {config.labels} labels, but source {name!r} has only {samples} samples")
+        drawn = specs[name].classes is None
+        if samples is not None and config.batch_size * world_size > samples and not drawn and not is_evaluation(name):
+            place = config.places.get("batch_size", config.place)
+            each = f" on each of {world_size} processes" if world_size > 1 else ""
+            raise ConfigError(
+                f"{place}: batch_size {config.batch_size}{each} is more than the {samples} samples of source {name!r}"
+            )
+
+
+def _check_side_by_side(config: RoleConfig, stage: StageConfig, specs: Specs, world_size: int) -> None:
+    """A role that sees two sources row by row needs batches of equal size from both, at every step."""
+    found, waiting = set(), [config]
+    while waiting:
+        for address in inputs_of(waiting.pop()):
+            head = address.split(":" if ":" in address else ".", 1)[0]
+            if ":" in address:
+                waiting.append(stage.roles[head])
+            else:
+                found.add(head)
+    first, *others = sorted(found)
+    if not all(in_step(stage, first, other, specs, world_size) for other in others):
+        raise ConfigError(
+            f"{config.place}: role {config.name!r} sees {' and '.join((first, *others))} side by side, but their "
+            f"batches differ in size ({sizes_in_words(stage, (first, *others), specs, world_size)}). Give all of them "
+            "one `batch_size` that leaves no smaller last batch."
+        )

@@ -1,0 +1,364 @@
+"""What stages make for later ones: rehearsed before anything runs, made at a stage's end, read at the next one's begin.
+
+A made thing is a file `stages/STAGE.NAME.pt` in the run's folder: the maker's content as `kdbench.artifacts.base.Maker`
+says, with `kind`, `checksum` and `provenance` beside it. It is a function of the recipe and its seed alone, so a file
+that is there is as good as new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdbench.artifacts.base import Facts, Maker, Pool, Rows
+from kdbench.config.parse.artifacts import made_operands
+from kdbench.config.parse.roles import behind
+from kdbench.config.schema import MakeConfig, Named, Recipe, RoleConfig, StageConfig
+from kdbench.data.datasets.artifact import expected
+from kdbench.data.describe import describe_all
+from kdbench.data.loading.source import Source
+from kdbench.data.sampling.split import share
+from kdbench.data.source_spec import SourceSpec
+from kdbench.engine.network.build import Setting
+from kdbench.engine.network.roles import inputs_of
+from kdbench.engine.plan.meta import META
+from kdbench.engine.plan.plan import StagePlan, plan_stage
+from kdbench.engine.plan.requirements import check_maker
+from kdbench.engine.state.weight_loader import Origin
+from kdbench.engine.state.weights import read_checkpoint, state_hash
+from kdbench.engine.train.runner import Runner
+from kdbench.errors import CheckpointError, ConfigError, UserError
+from kdbench.files import strict, write_atomic
+from kdbench.randomness import derive
+from kdbench.registry import MAKERS
+from kdbench.run_folder import RunFolder
+
+Files = Mapping[str, Path]
+"""`STAGE.NAME` -> the file of what that stage made."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A stage as it is known by now: with the models that were chosen, and stand-ins for what is still to be made."""
+
+    stage: StageConfig
+    specs: Mapping[str, SourceSpec]
+
+
+def made_files(recipe: Recipe, folder: RunFolder) -> dict[str, Path]:
+    """Everything that the stages of a run have made so far."""
+    places = {f"{stage.name}.{name}": folder.made(stage.name, name) for stage in recipe.stages for name in stage.make}
+    return {name: path for name, path in places.items() if path.exists()}
+
+
+def describe_stages(recipe: Recipe, made: Files | None = None) -> list[Rehearsed]:
+    """Describes the data of every stage, in order: what a stage will make stands in where it is not there yet."""
+    made = made or {}
+    like: dict[str, SourceSpec] = {}
+    found = []
+    for stage in recipe.stages:
+        specs = describe_all(stage.data, stage.validation, recipe.data_root, made=made, like=like)
+        for name, make in stage.make.items():
+            if MAKERS.entry(make.part.type).facts.get("makes") == "dataset":
+                like[f"{stage.name}.{name}"] = expected(make.part.type, specs.get(make.source or ""), specs["eval"])
+        found.append(Rehearsed(_with_models(stage, made), specs))
+    return found
+
+
+def plan_stages(
+    recipe: Recipe,
+    rehearsed: list[Rehearsed] | None = None,
+    *,
+    made: Files | None = None,
+    world_size: int = 1,
+    before: list[StagePlan] | None = None,
+) -> list[StagePlan]:
+    """Plans every stage; the tensors that are still to be made have their shapes.
+
+    Args:
+        before: plans from when less had been made; what did not change is not rehearsed again.
+
+    Raises:
+        ConfigError: anything that the first step of a stage, or what it makes, would have failed at.
+    """
+    tensors: dict[str, Tensor] = {}
+    plans: list[StagePlan] = []
+    for one in rehearsed if rehearsed is not None else describe_stages(recipe, made):
+        tensors |= made_tensors(one.stage, made or {})
+        plan = _planned_alike(one, [*plans, *(before or [])])
+        if plan is None:
+            plan = plan_stage(one.stage, one.specs, recipe, world_size=world_size, made=tensors)
+        for name, make in one.stage.make.items():
+            shape = _rehearse(make, plan, recipe, tensors)
+            if shape is not None:
+                tensors.setdefault(f"{one.stage.name}.{name}", torch.empty(shape, device=META))
+        plans.append(plan)
+    return plans
+
+
+def _planned_alike(one: Rehearsed, plans: list[StagePlan]) -> StagePlan | None:
+    """The plan of a stage that is rehearsed just as this one is, such as that of an earlier round; None without one."""
+    if next(made_operands(one.stage), None) is not None:
+        return None
+    wanted = _what_is_rehearsed(one.stage)
+    for plan in plans:
+        if plan.specs == one.specs and _what_is_rehearsed(plan.stage) == wanted:
+            roles = {name: replace(role, config=one.stage.roles[name]) for name, role in plan.roles.items()}
+            return replace(plan, stage=one.stage, specs=one.specs, roles=roles)
+    return None
+
+
+def _what_is_rehearsed(stage: StageConfig) -> StageConfig:
+    """A stage without what no rehearsal depends on: its name, where weights come from, which samples there are."""
+    roles = {name: replace(role, weights=None) for name, role in stage.roles.items()}
+    own = Named(type="")
+    data = {n: replace(s, dataset=own, made=None, subset=None, labels=None) for n, s in stage.data.items()}
+    return replace(stage, name="", roles=roles, data=data, make={name: m.part for name, m in stage.make.items()})  # type: ignore[arg-type]
+
+
+def reads_made(stage: StageConfig) -> bool:
+    """Whether what earlier stages make changes how a stage is planned."""
+    data = False
+    for source in stage.data.values():
+        chosen = source.subset if isinstance(source.subset, tuple) else (source.subset,)
+        data = data or bool(source.made) or any(isinstance(text, str) for text in (*chosen, source.labels))
+    return data or any(role.made for role in stage.roles.values()) or next(made_operands(stage), None) is not None
+
+
+def made_tensors(stage: StageConfig, made: Files) -> dict[str, Tensor]:
+    """The tensors that a stage reads, those that are there."""
+    names = {f"{operand.role}.{operand.path}" for operand in made_operands(stage)}
+    return {name: read_made(made[name])["value"] for name in sorted(names) if name in made}
+
+
+def read_made(path: Path) -> dict[str, Any]:
+    """Reads what a stage made.
+
+    Raises:
+        CheckpointError: the file is gone or damaged.
+    """
+    return read_checkpoint(path)
+
+
+def _with_models(stage: StageConfig, made: Files) -> StageConfig:
+    """The stage with the models that an earlier one chose, where it has chosen."""
+    roles: dict[str, RoleConfig] = {}
+    for name, role in stage.roles.items():
+        if role.made is not None and role.made in made and role.model is not None:
+            chosen = read_made(made[role.made])
+            role = replace(role, model=Named(type=chosen["type"], params=chosen["params"], place=role.model.place))
+        roles[name] = role
+    return replace(stage, roles=roles)
+
+
+def _maker(make: MakeConfig) -> Maker:
+    return MAKERS.build(make.part.type, make.part.params, make.part.place)
+
+
+def _rehearse(
+    make: MakeConfig, plan: StagePlan, recipe: Recipe, tensors: Mapping[str, Tensor]
+) -> tuple[int, ...] | None:
+    """Checks what can be checked of a maker before it runs; returns the shape of the tensor that it will make."""
+    stage, source = plan.stage, make.source or "train"
+    spec, evaluation = plan.specs[source], plan.specs.get("eval", plan.specs[source])
+    for role in _behind(make, stage):
+        for address in inputs_of(role):
+            field = address.split(".", 1)[1] if ":" not in address else None
+            if field is not None and field not in spec.fields and "image" not in spec.fields:
+                raise ConfigError(
+                    f"{make.place}: {make.name!r} is made over source {source!r}, which has no field {field!r} for "
+                    f"role {role.name!r} to see; it has {', '.join(sorted(spec.fields))}"
+                )
+    check_maker(make, plan.specs)
+    setting = Setting(stage, plan.layout, recipe.seed, META, tensors)
+    kept = stage.data[source].labels
+    known = isinstance(kept, float | int) and spec.samples is not None
+    facts = Facts(
+        classes=tuple(str(number) for number in range(evaluation.classes or 0)),
+        samples=spec.samples,
+        population=spec.population if spec.population is not None else spec.samples,
+        labelled=share(spec.samples, kept) if known else None,  # type: ignore[arg-type]
+        shapes={name: tuple(setting.shape(operand)) for name, operand in make.part.operands.items()},
+        injected=_injected(plan),
+    )
+    try:
+        maker = _maker(make)
+        maker.check(facts)
+        entry = MAKERS.entry(make.part.type)
+        return maker.shape(facts) if entry.facts.get("makes") == "tensor" else None
+    except ValueError as error:
+        raise ConfigError(f"{make.place}: {make.part.type} {error}") from None
+    except ConfigError as error:
+        told = str(error)
+        raise ConfigError(told if told.startswith(str(make.place)) else f"{make.place}: {told}") from None
+
+
+def _injected(plan: StagePlan) -> Mapping[str, Any]:
+    return plan.layout.facts[plan.stage.export].injected
+
+
+def _behind(make: MakeConfig, stage: StageConfig) -> list[RoleConfig]:
+    """The roles that run so that a maker's operands can be read, by name."""
+    named = (leaf.role for operand in make.part.operands.values() for leaf in operand.features())
+    return [stage.roles[name] for name in sorted(behind(named, stage.roles))]
+
+
+def make_all(
+    recipe: Recipe,
+    runner: Runner,
+    plan: StagePlan,
+    sources: Mapping[str, Source],
+    folder: RunFolder,
+    origins: Mapping[str, Origin],
+) -> dict[str, dict[str, Any]]:
+    """Makes everything that a stage makes and that is not there yet.
+
+    Args:
+        runner: of the stage, after its last step.
+        sources: of the stage, whole (not one rank's part).
+        origins: where the roles' weights came from.
+
+    Returns:
+        `STAGE.NAME` -> its provenance, for the manifest.
+    """
+    stage, told = plan.stage, {}
+    for name, make in stage.make.items():
+        path = folder.made(stage.name, name)
+        found = _still_good(path)
+        if found is None:
+            content = _made(recipe, runner, plan, sources, folder, make)
+            provenance = _provenance(plan, runner, sources, make, origins, content)
+            path.parent.mkdir(exist_ok=True)
+            file = io.BytesIO()
+            torch.save({**content, "provenance": provenance}, file)
+            write_atomic(path, file.getvalue())
+        else:
+            provenance = found["provenance"]
+        told[f"{stage.name}.{name}"] = provenance
+    return told
+
+
+def _still_good(path: Path) -> Mapping[str, Any] | None:
+    try:
+        return read_made(path) if path.exists() else None
+    except CheckpointError:  # damaged since: it is made again
+        return None
+
+
+def _made(
+    recipe: Recipe,
+    runner: Runner,
+    plan: StagePlan,
+    sources: Mapping[str, Source],
+    folder: RunFolder,
+    make: MakeConfig,
+) -> dict[str, Any]:
+    stage, network = plan.stage, runner.network
+    source = sources[make.source or "train"]
+    names = {*sources} | {role_source for role_source in plan.layout.sources.values()}
+
+    def batches(epoch: int | None) -> Rows:
+        rows = source.in_order(stage.eval_batch_size) if epoch is None else source.batches(epoch)
+        for row in rows:
+            with runner.autocast():
+                seen = network.observe(dict.fromkeys(names, _Row(row)), f"make.{make.name}")
+            yield {
+                **row,
+                **{name: value.float() if value.is_floating_point() else value for name, value in seen.items()},
+            }
+
+    evaluation = sources.get("eval", source)
+    pool = Pool(
+        source=source,
+        seed=derive(recipe.seed, "split", stage.name, "make", make.name),
+        device=runner.device,
+        facts=Facts(
+            classes=tuple(evaluation.classes),
+            samples=source.num_samples,
+            population=source.population,
+            injected=_injected(plan),
+        ),
+        previous=None if make.previous is None else read_made(folder.made(*make.previous.rsplit(".", 1))),
+        modules={name: network.role(name).model for name in plan.layout.order},
+        operands=make.part.operands,
+        batches=batches,
+    )
+    try:
+        return _maker(make)(pool)
+    except UserError as error:
+        raise type(error)(f"{make.place}: {error}") from None
+
+
+class _Row(dict[str, Tensor]):
+    """The fields of one source, for roles that see another: a view that it does not offer is its image."""
+
+    def __missing__(self, field: str) -> Tensor:
+        return self["image"] if field != "image" and "image" in self else self._absent(field)
+
+    def _absent(self, field: str) -> Tensor:
+        raise KeyError(field)
+
+
+def _provenance(
+    plan: StagePlan,
+    runner: Runner,
+    sources: Mapping[str, Source],
+    make: MakeConfig,
+    origins: Mapping[str, Origin],
+    content: dict[str, Any],
+) -> dict[str, Any]:
+    """Where a made thing comes from; takes `told` out of the content, and puts what it is into it."""
+    told = content.pop("told", {})
+    content["kind"] = MAKERS.entry(make.part.type).facts.get("makes")
+    content["checksum"] = content_hash(content)
+    source = sources[make.source or "train"]
+    roles = {}
+    for role in _behind(make, plan.stage):
+        origin = origins.get(role.name)
+        if role.mode == "frozen" and origin is not None:
+            roles[role.name] = origin.sha256  # as it was loaded: what runs may have its BatchNorm folded
+        else:
+            roles[role.name] = state_hash(runner.network.role(role.name).model)
+    return strict(
+        {
+            "kind": content["kind"],
+            "stage": plan.stage.name,
+            "maker": make.part.type,
+            "parameters": dict(make.part.params),
+            "operands": {name: str(operand) for name, operand in make.part.operands.items()},
+            "source": {"name": source.name, "samples": source.num_samples, "checksum": source.checksum},
+            "roles": roles,
+            "previous": make.previous,
+            "told": told,
+            "checksum": content["checksum"],
+        }
+    )
+
+
+def content_hash(content: Any) -> str:
+    """A short hash of plain values and tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for key, value in _flat(content, ""):
+        if isinstance(value, Tensor):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        else:
+            digest.update(f"{key} {json.dumps(strict(value))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name in sorted(value):
+            yield from _flat(value[name], f"{key}.{name}")
+    else:
+        yield key, value

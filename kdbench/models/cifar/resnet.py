@@ -1,0 +1,127 @@
+"""ResNets for 32x32 images: He, Zhang, Ren and Sun 2016 (https://arxiv.org/abs/1512.03385), section 4.2.
+
+The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): a 1x1 convolution with
+BatchNorm on the shortcut wherever the shape changes, and, for the names with `x4`, four times the width after a first
+layer of 32 channels. State dicts have the names of the code released with CRD (RepDistiller).
+
+Features, for an image of 32x32 (CRD calls them feats[0] to feats[4]):
+
+    path      shape per sample   what it is
+    relu      C0 x 32 x 32       after the first convolution, BatchNorm and ReLU
+    layer1    C1 x 32 x 32       after the ReLU that ends the stage; its input, `layer1.-1.relu2/in`, is the
+    layer2    C2 x 16 x 16       pre-activation (after the addition)
+    layer3    C3 x 8 x 8
+    pool      C3                 mean over all places, what the classifier `fc` reads
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdbench.models.layers import GlobalAveragePool, init_convolutions
+from kdbench.registry import MODELS
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(out)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """A first convolution and three stages of (depth - 2) / 6 blocks each; see the head of this file for the features.
+
+    Args:
+        depth: 6n + 2 layers.
+        widths: channels of the first convolution and of the three stages.
+    """
+
+    def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        assert depth == 6 * blocks + 2
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        self.layer1 = _stage(blocks, widths[0], widths[1], stride=1)
+        self.layer2 = _stage(blocks, widths[1], widths[2], stride=2)
+        self.layer3 = _stage(blocks, widths[2], widths[3], stride=2)
+        self.pool = GlobalAveragePool()
+        self.fc = nn.Linear(widths[3], num_classes)
+        init_convolutions(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(image)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.pool(x))
+
+
+def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
+NARROW = (16, 16, 32, 64)
+
+
+WIDE = (32, 64, 128, 256)
+
+
+@MODELS.register("resnet20", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
+def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-20 for 32x32 images, stages of 16, 32 and 64 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(20, NARROW, num_classes, in_channels)
+
+
+@MODELS.register("resnet32", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
+def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-32 for 32x32 images, stages of 16, 32 and 64 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(32, NARROW, num_classes, in_channels)
+
+
+@MODELS.register("resnet44", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
+def resnet44(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-44 for 32x32 images, stages of 16, 32 and 64 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(44, NARROW, num_classes, in_channels)
+
+
+@MODELS.register("resnet56", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
+def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-56 for 32x32 images, stages of 16, 32 and 64 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(56, NARROW, num_classes, in_channels)
+
+
+@MODELS.register("resnet110", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
+def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-110 for 32x32 images, stages of 16, 32 and 64 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(110, NARROW, num_classes, in_channels)
+
+
+@MODELS.register("resnet8x4", version=1, paper="https://arxiv.org/abs/1910.10699", image=(3, 32, 32))
+def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-8 for 32x32 images, stages of 64, 128 and 256 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(8, WIDE, num_classes, in_channels)
+
+
+@MODELS.register("resnet32x4", version=1, paper="https://arxiv.org/abs/1910.10699", image=(3, 32, 32))
+def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
+    """ResNet-32 for 32x32 images, stages of 64, 128 and 256 channels. Features: layer1, layer2, layer3, pool."""
+    return CifarResNet(32, WIDE, num_classes, in_channels)

@@ -1,0 +1,35 @@
+"""A CNN for 8x8 images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdbench.models.layers import GlobalAveragePool, init_convolutions
+from kdbench.registry import MODELS
+
+
+@MODELS.register("digits_cnn", version=1, image=(1, 8, 8))
+class DigitsCNN(nn.Module):
+    """Three 3x3 convolutions with BatchNorm for 8x8 digits, 43 thousand parameters. Features: layer1 to layer3, pool.
+
+    Features for an 8x8 image: `layer1` 32 x 8 x 8, `layer2` 48 x 4 x 4, `layer3` 64 x 4 x 4, each after its ReLU, and
+    `pool` 64, their mean over all places, which the classifier `fc` reads.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.layer1 = _layer(in_channels, 32, stride=1)
+        self.layer2 = _layer(32, 48, stride=2)
+        self.layer3 = _layer(48, 64, stride=1)
+        self.pool = GlobalAveragePool()
+        self.fc = nn.Linear(64, num_classes)
+        init_convolutions(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc(self.pool(self.layer3(self.layer2(self.layer1(image)))))
+
+
+def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )

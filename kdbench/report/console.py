@@ -1,0 +1,253 @@
+"""What the person sees while a run goes on: a progress bar on a terminal, plain aligned lines in a file or a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from kdbench.errors import printable
+
+REDRAW_SECONDS = 0.2
+"""Least time between two redraws of the bar; a step in between costs one look at the clock."""
+
+
+QUIET_SECONDS = 30.0
+"""On a pipe, a log interval prints a line only when nothing was printed for so long; every evaluation prints one."""
+
+
+SHOWN = {"top1": "top-1", "agreement": "agree", "nll": "nll", "ece": "ece", "top5": "top-5", "teacher_kl": "kl"}
+
+
+PERCENT = ("top1", "top5", "ece", "agreement")
+
+
+class ConsoleView:
+    """Shows a run.
+
+    Args:
+        console: where to; stdout when None.
+        prefix: stands before every line, such as "teacher" for a teacher that is trained on the way.
+        quiet: shows notices only.
+        bar: on a terminal, a bar that moves; without it, lines as on a pipe (several runs share the terminal).
+    """
+
+    def __init__(
+        self, console: Console | None = None, *, prefix: str = "", quiet: bool = False, bar: bool = True
+    ) -> None:
+        self.out = console or Stdout(highlight=False)
+        self.live = bar and self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
+        self.prefix = f"{prefix.rstrip(': ')} │ " if prefix else ""
+        self.quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage, self._epochs, self._steps = "", None, 1
+        self._started, self._first = 0.0, 0
+        self._drawn = self._printed = float("-inf")
+        self._done = 0
+        self._latest: dict[str, str] = {"loss": "", "accuracy": "", "rate": ""}
+        self._mute = False
+        self._pending: list[Mapping[str, Any]] = []
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        """Prints the head: what runs, where, on what."""
+        if self.quiet:
+            return
+        head = " · ".join(str(info[key]) for key in ("name", "device") if info.get(key))
+        if head:
+            self._print(head, style="bold")
+        if info.get("folder"):
+            self._print(f"folder {info['folder']}", style="dim")
+        if info.get("resumed"):
+            self._print(str(info["resumed"]), style="yellow")
+
+    def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None:
+        """Begins a stage: a new bar."""
+        self._stop()
+        self._stage, self._epochs, self._steps = name, epochs, max(steps, 1)
+        self._started, self._first, self._done = time.monotonic(), done, done
+        self._printed = self._started
+        self._latest = {"loss": "", "accuracy": "", "rate": ""}
+        if self.live and steps:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+                TextColumn("{task.percentage:>3.0f}%"),
+                _Latest("loss"),
+                _Latest("accuracy"),
+                _Latest("rate"),
+                _Latest("left", style="cyan"),
+                console=self.out,
+                auto_refresh=False,
+                expand=True,
+                transient=True,
+            )
+            fields: dict[str, Any] = {"left": "", **self._latest}
+            self._task = self._bar.add_task(self._position(), total=steps, completed=done, **fields)
+            self._bar.start()
+
+    def progress(self, done: int, phase: str = "") -> None:
+        """Moves the bar, at most once per `REDRAW_SECONDS` and at the end of the stage."""
+        if self._pending and not phase:
+            self._flush()
+        self._done = done
+        if self._bar is None or self._task is None:
+            return
+        now = time.monotonic()
+        if now - self._drawn < REDRAW_SECONDS and done < self._steps and not phase:
+            return
+        if now - self._drawn < 0.1:
+            return
+        self._drawn = now
+        fields: dict[str, Any] = {**self._latest, "left": phase or self._left(now)}
+        self._bar.update(self._task, completed=done, description=self._position(), refresh=True, **fields)
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        """Takes the numbers of a log interval; on a pipe, prints them when nothing was printed for long."""
+        self._flush()
+        if record.get("total") is not None:
+            self._latest["loss"] = f"loss {_short(record['total'])}"
+        if record.get("images_per_s") is not None:
+            self._latest["rate"] = f"{_thousands(record['images_per_s'])} img/s"
+        if not self.live and time.monotonic() - self._printed >= QUIET_SECONDS:
+            self._line([self._latest["loss"], self._latest["rate"], self._left(time.monotonic())])
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Takes the metrics of one role on one split; those of one epoch share a line, printed when it is complete."""
+        role, split, metrics = record.get("role", "student"), record.get("split", ""), record.get("metrics", {})
+        names = [name for name in SHOWN if name in metrics]
+        if not names:  # the classes one by one: for TensorBoard, not for a line
+            return
+        if self._pending and self._pending[0].get("epoch") != record.get("epoch"):
+            self._flush()
+        self._pending.append(record)
+        if role != "teacher" and "top1" in metrics:
+            self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
+
+    def notice(self, text: str) -> None:
+        """Prints a sentence above the bar, also when quiet."""
+        self._flush()
+        self._print(printable(text), style="yellow")
+
+    def close(self) -> None:
+        """Takes the bar away; safe to call twice."""
+        self._stop()
+
+    def _flush(self) -> None:
+        """Prints the line of an epoch: the first metric of every role and split, then more of the student's last."""
+        records, self._pending = self._pending, []
+        if not records:
+            return
+        parts, more = [], []
+        for record in records:
+            role, metrics = record.get("role", "student"), record["metrics"]
+            who = record.get("split", "") if role == "student" else f"{role} {record.get('split', '')}"
+            names = [name for name in SHOWN if name in metrics]
+            label = "" if names[0] == "top1" else f"{SHOWN[names[0]]} "
+            parts.append(f"{who} {label}{_metric(names[0], metrics[names[0]])}")
+            if role != "teacher" and (record.get("split") != "train" or not more):
+                more = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in names[1:]]
+        loss = [f"{self._latest['loss']:<11}"]  # a column of its own, but where a narrow terminal needs the room
+        if not self._latest["loss"] and self.live:
+            loss = []
+        self._line([*loss, *parts, *more], epoch=records[0].get("epoch"))
+
+    def _stop(self) -> None:
+        self._flush()
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+    def _position(self, epoch: int | None = None) -> str:
+        """`prefix stage  epoch 12/240`, or the step where a stage counts no epochs."""
+        if not self._stage:
+            return f"{self.prefix}before training"
+        if self._epochs:
+            width = len(str(self._epochs))
+            current = min(self._done * self._epochs // self._steps + 1, self._epochs) if epoch is None else epoch
+            place = f"epoch {current:>{width}}/{self._epochs}"
+        else:
+            place = f"step {self._done:>{len(str(self._steps))}}/{self._steps}"
+        return f"{self.prefix}{self._stage}  {place}"
+
+    def _left(self, now: float) -> str:
+        done = self._done - self._first
+        if done <= 0 or self._done >= self._steps:
+            return ""
+        return f"{duration((now - self._started) / done * (self._steps - self._done))} left"
+
+    def _line(self, parts: list[str], epoch: int | None = None) -> None:
+        if self.quiet:
+            return
+        self._printed = time.monotonic()
+        parts = [self._position(epoch).removeprefix(self.prefix), *filter(None, parts)]
+        if self.live:  # a terminal gets what fits into one line; metrics.jsonl has the rest
+            while len(parts) > 2 and len(self.prefix) + len("  ".join(parts)) > self.out.width:
+                parts.pop()
+        self._print("  ".join(parts).rstrip())
+
+    def _print(self, text: str, style: str = "") -> None:
+        """Prints one line; a full disk behind a redirected output ends the view, not the run."""
+        if self._mute:
+            return
+        try:
+            self.out.print(Text(self.prefix + text, style=style), soft_wrap=True)
+            self.out.file.flush()
+        except OSError:
+            self._mute = True
+
+
+class Stdout(Console):
+    """A console is only a view: when the pipe behind it closes (`| head`), the run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError):  # whatever else is printed goes nowhere too, and ends no job of a multirun
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class _Latest(ProgressColumn):
+    """A field of the task as text; rich's TextColumn would read its brackets as markup."""
+
+    def __init__(self, field: str, style: str = "") -> None:
+        super().__init__()
+        self.field, self.style = field, style
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get(self.field, ""), style=self.style, no_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Returns 42s, 3m 07s or 5h 02m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def sized(number: float) -> str:
+    """A large number with the letter of its size: 12.3 G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3e}"
+
+
+def _thousands(value: float) -> str:
+    return f"{value:,.0f}".replace(",", " ")
+
+
+def _metric(name: str, value: float) -> str:
+    return f"{value:6.2f}%" if name in PERCENT else f"{value:.4f}"

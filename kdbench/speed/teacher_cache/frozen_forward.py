@@ -1,0 +1,176 @@
+"""When the networks that do not move are run: in the step, some steps ahead of it, or once for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.config.schema import Recipe
+from kdbench.engine.plan.plan import StagePlan
+from kdbench.engine.train.loop import Feed, Windows
+from kdbench.engine.train.runner import Runner
+from kdbench.speed.teacher_cache.cache_file import Refused, size_words
+from kdbench.speed.teacher_cache.cached_source import Tabled, extent, open_table
+from kdbench.speed.teacher_cache.prefetch import LookAhead, agreed, fixed_roles
+
+TABLES = "tables"
+"""The folder of all tables, in the folder of all runs."""
+
+
+def asked_for(recipe: Recipe, device: torch.device) -> tuple[str, str]:
+    """The mode that a recipe asks for on a device, and why."""
+    if recipe.frozen_forward != "auto":
+        return recipe.frozen_forward, f"frozen_forward: {recipe.frozen_forward}"
+    return ("ahead", "on a GPU") if device.type == "cuda" else ("inline", f"on {device.type}")
+
+
+@dataclass
+class Arrangement:
+    """How each role that does not move is run in a stage.
+
+    windows: the stage's batches, with what runs outside the step in them.
+    modes: role -> `inline`, `ahead` or `table`; why: role -> the reason, in words.
+    tables: role -> its source with the table, and what that has done.
+    """
+
+    windows: Windows
+    asked: str
+    modes: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, Tabled] = field(default_factory=dict)
+
+    def put(self, name: str, mode: str, why: str) -> None:
+        self.modes[name], self.why[name] = mode, why
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """For the manifest: each role's mode and reason; of a table its name, and rows computed and read so far."""
+        facts: dict[str, dict[str, Any]] = {}
+        for name, mode in self.modes.items():
+            facts[name] = {"mode": mode, "why": self.why[name]}
+            if name in self.tables:
+                tabled = self.tables[name]
+                facts[name] |= {
+                    "table": tabled.table.path.name,
+                    "computed": tabled.table.computed,
+                    "read": tabled.read,
+                }
+        return facts
+
+    def words(self) -> str:
+        """One line for people; empty where all is as it would be without this."""
+        if self.asked == "inline" or not self.modes:
+            return ""
+        how = {"inline": "in the step", "ahead": "ahead of it", "table": "from a table"}
+        told = "; ".join(f"{name} {how[mode]} ({self.why[name]})" for name, mode in self.modes.items())
+        return f"networks that do not move run: {told}."
+
+
+def arrange(
+    feed: Feed,
+    runner: Runner,
+    recipe: Recipe,
+    folder: Path,
+    told: Callable[[Arrangement], None] = lambda arrangement: None,
+) -> Arrangement:
+    """Decides for each role of a stage that does not move, and sees to it.
+
+    Args:
+        feed: the stage's batches; sources of it are replaced by ones with tables.
+        folder: of all tables.
+        told: called when all is decided: at the latest when the first block has run.
+    """
+    plan = runner.plan
+    mode, why = asked_for(recipe, runner.device)
+    result = Arrangement(feed, mode)
+    reasons = fixed_roles(plan)
+    for name in runner.network.sharded:  # all ranks gather its weights at once, and a table's misses differ
+        if not reasons.get(name, "no"):
+            reasons[name] = "its weights lie in parts"
+    for name, reason in reasons.items():
+        result.put(name, "inline", reason or why)
+    free = [name for name, reason in reasons.items() if not reason]
+    if mode == "inline" or not free or runner.done >= runner.total_steps:
+        told(result)
+        return result
+    without = {}
+    if mode == "table":
+        without = _from_tables(result, feed, runner, recipe, folder, free)
+    ahead = [name for name in free if name not in result.tables]
+    _run_ahead(result, feed, runner, recipe, ahead, without, told)
+    return result
+
+
+def _from_tables(
+    result: Arrangement, feed: Feed, runner: Runner, recipe: Recipe, folder: Path, names: list[str]
+) -> dict[str, str]:
+    """Gives each role that can have one its table; returns the others, and why they have none."""
+    refused: dict[str, str] = {}
+    opened: dict[str, Tabled] = {}
+    say = runner.say
+    for name in names:
+        source = runner.network.sources[name]
+        epoch = feed.batch_at(runner.done) // feed.sources[source].steps_per_epoch
+        try:
+            opened[name] = open_table(
+                runner, name, feed.sources[source], epoch=epoch, rows=recipe.frozen_rows, folder=folder, say=say
+            )
+        except Refused as reason:
+            refused[name] = str(reason)
+    refused = agreed(refused, names, runner.world, runner.device)
+    for name in (name for name in names if name not in refused):
+        tabled = opened[name]
+        tabled.inner = feed.sources[tabled.name]
+        feed.sources[tabled.name] = tabled
+        result.tables[name] = tabled
+        rows, filled = tabled.table.size, int(tabled.table.filled.sum())
+        result.put(name, "table", f"{tabled.table.name}, {filled:,} of {rows:,} rows filled")
+    return refused
+
+
+def _run_ahead(
+    result: Arrangement,
+    feed: Feed,
+    runner: Runner,
+    recipe: Recipe,
+    names: list[str],
+    without: dict[str, str],
+    told: Callable[[Arrangement], None],
+) -> None:
+    """Lets the rest run ahead, where that makes their batch larger."""
+    no_table = {name: f"; no table: {without[name]}" if name in without else "" for name in names}
+    look = LookAhead(feed, runner, names, recipe.frozen_rows) if names else None
+    if look is None or look.steps * feed.accumulate == 1:
+        for name in names:
+            result.put(name, "inline", f"a step has {recipe.frozen_rows} rows already{no_table[name]}")
+        told(result)
+        return
+
+    def decided(refused: dict[str, str]) -> None:
+        for name in names:
+            rows = look.rows[runner.network.sources[name]]
+            how = ("inline", refused[name]) if name in refused else ("ahead", f"{look.steps} steps, {rows:,} rows")
+            result.put(name, how[0], how[1] + no_table[name])
+        told(result)
+
+    look.told = decided
+    result.windows = look
+
+
+def in_words(plan: StagePlan) -> list[str]:
+    """Says of each role that does not move whether it may run ahead of the step, and how large its table would be."""
+    lines = []
+    for name, reason in fixed_roles(plan).items():
+        if reason:
+            lines.append(f"{name} does not move, but has to run inside the step: {reason}.")
+            continue
+        try:
+            samples, variants, size = extent(plan, name)
+            table = f"a table of it has {samples:,} x {variants:,} rows, {size_words(size)}"
+        except Refused as refused:
+            table = f"no table: {refused}"
+        lines.append(f"{name} does not move, and may run ahead of the step; {table}.")
+    return lines

@@ -1,0 +1,185 @@
+"""CIFAR from torchvision's layout and from class folders: the same bits; what is wrong is said in words."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdbench.config.schema import Named, SourceConfig
+from kdbench.data.datasets.cifar import Cifar10, Cifar100
+from kdbench.data.describe import describe
+from kdbench.errors import DataError
+
+
+def write_archive(root, monkeypatch, dataset, samples, *, split="train", parts=1, order=None):
+    """Writes torchvision's layout; samples are (class, path, pixels). The MD5s that kdbench expects follow."""
+    folder = root / dataset.archive_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    names = dataset.names.split()
+    order = list(range(len(samples))) if order is None else order
+    known = []
+    for number, chosen in enumerate(np.array_split(order, parts)):
+        pixels = np.stack([samples[k][2].transpose(2, 0, 1).reshape(-1) for k in chosen])
+        labels = [names.index(samples[k][0]) for k in chosen]
+        raw = pickle.dumps({"data": pixels, dataset.label_key: labels, "batch_label": "x"}, protocol=2)
+        (folder / f"{split}{number}").write_bytes(raw)
+        known.append((f"{split}{number}", hashlib.md5(raw).hexdigest()))
+    monkeypatch.setattr(dataset, "files", dict(dataset.files) | {split: tuple(known)})
+    return folder
+
+
+def write_all(write_folders, root, dataset, each=2, split="train"):
+    classes = dict.fromkeys(dataset.names.split(), each)
+    return write_folders(root / dataset.name, {split: classes}, size=(32, 32))[split]
+
+
+@pytest.mark.parametrize(("dataset", "parts"), [(Cifar10, 3), (Cifar100, 1)])
+def test_both_layouts_give_the_same_bits(tmp_path, write_folders, monkeypatch, dataset, parts):
+    samples = write_all(write_folders, tmp_path / "folders", dataset)
+    shuffled = np.random.default_rng(1).permutation(len(samples))
+    write_archive(tmp_path / "archive", monkeypatch, dataset, samples, parts=parts, order=shuffled)
+    first = dataset(data_root=str(tmp_path / "folders")).load()
+    second = dataset(data_root=str(tmp_path / "archive")).load()
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert first.checksum == second.checksum
+    names = dataset.names.split()
+    pixels = {pixels.transpose(2, 0, 1).tobytes(): name for name, _, pixels in samples}
+    assert all(
+        pixels[image.tobytes()] == names[label]
+        for image, label in zip(first.images.numpy(), first.labels.tolist(), strict=True)
+    )
+
+
+def test_the_archive_is_read_as_torchvision_reads_it(tmp_path, write_folders, monkeypatch):
+    import torchvision
+
+    samples = write_all(write_folders, tmp_path, Cifar100)
+    folder = write_archive(tmp_path, monkeypatch, Cifar100, samples)
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": Cifar100.names.split()}))
+
+    class Tiny(torchvision.datasets.CIFAR100):
+        train_list = [list(Cifar100.files["train"][0])]  # noqa: RUF012
+        meta = torchvision.datasets.CIFAR100.meta | {"md5": None}
+
+        def _check_integrity(self):
+            return True
+
+    theirs = Tiny(tmp_path)
+    assert theirs.classes == Cifar100.names.split()
+    expected = sorted(
+        (label, image.transpose(2, 0, 1).tobytes()) for image, label in zip(theirs.data, theirs.targets, strict=True)
+    )
+    ours = Cifar100(data_root=str(tmp_path)).load()
+    found = [(label, image.tobytes()) for image, label in zip(ours.images.numpy(), ours.labels.tolist(), strict=True)]
+    assert found == expected
+
+
+def test_the_facts_are_torchvisions():
+    import torchvision
+
+    for ours, theirs in ((Cifar10, torchvision.datasets.CIFAR10), (Cifar100, torchvision.datasets.CIFAR100)):
+        assert [list(pair) for pair in ours.files["train"]] == theirs.train_list
+        assert [list(pair) for pair in ours.files["test"]] == theirs.test_list
+        assert ours.archive_folder == theirs.base_folder
+        names = ours.names.split()
+        assert names == sorted(names)
+
+
+def test_is_described_without_files(tmp_path):
+    config = SourceConfig(name="train", dataset=Named(type="cifar100"))
+    spec = describe(config, str(tmp_path / "data"))
+    assert spec.fields["image"] == ((3, 32, 32), "float32")
+    assert (spec.classes, spec.samples) == (100, 50000)
+    assert spec.problem == f"cifar100 is not under {tmp_path / 'data'}/; it will be downloaded"
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_the_download_gave_is_read(tmp_path, write_folders, monkeypatch):
+    samples = write_all(write_folders, tmp_path / "elsewhere", Cifar10)
+    asked = []
+
+    def download(url, root, filename, md5):
+        asked.append((url, filename, md5))
+        write_archive(tmp_path / "data", monkeypatch, Cifar10, samples)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", download)
+    packed = Cifar10(data_root=str(tmp_path / "data")).load()
+    assert len(packed.images) == 20
+    assert asked[0][1:] == ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
+
+
+def test_no_network_names_both_layouts(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", offline)
+    with pytest.raises(
+        DataError, match=r"(?s)cannot be downloaded .*no route.*cifar-100-python/.*cifar100/\{train,test\}"
+    ):
+        Cifar100(data_root=str(tmp_path)).load()
+
+
+def test_a_damaged_archive_is_named(tmp_path, write_folders, monkeypatch):
+    samples = write_all(write_folders, tmp_path / "x", Cifar10)
+    folder = write_archive(tmp_path, monkeypatch, Cifar10, samples, parts=2)
+    raw = bytearray((folder / "train1").read_bytes())
+    raw[500] ^= 1
+    (folder / "train1").write_bytes(raw)
+    with pytest.raises(DataError, match=r"train1 is damaged: its MD5 is .* Remove the folder"):
+        Cifar10(data_root=str(tmp_path)).load()
+    (folder / "train1").unlink()
+    with pytest.raises(DataError, match=r"train1 is missing"):
+        Cifar10(data_root=str(tmp_path)).load()
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / Cifar10.archive_folder
+    folder.mkdir()
+    for content in (
+        {"data": np.zeros((2, 3072), np.uint8)},
+        [1],
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [1]},
+    ):
+        raw = pickle.dumps(content, protocol=2)
+        (folder / "test0").write_bytes(raw)
+        monkeypatch.setattr(Cifar10, "files", {"test": (("test0", hashlib.md5(raw).hexdigest()),)})
+        with pytest.raises(DataError, match="test0 does not hold the images of cifar10"):
+            Cifar10(split="test", data_root=str(tmp_path)).load()
+
+
+def test_incomplete_class_folders_are_refused(tmp_path, write_folders):
+    write_folders(tmp_path / "cifar10", {"train": {"airplane": 1, "dragon": 1}}, size=(32, 32))
+    with pytest.raises(DataError, match=r"10 classes of cifar10 \(missing: automobile, .*; unknown: dragon\)"):
+        Cifar10(data_root=str(tmp_path))
+
+
+def test_images_of_another_size_are_refused(tmp_path, write_folders):
+    samples = write_all(write_folders, tmp_path, Cifar10)
+    Image.new("RGB", (30, 32)).save(samples[3][1])
+    with pytest.raises(DataError, match=r"automobile/001.png is 30x32 pixels; images of cifar10 are 32x32"):
+        Cifar10(data_root=str(tmp_path)).load()
+
+
+def test_a_truncated_image_is_named(tmp_path, write_folders):
+    samples = write_all(write_folders, tmp_path, Cifar10)
+    raw = samples[0][1].read_bytes()
+    samples[0][1].write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"airplane/000.png cannot be read as an image"):
+        Cifar10(data_root=str(tmp_path)).load()
+
+
+def test_a_changed_image_is_noticed(tmp_path, write_folders):
+    samples = write_all(write_folders, tmp_path, Cifar10)
+    before = Cifar10(data_root=str(tmp_path)).load()
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(buffer, "PNG")
+    samples[0][1].write_bytes(buffer.getvalue())
+    assert Cifar10(data_root=str(tmp_path)).load().checksum != before.checksum

@@ -1,0 +1,89 @@
+"""What `trace` says happens inside a model."""
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.engine.plan.trace import first_tensor, trace
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.act = nn.ReLU(inplace=True)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        out = self.bn(x)
+        out += scale * x
+        return {"logits": self.act(out), "input": x}
+
+
+def test_lists_calls_in_the_order_of_their_start_with_shapes():
+    with torch.device("meta"):
+        calls = trace(nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 2)), nn.Flatten()), torch.zeros(2, 3, 4, 4))
+    assert [(c.path, c.type) for c in calls] == [
+        ("", "Sequential"), ("0", "Sequential"), ("0.0", "Conv2d"), ("1", "Flatten")
+    ]  # fmt: skip
+    assert [c.input.shape for c in calls] == [(2, 3, 4, 4), (2, 3, 4, 4), (2, 3, 4, 4), (2, 5, 3, 3)]
+    assert [c.output.shape for c in calls] == [(2, 45), (2, 5, 3, 3), (2, 5, 3, 3), (2, 45)]
+
+
+def test_sees_what_is_overwritten_in_place_on_meta_and_on_cpu():
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            calls = {call.path: call for call in trace(Residual().eval(), torch.zeros(2, 3, 4, 4))}
+        assert calls["bn"].output.overwritten  # by the addition and the ReLU
+        assert calls["act"].input.overwritten and not calls["act"].output.overwritten
+        assert not calls["bn"].input.overwritten
+        assert calls[""].output.shape == (2, 3, 4, 4)
+        assert "unused" not in calls
+
+
+def test_numbers_the_calls_of_a_module_that_is_used_again():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    assert [(c.path, c.call) for c in trace(model, torch.zeros(2, 4))] == [("", 1), ("0", 1), ("1", 1), ("0", 2)]
+
+
+def test_a_module_that_calls_itself_keeps_its_calls_apart():
+    class Recursive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else self(x[1:])
+
+    calls = trace(Recursive(), torch.zeros(3, 2))
+    assert [(c.call, c.input.shape[0], c.output.shape[0]) for c in calls] == [(1, 3, 1), (2, 2, 1), (3, 1, 1)]
+
+
+def test_takes_keyword_arguments_and_outputs_without_tensors():
+    class Inner(nn.Module):
+        def forward(self, *, x: Tensor) -> tuple[int, list[Tensor]]:
+            return 3, [x[:1]]
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> int:
+            return self.inner(x=x)[0]
+
+    outer, inner = trace(Outer(), torch.zeros(5, 2))
+    assert outer.output is None
+    assert (inner.input.shape, inner.output.shape) == ((5, 2), (1, 2))
+
+
+def test_leaves_no_hooks_even_when_the_model_fails():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for image in (torch.zeros(2, 4), torch.zeros(2, 5)):
+        try:
+            trace(model, image)
+        except RuntimeError:
+            assert image.shape[1] == 5
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_first_tensor_looks_into_containers():
+    x = torch.zeros(1)
+    assert first_tensor({"a": None, "b": (1, [x])}) is x
+    assert first_tensor((1, "a")) is None

@@ -1,0 +1,267 @@
+"""Weights in: own checkpoints, foreign ones, and those that another recipe produces."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.plugin_parts import Layers
+from helpers.recipes import DATA, Quiet, bench, differences, parts, recipe, result_of, same, train  # noqa: F401
+from kdbench.config.schema import Weights
+from kdbench.engine.state.weights import load_state, read_checkpoint, select_state, state_hash
+from kdbench.errors import CheckpointError, Place, UserError
+from kdbench.experiment import context as setup
+from kdbench.experiment import run as experiment
+from kdbench.files import read_json
+
+PLACE = Place("teacher.weights", "own.yaml", 3)
+
+
+def layers(seed: int = 0, **options) -> Layers:
+    torch.manual_seed(seed)
+    return Layers(**options)
+
+
+def loaded_from(content, **options) -> dict[str, torch.Tensor]:
+    torch.save(content, "weights.pt")
+    told = Weights(path="weights.pt", place=PLACE, **options)
+    return select_state(read_checkpoint("weights.pt", PLACE), told, Path("weights.pt"))
+
+
+def test_a_bare_state_dict_is_taken_as_it_is():
+    state = layers().state_dict()
+    assert same(loaded_from(state), state)
+
+
+def test_key_strip_and_rename_find_their_way_into_foreign_checkpoints():
+    state = layers().state_dict()
+    foreign = {f"module.{name.replace('fc.', 'head.')}": value for name, value in state.items()}
+    content = {"epoch": 3, "net": {"ema": foreign}}
+    found = loaded_from(content, key="net.ema", strip="module.", rename={"head.": "fc."})
+    assert same(found, state)
+
+
+def test_a_wrong_key_names_the_entries():
+    with pytest.raises(CheckpointError, match=r"own.yaml:3 .*weights\.pt has no entry 'modle'.*Did you mean 'model'"):
+        loaded_from({"model": {}, "epoch": 1}, key="modle")
+    with pytest.raises(CheckpointError, match=r"holds no state dict.*epoch, model.*`key`"):
+        loaded_from({"epoch": 1, "model": layers().state_dict()})
+
+
+def test_what_does_not_match_is_listed():
+    state = layers().state_dict()
+    state.pop("fc.bias")
+    state["head.bias"] = torch.zeros(3)
+    state["layer2.0.weight"] = torch.zeros(5, 5)
+    with pytest.raises(CheckpointError) as caught:
+        load_state(layers(1), state, "own.yaml:3: weights.pt")
+    said = str(caught.value)
+    assert said.startswith("own.yaml:3: weights.pt")
+    for part in ("missing (1): fc.bias", "unexpected (1): head.bias", "layer2.0.weight is [5, 5] there and [12, 12]"):
+        assert part in said
+
+
+def test_a_refused_state_changes_nothing():
+    model = layers(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = layers(2).state_dict()
+    state.pop("fc.bias")
+    with pytest.raises(CheckpointError):
+        load_state(model, state, "here")
+    assert same(before, model.state_dict())
+
+
+def test_a_prefix_that_was_forgotten_is_suggested():
+    state = {f"module.{name}": value for name, value in layers().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"Try `strip: module\.`"):
+        load_state(layers(1), state, "here")
+
+
+def test_not_strict_loads_what_fits_and_tells_the_rest():
+    state, model = layers(2).state_dict(), layers(1)
+    kept = model.fc.bias.clone()
+    state.pop("fc.bias")
+    told = load_state(model, state, "here", strict=False)
+    assert told == ["missing (1): fc.bias"]
+    assert torch.equal(model.fc.bias, kept) and torch.equal(model.fc.weight, state["fc.weight"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def test_a_checkpoint_cannot_run_code():
+    torch.save({"model": Evil()}, "zipped.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Evil()))
+    for file in ("zipped.pt", "plain.pt"):
+        with pytest.raises(CheckpointError, match=rf"own.yaml:3 .*{file} .*Python objects"):
+            read_checkpoint(file, PLACE)
+    assert not Path("touched").exists()
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(CheckpointError, match=r"own.yaml:3 .*there is no checkpoint nowhere\.pt"):
+        read_checkpoint("nowhere.pt", PLACE)
+
+
+def test_whatever_is_damaged_ends_in_words():
+    """Truncations, random bytes, and files of other kinds."""
+    torch.save({"format": 1, "models": {"student": layers().state_dict()}, "text": "x" * 50}, "good.pt")
+    good = Path("good.pt").read_bytes()
+    draws = random.Random(0)
+    spoilt = [b"", b"hello", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x1f\x8b" + good[:99], good[::-1], good * 2]
+    spoilt += [good[: draws.randrange(len(good))] for _ in range(25)]
+    for _ in range(40):
+        content = bytearray(good)
+        for _ in range(draws.choice([1, 5, 200])):
+            content[draws.randrange(len(content))] = draws.randrange(256)
+        spoilt.append(bytes(content))
+    refused = 0
+    for content in spoilt:
+        Path("bad.pt").write_bytes(content)
+        try:
+            read_checkpoint("bad.pt", PLACE)
+        except CheckpointError as error:
+            refused += 1
+            assert "own.yaml:3" in str(error) and "bad.pt" in str(error)
+    assert refused >= 60
+
+
+def test_one_flipped_bit_of_a_weight_is_noticed():
+    torch.save({"weight": torch.zeros(64)}, "good.pt")
+    content = bytearray(Path("good.pt").read_bytes())
+    place = content.find(bytes(256))
+    content[place + 100] ^= 1
+    Path("good.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        read_checkpoint("good.pt", PLACE)
+
+
+def test_the_hash_knows_every_bit_name_and_shape():
+    model = layers()
+    first = state_hash(model)
+    assert first == state_hash(layers()) and first != state_hash(layers(1))
+    with torch.no_grad():
+        model.fc.bias[0] = torch.nextafter(model.fc.bias[0], torch.tensor(9.0))
+    assert state_hash(model) != first
+
+
+TEACHER = """
+student: {model: {type: t_layers, hidden: 16}}
+terms: {ce: cross_entropy}
+optimizer: {type: SGD, lr: 0.1}
+epochs: 3
+batch_size: 16
+tensorboard: false
+"""
+PUPIL = """
+student: t_layers
+teacher: {model: {type: t_layers, hidden: 16}, weights: WEIGHTS}
+terms: {ce: cross_entropy, kd: kd}
+optimizer: {type: SGD, lr: 0.1}
+epochs: 1
+batch_size: 16
+tensorboard: false
+out: OUT
+"""
+
+
+def pupil(weights: str = "{recipe: teacher.yaml}", out: str = "run") -> str:
+    Path("teacher.yaml").write_text(DATA + TEACHER)
+    return PUPIL.replace("WEIGHTS", weights).replace("OUT", out)
+
+
+@pytest.fixture
+def networks(monkeypatch) -> list:
+    """The networks that experiments build, in order."""
+    built = []
+    original = setup.build_network
+
+    def build(*args, **kwargs):
+        built.append(original(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(setup, "build_network", build)
+    return built
+
+
+def teacher_folder() -> Path:
+    (found,) = Path("runs/teacher").iterdir()
+    return found
+
+
+def test_a_recipes_student_is_trained_once_and_taken_whole(networks):
+    train(pupil(), "epochs=1")
+    assert len(networks) == 2
+    produced = torch.load(teacher_folder() / "checkpoints/last.pt", weights_only=True)
+    assert produced["step"] == 3 * 4, "`epochs=1` of the referring command line does not shorten the teacher"
+    assert same(produced["models"]["student"], networks[1].role("teacher").model.state_dict())
+    assert "teacher.yaml" in read_json("run/manifest.json")["roles"]["teacher"]["weights"]["source"]
+    stamp = (teacher_folder() / "checkpoints/last.pt").stat().st_mtime_ns
+    train(pupil(out="second"), "seed=2", "epochs=2")
+    assert len(networks) == 3, "the second run finds the teacher"
+    assert (teacher_folder() / "checkpoints/last.pt").stat().st_mtime_ns == stamp
+
+
+def test_the_teacher_is_the_one_that_its_own_command_trains():
+    train(pupil(), "seed=5")
+    own = recipe(TEACHER, "out=own", name="teacher")
+    experiment.run(own, console=Quiet())
+    assert differences(result_of("own"), result_of(teacher_folder())) == []
+
+
+def test_another_model_for_the_teachers_recipe(networks):
+    text = pupil("{recipe: teacher.yaml, model: {type: t_layers, hidden: 20}}")
+    train(text.replace("hidden: 16}, w", "hidden: 20}, w"))
+    assert networks[1].role("teacher").model.layer1[0].out_features == 20
+
+
+def test_a_named_epoch_is_that_epochs_checkpoint(networks):
+    train(pupil("{recipe: teacher.yaml, epoch: 2}"))
+    kept = torch.load(teacher_folder() / "checkpoints/epoch_0002.pt", weights_only=True)
+    last = torch.load(teacher_folder() / "checkpoints/last.pt", weights_only=True)
+    state = networks[1].role("teacher").model.state_dict()
+    assert same(kept["models"]["student"], state) and not same(last["models"]["student"], state)
+
+
+def test_an_epoch_that_was_not_kept_is_told():
+    train(pupil())
+    with pytest.raises(UserError, match=r"own.yaml:4 .*epoch_0002\.pt.*keep_epochs=\[2\].*fresh=true"):
+        train(pupil("{recipe: teacher.yaml, epoch: 2}", out="other"))
+
+
+def test_weights_from_a_file_are_part_of_the_identity_and_of_the_manifest(networks):
+    torch.save({"state": {f"module.{n}": v for n, v in layers(3, hidden=16).state_dict().items()}}, "foreign.pt")
+    text = pupil("{path: foreign.pt, key: state, strip: module.}")
+    first = train(text)
+    assert same(networks[0].role("teacher").model.state_dict(), layers(3, hidden=16).state_dict())
+    told = read_json("run/manifest.json")["roles"]["teacher"]["weights"]
+    assert told["source"] == "foreign.pt" and told["sha256"] == state_hash(layers(3, hidden=16))
+    torch.save({"state": {f"module.{n}": v for n, v in layers(4, hidden=16).state_dict().items()}}, "foreign.pt")
+    with pytest.raises(UserError, match="holds another run"):
+        train(text)
+    assert first.summary["identity"] != train(text, "out=other").summary["identity"]
+
+
+def test_what_a_file_lacks_is_a_notice_when_that_is_allowed():
+    state = layers(3, hidden=16).state_dict()
+    state.pop("fc.bias")
+    torch.save(state, "foreign.pt")
+    with pytest.raises(CheckpointError, match=r"own.yaml:4 teacher\.weights: foreign\.pt: .*missing \(1\): fc\.bias"):
+        train(pupil("{path: foreign.pt}"))
+    console = Quiet()
+    train(pupil("{path: foreign.pt, strict: false}", out="loose"), console=console)
+    assert any("teacher" in text and "missing (1): fc.bias" in text for text in console.notices)
+    assert read_json("loose/manifest.json")["roles"]["teacher"]["weights"]["unmatched"] == ["missing (1): fc.bias"]
+
+
+def test_a_checkpoint_of_kdbench_is_read_by_its_path(networks):
+    train(pupil())
+    file = teacher_folder() / "checkpoints/last.pt"
+    train(pupil(f"{{path: {file}}}", out="by_path"))
+    assert same(networks[-1].role("teacher").model.state_dict(), networks[1].role("teacher").model.state_dict())

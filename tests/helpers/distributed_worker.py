@@ -1,0 +1,21 @@
+"""One of several processes that train recipe files one after the other. Started by torchrun, from a test."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from helpers.recipes import Quiet, use_plugin
+from kdbench.config.load import load_recipe
+from kdbench.experiment.run import run
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    use_plugin()
+    dist.init_process_group("gloo")
+    for file in sys.argv[1:]:
+        run(load_recipe(file), console=Quiet())
+        dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,54 @@
+"""Kills of a run in this process: at a write to the disk, or at a step of a stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kdbench import files
+from kdbench.engine.train.runner import Runner
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, like a signal."""
+
+
+@contextmanager
+def killing(after: int) -> Iterator[None]:
+    """Kills a run of this process at its nth write to the disk: before a write, within one, or before a rename."""
+    count = itertools.count(1)
+    write, replace, fsync = files.os.write, files.os.replace, files.os.fsync
+
+    def die() -> None:
+        if next(count) >= after:
+            raise Killed
+
+    def half(file: int, content: bytes) -> int:
+        if next(count) >= after:
+            write(file, content[: len(content) // 2])
+            raise Killed
+        return write(file, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "write", half)
+        patch.setattr(files.os, "replace", lambda *names: (die(), replace(*names))[1])
+        patch.setattr(files.os, "fsync", lambda file: (die(), fsync(file))[1])
+        yield
+
+
+@contextmanager
+def killed_at(stage: str, step: int) -> Iterator[None]:
+    """Expects a run that is killed before a step (from 0) of a stage."""
+    original = Runner.step
+
+    def stepping(self: Runner, window: list) -> None:
+        if (self.stage.name, self.done) == (stage, step):
+            raise Killed
+        original(self, window)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Runner, "step", stepping)
+        yield
