@@ -12,7 +12,7 @@ For a gang a step is a step of each of its runs. What counts is the time of that
 To repeat it (CIFAR-100 as for benchmarks/step.py):
 
     python benchmarks/gang.py --data DATA --out benchmarks/results/gang.json
-    python benchmarks/gang.py --data DATA --device cuda --set precision=bf16 --set compile=capture
+    python benchmarks/gang.py --data DATA --device cuda --set precision=bf16 --set compile=cuda_graph
 """
 
 from __future__ import annotations

@@ -353,7 +353,7 @@ def gang(context: Context) -> dict[str, Any]:
     best = BEST[:1] if context.quick else BEST
     common = [f"steps={steps}", "epochs=null", "fresh=true", f"log_every={max(steps // 12, 1)}", *best]
     alone = _sweep(context, "alone", [*common, "seed=1"])
-    together = _sweep(context, "gang", [*common, f"seed={seeds}", "hydra/launcher=gang"])
+    together = _sweep(context, "gang", [*common, f"seed={seeds}", "hydra/launcher=concurrent"])
     one = statistics.median(alone["rates"])
     each = statistics.median(together["rates"])
     return {
@@ -479,9 +479,9 @@ PARTS: dict[str, Part] = {
     "teacher forward": Part("resnet32x4 in eval, images per second", teacher, 1, {"share_of_peak": 0.4}),
     "step eager float32": Part("the step", step("precision=float32"), 1.5, {"kernels": UNFUSED, "step_ms": [1.9, 2.3]}),
     "step eager bf16": Part("the step", step("precision=bf16"), 1.5, {"kernels": UNFUSED}),
-    "step captured tf32": Part("the step", step("precision=tf32", "compile=capture"), 1.5, {"kernels": UNFUSED}),
+    "step captured tf32": Part("the step", step("precision=tf32", "compile=cuda_graph"), 1.5, {"kernels": UNFUSED}),
     "step captured bf16": Part(
-        "the step", step("precision=bf16", "compile=capture"), 1.5, {"kernels": UNFUSED, "step_ms": [0.6, 0.95]}
+        "the step", step("precision=bf16", "compile=cuda_graph"), 1.5, {"kernels": UNFUSED, "step_ms": [0.6, 0.95]}
     ),
     "step compiled bf16": Part(
         "the step", step("precision=bf16", "compile=true"), 4, {"kernels": FUSED, "step_ms": [0.43, 0.68], "mfu": 0.25}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kdbench.registry import ROUTERS, TERMS, WEIGHERS, Entry, Registry
+from kdbench.registry import ROUTERS, SAMPLE_WEIGHTS, TERMS, Entry, Registry
 
-REGISTRIES: dict[str, Registry] = {"term": TERMS, "weigher": WEIGHERS, "router": ROUTERS}
+REGISTRIES: dict[str, Registry] = {"term": TERMS, "weigher": SAMPLE_WEIGHTS, "router": ROUTERS}
 EDGES, WIDTH = 3, 64
 
 

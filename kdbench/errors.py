@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a value of the recipe was written: a line of a file, or an override of the command line."""
 
     key: str = ""
@@ -47,14 +47,14 @@ class TrainingError(UserError):
     """Training cannot go on (a loss that is not finite, no space left); what was saved stays."""
 
 
-def printable(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """The text with control characters spelled out: names of files and classes may hold commands to a terminal."""
     return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
-def nearest(name: str, known: Iterable[str], *, limit: int = 12) -> str:
+def nearest(name: str, names: Iterable[str], *, limit: int = 12) -> str:
     """Returns " Did you mean 'x'? Known: ..." for a name that is not among `known`."""
-    names = sorted(known)
+    names = sorted(names)
     folded = {other.lower(): other for other in names}  # `Sgd` is nearer to `SGD` than its letters say
 
     def matches(n: int, cutoff: float) -> list[str]:

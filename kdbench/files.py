@@ -15,7 +15,7 @@ from kdbench.errors import TrainingError
 
 
 @contextmanager
-def saving(path: Path | str) -> Iterator[None]:
+def disk_errors_translated(path: Path | str) -> Iterator[None]:
     """Turns a full disk or an exhausted quota into a TrainingError; every other OSError stays what it is."""
     try:
         yield
@@ -28,7 +28,7 @@ def saving(path: Path | str) -> Iterator[None]:
         ) from None
 
 
-def strict(data: Any) -> Any:
+def to_strict_json(data: Any) -> Any:
     """Returns `data` as strict JSON can hold it.
 
     NaN and the infinities become the strings "nan", "inf" and "-inf", which `float()` reads back; everything else
@@ -37,9 +37,9 @@ def strict(data: Any) -> Any:
     if isinstance(data, float):
         return float(data) if math.isfinite(data) else str(float(data))
     if isinstance(data, Mapping):
-        return {str(key): strict(value) for key, value in data.items()}
+        return {str(key): to_strict_json(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [strict(value) for value in data]
+        return [to_strict_json(value) for value in data]
     if isinstance(data, Path):
         return str(data)
     return data
@@ -53,7 +53,7 @@ def write_atomic(path: Path | str, content: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with saving(path):
+    with disk_errors_translated(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -76,7 +76,7 @@ def write_json(path: Path | str, data: Any) -> None:
     Raises:
         TrainingError: no space is left; the old file stays.
     """
-    text = json.dumps(strict(data), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(to_strict_json(data), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
@@ -108,7 +108,7 @@ class AppendFile:
     def open(self) -> None:
         """Opens the file and cuts it to `offset`; later calls do nothing."""
         if self._file is None:
-            with saving(self.path):
+            with disk_errors_translated(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 os.ftruncate(self._file, self.offset)
@@ -122,7 +122,7 @@ class AppendFile:
         """
         self.open()
         assert self._file is not None
-        with saving(self.path):
+        with disk_errors_translated(self.path):
             try:
                 done = 0
                 while done < len(content):
@@ -136,7 +136,7 @@ class AppendFile:
     def sync(self) -> int:
         """Waits until everything is on the disk, and returns the offset for the checkpoint."""
         if self._file is not None:
-            with saving(self.path):
+            with disk_errors_translated(self.path):
                 os.fsync(self._file)
         return self.offset
 
@@ -162,11 +162,11 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one line. NaN and infinities become the strings "nan", "inf", "-inf"."""
-        text = json.dumps(strict(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+        text = json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
         self.file.write((text + "\n").encode())
 
 
-def read_lines(path: Path | str) -> list[dict[str, Any]]:
+def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     """Reads all whole lines; the unfinished last line of a run that is being written is left out."""
     text = Path(path).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n")[:-1]]

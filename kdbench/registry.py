@@ -2,7 +2,7 @@
 
 A part is declared once, where it is written:
 
-    @TERMS.register("kd", space="sample", version=1)
+    @TERMS.register("kd", space="row", version=1)
     class SoftTargets(Term): ...
 
 The registry reads these declarations (name, facts, constructor signature, docstring) off the syntax trees of its
@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 
 
 class _Required:
@@ -115,11 +115,13 @@ class Registry:
         catalog: a module that adds families of third-party parts when it is imported.
     """
 
-    def __init__(self, variable: str, kind: str, package: str, given: tuple[str, ...] = (), catalog: str = "") -> None:
+    def __init__(
+        self, variable: str, kind: str, package: str, injected: tuple[str, ...] = (), catalog: str = ""
+    ) -> None:
         self.variable = variable
         self.kind = kind
         self.package = package
-        self.given = given
+        self.injected = injected
         self.catalog = catalog
         self.families: list[Family] = []
         self._extra: dict[str, Entry] = {}
@@ -142,7 +144,7 @@ class Registry:
         entries: dict[str, Entry] = {}
         for path in sorted(root.joinpath(*self.package.split(".")[1:]).rglob("*.py")):
             module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
-            self._merge(entries, self._read(path, module))
+            self._merge(entries, self._read_declarations(path, module))
         return entries
 
     def scan(self, module: str) -> None:
@@ -150,7 +152,7 @@ class Registry:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise ConfigError(f"plug-in {module!r}: no such module can be found.")
-        self._merge(self._extra, self._read(Path(spec.origin), module), taken=self._shipped)
+        self._merge(self._extra, self._read_declarations(Path(spec.origin), module), taken=self._shipped)
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -162,7 +164,7 @@ class Registry:
         own = list(self.entries)
         return [*own, *(f"{f.prefix}{name}" for f in self.families for name in f.names())]
 
-    def entry(self, name: str, where: Place | str = "") -> Entry:
+    def entry(self, name: str, where: Location | str = "") -> Entry:
         """Returns the entry called `name`.
 
         Raises:
@@ -186,7 +188,7 @@ class Registry:
             known += names
         raise ConfigError(f"{where}: no {self.kind} {name!r}.{nearest(name, known)}".lstrip(": "))
 
-    def check(self, name: str, params: Mapping[str, Any], where: Place | str = "") -> Entry:
+    def check(self, name: str, params: Mapping[str, Any], where: Location | str = "") -> Entry:
         """Checks the names and the types of parameters against the signature, without importing the part.
 
         Raises:
@@ -200,20 +202,20 @@ class Registry:
                     f"{where}: {self.kind} {name!r} has no parameter {key!r}.{nearest(key, entry.parameters)} "
                     f"Write {entry.signature()}"
                 )
-            fault = type_fault(parameter.annotation, value)
+            fault = type_mismatch(parameter.annotation, value)
             if fault:
                 raise ConfigError(f"{where}: {self.kind} {name!r}: {key} must be {fault}, got {value!r}")
-        self._refuse_missing(entry, {*params, *entry.facts.get("injected", ()), *self.given}, where)
+        self._check_required(entry, {*params, *entry.facts.get("injected", ()), *self.injected}, where)
         return entry
 
-    def build(self, name: str, params: Mapping[str, Any], where: Place | str = "", **injected: Any) -> Any:
+    def build(self, name: str, params: Mapping[str, Any], where: Location | str = "", **injected: Any) -> Any:
         """Builds the part. `injected` values are passed only where the signature asks for them."""
         entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, where)
         given = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
-        self._refuse_missing(entry, {*given, *params}, where)
+        self._check_required(entry, {*given, *params}, where)
         return entry.load()(**{**given, **params})
 
-    def _refuse_missing(self, entry: Entry, known: Collection[str], where: Place | str) -> None:
+    def _check_required(self, entry: Entry, known: Collection[str], where: Location | str) -> None:
         missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in known]
         if missing:
             raise ConfigError(
@@ -232,7 +234,7 @@ class Registry:
                 )
             into[entry.name] = entry
 
-    def _read(self, path: Path, module: str) -> list[Entry]:
+    def _read_declarations(self, path: Path, module: str) -> list[Entry]:
         text = path.read_text(encoding="utf-8")
         if f"@{self.variable}.register(" not in text:
             return []
@@ -245,7 +247,7 @@ class Registry:
                 continue
             for decorator in node.decorator_list:
                 if self._is_registration(decorator):
-                    found.append(_entry(node, decorator, module, classes, module_doc))  # type: ignore[arg-type]
+                    found.append(_build_entry(node, decorator, module, classes, module_doc))  # type: ignore[arg-type]
         return found
 
     def _is_registration(self, node: ast.expr) -> bool:
@@ -262,7 +264,7 @@ def _is_tensor(value: Any) -> bool:
     return type(value).__module__ == "torch" and type(value).__name__ == "Tensor"
 
 
-def _entry(
+def _build_entry(
     node: ast.ClassDef | ast.FunctionDef,
     decorator: ast.Call,
     module: str,
@@ -321,7 +323,7 @@ def _literal(node: ast.expr) -> Any:
         return ast.unparse(node)
 
 
-def type_fault(annotation: str, value: Any) -> str | None:
+def type_mismatch(annotation: str, value: Any) -> str | None:
     """Says in words what `value` should have been under the annotation, or None when it fits.
 
     Knows int, float, str, bool, None, list[...], tuple[...], dict, Literal[...], unions, and Number (a number
@@ -330,15 +332,15 @@ def type_fault(annotation: str, value: Any) -> str | None:
     if not annotation:
         return None
     node = ast.parse(annotation, mode="eval").body
-    return None if _fits(node, value) else _words(node)
+    return None if _matches_type(node, value) else _type_description(node)
 
 
-def _fits(node: ast.expr, value: Any) -> bool:
+def _matches_type(node: ast.expr, value: Any) -> bool:
     if isinstance(node, ast.BinOp):
-        return _fits(node.left, value) or _fits(node.right, value)
+        return _matches_type(node.left, value) or _matches_type(node.right, value)
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
-            return _fits(ast.parse(node.value, mode="eval").body, value)
+            return _matches_type(ast.parse(node.value, mode="eval").body, value)
         return value is node.value
     if isinstance(node, ast.Name):
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -365,22 +367,22 @@ def _fits(node: ast.expr, value: Any) -> bool:
                 options = inner.elts if isinstance(inner, ast.Tuple) else [inner]
                 return any(isinstance(o, ast.Constant) and o.value == value for o in options)
             case "list" | "Sequence":
-                return isinstance(value, list | tuple) and all(_fits(inner, v) for v in value)
+                return isinstance(value, list | tuple) and all(_matches_type(inner, v) for v in value)
             case "tuple":
                 if not isinstance(value, list | tuple):
                     return False
                 parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
                 if len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is ...:
-                    return all(_fits(parts[0], v) for v in value)
-                return len(parts) == len(value) and all(_fits(p, v) for p, v in zip(parts, value, strict=True))
+                    return all(_matches_type(parts[0], v) for v in value)
+                return len(parts) == len(value) and all(_matches_type(p, v) for p, v in zip(parts, value, strict=True))
             case "dict" | "Mapping":
                 return isinstance(value, Mapping)
     return True
 
 
-def _words(node: ast.expr) -> str:
+def _type_description(node: ast.expr) -> str:
     if isinstance(node, ast.BinOp):
-        return f"{_words(node.left)} or {_words(node.right)}"
+        return f"{_type_description(node.left)} or {_type_description(node.right)}"
     if isinstance(node, ast.Constant):
         return "null" if node.value is None else str(node.value)
     if isinstance(node, ast.Name):
@@ -393,7 +395,7 @@ def _words(node: ast.expr) -> str:
         if node.value.id == "Literal":
             return "one of " + ", ".join(str(getattr(p, "value", "?")) for p in parts)
         if node.value.id in ("list", "tuple", "Sequence"):
-            return "a list of " + " and ".join(_words(p) for p in parts if ast.unparse(p) != "...")
+            return "a list of " + " and ".join(_type_description(p) for p in parts if ast.unparse(p) != "...")
     return ast.unparse(node)
 
 
@@ -401,7 +403,7 @@ MODELS = Registry(
     "MODELS",
     "model",
     "kdbench.models",
-    given=("num_classes", "in_channels", "image_size", "input_shape", "image_shape"),
+    injected=("num_classes", "in_channels", "image_size", "input_shape", "image_shape"),
     catalog="kdbench.models.catalog",
 )
 
@@ -409,7 +411,7 @@ MODELS = Registry(
 DATASETS = Registry("DATASETS", "dataset", "kdbench.data.datasets")
 
 
-AUGMENTS = Registry("AUGMENTS", "augmentation", "kdbench.data.augment")
+AUGMENTATIONS = Registry("AUGMENTATIONS", "augmentation", "kdbench.data.augment")
 
 
 TERMS = Registry("TERMS", "term", "kdbench.terms")
@@ -418,7 +420,7 @@ TERMS = Registry("TERMS", "term", "kdbench.terms")
 ADAPTERS = Registry("ADAPTERS", "adapter", "kdbench.wiring")
 
 
-WEIGHERS = Registry("WEIGHERS", "weigher", "kdbench.wiring")
+SAMPLE_WEIGHTS = Registry("SAMPLE_WEIGHTS", "sample weight", "kdbench.wiring")
 
 
 ROUTERS = Registry("ROUTERS", "router", "kdbench.wiring")
@@ -427,7 +429,7 @@ ROUTERS = Registry("ROUTERS", "router", "kdbench.wiring")
 COMBINERS = Registry("COMBINERS", "combiner", "kdbench.wiring")
 
 
-TRANSFORMS = Registry("TRANSFORMS", "transform", "kdbench.models")
+WEIGHT_TRANSFORMS = Registry("WEIGHT_TRANSFORMS", "weight transform", "kdbench.models")
 
 
 SUBSETS = Registry("SUBSETS", "subset", "kdbench.data.sampling")
@@ -436,7 +438,7 @@ SUBSETS = Registry("SUBSETS", "subset", "kdbench.data.sampling")
 RELABELS = Registry("RELABELS", "relabelling", "kdbench.data.sampling")
 
 
-MAKERS = Registry("MAKERS", "maker", "kdbench.artifacts")
+ARTIFACTS = Registry("ARTIFACTS", "artifact", "kdbench.artifacts")
 
 
 SELECTORS = Registry("SELECTORS", "selector", "kdbench.artifacts")
@@ -456,16 +458,16 @@ OPTIMIZERS = Registry(
 REGISTRIES = {
     "models": MODELS,
     "datasets": DATASETS,
-    "augmentations": AUGMENTS,
+    "augmentations": AUGMENTATIONS,
     "terms": TERMS,
     "adapters": ADAPTERS,
-    "weighers": WEIGHERS,
+    "sample_weights": SAMPLE_WEIGHTS,
     "routers": ROUTERS,
     "combiners": COMBINERS,
-    "transforms": TRANSFORMS,
+    "weight_transforms": WEIGHT_TRANSFORMS,
     "subsets": SUBSETS,
     "relabellings": RELABELS,
-    "makers": MAKERS,
+    "artifacts": ARTIFACTS,
     "selectors": SELECTORS,
     "metrics": METRICS,
     "schedules": SCHEDULES,

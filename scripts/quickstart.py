@@ -43,7 +43,7 @@ class Kind:
         return " ".join(["kdbench train", self.recipe, *self.overrides])
 
 
-# Weight 0 leaves the teacher out of the training, to the last bit like `twin=true`; agreement is measured all the same.
+# Weight 0 leaves the teacher out of the training, to the last bit like `baseline=true`; agreement is measured all the same.
 ALONE = "terms.kd.weight=0"
 KINDS = (
     Kind("teacher", "digits/teacher"),

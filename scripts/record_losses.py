@@ -98,7 +98,7 @@ def first_difference(before: Any, after: Any, path: str = "") -> str | None:
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = [(number, *pair) for number, pair in enumerate(zip(before, after, strict=True))]
     else:
-        return None if before == after else f"{path}: {before!r} before, {after!r} after"
+        return None if before == after else f"{path}: {repr(before)[:100]} before, {repr(after)[:300]} after"
     differences = (first_difference(old, new, f"{path}/{key}") for key, old, new in pairs)
     return next((difference for difference in differences if difference is not None), None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdbench.registry import ROUTERS, TERMS, WEIGHERS
+from kdbench.registry import ROUTERS, SAMPLE_WEIGHTS, TERMS
 from kdbench.speed.profiling import peaks
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -49,7 +49,7 @@ def result_of(main, monkeypatch, *words: str) -> dict:
 
 
 def test_every_registered_part_can_be_built_and_fed():
-    every = {("term", n) for n in TERMS.entries} | {("weigher", n) for n in WEIGHERS.entries}
+    every = {("term", n) for n in TERMS.entries} | {("weigher", n) for n in SAMPLE_WEIGHTS.entries}
     assert set(operands.names()) == every | {("router", n) for n in ROUTERS.entries}
     for kind, name in operands.names():
         part = operands.build(kind, name, SMALL, "cpu")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdbench.config.paths import recipe_names
-from kdbench.registry import COMBINERS, MAKERS, ROUTERS, SELECTORS, TERMS, TRANSFORMS, WEIGHERS
+from kdbench.registry import ARTIFACTS, COMBINERS, ROUTERS, SAMPLE_WEIGHTS, SELECTORS, TERMS, WEIGHT_TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -132,7 +132,7 @@ def test_files_that_a_page_names_exist(page: Path):
 
 def test_no_file_of_the_engine_knows_a_method():
     """Neither by the name of a part nor by a method's: what a recipe wires, the engine only runs."""
-    kinds = (TERMS, ROUTERS, WEIGHERS, COMBINERS, MAKERS, SELECTORS, TRANSFORMS)
+    kinds = (TERMS, ROUTERS, SAMPLE_WEIGHTS, COMBINERS, ARTIFACTS, SELECTORS, WEIGHT_TRANSFORMS)
     parts = {name for registry in kinds for name in registry.entries}
     methods = {word for recipe in recipe_names() if recipe.startswith("digits/") for word in [recipe.split("/")[1]]}
     methods -= {"teacher", "one"}  # words of the grammar

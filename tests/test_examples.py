@@ -63,5 +63,5 @@ def test_a_sweep_over_seeds_trains_the_teacher_once(copied, capsys):
     assert len(teachers) == 1
     assert sorted(student["seed"] for student in students) == [1, 2, 3]
     assert all("teacher" in student["frozen"] for student in students)
-    assert main(["train", "student.yaml", *SMALL[1:], "twin=true"]) == 0
+    assert main(["train", "student.yaml", *SMALL[1:], "baseline=true"]) == 0
     assert "without a teacher" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kdbench.errors import TrainingError
-from kdbench.files import AppendFile, JsonLines, read_json, read_lines, strict, write_json
+from kdbench.files import AppendFile, JsonLines, read_json, read_json_lines, to_strict_json, write_json
 
 
 def full_disk(*_):
@@ -29,18 +29,18 @@ def test_numbers_round_trip_exactly_and_the_rest_is_strict_json(tmp_path):
     record = json.loads(text, parse_constant=refuse)
     assert [v.hex() for v in map(float, record["values"])] == [v.hex() for v in map(float, values)]
     assert [float(v) for v in record["odd"]][1:] == [math.inf, -math.inf] and math.isnan(float(record["odd"][0]))
-    assert read_lines(tmp_path / "a.jsonl") == [record]
+    assert read_json_lines(tmp_path / "a.jsonl") == [record]
 
 
 def test_an_unfinished_last_line_is_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert read_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
 
 
 def test_strict_leaves_plain_values_alone_and_refuses_tensors(tmp_path):
     import torch
 
-    assert strict({"a": (1, 2.5, None, True, "x")}) == {"a": [1, 2.5, None, True, "x"]}
+    assert to_strict_json({"a": (1, 2.5, None, True, "x")}) == {"a": [1, 2.5, None, True, "x"]}
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"loss": torch.tensor(1.0)})
 

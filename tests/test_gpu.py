@@ -42,7 +42,7 @@ student: {model: {type: t_layers, norm: batch}}
 models: {shadow: {ema: student, decay: 0.9}, old: {snapshot: student, every: 1}}
 terms:
   ce: cross_entropy
-  kd: {type: kd, teacher: shadow, where: labelled}
+  kd: {type: kd, teacher: shadow, mask: labelled}
   back: {type: dkd, teacher: old}
 optimizer: {type: AdamW, lr: 0.01}
 label_fraction: 32
@@ -132,7 +132,7 @@ def test_a_captured_run_is_the_run(text, how):
 
 
 def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
-    run = on_gpu(PLAIN, "compile=capture", "precision=fp16")
+    run = on_gpu(PLAIN, "compile=cuda_graph", "precision=fp16")
     captured = Captured(run.runner, CudaRecorder(CUDA))
     steps(run, run.runner.total_steps)
     assert captured.whole and captured.recorded
@@ -140,7 +140,7 @@ def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
 
 
 def test_a_replay_does_not_wait_for_the_device():
-    run = on_gpu(PLAIN, "compile=capture")
+    run = on_gpu(PLAIN, "compile=cuda_graph")
     captured = Captured(run.runner, CudaRecorder(CUDA))
     steps(run, 15)
     assert captured.recorded
@@ -155,14 +155,14 @@ def test_a_replay_does_not_wait_for_the_device():
 def test_a_step_that_cannot_be_captured_goes_on_and_still_draws():
     """A capture that breaks off leaves the allocator's pool and the generator open; both have to be put right."""
     text = DROPOUT.replace("terms:\n", "terms:\n  t: t_reads_item\n")
-    run, said = on_gpu(text, "compile=capture"), []
+    run, said = on_gpu(text, "compile=cuda_graph"), []
     run.runner.say = said.append
     captured = Captured(run.runner, CudaRecorder(CUDA))
     steps(run, 12)
     assert not captured.whole and not captured.recorded and len(said) == 2
     assert "capturing" in said[0] and "already recording" not in said[1]
     torch.nn.functional.dropout(torch.ones(8, device=CUDA), 0.5)
-    fine = steps(on_gpu(DROPOUT, "compile=capture"), 4)
+    fine = steps(on_gpu(DROPOUT, "compile=cuda_graph"), 4)
     after = Captured(fine.runner, CudaRecorder(CUDA))
     steps(fine, 8)
     assert after.whole and after.recorded

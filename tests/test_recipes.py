@@ -35,13 +35,15 @@ def benches(name: str) -> list[Bench]:
 def reads_made(stage: StageConfig) -> bool:
     """Whether a stage needs a dataset, a choice of samples, a tensor or a model of an earlier one."""
     sources = stage.data.values()
-    chosen = [step for s in sources for step in (*(s.subset if isinstance(s.subset, tuple) else [s.subset]), s.labels)]
-    operands = [operand for term in stage.terms.values() for operand in term.reads()]
+    chosen = [
+        step for s in sources for step in (*(s.subset if isinstance(s.subset, tuple) else [s.subset]), s.label_fraction)
+    ]
+    operands = [operand for term in stage.terms.values() for operand in term.read_operands()]
     return (
-        any(source.made for source in sources)
+        any(source.artifact for source in sources)
         or any(isinstance(step, str) for step in chosen)
         or any(operand.kind == "made" for operand in operands)
-        or any(role.made for role in stage.roles.values())
+        or any(role.artifact for role in stage.roles.values())
     )
 
 
@@ -90,7 +92,7 @@ def test_a_recipe_of_several_stages_is_played_to_its_end(name, tmp_path):
     assert len(recipe.stages) > 1
     outcome = play(recipe, tmp_path / "run")
     assert read_json(outcome.folder.manifest)["status"] == "finished"
-    made = [f"{stage.name}.{thing}" for stage in recipe.stages for thing in stage.make]
+    made = [f"{stage.name}.{thing}" for stage in recipe.stages for thing in stage.artifacts]
     assert sorted(read_json(outcome.folder.manifest).get("made", {})) == sorted(made)
 
 
@@ -102,7 +104,7 @@ def test_everything_that_a_step_may_do_besides_reads_nothing_on_the_host():
     terms:
       ce: {type: cross_entropy, label_smoothing: 0.1, weight: {type: linear, by: step}}
       kd: {type: kd, teacher: shadow, temperature: {type: linear, start: 1, end: 4}}
-      back: {type: dkd, teacher: old, where: labelled}
+      back: {type: dkd, teacher: old, mask: labelled}
     optimizer: {type: AdamW, lr: 0.01}
     scheduler: {type: cosine, warmup: 2, by: step}
     label_fraction: 16

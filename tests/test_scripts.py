@@ -101,10 +101,10 @@ def test_a_failed_step_fails_the_whole(tmp_path):
 def test_the_weight_of_zero_in_quickstart_is_the_twin():
     """The student alone learns the same bits whether its teacher is left out or only weighs nothing."""
     weights = []
-    for override in ("twin=true", "terms.kd.weight=0"):
+    for override in ("baseline=true", "terms.kd.weight=0"):
         settings = ["epochs=2", "runs=runs", "device=cpu", "tensorboard=false", "fresh=true"]
         recipe = load_recipe("digits/kd", [override, *settings, f"out={override.partition('=')[0]}"])
-        if override != "twin=true":
+        if override != "baseline=true":
             recipe = load_recipe("digits/kd", [override, *settings, "teacher.weights=null", "teacher.accuracy=null"])
         outcome = run(recipe)
         weights.append(torch.load(outcome.folder.last, weights_only=True)["models"]["student"])

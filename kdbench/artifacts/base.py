@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import Operand
+from kdbench.config.schema import OperandConfig
 from kdbench.data.loading.source import ImageSource, ResidentSource, Source
 
 Kind = Literal["dataset", "choice", "tensor", "model"]
@@ -52,7 +52,7 @@ class Pool:
     facts: Facts = field(default_factory=Facts)
     previous: Mapping[str, Any] | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    operands: Mapping[str, Operand] = field(default_factory=dict)
+    operands: Mapping[str, OperandConfig] = field(default_factory=dict)
     batches: Callable[[int | None], Rows] = lambda epoch: iter(())
 
     def rows(self, epoch: int | None = None) -> Rows:

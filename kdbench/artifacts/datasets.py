@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdbench.artifacts.base import Facts, Maker, Pool
 from kdbench.errors import ConfigError
-from kdbench.registry import MAKERS
+from kdbench.registry import ARTIFACTS
 from kdbench.terms.base import require
 
 
@@ -26,7 +26,7 @@ def needs_logits(facts: Facts, name: str) -> None:
         raise ValueError(f"reads logits, one vector of classes per sample, but {name} is {list(shape)} per sample")
 
 
-@MAKERS.register(
+@ARTIFACTS.register(
     "pseudo_labels", makes="dataset", operands=("teacher",), several="teacher", fields=("soft",), labels=True
 )
 class PseudoLabels(Maker):
@@ -105,7 +105,7 @@ class PseudoLabels(Maker):
         return torch.cat(parts) if parts else order
 
 
-@MAKERS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",), labels=True)
+@ARTIFACTS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",), labels=True)
 class SoftLabels(Maker):
     """Crops stored with the teacher's probabilities, so that later training needs no teacher: FKD and FerKD.
 
@@ -181,7 +181,7 @@ class SoftLabels(Maker):
         return soft, keep, hard
 
 
-@MAKERS.register("generate", makes="dataset", operands=("image", "teacher"), fields=("soft",))
+@ARTIFACTS.register("generate", makes="dataset", operands=("image", "teacher"), fields=("soft",))
 class Generate(Maker):
     """What a generator makes of noise becomes a dataset, labelled by a teacher.
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from kdbench.artifacts.base import Facts, Maker, Pool
 from kdbench.errors import ConfigError
 from kdbench.randomness import seeded
-from kdbench.registry import MAKERS, MODELS
+from kdbench.registry import ARTIFACTS, MODELS
 
 Score = Literal["diswot", "semantic", "relation"]
 
 
-@MAKERS.register("search", makes="model", operands=("teacher",), candidates="candidates")
+@ARTIFACTS.register("search", makes="model", operands=("teacher",), candidates="candidates")
 class Search(Maker):
     """The candidate whose untrained network is most like the teacher on one batch: DisWOT.
 

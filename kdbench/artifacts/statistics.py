@@ -13,7 +13,7 @@ from kdbench.artifacts.base import Facts, Maker, Pool
 from kdbench.engine.network.features import model_output
 from kdbench.engine.network.operands import feature_of
 from kdbench.errors import ConfigError
-from kdbench.registry import MAKERS
+from kdbench.registry import ARTIFACTS
 
 
 class _PerClass(Maker):
@@ -46,7 +46,7 @@ class _PerClass(Maker):
     least = 1
 
 
-@MAKERS.register("feature_means", makes="tensor", operands=("features",), labels=True)
+@ARTIFACTS.register("feature_means", makes="tensor", operands=("features",), labels=True)
 class FeatureMeans(_PerClass):
     """The mean over each class of the features to a power, [classes, elements]: `means` of the term `scar`.
 
@@ -64,7 +64,7 @@ class FeatureMeans(_PerClass):
         return (len(facts.classes), *facts.shapes["features"])
 
 
-@MAKERS.register("feature_precision", makes="tensor", operands=("features",), labels=True)
+@ARTIFACTS.register("feature_precision", makes="tensor", operands=("features",), labels=True)
 class FeaturePrecision(_PerClass):
     """The inverse of each class's shrunk, normalised covariance, [classes, elements, elements]: `precision` of `scar`.
 
@@ -108,12 +108,12 @@ class FeaturePrecision(_PerClass):
         return (len(facts.classes), elements, elements)
 
 
-@MAKERS.register("nearest_mean", makes="model", operands=("features",), candidates="candidates", labels=True)
+@ARTIFACTS.register("nearest_mean", makes="model", operands=("features",), candidates="candidates", labels=True)
 class NearestMeanMaker(Maker):
     """The classifier of iCaRL: each class's mean of features of length 1, itself at length 1.
 
     Over a source of exemplars it is the nearest mean of exemplars. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725,
-    algorithm 1 and section 2.1. A later stage takes it as `model: {made: STAGE.NAME}`, on the same features.
+    algorithm 1 and section 2.1. A later stage takes it as `model: {artifact: STAGE.NAME}`, on the same features.
 
     features: (samples, values). candidates: {nearest: nearest_mean}, the model that is given the means.
     """
@@ -143,7 +143,7 @@ class NearestMeanMaker(Maker):
         return {"type": kind, "params": {**params, "means": means.tolist()}, "told": told}
 
 
-@MAKERS.register("fisher", makes="tensor", operands=("weights",), labels=True)
+@ARTIFACTS.register("fisher", makes="tensor", operands=("weights",), labels=True)
 class Fisher(Maker):
     """The diagonal of the Fisher information of a network's parameters, [parameters]: `fisher` of the term `ewc`.
 
@@ -219,7 +219,7 @@ class Fisher(Maker):
         return facts.shapes["weights"]
 
 
-@MAKERS.register("class_means", makes="tensor", operands=("features",), labels=True)
+@ARTIFACTS.register("class_means", makes="tensor", operands=("features",), labels=True)
 class ClassMeans(Maker):
     """The mean of an operand over the samples of each class, [classes, ...].
 
@@ -249,7 +249,7 @@ class ClassMeans(Maker):
         return (len(facts.classes), *facts.shapes["features"])
 
 
-@MAKERS.register("class_counts", makes="tensor", labels=True)
+@ARTIFACTS.register("class_counts", makes="tensor", labels=True)
 class ClassCounts(Maker):
     """How many samples of each class the source gives, [classes]: what long-tailed losses weigh classes by.
 
@@ -265,7 +265,7 @@ class ClassCounts(Maker):
         return (len(facts.classes),)
 
 
-@MAKERS.register("outputs", makes="tensor", operands=("value",))
+@ARTIFACTS.register("outputs", makes="tensor", operands=("value",))
 class Outputs(Maker):
     """What a role says of every sample, [samples of the whole split, ...], addressed by the batch's `index`.
 

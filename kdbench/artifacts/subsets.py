@@ -10,15 +10,15 @@ from torch import Tensor
 
 from kdbench.artifacts.base import Facts, Maker, Pool
 from kdbench.errors import ConfigError
-from kdbench.registry import MAKERS, SELECTORS
+from kdbench.registry import ARTIFACTS, SELECTORS
 
 
-@MAKERS.register("choose", makes="choice", selects="by", injected=("by",))
+@ARTIFACTS.register("choose", makes="choice", selects="by", injected=("by",))
 class Choose(Maker):
     """Adds the samples that a selector finds most useful, never more than a budget in all.
 
     What is chosen is what was chosen before (in earlier rounds, and the samples whose label the source keeps) and up to
-    `count` more, as long as the budget lasts. So a later `label_fraction: {made: STAGE.NAME, first: N}` labels at most
+    `count` more, as long as the budget lasts. So a later `label_fraction: {artifact: STAGE.NAME, initial: N}` labels at most
     `budget` samples.
 
     by: a part of `kdbench list selectors` with its operands, {type: entropy, student: student}. budget: how many
@@ -74,7 +74,7 @@ def _memory(name: str, memory: int) -> int:
     return memory
 
 
-@MAKERS.register("reservoir", makes="choice")
+@ARTIFACTS.register("reservoir", makes="choice")
 class Reservoir(Maker):
     """A replay memory: a uniform sample of everything that the stream has shown so far.
 
@@ -106,7 +106,7 @@ class Reservoir(Maker):
         return {"index": seen[kept], "keys": keys[kept], "seen": known.sort().values, "told": told}
 
 
-@MAKERS.register("exemplars", makes="choice", operands=("features",), labels=True)
+@ARTIFACTS.register("exemplars", makes="choice", operands=("features",), labels=True)
 class Exemplars(Maker):
     """A replay memory of the samples whose mean feature stays nearest to their class's mean: iCaRL's herding.
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kdbench.cli.descriptions import in_words, shape_words, value_words
 from kdbench.cli.diagram import course, draw
-from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig
+from kdbench.config.schema import PartConfig, Recipe, RoleConfig, StageConfig
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
@@ -43,10 +43,16 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     if recipe.paper:
         console.print(Text(f"paper: {recipe.paper}"))
     console.print(Text(f"file: {recipe.file}"), Text(f"device: {describe_device(device)}"), sep="\n")
-    for text in recipe.dropped:
+    for text in recipe.baseline_removed:
         console.print(Text(f"twin: {text}"))
-    if recipe.notes:
-        console.print(Padding(Text(f"notes: {recipe.notes}"), (0, 0, 0, 0)))
+    if recipe.notes is not None:
+        notes = recipe.notes
+        console.print(
+            Text(f"basis: {notes.basis} ({'; '.join(notes.source)})" if notes.source else f"basis: {notes.basis}")
+        )
+        for label, items in (("differs", notes.differs), ("scaled down", notes.scaled_down)):
+            for item in items:
+                console.print(Text(f"{label}: {item}"))
     if len(plans) > 1:
         console.print(Text(f"\ncourse: {course(recipe.stages)}", style="bold"))
     told: dict[str, str] = {}
@@ -109,7 +115,7 @@ def _roles_table(plan: StagePlan) -> Table:
     table = _table("roles", "role", "model", "sees", "lives", *numbers, "weights", right=numbers)
     for name, role in plan.roles.items():
         config = role.config
-        lives = config.mode if config.of is None else f"{config.mode} of {config.of}"
+        lives = config.mode if config.source_role is None else f"{config.mode} of {config.source_role}"
         stops = f" (runs as far as {role.stops_after})" if role.stops_after else ""
         table.add_row(
             name,
@@ -128,7 +134,7 @@ def _terms_table(plan: StagePlan) -> Table:
     table = _table("terms", "term", "type", "space", "weight", "student", "teacher", "parameters", "adapter")
     for name in plan.stage.terms:
         config = plan.stage.terms[name]
-        space = TERMS.entry(config.type).facts.get("space", "sample")
+        space = TERMS.entry(config.type).facts.get("space", "row")
         for number, edge in enumerate(config.edges):
             first = number == 0
             adapters = plan.adapters.get(name, ())
@@ -157,9 +163,9 @@ def _features_table(plan: StagePlan) -> Table:
 def _weights_words(config: RoleConfig) -> str:
     weights = config.weights
     if weights is None:
-        return "from the seed" if config.of is None else f"of {config.of}"
+        return "from the seed" if config.source_role is None else f"of {config.source_role}"
     if weights.recipe:
-        model = weights.model.type if isinstance(weights.model, Named) else weights.model
+        model = weights.model.type if isinstance(weights.model, PartConfig) else weights.model
         return f"recipe {weights.recipe}" + (f" ({model})" if model else "")
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
 

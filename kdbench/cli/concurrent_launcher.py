@@ -18,17 +18,17 @@ from hydra.plugins.launcher import Launcher
 from kdbench.cli.jobs import Job
 from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
     from kdbench.speed.concurrent.dispatcher import Member
 
 
-NAME = "gang"
+NAME = "concurrent"
 
 
-PLACE = "hydra_plugins.kdbench_gang"
+PLACE = "hydra_plugins.kdbench_concurrent"
 """Hydra takes plug-ins from `hydra_plugins` only. The module is made when kdbench asks for it, so that no other program
 of Hydra's finds it installed and loads kdbench."""
 
@@ -70,10 +70,10 @@ class GangLauncher(Launcher):
 
     def _check(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
-            place = Place(override=f"hydra.launcher.size={self.size}")
+            place = Location(override=f"hydra.launcher.size={self.size}")
             raise ConfigError(f"{place}: how many runs train at a time is a number from 1, or null for all.")
         if self.stack not in ("auto", True, False):
-            place = Place(override=f"hydra.launcher.stack={self.stack}")
+            place = Location(override=f"hydra.launcher.stack={self.stack}")
             raise ConfigError(f"{place}: expected auto, true or false.")
 
     def _job(self, number: int, words: list[str]) -> Job:
@@ -130,7 +130,7 @@ def register() -> None:
 def _facts(recipe: Recipe) -> dict[str, Any]:
     """What runs must share to train together, by what it is called."""
     data = [
-        [(name, source.dataset, source.split, source.made) for name, source in stage.data.items()]
+        [(name, source.dataset, source.split, source.artifact) for name, source in stage.data.items()]
         for stage in recipe.stages
     ]
     return {

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdbench.cli.diagram import moved, origin, running, stands_still
-from kdbench.config.schema import Named, Operand, Part, SourceConfig, StageConfig, TermConfig, VirtualConfig
+from kdbench.config.schema import (
+    InnerStepConfig,
+    OperandConfig,
+    PartConfig,
+    PartWithOperands,
+    SourceConfig,
+    StageConfig,
+    TermConfig,
+)
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
@@ -36,8 +44,8 @@ def in_words(plan: StagePlan) -> list[str]:
             rows = f"{keep:g} of the rows" if keep < 1 else f"{keep:g} rows"
             times += f", on {rows} of each batch, chosen by {part_words(select)}"
             times += _reading_words("which reads", select.operands)
-        if update.config.after is not None:
-            times += _virtual_words(update.config.after)
+        if update.config.inner_step is not None:
+            times += _virtual_words(update.config.inner_step)
         optimizer = _optimizer_words(update.config.optimizer or stage.optimizer)
         lines.append(
             f"{label} moves {moved(update)}{extra} by {', '.join(update.config.terms)} with {optimizer}{times}."
@@ -55,12 +63,12 @@ def _source_words(name: str, plan: StagePlan) -> str:
     fields = ", ".join(f"{field} {shape_words(shape)}" for field, (shape, _) in spec.fields.items() if shape)
     samples = f"{spec.samples:,} samples" if spec.samples is not None else "samples not counted yet"
     classes = f", {spec.classes} classes" if spec.classes else ""
-    hidden = f"; labels kept: {config.labels}" if config.labels is not None else ""
+    hidden = f"; labels kept: {config.label_fraction}" if config.label_fraction is not None else ""
     changed = f"; labels changed by {part_words(config.relabel)}" if config.relabel is not None else ""
     size = f", batches of {config.batch_size}" if name in plan.layout.step_sources(plan.stage) else ""
     size += ", of which half were in the batch before" if config.overlap else ""
-    what = config.made if config.made is not None else config.dataset.type
-    what += f" {config.split}" if spec.classes and config.made is None else ""
+    what = config.artifact if config.artifact is not None else config.dataset.type
+    what += f" {config.split}" if spec.classes and config.artifact is None else ""
     return f"source {name}: {what}{_subset_words(config)}, {samples}{classes}, {fields}{size}{hidden}{changed}."
 
 
@@ -69,7 +77,11 @@ def _subset_words(config: SourceConfig) -> str:
     subset = config.subset
     steps = subset if isinstance(subset, tuple) else () if subset is None else (subset,)
     told = [
-        part_words(step) if isinstance(step, Named) else f"chosen by {step}" if isinstance(step, str) else f"{step:g}"
+        part_words(step)
+        if isinstance(step, PartConfig)
+        else f"chosen by {step}"
+        if isinstance(step, str)
+        else f"{step:g}"
         for step in steps
     ]
     return f" ({', then '.join(told)})" if told else ""
@@ -82,12 +94,13 @@ def _role_words(name: str, role: RolePlan, plan: StagePlan) -> str:
         "trainable": "runs in train mode (its BatchNorms by the batch's own statistics), but no update moves it"
         if stands_still(config, plan.stage)
         else "learns",
-        "ema": f"is the moving average of {config.of} (decay {config.decay})",
-        "snapshot": f"is a copy of {config.of}{_renewed(config.every, config.every_steps)}",
-        "same": f"is the very network of {config.of}" + (f", its {config.part}" if config.part else ""),
+        "ema": f"is the moving average of {config.source_role} (decay {config.decay})",
+        "snapshot": f"is a copy of {config.source_role}{_renewed(config.every_epochs, config.every_steps)}",
+        "reuse": f"is the very network of {config.source_role}"
+        + (f", its {config.module_path}" if config.module_path else ""),
     }[config.mode]
     where = origin(config)
-    seen = listed([config.input, *config.also])
+    seen = listed([config.input, *config.extra_inputs])
     stops = f", and runs only as far as {role.stops_after}" if role.stops_after else ""
     exported = "; it is what the recipe is for (exported)" if name == plan.stage.export else ""
     frozen = f"; {', '.join(config.freeze)} stay as they are" if config.freeze else ""
@@ -116,16 +129,16 @@ def term_words(config: TermConfig) -> str:
     ]
     told = [_pair_words(students, sources, away) for students, sources in _grouped(pairs)]
     how = [", the teacher gets gradient too"] if config.teacher_grad else []
-    how += [f", where {config.where}"] if config.where else []
+    how += [f", where {config.mask}"] if config.mask else []
     how += [_reading_words("with", config.operands)] if config.operands else []
-    for word, part in (("routed", config.route), ("weighed", config.weigh)):
+    for word, part in (("routed", config.route), ("weighed", config.sample_weight)):
         if part is not None:
             how.append(f", {word} by {part_words(part)}{_reading_words('which reads', part.operands)}")
     times = "" if config.weight == 1 else f", times {value_words(config.weight)}"
     return f"{config.name}: {'; '.join(told)}{''.join(how)}{times}."
 
 
-def _taught_by(teacher: Operand | None) -> str:
+def _taught_by(teacher: OperandConfig | None) -> str:
     return "the labels" if teacher is None else operand_words(teacher)
 
 
@@ -146,22 +159,22 @@ def _pair_words(students: list[str], sources: list[str], away: bool) -> str:
     return f"{listed(students)} {'learns' if one else 'learn'} from {listed(sources)}"
 
 
-def operand_words(operand: Operand) -> str:
+def operand_words(operand: OperandConfig) -> str:
     """An operand as a sentence says it."""
-    if operand.combine is None:
+    if operand.combiner is None:
         return str(operand)
-    read = _reading_words("with", operand.combine.operands).removeprefix(", ")
-    told = f"the {operand.combine.type} of {listed([operand_words(part) for part in operand.parts])}"
+    read = _reading_words("with", operand.combiner.operands).removeprefix(", ")
+    told = f"the {operand.combiner.type} of {listed([operand_words(part) for part in operand.parts])}"
     return f"{told} ({read})" if read else told
 
 
-def _reading_words(word: str, operands: Mapping[str, Operand]) -> str:
+def _reading_words(word: str, operands: Mapping[str, OperandConfig]) -> str:
     """`, with reward term:kd.loss`, and `, which reads student:logits` where the operand has no other name."""
     told = [f"{'' if name == 'read' else f'{name} '}{operand_words(operand)}" for name, operand in operands.items()]
     return f", {word} {listed(told)}" if told else ""
 
 
-def _virtual_words(after: VirtualConfig) -> str:
+def _virtual_words(after: InnerStepConfig) -> str:
     """`, as they stand after a virtual step of student by soft and hard at its own rate, and through that step`."""
     rate = "its own rate" if after.lr is None else f"rate {value_words(after.lr)}"
     step = f"a virtual step of {listed(list(after.models))} by {listed(list(after.terms))} at {rate}"
@@ -201,7 +214,7 @@ def _optimizer_words(optimizer: Any) -> str:
     return f"{optimizer.type}({params}{groups})"
 
 
-def part_words(part: Named | Part) -> str:
+def part_words(part: PartConfig | PartWithOperands) -> str:
     """A part with its parameters: `top_k(k 2)`."""
     inner = ", ".join(f"{key} {value_words(item)}" for key, item in part.params.items())
     return f"{part.type}({inner})" if inner else part.type
@@ -209,7 +222,7 @@ def part_words(part: Named | Part) -> str:
 
 def value_words(value: Any) -> str:
     """A number, or a schedule in words."""
-    if isinstance(value, Named):
+    if isinstance(value, PartConfig):
         return part_words(value)
     if isinstance(value, bool):
         return str(value).lower()

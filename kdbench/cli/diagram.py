@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kdbench.config.schema import Edge, Operand, RoleConfig, StageConfig, TermConfig
-from kdbench.registry import MAKERS, TERMS
+from kdbench.config.schema import EdgeConfig, OperandConfig, RoleConfig, StageConfig, TermConfig
+from kdbench.registry import ARTIFACTS, TERMS
 
 if TYPE_CHECKING:
     from kdbench.engine.plan.dry_run import UpdatePlan
@@ -81,14 +81,14 @@ def running(plan: StagePlan) -> list[str]:
     """The roles that run in a stage: what terms and makers read, what is measured, and what those see."""
     stage = plan.stage
     waiting = [stage.export, *stage.evaluate]
-    waiting += [leaf.role for leaf in stage.reads(plan.layout.terms) if leaf.kind == "role"]
+    waiting += [leaf.role for leaf in stage.read_operands(plan.layout.terms) if leaf.kind == "role"]
     found: set[str] = set()
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
             role = stage.roles[name]
-            waiting += [_root(address) for address in (role.input, *role.also) if ":" in address]
+            waiting += [_root(address) for address in (role.input, *role.extra_inputs) if ":" in address]
     return [name for name in plan.layout.order if name in found]
 
 
@@ -104,7 +104,7 @@ def _branches(stage: StageConfig, children: Mapping[str, Sequence[str]], parent:
         role = stage.roles[name]
         path = role.input.split(":", 1)[1] if ":" in role.input else ""
         at = f"{path} " if path not in ("", "logits", "image") else ""
-        besides = f" with {', '.join(role.also)}" if role.also else ""
+        besides = f" with {', '.join(role.extra_inputs)}" if role.extra_inputs else ""
         yield f"{lead}{'└─' if last else '├─'} {at}{'» ' if at else ''}{name}{besides} ({_life(role, stage)})"
         yield from _branches(stage, children, name, f"{lead}{'   ' if last else '│  '}")
 
@@ -114,16 +114,16 @@ def stands_still(role: RoleConfig, stage: StageConfig) -> bool:
     if role.mode != "trainable" or not stage.updates:
         return False
     named = [stage.roles[name] for update in stage.updates for name in update.models]
-    return all(role.name not in (one.name, one.of if one.mode == "same" else None) for one in named)
+    return all(role.name not in (one.name, one.source_role if one.mode == "reuse" else None) for one in named)
 
 
 def _life(role: RoleConfig, stage: StageConfig) -> str:
     words = {
         "frozen": "frozen",
         "trainable": "in train mode, moved by nothing" if stands_still(role, stage) else "learns",
-        "ema": f"average of {role.of}",
-        "snapshot": f"copy of {role.of}",
-        "same": f"{role.of}{':' + role.part if role.part else ''} itself",
+        "ema": f"average of {role.source_role}",
+        "snapshot": f"copy of {role.source_role}",
+        "reuse": f"{role.source_role}{':' + role.module_path if role.module_path else ''} itself",
     }[role.mode]
     where = origin(role)
     return words + (f", {where}" if where else "") + (", the result" if role.name == stage.export else "")
@@ -150,8 +150,12 @@ def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
     for teacher, config, edge in drawn:
         away = isinstance(config.weight, int | float) and config.weight < 0
         name = f"{config.name}, away" if away else config.name
-        how = [f"{word} by {part.type}" for word, part in (("routed", config.route), ("weighed", config.weigh)) if part]
-        how += [f"where {config.where}"] if config.where else []
+        how = [
+            f"{word} by {part.type}"
+            for word, part in (("routed", config.route), ("weighed", config.sample_weight))
+            if part
+        ]
+        how += [f"where {config.mask}"] if config.mask else []
         named = [f"{name} {_short(operand)}" for name, operand in config.operands.items()]
         how += [f"with {', '.join(named)}"] if named else []
         both = config.teacher_grad and edge.teacher is not None
@@ -159,16 +163,16 @@ def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
         yield f"{teacher:>{width}} {'<' if both else '─'}─ {name} ─> {_short(edge.student)}{told}"
 
 
-def _teacher(edge: Edge, config: TermConfig) -> str:
+def _teacher(edge: EdgeConfig, config: TermConfig) -> str:
     if edge.teacher is not None:
         return _short(edge.teacher)
     return "labels" if "label" in TERMS.entry(config.type).inputs else ""
 
 
-def _short(operand: Operand) -> str:
+def _short(operand: OperandConfig) -> str:
     """An address without what goes without saying."""
-    if operand.combine is not None:
-        return f"{operand.combine.type}({', '.join(_short(part) for part in operand.parts)})"
+    if operand.combiner is not None:
+        return f"{operand.combiner.type}({', '.join(_short(part) for part in operand.parts)})"
     return re.sub(r":logits$", "", str(operand))
 
 
@@ -183,21 +187,21 @@ def _moves(updates: Sequence[UpdatePlan]) -> Iterator[str]:
     before: int | None = None
     for plan in updates:
         update = plan.config
-        together = update.together is not None and update.together == before
-        before = update.together
+        together = update.group is not None and update.group == before
+        before = update.group
         number += not together
         how = f", {update.repeat} times" if update.repeat > 1 else ""
         if update.select is not None and update.keep is not None:
             how += f", on {update.keep:g} of the rows, chosen by {update.select.type}"
-        if update.after is not None:
-            how += f", after a virtual step of {', '.join(update.after.models)} by {', '.join(update.after.terms)}"
+        if update.inner_step is not None:
+            how += f", after a virtual step of {', '.join(update.inner_step.models)} by {', '.join(update.inner_step.terms)}"
         label = f"{number}." if not together else "&".rjust(len(f"{number}."))
         yield f"{label + ' ' if len(updates) > 1 else ''}{moved(plan)} by {', '.join(update.terms)}{how}"
 
 
 def _makes(stage: StageConfig) -> Iterator[str]:
-    for name, make in stage.make.items():
-        kind = MAKERS.entry(make.part.type).facts.get("makes", "thing")
+    for name, make in stage.artifacts.items():
+        kind = ARTIFACTS.entry(make.part.type).facts.get("makes", "thing")
         source = f" over {make.source}" if make.source else ""
         read = ", ".join(_short(operand) for operand in make.part.operands.values())
         yield f"{stage.name}.{name}, a {kind}, by {make.part.type}{source}{' from ' + read if read else ''}"
@@ -220,16 +224,16 @@ def _taken(stage: StageConfig, other: StageConfig) -> Iterator[tuple[str, str]]:
         if role.weights is not None and role.weights.stage == stage.name:
             own = " and ".join(role.weights.role) or role.name
             yield f"{'the mean of ' if len(role.weights.role) > 1 else ''}{own}", f"{role.name} of"
-        if role.made is not None and _maker(role.made) == stage.name:
-            yield role.made, f"the model of {role.name} in"
+        if role.artifact is not None and _maker(role.artifact) == stage.name:
+            yield role.artifact, f"the model of {role.name} in"
     for source in other.data.values():
-        for made, what in ((source.made, "samples"), (source.subset, "choice"), (source.labels, "labels")):
+        for made, what in ((source.artifact, "samples"), (source.subset, "choice"), (source.label_fraction, "labels")):
             for text in made if isinstance(made, tuple) else (made,):
                 if isinstance(text, str) and _maker(text) == stage.name:
                     yield text, f"the {what} of source {source.name} in"
     for term in other.terms.values():
-        for leaf in term.reads():
-            if leaf.kind == "made" and leaf.role == stage.name:
+        for leaf in term.read_operands():
+            if leaf.kind == "artifact" and leaf.role == stage.name:
                 yield f"{leaf.role}.{leaf.path}", f"term {term.name} of"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench.config.compose.hydra import job_overrides
 from kdbench.config.load import load_job
-from kdbench.errors import UserError, printable
+from kdbench.errors import UserError, escape_control_characters
 from kdbench.files import write_json
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Job:
     def fail(self, error: Exception) -> None:
         mistake = isinstance(error, UserError)
         if mistake:
-            print(f"kdbench: job {self.number}: {printable(str(error))}", file=sys.stderr, flush=True)
+            print(f"kdbench: job {self.number}: {escape_control_characters(str(error))}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
         self.failed = JobFailed(2 if mistake else 1)

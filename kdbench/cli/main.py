@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from kdbench import __version__
 from kdbench.cli.arguments import split_recipe
-from kdbench.errors import ConfigError, UserError, nearest, printable
+from kdbench.errors import ConfigError, UserError, escape_control_characters, nearest
 
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"kdbench: {printable(str(error))}", file=sys.stderr)
+        print(f"kdbench: {escape_control_characters(str(error))}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("\nkdbench: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
@@ -162,7 +162,7 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
             mistakes += run(loaded, brief=True) != DONE
         except UserError as error:
             mistakes += 1
-            print(f"kdbench: {name}: {printable(str(error))}", file=sys.stderr)
+            print(f"kdbench: {name}: {escape_control_characters(str(error))}", file=sys.stderr)
     print(f"{len(names) - mistakes} of {len(names)} recipes are right.")
     return MISTAKE if mistakes else DONE
 

@@ -17,7 +17,7 @@ from kdbench.registry import MODELS, REGISTRIES, REQUIRED, Entry, Parameter
 KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
 
 
-_INJECTED = {"models": MODELS.given, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
+_INJECTED = {"models": MODELS.injected, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
 
 
 _WRAPPED = 95  # a line of a docstring longer than this goes on in the next
@@ -159,7 +159,7 @@ def _describe(kind: str, entry: Entry) -> str:
         lines += ["", f"Paper: {entry.facts['paper']}"]
     if entry.inputs and kind == "terms":
         reads = [f"{name}{' (where there is one)' if name in entry.optional_inputs else ''}" for name in entry.inputs]
-        lines += ["", f"Reads: {', '.join(reads)}. Space of the loss: {entry.facts.get('space', 'sample')}."]
+        lines += ["", f"Reads: {', '.join(reads)}. Space of the loss: {entry.facts.get('space', 'row')}."]
     own = [p for p in entry.parameters.values() if p.name not in _given(kind, entry)]
     lines += ["", "Parameters:" if own else "It has no parameters."]
     width = max((len(p.name) for p in own), default=0)

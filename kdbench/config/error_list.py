@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 
 
 class Faults:
@@ -16,10 +16,10 @@ class Faults:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, place: Place | str, text: str) -> None:
+    def add(self, place: Location | str, text: str) -> None:
         """Adds a fault; `text` alone when it names its place already."""
         line = f"{place}: {text}" if str(place) else text
-        number = place.line if isinstance(place, Place) else None
+        number = place.line if isinstance(place, Location) else None
         if number is None and (match := re.match(r"[^:\n]+:(\d+) ", line)):
             number = int(match[1])
         self._found.setdefault(line, number or 0)

@@ -9,24 +9,24 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.schema import Named, OptimizerConfig, Part, Recipe, TermConfig, Weights
+from kdbench.config.schema import OptimizerConfig, PartConfig, PartWithOperands, Recipe, TermConfig, WeightsConfig
 from kdbench.registry import (
     ADAPTERS,
-    AUGMENTS,
+    ARTIFACTS,
+    AUGMENTATIONS,
     COMBINERS,
     DATASETS,
-    MAKERS,
     METRICS,
     MODELS,
     OPTIMIZERS,
     RELABELS,
     ROUTERS,
+    SAMPLE_WEIGHTS,
     SCHEDULES,
     SELECTORS,
     SUBSETS,
     TERMS,
-    TRANSFORMS,
-    WEIGHERS,
+    WEIGHT_TRANSFORMS,
     Registry,
 )
 
@@ -37,17 +37,17 @@ LOGGING = ("log_every", "checkpoint_every")
 _REGISTRIES = {
     "model": MODELS,
     "dataset": DATASETS,
-    "views": AUGMENTS,
+    "views": AUGMENTATIONS,
     "adapter": ADAPTERS,
     "metrics": METRICS,
-    "transforms": TRANSFORMS,
+    "transforms": WEIGHT_TRANSFORMS,
     "subset": SUBSETS,
     "relabel": RELABELS,
-    "weigh": WEIGHERS,
+    "sample_weight": SAMPLE_WEIGHTS,
     "route": ROUTERS,
-    "combine": COMBINERS,
+    "combiner": COMBINERS,
     "select": SELECTORS,
-    "part": MAKERS,
+    "part": ARTIFACTS,
 }
 """Which kind of part a field of the schema holds; any other named part is a schedule."""
 
@@ -57,7 +57,7 @@ def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int
 
     It covers every stage as it was understood (so that `teacher:` and `models.teacher:`, 4 and 4.0, or the order of
     keys make no difference), the parameters that were left at their default, the `version` of each part, the seed, and
-    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_rows, shard,
+    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_batch_size, shard,
     workers, out, runs, data_root, fresh, tensorboard), what is only told (title, paper, published) and how often
     something is logged or saved.
 
@@ -73,15 +73,15 @@ def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int
 
 def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
     """Plain data in one canonical form; what stands at its default in the schema is left out."""
-    if isinstance(value, Named):
+    if isinstance(value, PartConfig):
         return _part(value.type, value.params, registry)
-    if isinstance(value, Part):
+    if isinstance(value, PartWithOperands):
         return {**_part(value.type, value.params, registry), "operands": _plain(value.operands)}
     if isinstance(value, OptimizerConfig):
         return {**_part(value.type, value.params, OPTIMIZERS), "groups": _plain(value.groups)}
     if isinstance(value, TermConfig):
         return {**_dataclass(value, ("params", "type")), **_part(value.type, value.params, TERMS)}
-    if isinstance(value, Weights) and value.recipe is not None:
+    if isinstance(value, WeightsConfig) and value.recipe is not None:
         # Where the teacher's recipe lies is no matter; what it produced is told in `extra`.
         return {**_dataclass(value, ("recipe",)), "recipe": Path(value.recipe).stem}
     if is_dataclass(value):
@@ -107,7 +107,7 @@ def _dataclass(value: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
-def part_facts(named: Named, registry: Registry) -> dict[str, Any]:
+def part_facts(named: PartConfig, registry: Registry) -> dict[str, Any]:
     """What a part computes, as plain data: its name, its parameters with defaults filled in, and its version."""
     return _part(named.type, named.params, registry)
 

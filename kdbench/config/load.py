@@ -67,7 +67,7 @@ def dump_recipe(recipe: Recipe) -> str:
     origin: Mapping[str, Any] = {
         "name": recipe.name,
         "file": recipe.path,
-        "choices": dict(recipe.choices),
+        "choices": dict(recipe.group_choices),
         "overrides": list(recipe.overrides),
     }
     return yaml.safe_dump({**data, "origin": origin}, sort_keys=False, allow_unicode=True, width=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 
 GROUPS = ("protocol", "pair")
 """The Hydra groups that a recipe may choose from, in the order in which they are laid under it."""
@@ -25,7 +25,7 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def find_recipe(recipe: str, base: Path | None = None, where: Place | str = "") -> tuple[str, Path]:
+def find_recipe(recipe: str, base: Path | None = None, where: Location | str = "") -> tuple[str, Path]:
     """Finds a shipped recipe by name, or a file by its path.
 
     Args:

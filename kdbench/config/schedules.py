@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.registry import SCHEDULES
 
 By = Literal["epoch", "step"]
@@ -176,13 +176,13 @@ def _share(position: float, over: float) -> float:
     return min(max(position / over, 0.0), 1.0) if over > 0 else 1.0
 
 
-def build_schedule(value: float | Named | Mapping[str, Any] | None) -> Schedule:
+def build_schedule(value: float | PartConfig | Mapping[str, Any] | None) -> Schedule:
     """Builds the schedule of a rate, a weight or a parameter.
 
     A number is constant, None is constant 1; a `warmup` beside an optimiser's schedule multiplies it (`Warmed`).
     """
     if value is None or isinstance(value, int | float):
         return Constant(1.0 if value is None else value)
-    kind, params = (value.type, value.params) if isinstance(value, Named) else (value["type"], value)
+    kind, params = (value.type, value.params) if isinstance(value, PartConfig) else (value["type"], value)
     schedule: Schedule = SCHEDULES.build(kind, {k: v for k, v in params.items() if k not in ("type", "warmup")})
     return Warmed(schedule, params["warmup"]) if params.get("warmup") else schedule

@@ -10,31 +10,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kdbench.errors import Place
+from kdbench.errors import Location
 
-NOWHERE = Place()
+NO_LOCATION = Location()
 
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 
 
-Compile = bool | Literal["max", "capture"]
+Compile = bool | Literal["max", "cuda_graph"]
 
 
-FrozenForward = Literal["auto", "inline", "ahead", "table"]
+FrozenForward = Literal["auto", "inline", "prefetch", "cache"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
+class PartConfig:
     """A registered part with its parameters: `kd`, or `{type: kd, temperature: 4}`."""
 
     type: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    place: Place = field(default=NOWHERE, compare=False)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class WeightsConfig:
     """Where a role's weights come from; exactly one of `recipe`, `stage` and `path` is set.
 
     recipe: the student that this recipe produced (trained first when missing); `model` replaces its student's model,
@@ -55,7 +55,7 @@ class Weights:
     strip: str | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
     strict: bool = True
-    place: Place = field(default=NOWHERE, compare=False)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,37 +64,37 @@ class RoleConfig:
 
     mode: `trainable`; `frozen` (eval mode, parameters without gradient); `ema` (follows `of` with `decay`);
         `snapshot` (a copy of `of`, renewed every `every` epochs, or every `every_steps` steps; 0: as it was when the
-        stage began); `same` (the very network `of`, or its module `part`, on another input).
+        stage began); `reuse` (the very network `of`, or its module `part`, on another input).
     input: `SOURCE.FIELD`, or `ROLE:PATH` for another role's output. also: further inputs, passed after the first.
     draw: which draw of its initial weights; other numbers are other draws of the same seed.
     made: `STAGE.NAME` of the choice that an earlier stage makes of the model; `model` is then what the plan rehearses.
     transforms: what is done to the weights in every forward, such as quantising them; baked in when exported.
     freeze: module paths whose parameters do not train (and whose BatchNorm statistics stay).
-    accuracy: top-1 in percent on the evaluation split that a frozen role must reach before training starts.
+    require: metric -> value on the evaluation split that a frozen role must reach before training starts.
     """
 
     name: str
-    model: Named | None
-    weights: Weights | None = None
+    model: PartConfig | None
+    weights: WeightsConfig | None = None
     input: str = "train.image"
-    also: tuple[str, ...] = ()
-    mode: Literal["trainable", "frozen", "ema", "snapshot", "same"] = "trainable"
-    of: str | None = None
-    part: str | None = None
+    extra_inputs: tuple[str, ...] = ()
+    mode: Literal["trainable", "frozen", "ema", "snapshot", "reuse"] = "trainable"
+    source_role: str | None = None
+    module_path: str | None = None
     decay: float = 0.999
-    every: int = 0
+    every_epochs: int = 0
     every_steps: int = 0
-    draw: int = 0
-    made: str | None = None
-    transforms: tuple[Named, ...] = ()
+    init_index: int = 0
+    artifact: str | None = None
+    transforms: tuple[PartConfig, ...] = ()
     freeze: tuple[str, ...] = ()
-    accuracy: float | None = None
-    place: Place = field(default=NOWHERE, compare=False)
+    require: Mapping[str, float] = field(default_factory=dict)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
     @property
     def upstream(self) -> tuple[str, ...]:
         """The roles whose outputs it sees."""
-        return tuple(address.split(":", 1)[0] for address in (self.input, *self.also) if ":" in address)
+        return tuple(address.split(":", 1)[0] for address in (self.input, *self.extra_inputs) if ":" in address)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,26 +114,26 @@ class SourceConfig:
     """
 
     name: str
-    dataset: Named
+    dataset: PartConfig
     split: str = "train"
     batch_size: int = 64
-    views: Mapping[str, tuple[Named, ...]] = field(default_factory=lambda: {"image": ()})
-    labels: float | int | str | None = None
-    subset: float | int | str | Named | tuple[float | int | str | Named, ...] | None = None
-    relabel: Named | None = None
-    made: str | None = None
+    views: Mapping[str, tuple[PartConfig, ...]] = field(default_factory=lambda: {"image": ()})
+    label_fraction: float | int | str | None = None
+    subset: float | int | str | PartConfig | tuple[float | int | str | PartConfig, ...] | None = None
+    relabel: PartConfig | None = None
+    artifact: str | None = None
     overlap: bool = False
-    place: Place = field(default=NOWHERE, compare=False)
-    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
+    location: Location = field(default=NO_LOCATION, compare=False)
+    locations: Mapping[str, Location] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operand:
+class OperandConfig:
     """What a term reads, spelled out, and the adapter that it passes through.
 
     kind: what `role` and `path` name: a feature of a role (`ROLE:PATH[@K][/in]`), a field of a source
         (`SOURCE.FIELD`), what another term gives out (`term:NAME.loss`), what an earlier stage made
-        (`made:STAGE.NAME`), or the combination of several operands (`combine` of `parts`).
+        (`artifact:STAGE.NAME`), or the combination of several operands (`combine` of `parts`).
     role: the role, source, term or stage. path: a module path inside the role, or `logits`; the field; the output.
     call: which call of the module (1-based).
     side: the module's output or its input; `stats`: running mean and variance of a BatchNorm, [2, channels];
@@ -145,15 +145,15 @@ class Operand:
     path: str = "logits"
     call: int = 1
     side: Literal["out", "in", "stats", "weights"] = "out"
-    adapter: Named | None = None
-    kind: Literal["role", "field", "term", "made", "combined"] = "role"
-    combine: Part | None = None
-    parts: tuple[Operand, ...] = ()
-    place: Place = field(default=NOWHERE, compare=False)
+    adapter: PartConfig | None = None
+    kind: Literal["role", "field", "term", "artifact", "combined"] = "role"
+    combiner: PartWithOperands | None = None
+    parts: tuple[OperandConfig, ...] = ()
+    location: Location = field(default=NO_LOCATION, compare=False)
 
     def __str__(self) -> str:
-        if self.combine is not None:
-            return f"{self.combine.type} of {', '.join(str(part) for part in self.parts)}"
+        if self.combiner is not None:
+            return f"{self.combiner.type} of {', '.join(str(part) for part in self.parts)}"
         if self.kind == "field":
             return f"{self.role}.{self.path}"
         if self.kind != "role":
@@ -166,35 +166,35 @@ class Operand:
         """Whether it is read off a network that need not run."""
         return self.side in ("stats", "weights")
 
-    def leaves(self) -> Iterator[Operand]:
+    def leaves(self) -> Iterator[OperandConfig]:
         """The operand itself, or all that a combination is made of."""
-        if self.combine is None:
+        if self.combiner is None:
             yield self
             return
-        for part in (*self.parts, *self.combine.operands.values()):
+        for part in (*self.parts, *self.combiner.operands.values()):
             yield from part.leaves()
 
-    def features(self) -> Iterator[Operand]:
+    def feature_operands(self) -> Iterator[OperandConfig]:
         """Those of the leaves that are features of roles."""
         return (leaf for leaf in self.leaves() if leaf.kind == "role")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartWithOperands:
     """A registered part with its parameters, and the operands that it reads by name."""
 
     type: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    operands: Mapping[str, Operand] = field(default_factory=dict)
-    place: Place = field(default=NOWHERE, compare=False)
+    operands: Mapping[str, OperandConfig] = field(default_factory=dict)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edge:
+class EdgeConfig:
     """One pair of operands that a term compares. `teachers` has more than one entry only for `others`-like lists."""
 
-    student: Operand
-    teacher: Operand | None
+    student: OperandConfig
+    teacher: OperandConfig | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ class TermConfig:
     """One entry of `terms`. A list of operands makes one edge per element; the losses of the edges are summed.
 
     weight: a number, or a schedule (a `Named` of SCHEDULES).
-    weigh: a part of WEIGHERS: how much each sample counts. route: a part of ROUTERS: how much each edge counts for
+    sample_weight: a part of WEIGHERS: how much each sample counts. route: a part of ROUTERS: how much each edge counts for
         each sample.
     operands: what the term reads besides student and teacher, by the names that its class declares.
     where: a boolean field of the batch that masks the term's space.
@@ -211,20 +211,20 @@ class TermConfig:
 
     name: str
     type: str
-    weight: float | Named = 1.0
-    edges: tuple[Edge, ...] = ()
-    where: str | None = None
+    weight: float | PartConfig = 1.0
+    edges: tuple[EdgeConfig, ...] = ()
+    mask: str | None = None
     teacher_grad: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
-    weigh: Part | None = None
-    route: Part | None = None
-    operands: Mapping[str, Operand] = field(default_factory=dict)
-    place: Place = field(default=NOWHERE, compare=False)
+    sample_weight: PartWithOperands | None = None
+    route: PartWithOperands | None = None
+    operands: Mapping[str, OperandConfig] = field(default_factory=dict)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
-    def reads(self) -> Iterator[Operand]:
+    def read_operands(self) -> Iterator[OperandConfig]:
         """Everything that the term, its weigher and its router read, combinations taken apart."""
         named = [*self.operands.values()]
-        for part in (self.weigh, self.route):
+        for part in (self.sample_weight, self.route):
             named += part.operands.values() if part is not None else ()
         for edge in self.edges:
             named += [edge.student, *([edge.teacher] if edge.teacher is not None else [])]
@@ -243,11 +243,11 @@ class OptimizerConfig:
     type: str = "SGD"
     params: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[Mapping[str, Any], ...] = ()
-    place: Place = field(default=NOWHERE, compare=False)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VirtualConfig:
+class InnerStepConfig:
     """A step that is never taken: these models (and their terms' own parameters) by one plain gradient step.
 
     lr: its learning rate, a number or a schedule; None: for each parameter the rate of the update that moves it.
@@ -255,8 +255,8 @@ class VirtualConfig:
 
     models: tuple[str, ...]
     terms: tuple[str, ...]
-    lr: float | Named | None = None
-    place: Place = field(default=NOWHERE, compare=False)
+    lr: float | PartConfig | None = None
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,15 +273,15 @@ class UpdateConfig:
     terms: tuple[str, ...]
     repeat: int = 1
     optimizer: OptimizerConfig | None = None
-    together: int | None = None
-    select: Part | None = None
+    group: int | None = None
+    select: PartWithOperands | None = None
     keep: float | int | None = None
-    after: VirtualConfig | None = None
-    place: Place = field(default=NOWHERE, compare=False)
+    inner_step: InnerStepConfig | None = None
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeConfig:
+class ArtifactConfig:
     """Something that a stage makes at its end, for later stages: a dataset, a choice of samples, a tensor, a model.
 
     part: of MAKERS; its operands are what the roles say of `source`, sample by sample, in eval mode.
@@ -289,10 +289,10 @@ class MakeConfig:
     """
 
     name: str
-    part: Part
+    part: PartWithOperands
     source: str | None = None
     previous: str | None = None
-    place: Place = field(default=NOWHERE, compare=False)
+    location: Location = field(default=NO_LOCATION, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,18 +313,18 @@ class StageConfig:
     data: Mapping[str, SourceConfig]
     terms: Mapping[str, TermConfig]
     updates: tuple[UpdateConfig, ...] = ()
-    make: Mapping[str, MakeConfig] = field(default_factory=dict)
+    artifacts: Mapping[str, ArtifactConfig] = field(default_factory=dict)
     export: str = "student"
     evaluate: tuple[str, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: Named | None = None
+    scheduler: PartConfig | None = None
     epochs: int | None = None
     steps: int | None = None
     clip: float | None = None
     accumulate: int = 1
     ema: float | None = None
     validation: float | int | None = None
-    metrics: tuple[Named, ...] = ()
+    metrics: tuple[PartConfig, ...] = ()
     eval_every: int = 1
     eval_batch_size: int = 512
     checkpoint_every: Mapping[str, float] = field(default_factory=dict)
@@ -332,21 +332,23 @@ class StageConfig:
     precision: Precision = "float32"
     sync_batchnorm: bool = False
 
-    def observers(self) -> dict[str, Part]:
+    def observers(self) -> dict[str, PartWithOperands]:
         """The makers and selectors, which read operands beside the terms, by who they are."""
-        found = {f"make.{name}": make.part for name, make in self.make.items()}
+        found = {f"make.{name}": make.part for name, make in self.artifacts.items()}
         return found | {f"select.{i}": u.select for i, u in enumerate(self.updates) if u.select is not None}
 
-    def reads(self, terms: Iterable[str] | None = None, *, makers: bool = True) -> Iterator[Operand]:
+    def read_operands(
+        self, terms: Iterable[str] | None = None, *, include_artifacts: bool = True
+    ) -> Iterator[OperandConfig]:
         """Everything that terms (all, unless some are named), selectors and makers read, combinations taken apart.
 
         Args:
             makers: false leaves out what is read at the end of the stage, not in its steps.
         """
         for name in self.terms if terms is None else terms:
-            yield from self.terms[name].reads()
+            yield from self.terms[name].read_operands()
         for owner, part in self.observers().items():
-            if makers or not owner.startswith("make."):
+            if include_artifacts or not owner.startswith("make."):
                 for operand in part.operands.values():
                     yield from operand.leaves()
 
@@ -362,6 +364,21 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Notes:
+    """The relation of a recipe to the method that it bears the name of.
+
+    basis: the best source that was available: the authors' code, the paper's text, or its abstract alone.
+    source: equation, section, or file of the authors' code. differs: differences from that source.
+    scaled_down: changes that only make the recipe small enough for its data set.
+    """
+
+    basis: Literal["code", "text", "abstract"]
+    source: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
+    scaled_down: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole recipe, ready to plan.
 
@@ -370,34 +387,34 @@ class Recipe:
     resolved: the composed recipe as plain data, as it is written into the run's folder (and read back from there).
     places: dotted key -> where it was written, for messages.
     choices: the groups that were chosen, such as {"pair": "resnet56_resnet20"}.
-    dropped: what `twin: true` left out, in words.
+    dropped: what `baseline: true` left out, in words.
     methods: rows of the list of methods (`kdbench list methods`) that this recipe is. notes: where it follows the
         authors' code, and where the text.
     frozen_forward: when roles that do not move are run: in the step, some steps ahead of it, or once for each image
-        that they can be shown. frozen_rows: about how many rows they are run on at once outside the step.
+        that they can be shown. frozen_batch_size: about how many rows they are run on at once outside the step.
     """
 
     name: str
     file: str
     stages: tuple[StageConfig, ...]
     resolved: Mapping[str, Any]
-    places: Mapping[str, Place]
+    locations: Mapping[str, Location]
     path: str = ""
-    choices: Mapping[str, str] = field(default_factory=dict)
+    group_choices: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     title: str = ""
     paper: str = ""
     methods: tuple[str, ...] = ()
-    notes: str = ""
+    notes: Notes | None = None
     seed: int = 1
-    twin: bool = False
-    dropped: tuple[str, ...] = ()
+    baseline: bool = False
+    baseline_removed: tuple[str, ...] = ()
     published: Published | None = None
     # Below: no part of a run's identity.
     device: str = "auto"
     compile: Compile = False
     frozen_forward: FrozenForward = "auto"
-    frozen_rows: int = 1024
+    frozen_batch_size: int = 1024
     channels_last: bool | None = None
     shard: bool | tuple[str, ...] = False
     workers: int = 0
@@ -409,10 +426,10 @@ class Recipe:
     keep_epochs: tuple[int, ...] = ()
 
     @property
-    def compiles(self) -> bool:
+    def uses_compiler(self) -> bool:
         """Whether the forward, the terms and the backward of a step go through torch.compile."""
         return self.compile in (True, "max")
 
-    def captures(self, device_type: str) -> bool:
+    def uses_cuda_graph(self, device_type: str) -> bool:
         """Whether a step is recorded as a CUDA graph."""
         return self.compile is not False and device_type == "cuda"

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from kdbench.config.error_list import Faults
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 
 _CORE = "tag:yaml.org,2002:"
 
@@ -54,7 +54,7 @@ class Source:
 
     file: str
     data: Mapping[str, Any]
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
 
 
 def shown(path: Path) -> str:
@@ -95,7 +95,7 @@ def _parsed(text: str, file: str) -> Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{Place(file=file, line=line)}: this is not valid YAML: {said}.") from None
+        raise ConfigError(f"{Location(file=file, line=line)}: this is not valid YAML: {said}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: this is not valid YAML: {error}") from None
     if root is None:
@@ -112,7 +112,7 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.faults = Faults()
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Location] = {}
         self.open: list[yaml.Node] = []
         self.count = 0
 
@@ -173,7 +173,7 @@ class _Reader:
             self.faults.add(place, f"the key {node.value!r} must be text, such as \"'{node.value}'\" in quotes.")
         return None
 
-    def scalar(self, node: yaml.ScalarNode, place: Place, what: str = "the value") -> Any:
+    def scalar(self, node: yaml.ScalarNode, place: Location, what: str = "the value") -> Any:
         text, kind = node.value, node.tag.removeprefix(_CORE)
         if node.tag == "!":
             self.tag(node, place)
@@ -215,7 +215,7 @@ class _Reader:
         self.faults.add(place, f"{what} {text!r} is ambiguous: {fault}")
         return None
 
-    def text(self, text: str, place: Place) -> str:
+    def text(self, text: str, place: Location) -> str:
         fault = interpolation_fault(text)
         if _CONTROLS.search(text):
             fault = f"{text!r} holds control characters, which a terminal would take for commands; take them out."
@@ -223,12 +223,12 @@ class _Reader:
             self.faults.add(place, fault)
         return text
 
-    def tag(self, node: yaml.Node, place: Place) -> None:
+    def tag(self, node: yaml.Node, place: Location) -> None:
         name = node.tag.replace(_CORE, "!!")
         self.faults.add(place, f"the YAML tag {name!r} is refused; a recipe holds only mappings, lists and values.")
 
-    def place(self, node: yaml.Node, key: str) -> Place:
-        return Place(key=key, file=self.file, line=node.start_mark.line + 1)
+    def place(self, node: yaml.Node, key: str) -> Location:
+        return Location(key=key, file=self.file, line=node.start_mark.line + 1)
 
 
 def interpolation_fault(text: str) -> str | None:

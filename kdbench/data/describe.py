@@ -21,7 +21,7 @@ from kdbench.registry import DATASETS
 @contextmanager
 def placed(config: SourceConfig) -> Iterator[None]:
     """Puts the place of a source's dataset in the recipe before what is wrong with its files."""
-    where = str(config.dataset.place) or str(config.place)
+    where = str(config.dataset.location) or str(config.location)
     try:
         yield
     except UserError as error:
@@ -39,9 +39,9 @@ def open_dataset(config: SourceConfig, data_root: str, made: Mapping[str, Path] 
         DataError: the files are missing or unsuitable.
     """
     named = config.dataset
-    where = named.place if str(named.place) else config.place
+    where = named.location if str(named.location) else config.location
     DATASETS.check(named.type, named.params, where)
-    file = None if config.made is None else (made or {}).get(config.made)
+    file = None if config.artifact is None else (made or {}).get(config.artifact)
     with placed(config):
         return DATASETS.build(
             named.type,
@@ -75,12 +75,12 @@ def describe(
     from kdbench.data.augment.view import fields_of, refuse_reading, variants_of
     from kdbench.data.sampling.select import check, size
 
-    if config.made is not None and config.made not in (made or {}):
+    if config.artifact is not None and config.artifact not in (made or {}):
         return _unmade(config, like or SourceSpec())
     try:
         dataset = open_dataset(config, data_root, made)
     except DataError as error:
-        if config.made is not None:
+        if config.artifact is not None:
             raise
         check(config, ())
         entry = DATASETS.entry(config.dataset.type)
@@ -147,16 +147,16 @@ def describe_all(
     from kdbench.data.sampling.select import place, size
     from kdbench.data.sampling.split import share
 
-    own = {name: describe(config, data_root, made=made) for name, config in data.items() if config.made is None}
+    own = {name: describe(config, data_root, made=made) for name, config in data.items() if config.artifact is None}
     images = (spec for name in ("train", *own) if (spec := own.get(name)) is not None and "image" in spec.fields)
     other = next(images, None)
     stand_in = None if other is None else SourceSpec({"image": other.fields["image"]}, other.classes)
     specs = {}
     for name, config in data.items():
-        if config.made is None:
+        if config.artifact is None:
             specs[name] = own[name]
         else:
-            specs[name] = describe(config, data_root, made=made, like=(like or {}).get(config.made, stand_in))
+            specs[name] = describe(config, data_root, made=made, like=(like or {}).get(config.artifact, stand_in))
     train = data.get("train")
     if validation is not None and train is not None:
         for name, config in data.items():
@@ -172,9 +172,9 @@ def describe_all(
 
 def same_split(one: SourceConfig, other: SourceConfig) -> bool:
     """Whether two sources read the same split of the same dataset."""
-    return (one.dataset.type, dict(one.dataset.params), one.split, one.made) == (
+    return (one.dataset.type, dict(one.dataset.params), one.split, one.artifact) == (
         other.dataset.type,
         dict(other.dataset.params),
         other.split,
-        other.made,
+        other.artifact,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from kdbench.artifacts.base import Facts, Maker, Pool, Rows
 from kdbench.config.parse.artifacts import made_operands
 from kdbench.config.parse.roles import behind
-from kdbench.config.schema import MakeConfig, Named, Recipe, RoleConfig, StageConfig
+from kdbench.config.schema import ArtifactConfig, PartConfig, Recipe, RoleConfig, StageConfig
 from kdbench.data.datasets.artifact import expected
 from kdbench.data.describe import describe_all
 from kdbench.data.loading.source import Source
@@ -36,9 +36,9 @@ from kdbench.engine.state.weight_loader import Origin
 from kdbench.engine.state.weights import read_checkpoint, state_hash
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import CheckpointError, ConfigError, UserError
-from kdbench.files import strict, write_atomic
+from kdbench.files import to_strict_json, write_atomic
 from kdbench.randomness import derive
-from kdbench.registry import MAKERS
+from kdbench.registry import ARTIFACTS
 from kdbench.run_folder import RunFolder
 
 Files = Mapping[str, Path]
@@ -55,7 +55,9 @@ class Rehearsed:
 
 def made_files(recipe: Recipe, folder: RunFolder) -> dict[str, Path]:
     """Everything that the stages of a run have made so far."""
-    places = {f"{stage.name}.{name}": folder.made(stage.name, name) for stage in recipe.stages for name in stage.make}
+    places = {
+        f"{stage.name}.{name}": folder.made(stage.name, name) for stage in recipe.stages for name in stage.artifacts
+    }
     return {name: path for name, path in places.items() if path.exists()}
 
 
@@ -66,8 +68,8 @@ def describe_stages(recipe: Recipe, made: Files | None = None) -> list[Rehearsed
     found = []
     for stage in recipe.stages:
         specs = describe_all(stage.data, stage.validation, recipe.data_root, made=made, like=like)
-        for name, make in stage.make.items():
-            if MAKERS.entry(make.part.type).facts.get("makes") == "dataset":
+        for name, make in stage.artifacts.items():
+            if ARTIFACTS.entry(make.part.type).facts.get("makes") == "dataset":
                 like[f"{stage.name}.{name}"] = expected(make.part.type, specs.get(make.source or ""), specs["eval"])
         found.append(Rehearsed(_with_models(stage, made), specs))
     return found
@@ -96,7 +98,7 @@ def plan_stages(
         plan = _planned_alike(one, [*plans, *(before or [])])
         if plan is None:
             plan = plan_stage(one.stage, one.specs, recipe, world_size=world_size, made=tensors)
-        for name, make in one.stage.make.items():
+        for name, make in one.stage.artifacts.items():
             shape = _rehearse(make, plan, recipe, tensors)
             if shape is not None:
                 tensors.setdefault(f"{one.stage.name}.{name}", torch.empty(shape, device=META))
@@ -119,9 +121,11 @@ def _planned_alike(one: Rehearsed, plans: list[StagePlan]) -> StagePlan | None:
 def _what_is_rehearsed(stage: StageConfig) -> StageConfig:
     """A stage without what no rehearsal depends on: its name, where weights come from, which samples there are."""
     roles = {name: replace(role, weights=None) for name, role in stage.roles.items()}
-    own = Named(type="")
-    data = {n: replace(s, dataset=own, made=None, subset=None, labels=None) for n, s in stage.data.items()}
-    return replace(stage, name="", roles=roles, data=data, make={name: m.part for name, m in stage.make.items()})  # type: ignore[arg-type]
+    own = PartConfig(type="")
+    data = {n: replace(s, dataset=own, artifact=None, subset=None, label_fraction=None) for n, s in stage.data.items()}
+    return replace(
+        stage, name="", roles=roles, data=data, artifacts={name: m.part for name, m in stage.artifacts.items()}
+    )  # type: ignore[arg-type]
 
 
 def reads_made(stage: StageConfig) -> bool:
@@ -129,8 +133,8 @@ def reads_made(stage: StageConfig) -> bool:
     data = False
     for source in stage.data.values():
         chosen = source.subset if isinstance(source.subset, tuple) else (source.subset,)
-        data = data or bool(source.made) or any(isinstance(text, str) for text in (*chosen, source.labels))
-    return data or any(role.made for role in stage.roles.values()) or next(made_operands(stage), None) is not None
+        data = data or bool(source.artifact) or any(isinstance(text, str) for text in (*chosen, source.label_fraction))
+    return data or any(role.artifact for role in stage.roles.values()) or next(made_operands(stage), None) is not None
 
 
 def made_tensors(stage: StageConfig, made: Files) -> dict[str, Tensor]:
@@ -152,19 +156,21 @@ def _with_models(stage: StageConfig, made: Files) -> StageConfig:
     """The stage with the models that an earlier one chose, where it has chosen."""
     roles: dict[str, RoleConfig] = {}
     for name, role in stage.roles.items():
-        if role.made is not None and role.made in made and role.model is not None:
-            chosen = read_made(made[role.made])
-            role = replace(role, model=Named(type=chosen["type"], params=chosen["params"], place=role.model.place))
+        if role.artifact is not None and role.artifact in made and role.model is not None:
+            chosen = read_made(made[role.artifact])
+            role = replace(
+                role, model=PartConfig(type=chosen["type"], params=chosen["params"], location=role.model.location)
+            )
         roles[name] = role
     return replace(stage, roles=roles)
 
 
-def _maker(make: MakeConfig) -> Maker:
-    return MAKERS.build(make.part.type, make.part.params, make.part.place)
+def _maker(make: ArtifactConfig) -> Maker:
+    return ARTIFACTS.build(make.part.type, make.part.params, make.part.location)
 
 
 def _rehearse(
-    make: MakeConfig, plan: StagePlan, recipe: Recipe, tensors: Mapping[str, Tensor]
+    make: ArtifactConfig, plan: StagePlan, recipe: Recipe, tensors: Mapping[str, Tensor]
 ) -> tuple[int, ...] | None:
     """Checks what can be checked of a maker before it runs; returns the shape of the tensor that it will make."""
     stage, source = plan.stage, make.source or "train"
@@ -174,12 +180,12 @@ def _rehearse(
             field = address.split(".", 1)[1] if ":" not in address else None
             if field is not None and field not in spec.fields and "image" not in spec.fields:
                 raise ConfigError(
-                    f"{make.place}: {make.name!r} is made over source {source!r}, which has no field {field!r} for "
+                    f"{make.location}: {make.name!r} is made over source {source!r}, which has no field {field!r} for "
                     f"role {role.name!r} to see; it has {', '.join(sorted(spec.fields))}"
                 )
     check_maker(make, plan.specs)
     setting = Setting(stage, plan.layout, recipe.seed, META, tensors)
-    kept = stage.data[source].labels
+    kept = stage.data[source].label_fraction
     known = isinstance(kept, float | int) and spec.samples is not None
     facts = Facts(
         classes=tuple(str(number) for number in range(evaluation.classes or 0)),
@@ -192,22 +198,22 @@ def _rehearse(
     try:
         maker = _maker(make)
         maker.check(facts)
-        entry = MAKERS.entry(make.part.type)
+        entry = ARTIFACTS.entry(make.part.type)
         return maker.shape(facts) if entry.facts.get("makes") == "tensor" else None
     except ValueError as error:
-        raise ConfigError(f"{make.place}: {make.part.type} {error}") from None
+        raise ConfigError(f"{make.location}: {make.part.type} {error}") from None
     except ConfigError as error:
         told = str(error)
-        raise ConfigError(told if told.startswith(str(make.place)) else f"{make.place}: {told}") from None
+        raise ConfigError(told if told.startswith(str(make.location)) else f"{make.location}: {told}") from None
 
 
 def _injected(plan: StagePlan) -> Mapping[str, Any]:
     return plan.layout.facts[plan.stage.export].injected
 
 
-def _behind(make: MakeConfig, stage: StageConfig) -> list[RoleConfig]:
+def _behind(make: ArtifactConfig, stage: StageConfig) -> list[RoleConfig]:
     """The roles that run so that a maker's operands can be read, by name."""
-    named = (leaf.role for operand in make.part.operands.values() for leaf in operand.features())
+    named = (leaf.role for operand in make.part.operands.values() for leaf in operand.feature_operands())
     return [stage.roles[name] for name in sorted(behind(named, stage.roles))]
 
 
@@ -230,7 +236,7 @@ def make_all(
         `STAGE.NAME` -> its provenance, for the manifest.
     """
     stage, told = plan.stage, {}
-    for name, make in stage.make.items():
+    for name, make in stage.artifacts.items():
         path = folder.made(stage.name, name)
         found = _still_good(path)
         if found is None:
@@ -259,7 +265,7 @@ def _made(
     plan: StagePlan,
     sources: Mapping[str, Source],
     folder: RunFolder,
-    make: MakeConfig,
+    make: ArtifactConfig,
 ) -> dict[str, Any]:
     stage, network = plan.stage, runner.network
     source = sources[make.source or "train"]
@@ -294,7 +300,7 @@ def _made(
     try:
         return _maker(make)(pool)
     except UserError as error:
-        raise type(error)(f"{make.place}: {error}") from None
+        raise type(error)(f"{make.location}: {error}") from None
 
 
 class _Row(dict[str, Tensor]):
@@ -311,13 +317,13 @@ def _provenance(
     plan: StagePlan,
     runner: Runner,
     sources: Mapping[str, Source],
-    make: MakeConfig,
+    make: ArtifactConfig,
     origins: Mapping[str, Origin],
     content: dict[str, Any],
 ) -> dict[str, Any]:
     """Where a made thing comes from; takes `told` out of the content, and puts what it is into it."""
     told = content.pop("told", {})
-    content["kind"] = MAKERS.entry(make.part.type).facts.get("makes")
+    content["kind"] = ARTIFACTS.entry(make.part.type).facts.get("makes")
     content["checksum"] = content_hash(content)
     source = sources[make.source or "train"]
     roles = {}
@@ -327,7 +333,7 @@ def _provenance(
             roles[role.name] = origin.sha256  # as it was loaded: what runs may have its BatchNorm folded
         else:
             roles[role.name] = state_hash(runner.network.role(role.name).model)
-    return strict(
+    return to_strict_json(
         {
             "kind": content["kind"],
             "stage": plan.stage.name,
@@ -352,7 +358,7 @@ def content_hash(content: Any) -> str:
             flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         else:
-            digest.update(f"{key} {json.dumps(strict(value))}".encode())
+            digest.update(f"{key} {json.dumps(to_strict_json(value))}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -155,7 +155,7 @@ class Setup:
             files[name] = teacher.folder.last if weights.epoch is None else teacher.folder.epoch(weights.epoch)
             if not files[name].exists():
                 raise UserError(
-                    f"{weights.place}: {teacher.folder} holds no {files[name].name}: it was trained without keeping "
+                    f"{weights.location}: {teacher.folder} holds no {files[name].name}: it was trained without keeping "
                     f"it. Train it anew: kdbench train {weights.recipe} keep_epochs=[{weights.epoch}] fresh=true"
                 )
         return files
@@ -166,7 +166,7 @@ class Setup:
         """Whatever sums over the ranks begins here; before, one of them may have failed alone."""
         if plan.sharded and self.world.size > 1:
             shard(network, plan.sharded, self.device, self.world)
-            also = "; the step is not compiled" if self.recipe.compiles else ""
+            also = "; the step is not compiled" if self.recipe.uses_compiler else ""
             say(f"{' and '.join(plan.sharded)} lie in {self.world.size} parts, one in each process{also}.")
         elif plan.sharded:
             say("shard: there is one process only, so every network lies in it whole.")

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdbench.engine.network.roles import root_of
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.state.weight_loader import Origin, weights_file
 from kdbench.files import read_json, write_json
-from kdbench.registry import MAKERS, MODELS, SELECTORS, TERMS
+from kdbench.registry import ARTIFACTS, MODELS, SELECTORS, TERMS
 from kdbench.run_folder import FORMAT
 
 PACKAGES = ("kdbench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
@@ -70,7 +70,7 @@ def write_manifest(
         "device": device_name(device),
         "threads": _threads(),
         "world_size": world_size,
-        "frozen_forward": f"{recipe.frozen_forward}, {recipe.frozen_rows} rows",
+        "frozen_forward": f"{recipe.frozen_forward}, {recipe.frozen_batch_size} rows",
         "versions": versions(),
         "git": git_state(),
     }
@@ -89,17 +89,17 @@ def write_manifest(
                 "title": recipe.title,
                 "paper": recipe.paper,
                 "methods": list(recipe.methods),
-                "notes": recipe.notes,
+                "notes": None if recipe.notes is None else asdict(recipe.notes),
                 "overrides": list(recipe.overrides),
-                "choices": recipe.choices,
-                "twin": recipe.twin,
-                "dropped": list(recipe.dropped),
+                "choices": recipe.group_choices,
+                "baseline": recipe.baseline,
+                "dropped": list(recipe.baseline_removed),
             },
             "seed": recipe.seed,
             "training": training or {},
             "data": data or {},
             "roles": _merge(earlier.get("roles", {}), roles or {}),
-            "made": earlier.get("made", {}),
+            "artifacts": earlier.get("artifacts", {}),
             "frozen_forward": earlier.get("frozen_forward", {}),
             "parts": parts or {},
             "sessions": [*sessions, session],
@@ -114,7 +114,7 @@ def amend_manifest(path: Path, changes: Mapping[str, Any]) -> None:
 
 
 def amend_session(path: Path, changes: Mapping[str, Any]) -> None:
-    """Merges facts about how the last session computes, such as `{"gang": {"label": "seed=2"}}`."""
+    """Merges facts about how the last session computes, such as `{"concurrent": {"label": "seed=2"}}`."""
     *earlier, last = read_json(path)["sessions"]
     amend_manifest(path, {"sessions": [*earlier, _merge(last, changes)]})
 
@@ -285,7 +285,7 @@ def data_facts(
             "dataset": config.dataset.type,
             "split": config.split,
             "samples": described[name].samples,
-            "labels": config.labels,
+            "labels": config.label_fraction,
             "checksum": data[f"{stage.name}.{name}"],
         }
         for stage, described in zip(recipe.stages, specs, strict=True)
@@ -318,8 +318,8 @@ def part_versions(recipe: Recipe) -> dict[str, int]:
 def maker_versions(stage: StageConfig) -> dict[str, int]:
     """The versions of what makes a stage's things, and of the selectors that it uses."""
     parts = {}
-    for make in stage.make.values():
-        entry = MAKERS.entry(make.part.type)
+    for make in stage.artifacts.values():
+        entry = ARTIFACTS.entry(make.part.type)
         parts[f"maker {entry.name}"] = entry.version
         chooser = make.part.params.get(entry.facts.get("selects", ""))
         if chooser:

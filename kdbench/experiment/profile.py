@@ -23,7 +23,7 @@ from kdbench.engine.train.loop import Windows
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import ConfigError, UserError
 from kdbench.experiment.reopened import Opened, opened
-from kdbench.files import saving, write_atomic, write_json
+from kdbench.files import disk_errors_translated, write_atomic, write_json
 from kdbench.report.console import sized
 from kdbench.report.figures import Picture, bars
 from kdbench.speed.profiling import profiler as engine
@@ -109,7 +109,7 @@ def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], d
     whole = asked or timed
     second = statistics.mean(whole.whole)
     limit = peak(device, precision)
-    read = sum(counted.flops.get(f"forward {name}", 0) for name, mode in elsewhere.items() if mode == "table")
+    read = sum(counted.flops.get(f"forward {name}", 0) for name, mode in elsewhere.items() if mode == "cache")
     flops = sum(counted.flops.values())
     executed = flops - read
     machine = {"device": describe_device(device), "python": platform.python_version()}
@@ -154,7 +154,7 @@ def _warm_up(runner: Runner, steps: int) -> int:
     before, unless no timed step is logged.
     """
     logged = runner.stage.log_every
-    timed = runner.recipe.captures(runner.device.type) and logged <= WARM_UP + steps + TRACED
+    timed = runner.recipe.uses_cuda_graph(runner.device.type) and logged <= WARM_UP + steps + TRACED
     return max(WARM_UP, logged) if timed else WARM_UP
 
 
@@ -173,7 +173,7 @@ def _as_it_stands(runner: Runner) -> bool:
 def _exported(profiler: Any, folder: Path) -> dict[str, Any]:
     """The profiler's Chrome trace, with the parts of the steps as a row of their own."""
     file = folder / "trace.json"
-    with saving(file):
+    with disk_errors_translated(file):
         profiler.export_chrome_trace(str(file))
     return engine.with_parts(json.loads(file.read_text(encoding="utf-8")))
 

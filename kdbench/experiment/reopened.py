@@ -131,7 +131,7 @@ def _untrained(setup: Setup, position: int) -> dict[str, str]:
     recipe, folder = setup.recipe, setup.folder
     stage, earlier = recipe.stages[position], recipe.stages[:position]
     made = made_files(recipe, folder)
-    wanted = [f"{one.name}.{name}" for one in earlier for name in one.make]
+    wanted = [f"{one.name}.{name}" for one in earlier for name in one.artifacts]
     if reads_made(stage) and any(name not in made for name in wanted):
         raise UserError(
             f"stage {stage.name!r} of {recipe.name} reads what earlier stages make, and {folder} does not hold it yet. "

@@ -228,7 +228,7 @@ class _Run:
                 **({"resumed": f"going on from {where}"} if where else {}),
             }
         )
-        for text in (*filter(None, [notice]), *changes, *self.recipe.dropped):
+        for text in (*filter(None, [notice]), *changes, *self.recipe.baseline_removed):
             tracker.notice(text)
 
     def _run_stage(self, runner: Runner, sources: Mapping[str, Source], judge: Judge, tracker: Tracker) -> None:
@@ -271,10 +271,10 @@ class _Run:
             if self.world.is_main and len(self.recipe.stages) > 1:
                 models = handed_on(self.recipe, stage, state["models"], preparation.kept)
                 checkpoint.save(self.folder.stage(stage.name), {**state, "models": models})
-            if self.world.is_main and stage.make:
+            if self.world.is_main and stage.artifacts:
                 whole = sources if self.world.size == 1 else self.setup.sources(stage, World())
                 made = make_all(self.recipe, runner, runner.plan, whole, self.folder, preparation.origins)
-                amend_manifest(self.folder.manifest, {"made": made})
+                amend_manifest(self.folder.manifest, {"artifacts": made})
 
     def _evaluate(self, runner: Runner, judge: Judge, epoch: int) -> None:
         best = judge.moving_roles(runner, epoch, self.steps_before + runner.done)
@@ -319,7 +319,7 @@ class _Run:
                 "flops": role.whole_flops,
                 "weights_sha256": state_hash(module),
             }
-            alone = upstream_role(role.config) is None and not role.config.also
+            alone = upstream_role(role.config) is None and not role.config.extra_inputs
             if (
                 alone
                 and name not in runner.network.sharded

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from kdbench.config.load import load_recipe
-from kdbench.config.schema import Named, Recipe, Weights
+from kdbench.config.schema import PartConfig, Recipe, WeightsConfig
 
 
-def provider(weights: Weights, recipe: Recipe) -> Recipe:
+def provider(weights: WeightsConfig, recipe: Recipe) -> Recipe:
     """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results.
 
     It keeps every epoch that any role of any stage takes from it: whoever asks first, one run serves them all.
@@ -35,7 +35,7 @@ def provider(weights: Weights, recipe: Recipe) -> Recipe:
 
 
 def _override_value(model: Any) -> str:
-    if isinstance(model, Named):
+    if isinstance(model, PartConfig):
         model = {"type": model.type, **model.params}
     if isinstance(model, Mapping):
         return "{" + ",".join(f"{k}:{_override_value(v)}" for k, v in model.items()) + "}"

@@ -81,7 +81,7 @@ class FeatureMask(nn.Module):
     reduced by a depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all places;
     a linear layer embeds the channels together, `hidden` values for each; multi-head attention runs over the channels;
     a linear layer and a sigmoid give each its mask. The released code writes the masked feature into the teacher with a
-    hook. In a recipe the mask is a role on the teacher's feature, and the teacher's remaining modules are `same` roles
+    hook. In a recipe the mask is a role on the teacher's feature, and the teacher's remaining modules are `reuse` roles
     on it.
 
     Shapes: (batch, channels) or (batch, channels, height, width) -> the same. Feature: `gate`, the mask (batch,

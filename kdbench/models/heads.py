@@ -113,7 +113,7 @@ class Projector(nn.Module):
     As the released code has it: a map larger than `size` is averaged down to it; then a 1x1, a 3x3 and a 1x1
     convolution without bias, `channels / factor` in between, each with BatchNorm and ReLU. Where the student's map is
     smaller than the teacher's, the released code averages the teacher's; say `size: null` then, and compare with the
-    averaged map. The teacher's own pooling and classifier follow as `same` roles on this one.
+    averaged map. The teacher's own pooling and classifier follow as `reuse` roles on this one.
 
     Shapes: (batch, channels in, height, width) -> (batch, channels, size, size). Feature: `transfer`.
 

@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 
 from kdbench.errors import ConfigError
 from kdbench.models.weight_transform import Transform, WeightFunction, straight_through, weight_of
-from kdbench.registry import TRANSFORMS
+from kdbench.registry import WEIGHT_TRANSFORMS
 
 
-@TRANSFORMS.register("prune", version=1, paper="https://arxiv.org/abs/1608.08710")
+@WEIGHT_TRANSFORMS.register("prune", version=1, paper="https://arxiv.org/abs/1608.08710")
 class Prune(Transform):
     """Sets a share of each layer's weights to 0: whole output channels by their L1 norm, or single weights by size.
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from kdbench.errors import ConfigError
 from kdbench.models.weight_transform import Transform, WeightFunction, straight_through
-from kdbench.registry import TRANSFORMS
+from kdbench.registry import WEIGHT_TRANSFORMS
 
 
-@TRANSFORMS.register("quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
+@WEIGHT_TRANSFORMS.register("quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
 class Quantize(Transform):
     """Rounds weights to 2^bits evenly spaced levels per bucket, straight through: quantised distillation.
 
@@ -69,7 +69,7 @@ class _Quantized(WeightFunction):
         return straight_through(out_of_buckets(used, weight), weight)
 
 
-@TRANSFORMS.register("learned_quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
+@WEIGHT_TRANSFORMS.register("learned_quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
 class LearnedQuantize(Transform):
     """Rounds weights to the nearest of 2^bits points per layer, and learns the points: differentiable quantisation.
 
@@ -125,7 +125,7 @@ class _LearnedPoints(WeightFunction):
         return out_of_buckets(used, weight)
 
 
-@TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
+@WEIGHT_TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
 class Ternary(Transform):
     """Makes weights one of -a, 0 and a, straight through: ternary weight networks (Li et al. 2016).
 

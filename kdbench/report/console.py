@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from kdbench.errors import printable
+from kdbench.errors import escape_control_characters
 
 REDRAW_SECONDS = 0.2
 """Least time between two redraws of the bar; a step in between costs one look at the clock."""
@@ -133,7 +133,7 @@ class ConsoleView:
     def notice(self, text: str) -> None:
         """Prints a sentence above the bar, also when quiet."""
         self._flush()
-        self._print(printable(text), style="yellow")
+        self._print(escape_control_characters(text), style="yellow")
 
     def close(self) -> None:
         """Takes the bar away; safe to call twice."""

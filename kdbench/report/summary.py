@@ -59,8 +59,8 @@ def build_summary(
         "recipe": recipe.name,
         "title": recipe.title,
         "seed": recipe.seed,
-        "twin": recipe.twin,
-        "dropped": list(recipe.dropped),
+        "baseline": recipe.baseline,
+        "dropped": list(recipe.baseline_removed),
         "identity": identity,
         "export": export,
         "device": device,
@@ -152,7 +152,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         out.width = max(out.width, 120)  # a pipe has no width; 80 would wrap the table
     best = summary.get("best")
     out.print(Text(f"{summary['recipe']} · seed {summary['seed']}", style="bold"))
-    if summary.get("twin"):
+    if summary.get("baseline"):
         out.print(Text(f"the twin without a teacher: {'; '.join(summary['dropped'])}"), soft_wrap=True)
     scores = _scores_table(summary)
     room = out.width

@@ -240,8 +240,8 @@ class Captured:
 
 def capture(runner: Runner) -> None:
     """Lets a runner's steps be recorded where its recipe asks for it and the device has graphs; else says why not."""
-    if not runner.recipe.captures(runner.device.type):
-        if runner.recipe.compile == "capture":
+    if not runner.recipe.uses_cuda_graph(runner.device.type):
+        if runner.recipe.compile == "cuda_graph":
             runner.say(
                 f"capture: a {runner.device.type.upper()} has no graphs to capture a step in; steps run as they are."
             )

@@ -20,7 +20,7 @@ def reversed_gradient(values: Tensor, strength: Number) -> Tensor:
     return still - strength * (values - still)
 
 
-@TERMS.register("ctkd", space="sample", version=1, injected=("shapes",), paper="arXiv:2211.16231")
+@TERMS.register("ctkd", space="row", version=1, injected=("shapes",), paper="arXiv:2211.16231")
 class CurriculumTemperature(Term):
     """CTKD: kd whose temperature is learnt against the student, so that the task grows harder.
 
@@ -76,7 +76,7 @@ class CurriculumTemperature(Term):
         return temperature.squeeze(-1) ** 2 * kd_loss(student / temperature, teacher / temperature, 1.0)
 
 
-@TERMS.register("binary", space="sample", version=1, paper="arXiv:2009.08453")
+@TERMS.register("binary", space="row", version=1, paper="arXiv:2009.08453")
 class Binary(Term):
     """A judge's verdict against a constant: binary cross-entropy of one logit with `target`.
 
@@ -105,7 +105,7 @@ class Binary(Term):
         return F.softplus(verdict) - self.target * verdict
 
 
-@TERMS.register("competition", space="sample", version=1, paper="arXiv:1912.08795")
+@TERMS.register("competition", space="row", version=1, paper="arXiv:1912.08795")
 class Competition(Term):
     """Adaptive DeepInversion: images on which student and teacher disagree; 0 where they differ most, 1 where not.
 

@@ -8,7 +8,7 @@ from torch import Size, Tensor, nn
 
 from kdbench.errors import ConfigError
 
-Space = Literal["sample", "token", "pixel", "batch", "model"]
+Space = Literal["row", "batch", "model"]
 
 
 Number: TypeAlias = float | Tensor
@@ -19,7 +19,7 @@ scheduled. Never branch on its value outside `__init__`: reading a tensor waits 
 class Term(nn.Module):
     """Base of all terms. A subclass is registered with its space:
 
-        @TERMS.register("kd", space="sample")
+        @TERMS.register("kd", space="row")
 
     The parameters of `forward` name what the term reads: `student` and `teacher` are its operands (after their
     adapters), `mask` and `weight` are the validity and the weight of each row (either may be None), every other name

@@ -12,7 +12,7 @@ from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
 from kdbench.terms.numerics import at_least_float32, full_precision, ratio, row_weights, valid_rows
 
 
-@TERMS.register("icarl", space="sample", version=1, paper="arXiv:1611.07725")
+@TERMS.register("icarl", space="row", version=1, paper="arXiv:1611.07725")
 class ICaRL(Term):
     """iCaRL: binary cross-entropy per class; the target of old classes is the old network, of others the label.
 

@@ -13,7 +13,7 @@ from kdbench.terms.base import Term, logits_of
 from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
 
 
-@TERMS.register("one_hot", space="sample", version=1, paper="arXiv:1904.01186")
+@TERMS.register("one_hot", space="row", version=1, paper="arXiv:1904.01186")
 class OneHot(Term):
     """DAFL: a teacher that knows the image is sure of its class, whichever it is.
 
@@ -53,7 +53,7 @@ class InformationEntropy(Term):
         return (mean * torch.where(mean > 0, mean, 1).log()).sum()
 
 
-@TERMS.register("activation", space="sample", version=1, features=True, paper="arXiv:1904.01186")
+@TERMS.register("activation", space="row", version=1, features=True, paper="arXiv:1904.01186")
 class Activation(Term):
     """DAFL: images excite the teacher's features: the negative mean of their absolute values.
 
@@ -102,7 +102,7 @@ class BatchNormStatistics(Term):
         return sum(safe_sqrt(value) for value in apart) * (rows.sum() > 0)
 
 
-@TERMS.register("total_variation", space="sample", version=1, paper="arXiv:1912.08795")
+@TERMS.register("total_variation", space="row", version=1, paper="arXiv:1912.08795")
 class TotalVariation(Term):
     """Image prior: neighbouring pixels are alike, along rows, columns and both diagonals.
 
@@ -139,7 +139,7 @@ class TotalVariation(Term):
         return torch.stack([safe_sqrt(difference.square().sum(1)) for difference in flat]).sum(0)
 
 
-@TERMS.register("image_norm", space="sample", version=1, paper="arXiv:1912.08795")
+@TERMS.register("image_norm", space="row", version=1, paper="arXiv:1912.08795")
 class ImageNorm(Term):
     """Image prior: pixels stay near 0: the Euclidean norm of the image.
 

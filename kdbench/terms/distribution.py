@@ -40,7 +40,7 @@ def _polynomial(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.transpose(1, 2)).square().mean((1, 2))
 
 
-@TERMS.register("nst", space="sample", version=1, features=True, paper="arXiv:1707.01219")
+@TERMS.register("nst", space="row", version=1, features=True, paper="arXiv:1707.01219")
 class NeuronSelectivity(Term):
     """Neuron selectivity transfer: the student's channels are spread over the places as the teacher's channels are.
 
@@ -90,7 +90,7 @@ class MeanDiscrepancy(Term):
         return mmd_loss(student, teacher, mask, weight)
 
 
-@TERMS.register("cmi", space="sample", version=1, state=True, injected=("num_classes",), paper="arXiv:2401.08732")
+@TERMS.register("cmi", space="row", version=1, state=True, injected=("num_classes",), paper="arXiv:2401.08732")
 class ConditionalMutualInformation(Term):
     """MCMI: how far a prediction is from the mean prediction of its class; maximised, for a better teacher.
 
@@ -144,7 +144,7 @@ class ConditionalMutualInformation(Term):
 
 
 @TERMS.register(
-    "scar", space="sample", version=1, features=True, operands=("means", "precision"), paper="arXiv:2404.12922"
+    "scar", space="row", version=1, features=True, operands=("means", "precision"), paper="arXiv:2404.12922"
 )
 class NearestWrongClass(Term):
     """SCAR: features of what is to be forgotten move to the nearest class that they do not belong to.

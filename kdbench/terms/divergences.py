@@ -53,7 +53,7 @@ def entropy_of(probabilities: Tensor) -> Tensor:
     return -(probabilities * torch.where(probabilities > 0, probabilities, 1).log()).sum(-1)
 
 
-@TERMS.register("divergence", space="sample", version=1, paper="arXiv:2103.05959")
+@TERMS.register("divergence", space="row", version=1, paper="arXiv:2103.05959")
 class Divergence(Term):
     """A chosen divergence between the two softened distributions, times T^2: Jensen-Shannon, reverse KL and others.
 
@@ -86,7 +86,7 @@ class Divergence(Term):
         return divergence_loss(student, teacher, self.kind, self.temperature)
 
 
-@TERMS.register("probability_mse", space="sample", version=1, paper="arXiv:1703.01780")
+@TERMS.register("probability_mse", space="row", version=1, paper="arXiv:1703.01780")
 class ProbabilityMSE(Term):
     """Consistency: squared difference of the two softmaxes, averaged over the classes.
 
@@ -105,7 +105,7 @@ class ProbabilityMSE(Term):
         return (p - q).square().mean(1)
 
 
-@TERMS.register("label_mse", space="sample", version=1, paper="arXiv:2102.13088")
+@TERMS.register("label_mse", space="row", version=1, paper="arXiv:2102.13088")
 class LabelMSE(Term):
     """Squared difference of the softmax and the label, averaged over the classes: the Brier score as a loss.
 
@@ -127,7 +127,7 @@ class LabelMSE(Term):
         return torch.where(label < 0, 0, (p - hard).square().mean(1))
 
 
-@TERMS.register("standardised_kd", space="sample", version=1, paper="arXiv:2403.01427")
+@TERMS.register("standardised_kd", space="row", version=1, paper="arXiv:2403.01427")
 class StandardisedKD(Term):
     """KD of standardised logits: each sample's own spread of logits takes the place of a shared temperature.
 
@@ -152,7 +152,7 @@ class StandardisedKD(Term):
         return kd_loss(standardised(student), standardised(teacher), self.temperature)
 
 
-@TERMS.register("entropy", space="sample", version=1, paper="arXiv:1701.06548")
+@TERMS.register("entropy", space="row", version=1, paper="arXiv:1701.06548")
 class Entropy(Term):
     """Entropy of a prediction; with a negative weight the confidence penalty, with a positive one it sharpens.
 

@@ -137,7 +137,7 @@ def _pearson(x: Tensor, y: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
     return (counts * x * y).sum(1) / (lengths + eps)
 
 
-@TERMS.register("cross_entropy", space="sample", version=1, paper="arXiv:1512.00567")
+@TERMS.register("cross_entropy", space="row", version=1, paper="arXiv:1512.00567")
 class CrossEntropy(Term):
     """Cross-entropy with the labels, with label smoothing, mixup and cutmix.
 
@@ -168,7 +168,7 @@ class CrossEntropy(Term):
         return mix * loss + (1 - mix) * other
 
 
-@TERMS.register("kd", space="sample", version=1, paper="arXiv:1503.02531")
+@TERMS.register("kd", space="row", version=1, paper="arXiv:1503.02531")
 class SoftTargets(Term):
     """Soft targets: KL divergence from the teacher's softened distribution, times T^2.
 
@@ -190,7 +190,7 @@ class SoftTargets(Term):
         return kd_loss(student, teacher, self.temperature)
 
 
-@TERMS.register("dkd", space="sample", version=1, paper="arXiv:2203.08679")
+@TERMS.register("dkd", space="row", version=1, paper="arXiv:2203.08679")
 class DecoupledKD(Term):
     """Decoupled KD: the target class and the others are weighed apart, where kd ties them to the teacher's confidence.
 
@@ -217,7 +217,7 @@ class DecoupledKD(Term):
         return dkd_loss(student, teacher, label, self.alpha, self.beta, self.temperature)
 
 
-@TERMS.register("logit_mse", space="sample", version=1, paper="arXiv:2105.08919")
+@TERMS.register("logit_mse", space="row", version=1, paper="arXiv:2105.08919")
 class LogitMSE(Term):
     """Mean squared error between the logits themselves.
 
@@ -274,7 +274,7 @@ class Dist(Term):
 
 @TERMS.register(
     "joint_cross_entropy",
-    space="sample",
+    space="row",
     version=1,
     injected=("num_classes",),
     operands=("kind",),
@@ -321,7 +321,7 @@ def log_class_weights(counts: Tensor, beta: float) -> Tensor:
     return -torch.log(-torch.expm1(at_least_float32(counts).clamp(min=1) * log_beta))
 
 
-@TERMS.register("bkd", space="sample", version=1, operands=("counts",), paper="arXiv:2104.10510")
+@TERMS.register("bkd", space="row", version=1, operands=("counts",), paper="arXiv:2104.10510")
 class BalancedSoftTargets(Term):
     """BKD: soft targets in which rare classes count more, for a teacher that learnt from long-tailed data.
 

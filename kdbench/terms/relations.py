@@ -307,9 +307,7 @@ def _log_relations(features: Tensor, heads: int, part: Part) -> Tensor:
     return F.log_softmax(split @ split.transpose(2, 3) / math.sqrt(split.shape[-1]), dim=-1)
 
 
-@TERMS.register(
-    "token_relation", space="sample", version=1, features=True, operands=("tokens",), paper="arXiv:2504.00037"
-)
+@TERMS.register("token_relation", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:2504.00037")
 class TokenRelation(Term):
     """Token relations: tokens of one image that are alike for the teacher are alike for the student.
 
@@ -337,7 +335,7 @@ class TokenRelation(Term):
         return token_relation_loss(student, teacher, tokens)
 
 
-@TERMS.register("attention_relation", space="sample", version=1, features=True, paper="arXiv:2012.15828")
+@TERMS.register("attention_relation", space="row", version=1, features=True, paper="arXiv:2012.15828")
 class AttentionRelation(Term):
     """MiniLM v2: each token attends to the others as the teacher's does, by queries, keys or values alone.
 

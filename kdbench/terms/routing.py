@@ -48,7 +48,7 @@ class LoadBalance(Term):
 
 
 @TERMS.register(
-    "reinforce", space="sample", version=1, state=True, operands=("action", "reward"), paper="arXiv:2012.06048"
+    "reinforce", space="row", version=1, state=True, operands=("action", "reward"), paper="arXiv:2012.06048"
 )
 class Reinforce(Term):
     """REINFORCE: choices that were followed by more reward than usual become more likely.

@@ -19,7 +19,7 @@ def _labelled(label: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @TERMS.register(
-    "self_target", space="sample", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2006.12000"
+    "self_target", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2006.12000"
 )
 class SelfTarget(Term):
     """PS-KD: cross-entropy with the label softened by what the model itself said of the sample an epoch ago.
@@ -56,7 +56,7 @@ class SelfTarget(Term):
 
 
 @TERMS.register(
-    "last_batch", space="sample", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2203.16172"
+    "last_batch", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2203.16172"
 )
 class LastBatch(Term):
     """DLB: samples that were in the last mini-batch too keep the soft targets that they had there.
@@ -90,7 +90,7 @@ class LastBatch(Term):
 
 @TERMS.register(
     "temporal_ensemble",
-    space="sample",
+    space="row",
     version=1,
     state=True,
     injected=("samples", "num_classes"),
@@ -135,7 +135,7 @@ class TemporalEnsemble(Term):
         return torch.where(seen, (p - target).square().mean(1), 0)
 
 
-@TERMS.register("tf_kd", space="sample", version=1, paper="arXiv:1909.11723")
+@TERMS.register("tf_kd", space="row", version=1, paper="arXiv:1909.11723")
 class TeacherFree(Term):
     """Tf-KD (regularised): a virtual teacher, made by hand, that is right with probability `correct`.
 

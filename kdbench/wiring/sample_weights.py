@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdbench.errors import ConfigError
-from kdbench.registry import WEIGHERS
+from kdbench.registry import SAMPLE_WEIGHTS
 from kdbench.terms.base import Number, require
 from kdbench.terms.divergences import entropy_of
 from kdbench.terms.logits import cross_entropy_loss
@@ -30,7 +30,7 @@ def _own(probabilities: Tensor, label: Tensor) -> Tensor:
     return torch.where(label < 0, 0, own)
 
 
-@WEIGHERS.register("confidence", version=1)
+@SAMPLE_WEIGHTS.register("confidence", version=1)
 class Confidence(Weigher):
     """A sample counts by the probability that the teacher gives its label.
 
@@ -48,7 +48,7 @@ class Confidence(Weigher):
         return _own(_softmax(teacher), label) ** self.power
 
 
-@WEIGHERS.register("threshold", version=1)
+@SAMPLE_WEIGHTS.register("threshold", version=1)
 class Threshold(Weigher):
     """Only samples of which the teacher is sure count: 1 where its largest probability reaches `least`, else 0.
 
@@ -70,14 +70,14 @@ class Threshold(Weigher):
         return (sure >= self.least).to(sure.dtype)
 
 
-@WEIGHERS.register("entropy_gap", version=1)
+@SAMPLE_WEIGHTS.register("entropy_gap", version=1)
 class EntropyGap(Weigher):
     """Samples where one side is the surer one count more: what balances forward and reverse KL in BD-KD.
 
     weight = `high` where the entropy of the side `surer` is below the other's, else `low`. BD-KD raises forward KL,
     which spreads, where the student is surer than the teacher, and reverse KL, which sharpens, where the teacher is:
-        forward: {type: divergence, kind: forward_kl, weigh: {type: entropy_gap, surer: student, high: 2}}
-        reverse: {type: divergence, kind: reverse_kl, weigh: {type: entropy_gap, surer: teacher, high: 2}}
+        forward: {type: divergence, kind: forward_kl, sample_weight: {type: entropy_gap, surer: student, high: 2}}
+        reverse: {type: divergence, kind: reverse_kl, sample_weight: {type: entropy_gap, surer: teacher, high: 2}}
     The abstract and the text found of it say this; the values of the weights were not found, the defaults are ours.
 
     Amara, Sepahvand, Meyer, Gross and Clark, BD-KD, 2022, arXiv:2212.12965.
@@ -100,7 +100,7 @@ class EntropyGap(Weigher):
         return self.high * surer + self.low * (1 - surer)
 
 
-@WEIGHERS.register("disagreement", version=1)
+@SAMPLE_WEIGHTS.register("disagreement", version=1)
 class Disagreement(Weigher):
     """A sample counts by how far student and teacher are apart: the total variation distance of their softmaxes.
 
@@ -113,7 +113,7 @@ class Disagreement(Weigher):
         return (_softmax(student) - _softmax(teacher)).abs().sum(1) / 2
 
 
-@WEIGHERS.register("focal", version=1)
+@SAMPLE_WEIGHTS.register("focal", version=1)
 class Focal(Weigher):
     """Samples that the student has right count less: (1 - p_label) ** power, the factor of the focal loss.
 
@@ -133,7 +133,7 @@ class Focal(Weigher):
         return torch.where(label < 0, 0, rest**self.power)
 
 
-@WEIGHERS.register("loss_ratio", version=1)
+@SAMPLE_WEIGHTS.register("loss_ratio", version=1)
 class LossRatio(Weigher):
     """WSLD: a sample's soft label counts less the better the student has its hard label already, beside the teacher.
 
@@ -152,7 +152,7 @@ class LossRatio(Weigher):
         return 1 - torch.exp(-ours / (theirs + 1e-7))
 
 
-@WEIGHERS.register("outside", version=1, operands=("judge",))
+@SAMPLE_WEIGHTS.register("outside", version=1, operands=("judge",))
 class Outside(Weigher):
     """Only samples that a network takes for none of some classes count: 1 where its first choice is another, else 0.
 
@@ -176,12 +176,12 @@ class Outside(Weigher):
         return 1 - inside.to(at_least_float32(judge.detach()).dtype)
 
 
-@WEIGHERS.register("learnt", version=1, operands=("by",))
+@SAMPLE_WEIGHTS.register("learnt", version=1, operands=("by",))
 class Learnt(Weigher):
     """A sample counts by what a network says of it, and the network learns by what its weights lead to.
 
     weight = the output, or with `complement` 1 minus it: what the one term gains, the other loses. Nothing is detached
-    here. A network that its own weights' loss trained would weigh everything 0: let an update with `after` move it.
+    here. A network that its own weights' loss trained would weigh everything 0: let an update with `inner_step` move it.
 
     Shapes: by (batch,) or (batch, 1) -> (batch,). The network sees to it that weights are at least 0.
     """

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from kdbench.artifacts.base import Facts, Pool
 from kdbench.artifacts.search import looks, outer_distance
 from kdbench.artifacts.subsets import herd
-from kdbench.config.schema import Operand
+from kdbench.config.schema import OperandConfig
 from kdbench.errors import ConfigError
-from kdbench.registry import MAKERS
+from kdbench.registry import ARTIFACTS
 
 SAMPLES, CLASSES = 40, 4
 
@@ -54,13 +54,13 @@ def pool(rows: dict[str, Tensor], reads: tuple[str, ...] = (), **more: Any) -> P
 
     source: Any = SimpleNamespace(population=count + 10, num_samples=count)
     facts = Facts(classes=tuple("abcd"), samples=count, population=count + 10)
-    named = {name: Operand(role=name) for name in reads}
+    named = {name: OperandConfig(role=name) for name in reads}
     settings = {"seed": 1, "device": torch.device("cpu"), "facts": facts, "operands": named, "batches": batches}
     return Pool(source, **{**settings, **more})
 
 
 def make(kind: str, on: Pool, **params: Any) -> dict[str, Any]:
-    return MAKERS.build(kind, params)(on)
+    return ARTIFACTS.build(kind, params)(on)
 
 
 # Tensors
@@ -96,7 +96,7 @@ def test_tensors_have_the_shapes_that_the_plan_was_told():
     rows = fields() | {"value": torch.randn(SAMPLES, 2, 3)}
     facts = Facts(tuple("abcd"), SAMPLES, SAMPLES + 10, {"value": (2, 3), "features": (3,)})
     for kind in ("class_means", "outputs"):
-        assert tuple(make(kind, pool(rows))["value"].shape) == MAKERS.build(kind, {}).shape(facts)
+        assert tuple(make(kind, pool(rows))["value"].shape) == ARTIFACTS.build(kind, {}).shape(facts)
 
 
 # Choices
@@ -152,8 +152,8 @@ def test_more_labels_than_the_budget_are_refused():
 
 def test_a_budget_larger_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="budget of 41, but its source has only 40"):
-        MAKERS.build("choose", {"by": {"type": "random"}, "budget": 41}).check(Facts(samples=40))
-    MAKERS.build("choose", {"by": {"type": "random"}, "budget": 40}).check(Facts(samples=40))
+        ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 41}).check(Facts(samples=40))
+    ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 40}).check(Facts(samples=40))
 
 
 @pytest.mark.parametrize("memory", [1, 7, 30])
@@ -243,7 +243,7 @@ def test_agreement_keeps_what_all_teachers_say():
     assert 0 < (one == other).sum() < SAMPLES
     assert torch.equal(made["labels"], one[one == other]) and torch.equal(made["images"], rows["image"][one == other])
     with pytest.raises(ValueError, match="one teacher always has"):
-        MAKERS.build("pseudo_labels", {"agreement": True}).check(Facts(shapes={"teacher": (4,)}))
+        ARTIFACTS.build("pseudo_labels", {"agreement": True}).check(Facts(shapes={"teacher": (4,)}))
 
 
 def test_known_labels_stay_where_that_is_asked():
@@ -281,7 +281,7 @@ def test_pseudo_labels_are_balanced_the_most_certain_first_and_over_again():
     plain = make("pseudo_labels", pool(rows, ("teacher",)), keep_labels=True)["labels"]
     assert len(set(torch.bincount(plain).tolist())) > 1, "negative control: as they come, classes are unequal"
     with pytest.raises(ConfigError, match="per_class must be at least 1"):
-        MAKERS.build("pseudo_labels", {"per_class": 0})
+        ARTIFACTS.build("pseudo_labels", {"per_class": 0})
 
 
 def test_when_nothing_passes_it_is_told():
@@ -334,7 +334,7 @@ def test_generated_images_are_labelled_by_the_teacher():
 def test_logits_are_needed_where_classes_are_read():
     for kind in ("pseudo_labels", "soft_labels", "generate"):
         with pytest.raises(ValueError, match=r"\[8, 4, 4\] per sample"):
-            MAKERS.build(kind, {}).check(Facts(shapes={"teacher": (8, 4, 4)}))
+            ARTIFACTS.build(kind, {}).check(Facts(shapes={"teacher": (8, 4, 4)}))
 
 
 # Search
@@ -370,7 +370,7 @@ def test_the_measure_is_that_of_the_formula():
     semantic = float((outer - outer_other).square().sum() / (CLASSES * 4))
     assert outer_distance(mine[0], theirs[0]) == pytest.approx(semantic)
     relation = float((gram - gram_other).square().sum() / 6**2)
-    search = {s: MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body", "score": s}) for s in SCORES}
+    search = {s: ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body", "score": s}) for s in SCORES}
     expected = {"semantic": -semantic, "relation": -relation, "diswot": -semantic - relation}
     assert {s: search[s]._score(mine, theirs) for s in SCORES} == pytest.approx(expected)
     dead = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # a channel and a class without any gradient
@@ -397,7 +397,7 @@ CANDIDATES = {f"d{d}": {"type": "net", "depth": d} for d in (1, 2, 3, 4, 5, 6)}
 
 def searching(seed: int = 0) -> Pool:
     torch.manual_seed(9)
-    operand = Operand(role="teacher", path="body")
+    operand = OperandConfig(role="teacher", path="body")
     return pool(fields(), modules={"teacher": Net(4, depth=8).eval()}, operands={"teacher": operand}, seed=seed)
 
 
@@ -417,7 +417,7 @@ def test_the_search_finds_the_best_score(nets):
 def test_a_network_is_most_like_itself(nets):
     on, rows = searching(), fields()
     teacher = looks(on.modules["teacher"], "body", "fc", rows["image"][:16], rows["label"][:16])
-    search = MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body"})
+    search = ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body"})
     assert search._score(teacher, teacher) == pytest.approx(0, abs=1e-12)
     assert all(
         score < 0 for score in make("search", on, candidates=CANDIDATES, feature="body")["told"]["scores"].values()
@@ -433,7 +433,7 @@ def test_the_semantic_measure_needs_equal_channels_and_labels(nets, monkeypatch)
     with pytest.raises(ConfigError, match="classifier 'body' of Net is no linear layer"):
         make("search", searching(), **wide, classifier="body")
     rows = {**fields(), "label": torch.full((SAMPLES,), -100)}
-    operand = {"teacher": Operand(role="teacher", path="body")}
+    operand = {"teacher": OperandConfig(role="teacher", path="body")}
     with pytest.raises(ConfigError, match="the source has none"):
         make("search", pool(rows, modules={"teacher": Net().eval()}, operands=operand), **wide)
 
@@ -441,7 +441,7 @@ def test_the_semantic_measure_needs_equal_channels_and_labels(nets, monkeypatch)
 def test_the_limit_of_parameters_holds(nets):
     made = make("search", searching(), candidates=CANDIDATES, feature="body", max_parameters=360)
     assert set(made["told"]["scores"]) == {"d1", "d2", "d3"} and made["told"]["parameters"] <= 360
-    search = MAKERS.build("search", {"candidates": CANDIDATES, "feature": "body", "max_parameters": 5})
+    search = ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body", "max_parameters": 5})
     with pytest.raises(ValueError, match=r"allows 5 parameters, but the smallest candidate, 'd1', has"):
         search.check(Facts(shapes={"teacher": (4, 8, 8)}))
 
@@ -455,8 +455,8 @@ def test_evolution_scores_no_more_than_it_may(nets):
     assert set(whole["told"]["scores"]) == set(CANDIDATES)
 
 
-@pytest.mark.parametrize("kind", sorted(MAKERS.entries))
+@pytest.mark.parametrize("kind", sorted(ARTIFACTS.entries))
 def test_every_maker_is_registered_with_what_it_makes(kind):
-    entry = MAKERS.entry(kind)
+    entry = ARTIFACTS.entry(kind)
     assert entry.facts["makes"] in ("dataset", "choice", "tensor", "model") and entry.summary
     assert (entry.facts["makes"] == "model") == ("candidates" in entry.facts)

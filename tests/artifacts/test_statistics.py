@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.artifacts.base import Facts, Pool
-from kdbench.config.schema import Operand
+from kdbench.config.schema import OperandConfig
 from kdbench.errors import ConfigError
-from kdbench.registry import MAKERS, TERMS
+from kdbench.registry import ARTIFACTS, TERMS
 
 CLASSES = ("a", "b", "c")
 
@@ -40,14 +40,14 @@ def features() -> dict[str, Tensor]:
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_feature_means_are_those_of_the_transformed_features(power):
     rows = features()
-    made = MAKERS.build("feature_means", {"power": power})(pool(rows))["value"]
+    made = ARTIFACTS.build("feature_means", {"power": power})(pool(rows))["value"]
     for c in range(3):
         torch.testing.assert_close(made[c], (rows["features"][rows["label"] == c].double() ** power).mean(0).float())
 
 
 def test_precision_is_the_inverse_of_the_twice_shrunk_and_normalised_covariance():
     rows = features()
-    made = MAKERS.build("feature_precision", {})(pool(rows))["value"]
+    made = ARTIFACTS.build("feature_precision", {})(pool(rows))["value"]
     for c in range(3):
         x = np.sqrt(rows["features"][rows["label"] == c].double().numpy())
         s = np.cov(x, rowvar=False)
@@ -61,16 +61,16 @@ def test_precision_is_the_inverse_of_the_twice_shrunk_and_normalised_covariance(
 def test_dead_features_leave_the_precision_finite():
     rows = features()
     rows["features"][:, 2] = 0
-    made = MAKERS.build("feature_precision", {})(pool(rows))["value"]
+    made = ARTIFACTS.build("feature_precision", {})(pool(rows))["value"]
     assert torch.isfinite(made).all()
     rows["features"][:] = 0.25  # its root is exact, so that nothing varies
-    assert (MAKERS.build("feature_precision", {"shrink": 0})(pool(rows))["value"] == 0).all()
+    assert (ARTIFACTS.build("feature_precision", {"shrink": 0})(pool(rows))["value"] == 0).all()
 
 
 def test_the_statistics_are_what_the_term_reads():
     rows = features()
-    means = MAKERS.build("feature_means", {})(pool(rows))["value"]
-    precision = MAKERS.build("feature_precision", {})(pool(rows))["value"]
+    means = ARTIFACTS.build("feature_means", {})(pool(rows))["value"]
+    precision = ARTIFACTS.build("feature_precision", {})(pool(rows))["value"]
     near = (means[1] ** 2).unsqueeze(0)  # a sample that looks like class b, whatever its label
     term = TERMS.build("scar", {})
     own = term(near, torch.tensor([1]), means, precision)
@@ -81,15 +81,15 @@ def test_the_statistics_are_what_the_term_reads():
 @pytest.mark.parametrize("kind", ["feature_means", "feature_precision"])
 def test_statistics_refuse_what_they_cannot_be_made_of(kind):
     with pytest.raises(ValueError, match="reads a feature vector"):
-        MAKERS.build(kind, {}).check(Facts(CLASSES, shapes={"features": (4, 2, 2)}))
+        ARTIFACTS.build(kind, {}).check(Facts(CLASSES, shapes={"features": (4, 2, 2)}))
     with pytest.raises(ConfigError, match="power must be above 0"):
-        MAKERS.build(kind, {"power": 0})
+        ARTIFACTS.build(kind, {"power": 0})
     rows = features()
     rows["label"][rows["label"] == 2] = 1
     with pytest.raises(ConfigError, match="too few of c"):
-        MAKERS.build(kind, {})(pool(rows))
+        ARTIFACTS.build(kind, {})(pool(rows))
     facts = Facts(CLASSES, shapes={"features": (5,)})
-    assert tuple(MAKERS.build(kind, {})(pool(features()))["value"].shape) == MAKERS.build(kind, {}).shape(facts)
+    assert tuple(ARTIFACTS.build(kind, {})(pool(features()))["value"].shape) == ARTIFACTS.build(kind, {}).shape(facts)
 
 
 # The nearest mean
@@ -98,7 +98,7 @@ def test_statistics_refuse_what_they_cannot_be_made_of(kind):
 def test_nearest_mean_has_the_unit_means_of_unit_features():
     rows = features()
     rows["label"][rows["label"] == 2] = -100
-    made = MAKERS.build("nearest_mean", {"candidates": {"nearest": {"type": "nearest_mean"}}})(pool(rows))
+    made = ARTIFACTS.build("nearest_mean", {"candidates": {"nearest": {"type": "nearest_mean"}}})(pool(rows))
     assert made["type"] == "nearest_mean" and made["told"] == {"samples": 36, "classes": 2}
     for c in (0, 1):
         unit = rows["features"][rows["label"] == c].double()
@@ -106,7 +106,7 @@ def test_nearest_mean_has_the_unit_means_of_unit_features():
         torch.testing.assert_close(torch.tensor(made["params"]["means"][c]).double(), mean / mean.norm())
     assert not any(made["params"]["means"][2])
     with pytest.raises(ConfigError, match="one candidate"):
-        MAKERS.build("nearest_mean", {"candidates": {}})
+        ARTIFACTS.build("nearest_mean", {"candidates": {}})
 
 
 # Fisher information
@@ -121,9 +121,9 @@ def network() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def fisher(model: nn.Module, rows: dict[str, Tensor], previous: Any = None, **params: Any) -> Tensor:
-    operand = Operand(role="student", side="weights")
+    operand = OperandConfig(role="student", side="weights")
     on = pool(rows, tuple("0123456789"), modules={"student": model}, operands={"weights": operand}, previous=previous)
-    return MAKERS.build("fisher", params)(on)["value"]
+    return ARTIFACTS.build("fisher", params)(on)["value"]
 
 
 def squares(model: nn.Module, image: Tensor, label: int, keep: list[int]) -> Tensor:
@@ -172,6 +172,6 @@ def test_a_later_round_adds_its_own_and_the_network_stays_as_it_was():
 
 def test_fisher_refuses_classes_that_there_are_not():
     with pytest.raises(ValueError, match="keeps class 12"):
-        MAKERS.build("fisher", {"keep": [12]}).check(Facts(CLASSES))
+        ARTIFACTS.build("fisher", {"keep": [12]}).check(Facts(CLASSES))
     with pytest.raises(ConfigError, match="class numbers"):
-        MAKERS.build("fisher", {"keep": []})
+        ARTIFACTS.build("fisher", {"keep": []})

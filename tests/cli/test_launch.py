@@ -149,7 +149,7 @@ def test_complaints_of_hydra_are_paragraphs(asked, arguments: list[str], said: s
     assert said in err and err.startswith("kdbench: ") and "Traceback" not in err
 
 
-@pytest.mark.parametrize("flags", [[], ["-m"], ["-m", "hydra/launcher=gang"]])
+@pytest.mark.parametrize("flags", [[], ["-m"], ["-m", "hydra/launcher=concurrent"]])
 def test_an_override_may_refer_to_a_list(asked, tmp_path, flags: list[str]):
     """It is kept as it was written, not as the list that it stands for, which is no override."""
     (tmp_path / "kd.yaml").write_text(KD.replace("kd: {type: kd}}", HINT))
@@ -181,7 +181,7 @@ from kdbench.registry import TERMS
 raise_when_imported = 1 / 0
 
 
-@TERMS.register("own_term", space="sample")
+@TERMS.register("own_term", space="row")
 class OwnTerm:
     """A term of the user."""
 

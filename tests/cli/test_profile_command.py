@@ -34,8 +34,8 @@ TEACHER = "student: t_conv\nterms: {ce: cross_entropy}\noptimizer: {type: SGD, l
 STAGED = """
 student: {model: t_conv}
 stages:
-  label: {epochs: 1, make: {seen: {type: reservoir, memory: 32}}, terms: {ce: cross_entropy}}
-  learn: {epochs: 1, data: {train: {subset: {made: label.seen}}}, terms: {ce: cross_entropy}}
+  label: {epochs: 1, artifacts: {seen: {type: reservoir, memory: 32}}, terms: {ce: cross_entropy}}
+  learn: {epochs: 1, data: {train: {subset: {artifact: label.seen}}}, terms: {ce: cross_entropy}}
 optimizer: {type: SGD, lr: 0.1}
 batch_size: 16
 """

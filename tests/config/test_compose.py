@@ -59,12 +59,12 @@ def test_the_recipe_overrides_its_groups_and_the_command_line_the_recipe(load, o
     assert models(recipe) == ["resnet56", "resnet20"]
     assert (stage.epochs, stage.data["train"].batch_size) == (240, 32)
     assert load(PAIRED, "batch_size=16").stages[0].data["train"].batch_size == 16
-    assert recipe.choices == {"protocol": "cifar_240_epochs", "pair": "own"}
+    assert recipe.group_choices == {"protocol": "cifar_240_epochs", "pair": "own"}
 
 
 def test_a_group_is_chosen_on_the_command_line(load, own_pairs):
     recipe = load(PAIRED, "pair=other")
-    assert models(recipe) == ["resnet110", "resnet32"] and recipe.choices["pair"] == "other"
+    assert models(recipe) == ["resnet110", "resnet32"] and recipe.group_choices["pair"] == "other"
     assert models(load(PAIRED.replace("pair: own\n", ""), "pair=other")) == ["resnet110", "resnet32"]
 
 
@@ -153,7 +153,7 @@ def test_the_resolved_recipe_is_a_recipe_by_itself(load, tmp_path: Path, own_pai
     (tmp_path / "run" / "resolved.yaml").write_text(dump_recipe(recipe))
     again = load_resolved(tmp_path / "run")
     assert again.stages == recipe.stages
-    assert (again.name, again.choices, again.path) == (recipe.name, recipe.choices, recipe.path)
+    assert (again.name, again.group_choices, again.path) == (recipe.name, recipe.group_choices, recipe.path)
     assert again.resolved == recipe.resolved
     assert dump_recipe(again).split("origin:")[0] == dump_recipe(recipe).split("origin:")[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdbench.config.schema import Published, Recipe, RoleConfig, StageConfig, Weights
+from kdbench.config.schema import Published, Recipe, RoleConfig, StageConfig, WeightsConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
 NOT_KEYS = {
@@ -17,7 +17,7 @@ NOT_KEYS = {
 }
 
 
-@pytest.mark.parametrize("part", [Recipe, StageConfig, RoleConfig, Weights, Published])
+@pytest.mark.parametrize("part", [Recipe, StageConfig, RoleConfig, WeightsConfig, Published])
 def test_every_field_of_the_schema_is_documented(part: type):
     words = set(re.findall(r"[a-z_0-9]+", " ".join(re.findall(r"`[^`]*`|```.*?```", TEXT, re.DOTALL))))
     assert {item.name for item in dataclasses.fields(part)} - NOT_KEYS <= words

@@ -312,7 +312,7 @@ def test_a_mapping_over_a_list_says_how_to_write_it():
 def test_recipes_that_need_each_other_are_refused():
     taking = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
     Path("other.yaml").write_text(taking.replace("OTHER", "r.yaml"))
-    assert "the recipe would need its own result first: 'other.yaml'" in said(taking.replace("OTHER", "other.yaml"))
+    assert "the recipe would need its own result initial: 'other.yaml'" in said(taking.replace("OTHER", "other.yaml"))
 
 
 def test_epochs_on_the_command_line_do_not_vanish_under_stages():

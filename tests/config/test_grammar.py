@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.recipe_texts import KD
-from kdbench.config.schema import Named, Recipe
+from kdbench.config.schema import PartConfig, Recipe
 
 BASE = "dataset: digits\nepochs: 1\noptimizer: {type: SGD, lr: 0.1}\n"
 
@@ -106,7 +106,7 @@ updates:
         "teacher": "generator:image",
         "student": "generator:image",
     }
-    assert stage.data["noise"].dataset == Named(type="gaussian", params={"shape": [64]})
+    assert stage.data["noise"].dataset == PartConfig(type="gaussian", params={"shape": [64]})
     assert stage.data["noise"].batch_size == 256
     assert [(u.models, u.terms, u.repeat) for u in stage.updates] == [
         (("generator",), ("fool",), 1),
@@ -142,7 +142,7 @@ def test_addresses(load, student: str, teacher: str, expected: list[tuple[str, s
 def test_an_operand_names_its_adapter(load):
     text = KD + "  hint: {type: hint, student: {path: layer2, adapter: {type: linear, bias: false}}, teacher: layer2}\n"
     (edge,) = load(text).stages[0].terms["hint"].edges
-    assert edge.student.adapter == Named(type="linear", params={"bias": False}) and edge.teacher.adapter is None
+    assert edge.student.adapter == PartConfig(type="linear", params={"bias": False}) and edge.teacher.adapter is None
 
 
 def test_a_bare_word_that_is_a_role_is_that_role(load):
@@ -154,13 +154,13 @@ def test_roles_that_follow_and_roles_that_freeze(load):
     text = BASE + (
         "student: {model: digits_mlp, freeze: layer1}\n"
         "models:\n  mean: {ema: student, decay: 0.99}\n  old: {snapshot: student, every: 2}\n"
-        "  fixed: {model: digits_cnn, frozen: true, accuracy: 90}\n"
+        "  fixed: {model: digits_cnn, frozen: true, require: {top1: 90}}\n"
         "terms: {kd: {type: kd, teacher: mean}}\n"
     )
     roles = load(text).stages[0].roles
-    assert (roles["mean"].mode, roles["mean"].of, roles["mean"].decay) == ("ema", "student", 0.99)
-    assert (roles["old"].mode, roles["old"].of, roles["old"].every) == ("snapshot", "student", 2)
-    assert (roles["fixed"].mode, roles["fixed"].accuracy) == ("frozen", 90)
+    assert (roles["mean"].mode, roles["mean"].source_role, roles["mean"].decay) == ("ema", "student", 0.99)
+    assert (roles["old"].mode, roles["old"].source_role, roles["old"].every_epochs) == ("snapshot", "student", 2)
+    assert (roles["fixed"].mode, roles["fixed"].require) == ("frozen", {"top1": 90})
     assert roles["student"].freeze == ("layer1",)
 
 
@@ -214,21 +214,21 @@ def test_named_sources_take_what_the_top_level_says(load):
         ("train", "eval", "extra"), "digits"
     )
     assert (data["train"].batch_size, data["extra"].batch_size, data["eval"].batch_size) == (16, 32, 512)
-    assert (data["train"].labels, data["extra"].labels, data["extra"].subset) == (50, None, 0.5)
+    assert (data["train"].label_fraction, data["extra"].label_fraction, data["extra"].subset) == (50, None, 0.5)
 
 
 def test_weights_and_parameters_of_terms_follow_schedules(load):
     text = KD.replace("temperature: 4", "temperature: {type: linear, start: 1, end: 4, over: 2}")
     text = text.replace("weight: 0.9", "weight: {type: warmup, over: 2, by: step}")
     term = load(text).stages[0].terms["kd"]
-    assert term.params["temperature"] == Named(type="linear", params={"start": 1, "end": 4, "over": 2})
-    assert term.weight == Named(type="warmup", params={"over": 2, "by": "step"})
+    assert term.params["temperature"] == PartConfig(type="linear", params={"start": 1, "end": 4, "over": 2})
+    assert term.weight == PartConfig(type="warmup", params={"over": 2, "by": "step"})
 
 
 def test_a_scheduler_has_a_warmup_beside_it(load):
-    assert load(KD + "scheduler: cosine\n").stages[0].scheduler == Named(type="cosine")
+    assert load(KD + "scheduler: cosine\n").stages[0].scheduler == PartConfig(type="cosine")
     scheduler = load(KD + "scheduler: {type: step, milestones: [1, 2], warmup: 1}\n").stages[0].scheduler
-    assert scheduler == Named(type="step", params={"milestones": [1, 2], "warmup": 1})
+    assert scheduler == PartConfig(type="step", params={"milestones": [1, 2], "warmup": 1})
     chain = "{type: chain, parts: [{type: warmup, over: 1, length: 1}, cosine]}"
     scheduler = load(KD + f"scheduler: {chain}\n").stages[0].scheduler
     assert scheduler.params["parts"] == [{"type": "warmup", "over": 1, "length": 1}, {"type": "cosine"}]
@@ -254,7 +254,7 @@ def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
         "clip: 1\naccumulate: 2\nema: 0.99\nvalidation: 0.1\nmetrics: [top1, ece]\neval_every: 2\nlog_every: 5\n"
         "checkpoint_every: {steps: 10, minutes: 1.5}\nprecision: bf16\nsync_batchnorm: true\nseed: 3\ndevice: cpu\n"
         "compile: true\nchannels_last: true\nworkers: 2\ndata_root: d\nruns: r\nout: o\nfresh: true\n"
-        "tensorboard: false\ntitle: T\npaper: P\neval_batch_size: 100\nfrozen_forward: table\nfrozen_rows: 64\n"
+        "tensorboard: false\ntitle: T\npaper: P\neval_batch_size: 100\nfrozen_forward: cache\nfrozen_rows: 64\n"
     )
     recipe = load(text)
     (stage,) = recipe.stages
@@ -271,4 +271,4 @@ def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
     )
     assert (recipe.data_root, recipe.runs, recipe.out, recipe.fresh, recipe.tensorboard) == ("d", "r", "o", True, False)
     assert (recipe.title, recipe.paper) == ("T", "P")
-    assert (recipe.frozen_forward, recipe.frozen_rows) == ("table", 64)
+    assert (recipe.frozen_forward, recipe.frozen_batch_size) == ("table", 64)

@@ -27,7 +27,7 @@ stages:
       query:
         epochs: 0
         student: {weights: {stage: train}}
-        make: {labels: {type: choose, by: {type: entropy, student: student}, budget: 40, count: 10}}
+        artifacts: {labels: {type: choose, by: {type: entropy, student: student}, budget: 40, count: 10}}
 """
 )
 
@@ -106,20 +106,22 @@ def test_another_number_of_rounds_is_another_run(load):
 
 
 def test_made_things_go_by_the_latest_earlier_stage(load):
-    text = LOOP.replace("train: {epochs: 2,", "train: {epochs: 2, label_fraction: {made: query.labels, first: 20},")
+    text = LOOP.replace(
+        "train: {epochs: 2,", "train: {epochs: 2, label_fraction: {artifact: query.labels, initial: 20},"
+    )
     stages = {stage.name: stage for stage in load(text).stages}
-    assert stages["train@1"].data["train"].labels == 20
-    assert stages["train@2"].data["train"].labels == "query@1.labels"
-    assert stages["query@1"].make["labels"].previous is None
-    assert stages["query@2"].make["labels"].previous == "query@1.labels"
+    assert stages["train@1"].data["train"].label_fraction == 20
+    assert stages["train@2"].data["train"].label_fraction == "query@1.labels"
+    assert stages["query@1"].artifacts["labels"].previous is None
+    assert stages["query@2"].artifacts["labels"].previous == "query@1.labels"
 
 
 def test_weights_begin_with_first(load):
-    first = "{stage: previous, first: {recipe: digits/teacher, model: digits_mlp}}"
+    first = "{stage: previous, initial: {recipe: digits/teacher, model: digits_mlp}}"
     text = LOOP.replace("  warm: {epochs: 3}\n", "").replace("{weights: {stage: previous}}", f"{{weights: {first}}}")
     (one, _, two, _) = load(text).stages
     weights = one.roles["student"].weights
-    assert weights is not None and weights.recipe == "digits/teacher" and weights.place.line == 10
+    assert weights is not None and weights.recipe == "digits/teacher" and weights.location.line == 10
     assert two.roles["student"].weights is not None and two.roles["student"].weights.stage == "query@1"
 
 
@@ -176,14 +178,14 @@ def test_terms_of_a_loop_may_be_a_list(load):
         ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' comes later, or is this one"]),
         ("stage: train}", "stage: train, role: stdent}", ["no role 'stdent'", "'student'?"]),
         ("stage: train}", "stage: train, role: [student, student]}", ["role is listed twice"]),
-        ("stage: train}", "path: x.pt, first: {stage: train}}", ["weights.first: belongs to `stage:`"]),
+        ("stage: train}", "path: x.pt, initial: {stage: train}}", ["weights.initial: belongs to `stage:`"]),
         ("budget: 40", "budgte: 40", ["r.yaml:15", "no parameter 'budgte'", "'budget'"]),
         ("type: choose", "type: chose", ["r.yaml:15", "no maker 'chose'", "'choose'?"]),
         ("type: entropy", "type: entropie", ["no selector 'entropie'", "'entropy'?"]),
         ("student: student}, budget", "student: studnt:logits}, budget", ["no role 'studnt'", "'student'?"]),
         ("by: {type: entropy, student: student}, ", "", ["'choose' needs `by`", "kdbench list selectors"]),
         ("type: choose", "type: choose, source: pool", ["no source 'pool'", "Known: eval, train"]),
-        ("make: {labels: ", "make: {la bels: ", ["'la bels' cannot be the name"]),
+        ("artifacts: {labels: ", "artifacts: {la bels: ", ["'la bels' cannot be the name"]),
     ],
 )
 def test_one_mistake_in_a_loop(fault, right, wrong, said):
@@ -200,13 +202,19 @@ def test_a_mistake_in_a_loop_is_told_once(fault):
 @pytest.mark.parametrize(
     ("reads", "said"),
     [
-        ("data: {train: {made: query.labls}}", "query.labels"),
-        ("label_fraction: {made: query.labls, first: 20}", "no stage makes 'query.labls'"),
-        ("terms: {kd: {type: kd, teacher: made:query.labls}}", "query.labels"),
-        ("student: {model: {made: query.labls}}", "query.labels"),
-        ("terms: {kd: {type: kd, teacher: made:query.labels}}", "'query@1.labels' is a choice, but a tensor is read"),
-        ("data: {train: {made: query.labels}}", "'query@1.labels' is a choice, but a dataset is read"),
-        ("student: {model: {made: query.labels}}", "'query@1.labels' is a choice, but role 'student' needs a model"),
+        ("data: {train: {artifact: query.labls}}", "query.labels"),
+        ("label_fraction: {artifact: query.labls, initial: 20}", "no stage makes 'query.labls'"),
+        ("terms: {kd: {type: kd, teacher: artifact:query.labls}}", "query.labels"),
+        ("student: {model: {artifact: query.labls}}", "query.labels"),
+        (
+            "terms: {kd: {type: kd, teacher: artifact:query.labels}}",
+            "'query@1.labels' is a choice, but a tensor is read",
+        ),
+        ("data: {train: {artifact: query.labels}}", "'query@1.labels' is a choice, but a dataset is read"),
+        (
+            "student: {model: {artifact: query.labels}}",
+            "'query@1.labels' is a choice, but role 'student' needs a model",
+        ),
     ],
 )
 def test_what_nobody_makes_and_what_is_something_else(fault, reads, said):
@@ -218,7 +226,8 @@ def test_a_frozen_role_needs_weights_to_begin_with(fault):
     text = LOOP.replace("student: {model", "teacher: {model: digits_mlp, weights: {stage: previous}}\nstudent: {model")
     told = fault(text)
     assert (
-        "r.yaml:2 teacher.weights: no earlier stage holds role 'teacher', which is frozen" in told and "first:" in told
+        "r.yaml:2 teacher.weights: no earlier stage holds role 'teacher', which is frozen" in told
+        and "initial:" in told
     )
 
 

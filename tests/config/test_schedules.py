@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kdbench.config.schedules import build_schedule
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 
 
 def values(schedule: dict | float | None, length: int) -> list[float]:
@@ -53,7 +53,7 @@ def test_chain_runs_each_part_over_its_own_length():
 
 
 def test_the_warmup_of_a_scheduler_leaves_milestones_where_they_are():
-    named = Named(type="step", params={"milestones": [3], "gamma": 0.5, "warmup": 2})
+    named = PartConfig(type="step", params={"milestones": [3], "gamma": 0.5, "warmup": 2})
     moving = build_schedule(named)
     assert [moving(p, 5) for p in range(5)] == [0.5, 1, 1, 0.5, 0.5]
 

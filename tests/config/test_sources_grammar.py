@@ -10,7 +10,7 @@ import pytest
 from helpers.recipe_texts import KD
 from kdbench.config.parse.data import read_sources
 from kdbench.config.parse.keys import Context, Fields
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 
 MADE = {"query.picked": "query@2.picked", "query@1.picked": "query@1.picked", "paint.pool": "paint.pool"}
 
@@ -37,13 +37,13 @@ def subset_of(read, value, **options):
 
 def test_a_subset_is_a_number_a_part_or_a_list_in_order(read):
     assert subset_of(read, 0.5) == 0.5
-    assert subset_of(read, {"type": "shard", "of": 3, "number": 1}) == Named(
+    assert subset_of(read, {"type": "shard", "of": 3, "number": 1}) == PartConfig(
         type="shard", params={"of": 3, "number": 1}
     )
     several = subset_of(read, [{"type": "classes", "keep": [0, "3"]}, {"type": "random", "amount": 0.5}, 20])
     assert several == (
-        Named(type="classes", params={"keep": [0, "3"]}),
-        Named(type="random", params={"amount": 0.5}),
+        PartConfig(type="classes", params={"keep": [0, "3"]}),
+        PartConfig(type="random", params={"amount": 0.5}),
         20,
     )
 
@@ -52,52 +52,52 @@ def test_a_made_choice_is_the_latest_of_its_name(read):
     assert subset_of(read, {"made": "query.picked"}) == "query@2.picked"
     assert subset_of(read, {"made": "query@1.picked", "first": 20}) == "query@1.picked"
     listed = subset_of(read, [{"type": "shard", "of": 2}, {"made": "query.picked"}])
-    assert listed == (Named(type="shard", params={"of": 2}), "query@2.picked")
+    assert listed == (PartConfig(type="shard", params={"of": 2}), "query@2.picked")
     sources, faults = read({}, label_fraction={"made": "query.picked", "first": 20})
-    assert not faults and sources["train"].labels == "query@2.picked" and sources["eval"].labels is None
+    assert not faults and sources["train"].label_fraction == "query@2.picked" and sources["eval"].label_fraction is None
 
 
 def test_a_null_takes_what_was_made_from_a_source(read):
     sources, faults = read({"train": {"made": None, "first": None, "dataset": "digits"}})
-    assert not faults and sources["train"].made is None and sources["train"].dataset.type == "digits"
+    assert not faults and sources["train"].artifact is None and sources["train"].dataset.type == "digits"
 
 
 def test_where_no_earlier_stage_made_it_the_first_is_taken(read):
     first = {"made": "query.picked", "first": 20}
     assert subset_of(read, first, made={}) == 20
-    assert subset_of(read, {"made": "query.picked", "first": {"type": "random", "amount": 20}}, made={}) == Named(
+    assert subset_of(read, {"made": "query.picked", "first": {"type": "random", "amount": 20}}, made={}) == PartConfig(
         type="random", params={"amount": 20}
     )
     assert subset_of(read, {"made": "a.b", "first": [{"type": "shard", "of": 2}, 0.5]}, made={}) == (
-        Named(type="shard", params={"of": 2}),
+        PartConfig(type="shard", params={"of": 2}),
         0.5,
     )
-    assert read({}, made={}, label_fraction=first)[0]["train"].labels == 20
+    assert read({}, made={}, label_fraction=first)[0]["train"].label_fraction == 20
 
 
 def test_a_made_dataset_is_a_source_like_any_other(read):
-    sources, faults = read({"pool": {"made": "paint.pool", "batch_size": 8, "augment": ["flip"], "subset": 0.5}})
+    sources, faults = read({"pool": {"artifact": "paint.pool", "batch_size": 8, "augment": ["flip"], "subset": 0.5}})
     assert not faults
     pool = sources["pool"]
-    assert (pool.dataset.type, pool.made, pool.batch_size, pool.subset) == ("made", "paint.pool", 8, 0.5)
+    assert (pool.dataset.type, pool.artifact, pool.batch_size, pool.subset) == ("artifact", "paint.pool", 8, 0.5)
     assert [named.type for named in pool.views["image"]] == ["flip"]
 
 
 def test_a_made_dataset_may_begin_as_another(read):
     value = {"made": "later.pool", "first": {"dataset": "synthetic", "subset": 20}, "batch_size": 8}
     pool = read({"pool": value})[0]["pool"]
-    assert (pool.dataset.type, pool.made, pool.batch_size, pool.subset) == ("synthetic", None, 8, 20)
+    assert (pool.dataset.type, pool.artifact, pool.batch_size, pool.subset) == ("synthetic", None, 8, 20)
     assert read({"pool": {**value, "first": "synthetic"}})[0]["pool"].dataset.type == "synthetic"
-    assert read({"pool": {**value, "made": "paint.pool"}})[0]["pool"].made == "paint.pool"
+    assert read({"pool": {**value, "artifact": "paint.pool"}})[0]["pool"].artifact == "paint.pool"
 
 
 def test_labels_change_on_a_source_or_on_train(read):
     noise = {"type": "symmetric_noise", "rate": 0.4}
     sources, faults = read({"extra": {}, "eval_old": {}}, relabel=noise)
     assert not faults
-    assert sources["train"].relabel == Named(type="symmetric_noise", params={"rate": 0.4})
+    assert sources["train"].relabel == PartConfig(type="symmetric_noise", params={"rate": 0.4})
     assert [sources[name].relabel for name in ("eval", "extra", "eval_old")] == [None] * 3
-    assert read({"eval": {"relabel": "random_labels"}})[0]["eval"].relabel == Named(type="random_labels")
+    assert read({"eval": {"relabel": "random_labels"}})[0]["eval"].relabel == PartConfig(type="random_labels")
 
 
 def test_further_evaluation_sources_are_test_splits_in_evaluation_batches(read):
@@ -109,8 +109,8 @@ def test_a_view_continues_another(read):
     augment = {"image": ["flip"], "corrupted": {"from": "image", "then": [{"type": "noise", "std": 0.3}]}}
     sources, faults = read({}, augment=augment)
     assert not faults
-    same = Named(type="same", params={"view": "image"})
-    assert sources["train"].views["corrupted"] == (same, Named(type="noise", params={"std": 0.3}))
+    same = PartConfig(type="same", params={"view": "image"})
+    assert sources["train"].views["corrupted"] == (same, PartConfig(type="noise", params={"std": 0.3}))
     written, _ = read({}, augment={"corrupted": [{"type": "same", "view": "image"}, {"type": "noise", "std": 0.3}]})
     assert written["train"].views["corrupted"] == sources["train"].views["corrupted"]
 
@@ -129,12 +129,12 @@ def test_a_view_continues_another(read):
         ({"a": {"subset": {"made": "query"}}}, {}, "must be STAGE.NAME"),
         ({"a": {"subset": {"made": "query.picked", "frist": 2}}}, {}, "unknown key 'frist'"),
         ({}, {"label_fraction": {"made": "x.y"}}, "no earlier stage makes 'x.y'; write `first:`"),
-        ({}, {"label_fraction": {"type": "random"}}, "must be a number or {made: STAGE.NAME"),
+        ({}, {"label_fraction": {"type": "random"}}, "must be a number or {artifact: STAGE.NAME"),
         ({"a": {"made": "paint.poll"}}, {}, "no earlier stage makes 'paint.poll'"),
-        ({"a": {"made": "paint.pool", "dataset": "digits"}}, {}, "one of `made:` and `dataset:`"),
-        ({"a": {"made": "paint.pool", "split": "test"}}, {}, "has no splits"),
-        ({"a": {"made": "paint.pool", "kind": 1}}, {}, "unknown key 'kind'"),
-        ({"a": {"dataset": "made"}}, {}, "is written `{made: STAGE.NAME}`"),
+        ({"a": {"artifact": "paint.pool", "dataset": "digits"}}, {}, "one of `made:` and `dataset:`"),
+        ({"a": {"artifact": "paint.pool", "split": "test"}}, {}, "has no splits"),
+        ({"a": {"artifact": "paint.pool", "kind": 1}}, {}, "unknown key 'kind'"),
+        ({"a": {"dataset": "made"}}, {}, "is written `{artifact: STAGE.NAME}`"),
         ({"a": {"relabel": {"type": "symetric_noise", "rate": 1}}}, {}, "Did you mean 'symmetric_noise'"),
         ({}, {"relabel": {"type": "symmetric_noise"}}, "relabelling 'symmetric_noise' needs rate"),
         ({}, {"augment": {"b": {"from": "imge", "then": []}}}, "no view 'imge'. Did you mean 'image'"),
@@ -156,10 +156,10 @@ def test_the_recipe_spells_its_parts_short(load):
     )
     recipe = load(text)
     data = recipe.stages[0].data
-    assert data["train"].relabel is not None and str(data["train"].relabel.place).startswith("r.yaml:")
+    assert data["train"].relabel is not None and str(data["train"].relabel.location).startswith("r.yaml:")
     assert [named.type for named in data["train"].views["low"]] == ["same", "low_resolution"]
     assert isinstance(data["client"].subset, tuple) and data["client"].subset[1] == 0.5
-    assert "r.yaml" in str(data["client"].subset[0].place)
+    assert "r.yaml" in str(data["client"].subset[0].location)
 
 
 def _example(start: str) -> str:

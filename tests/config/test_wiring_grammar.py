@@ -32,57 +32,59 @@ NOISE = (
 """A role that sees no image, and so no label."""
 
 GATED = (
-    "models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}, "
+    "models: {judge: {reuse: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}, "
     "free: {model: t_layers}}\ndata: {held: {}}\n"
-    "terms: {kd: {type: kd, weigh: {type: learnt, by: gate}}, ce: cross_entropy, "
+    "terms: {kd: {type: kd, sample_weight: {type: learnt, by: gate}}, ce: cross_entropy, "
     "held: {type: cross_entropy, student: judge}, idle: {type: kd, weight: 0}}\n"
 )
 
 
 def after(step: str, outer: str = "models: [gate], terms: [held]", more: str = "") -> str:
     """A student that learns by kd, and a gate that learns after a virtual step."""
-    return GATED + f"updates: [{{{outer}, after: {step}}}, {{models: [student], terms: [kd, ce]}}{more}]"
+    return GATED + f"updates: [{{{outer}, inner_step: {step}}}, {{models: [student], terms: [kd, ce]}}{more}]"
 
 
 AFTER = {
     "a virtual step of nothing": (
         after("{models: [], terms: []}"),
-        ["updates.0.after: a virtual step needs `terms`", "updates.0.after: a virtual step needs `models`"],
+        ["updates.0.inner_step: a virtual step needs `terms`", "updates.0.inner_step: a virtual step needs `models`"],
     ),
     "a virtual step of a role that is not there": (
         after("{models: [studnet], terms: [kd]}"),
-        ["updates.0.after.models: no role 'studnet'. Did you mean 'student'?"],
+        ["updates.0.inner_step.models: no role 'studnet'. Did you mean 'student'?"],
     ),
     "a virtual step of a frozen role": (
         after("{models: [teacher], terms: [kd]}"),
-        ["updates.0.after.models: role 'teacher' is frozen; a virtual step moves trainable roles only"],
+        ["updates.0.inner_step.models: role 'teacher' is frozen; a virtual step moves trainable roles only"],
     ),
     "a virtual step by a term that is not there": (
         after("{models: [student], terms: [dk]}"),
-        ["updates.0.after.terms: no term 'dk'. Did you mean 'kd'?"],
+        ["updates.0.inner_step.terms: no term 'dk'. Did you mean 'kd'?"],
     ),
     "a virtual step with a key that it has not": (
         after("{models: [student], terms: [kd], rate: 0.1}"),
-        ["updates.0.after.rate: unknown key"],
+        ["updates.0.inner_step.rate: unknown key"],
     ),
     "a virtual step at rate 0": (
         after("{models: [student], terms: [kd], lr: 0}"),
-        ["updates.0.after.lr: must be above 0, got 0"],
+        ["updates.0.inner_step.lr: must be above 0, got 0"],
     ),
-    "a virtual step that is not a mapping": (after("student"), ["updates.0.after: after must be a mapping"]),
+    "a virtual step that is not a mapping": (after("student"), ["updates.0.inner_step: inner_step must be a mapping"]),
     "a virtual step by a term of weight 0": (
         after("{models: [student], terms: [idle]}"),
-        ["updates.0.after: no virtual step to take: every term of it has weight 0"],
+        ["updates.0.inner_step: no virtual step to take: every term of it has weight 0"],
     ),
     "a virtual step that moves nothing": (
         after("{models: [free], terms: [kd], lr: 1}"),
-        ["updates.0.after: no virtual step to take: no term of kd reaches a parameter of free"],
+        ["updates.0.inner_step: no virtual step to take: no term of kd reaches a parameter of free"],
     ),
     "a virtual step that nothing reads": (
         after("{models: [student], terms: [kd]}", "models: [gate], terms: [own]").replace(
             "idle:", "own: {type: cross_entropy, student: free}, idle:"
         ),
-        ["updates.0.after: nothing comes after this step: no term of own reads what the virtual step of student moves"],
+        [
+            "updates.0.inner_step: nothing comes after this step: no term of own reads what the virtual step of student moves"
+        ],
     ),
     "a virtual step that the learner does not touch": (
         after("{models: [student], terms: [ce]}"),
@@ -90,19 +92,19 @@ AFTER = {
     ),
     "a virtual step without a rate, of what no update moves": (
         after("{models: [free], terms: [own]}", "models: [gate], terms: [own]").replace(
-            "idle:", "own: {type: cross_entropy, student: free, weigh: {type: learnt, by: gate}}, idle:"
+            "idle:", "own: {type: cross_entropy, student: free, sample_weight: {type: learnt, by: gate}}, idle:"
         ),
-        ["updates.0.after: say the learning rate of this step", "no update moves free.layer1"],
+        ["updates.0.inner_step: say the learning rate of this step", "no update moves free.layer1"],
     ),
     "a virtual step without a rate, of what two updates move": (
         after("{models: [student], terms: [kd]}", more=", {models: [student], terms: [ce]}"),
-        ["updates.0.after: say the learning rate of this step", "2 updates move student.layer1"],
+        ["updates.0.inner_step: say the learning rate of this step", "2 updates move student.layer1"],
     ),
     "a virtual step by what has no second derivative": (
         after("{models: [student], terms: [kd, once]}").replace(
-            "idle:", "once: {type: t_once, weigh: {type: learnt, by: gate}}, idle:"
+            "idle:", "once: {type: t_once, sample_weight: {type: learnt, by: gate}}, idle:"
         ),
-        ["updates.0.after: a gradient goes through this step, but kd, once cannot be differentiated twice"],
+        ["updates.0.inner_step: a gradient goes through this step, but kd, once cannot be differentiated twice"],
     ),
     "a virtual step beside a selection": (
         after("{models: [student], terms: [kd]}, select: {type: random, keep: 4}"),
@@ -110,7 +112,7 @@ AFTER = {
     ),
     "a virtual step in fp16": (
         after("{models: [student], terms: [kd]}") + "\nprecision: fp16",
-        ["precision: fp16 scales losses", "take bf16", "updates.0.after"],
+        ["precision: fp16 scales losses", "take bf16", "updates.0.inner_step"],
     ),
     "a result that is told its class": (
         "models: {told: {model: fusion_gate, input: ['student:logits', 'teacher:logits', train.label]}}\n"
@@ -128,7 +130,7 @@ WRONG = {
     ),
     "an average of itself": ("models: {a: {ema: a}}\nterms: {ce: cross_entropy}", ["circle: a -> a"]),
     "a circle through a shared network": (
-        "models:\n  a: {same: b, input: 'c:layer1'}\n  b: {model: t_layers}\n"
+        "models:\n  a: {reuse: b, input: 'c:layer1'}\n  b: {model: t_layers}\n"
         "  c: {model: t_layers, input: 'a:logits'}\nterms: {ce: {type: cross_entropy, student: a}}",
         ["in a circle: a -> c -> a"],
     ),
@@ -168,7 +170,7 @@ WRONG = {
         ["term 'ce' stands in two updates of one group", "no order"],
     ),
     "a network that is another's in an update": (
-        "models: {h: {same: student}}\nterms: {ce: cross_entropy, kd: {type: kd, student: h}}\n"
+        "models: {h: {reuse: student}}\nterms: {ce: cross_entropy, kd: {type: kd, student: h}}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [h], terms: [kd]}]]",
         ["role 'h' is same; an update moves trainable roles only"],
     ),
@@ -196,12 +198,12 @@ WRONG = {
     ),
     "a router over one teacher, twice": (
         "terms: {kd: {type: kd, teacher: [teacher, teacher], route: uniform}}",
-        ["chooses among teachers", "the same: teacher:logits"],
+        ["chooses among teachers", "the reuse: teacher:logits"],
     ),
     "a router over one teacher of two students": (
         "models: {b: {model: t_layers}}\n"
         "terms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
-        ["chooses among teachers", "the same: teacher:logits"],
+        ["chooses among teachers", "the reuse: teacher:logits"],
     ),
     "a router over a term without weights": (
         "models: {second: {model: t_layers, frozen: true}}\n"
@@ -209,7 +211,7 @@ WRONG = {
         ["takes no weights"],
     ),
     "a weigher that does not fit": (
-        "terms: {hint: {type: hint, student: conv2, teacher: conv2, weigh: disagreement}}",
+        "terms: {hint: {type: hint, student: conv2, teacher: conv2, sample_weight: disagreement}}",
         ["weigher", "one for each"],
         ["student={model: t_conv}", "teacher={model: t_conv}"],
     ),
@@ -220,12 +222,12 @@ WRONG = {
         ["reads 'label'", "source 'noise' has not"],
     ),
     "a weigher that reads labels where there are none": (
-        NOISE + "terms: {kd: {type: kd, student: own, teacher: own, weigh: {type: focal, power: 1}}}",
-        ["terms.kd.weigh: weigher 'focal'", "reads 'label'", "no labels"],
+        NOISE + "terms: {kd: {type: kd, student: own, teacher: own, sample_weight: {type: focal, power: 1}}}",
+        ["terms.kd.sample_weight: weigher 'focal'", "reads 'label'", "no labels"],
     ),
     "a weigher that reads a teacher where there is none": (
-        "terms: {ce: {type: cross_entropy, weigh: confidence}}",
-        ["terms.ce.weigh: weigher 'confidence'", "reads 'teacher'"],
+        "terms: {ce: {type: cross_entropy, sample_weight: confidence}}",
+        ["terms.ce.sample_weight: weigher 'confidence'", "reads 'teacher'"],
     ),
     "a selector that reads labels where there are none": (
         NOISE + "terms: {kd: {type: kd, student: own, teacher: own}}\n"
@@ -266,23 +268,23 @@ WRONG = {
     ),
     "a budget larger than the pool": (
         "terms: {ce: cross_entropy}\n"
-        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 65, count: 2}}",
+        "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 65, count: 2}}",
         ["make.pick: choose has a budget of 65, but its source has only 64 samples"],
     ),
     "a budget larger than a part of the pool": (
         "terms: {ce: cross_entropy}\ndata: {train: {subset: 32}}\n"
-        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 33, count: 2}}",
+        "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 33, count: 2}}",
         ["make.pick: choose has a budget of 33, but its source has only 32 samples"],
     ),
     "a budget that is spent before the first round": (
-        "terms: {ce: cross_entropy}\nlabel_fraction: {made: query.pick, first: 20}\n"
-        "stages: {active: {rounds: 2, stages: {train: {epochs: 1}, query: {epochs: 0, make: {pick: "
+        "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: query.pick, initial: 20}\n"
+        "stages: {active: {rounds: 2, stages: {train: {epochs: 1}, query: {epochs: 0, artifacts: {pick: "
         "{type: choose, by: {type: entropy, student: student}, budget: 10, count: 5}}}}}}",
         ["make.pick: choose has a budget of 10, but its source begins with 20 labels"],
     ),
     "more in a round than in all": (
         "terms: {ce: cross_entropy}\n"
-        "make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 10, count: 20}}",
+        "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 10, count: 20}}",
         ["make.pick: choose: count (20) is more than the budget (10)"],
     ),
     "a part of a file where there is none": (
@@ -322,36 +324,36 @@ WRONG = {
         ["has no field 'soft'"],
     ),
     "something that nobody made": (
-        "terms: {mse: {type: logit_mse, teacher: 'made:first.soft'}}",
+        "terms: {mse: {type: logit_mse, teacher: 'artifact:first.soft'}}",
         ["no earlier stage makes 'first.soft'"],
     ),
     "a dataset that nobody made": (
-        "terms: {ce: cross_entropy}\ndata: {pool: {made: first.pool}}",
-        ["data.pool.made: no earlier stage makes 'first.pool'"],
+        "terms: {ce: cross_entropy}\ndata: {pool: {artifact: first.pool}}",
+        ["data.pool.artifact: no earlier stage makes 'first.pool'"],
     ),
     "a choice that nobody made": (
-        "terms: {ce: cross_entropy}\ndata: {train: {subset: {made: first.pick}}}",
-        ["data.train.subset.made: no earlier stage makes 'first.pick'"],
+        "terms: {ce: cross_entropy}\ndata: {train: {subset: {artifact: first.pick}}}",
+        ["data.train.subset.artifact: no earlier stage makes 'first.pick'"],
     ),
     "labels that nobody chose": (
-        "terms: {ce: cross_entropy}\nlabel_fraction: {made: first.pick}",
-        ["label_fraction.made: no earlier stage makes 'first.pick'"],
+        "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: first.pick}",
+        ["label_fraction.artifact: no earlier stage makes 'first.pick'"],
     ),
     "a model that nobody chose": (
-        "models: {b: {model: {made: first.best}}}\nterms: {ce: {type: cross_entropy, student: b}}",
+        "models: {b: {model: {artifact: first.best}}}\nterms: {ce: {type: cross_entropy, student: b}}",
         ["models.b: no earlier stage makes 'first.best'"],
     ),
     "a choice of a later stage": (
-        "terms: {ce: cross_entropy}\nstages:\n  one: {data: {train: {subset: {made: two.pick}}}}\n"
-        "  two: {make: {pick: {type: choose, by: {type: entropy, student: student}, budget: 4}}}",
-        ["stages.one.data.train.subset.made: no earlier stage makes 'two.pick'"],
+        "terms: {ce: cross_entropy}\nstages:\n  one: {data: {train: {subset: {artifact: two.pick}}}}\n"
+        "  two: {artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 4}}}",
+        ["stages.one.data.train.subset.artifact: no earlier stage makes 'two.pick'"],
     ),
     "statistics of what has none": (
         "terms: {it: {type: bn_statistics, student: 'teacher:layer1/in', teacher: 'teacher:layer1/stats'}}",
         ["keeps no running mean"],
     ),
     "weights of a part that is another's": (
-        "models: {part: {same: 'teacher:fc', input: 'student:layer1', weights: {path: x.pt}}}\n"
+        "models: {part: {reuse: 'teacher:fc', input: 'student:layer1', weights: {path: x.pt}}}\n"
         "terms: {kd: {type: kd, student: part}}",
         ["the very network of 'teacher'"],
     ),
@@ -445,7 +447,7 @@ def test_sources_of_equal_batches_may_stand_in_one_combination():
 
 
 def test_a_smaller_last_batch_of_another_source_is_refused_where_several_processes_would_pad_it():
-    text = "data: {memory: {subset: 50}}\nmodels: {again: {same: student, input: memory.image}}\n"
+    text = "data: {memory: {subset: 50}}\nmodels: {again: {reuse: student, input: memory.image}}\n"
     text += "terms: {pcr: {type: proxy_contrastive, replayed: again, replayed_label: memory.label}}"
     assert plan_of(recipe(HEAD + text)).updates
     with pytest.raises(ConfigError, match=r"own.yaml:10 terms.pcr.replayed.*2 processes would pad it"):

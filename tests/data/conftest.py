@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.loading.build import build_sources
-from kdbench.errors import Place
+from kdbench.errors import Location
 
 
 def named(text, **params):
-    return Named(type=text, params=params, place=Place(f"augment.{text}", "recipe.yaml", 7))
+    return PartConfig(type=text, params=params, location=Location(f"augment.{text}", "recipe.yaml", 7))
 
 
 def config(name="train", dataset="synthetic", split="train", batch_size=16, views=None, params=None, **rest):
     return SourceConfig(
         name=name,
-        dataset=Named(type=dataset, params=params or {}),
+        dataset=PartConfig(type=dataset, params=params or {}),
         split=split,
         batch_size=batch_size,
         views=views or {"image": ()},
-        place=Place(f"data.{name}", "recipe.yaml", 3),
+        location=Location(f"data.{name}", "recipe.yaml", 3),
         **rest,
     )
 

@@ -27,7 +27,7 @@ from helpers.recipes import (  # noqa: F401
 from helpers.sharding import CAN_PART, needs_parts
 from kdbench.config.load import load_recipe
 from kdbench.experiment.reopened import reevaluate
-from kdbench.files import read_json, read_lines
+from kdbench.files import read_json, read_json_lines
 from kdbench.run_folder import RunFolder
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
@@ -57,17 +57,17 @@ QUEUED = (
 ROUTED = (
     "{ce: cross_entropy, kd: {type: kd, teacher: [teacher, second], route: {type: top_k, k: 2, read: 'student:pool'}}, "
     "balance: {type: load_balance, student: 'term:kd.gate', weight: 3}, "
-    "rkd: {type: rkd, student: 'student:logits', teacher: 'teacher:logits', weight: 0.02, weigh: disagreement}}"
+    "rkd: {type: rkd, student: 'student:logits', teacher: 'teacher:logits', weight: 0.02, sample_weight: disagreement}}"
 )
 GATED = (
-    "{kd: {type: kd, weigh: {type: learnt, by: gate}}, ce: {type: cross_entropy, weigh: {type: learnt, by: gate, "
+    "{kd: {type: kd, sample_weight: {type: learnt, by: gate}}, ce: {type: cross_entropy, sample_weight: {type: learnt, by: gate, "
     "complement: true}}, rkd: {type: rkd, student: pool, teacher: pool, weight: 0.02}, "
     "held: {type: cross_entropy, student: judge}}"
 )
 AHEAD = (
-    "models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}\n"
+    "models: {judge: {reuse: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}\n"
     "data: {held: {subset: {type: random, amount: 24}}}\nprecision: float64\n"
-    "updates: [[{models: [gate], terms: [held], after: {models: [student], terms: [kd, ce, rkd]}}, "
+    "updates: [[{models: [gate], terms: [held], inner_step: {models: [student], terms: [kd, ce, rkd]}}, "
     "{models: [student], terms: [kd, ce, rkd]}]]\n"
 )
 PARTED = (
@@ -85,7 +85,7 @@ CASES = {
     "routed": ("group", ROUTED, "models: {second: {model: t_conv, frozen: true}}\nprecision: float64\n"),
     "ahead": ("group", GATED, AHEAD),
     "ahead_synced": ("batch", GATED, AHEAD + "sync_batchnorm: true\n"),
-    "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\nfrozen_forward: table\n"),
+    "parted": ("group", PARTED, IN_PARTS + "clip: 0.3\nfrozen_forward: cache\n"),
     "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }
@@ -184,7 +184,7 @@ def test_without_synchronisation_batchnorm_is_per_rank_and_the_manifest_says_so(
 
 @pytest.mark.parametrize("case", cases(*SAME))
 def test_the_logs_tell_the_same_losses_and_scores(runs, case):
-    one, two = (read_lines(runs / case / which / "metrics.jsonl") for which in ("one", "two"))
+    one, two = (read_json_lines(runs / case / which / "metrics.jsonl") for which in ("one", "two"))
     assert [line["event"] for line in one] == [line["event"] for line in two]
     for ours, theirs in zip(one, two, strict=True):
         if ours["event"] == "train":
@@ -200,7 +200,7 @@ def test_the_logs_tell_the_same_losses_and_scores(runs, case):
 
 def test_only_one_process_writes(runs):
     for case in CASES:
-        lines = read_lines(runs / case / "two" / "metrics.jsonl")
+        lines = read_json_lines(runs / case / "two" / "metrics.jsonl")
         steps = [line["step"] for line in lines if line["event"] == "train"]
         assert steps == sorted(set(steps)), "every step is logged once"
         assert read_json(runs / case / "two" / "manifest.json")["sessions"][0]["world_size"] == 2
@@ -239,7 +239,7 @@ def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved, case)
 
 @pytest.mark.parametrize("case", cases("parted", "parted_synced"))
 def test_what_was_trained_in_parts_is_evaluated_by_one_process(moved, case):
-    lines = [line for line in read_lines(Path(case) / "two" / "metrics.jsonl") if line["event"] == "evaluation"]
+    lines = [line for line in read_json_lines(Path(case) / "two" / "metrics.jsonl") if line["event"] == "evaluation"]
     student = (line for line in reversed(lines) if (line["role"], line["split"]) == ("student", "test"))
     logged = next(line["metrics"] for line in student if "nll" in line["metrics"])
     found = reevaluate(RunFolder(Path(case) / "two"))["student"]["test"]

@@ -44,7 +44,7 @@ SHADOW = "models: {shadow: {ema: student}}\n"
 REFUSED = {
     f"shard: [student]\n{SHADOW}": r"role 'student' .*: role 'shadow' \(ema\) needs all of its weights",
     f"shard: [shadow]\n{SHADOW}": "role 'shadow' cannot lie in parts: it is the ema of 'student'",
-    "shard: [again]\nmodels: {again: {same: teacher}}\n": "it is the same as 'teacher'",
+    "shard: [again]\nmodels: {again: {reuse: teacher}}\n": "it is the same as 'teacher'",
     "shard: [student]\nema: 0.9\n": "`ema` averages whole weights",
     "shard: true\nprecision: fp16\n": "take precision: bf16",
     "shard: true\nupdates: [{models: [student], terms: [ce, kd, hint]}]\n": "a stage with `updates`",

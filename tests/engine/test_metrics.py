@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.engine.evaluation.metrics import IGNORED, MetricSet, higher_is_better
 from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
@@ -133,7 +133,7 @@ def test_ece_of_a_calibrated_predictor_is_small_and_of_a_boaster_is_its_error():
 
 
 def test_ece_puts_a_confidence_on_the_edge_into_the_lower_bin():
-    metrics = MetricSet([Named(type="ece", params={"bins": 2})], 2)
+    metrics = MetricSet([PartConfig(type="ece", params={"bins": 2})], 2)
     metrics.update(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0]))
     assert metrics.metrics["ece"].state["seen"].tolist() == [1, 0]
 
@@ -203,7 +203,7 @@ def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="Did you mean 'top5'"):
         MetricSet(["topp5"], 3)
     with pytest.raises(ConfigError, match="no parameter 'bin'"):
-        MetricSet([Named(type="ece", params={"bin": 10})], 3)
+        MetricSet([PartConfig(type="ece", params={"bin": 10})], 3)
 
 
 def test_every_metric_says_which_way_is_better():

@@ -47,21 +47,21 @@ terms: {ce: cross_entropy}
 """
     + COMMON
     + """
-label_fraction: {made: query.labels, first: 8}
+label_fraction: {artifact: query.labels, initial: 8}
 stages:
   active:
     rounds: 2
     stages:
       query:
         epochs: 1
-        make:
+        artifacts:
           labels: {type: choose, by: {type: entropy, student: student}, budget: 18, count: 8}
           memory: {type: reservoir, memory: 9}
           soft: {type: soft_labels, teacher: teacher}
           means: {type: class_means, features: "teacher:layer2"}
       train:
         epochs: 2
-        data: {train: {made: query.soft}, extra: {subset: {made: query.memory}, batch_size: 4}}
+        data: {train: {artifact: query.soft}, extra: {subset: {artifact: query.memory}, batch_size: 4}}
         terms:
           ce: cross_entropy
           soft: {type: logit_mse, student: student, teacher: train.soft}
@@ -174,8 +174,8 @@ def test_a_stage_reads_the_dataset_that_another_made(whole):
 
 def test_a_stage_reads_the_choice_that_another_made(monkeypatch):
     text = ROUNDS.replace("rounds: 2", "rounds: 1").replace(
-        "data: {train: {made: query.soft}, extra: {subset: {made: query.memory}, batch_size: 4}}",
-        "label_fraction: null\n        batch_size: 3\n        data: {train: {subset: {made: query.memory}}}",
+        "data: {train: {artifact: query.soft}, extra: {subset: {artifact: query.memory}, batch_size: 4}}",
+        "label_fraction: null\n        batch_size: 3\n        data: {train: {subset: {artifact: query.memory}}}",
     )
     text = text.replace("\n          soft: {type: logit_mse, student: student, teacher: train.soft}", "")
     seen: set[int] = set()
@@ -218,8 +218,8 @@ epochs: 1
 stages:
   look:
     terms: {ce: cross_entropy}
-    make: {logits: {type: outputs, value: teacher}, means: {type: class_means, features: "teacher:layer2"}}
-  learn: {terms: {ce: cross_entropy, nd: {type: nd, student: layer2, teacher: layer2, means: "made:look.means"}}}
+    artifacts: {logits: {type: outputs, value: teacher}, means: {type: class_means, features: "teacher:layer2"}}
+  learn: {terms: {ce: cross_entropy, nd: {type: nd, student: layer2, teacher: layer2, means: "artifact:look.means"}}}
 out: run
 """
 )
@@ -257,7 +257,7 @@ def networks(monkeypatch) -> list[Any]:
 
 SEARCH = (
     """
-student: {model: {made: find.net}}
+student: {model: {artifact: find.net}}
 teacher: {model: {type: t_conv}}
 epochs: 1
 terms: {ce: cross_entropy, kd: kd}
@@ -268,7 +268,7 @@ stages:
   find:
     epochs: 0
     student: {model: t_linear}
-    make:
+    artifacts:
       net:
         type: search
         teacher: "teacher:conv2"
@@ -284,7 +284,7 @@ def test_the_model_that_was_found_is_what_is_trained():
     """The candidate with the teacher's own architecture is not the first one, which the plan rehearses."""
     loaded = recipe(SEARCH)
     role = loaded.stages[1].roles["student"]
-    assert role.model is not None and (role.made, role.model.params) == ("find.net", {"norm": "batch"})
+    assert role.model is not None and (role.artifact, role.model.params) == ("find.net", {"norm": "batch"})
     assert plan_stages(loaded)[1].roles["student"].parameters > 0
     outcome = train(SEARCH)
     found = content("run", "find.net")
@@ -303,7 +303,7 @@ models:
   a: {model: t_conv}
   b: {model: t_conv}
   old: {model: {type: t_conv, norm: batch}, frozen: true}
-  head: {same: "old:conv1"}
+  head: {reuse: "old:conv1"}
 export: a
 terms: {ce: {type: cross_entropy, student: [a, b]}, kd: {type: kd, student: a, teacher: old}}
 epochs: 1
@@ -410,5 +410,5 @@ def test_a_finished_run_can_be_measured_again():
     scores = reevaluate(RunFolder("run"))
     last = outcome.summary["last"]["metrics"]["student"]["test"]
     assert scores["student"]["test"]["top1"] == last["top1"]
-    assert load_recipe("own.yaml").stages[1].roles["student"].made == "find.net"
+    assert load_recipe("own.yaml").stages[1].roles["student"].artifact == "find.net"
     assert json.dumps(read_json("run/manifest.json")["made"])

@@ -15,7 +15,7 @@ from kdbench.engine.state import checkpoint
 from kdbench.engine.train.loop import Training
 from kdbench.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from kdbench.experiment.run import run as run_experiment
-from kdbench.files import read_json, read_lines
+from kdbench.files import read_json, read_json_lines
 from kdbench.run_folder import RunFolder
 
 TINY = """
@@ -47,7 +47,7 @@ def test_a_run_leaves_everything():
     manifest = read_json(folder.manifest)
     assert manifest["status"] == "finished" and manifest["identity"] == outcome.summary["identity"]
     assert manifest["training"]["main"]["effective_batch"] == {"train": 16}
-    lines = read_lines(folder.metrics)
+    lines = read_json_lines(folder.metrics)
     assert {line["event"] for line in lines} == {"train", "evaluation"}
     splits = {(line["role"], line["split"]) for line in lines if line["event"] == "evaluation"}
     assert {("student", "test"), ("student", "validation"), ("ema", "test"), ("student", "train")} <= splits
@@ -280,7 +280,9 @@ def test_checkpoints_by_steps_and_by_minutes(monkeypatch):
 def test_the_best_epoch_is_kept_with_its_weights():
     outcome = train(TINY + "validation: 0.25\nkeep_epochs: [1, 2, 3]\n", "epochs=5", data=DATA.replace("64", "96"))
     best = outcome.summary["best"]["epoch"]
-    lines = [x for x in read_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "validation"]
+    lines = [
+        x for x in read_json_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "validation"
+    ]
     scores = {x["epoch"]: x["metrics"]["top1"] for x in lines}
     assert scores[best] == max(scores.values()) and best == min(
         e for e, s in scores.items() if s == max(scores.values())
@@ -292,7 +294,7 @@ def test_the_best_epoch_is_kept_with_its_weights():
 
 def test_every_evaluation_happens_when_the_recipe_says():
     train(TINY + "eval_every: 2\n", "epochs=5")
-    lines = [x for x in read_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "test"]
+    lines = [x for x in read_json_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "test"]
     assert sorted({x["epoch"] for x in lines}) == [2, 4, 5]
 
 
@@ -336,7 +338,7 @@ def test_a_run_leaves_no_global_setting_behind():
 
 
 def test_a_frozen_role_below_its_accuracy_is_refused_before_training():
-    text = TINY.replace("terms: {ce", "teacher: {model: t_layers, accuracy: 99}\nterms: {kd: kd, ce")
+    text = TINY.replace("terms: {ce", "teacher: {model: t_layers, require: {top1: 99}}\nterms: {kd: kd, ce")
     with pytest.raises(TrainingError, match=r"own.yaml:4 teacher.*99"):
         train(text)
     assert not RunFolder("run").last.exists()

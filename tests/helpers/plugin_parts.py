@@ -208,7 +208,7 @@ class Generator(nn.Module):
         return {"first": value.detach() * 0, "image": value}
 
 
-@TERMS.register("t_counted", space="sample")
+@TERMS.register("t_counted", space="row")
 class CountedTerm(Term):
     """Squared logits; notes that it ran."""
 
@@ -217,7 +217,7 @@ class CountedTerm(Term):
         return student.square().flatten(1).sum(1)
 
 
-@TERMS.register("t_nan", space="sample")
+@TERMS.register("t_nan", space="row")
 class TurnsNaN(Term):
     """Squared logits until the step `at` (counted from 1), then NaN."""
 
@@ -233,7 +233,7 @@ class TurnsNaN(Term):
         return torch.where(self.seen >= self.at, torch.nan, loss)
 
 
-@TERMS.register("t_bad_gradient", space="sample")
+@TERMS.register("t_bad_gradient", space="row")
 class BadGradient(Term):
     """A finite loss whose gradient is NaN from the step `at` on: sqrt at 0."""
 
@@ -263,7 +263,7 @@ class _Once(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
-@TERMS.register("t_once", space="sample")
+@TERMS.register("t_once", space="row")
 class OnceDifferentiable(Term):
     """Has a gradient, but no second one."""
 
@@ -271,7 +271,7 @@ class OnceDifferentiable(Term):
         return _Once.apply(student).sum(1)  # type: ignore[no-any-return,attr-defined]
 
 
-@TERMS.register("t_scaled", space="sample")
+@TERMS.register("t_scaled", space="row")
 class Scaled(Term):
     """Squared logits times a parameter that a schedule may move."""
 
@@ -283,7 +283,7 @@ class Scaled(Term):
         return self.scale * student.square().sum(1)
 
 
-@TERMS.register("t_owner", space="sample")
+@TERMS.register("t_owner", space="row")
 class Owner(Term):
     """Has a parameter of its own: (student - bias)^2."""
 
@@ -307,7 +307,7 @@ class ModelTerm(Term):
         return self.value.square()
 
 
-@TERMS.register("t_picky", space="sample")
+@TERMS.register("t_picky", space="row")
 class Picky(Term):
     """Refuses what it is given, in words."""
 
@@ -335,7 +335,7 @@ class Coupled(Term):
         return (student.mean(0) - teacher.mean(0)).square().sum()
 
 
-@TERMS.register("t_reads_item", space="sample")
+@TERMS.register("t_reads_item", space="row")
 class ReadsItem(Term):
     """Reads a value on the host."""
 
@@ -344,7 +344,7 @@ class ReadsItem(Term):
         return student.square().sum(1) * (1.0 + 0.0 * read)
 
 
-@TERMS.register("t_brings_number", space="sample")
+@TERMS.register("t_brings_number", space="row")
 class BringsNumber(Term):
     """Makes a tensor from a number of the host."""
 
@@ -352,7 +352,7 @@ class BringsNumber(Term):
         return student.square().sum(1) * torch.tensor(2.0, device=student.device)
 
 
-@TERMS.register("t_reads_branch", space="sample")
+@TERMS.register("t_reads_branch", space="row")
 class ReadsBranch(Term):
     """Chooses a branch by a value."""
 
@@ -360,7 +360,7 @@ class ReadsBranch(Term):
         return student.square().sum(1) if student.is_meta or student.sum() > 0 else student.abs().sum(1)
 
 
-@TERMS.register("t_reads_mask", space="sample")
+@TERMS.register("t_reads_mask", space="row")
 class ReadsMask(Term):
     """Has a shape that depends on values."""
 
@@ -368,7 +368,7 @@ class ReadsMask(Term):
         return student.square().sum(1) + (0 if student.is_meta else student[student > 0].sum())
 
 
-@TERMS.register("t_dies", space="sample")
+@TERMS.register("t_dies", space="row")
 class Dies(Term):
     """Ends the process without a word at its nth training step, unless there is a file `alive`."""
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from kdbench.config.load import load_recipe
-from kdbench.config.schema import Named, Recipe, SourceConfig, StageConfig
+from kdbench.config.schema import PartConfig, Recipe, SourceConfig, StageConfig
 from kdbench.data.describe import describe, describe_all
 from kdbench.data.loading.build import build_sources
 from kdbench.data.loading.source import Source
@@ -36,7 +36,7 @@ from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 from kdbench.experiment.run import Outcome
 from kdbench.experiment.run import run as run_experiment
-from kdbench.files import read_json, read_lines
+from kdbench.files import read_json, read_json_lines
 from kdbench.registry import MODELS, REGISTRIES
 from kdbench.report.console import ConsoleView
 from kdbench.report.tracking import TIME_FIELDS
@@ -240,11 +240,11 @@ def _synthetic(source: SourceConfig, loaded: Recipe, samples: int, batch_size: i
     shape = [values[part] if isinstance(part, str) else part for part in shape]
     count = max(samples, 2 * spec.classes)
     params = {"shape": shape, "classes": spec.classes, "samples": count}
-    labels = None if source.labels is None else min(count // 2, max(spec.classes, 8))
+    labels = None if source.label_fraction is None else min(count // 2, max(spec.classes, 8))
     split = "train" if source.split == "train" else "test"
     return replace(
         source,
-        dataset=Named(type="synthetic", params=params),
+        dataset=PartConfig(type="synthetic", params=params),
         batch_size=min(batch_size, source.batch_size),
         labels=labels,
         split=split,
@@ -287,7 +287,7 @@ def result_of(folder: Path | str) -> dict[str, Any]:
     for key, value in flat(summary):
         if key != "wall_seconds" and ".latency_ms" not in key:
             found[f"summary:{key}"] = value
-    for number, line in enumerate(read_lines(run.metrics)):
+    for number, line in enumerate(read_json_lines(run.metrics)):
         kept = {key: value for key, value in line.items() if key not in TIME_FIELDS}
         for key, value in flat(kept):
             found[f"metrics:{number}.{key}"] = value

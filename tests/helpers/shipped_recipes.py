@@ -21,7 +21,7 @@ from kdbench.config.schema import Recipe, StageConfig
 from kdbench.engine.train.runner import Runner
 from kdbench.experiment.run import Outcome
 from kdbench.experiment.run import run as run_experiment
-from kdbench.files import read_json, read_lines
+from kdbench.files import read_json, read_json_lines
 from kdbench.run_folder import RunFolder
 
 
@@ -109,14 +109,16 @@ def weights(outcome: Outcome | Path | str, role: str, stage: str | None = None) 
 
 def scores(outcome: Outcome, role: str = "student", split: str = "test") -> list[float]:
     """Top-1 in percent of a role on a split, evaluation after evaluation."""
-    lines = read_lines(outcome.folder.metrics)
+    lines = read_json_lines(outcome.folder.metrics)
     found = [line for line in lines if line.get("role") == role and line.get("split") == split]
     return [line["metrics"]["top1"] for line in found if "top1" in line["metrics"]]
 
 
 def losses(outcome: Outcome, term: str) -> list[float]:
     """The unweighted loss of a term, log line after log line."""
-    return [line["terms"][term]["loss"] for line in read_lines(outcome.folder.metrics) if term in line.get("terms", {})]
+    return [
+        line["terms"][term]["loss"] for line in read_json_lines(outcome.folder.metrics) if term in line.get("terms", {})
+    ]
 
 
 def manifest(outcome: Outcome) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.data.loading.build import build_sources
 from kdbench.experiment.run import Outcome
-from kdbench.files import read_lines
+from kdbench.files import read_json_lines
 from kdbench.models.small.cnn import DigitsCNN
 from kdbench.models.small.mlp import DigitsMLP
 
@@ -88,7 +88,7 @@ def test_negative_control_another_network_than_that_before_the_task_says_somethi
 
 
 def _lines(outcome: Outcome) -> list[dict[str, Any]]:
-    return list(read_lines(outcome.folder.metrics))
+    return list(read_json_lines(outcome.folder.metrics))
 
 
 def test_a_stopped_lwf_goes_on_in_the_midst_of_the_stream(tmp_path):
@@ -218,7 +218,7 @@ MEMORY = 60
 
 def memories(recipe: Recipe, out: Outcome) -> list[list[int]]:
     """What is remembered after each task: positions in the training split."""
-    stages = [s.name for s in recipe.stages if "memory" in s.make]
+    stages = [s.name for s in recipe.stages if "memory" in s.artifacts]
     return [torch.load(out.folder.made(name, "memory"), weights_only=True)["index"].tolist() for name in stages]
 
 

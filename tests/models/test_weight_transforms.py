@@ -13,7 +13,7 @@ from kdbench.errors import ConfigError
 from kdbench.models.pruning import pruning_mask
 from kdbench.models.quantization import in_buckets, out_of_buckets
 from kdbench.models.weight_transform import Transform, used_state
-from kdbench.registry import MODELS, TRANSFORMS
+from kdbench.registry import MODELS, WEIGHT_TRANSFORMS
 
 EVERY = [
     ("quantize", {}),
@@ -26,7 +26,7 @@ EVERY = [
 
 
 def build(name: str, **params) -> Transform:
-    return TRANSFORMS.build(name, params)
+    return WEIGHT_TRANSFORMS.build(name, params)
 
 
 def network() -> nn.Module:

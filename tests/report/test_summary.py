@@ -17,7 +17,9 @@ from kdbench.speed.profiling.latency import latency
 
 
 def summary(published: Published | None = None, chosen_on: str = "validation", seed: int = 1, **changes) -> dict:
-    recipe = Recipe(name="digits/kd", file="kd.yaml", stages=(), resolved={}, places={}, seed=seed, published=published)
+    recipe = Recipe(
+        name="digits/kd", file="kd.yaml", stages=(), resolved={}, locations={}, seed=seed, published=published
+    )
     facts = {
         "last": {"stage": "main", "epoch": 240, "step": 9600, "metrics": scores(73.0)},
         "best": {"stage": "main", "epoch": 231, "step": 9200, "metrics": scores(73.4), "chosen_on": chosen_on},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdbench.files import read_lines
+from kdbench.files import read_json_lines
 from kdbench.report.console import ConsoleView
 from kdbench.report.tensorboard import FILE_NAME, flatten
 from kdbench.report.tracking import TIME_FIELDS, Tracker
@@ -58,7 +58,9 @@ def epoch(log: Tracker, number: int, speed: float = 1000.0) -> None:
 
 
 def without_time(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in read_lines(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in TIME_FIELDS} for line in read_json_lines(folder / "metrics.jsonl")
+    ]
 
 
 def events(folder) -> dict[str, list[tuple[int, float]]]:
@@ -80,7 +82,7 @@ def test_one_line_per_record_with_exact_numbers(tmp_path):
     begin(log)
     epoch(log, 1)
     log.close()
-    train, student, teacher = read_lines(tmp_path / "metrics.jsonl")
+    train, student, teacher = read_json_lines(tmp_path / "metrics.jsonl")
     assert (train["event"], student["event"], teacher["role"]) == ("train", "evaluation", "teacher")
     assert train["total"] == 1 / 3 and train["grad_norm"] is None
     assert student["metrics"] == {"top1": 100 / 3, "agreement": 50.0, "per_class/0": "nan"}
@@ -110,7 +112,7 @@ def test_a_resumed_run_ends_with_the_logs_of_an_undisturbed_one(tmp_path):
     log.close()
 
     assert without_time(cut) == without_time(whole)
-    assert read_lines(cut / "metrics.jsonl")[0]["images_per_s"] == 1000.0
+    assert read_json_lines(cut / "metrics.jsonl")[0]["images_per_s"] == 1000.0
     ours, theirs = events(cut), events(whole)
     timed = {tag for tag in theirs if tag.startswith(("speed/", "time_share/"))}
     assert ours.keys() == theirs.keys()

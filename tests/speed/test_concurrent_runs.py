@@ -266,7 +266,7 @@ def test_labels_say_what_sets_the_jobs_apart():
 
 # The launcher
 
-SWEEP = ["-m", "hydra/launcher=gang", "hydra.launcher.stack=true"]
+SWEEP = ["-m", "hydra/launcher=concurrent", "hydra.launcher.stack=true"]
 
 
 def write() -> None:
@@ -314,7 +314,7 @@ def test_a_failing_job_ends_the_sweep_with_2_and_leaves_the_others(capfd):
 )
 def test_mistakes_in_its_settings_are_paragraphs(words, said, capfd):
     write()
-    assert main(["train", "kd.yaml", "-m", "seed=1,2", "hydra/launcher=gang", *words]) == 2
+    assert main(["train", "kd.yaml", "-m", "seed=1,2", "hydra/launcher=concurrent", *words]) == 2
     err = capfd.readouterr().err
     assert said in err and err.startswith("kdbench: ") and "Traceback" not in err
 

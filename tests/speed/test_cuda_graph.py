@@ -38,7 +38,7 @@ student: {model: {type: t_layers, norm: batch}}
 models: {shadow: {ema: student, decay: 0.9}, old: {snapshot: student, every: 1}}
 terms:
   ce: cross_entropy
-  kd: {type: kd, teacher: shadow, where: labelled}
+  kd: {type: kd, teacher: shadow, mask: labelled}
   back: {type: dkd, teacher: old}
 optimizer: {type: AdamW, lr: 0.01, fused: true}
 label_fraction: 32
@@ -64,13 +64,13 @@ batch_size: 16
 precision: float64
 """
 AHEAD = """
-models: {judge: {same: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}
+models: {judge: {reuse: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}
 data: {held: {subset: {type: balanced, amount: 0.5}}}
 student: {model: {type: t_layers, norm: batch}}
 teacher: {model: t_layers}
-terms: {kd: {type: kd, weigh: {type: learnt, by: gate}}, held: {type: cross_entropy, student: judge}}
+terms: {kd: {type: kd, sample_weight: {type: learnt, by: gate}}, held: {type: cross_entropy, student: judge}}
 updates:
-  - {models: [gate], terms: [held], after: {models: [student], terms: [kd]}}
+  - {models: [gate], terms: [held], inner_step: {models: [student], terms: [kd]}}
   - {models: [student], terms: [kd]}
 optimizer: {type: SGD, lr: 0.05, momentum: 0.9, FUSED}
 scheduler: {type: cosine, by: step}
@@ -87,7 +87,7 @@ def graphs_here(monkeypatch):
 
 
 def captured(text: str, recorder: TapeRecorder | None = None) -> tuple[Bench, Captured, TapeRecorder, list[str]]:
-    run = bench(recipe(text, "compile=capture"))
+    run = bench(recipe(text, "compile=cuda_graph"))
     said: list[str] = []
     run.runner.say = said.append
     recorder = recorder or TapeRecorder()
@@ -124,7 +124,7 @@ WHOLE = {"plain": PLAIN, "everything": EVERYTHING, "game": GAME, "virtual": AHEA
 
 @pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
 def test_a_captured_run_is_the_run_bit_for_bit(text):
-    plain = bench(recipe(text, "compile=capture"))
+    plain = bench(recipe(text, "compile=cuda_graph"))
     total = plain.runner.total_steps
     expected = steps(plain, total)
     run, _, recorder, said = captured(text)
@@ -138,7 +138,7 @@ def test_a_captured_run_is_the_run_bit_for_bit(text):
 @pytest.mark.parametrize("stale", ["batch", "rate"])
 def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, monkeypatch):
     """Negative control of the test above."""
-    plain = bench(recipe(PLAIN, "compile=capture"))
+    plain = bench(recipe(PLAIN, "compile=cuda_graph"))
     steps(plain, 12)
     run, of, _, _ = captured(PLAIN)
     if stale == "batch":
@@ -152,7 +152,7 @@ def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, mon
 
 def test_a_run_goes_on_from_a_checkpoint_of_the_other_way():
     text = PLAIN.replace("lr: 0.1,", "lr: 0.125,").replace("scheduler: {type: cosine, by: step}", "")
-    plain = bench(recipe(text, "compile=capture"))  # 0.125 is the same in float32, as the rate is on a device
+    plain = bench(recipe(text, "compile=cuda_graph"))  # 0.125 is the same in float32, as the rate is on a device
     steps(plain, 15)
     middle = bench(recipe(text)).step(4)  # eager, learning rates as numbers
     assert isinstance(middle.runner.updates[0].optimizer.param_groups[0]["lr"], float)
@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_other_way():
 
 def test_an_optimizer_that_counts_on_the_host_stays_outside():
     text = PLAIN.replace("fused: true", "foreach: true")
-    plain = bench(recipe(text, "compile=capture"))
+    plain = bench(recipe(text, "compile=cuda_graph"))
     expected = steps(plain, 14)
     run, of, recorder, said = captured(text)
     assert steps(run, 14) == expected and equal(run, plain)
@@ -178,7 +178,7 @@ def test_an_optimizer_that_counts_on_the_host_stays_outside():
 
 def test_the_rate_of_a_virtual_step_moves_where_the_optimiser_stays_outside():
     text = AHEAD.replace("FUSED", "foreach: true")
-    plain = bench(recipe(text, "compile=capture"))
+    plain = bench(recipe(text, "compile=cuda_graph"))
     expected = steps(plain, 14)
     run, of, recorder, said = captured(text)
     assert steps(run, 14) == expected and equal(run, plain)
@@ -199,7 +199,7 @@ class Counting(nn.Module):
 
 def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
     def counting() -> Bench:
-        run = bench(recipe(PLAIN, "compile=capture"))
+        run = bench(recipe(PLAIN, "compile=cuda_graph"))
         teacher = run.network.role("teacher")
         teacher.model = teacher.capture.model = Counting(teacher.model)
         return run
@@ -222,7 +222,7 @@ def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
 
 @pytest.mark.parametrize("fails", [1, 9])
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(fails):
-    plain = bench(recipe(PLAIN, "compile=capture"))
+    plain = bench(recipe(PLAIN, "compile=cuda_graph"))
     steps(plain, 15)
     run, _, recorder, said = captured(PLAIN, TapeRecorder(fails))
     steps(run, 15)
@@ -297,7 +297,7 @@ def test_after_a_capture_that_broke_off_another_succeeds_and_the_first_cause_is_
 
 def test_a_cpu_says_that_it_has_no_graphs(monkeypatch):
     monkeypatch.setattr(Recipe, "captures", lambda self, device_type: False)
-    run, said = bench(recipe(PLAIN, "compile=capture")), []
+    run, said = bench(recipe(PLAIN, "compile=cuda_graph")), []
     run.runner.say = said.append
     capture_module.capture(run.runner)
     assert len(said) == 1 and "CPU has no graphs" in said[0]

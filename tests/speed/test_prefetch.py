@@ -51,7 +51,7 @@ augment: [{type: crop, padding: 1}, flip]
 label_fraction: 20
 epochs: 2
 batch_size: 8
-frozen_rows: 32
+frozen_batch_size: 32
 tensorboard: false
 """
 WIDER = "models: {second: {model: {type: t_layers, hidden: 16, dropout: 0.4}, frozen: true, input: strong}}\n"
@@ -70,7 +70,7 @@ CASES = {
     "plain": "",
     "accumulated": "accumulate: 3\n",
     "whole steps": "epochs: null\nsteps: 11\n",
-    "one role, two views": "models: {again: {same: teacher, input: strong}}\n"
+    "one role, two views": "models: {again: {reuse: teacher, input: strong}}\n"
     + STRONG
     + TWO.replace("second", "again"),
     "two teachers": WIDER + STRONG + TWO,
@@ -87,12 +87,12 @@ MIXED = "augment: [{type: crop, padding: 1}, mixup]\n"
 SEVERAL = (
     "data: {other: {dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 21}, batch_size: 4}}\n"
     "models: {second: {model: t_layers, frozen: true, input: other.image}, "
-    "shown: {same: student, input: other.image}}\n"
+    "shown: {reuse: student, input: other.image}}\n"
     "terms: {kd: kd, more: {type: kd, student: shown, teacher: second}}\n"
 )
 CHAINED = (
     "models: {head: {model: {type: t_layers, hidden: 9}, frozen: true, input: 'teacher:conv1'}, "
-    "twin: {same: teacher, input: image}}\n"
+    "twin: {reuse: teacher, input: image}}\n"
     "terms: {kd: kd, more: {type: kd, teacher: head}, third: {type: kd, teacher: twin}}\n"
 )
 
@@ -365,7 +365,7 @@ def test_rows_are_compared_with_what_rounding_may_do():
 
 
 def test_a_role_stays_in_a_step_that_is_as_large_as_a_block():
-    run, arrangement = arranged("", "ahead", "frozen_rows=15")
+    run, arrangement = arranged("", "ahead", "frozen_batch_size=15")
     assert arrangement.modes == {"teacher": "inline"} and isinstance(run.feed, Feed)
     assert "15 rows" in arrangement.why["teacher"]
 

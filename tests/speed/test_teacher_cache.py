@@ -30,7 +30,7 @@ augment: [{type: crop, padding: 1}, flip]
 label_fraction: 20
 epochs: 3
 batch_size: 8
-frozen_rows: 32
+frozen_batch_size: 32
 precision: float64
 tensorboard: false
 """
@@ -92,7 +92,7 @@ def test_a_second_run_computes_nothing_and_another_seed_shares_the_table():
         "teacher.weights.path=other.pt",
         "teacher.model.label=x",
         "precision=float32",
-        "frozen_rows=16",
+        "frozen_batch_size=16",
         "augment=[{type: crop, padding: 2}, flip]",
         "augment=[flip, {type: crop, padding: 1}]",
         "dataset.samples=62",

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from helpers.term_inputs import built, runs_without_reading
 from kdbench.errors import ConfigError
-from kdbench.registry import WEIGHERS
+from kdbench.registry import SAMPLE_WEIGHTS
 from kdbench.terms.divergences import divergence_loss
 
 LABEL = torch.tensor([0, 2, 1, 4, 3, -100])
@@ -15,19 +15,19 @@ ALL = ["confidence", "threshold", "entropy_gap", "disagreement", "focal", "loss_
 
 
 def weigher(name, **params):
-    return built(WEIGHERS, name, params)
+    return built(SAMPLE_WEIGHTS, name, params)
 
 
 def operands(name, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     both = (3 * torch.randn(2, 6, 5, dtype=torch.float64)).to(dtype)
     given = {"student": both[0].clone().requires_grad_(), "teacher": both[1].clone().requires_grad_(), "label": LABEL}
-    return {key: value for key, value in given.items() if key in WEIGHERS.entry(name).inputs}
+    return {key: value for key, value in given.items() if key in SAMPLE_WEIGHTS.entry(name).inputs}
 
 
 def test_every_weigher_is_tested():
     assert {*ALL, "outside", "learnt"} == {
-        name for name, entry in WEIGHERS.entries.items() if entry.module.startswith("kdbench")
+        name for name, entry in SAMPLE_WEIGHTS.entries.items() if entry.module.startswith("kdbench")
     }
 
 

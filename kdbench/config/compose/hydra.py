@@ -17,7 +17,7 @@ from kdbench.config.compose.shorthand import expand
 from kdbench.config.error_list import Faults
 from kdbench.config.paths import GROUPS
 from kdbench.config.yaml_reader import interpolation_fault, leaves
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Composed:
     file: str
     path: str
     data: Mapping[str, Any]
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
     choices: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ def composing(prepared: Prepared) -> Iterator[Callable[[Sequence[str]], Composed
         given = prepare(overrides)
         swept = [a for a in assignments(overrides) if a.sweeps]
         if swept:
-            place = Place(override=swept[0].text)
+            place = Location(override=swept[0].text)
             raise ConfigError(f"{place}: several values need a multirun; add -m to `kdbench train`.")
         _check_removals(prepared, overrides)
         with saying(overrides):
@@ -87,7 +87,7 @@ def _check_removals(prepared: Prepared, overrides: Sequence[str]) -> None:
             parent, _, last = assignment.key.rpartition(".")
             siblings = _at(below, parent)
             raise ConfigError(
-                f"{Place(override=assignment.text)}: there is no {assignment.key!r} to remove.{nearest(last, siblings)}"
+                f"{Location(override=assignment.text)}: there is no {assignment.key!r} to remove.{nearest(last, siblings)}"
             )
         if not assignment.group and not assignment.sweeps:
             below = _deep(below, assignment.nested())
@@ -134,14 +134,14 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
     given = [a for a in assignments(overrides) if not a.group]
     raw: Any = OmegaConf.to_container(config, resolve=False)
     raw.pop("hydra", None)
-    places: dict[str, Place] = {}
+    places: dict[str, Location] = {}
     below: dict[str, Any] = {}
     stale: list[str] = []
     for layer in [*(f"{group}/{choices[group]}" for group in GROUPS if group in choices), "recipe"]:
         data = origin["data"][layer]
         stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
         below = _deep(below, data)
-        places |= {entry["key"]: Place(**entry) for entry in origin["places"][layer]}
+        places |= {entry["key"]: Location(**entry) for entry in origin["places"][layer]}
     for assignment in given:
         data = assignment.nested()
         if isinstance(assignment.value, Mapping) or assignment.key.rpartition(".")[2] in ("epochs", "steps"):
@@ -149,7 +149,7 @@ def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> C
         below = _deep(below, data)
         places |= assignment.places()
         for around in _around(assignment.key):  # where no file wrote `optimiser`, `optimiser.lr=1` did
-            places.setdefault(around, Place(key=around, override=assignment.text))
+            places.setdefault(around, Location(key=around, override=assignment.text))
     for key in stale:
         without(raw, key)
     faults = Faults()
@@ -210,16 +210,18 @@ def _deep(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def place_of(places: Mapping[str, Place], key: str) -> Place:
+def place_of(places: Mapping[str, Location], key: str) -> Location:
     """The place of a dotted key, or of the nearest mapping around it that was written somewhere."""
     around = key
     while around:
         if around in places:
             found = places[around]
-            return found if around == key else Place(key=key, file=found.file, line=found.line, override=found.override)
+            return (
+                found if around == key else Location(key=key, file=found.file, line=found.line, override=found.override)
+            )
         around = around.rpartition(".")[0]
-    found = places.get("", Place())
-    return Place(key=key, file=found.file)
+    found = places.get("", Location())
+    return Location(key=key, file=found.file)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from kdbench.config.compose.shorthand import expand, lists_to_mappings
 from kdbench.config.error_list import Faults
 from kdbench.config.paths import GROUPS, group_files
 from kdbench.config.yaml_reader import Source, read_source
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 
 CONFIG_NAME = "recipe"
 
@@ -122,7 +122,7 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
             elif option in files:
                 wanted.add(option)
             elif option is not None:
-                faults.add(Place(override=override), f"no {group} {option!r}.{nearest(str(option), files)}")
+                faults.add(Location(override=override), f"no {group} {option!r}.{nearest(str(option), files)}")
         groups[group] = {option: _group(files[option]) for option in sorted(wanted)}
     faults.raise_any(recipe.file)
     runs = next((str(a.value) for a in reversed(assignments(overrides)) if a.key == "runs"), None)

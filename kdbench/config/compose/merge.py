@@ -16,7 +16,7 @@ _EXCLUSIVE = ("epochs", "steps")
 _WEIGHT_KINDS = ("recipe", "stage", "path")
 
 
-_KINDS = ("type", "dataset", "made", "combine")
+_KINDS = ("type", "dataset", "artifact", "combine")
 
 
 def kind_of(name: str, part: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from kdbench.config.paths import GROUPS
 from kdbench.config.yaml_reader import interpolation_fault
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Assignment:
             result = {name: result}
         return result
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, Location]:
         keys = [self.key]
         if isinstance(self.value, Mapping):
             keys += [f"{self.key}.{name}" for name in _paths(self.value)]
-        return {key: Place(key=key, override=self.text) for key in keys}
+        return {key: Location(key=key, override=self.text) for key in keys}
 
 
 def _paths(data: Mapping[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def _parse(text: str) -> Any:
     except HydraException as error:
         said = " ".join(str(error).split("\nSee https", 1)[0].split())
         raise ConfigError(
-            f"{Place(override=text)}: this is no override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
+            f"{Location(override=text)}: this is no override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
             f"({said})"
         ) from None
 
@@ -94,7 +94,7 @@ def prepare(overrides: Sequence[str]) -> list[str]:
         key = parsed.key_or_group
         if key == "hydra":
             raise ConfigError(
-                f"{Place(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
+                f"{Location(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
             )
         if for_hydra(text):
             result.append(text)
@@ -103,7 +103,7 @@ def prepare(overrides: Sequence[str]) -> list[str]:
         if fault is None and any(part.startswith("_") and part.endswith("_") for part in key.split(".")):
             fault = f"the key {key!r} is refused; a recipe cannot call Python."
         if fault is not None:
-            raise ConfigError(f"{Place(override=text)}: {fault}")
+            raise ConfigError(f"{Location(override=text)}: {fault}")
         bare = text.lstrip("+")
         result.append(text if parsed.is_delete() else bare if key in GROUPS else f"++{bare}")
     return result
@@ -152,7 +152,7 @@ def say_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
         parts.append(str(cause))
     said = " ".join(" ".join(parts).split())
     named = [text for text in overrides if text.lstrip("+~").split("=", 1)[0] in said]
-    place = Place(override=named[0]) if named else ""
+    place = Location(override=named[0]) if named else ""
     if named and "Cannot merge DictConfig with ListConfig" in said:
         key = named[0].lstrip("+~").split("=", 1)[0]
         said = f"a list stands there, and a mapping is laid over mappings only; write `{key}=null` before it."

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kdbench.config.yaml_reader import Source
-from kdbench.errors import Place
+from kdbench.errors import Location
 
 _ROLES = ("teacher", "student")
 
@@ -109,7 +109,7 @@ def lists_to_mappings(source: Source) -> Source:
     return replace(source, data=data, places=places)
 
 
-def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Place]) -> dict[str, Any]:
+def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Location]) -> dict[str, Any]:
     result = dict(fragment)
     if not isinstance(fragment.get("terms"), list):
         return result
@@ -127,7 +127,7 @@ def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Pla
     return result
 
 
-def _rename(places: dict[str, Place], old: str, new: str) -> None:
+def _rename(places: dict[str, Location], old: str, new: str) -> None:
     for key in [k for k in places if k == old or k.startswith(f"{old}.")]:
         moved = new + key[len(old) :]
         places[moved] = replace(places.pop(key), key=moved)

@@ -1,4 +1,4 @@
-"""The entries of `make:`, what a stage makes at its end, and whether what a stage reads was made and is of its kind."""
+"""The entries of `artifacts:`, what a stage makes at its end, and whether what a stage reads was made and is of its kind."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from kdbench.config.parse.keys import Context, Fields
 from kdbench.config.parse.loops import Unrolled
 from kdbench.config.parse.operands import Addresses
 from kdbench.config.parse.parts import named
-from kdbench.config.schema import MakeConfig, Named, Operand, Part, RoleConfig, SourceConfig, StageConfig
-from kdbench.errors import Place, nearest
-from kdbench.registry import MAKERS, MODELS, SELECTORS
+from kdbench.config.schema import (
+    ArtifactConfig,
+    OperandConfig,
+    PartConfig,
+    PartWithOperands,
+    RoleConfig,
+    SourceConfig,
+    StageConfig,
+)
+from kdbench.errors import Location, nearest
+from kdbench.registry import ARTIFACTS, MODELS, SELECTORS
 
 _NAME = re.compile(r"[\w-]+")
 
@@ -26,18 +34,18 @@ def read_makes(
     sources: Mapping[str, SourceConfig],
     export: str | None,
     unrolled: Unrolled,
-) -> dict[str, MakeConfig]:
+) -> dict[str, ArtifactConfig]:
     """Reads everything that a stage makes; a null entry removes one."""
-    value = top.raw("make", {})
+    value = top.raw("artifacts", {})
     if not isinstance(value, Mapping):
-        top.fault("make", f"must be a mapping such as `soft: {{type: outputs, value: teacher}}`, got {value!r}.")
+        top.fault("artifacts", f"must be a mapping such as `soft: {{type: outputs, value: teacher}}`, got {value!r}.")
         return {}
     addresses = Addresses(context, list(roles), list(sources), (), unrolled.made)
     makes = {}
     for name, entry in value.items():
         if entry is None:
             continue
-        key = top.path(f"make.{name}")
+        key = top.path(f"artifacts.{name}")
         if not _NAME.fullmatch(str(name)):
             context.fault(key, f"{name!r} cannot be the name of what is made; use letters, digits, `_` and `-`.")
             continue
@@ -46,7 +54,9 @@ def read_makes(
         part = _maker(addresses, fields, export)
         if part is not None:
             previous = unrolled.made.get(f"{unrolled.base}.{name}")
-            makes[name] = MakeConfig(name=name, part=part, source=source, previous=previous, place=context.place(key))
+            makes[name] = ArtifactConfig(
+                name=name, part=part, source=source, previous=previous, location=context.place(key)
+            )
     return makes
 
 
@@ -61,11 +71,11 @@ def _source(fields: Fields, sources: Mapping[str, SourceConfig]) -> str | None:
     return given
 
 
-def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | None:
+def _maker(addresses: Addresses, fields: Fields, export: str | None) -> PartWithOperands | None:
     """The maker with its parameters and operands; those of its selector stand beside its own."""
     context, key = addresses.context, fields.key
     kind = fields.data.get("type")
-    entry = MAKERS.entries.get(kind) if isinstance(kind, str) else None
+    entry = ARTIFACTS.entries.get(kind) if isinstance(kind, str) else None
     chooser = entry.facts.get("selects") if entry is not None else None
     listed = entry.facts.get("candidates") if entry is not None else None
     several = entry.facts.get("several") if entry is not None else None
@@ -73,7 +83,7 @@ def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | N
     if several and isinstance(data.get(several), list) and data[several]:
         data, more = {**data, several: data[several][0]}, data[several][1:]
     reserved = ("source", *([chooser] if chooser else []))
-    part = addresses.part(MAKERS, data, key, export, reserved=reserved)
+    part = addresses.part(ARTIFACTS, data, key, export, reserved=reserved)
     if part is None:
         return None
     params, operands = dict(part.params), dict(part.operands)
@@ -95,7 +105,7 @@ def _maker(addresses: Addresses, fields: Fields, export: str | None) -> Part | N
         models = params.get(listed)
         params[listed] = {}
         for name, model in models.items() if isinstance(models, Mapping) else ():
-            read = named(context, MODELS, model, f"{key}.{listed}.{name}", MODELS.given)
+            read = named(context, MODELS, model, f"{key}.{listed}.{name}", MODELS.injected)
             if read is not None:
                 params[listed][name] = {"type": read.type, **read.params}
         if not params[listed]:
@@ -109,54 +119,54 @@ def check_made(faults: Faults, stages: list[StageConfig], unrolled: list[Unrolle
     Returns:
         The stages, each role's `made` by its full name.
     """
-    kinds: dict[str, MakeConfig] = {}
+    kinds: dict[str, ArtifactConfig] = {}
     checked = []
     for stage, own in zip(stages, unrolled, strict=True):
         roles = {name: _role(faults, role, own, kinds) for name, role in stage.roles.items()}
         for name, wanted, place in _reads(stage):
             made = kinds.get(name)
-            found = MAKERS.entry(made.part.type).facts.get("makes") if made is not None else wanted
+            found = ARTIFACTS.entry(made.part.type).facts.get("makes") if made is not None else wanted
             if found != wanted:
                 faults.add(place, f"{name!r} is a {found}, but a {wanted} is read here.")
         checked.append(replace(stage, roles=roles))
-        kinds |= {f"{stage.name}.{name}": make for name, make in stage.make.items()}
+        kinds |= {f"{stage.name}.{name}": make for name, make in stage.artifacts.items()}
     return checked
 
 
-def _role(faults: Faults, role: RoleConfig, unrolled: Unrolled, kinds: Mapping[str, MakeConfig]) -> RoleConfig:
-    if role.made is None:
+def _role(faults: Faults, role: RoleConfig, unrolled: Unrolled, kinds: Mapping[str, ArtifactConfig]) -> RoleConfig:
+    if role.artifact is None:
         return role
-    full = unrolled.made.get(role.made)
+    full = unrolled.made.get(role.artifact)
     if full is None:
-        hint = nearest(role.made, unrolled.made) if unrolled.made else " No earlier stage makes anything."
-        faults.add(role.place, f"no earlier stage makes {role.made!r}, the model of role {role.name!r}.{hint}")
+        hint = nearest(role.artifact, unrolled.made) if unrolled.made else " No earlier stage makes anything."
+        faults.add(role.location, f"no earlier stage makes {role.artifact!r}, the model of role {role.name!r}.{hint}")
         return role
     make = kinds.get(full)
     if make is None:  # it is at fault itself
         return role
-    entry = MAKERS.entry(make.part.type)
+    entry = ARTIFACTS.entry(make.part.type)
     if entry.facts.get("makes") != "model":
-        faults.add(role.place, f"{full!r} is a {entry.facts.get('makes')}, but role {role.name!r} needs a model.")
+        faults.add(role.location, f"{full!r} is a {entry.facts.get('makes')}, but role {role.name!r} needs a model.")
         return role
     candidates = make.part.params.get(entry.facts.get("candidates", ""), {})
     first: dict[str, Any] = dict(next(iter(candidates.values()), {}))
     if not first:
         return role
-    return replace(role, made=full, model=Named(type=first.pop("type"), params=first, place=make.place))
+    return replace(role, artifact=full, model=PartConfig(type=first.pop("type"), params=first, location=make.location))
 
 
-def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Place]]:
+def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Location]]:
     """What a stage reads of what others made: its name, the kind that it must be, and where that was written."""
     for source in stage.data.values():
-        if source.made is not None:
-            yield source.made, "dataset", source.place
-        for option, value in (("subset", source.subset), ("labels", source.labels)):
+        if source.artifact is not None:
+            yield source.artifact, "dataset", source.location
+        for option, value in (("subset", source.subset), ("labels", source.label_fraction)):
             if isinstance(value, str):
-                yield value, "choice", source.places.get(option, source.place)
+                yield value, "choice", source.locations.get(option, source.location)
     for operand in made_operands(stage):
-        yield f"{operand.role}.{operand.path}", "tensor", operand.place
+        yield f"{operand.role}.{operand.path}", "tensor", operand.location
 
 
-def made_operands(stage: StageConfig) -> Iterator[Operand]:
+def made_operands(stage: StageConfig) -> Iterator[OperandConfig]:
     """The operands of a stage's terms, updates and makers that are tensors which an earlier stage made."""
-    return (operand for operand in stage.reads() if operand.kind == "made")
+    return (operand for operand in stage.read_operands() if operand.kind == "artifact")

@@ -1,4 +1,4 @@
-"""`twin: true`: the same student, initialisation, order and crops, without a teacher."""
+"""`baseline: true`: the same student, initialisation, order and crops, without a teacher."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kdbench.config.parse.roles import behind
-from kdbench.config.schema import Edge, Part, Recipe, RoleConfig, StageConfig, TermConfig, UpdateConfig, VirtualConfig
+from kdbench.config.schema import (
+    EdgeConfig,
+    InnerStepConfig,
+    PartWithOperands,
+    Recipe,
+    RoleConfig,
+    StageConfig,
+    TermConfig,
+    UpdateConfig,
+)
 from kdbench.errors import ConfigError
 
 
@@ -27,10 +36,10 @@ def without_teachers(recipe: Recipe) -> Recipe:
             stages.append(left)
     if not stages:
         raise ConfigError(
-            f"{recipe.places.get('twin', recipe.file)}: twin leaves nothing to train: every term of "
+            f"{recipe.locations.get('twin', recipe.file)}: twin leaves nothing to train: every term of "
             f"{recipe.name} reads a teacher. Add a term that reads labels, such as cross_entropy."
         )
-    return replace(recipe, stages=tuple(stages), dropped=tuple(dropped))
+    return replace(recipe, stages=tuple(stages), baseline_removed=tuple(dropped))
 
 
 def _stage(
@@ -46,12 +55,16 @@ def _stage(
         if left is not None:
             terms[name] = left
     trains = bool(stage.epochs or stage.steps)
-    if trains and not terms and not stage.make:
+    if trains and not terms and not stage.artifacts:
         dropped.append(f"{where}the whole stage, whose terms all read a teacher" if several else "every term")
         return None
     dropped += [f"{where}role {name}" for name in stage.roles if name not in roles]
     dropped += [f"{where}term {name}" for name in stage.terms if name not in terms]
-    dropped += [f"{where}how term {n} is weighed" for n, term in terms.items() if term.weigh != stage.terms[n].weigh]
+    dropped += [
+        f"{where}how term {n} is weighed"
+        for n, term in terms.items()
+        if term.sample_weight != stage.terms[n].sample_weight
+    ]
     dropped += [f"{where}how term {n} is routed" for n, term in terms.items() if term.route != stage.terms[n].route]
     for name, role in roles.items():
         weights = role.weights
@@ -70,10 +83,10 @@ def _stage(
             if select != update.select:
                 dropped.append(f"{where}how the update of {', '.join(models)} chooses its rows")
             keep = update.keep if select is not None else None
-            after = _virtual(update.after, roles, terms)
-            if after is None and update.after is not None:
+            after = _virtual(update.inner_step, roles, terms)
+            if after is None and update.inner_step is not None:
                 dropped.append(f"{where}the virtual step before the update of {', '.join(models)}")
-            updates.append(replace(update, models=models, terms=names, select=select, keep=keep, after=after))
+            updates.append(replace(update, models=models, terms=names, select=select, keep=keep, inner_step=after))
     metrics = tuple(metric for metric in stage.metrics if metric.type != "agreement")
     kept = replace(stage, roles=roles, terms=terms, updates=tuple(updates), metrics=metrics)
     kept = replace(kept, evaluate=tuple(name for name in stage.evaluate if name in roles))
@@ -81,8 +94,8 @@ def _stage(
 
 
 def _virtual(
-    after: VirtualConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
-) -> VirtualConfig | None:
+    after: InnerStepConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+) -> InnerStepConfig | None:
     """A virtual step by what is left; None when nothing of it is."""
     if after is None:
         return None
@@ -93,28 +106,29 @@ def _virtual(
 
 def _term(term: TermConfig, stage: StageConfig, gone: set[str]) -> TermConfig | None:
     """A term without the edges that read a teacher; None when nothing of it is left."""
-    if any(leaf.role in gone for operand in term.operands.values() for leaf in operand.features()):
+    if any(leaf.role in gone for operand in term.operands.values() for leaf in operand.feature_operands()):
         return None
     edges = tuple(edge for edge in term.edges if not _taught(edge, stage, gone))
-    weigh = None if _reads(term.weigh, gone) else term.weigh
+    weigh = None if _reads(term.sample_weight, gone) else term.sample_weight
     route = None if _reads(term.route, gone) or len(edges) < 2 else term.route
-    return replace(term, edges=edges, weigh=weigh, route=route) if edges else None
+    return replace(term, edges=edges, sample_weight=weigh, route=route) if edges else None
 
 
-def _taught(edge: Edge, stage: StageConfig, gone: set[str]) -> bool:
+def _taught(edge: EdgeConfig, stage: StageConfig, gone: set[str]) -> bool:
     """Whether a teacher stands on an edge: one of the roles that go, or what an earlier stage made of one."""
     teacher = [] if edge.teacher is None else list(edge.teacher.leaves())
     stored = any(
-        leaf.kind == "made" or (leaf.kind == "field" and stage.data[leaf.role].made is not None) for leaf in teacher
+        leaf.kind == "artifact" or (leaf.kind == "field" and stage.data[leaf.role].artifact is not None)
+        for leaf in teacher
     )
-    features = [*edge.student.features(), *(leaf for leaf in teacher if leaf.kind == "role")]
+    features = [*edge.student.feature_operands(), *(leaf for leaf in teacher if leaf.kind == "role")]
     return stored or any(leaf.role in gone for leaf in features)
 
 
-def _reads(part: Part | None, gone: set[str]) -> bool:
+def _reads(part: PartWithOperands | None, gone: set[str]) -> bool:
     """Whether a weigher, router or selector reads a role that goes."""
     operands = part.operands.values() if part is not None else ()
-    return any(leaf.role in gone for operand in operands for leaf in operand.features())
+    return any(leaf.role in gone for operand in operands for leaf in operand.feature_operands())
 
 
 def _teachers(stage: StageConfig) -> set[str]:
@@ -122,14 +136,14 @@ def _teachers(stage: StageConfig) -> set[str]:
     needed = behind([stage.export], stage.roles, followed=True)
     gone: set[str] = set()
     for edge in (edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None):
-        own = {leaf.role for leaf in edge.student.features()}
-        gone |= {leaf.role for leaf in edge.teacher.features()} - own if edge.teacher is not None else set()
+        own = {leaf.role for leaf in edge.student.feature_operands()}
+        gone |= {leaf.role for leaf in edge.teacher.feature_operands()} - own if edge.teacher is not None else set()
     gone -= needed
     changed = True
     while changed:
         changed = False
         for name, role in stage.roles.items():
-            if name not in gone | needed and not gone.isdisjoint((role.of, *role.upstream)):
+            if name not in gone | needed and not gone.isdisjoint((role.source_role, *role.upstream)):
                 gone.add(name)
                 changed = True
     return gone
@@ -137,5 +151,10 @@ def _teachers(stage: StageConfig) -> set[str]:
 
 def _behind_makers(stage: StageConfig) -> set[str]:
     """The roles of which the stage makes something, and those that they follow or see."""
-    made = (leaf.role for make in stage.make.values() for op in make.part.operands.values() for leaf in op.features())
+    made = (
+        leaf.role
+        for make in stage.artifacts.values()
+        for op in make.part.operands.values()
+        for leaf in op.feature_operands()
+    )
     return behind(made, stage.roles, followed=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from kdbench.config.parse.keys import AT_LEAST_ONE, SHARE_OR_COUNT, Context, Fields
 from kdbench.config.parse.parts import named
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.errors import nearest
-from kdbench.registry import AUGMENTS, DATASETS, RELABELS, SUBSETS, type_fault
+from kdbench.registry import AUGMENTATIONS, DATASETS, RELABELS, SUBSETS, type_mismatch
 
 DATASET_INJECTED = ("split", "data_root", "file")
 
@@ -18,7 +18,18 @@ DATASET_INJECTED = ("split", "data_root", "file")
 _EVALUATION = ("eval", "validation", "test")
 
 
-_OWN = ("dataset", "split", "batch_size", "augment", "label_fraction", "subset", "relabel", "made", "first", "overlap")
+_OWN = (
+    "dataset",
+    "split",
+    "batch_size",
+    "augment",
+    "label_fraction",
+    "subset",
+    "relabel",
+    "artifact",
+    "initial",
+    "overlap",
+)
 
 
 def read_sources(
@@ -97,11 +108,13 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     if isinstance(value, str):
         value = {"dataset": value}
     fields = Fields(context, value, key, f"source {name!r}")
-    fields.known += ["type", "made", "first"]
+    fields.known += ["type", "artifact", "initial"]
     made: str | None = None
-    if fields.has("made"):
-        made = made_name(context, fields.raw("made"), fields.path("made"), shared.made, "first" in fields.data)
-        first = fields.raw("first")
+    if fields.has("artifact"):
+        made = made_name(
+            context, fields.raw("artifact"), fields.path("artifact"), shared.made, "initial" in fields.data
+        )
+        first = fields.raw("initial")
         if made is None and first is not None:
             return _source(context, name, key, _with_first(fields, first), shared, written)
     own = {option: fields.raw(option) for option in ("dataset", "augment")}
@@ -123,11 +136,11 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
     relabel_raw = fields.raw("relabel", shared.relabel if train else None)
     relabel_key = fields.path("relabel") if fields.has("relabel") else shared.relabel_key
     relabel = None if relabel_raw is None else named(context, RELABELS, relabel_raw, relabel_key)
-    if made is not None or fields.data.get("made") is not None:
-        dataset = Named(type="made", place=fields.place("made"))
+    if made is not None or fields.data.get("artifact") is not None:
+        dataset = PartConfig(type="artifact", location=fields.place("artifact"))
         for other in ("dataset", "type", "split"):
             if fields.data.get(other) is not None:
-                said = "a source has one of `made:` and `dataset:`"
+                said = "a source has one of `artifact:` and `dataset:`"
                 said = "what a stage made has no splits" if other == "split" else said
                 fields.fault(other, f"{said}; remove this, or write `{other}: null` where it comes from a layer below.")
         fields.done()
@@ -144,8 +157,10 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         else:
             dataset = named(context, DATASETS, chosen, chosen_key, DATASET_INJECTED)
         fields.done()
-    if dataset is not None and dataset.type == "made" and not fields.has("made"):
-        fields.fault("", f"source {name!r}: what a stage made is written `{{made: STAGE.NAME}}`, without a dataset.")
+    if dataset is not None and dataset.type == "artifact" and not fields.has("artifact"):
+        fields.fault(
+            "", f"source {name!r}: what a stage made is written `{{artifact: STAGE.NAME}}`, without a dataset."
+        )
     if own["augment"] is not None:
         views = read_views(context, own["augment"], fields.path("augment"))
     elif train and shared.augment is not None:
@@ -169,28 +184,28 @@ def _source(context: Context, name: str, key: str, value: Any, shared: _Shared, 
         split=split,
         batch_size=batch_size,
         views=views,
-        labels=labels,
+        label_fraction=labels,
         subset=subset,
         relabel=relabel,
-        made=made,
+        artifact=made,
         overlap=overlap,
-        place=place,
-        places=places,
+        location=place,
+        locations=places,
     )
 
 
 def _with_first(fields: Fields, first: Any) -> dict[str, Any]:
-    """The source as it is where no earlier stage has made it: `first` laid over the other keys."""
-    rest = {name: value for name, value in fields.data.items() if name not in ("made", "first")}
+    """The source as it is where no earlier stage has made it: `initial` laid over the other keys."""
+    rest = {name: value for name, value in fields.data.items() if name not in ("artifact", "initial")}
     if isinstance(first, str):
         first = {"dataset": first}
     if not isinstance(first, Mapping):
-        fields.fault("first", f"must be a dataset, or a mapping with the keys of a source, got {first!r}.")
+        fields.fault("initial", f"must be a dataset, or a mapping with the keys of a source, got {first!r}.")
         first = {}
     return {**rest, **first}
 
 
-def read_views(context: Context, value: Any, key: str) -> dict[str, tuple[Named, ...]]:
+def read_views(context: Context, value: Any, key: str) -> dict[str, tuple[PartConfig, ...]]:
     """Reads `augment`: a list for the view `image`, or a mapping of views to lists.
 
     `{from: VIEW, then: [...]}` becomes a list that begins with `{type: same, view: VIEW}`.
@@ -198,7 +213,7 @@ def read_views(context: Context, value: Any, key: str) -> dict[str, tuple[Named,
     if isinstance(value, list):
         views = {"image": _augmentations(context, value, key)}
     elif isinstance(value, Mapping):
-        views: dict[str, tuple[Named, ...]] = {"image": ()}
+        views: dict[str, tuple[PartConfig, ...]] = {"image": ()}
         for view, items in value.items():
             views[view] = () if items is None else _view(context, items, f"{key}.{view}")
     else:
@@ -209,7 +224,7 @@ def read_views(context: Context, value: Any, key: str) -> dict[str, tuple[Named,
     return views
 
 
-def _view(context: Context, value: Any, key: str) -> tuple[Named, ...]:
+def _view(context: Context, value: Any, key: str) -> tuple[PartConfig, ...]:
     if isinstance(value, list):
         return _augmentations(context, value, key)
     if not isinstance(value, Mapping):
@@ -222,46 +237,48 @@ def _view(context: Context, value: Any, key: str) -> tuple[Named, ...]:
     if start is None:
         fields.fault("", "needs `from`: the view that it continues.")
         return ()
-    same = Named(type="same", params={"view": start}, place=fields.place("from"))
+    same = PartConfig(type="same", params={"view": start}, location=fields.place("from"))
     return (same, *_augmentations(context, then, fields.path("then")))
 
 
-def _augmentations(context: Context, items: list[Any], key: str) -> tuple[Named, ...]:
-    found = [named(context, AUGMENTS, item, f"{key}.{i}") for i, item in enumerate(items)]
+def _augmentations(context: Context, items: list[Any], key: str) -> tuple[PartConfig, ...]:
+    found = [named(context, AUGMENTATIONS, item, f"{key}.{i}") for i, item in enumerate(items)]
     return tuple(item for item in found if item is not None)
 
 
-def _check_same(context: Context, view: str, items: tuple[Named, ...], views: Mapping[str, tuple[Named, ...]]) -> None:
+def _check_same(
+    context: Context, view: str, items: tuple[PartConfig, ...], views: Mapping[str, tuple[PartConfig, ...]]
+) -> None:
     """Finds fault with a view that continues one which does not exist, or itself."""
     for position, item in enumerate(items):
         if item.type != "same":
             continue
         if position:
-            said = "`same` comes first in a view; what follows it is done to what it gives."
-            context.faults.add(item.place, said)
+            said = "`reuse` comes first in a view; what follows it is done to what it gives."
+            context.faults.add(item.location, said)
             return
         path = [view]
         while (other := _continued(views[path[-1]])) is not None:
             if other not in views:
                 if len(path) == 1:
-                    context.faults.add(item.place, f"no view {other!r}.{nearest(other, views)}")
+                    context.faults.add(item.location, f"no view {other!r}.{nearest(other, views)}")
                 return
             path.append(other)
             if other in path[:-1]:
-                context.faults.add(item.place, f"views continue each other in a circle: {' -> '.join(path)}.")
+                context.faults.add(item.location, f"views continue each other in a circle: {' -> '.join(path)}.")
                 return
 
 
-def _continued(items: tuple[Named, ...]) -> str | None:
+def _continued(items: tuple[PartConfig, ...]) -> str | None:
     first = items[0] if items else None
     return str(first.params.get("view")) if first is not None and first.type == "same" else None
 
 
-Step = float | int | str | Named
+Step = float | int | str | PartConfig
 
 
 def read_subset(context: Context, value: Any, key: str, made: Mapping[str, str]) -> Step | tuple[Step, ...] | None:
-    """Reads `subset`: a number, `{type: NAME, ...}`, `{made: STAGE.NAME, first: ...}`, or a list of these.
+    """Reads `subset`: a number, `{type: NAME, ...}`, `{artifact: STAGE.NAME, initial: ...}`, or a list of these.
 
     Args:
         made: what earlier stages make, as written -> `STAGE.NAME` in full.
@@ -280,25 +297,25 @@ def read_subset(context: Context, value: Any, key: str, made: Mapping[str, str])
 def _subset(context: Context, value: Any, key: str, made: Mapping[str, str]) -> Step | tuple[Step, ...] | None:
     if value is None:
         return None
-    if isinstance(value, Mapping) and "made" in value:
+    if isinstance(value, Mapping) and "artifact" in value:
         found, first = _chosen(context, value, key, made)
         return found if found is not None else read_subset(context, first, f"{key}.first", made)
     if isinstance(value, Mapping | str):
         return named(context, SUBSETS, value, key)
-    return _amount(context, value, key, "a number, {type: SUBSET, ...}, {made: STAGE.NAME}, or a list of these")
+    return _amount(context, value, key, "a number, {type: SUBSET, ...}, {artifact: STAGE.NAME}, or a list of these")
 
 
 def read_labels(context: Context, value: Any, key: str, made: Mapping[str, str]) -> float | int | str | None:
-    """Reads `label_fraction`: a number, or `{made: STAGE.NAME, first: ...}`."""
+    """Reads `label_fraction`: a number, or `{artifact: STAGE.NAME, initial: ...}`."""
     if value is None:
         return None
     if isinstance(value, Mapping):
-        if "made" not in value:
-            context.fault(key, f"must be a number or {{made: STAGE.NAME, first: NUMBER}}, got {value!r}.")
+        if "artifact" not in value:
+            context.fault(key, f"must be a number or {{artifact: STAGE.NAME, initial: NUMBER}}, got {value!r}.")
             return None
         found, first = _chosen(context, value, key, made)
         return found if found is not None else read_labels(context, first, f"{key}.first", made)
-    return _amount(context, value, key, "a number or {made: STAGE.NAME, first: NUMBER}")
+    return _amount(context, value, key, "a number or {artifact: STAGE.NAME, initial: NUMBER}")
 
 
 def made_name(context: Context, value: Any, key: str, made: Mapping[str, str], has_first: bool) -> str | None:
@@ -310,21 +327,23 @@ def made_name(context: Context, value: Any, key: str, made: Mapping[str, str], h
         return made[value]
     if not has_first:
         known = nearest(value, made) if made else " No earlier stage makes anything."
-        context.fault(key, f"no earlier stage makes {value!r}; write `first:` beside it for where none has yet.{known}")
+        context.fault(
+            key, f"no earlier stage makes {value!r}; write `initial:` beside it for where none has yet.{known}"
+        )
     return None
 
 
 def _chosen(context: Context, value: Mapping[str, Any], key: str, made: Mapping[str, str]) -> tuple[str | None, Any]:
     """Returns the choice in full, or None and what stands in its place."""
     fields = Fields(context, value, key, "a made choice")
-    first = fields.raw("first")
-    found = made_name(context, fields.raw("made"), fields.path("made"), made, first is not None)
+    first = fields.raw("initial")
+    found = made_name(context, fields.raw("artifact"), fields.path("artifact"), made, first is not None)
     fields.done()
     return found, first
 
 
 def _amount(context: Context, value: Any, key: str, words: str) -> float | int | None:
-    if type_fault("float", value):
+    if type_mismatch("float", value):
         context.fault(key, f"must be {words}, got {value!r}.")
         return None
     if not SHARE_OR_COUNT[0](value):

@@ -9,8 +9,8 @@ from typing import Any
 
 from kdbench.config.compose.hydra import place_of
 from kdbench.config.error_list import Faults
-from kdbench.errors import Place, nearest
-from kdbench.registry import type_fault
+from kdbench.errors import Location, nearest
+from kdbench.registry import type_mismatch
 
 Test = tuple[Callable[[Any], bool], str]
 """A property that a value must have, and the words for it: (lambda n: n > 0, "above 0")."""
@@ -44,12 +44,12 @@ PERCENT: Test = (lambda n: 0 <= n <= 100, "a percentage from 0 to 100")
 class Context:
     """Where keys were written, and the faults found so far."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
     faults: Faults = field(default_factory=Faults)
     also_known: tuple[str, ...] = ()
     """Keys of the top level that somebody else reads; they are offered where a key is unknown."""
 
-    def place(self, key: str) -> Place:
+    def place(self, key: str) -> Location:
         return place_of(self.places, key)
 
     def fault(self, key: str, text: str) -> None:
@@ -72,7 +72,7 @@ class Fields:
     def path(self, name: str) -> str:
         return f"{self.key}.{name}" if self.key else name
 
-    def place(self, name: str = "") -> Place:
+    def place(self, name: str = "") -> Location:
         return self.context.place(self.path(name) if name else self.key)
 
     def fault(self, name: str, text: str) -> None:
@@ -92,7 +92,7 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return default
-        fault = type_fault(annotation, value)
+        fault = type_mismatch(annotation, value)
         if fault:
             hint = nearest_option(annotation, value)
             self.fault(name, f"must be {fault}, got {value!r}.{hint}")

@@ -2,7 +2,7 @@
 
 An entry of `stages` that holds `rounds` and `stages` is a loop. `train` and `query` in two rounds become `train@1`,
 `query@1`, `train@2`, `query@2`. A name without its round means the latest earlier one, `previous` the nearest earlier
-stage that holds the role, and `first` is what counts where there is none yet. Every key keeps the one place in the
+stage that holds the role, and `initial` is what counts where there is none yet. Every key keeps the one place in the
 file where it was written.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from kdbench.config.compose.merge import merge
 from kdbench.config.parse.keys import Context
-from kdbench.errors import Place, nearest
+from kdbench.errors import Location, nearest
 
 ONLY_STAGE = "main"
 """The name of the stage of a recipe without `stages`."""
@@ -48,9 +48,9 @@ class Unrolled:
     key: str
     fragment: Mapping[str, Any]
     data: Mapping[str, Any]
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
     made: Mapping[str, str] = field(default_factory=dict)
-    unset: Mapping[str, Place] = field(default_factory=dict)
+    unset: Mapping[str, Location] = field(default_factory=dict)
 
 
 def lay_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def lay_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, 
     return merge(top, fragment, replaced=("terms", "updates"))
 
 
-def stage_places(places: Mapping[str, Place], prefix: str, *, replaces: bool = True) -> dict[str, Place]:
+def stage_places(places: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
     """The places of the keys below `prefix` as if they stood at the top level, over those of the top level itself."""
     own = {key[len(prefix) + 1 :]: place for key, place in places.items() if key.startswith(f"{prefix}.")}
     replaced = tuple(f"{key}." for key in ("terms", "updates") if key in own) if replaces else ()
@@ -165,7 +165,7 @@ def _rounds(reader: _Reader, key: str, value: Any) -> list[tuple[str, dict[str, 
 
 
 def _check_names(context: Context, stages: Sequence[Unrolled]) -> None:
-    """Names are parts of addresses (`made: STAGE.NAME`) and of files."""
+    """Names are parts of addresses (`artifact: STAGE.NAME`) and of files."""
     seen: dict[str, str] = {}
     for stage in stages:
         if not _NAME.fullmatch(stage.base) or stage.base == PREVIOUS:
@@ -192,19 +192,19 @@ def _linked(context: Context, stages: Sequence[Unrolled]) -> list[Unrolled]:
 
 
 def _makes(stage: Unrolled) -> list[str]:
-    make = stage.data.get("make")
+    make = stage.data.get("artifacts")
     return [name for name, value in make.items() if value is not None] if isinstance(make, Mapping) else []
 
 
 def _check_first(context: Context, data: Any, makes: set[str], key: str = "") -> None:
-    """`{made: ..., first: ...}` must name something that some stage makes: else `first` would hide the mistake."""
+    """`{made: ..., first: ...}` must name something that some stage makes: else `initial` would hide the mistake."""
     if isinstance(data, list | tuple):
         for position, item in enumerate(data):
             _check_first(context, item, makes, f"{key}.{position}")
     if not isinstance(data, Mapping):
         return
-    name = data.get("made")
-    if isinstance(name, str) and data.get("first") is not None and name not in makes:
+    name = data.get("artifact")
+    if isinstance(name, str) and data.get("initial") is not None and name not in makes:
         hint = nearest(name, makes) if makes else " No stage makes anything."
         context.fault(f"{key}.made", f"no stage makes {name!r}.{hint}")
     for inner, value in data.items():
@@ -223,7 +223,7 @@ def _roles(data: Mapping[str, Any]) -> dict[str, str]:
 def _link_weights(
     context: Context, stage: Unrolled, earlier: Sequence[Unrolled], stages: Sequence[Unrolled]
 ) -> Unrolled:
-    """Finds the stages that `weights: {stage: ...}` mean; takes `first` where there is none yet."""
+    """Finds the stages that `weights: {stage: ...}` mean; takes `initial` where there is none yet."""
     data, places, unset = dict(stage.data), dict(stage.places), {}
     for name, key in _roles(data).items():
         role = data["models"][name] if key.startswith("models.") else data[name]
@@ -234,12 +234,12 @@ def _link_weights(
         at = f"{key}.weights"
         found = _find(wanted, weights.get("role") or name, earlier)
         if found is not None:
-            linked: Any = {**{k: v for k, v in weights.items() if k != "first"}, "stage": found}
+            linked: Any = {**{k: v for k, v in weights.items() if k != "initial"}, "stage": found}
         elif wanted != PREVIOUS and not any(wanted in (s.base, s.name) for s in stages):
             context.fault(at, f"stage {wanted!r} does not exist; name an earlier one.{_hint(wanted, earlier)}")
             linked = None
-        elif weights.get("first") is not None:
-            linked = weights["first"]
+        elif weights.get("initial") is not None:
+            linked = weights["initial"]
             _lift(places, at, f"{at}.first")
         else:
             if wanted == PREVIOUS:
@@ -274,7 +274,7 @@ def _put(data: dict[str, Any], name: str, key: str, role: Mapping[str, Any]) -> 
         data[name] = role
 
 
-def _lift(places: dict[str, Place], to: str, prefix: str) -> None:
+def _lift(places: dict[str, Location], to: str, prefix: str) -> None:
     """Gives the keys below `prefix` their place also where they now stand."""
     for key in [key for key in places if key == prefix or key.startswith(f"{prefix}.")]:
         places[to + key[len(prefix) :]] = places[key]

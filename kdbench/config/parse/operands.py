@@ -9,7 +9,7 @@ from typing import Any
 
 from kdbench.config.parse.keys import Context, Fields
 from kdbench.config.parse.parts import named, parameters
-from kdbench.config.schema import Edge, Named, Operand, Part
+from kdbench.config.schema import EdgeConfig, OperandConfig, PartConfig, PartWithOperands
 from kdbench.errors import nearest
 from kdbench.registry import ADAPTERS, COMBINERS, Entry, Registry
 
@@ -22,7 +22,7 @@ _PAIR = re.compile(r"(?P<owner>[\w@-]+)\.(?P<name>[\w-]+)")
 OTHERS = "others"
 
 
-KINDS = ("term", "made")
+KINDS = ("term", "artifact")
 """Words before a colon that are no roles."""
 
 
@@ -33,7 +33,7 @@ TERM_OUTPUTS = ("loss", "route", "gate")
 class _Read:
     """An operand, and whether the recipe spelled out its path."""
 
-    operand: Operand
+    operand: OperandConfig
     explicit: bool
 
 
@@ -53,7 +53,7 @@ class Addresses:
 
     def read(self, value: Any, own_role: str | None, key: str) -> _Read | None:
         """Reads one operand; a bare path belongs to `own_role`. None after a fault."""
-        adapter: Named | None = None
+        adapter: PartConfig | None = None
         if isinstance(value, Mapping):
             if value.get("combine") is not None:
                 return self._combined(value, own_role, key)
@@ -83,7 +83,7 @@ class Addresses:
         own_role: str | None,
         reserved: Sequence[str] = (),
         given: Sequence[str] = (),
-    ) -> Part | None:
+    ) -> PartWithOperands | None:
         """Reads `{type: NAME, ...}`: parameters, and the operands that the part's registration declares.
 
         Args:
@@ -105,11 +105,11 @@ class Addresses:
         if checked is None or entry is None:
             return None
         operands = self.declared(entry, declared, value, key, own_role)
-        return Part(type=kind, params=checked, operands=operands, place=self.context.place(key))
+        return PartWithOperands(type=kind, params=checked, operands=operands, location=self.context.place(key))
 
     def declared(
         self, entry: Entry, names: Sequence[str], value: Mapping[str, Any], key: str, own_role: str | None
-    ) -> dict[str, Operand]:
+    ) -> dict[str, OperandConfig]:
         """Reads the operands that a part declares by name. One of them may be left out when the part can do without."""
         found = {}
         for name in names:
@@ -144,24 +144,26 @@ class Addresses:
         if value.get("adapter") is not None:
             adapter = named(self.context, ADAPTERS, value["adapter"], f"{key}.adapter", ("source", "target"))
         first = next(read.operand for read in parts if read is not None)
-        operand = Operand(
+        operand = OperandConfig(
             role=first.role,
             kind="combined",
-            combine=part,
+            combiner=part,
             parts=tuple(read.operand for read in parts if read is not None),
             adapter=adapter,
-            place=self.context.place(key),
+            location=self.context.place(key),
         )
         return _Read(operand, all(read.explicit for read in parts if read is not None))
 
-    def _address(self, text: str, own_role: str | None, key: str, adapter: Named | None, bare: bool) -> _Read | None:
+    def _address(
+        self, text: str, own_role: str | None, key: str, adapter: PartConfig | None, bare: bool
+    ) -> _Read | None:
         kind, _, rest = text.partition(":")
         if kind in KINDS and rest:
             return self._pair(kind, rest, key, adapter)
         source, _, name = text.partition(".")
         if not bare and name and source in self.sources and source not in self.roles:
             place = self.context.place(key)
-            return _Read(Operand(role=source, path=name, kind="field", adapter=adapter, place=place), True)
+            return _Read(OperandConfig(role=source, path=name, kind="field", adapter=adapter, location=place), True)
         match = _ADDRESS.fullmatch(text)
         if match is None:
             said = "write ROLE:PATH, ROLE:PATH@CALL, ROLE:PATH/in or SOURCE.FIELD"
@@ -185,16 +187,16 @@ class Addresses:
             self.context.fault(key, f"calls are counted from 1, got @{call}.")
             return None
         side: Any = (match["side"] or "/out")[1:]
-        operand = Operand(
-            role=role, path=path or "logits", call=call, side=side, adapter=adapter, place=self.context.place(key)
+        operand = OperandConfig(
+            role=role, path=path or "logits", call=call, side=side, adapter=adapter, location=self.context.place(key)
         )
         return _Read(operand, bool(path))
 
-    def _pair(self, kind: str, text: str, key: str, adapter: Named | None) -> _Read | None:
-        """`term:NAME.OUTPUT` or `made:STAGE.NAME`."""
+    def _pair(self, kind: str, text: str, key: str, adapter: PartConfig | None) -> _Read | None:
+        """`term:NAME.OUTPUT` or `artifact:STAGE.NAME`."""
         match = _PAIR.fullmatch(text)
         if match is None:
-            form = "term:NAME.loss" if kind == "term" else "made:STAGE.NAME"
+            form = "term:NAME.loss" if kind == "term" else "artifact:STAGE.NAME"
             self.context.fault(key, f"{text!r} is no address of a {kind}; write {form}.")
             return None
         owner, name = match["owner"], match["name"]
@@ -205,7 +207,7 @@ class Addresses:
         if kind == "term" and name not in TERM_OUTPUTS:
             self.context.fault(key, f"a term gives out {', '.join(TERM_OUTPUTS)}.{nearest(name, TERM_OUTPUTS)}")
             return None
-        if kind == "made":
+        if kind == "artifact":
             full = self.made.get(text)
             if full is None:
                 hint = nearest(text, self.made) if self.made else " No earlier stage makes anything."
@@ -213,7 +215,7 @@ class Addresses:
                 return None
             owner, name = full.rsplit(".", 1)
         place = self.context.place(key)
-        return _Read(Operand(role=owner, path=name, kind=kind, adapter=adapter, place=place), True)  # type: ignore[arg-type]
+        return _Read(OperandConfig(role=owner, path=name, kind=kind, adapter=adapter, location=place), True)  # type: ignore[arg-type]
 
     def _known(self, role: str, key: str) -> bool:
         if role not in self.roles:
@@ -246,7 +248,7 @@ class OperandReader:
     def needs_teacher(self) -> bool:
         return self.reads_teacher and "teacher" not in self.entry.optional_inputs
 
-    def edges(self, student: Any, teacher: Any) -> tuple[Edge, ...]:
+    def edges(self, student: Any, teacher: Any) -> tuple[EdgeConfig, ...]:
         """All pairs of operands; empty after a fault."""
         count = len(self.context.faults)
         students = self._students(student)
@@ -254,7 +256,7 @@ class OperandReader:
         if len(self.context.faults) > count:
             return ()
         self._check_paths(pairs, teacher)
-        return tuple(Edge(student=s.operand, teacher=t.operand if t else None) for s, t in pairs)
+        return tuple(EdgeConfig(student=s.operand, teacher=t.operand if t else None) for s, t in pairs)
 
     def _students(self, value: Any) -> list[_Read]:
         key = f"{self.key}.student"
@@ -263,7 +265,7 @@ class OperandReader:
                 known = ", ".join(self.roles)
                 self.context.fault(self.key, f"say which role learns: `student: ROLE`, one of {known}.")
                 return []
-            return [_Read(Operand(role=self.student_role, place=self.context.place(self.key)), False)]
+            return [_Read(OperandConfig(role=self.student_role, location=self.context.place(self.key)), False)]
         items = value if isinstance(value, list) else [value]
         if not items:
             self.context.fault(key, "the list is empty.")
@@ -314,7 +316,7 @@ class OperandReader:
                     f"with, such as `teacher: {student.operand.path}`.",
                 )
         place = self.context.place(self.key)
-        return [(student, _Read(Operand(role="teacher", place=place), False)) for student in students]
+        return [(student, _Read(OperandConfig(role="teacher", location=place), False)) for student in students]
 
     def _others(self, students: list[_Read], listed: bool) -> list[tuple[_Read, _Read | None]]:
         names = [student.operand.role for student in students]

@@ -7,8 +7,8 @@ from typing import Any
 
 from kdbench.config.parse.keys import POSITIVE, Context
 from kdbench.config.parse.parts import named, parameters, schedule
-from kdbench.config.schema import Named, OptimizerConfig
-from kdbench.registry import OPTIMIZERS, type_fault
+from kdbench.config.schema import OptimizerConfig, PartConfig
+from kdbench.registry import OPTIMIZERS, type_mismatch
 
 
 def read_optimizer(context: Context, value: Any, key: str) -> OptimizerConfig:
@@ -17,7 +17,7 @@ def read_optimizer(context: Context, value: Any, key: str) -> OptimizerConfig:
         value = {"type": value}
     read = named(context, OPTIMIZERS, value, key, ("params",), reserved=("groups",))
     if read is None:
-        return OptimizerConfig(place=context.place(key))
+        return OptimizerConfig(location=context.place(key))
     groups = value.get("groups") or []
     if not isinstance(groups, list):
         context.fault(f"{key}.groups", f"must be a list such as `- {{type: norm, weight_decay: 0}}`, got {groups!r}.")
@@ -33,7 +33,7 @@ def read_optimizer(context: Context, value: Any, key: str) -> OptimizerConfig:
         own = {name: item for name, item in group.items() if name not in ("path", "type")}
         parameters(context, OPTIMIZERS, read.type, own, group_key, group_key, _all(read.type))
     groups = tuple(group for group in groups if isinstance(group, Mapping))
-    return OptimizerConfig(type=read.type, params=read.params, groups=groups, place=context.place(key))
+    return OptimizerConfig(type=read.type, params=read.params, groups=groups, location=context.place(key))
 
 
 def _all(kind: str) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def _all(kind: str) -> tuple[str, ...]:
     return tuple(OPTIMIZERS.entry(kind).parameters)
 
 
-def read_scheduler(context: Context, value: Any, key: str) -> Named | None:
+def read_scheduler(context: Context, value: Any, key: str) -> PartConfig | None:
     """Reads the factor on the learning rate: a schedule, with an optional `warmup` beside it."""
     if value is None:
         return None
@@ -55,9 +55,9 @@ def read_scheduler(context: Context, value: Any, key: str) -> Named | None:
     warmup = value.get("warmup")
     if warmup is None:
         return read
-    if type_fault("float", warmup) or not POSITIVE[0](warmup):
+    if type_mismatch("float", warmup) or not POSITIVE[0](warmup):
         context.fault(
             f"{key}.warmup", f"must be a number of epochs (or of steps with `by: step`) above 0, got {warmup!r}."
         )
         return read
-    return Named(type=read.type, params={**read.params, "warmup": warmup}, place=read.place)
+    return PartConfig(type=read.type, params={**read.params, "warmup": warmup}, location=read.location)

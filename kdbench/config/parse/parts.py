@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdbench.config.parse.keys import POSITIVE, Context
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.errors import ConfigError, nearest
-from kdbench.registry import REQUIRED, SCHEDULES, Registry, type_fault
+from kdbench.registry import REQUIRED, SCHEDULES, Registry, type_mismatch
 
 
 def named(
@@ -18,7 +18,7 @@ def named(
     key: str,
     injected: Sequence[str] = (),
     reserved: Sequence[str] = (),
-) -> Named | None:
+) -> PartConfig | None:
     """Reads `NAME` or `{type: NAME, ...parameters}` and checks name and parameters against the registry.
 
     Args:
@@ -40,7 +40,7 @@ def named(
     params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
     type_key = f"{key}.type" if f"{key}.type" in context.places else key
     checked = parameters(context, registry, kind, params, key, type_key, injected, ("type", *reserved))
-    return None if checked is None else Named(type=kind, params=checked, place=context.place(key))
+    return None if checked is None else PartConfig(type=kind, params=checked, location=context.place(key))
 
 
 def _a(registry: Registry) -> str:
@@ -83,7 +83,7 @@ def parameters(
         if parameter.schedulable and is_schedule:
             checked[name] = schedule(context, value, path)
             continue
-        fault = type_fault(parameter.annotation, value)
+        fault = type_mismatch(parameter.annotation, value)
         if fault and is_schedule and value["type"] in SCHEDULES.entries:
             context.fault(path, f"{registry.kind} {kind!r}: {name} cannot follow a schedule; it must be {fault}.")
         elif fault:
@@ -95,7 +95,7 @@ def parameters(
     return checked
 
 
-def schedule(context: Context, value: Any, key: str, reserved: Sequence[str] = ()) -> Named | None:
+def schedule(context: Context, value: Any, key: str, reserved: Sequence[str] = ()) -> PartConfig | None:
     """Reads a schedule: a name, or `{type: linear, start: 0, end: 1, over: 20}`; the parts of a chain as well."""
     read = named(context, SCHEDULES, value, key, reserved=reserved)
     if read is None:
@@ -109,7 +109,7 @@ def schedule(context: Context, value: Any, key: str, reserved: Sequence[str] = (
         context.fault(f"{key}.milestones", f"must rise, got {marks!r}.")
     if read.type == "chain" and isinstance(params.get("parts"), list):
         params["parts"] = [_part(context, part, f"{key}.parts.{i}", params) for i, part in enumerate(params["parts"])]
-    return Named(type=read.type, params=params, place=read.place)
+    return PartConfig(type=read.type, params=params, location=read.location)
 
 
 def _part(context: Context, part: Any, key: str, chain: Mapping[str, Any]) -> Any:
@@ -117,7 +117,7 @@ def _part(context: Context, part: Any, key: str, chain: Mapping[str, Any]) -> An
     length = part.get("length") if isinstance(part, Mapping) else None
     if length is None and position < count - 1:
         context.fault(key, "every part of a chain but the last needs its `length`.")
-    elif length is not None and (type_fault("float", length) or length <= 0):
+    elif length is not None and (type_mismatch("float", length) or length <= 0):
         context.fault(f"{key}.length", f"must be a number above 0, got {length!r}.")
     if isinstance(part, Mapping) and "by" in part:
         context.fault(f"{key}.by", "belongs to the whole chain, not to one part.")

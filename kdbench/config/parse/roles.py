@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -9,21 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, PERCENT, SHARE, Context, Fields
+from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, Context, Fields
 from kdbench.config.parse.parts import named
 from kdbench.config.paths import find_recipe
-from kdbench.config.schema import Named, RoleConfig, SourceConfig, Weights
+from kdbench.config.schema import PartConfig, RoleConfig, SourceConfig, WeightsConfig
 from kdbench.config.yaml_reader import leaves, read_source
 from kdbench.errors import ConfigError, nearest
-from kdbench.registry import DATASETS, MODELS, TRANSFORMS
+from kdbench.registry import DATASETS, METRICS, MODELS, WEIGHT_TRANSFORMS
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
-_FOLLOWERS = ("ema", "snapshot", "same")
+_FOLLOWERS = ("ema", "snapshot", "reuse")
 
 
-_NO_NAMES = ("others", "logits", "term", "made")
+_NO_NAMES = ("others", "logits", "term", "artifact")
 
 
 def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
@@ -66,19 +67,19 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
     fields = Fields(context, data, key, f"role {name!r}")
     model_value = fields.raw("model")
     model, made = None, None
-    if isinstance(model_value, Mapping) and isinstance(model_value.get("made"), str):
-        made = model_value["made"]
-        rest = {k: v for k, v in model_value.items() if k != "made"}
-        model = named(context, MODELS, rest, fields.path("model"), MODELS.given) if rest else None
+    if isinstance(model_value, Mapping) and isinstance(model_value.get("artifact"), str):
+        made = model_value["artifact"]
+        rest = {k: v for k, v in model_value.items() if k != "artifact"}
+        model = named(context, MODELS, rest, fields.path("model"), MODELS.injected) if rest else None
     elif model_value is not None:
-        model = named(context, MODELS, model_value, fields.path("model"), MODELS.given)
+        model = named(context, MODELS, model_value, fields.path("model"), MODELS.injected)
     mode, of = _mode(fields, name)
     if model_value is None and mode not in _FOLLOWERS:
         fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
         if isinstance(meant := fields.raw("type"), str):
             fault = f"the network of role {name!r} stands under `model`: write `{name}: {{model: {{type: {meant}}}}}`."
         context.fault(key, fault)
-    if model_value is not None and mode == "same":
+    if model_value is not None and mode == "reuse":
         fields.fault("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
     of, _, part = (of or "").partition(":")
     every, every_steps = _every(fields)
@@ -88,36 +89,48 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
         model=model,
         weights=read_weights(context, fields, base, seen),
         input=inputs[0] if inputs else "",
-        also=inputs[1:],
+        extra_inputs=inputs[1:],
         mode=mode,
-        of=of or None,
-        part=part or None,
+        source_role=of or None,
+        module_path=part or None,
         decay=fields.take("decay", "float", 0.999, SHARE),
-        every=every,
+        every_epochs=every,
         every_steps=every_steps,
-        draw=fields.take("draw", "int", 0, NOT_NEGATIVE),
-        made=made,
+        init_index=fields.take("init_index", "int", 0, NOT_NEGATIVE),
+        artifact=made,
         transforms=_transforms(context, fields),
         freeze=fields.texts("freeze"),
-        accuracy=fields.take("accuracy", "float", None, PERCENT),
-        place=context.place(key),
+        require=_required(fields),
+        location=context.place(key),
     )
     if fields.has("decay") and mode != "ema":
         fields.fault("decay", "belongs to a role with `ema: ROLE`.")
-    if fields.has("draw") and mode in _FOLLOWERS:
-        fields.fault("draw", f"has no effect: the weights of role {name!r} are those of {of!r}.")
+    if fields.has("init_index") and mode in _FOLLOWERS:
+        fields.fault("init_index", f"has no effect: the weights of role {name!r} are those of {of!r}.")
     if fields.has("every") and mode != "snapshot":
         fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
-    if mode == "same" and role.weights is not None:
+    if mode == "reuse" and role.weights is not None:
         fields.fault("weights", f"role {name!r} is the very network of {of!r}; its weights are those.")
-    if part and mode != "same":
-        fields.fault(mode, f"a part of a role can only be shared: `same: {of}:{part}`.")
+    if part and mode != "reuse":
+        fields.fault(mode, f"a part of a role can only be shared: `reuse: {of}:{part}`.")
     if role.transforms and mode != "trainable":
         fields.fault("transform", f"belongs to a role that trains; role {name!r} is {mode}.")
     if fields.has("freeze") and mode != "trainable":
         fields.fault("freeze", f"has no effect: nothing of role {name!r} trains.")
     fields.done()
     return role
+
+
+def _required(fields: Fields) -> dict[str, float]:
+    """Reads `require: {top1: 95}`: the values of metrics that a frozen role must reach."""
+    required = fields.take("require", "dict", {})
+    for name, value in required.items():
+        key = f"require.{name}"
+        if name.partition("/")[0] not in METRICS.entries:
+            fields.fault(key, f"no metric {name!r}.{nearest(name, METRICS.entries)}")
+        elif not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            fields.fault(key, f"must be a number, got {value!r}.")
+    return dict(required)
 
 
 def _every(fields: Fields) -> tuple[int, int]:
@@ -130,11 +143,11 @@ def _every(fields: Fields) -> tuple[int, int]:
     return fields.take("every", "int", 0, NOT_NEGATIVE), 0
 
 
-def _transforms(context: Context, fields: Fields) -> tuple[Named, ...]:
+def _transforms(context: Context, fields: Fields) -> tuple[PartConfig, ...]:
     value = fields.raw("transform", [])
     listed = isinstance(value, list)
     found = [
-        named(context, TRANSFORMS, item, fields.path(f"transform.{i}" if listed else "transform"))
+        named(context, WEIGHT_TRANSFORMS, item, fields.path(f"transform.{i}" if listed else "transform"))
         for i, item in enumerate(value if listed else [value])
     ]
     return tuple(item for item in found if item is not None)
@@ -146,7 +159,7 @@ def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
     followed = {mode: fields.take(mode, "str") for mode in _FOLLOWERS}
     chosen = [mode for mode, of in followed.items() if of is not None]
     if len(chosen) > 1 or (chosen and (frozen is not None or trainable is not None)):
-        fields.fault("", "`frozen`, `trainable`, `ema`, `snapshot` and `same` exclude each other; give one of them.")
+        fields.fault("", "`frozen`, `trainable`, `ema`, `snapshot` and `reuse` exclude each other; give one of them.")
     if frozen is not None and trainable is not None and frozen == trainable:
         fields.fault("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
     if chosen:
@@ -158,22 +171,24 @@ def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
 
 def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
     for role in roles.values():
-        if role.of is None:
+        if role.source_role is None:
             continue
-        key = f"{role.place.key}.{role.mode}"
-        if role.of not in roles:
-            context.fault(key, f"no role {role.of!r} to follow.{nearest(role.of, set(roles) - {role.name})}")
+        key = f"{role.location.key}.{role.mode}"
+        if role.source_role not in roles:
+            context.fault(
+                key, f"no role {role.source_role!r} to follow.{nearest(role.source_role, set(roles) - {role.name})}"
+            )
             continue
         chain, current = [role.name], role
-        while current.of is not None and current.of in roles:
-            chain.append(current.of)
-            current = roles[current.of]
+        while current.source_role is not None and current.source_role in roles:
+            chain.append(current.source_role)
+            current = roles[current.source_role]
             if current.name in chain[:-1]:
                 context.fault(key, f"roles follow each other in a circle: {' -> '.join(chain)}.")
                 break
 
 
-def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> Weights | None:
+def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> WeightsConfig | None:
     """Reads the `weights` of a role: from a recipe, an earlier stage (by its full name), or a file."""
     value = fields.raw("weights")
     if value is None:
@@ -186,7 +201,7 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
         own.fault("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
     model = own.raw("model")
     if model is not None:
-        named(context, MODELS, model, own.path("model"), MODELS.given)
+        named(context, MODELS, model, own.path("model"), MODELS.injected)
     rename = own.take("rename", "dict", {})
     if not all(isinstance(new, str) for new in rename.values()):
         own.fault("rename", f"must map text to text, got {rename!r}.")
@@ -194,7 +209,7 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
     role = own.texts("role")
     if len(set(role)) < len(role):
         own.fault("role", f"a role is listed twice: {', '.join(role)}.")
-    weights = Weights(
+    weights = WeightsConfig(
         recipe=_recipe(own, recipe, base, seen),
         model=model,
         epoch=own.take("epoch", "int", None, NOT_NEGATIVE),
@@ -205,9 +220,9 @@ def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, 
         strip=own.take("strip", "str"),
         rename=rename,
         strict=own.take("strict", "bool", True),
-        place=own.place(),
+        location=own.place(),
     )
-    for name, kind in {"model": "recipe", "epoch": "recipe", "key": "path", "first": "stage"}.items():
+    for name, kind in {"model": "recipe", "epoch": "recipe", "key": "path", "initial": "stage"}.items():
         own.raw(name)
         if own.has(name) and given and kind not in given:
             own.fault(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
@@ -257,7 +272,9 @@ def bind_inputs(
     bound = {}
     for name, role in roles.items():
         first = _input(context, role, role.input, roles, data)
-        bound[name] = replace(role, input=first, also=tuple(_input(context, role, i, roles, data) for i in role.also))
+        bound[name] = replace(
+            role, input=first, extra_inputs=tuple(_input(context, role, i, roles, data) for i in role.extra_inputs)
+        )
     for name in bound:
         circle = _circle(name, bound)
         if circle is not None:
@@ -273,7 +290,7 @@ def _circle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | Non
     while waiting:
         chain = waiting.pop()
         role = roles[chain[-1]]
-        for upstream in (i.split(":", 1)[0] for i in (role.input, *role.also) if ":" in i):
+        for upstream in (i.split(":", 1)[0] for i in (role.input, *role.extra_inputs) if ":" in i):
             if upstream == name:
                 return (*chain, upstream)
             if upstream not in visited:
@@ -283,7 +300,7 @@ def _circle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | Non
 
 
 def _input_key(role: RoleConfig) -> str:
-    return f"{role.place.key}.input"
+    return f"{role.location.key}.input"
 
 
 def _input(
@@ -299,7 +316,7 @@ def _input(
         if "train" not in data:
             known = ", ".join(data) or "none"
             said = f"role {role.name!r} needs an `input`: there is no source `train` (sources: {known})."
-            context.fault(role.place.key, said)
+            context.fault(role.location.key, said)
         return fallback
     if ":" in given:
         upstream, _, path = given.partition(":")
@@ -313,7 +330,7 @@ def _input(
         context.fault(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{nearest(source, data)}")
         return fallback
     fields = source_fields(data[source])
-    if name not in fields and data[source].made is None:
+    if name not in fields and data[source].artifact is None:
         context.fault(key, f"source {source!r} has no field {name!r}.{nearest(name, fields)}")
         return fallback
     return f"{source}.{name}"
@@ -340,6 +357,6 @@ def behind(names: Iterable[str], roles: Mapping[str, RoleConfig], *, followed: b
             continue
         found.add(role.name)
         waiting += role.upstream
-        if followed and role.of is not None:
-            waiting.append(role.of)
+        if followed and role.source_role is not None:
+            waiting.append(role.source_role)
     return found

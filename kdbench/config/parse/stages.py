@@ -14,7 +14,7 @@ from kdbench.config.parse.parts import named
 from kdbench.config.parse.roles import behind, bind_inputs, read_roles
 from kdbench.config.parse.terms import read_terms
 from kdbench.config.parse.updates import read_updates
-from kdbench.config.schema import Named, OptimizerConfig, RoleConfig, StageConfig
+from kdbench.config.schema import OptimizerConfig, PartConfig, RoleConfig, StageConfig
 from kdbench.errors import nearest
 from kdbench.registry import METRICS
 
@@ -52,7 +52,7 @@ def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str
         data=sources,
         terms=terms,
         updates=updates,
-        make=read_makes(context, top, roles, sources, export, unrolled),
+        artifacts=read_makes(context, top, roles, sources, export, unrolled),
         export=export or "student",
         evaluate=_evaluated(top, roles, export),
         optimizer=OptimizerConfig() if optimizer is None else read_optimizer(context, optimizer, top.path("optimizer")),
@@ -122,11 +122,11 @@ def _validation(top: Fields) -> float | int | None:
     return value
 
 
-def _metrics(context: Context, top: Fields, terms_with_teacher: bool) -> tuple[Named, ...]:
+def _metrics(context: Context, top: Fields, terms_with_teacher: bool) -> tuple[PartConfig, ...]:
     value = top.raw("metrics")
     if value is None:
         chosen = [*DEFAULT_METRICS, *(["agreement"] if terms_with_teacher else [])]
-        return tuple(Named(type=name) for name in chosen if name in METRICS.entries)
+        return tuple(PartConfig(type=name) for name in chosen if name in METRICS.entries)
     if not isinstance(value, list) or not value:
         top.fault("metrics", f"must be a list of one or more, such as [top1, ece], got {value!r}.")
         return ()
@@ -152,9 +152,11 @@ def _check_measured(context: Context, stage: StageConfig) -> None:
     for name in (stage.export, *stage.evaluate):
         for role in sorted(behind([name], stage.roles)):
             config = stage.roles[role]
-            if any(":" not in address and address.endswith(".label") for address in (config.input, *config.also)):
+            if any(
+                ":" not in address and address.endswith(".label") for address in (config.input, *config.extra_inputs)
+            ):
                 said = f"role {role!r} sees the labels, so {name!r}, which is evaluated, must not see it."
-                context.fault(f"{config.place.key}.input", said)
+                context.fault(f"{config.location.key}.input", said)
 
 
 def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -> None:
@@ -170,8 +172,8 @@ def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -
     if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
         context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
     for update in stage.updates if stage.precision == "fp16" else ():
-        if update.after is not None:
+        if update.inner_step is not None:
             said = "scales losses so that gradients fit, which a gradient through a step would undo; take bf16"
-            context.fault("precision", f"fp16 {said} beside `after` ({update.after.place}).")
+            context.fault("precision", f"fp16 {said} beside `inner_step` ({update.inner_step.location}).")
     if stage.validation is not None and stage.data and "train" not in stage.data:
         context.fault("validation", "is held out from the source `train`, which this recipe does not have.")

@@ -8,10 +8,10 @@ from typing import Any
 from kdbench.config.parse.keys import Context, Fields
 from kdbench.config.parse.operands import Addresses, OperandReader
 from kdbench.config.parse.parts import parameters, schedule
-from kdbench.config.schema import Named, Part, RoleConfig, TermConfig
-from kdbench.registry import ROUTERS, TERMS, WEIGHERS, Entry, type_fault
+from kdbench.config.schema import PartConfig, PartWithOperands, RoleConfig, TermConfig
+from kdbench.registry import ROUTERS, SAMPLE_WEIGHTS, TERMS, Entry, type_mismatch
 
-RESERVED = ("type", "weight", "student", "teacher", "where", "teacher_grad", "weigh", "route")
+RESERVED = ("type", "weight", "student", "teacher", "mask", "teacher_grad", "sample_weight", "route")
 
 
 def read_terms(
@@ -61,10 +61,10 @@ def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | 
         return None
     weight = _weight(context, fields)
     student_value, teacher_value = fields.raw("student"), fields.raw("teacher")
-    where = fields.take("where", "str")
+    where = fields.take("mask", "str")
     teacher_grad = fields.take("teacher_grad", "bool", False)
     type_key = fields.path("type") if fields.path("type") in context.places else key
-    routing = {name: fields.raw(name) for name in ("weigh", "route")}
+    routing = {name: fields.raw(name) for name in ("sample_weight", "route")}
     known = TERMS.entries.get(kind)
     declared = [
         name for name in (known.facts.get("operands", ()) if known else ()) if name not in ("student", "teacher")
@@ -74,11 +74,9 @@ def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | 
     if params is None:
         return None
     entry = TERMS.entry(kind)
-    space = entry.facts.get("space", "sample")
+    space = entry.facts.get("space", "row")
     if where is not None and (space == "model" or (space == "batch" and "mask" not in entry.inputs)):
-        fields.fault(
-            "where", f"term {kind!r} couples the whole batch and takes no mask, so `where` cannot thin it out."
-        )
+        fields.fault("mask", f"term {kind!r} couples the whole batch and takes no mask, so `mask` cannot thin it out.")
     if teacher_grad and "teacher" not in entry.inputs:
         fields.fault("teacher_grad", f"term {kind!r} reads no teacher.")
     reader = OperandReader(addresses, student, key, entry)
@@ -92,8 +90,8 @@ def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | 
         only = edges[0].teacher or edges[0].student
         fields.fault("route", f"a router chooses among teachers, but every edge has the same: {only}.")
     own = edges[0].student.role if edges else student
-    parts: dict[str, Part | None] = {"weigh": None, "route": None}
-    for label, registry in (("weigh", WEIGHERS), ("route", ROUTERS)):
+    parts: dict[str, PartWithOperands | None] = {"sample_weight": None, "route": None}
+    for label, registry in (("sample_weight", SAMPLE_WEIGHTS), ("route", ROUTERS)):
         if routing[label] is not None:
             parts[label] = addresses.part(
                 registry, routing[label], f"{key}.{label}", own, given=("student", "teacher", "teachers", "losses")
@@ -103,26 +101,26 @@ def _term(addresses: Addresses, name: str, key: str, value: Any, student: str | 
         type=kind,
         weight=weight,
         edges=edges,
-        where=where,
+        mask=where,
         teacher_grad=teacher_grad,
         params=params,
         operands=addresses.declared(entry, declared, more, key, own),
         **parts,
-        place=context.place(key),
+        location=context.place(key),
     )
 
 
 def _takes_weights(entry: Entry) -> bool:
     """Whether samples can count differently in a term: the runner weighs what it reduces, the others must take them."""
-    space = entry.facts.get("space", "sample")
+    space = entry.facts.get("space", "row")
     return space not in ("batch", "model") or (space == "batch" and "weight" in entry.inputs)
 
 
-def _weight(context: Context, fields: Fields) -> float | Named:
+def _weight(context: Context, fields: Fields) -> float | PartConfig:
     value = fields.raw("weight", 1.0)
     if isinstance(value, Mapping):
         return schedule(context, value, fields.path("weight")) or 1.0
-    if type_fault("float", value) or value != value or abs(value) == float("inf"):
+    if type_mismatch("float", value) or value != value or abs(value) == float("inf"):
         fields.fault("weight", f"must be a finite number or a schedule such as {{type: linear, ...}}, got {value!r}.")
         return 1.0
     return value

@@ -9,7 +9,7 @@ from kdbench.config.parse.keys import AT_LEAST_ONE, POSITIVE, SHARE_OR_COUNT, Co
 from kdbench.config.parse.operands import Addresses
 from kdbench.config.parse.optimizers import read_optimizer
 from kdbench.config.parse.parts import schedule
-from kdbench.config.schema import Named, Part, RoleConfig, TermConfig, UpdateConfig, VirtualConfig
+from kdbench.config.schema import InnerStepConfig, PartConfig, PartWithOperands, RoleConfig, TermConfig, UpdateConfig
 from kdbench.errors import nearest
 from kdbench.registry import SELECTORS
 
@@ -65,11 +65,11 @@ def _update(
         terms=names,
         repeat=repeat,
         optimizer=optimizer,
-        together=together,
+        group=together,
         select=select,
         keep=keep,
-        after=after,
-        place=fields.place(),
+        inner_step=after,
+        location=fields.place(),
     )
 
 
@@ -94,7 +94,7 @@ def _moves(
         if name not in terms:
             fields.fault("terms", f"no term {name!r}.{nearest(name, terms)}")
             continue
-        for operand in terms[name].reads():
+        for operand in terms[name].read_operands():
             if operand.kind == "term" and operand.role not in names[: names.index(name)]:
                 said = f"term {name!r} reads {operand}, which this update does not compute before it"
                 fields.fault("terms", f"{said}; list {operand.role!r} first.")
@@ -103,26 +103,26 @@ def _moves(
 
 def _virtual(
     context: Context, fields: Fields, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
-) -> VirtualConfig | None:
-    value = fields.raw("after")
+) -> InnerStepConfig | None:
+    value = fields.raw("inner_step")
     if value is None:
         return None
-    own = Fields(context, value, fields.path("after"), "after")
+    own = Fields(context, value, fields.path("inner_step"), "inner_step")
     models, names = _moves(own, roles, terms, "a virtual step")
-    lr: float | Named | None = None
+    lr: float | PartConfig | None = None
     if isinstance(own.raw("lr"), Mapping):
         lr = schedule(context, own.data["lr"], own.path("lr"))
     else:
         lr = own.take("lr", "float", None, POSITIVE)
     own.done()
     if fields.data.get("select") is not None:
-        fields.fault("select", "cannot stand beside `after`: both steps are of the whole batch.")
-    return VirtualConfig(models=models, terms=names, lr=lr, place=own.place())
+        fields.fault("select", "cannot stand beside `inner_step`: both steps are of the whole batch.")
+    return InnerStepConfig(models=models, terms=names, lr=lr, location=own.place())
 
 
 def _selection(
     context: Context, fields: Fields, roles: Mapping[str, RoleConfig], sources: Collection[str]
-) -> tuple[Part | None, float | int | None]:
+) -> tuple[PartWithOperands | None, float | int | None]:
     value = fields.raw("select")
     if value is None:
         return None, None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 OUTSIDE = -1
 """A coordinate that lies in the padding, where pixels are zero."""
@@ -68,7 +68,7 @@ class Augment:
         return torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
 
 
-@AUGMENTS.register("same", version=1)
+@AUGMENTATIONS.register("same", version=1)
 class Same(Augment):
     """First in a view: all that another view does to the sample, with the same draws.
 

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kdbench.data.augment.base import Colouring
 from kdbench.errors import ConfigError
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 
-@AUGMENTS.register("color", version=1)
+@AUGMENTATIONS.register("color", version=1)
 class Color(Colouring):
     """Random brightness, contrast and saturation, as torchvision's ColorJitter, always in this order.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kdbench.data.augment.base import Masking
 from kdbench.data.augment.mixing import between
 from kdbench.errors import ConfigError
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 _WORD = 0xFFFFFFFF
 
@@ -46,7 +46,7 @@ def normal_draws(draws: Tensor, count: int) -> Tensor:
     return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
 
-@AUGMENTS.register("noise", version=1)
+@AUGMENTATIONS.register("noise", version=1)
 class Noise(Masking):
     """Adds Gaussian noise to the normalised image, other noise to every pixel, sample and epoch.
 
@@ -68,7 +68,7 @@ class Noise(Masking):
         return image + self.std * normal_draws(draws, count).view(image.shape).to(image.dtype)
 
 
-@AUGMENTS.register("blur", version=1)
+@AUGMENTATIONS.register("blur", version=1)
 class Blur(Masking):
     """Gaussian blur; the border repeats the outermost pixels.
 
@@ -100,7 +100,7 @@ class Blur(Masking):
         return torch.where(draws[:, 0].view(-1, 1, 1, 1) < self.p, blurred, image)
 
 
-@AUGMENTS.register("low_resolution", version=1)
+@AUGMENTATIONS.register("low_resolution", version=1)
 class LowResolution(Masking):
     """Averages squares of pixels and repeats the mean, so that the image has fewer details and the same size.
 
@@ -127,7 +127,7 @@ class LowResolution(Masking):
         return F.interpolate(small, scale_factor=float(self.factor), mode="nearest")
 
 
-@AUGMENTS.register("occlude", version=1)
+@AUGMENTATIONS.register("occlude", version=1)
 class Occlude(Masking):
     """Covers one rectangle of the normalised image with zeros: Zhong et al. 2020 (AAAI), https://arxiv.org/abs/1708.04896
 
@@ -166,7 +166,7 @@ class Occlude(Masking):
         return image.masked_fill(inside[:, None], 0.0)
 
 
-@AUGMENTS.register("half", version=1)
+@AUGMENTATIONS.register("half", version=1)
 class Half(Masking):
     """Keeps one half of the normalised image and sets the other to 0: two halves are two modalities of one sample.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdbench.data.augment.base import OUTSIDE, Geometric, Masking, Reading
 from kdbench.errors import ConfigError
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 
 def window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
@@ -26,7 +26,7 @@ def whole(uniform: Tensor, count: int) -> Tensor:
     return (uniform * count).long().clamp_(max=count - 1)
 
 
-@AUGMENTS.register("crop", version=1)
+@AUGMENTATIONS.register("crop", version=1)
 class Crop(Geometric):
     """Random crop of the zero-padded image, as torchvision's RandomCrop.
 
@@ -85,7 +85,7 @@ class Crop(Geometric):
         return window(ys, top, height), window(xs, left, width)
 
 
-@AUGMENTS.register("flip", version=1)
+@AUGMENTATIONS.register("flip", version=1)
 class Flip(Geometric):
     """Horizontal flip with probability p.
 
@@ -110,7 +110,7 @@ class Flip(Geometric):
         return (draws[:, 0] < self.p).long()
 
 
-@AUGMENTS.register("random_resized_crop", version=1)
+@AUGMENTATIONS.register("random_resized_crop", version=1)
 class RandomResizedCrop(Reading):
     """Reads a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
 
@@ -145,7 +145,7 @@ class RandomResizedCrop(Reading):
         return left, top, left + w, top + h
 
 
-@AUGMENTS.register("rotate90", version=1)
+@AUGMENTATIONS.register("rotate90", version=1)
 class Rotate90(Masking):
     """Turns the image by quarters: Gidaris et al. 2018 (ICLR), https://arxiv.org/abs/1803.07728
 

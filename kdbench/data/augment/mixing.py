@@ -9,7 +9,7 @@ from torch import Tensor
 from kdbench.data.augment.base import Masking, Mixing
 from kdbench.data.augment.geometric import whole
 from kdbench.errors import ConfigError
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 
 def between(length: int, low: Tensor, high: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def between(length: int, low: Tensor, high: Tensor) -> Tensor:
     return (at >= low[:, None]) & (at < high[:, None])
 
 
-@AUGMENTS.register("cutout", version=1)
+@AUGMENTATIONS.register("cutout", version=1)
 class Cutout(Masking):
     """Sets one square of the normalised image to zero: DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552
 
@@ -56,7 +56,7 @@ def _beta(alpha: float, samples: int, seed: int) -> Tensor:
     return torch.from_numpy(drawn).float()[:, None]
 
 
-@AUGMENTS.register("mixup", version=1)
+@AUGMENTATIONS.register("mixup", version=1)
 class Mixup(Mixing):
     """Blends two images and their labels: Zhang et al. 2018 (ICLR), https://arxiv.org/abs/1710.09412
 
@@ -92,7 +92,7 @@ class Mixup(Mixing):
         return image * weight + partner * (1 - weight), share
 
 
-@AUGMENTS.register("cutmix", version=1)
+@AUGMENTATIONS.register("cutmix", version=1)
 class Cutmix(Mixing):
     """Pastes a box of another image: Yun et al. 2019 (ICCV), https://arxiv.org/abs/1905.04899
 

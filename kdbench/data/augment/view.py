@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.augment.base import OUTSIDE, Augment, Colouring, Geometric, Masking, Mixing, Reading
 from kdbench.data.source_spec import Variants
 from kdbench.errors import ConfigError, UserError, nearest
 from kdbench.randomness import derive
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 
 class View:
@@ -47,7 +47,7 @@ class View:
     def __init__(
         self,
         name: str,
-        augments: Sequence[Named],
+        augments: Sequence[PartConfig],
         shape: tuple[int, ...],
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -80,26 +80,26 @@ class View:
         self.mean = None if mean is None else torch.tensor(mean, dtype=dtype, device=device).view(trailing)
         self.std = None if std is None else torch.tensor(std, dtype=dtype, device=device).view(trailing)
 
-    def _add(self, named: Named) -> None:
-        AUGMENTS.check(named.type, named.params, named.place)
+    def _add(self, named: PartConfig) -> None:
+        AUGMENTATIONS.check(named.type, named.params, named.location)
         if len(self.stored) != 3:
             raise ConfigError(
-                f"{named.place}: {named.type} needs images of shape [channels, height, width], "
+                f"{named.location}: {named.type} needs images of shape [channels, height, width], "
                 f"but this dataset's samples are {list(self.stored)}".lstrip(": ")
             )
         self._seen.append(self.shape)
         try:
-            augment: Augment = AUGMENTS.build(named.type, named.params, named.place)
+            augment: Augment = AUGMENTATIONS.build(named.type, named.params, named.location)
             self.shape = augment.shape(self.shape)
         except UserError as error:
-            raise ConfigError(f"{named.place}: {error}".lstrip(": ")) from None
+            raise ConfigError(f"{named.location}: {error}".lstrip(": ")) from None
         if isinstance(augment, Colouring) and not self.pixels:
             raise ConfigError(
-                f"{named.place}: {named.type} changes colours of images in [0, 1], but these were stored "
+                f"{named.location}: {named.type} changes colours of images in [0, 1], but these were stored "
                 "normalised".lstrip(": ")
             )
         if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
-            raise ConfigError(f"{named.place}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
+            raise ConfigError(f"{named.location}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
         self.augments.append(augment)
 
     def table(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
@@ -236,7 +236,7 @@ def _masked(image: Tensor, own: Sequence[tuple[Augment, Tensor]]) -> Tensor:
     return image
 
 
-def _keys(augments: Sequence[Named]) -> list[str]:
+def _keys(augments: Sequence[PartConfig]) -> list[str]:
     seen: Counter[str] = Counter()
     keys = []
     for named in augments:
@@ -276,29 +276,29 @@ def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tenso
     return lines.gather(3, xs[:, None, None, :].expand(batch, channels, ys.shape[1], xs.shape[1]))
 
 
-def spelled_out(views: Mapping[str, Sequence[Named]]) -> dict[str, list[tuple[Named, str]]]:
-    """Puts the augmentations of the other view in the place of each `same`.
+def spelled_out(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[tuple[PartConfig, str]]]:
+    """Puts the augmentations of the other view in the place of each `reuse`.
 
     Returns:
         View -> its augmentations in order, each with the view whose draws it takes.
 
     Raises:
-        ConfigError: `same` is not the first of a view, or names none, or itself.
+        ConfigError: `reuse` is not the first of a view, or names none, or itself.
     """
-    found: dict[str, list[tuple[Named, str]]] = {}
+    found: dict[str, list[tuple[PartConfig, str]]] = {}
 
-    def spell(name: str, above: tuple[str, ...]) -> list[tuple[Named, str]]:
+    def spell(name: str, above: tuple[str, ...]) -> list[tuple[PartConfig, str]]:
         if name in found:
             return found[name]
-        own: list[tuple[Named, str]] = []
+        own: list[tuple[PartConfig, str]] = []
         for number, named in enumerate(views[name]):
             if named.type != "same":
                 own.append((named, name))
                 continue
             other = str(named.params.get("view"))
-            where = f"{named.place}: " if str(named.place) else ""
+            where = f"{named.location}: " if str(named.location) else ""
             if number:
-                raise ConfigError(f"{where}`same` comes first in a view; what follows it is done to what it gives")
+                raise ConfigError(f"{where}`reuse` comes first in a view; what follows it is done to what it gives")
             if other not in views:
                 raise ConfigError(f"{where}no view {other!r}.{nearest(other, views)}")
             if other in (*above, name):
@@ -325,7 +325,7 @@ def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object)
     if len({view.mixes for view in views.values() if view.mixes}) > 1:
         mixing = [name for name, view in views.items() if view.mixes]
         raise ConfigError(
-            f"{config.place}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
+            f"{config.location}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
             "`label_other`; mix in one view, and let the other continue it (`from:`)".lstrip(": ")
         )
     return views
@@ -335,9 +335,9 @@ def refuse_reading(config: SourceConfig) -> None:
     """Raises ConfigError where a view chooses what is read from a file, of a dataset that is held in memory."""
     for name, own in spelled_out(config.views).items():
         for named, _ in own:
-            if issubclass(AUGMENTS.entry(named.type).load(), Reading):
+            if issubclass(AUGMENTATIONS.entry(named.type).load(), Reading):
                 raise ConfigError(
-                    f"{named.place}: view {name!r}: {named.type} chooses what is read from a file, but "
+                    f"{named.location}: view {name!r}: {named.type} chooses what is read from a file, but "
                     f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
                     "(image_folder with resident: false, imagenet)".lstrip(": ")
                 )
@@ -373,7 +373,7 @@ def fields_of(
     fields |= {"label": ((), "int64"), "index": ((), "int64")}
     if config.relabel is not None:
         fields["label_true"] = ((), "int64")
-    if config.labels is not None:
+    if config.label_fraction is not None:
         fields["labelled"] = ((), "bool")
     if any(view.mixes for view in views.values()):
         fields |= {"label_other": ((), "int64"), "mix": ((), "float32")}
@@ -382,6 +382,6 @@ def fields_of(
     taken = sorted(set(fields).difference({"labelled"}).intersection(extra or {}))
     if taken:
         raise ConfigError(
-            f"{config.place}: a view is called {', '.join(taken)}, which is a field of the dataset".lstrip(": ")
+            f"{config.location}: a view is called {', '.join(taken)}, which is a field of the dataset".lstrip(": ")
         )
     return fields | dict(extra or {})

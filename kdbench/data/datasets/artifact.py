@@ -13,15 +13,15 @@ from torch import Tensor
 from kdbench.data.datasets.base import Dataset, Packed, content_checksum
 from kdbench.data.source_spec import SourceSpec
 from kdbench.errors import DataError
-from kdbench.registry import DATASETS, MAKERS
+from kdbench.registry import ARTIFACTS, DATASETS
 
 RESERVED = ("image", "label", "index", "valid", "label_true", "label_other", "mix")
 """Fields of a batch that the source itself gives; a made dataset cannot bring its own."""
 
 
-@DATASETS.register("made", version=1, injected=("split", "data_root", "file"))
+@DATASETS.register("artifact", version=1, injected=("split", "data_root", "file"))
 class Made(Dataset):
-    """The dataset that an earlier stage made; a recipe writes it as `{made: STAGE.NAME}`.
+    """The dataset that an earlier stage made; a recipe writes it as `{artifact: STAGE.NAME}`.
 
     Its images are as the maker stored them: normalised already where the file has no mean and deviation. So a method
     that stores crops with their soft labels (FKD, FerKD) stores the cropped images, and no crop is replayed. Whatever
@@ -100,7 +100,7 @@ def expected(maker: str, source: SourceSpec | None, images: SourceSpec) -> Sourc
     """
     like = source if source is not None and "image" in source.fields else images
     classes = like.classes if like.classes is not None else images.classes
-    declared = MAKERS.entry(maker).facts.get("fields", ())
+    declared = ARTIFACTS.entry(maker).facts.get("fields", ())
     shapes = dict(declared) if isinstance(declared, Mapping) else {name: None for name in declared}
     fields = {"image": like.fields["image"]} if "image" in like.fields else {}
     for name, shape in shapes.items():

@@ -110,19 +110,21 @@ def build_sources(
     if held_out is not None:
         train = data["train"]
         views = data["eval"].views if "eval" in data else {"image": ()}  # what a role sees is there in both
-        config = replace(train, name="validation", views=views, labels=None, subset=None, relabel=None, overlap=False)
+        config = replace(
+            train, name="validation", views=views, label_fraction=None, subset=None, relabel=None, overlap=False
+        )
         sources["validation"] = _source(config, opened[_key(train)], setting, held_out, None)
     return sources
 
 
 def _key(config: SourceConfig) -> str:
-    named = [config.dataset.type, config.split, dict(config.dataset.params), config.made]
+    named = [config.dataset.type, config.split, dict(config.dataset.params), config.artifact]
     return json.dumps(named, sort_keys=True, default=str)
 
 
 def _load(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> _Opened:
-    if config.made is not None and dataset.problem is not None:
-        raise DataError(_at(config, f"{config.made} has not been made yet"))
+    if config.artifact is not None and dataset.problem is not None:
+        raise DataError(_at(config, f"{config.artifact} has not been made yet"))
     if len(dataset) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
@@ -134,12 +136,12 @@ def _load(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: s
 def _resident(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> Packed:
     """A split with its images on the device; a made one is never shared, since its run may make it anew."""
     key = json.dumps([_key(config), data_root, str(setting.device)])
-    found = None if _SHARED is None or config.made is not None else _SHARED.get(key)
+    found = None if _SHARED is None or config.artifact is not None else _SHARED.get(key)
     if found is None:
         with placed(config):
             packed = dataset.load()
         found = replace(packed, images=packed.images.to(setting.device))
-        if _SHARED is not None and config.made is None:
+        if _SHARED is not None and config.artifact is None:
             _SHARED[key] = found
             if setting.device.type == "cuda":  # others read it on streams of their own
                 torch.cuda.current_stream(setting.device).synchronize()
@@ -218,9 +220,9 @@ def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str
         device=setting.device,
         dtype=setting.dtype,
         channels_last=setting.channels_last,
-        pixels=config.made is None or dataset.normalize,
+        pixels=config.artifact is None or dataset.normalize,
     )
 
 
 def _at(config: SourceConfig, text: str) -> str:
-    return f"{config.place}: {text}" if str(config.place) else text
+    return f"{config.location}: {text}" if str(config.location) else text

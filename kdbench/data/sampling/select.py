@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.artifact import read_choice
 from kdbench.data.sampling.relabel import Relabel
 from kdbench.data.sampling.split import balanced, empty_classes, share
@@ -25,7 +25,7 @@ Made = Mapping[str, Path] | None
 """`STAGE.NAME` -> the file of what that stage made."""
 
 
-def subset_steps(config: SourceConfig) -> tuple[float | int | str | Named, ...]:
+def subset_steps(config: SourceConfig) -> tuple[float | int | str | PartConfig, ...]:
     """Returns what is applied in order: numbers (balanced), texts (`STAGE.NAME` of a made choice), and parts."""
     subset = config.subset
     return () if subset is None else subset if isinstance(subset, tuple) else (subset,)
@@ -41,7 +41,7 @@ def check(config: SourceConfig, names: Sequence[str]) -> None:
         ConfigError: an unknown part or parameter, or one that does not fit.
     """
     for step in subset_steps(config):
-        if isinstance(step, Named):
+        if isinstance(step, PartConfig):
             _build(SUBSETS, step, names, config, "subset")
     if config.relabel is not None:
         _build(RELABELS, config.relabel, names, config, "relabel")
@@ -64,7 +64,7 @@ def size(config: SourceConfig, candidates: int | None, population: int | None, m
                 return None
             candidates = len(_choice(config, step, candidates, made, "subset"))
             continue
-        part = _build(SUBSETS, step, (), config, "subset") if isinstance(step, Named) else None
+        part = _build(SUBSETS, step, (), config, "subset") if isinstance(step, PartConfig) else None
         try:
             candidates = share(candidates, step) if part is None else part.size(candidates)  # type: ignore[arg-type]
         except ConfigError as error:
@@ -86,7 +86,7 @@ def subset_positions(
         rng = generator(seed, "split", "subset", *([number] if number else []))
         if isinstance(step, str):
             positions = positions[torch.isin(positions, _choice(config, step, len(labels), made, "subset"))]
-        elif isinstance(step, Named):
+        elif isinstance(step, PartConfig):
             part: Subset = _build(SUBSETS, step, names, config, "subset")
             try:
                 positions = part.choose(labels, positions, len(names), rng)
@@ -101,17 +101,17 @@ def labelled_positions(
     config: SourceConfig, labels: Tensor, positions: Tensor, names: Sequence[str], seed: int, made: Made = None
 ) -> Tensor | None:
     """Returns the part of `positions` whose label stays, int64, sorted; None where all stay."""
-    if config.labels is None:
+    if config.label_fraction is None:
         return None
     positions = positions[labels[positions] >= 0]
-    if isinstance(config.labels, str):
-        return positions[torch.isin(positions, _choice(config, config.labels, len(labels), made, "labels"))]
+    if isinstance(config.label_fraction, str):
+        return positions[torch.isin(positions, _choice(config, config.label_fraction, len(labels), made, "labels"))]
     where = place(config, "labels")
     present = len(names) - len(empty_classes(labels, positions, names))
-    kept = balanced(labels, positions, config.labels, len(names), generator(seed, "split", "labels"), where)
+    kept = balanced(labels, positions, config.label_fraction, len(names), generator(seed, "split", "labels"), where)
     missing = empty_classes(labels, kept, names)
     if len(names) - len(missing) < present:
-        raise ConfigError(f"{where}: {config.labels} leaves {some(missing)} without any label")
+        raise ConfigError(f"{where}: {config.label_fraction} leaves {some(missing)} without any label")
     return kept
 
 
@@ -130,13 +130,13 @@ def relabelled(config: SourceConfig, labels: Tensor, names: Sequence[str], seed:
 
 def place(config: SourceConfig, option: str) -> str:
     """The place of one of a source's options, or the source's own where the option was not written."""
-    given = config.places.get(option)
-    return str(given or (f"{config.place}: {option}" if str(config.place) else option))
+    given = config.locations.get(option)
+    return str(given or (f"{config.location}: {option}" if str(config.location) else option))
 
 
-def _step_place(step: float | int | Named, config: SourceConfig) -> str:
+def _step_place(step: float | int | PartConfig, config: SourceConfig) -> str:
     """The place of one element of `subset`."""
-    return str(step.place) if isinstance(step, Named) and str(step.place) else place(config, "subset")
+    return str(step.location) if isinstance(step, PartConfig) and str(step.location) else place(config, "subset")
 
 
 def some(names: list[str]) -> str:
@@ -155,8 +155,8 @@ def _choice(config: SourceConfig, name: str, population: int, made: Made, option
         raise DataError(f"{where}: {error}") from None
 
 
-def _build(registry: Registry, named: Named, names: Sequence[str], config: SourceConfig, option: str) -> Any:
-    where = named.place if str(named.place) else place(config, option)
+def _build(registry: Registry, named: PartConfig, names: Sequence[str], config: SourceConfig, option: str) -> Any:
+    where = named.location if str(named.location) else place(config, option)
     registry.check(named.type, named.params, where)
     try:
         return registry.build(named.type, named.params, where, names=tuple(names))

@@ -39,7 +39,7 @@ def sharded_roles(
     named = stage.roles if recipe.shard is True else [name for name in recipe.shard or () if name in stage.roles]
     if not named:
         return ()
-    place = recipe.places.get("shard", "shard")
+    place = recipe.locations.get("shard", "shard")
     reason = _stage_fault(stage)
     if reason is None and not hasattr(_fsdp(), "set_force_sum_reduction_for_comms"):
         reason = f"torch {torch.__version__} cannot sum the gradients of parts; it needs a newer one"
@@ -112,7 +112,7 @@ def _fsdp() -> type | None:
 def _stage_fault(stage: StageConfig) -> str | None:
     if stage.updates:
         return "a stage with `updates` takes gradients of some roles at a time, which parts do not"
-    if stage.make:
+    if stage.artifacts:
         return f"what stage {stage.name!r} makes is made by one process, which would need the whole networks"
     if stage.precision == "fp16":
         return "fp16 looks at all gradients before a step; take precision: bf16"
@@ -122,15 +122,15 @@ def _stage_fault(stage: StageConfig) -> str | None:
 def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], model: nn.Module) -> str | None:
     role = stage.roles[name]
     if role.mode not in ("trainable", "frozen"):
-        return f"it is {'the same as' if role.mode == 'same' else f'the {role.mode} of'} {role.of!r}"
+        return f"it is {'the same as' if role.mode == 'same' else f'the {role.mode} of'} {role.source_role!r}"
     for other in stage.roles.values():
-        if other.name != name and other.of == name:
+        if other.name != name and other.source_role == name:
             return f"role {other.name!r} ({other.mode}) needs all of its weights"
     if role.transforms:
         return "`transform` works on whole weights"
     if stage.ema is not None and stage.export == name:
         return "`ema` averages whole weights"
-    for operand in stage.reads():
+    for operand in stage.read_operands():
         if operand.kind == "role" and operand.is_state and operand.role == name:
             return f"{operand} is read off its whole weights"
     if role.mode == "frozen" and not role.upstream:

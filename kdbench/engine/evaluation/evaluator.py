@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import Named, Recipe, RoleConfig, StageConfig
+from kdbench.config.schema import PartConfig, Recipe, RoleConfig, StageConfig
 from kdbench.data.loading.source import Source
 from kdbench.engine.distributed.world import World
 from kdbench.engine.evaluation.evaluate import evaluate, predictions
@@ -58,12 +58,14 @@ class Judge:
         self.world, self.device, self.tracker, self.history = world, device, tracker, history
         self.splits = {n: split for n, split in SPLITS.items() if n in sources and sources[n].classes}
         self.splits |= {n: n[len(APART) :] for n in sources if n.startswith(APART) and sources[n].classes}
-        if stage.roles[stage.export].also:  # an evaluation shows images alone
+        if stage.roles[stage.export].extra_inputs:  # an evaluation shows images alone
             self.splits = {}
         if stage.export in plan.layout.unmeasured:
             self.splits = {}
         teacher = teacher_of(stage)
-        self.teacher = teacher if teacher is not None and upstream_role(teacher) is None and not teacher.also else None
+        self.teacher = (
+            teacher if teacher is not None and upstream_role(teacher) is None and not teacher.extra_inputs else None
+        )
 
     def frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
         """Measures the frozen roles on the test split, and refuses one below the accuracy that the recipe states.
@@ -74,7 +76,12 @@ class Judge:
         measured: dict[str, dict[str, float]] = {}
         for name in self.plan.layout.order:
             config = self.stage.roles[name]
-            if config.mode != "frozen" or upstream_role(config) is not None or "eval" not in self.splits or config.also:
+            if (
+                config.mode != "frozen"
+                or upstream_role(config) is not None
+                or "eval" not in self.splits
+                or config.extra_inputs
+            ):
                 continue
             if self.sources[self.plan.layout.sources[name]].classes != self.sources["eval"].classes:
                 continue
@@ -82,12 +89,7 @@ class Judge:
             self._log(name, "test", scores, epoch=0, step=step)
             self.history.frozen[name] = {"test": scores}
             measured[name] = scores
-            if config.accuracy is not None and scores["top1"] < config.accuracy:
-                raise TrainingError(
-                    f"{config.place}: role {name!r} reaches {scores['top1']:.2f}% top-1 on the test split, but the "
-                    f"recipe says that it must have {config.accuracy}%. Check its weights and the normalisation of "
-                    "its input before anything is distilled from it."
-                )
+            _check_required(config, scores)
         return measured
 
     def moving_roles(self, runner: Runner, epoch: int, step: int) -> bool:
@@ -124,7 +126,7 @@ class Judge:
         moving = {name: dict(splits) for name, splits in last["metrics"].items()}
         source = self.plan.train_source
         models = self._moving(runner)
-        if self.sources[source].classes and not config.also:
+        if self.sources[source].classes and not config.extra_inputs:
             for name, model in models.items():
                 if name not in (role, "ema"):
                     continue
@@ -182,7 +184,7 @@ class Judge:
         metrics: MetricSet | None = None,
     ) -> dict[str, float]:
         classes = len(self.sources[source].classes)
-        names = self.stage.metrics or tuple(Named(type=n) for n in ("top1", "top5", "nll", "ece", "agreement"))
+        names = self.stage.metrics or tuple(PartConfig(type=n) for n in ("top1", "top5", "nll", "ece", "agreement"))
         teacher = network.role(self.teacher.name).model if self.teacher is not None else None
         return evaluate(
             model,
@@ -227,6 +229,23 @@ def teacher_of(stage: StageConfig) -> RoleConfig | None:
             taught = edge.student.kind == "role" and edge.student.role == stage.export
             if not taught or edge.teacher is None or edge.teacher.kind != "role" or edge.teacher.role == stage.export:
                 continue
-            if stage.roles[edge.teacher.role].mode != "same":
+            if stage.roles[edge.teacher.role].mode != "reuse":
                 return stage.roles[edge.teacher.role]
     return None
+
+
+def _check_required(config: RoleConfig, scores: Mapping[str, float]) -> None:
+    """Raises TrainingError when a frozen role misses a value of `require:`."""
+    for metric, least in config.require.items():
+        if metric not in scores:
+            known = ", ".join(scores)
+            raise TrainingError(
+                f"{config.location}: `require` names {metric!r}, which is not measured; measured: {known}"
+            )
+        value, higher = scores[metric], higher_is_better(metric)
+        if not (value >= least if higher else value <= least):
+            raise TrainingError(
+                f"{config.location}: role {config.name!r} reaches {metric} {value:.2f} on the test split; `require` asks "
+                f"for {'at least' if higher else 'at most'} {least:g}. Check its weights and the normalisation of its "
+                "input before anything is distilled from it."
+            )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 
@@ -286,14 +286,16 @@ class MetricSet:
         ConfigError: an unknown name or parameter, or the same metric twice.
     """
 
-    def __init__(self, metrics: Iterable[str | Named], num_classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, metrics: Iterable[str | PartConfig], num_classes: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.metrics: dict[str, Metric] = {}
         self._fed: set[str] = set()
         for item in metrics:
-            named = Named(type=item) if isinstance(item, str) else item
+            named = PartConfig(type=item) if isinstance(item, str) else item
             if named.type in self.metrics:
-                raise ConfigError(f"{named.place}: metric {named.type!r} is named twice".lstrip(": "))
-            built = METRICS.build(named.type, named.params, named.place, num_classes=num_classes, device=device)
+                raise ConfigError(f"{named.location}: metric {named.type!r} is named twice".lstrip(": "))
+            built = METRICS.build(named.type, named.params, named.location, num_classes=num_classes, device=device)
             self.metrics[named.type] = built
 
     @property

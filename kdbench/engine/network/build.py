@@ -11,7 +11,15 @@ import torch
 from torch import Size, Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
-from kdbench.config.schema import Edge, Named, Operand, Part, RoleConfig, StageConfig, TermConfig
+from kdbench.config.schema import (
+    EdgeConfig,
+    OperandConfig,
+    PartConfig,
+    PartWithOperands,
+    RoleConfig,
+    StageConfig,
+    TermConfig,
+)
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.features import find_module
 from kdbench.engine.network.network import Network
@@ -19,32 +27,42 @@ from kdbench.engine.network.operands import Reader, feature_of, source_of
 from kdbench.engine.network.resolved_stage import Layout, SampleFacts, architecture
 from kdbench.engine.network.roles import Role
 from kdbench.engine.network.terms import Routed, TermEdge, TermGroup
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 from kdbench.models.weight_transform import used_state
 from kdbench.randomness import seeded
-from kdbench.registry import ADAPTERS, COMBINERS, MODELS, ROUTERS, TERMS, TRANSFORMS, WEIGHERS, Entry, Registry
+from kdbench.registry import (
+    ADAPTERS,
+    COMBINERS,
+    MODELS,
+    ROUTERS,
+    SAMPLE_WEIGHTS,
+    TERMS,
+    WEIGHT_TRANSFORMS,
+    Entry,
+    Registry,
+)
 
 
 def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: SampleFacts, seed: int) -> nn.Module:
     """Builds a role's model with the initial weights that (seed, role) give it, on the current default device."""
     named = architecture(config, roles)
     root = config
-    while root.model is None and root.of is not None:
-        root = roles[root.of]
-    with seeded(seed, "init", root.name, *([root.draw] if root.draw else [])):
-        return _built(MODELS, named.type, named.params, named.place, **facts.injected)
+    while root.model is None and root.source_role is not None:
+        root = roles[root.source_role]
+    with seeded(seed, "init", root.name, *([root.init_index] if root.init_index else [])):
+        return _built(MODELS, named.type, named.params, named.location, **facts.injected)
 
 
 def shared_module(config: RoleConfig, model: nn.Module) -> nn.Module:
-    """The network of a role that is the `same` as another, or the part of it that the role is."""
-    return model if config.part is None else find_module(model, config.part, config.place)[1]
+    """The network of a role that is the `reuse` as another, or the part of it that the role is."""
+    return model if config.module_path is None else find_module(model, config.module_path, config.location)[1]
 
 
 def transform(config: RoleConfig, model: nn.Module) -> nn.Module:
     """Puts what the recipe does to a role's weights in every forward in place; returns the model itself."""
     for named in config.transforms:
-        with _placed(named.place):
-            _built(TRANSFORMS, named.type, named.params, named.place).apply(model)
+        with _placed(named.location):
+            _built(WEIGHT_TRANSFORMS, named.type, named.params, named.location).apply(model)
     return model
 
 
@@ -54,7 +72,7 @@ def exported_state(config: RoleConfig, model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _placed(place: Place) -> Iterator[None]:
+def _placed(place: Location) -> Iterator[None]:
     """Tells what a part cannot do to this model with its place in the recipe."""
     try:
         yield
@@ -62,7 +80,7 @@ def _placed(place: Place) -> Iterator[None]:
         raise ConfigError(f"{place}: {error}") from None
 
 
-def _built(registry: Registry, name: str, params: Mapping[str, Any], place: Place, **injected: Any) -> Any:
+def _built(registry: Registry, name: str, params: Mapping[str, Any], place: Location, **injected: Any) -> Any:
     """Builds a part; what its constructor refuses is told with the place in the recipe."""
     try:
         return registry.build(name, params, place, **injected)
@@ -73,7 +91,7 @@ def _built(registry: Registry, name: str, params: Mapping[str, Any], place: Plac
 
 def _moving_value(value: Any, device: torch.device, moving: list[tuple[Tensor, Schedule]]) -> Any:
     """Turns a schedule into a 0-dim tensor that the runner moves; anything else stays as it is."""
-    if not isinstance(value, Named):
+    if not isinstance(value, PartConfig):
         return value
     schedule = build_schedule(value)
     tensor = torch.tensor(float(schedule(0.0, 1.0)), device=device)
@@ -91,7 +109,7 @@ class Setting:
     device: torch.device
     made: Mapping[str, Tensor]
 
-    def shape(self, operand: Operand) -> Size:
+    def shape(self, operand: OperandConfig) -> Size:
         """Of one sample of an operand; of what has no rows, the whole shape."""
         if operand.kind == "combined":
             return self.shape(operand.parts[0])
@@ -99,42 +117,42 @@ class Setting:
             return Size(self.layout.fields[operand.role][operand.path])
         if operand.kind == "term":
             return Size((len(self.stage.terms[operand.role].edges),))
-        if operand.kind == "made":
+        if operand.kind == "artifact":
             return self.tensor(operand).shape
         return Size(self.layout.shapes[operand.role, feature_of(operand)])
 
-    def batched(self, operand: Operand) -> Size:
+    def batched(self, operand: OperandConfig) -> Size:
         """The same with a batch of two rows, where there are rows."""
         shape = self.shape(operand)
-        return shape if operand.kind == "made" or operand.is_state else Size((2, *shape))
+        return shape if operand.kind == "artifact" or operand.is_state else Size((2, *shape))
 
-    def tensor(self, operand: Operand) -> Tensor:
+    def tensor(self, operand: OperandConfig) -> Tensor:
         return self.made[f"{operand.role}.{operand.path}"].to(self.device)
 
-    def reader(self, operand: Operand, adapter: nn.Module | None, *key: str) -> Reader:
+    def reader(self, operand: OperandConfig, adapter: nn.Module | None, *key: str) -> Reader:
         """What reads an operand; `key` names the stream of a combiner's initial weights."""
-        if operand.combine is None:
-            made = self.tensor(operand) if operand.kind == "made" else None
-            return Reader(operand, adapter, made=made)
-        part = operand.combine
+        if operand.combiner is None:
+            made = self.tensor(operand) if operand.kind == "artifact" else None
+            return Reader(operand, adapter, artifact=made)
+        part = operand.combiner
         shapes = {name: tuple(self.shape(own)) for name, own in part.operands.items()}
         with seeded(self.seed, "term", *key, "combiner"):
-            combiner = _built(COMBINERS, part.type, part.params, part.place, parts=len(operand.parts), shapes=shapes)
+            combiner = _built(COMBINERS, part.type, part.params, part.location, parts=len(operand.parts), shapes=shapes)
         parts = [self.alone(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
         named = {name: self.alone(own, *key, name) for name, own in part.operands.items()}
         return Reader(operand, adapter, combiner=combiner, parts=parts, named=named)
 
-    def alone(self, operand: Operand, *key: str) -> Reader:
+    def alone(self, operand: OperandConfig, *key: str) -> Reader:
         """Reads an operand that is compared with no other; an adapter, where it has one, keeps its shape."""
         adapter = self.adapter(operand, None, operand, *key) if operand.adapter is not None else None
         return self.reader(operand, adapter, *key)
 
-    def adapter(self, operand: Operand, default: str | None, other: Operand, *key: str) -> nn.Module | None:
+    def adapter(self, operand: OperandConfig, default: str | None, other: OperandConfig, *key: str) -> nn.Module | None:
         """The adapter that makes an operand fit another one, or None."""
-        adapter = operand.adapter or (Named(type=default) if default else None)
+        adapter = operand.adapter or (PartConfig(type=default) if default else None)
         if adapter is None or adapter.type in ("none", "identity"):
             return None
-        place = adapter.place if adapter.place != Place() else operand.place
+        place = adapter.location if adapter.location != Location() else operand.location
         source, target = tuple(self.shape(operand)), tuple(self.shape(other))
         with seeded(self.seed, "term", *key, "adapter"):
             try:
@@ -142,7 +160,7 @@ class Setting:
             except ValueError as error:
                 raise ConfigError(f"{place}: adapter {adapter.type!r} of term {key[0]!r}: {error}") from None
 
-    def adapted(self, operand: Operand, adapter: nn.Module | None, target: Operand | None) -> Size:
+    def adapted(self, operand: OperandConfig, adapter: nn.Module | None, target: OperandConfig | None) -> Size:
         """The batched shape of an operand after its adapter, which makes it the shape of its target."""
         if adapter is None:
             return self.batched(operand)
@@ -168,15 +186,15 @@ def build_term(config: TermConfig, setting: Setting, gives: frozenset[str]) -> T
     for number, edge in enumerate(config.edges):
         edges.append(_build_edge(config, entry, edge, number, params, setting))
     weigh = route = None
-    if config.weigh is not None:
-        weigh = _build_routed(config.weigh, WEIGHERS, config, setting, "weigh", moving)
+    if config.sample_weight is not None:
+        weigh = _build_routed(config.sample_weight, SAMPLE_WEIGHTS, config, setting, "weigh", moving)
     if config.route is not None:
         route = _build_routed(config.route, ROUTERS, config, setting, "route", moving)
     return TermGroup(config, entry, edges, weight, moving, weigh, route, gives).to(setting.device)
 
 
 def _build_edge(
-    config: TermConfig, entry: Entry, edge: Edge, number: int, params: Mapping[str, Any], setting: Setting
+    config: TermConfig, entry: Entry, edge: EdgeConfig, number: int, params: Mapping[str, Any], setting: Setting
 ) -> TermEdge:
     key = (config.name, str(number))
     default = entry.facts.get("adapter")
@@ -198,12 +216,12 @@ def _build_edge(
     facts["samples"] = setting.layout.samples.get(source, 0)
     facts["shapes"] = {name: tuple(shape[1:]) for name, shape in seen.items()}
     with seeded(setting.seed, "term", config.name, number):
-        term = _built(TERMS, config.type, params, config.place, **facts)
+        term = _built(TERMS, config.type, params, config.location, **facts)
     try:
         term.check_shapes(**seen)
     except ValueError as error:
         operands = f"{edge.student}" + (f" with {edge.teacher}" if edge.teacher else "")
-        raise ConfigError(f"{config.place}: term {config.name!r} ({config.type}) {error} ({operands})") from None
+        raise ConfigError(f"{config.location}: term {config.name!r} ({config.type}) {error} ({operands})") from None
     student = setting.reader(edge.student, student_adapter, *key, "student")
     teacher = None if edge.teacher is None else setting.reader(edge.teacher, teacher_adapter, *key, "teacher")
     named = {name: setting.alone(operand, *key, name) for name, operand in config.operands.items()}
@@ -211,7 +229,7 @@ def _build_edge(
 
 
 def _build_routed(
-    part: Part,
+    part: PartWithOperands,
     registry: Registry,
     config: TermConfig,
     setting: Setting,
@@ -225,7 +243,7 @@ def _build_routed(
     params = {key: _moving_value(value, setting.device, moving) for key, value in part.params.items()}
     facts = {**setting.layout.facts[setting.stage.export].injected, "edges": len(config.edges), "shapes": shapes}
     with seeded(setting.seed, "term", config.name, what):
-        built = _built(registry, part.type, params, part.place, **facts)
+        built = _built(registry, part.type, params, part.location, **facts)
     named = {name: setting.alone(operand, config.name, what, name) for name, operand in part.operands.items()}
     return Routed(built, registry.entry(part.type), named)
 
@@ -252,8 +270,8 @@ def build_network(
     for name in layout.order:
         config = stage.roles[name]
         overwritten = layout.overwritten.get(name, frozenset())
-        if config.mode == "same":
-            root = roles[config.of or ""]
+        if config.mode == "reuse":
+            root = roles[config.source_role or ""]
             roles[name] = Role(config, shared_module(config, root.model), layout.features[name], overwritten, root)
             continue
         model = (models or {}).get(name)
@@ -265,7 +283,9 @@ def build_network(
             model = transform(config, model)
         roles[name] = Role(config, model, layout.features[name], overwritten).to(device)
     setting = Setting(stage, layout, seed, device, made or {})
-    wanted = [operand for name in layout.terms for operand in stage.terms[name].reads() if operand.kind == "term"]
+    wanted = [
+        operand for name in layout.terms for operand in stage.terms[name].read_operands() if operand.kind == "term"
+    ]
     terms = {}
     for name in layout.terms:
         gives = frozenset(operand.path for operand in wanted if operand.role == name)

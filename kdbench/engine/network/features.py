@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 
 OUTPUTS = ("logits", "output", "image")
 """Names of a model's own output. When the output is a mapping or a named tuple, they name its entry."""
@@ -35,7 +35,7 @@ class Feature(NamedTuple):
         return self.path in OUTPUTS
 
 
-def find_module(model: nn.Module, path: str, where: Place | str = "") -> tuple[str, nn.Module]:
+def find_module(model: nn.Module, path: str, where: Location | str = "") -> tuple[str, nn.Module]:
     """Returns the full path and the module that `path` names; negative indices count from the end (`blocks.-1`).
 
     Raises:

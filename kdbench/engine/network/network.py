@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.parse.roles import behind
-from kdbench.config.schema import Operand, RoleConfig, UpdateConfig, VirtualConfig
+from kdbench.config.schema import InnerStepConfig, OperandConfig, RoleConfig, UpdateConfig
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.features import module_state
 from kdbench.engine.network.operands import Batch, Reader, Values, feature_of, given_key
@@ -65,15 +65,15 @@ class Network(nn.Module):
 
     def needed(self, terms: Iterable[str]) -> set[str]:
         """The roles that must run for these terms, those upstream included."""
-        return self.behind(operand for name in terms for operand in self.term(name).config.reads())
+        return self.behind(operand for name in terms for operand in self.term(name).config.read_operands())
 
-    def owned(self, move: UpdateConfig | VirtualConfig) -> dict[str, nn.Parameter]:
+    def owned(self, move: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
         """The parameters that a move could reach, by name: those of its roles, and those of its terms."""
         roles = moved_roles(move, self.configs)
         found = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
         return found | {f"terms.{t}.{n}": p for t in move.terms for n, p in self.term(t).named_parameters()}
 
-    def behind(self, operands: Iterable[Operand]) -> set[str]:
+    def behind(self, operands: Iterable[OperandConfig]) -> set[str]:
         """The roles that must run so that these operands can be read."""
         return roles_behind(operands, self.configs)
 
@@ -119,9 +119,9 @@ class Network(nn.Module):
                 self.lap("student" if role.learns else "teacher")
         return values
 
-    def _states(self, operands: Iterable[Operand], moving: Iterable[str], values: Values) -> None:
+    def _states(self, operands: Iterable[OperandConfig], moving: Iterable[str], values: Values) -> None:
         """Adds what is read of a network without running it: statistics of a BatchNorm, weights as one vector."""
-        for leaf in (leaf for operand in operands for leaf in operand.features() if leaf.is_state):
+        for leaf in (leaf for operand in operands for leaf in operand.feature_operands() if leaf.is_state):
             with nullcontext() if root_of(leaf.role, self.configs) in moving else torch.no_grad():
                 values[leaf.role, feature_of(leaf)] = module_state(self.role(leaf.role).model, feature_of(leaf))
 
@@ -145,7 +145,7 @@ class Network(nn.Module):
             share: this micro-batch's share of the effective batch, for terms that depend on no row.
         """
         values = self.run_roles(batch, terms, moving)
-        self._states((operand for name in terms for operand in self.term(name).config.reads()), moving, values)
+        self._states((operand for name in terms for operand in self.term(name).config.read_operands()), moving, values)
         total: Tensor | None = None
         losses, shares = [], []
         for name in terms:
@@ -182,9 +182,11 @@ class Network(nn.Module):
                 module.training = mode
 
 
-def roles_behind(operands: Iterable[Operand], configs: Mapping[str, RoleConfig]) -> set[str]:
+def roles_behind(operands: Iterable[OperandConfig], configs: Mapping[str, RoleConfig]) -> set[str]:
     """The roles that must run so that operands can be read: those that they name, and those that these see."""
-    return behind((leaf.role for operand in operands for leaf in operand.features() if not leaf.is_state), configs)
+    return behind(
+        (leaf.role for operand in operands for leaf in operand.feature_operands() if not leaf.is_state), configs
+    )
 
 
 class Chain(nn.Module):
@@ -215,4 +217,4 @@ class Chain(nn.Module):
     def _inputs(config: RoleConfig, image: Tensor, values: Values) -> list[Tensor]:
         """Further fields of a training source, such as masks, are not there when a network is evaluated."""
         found = [values[input_feature(config.input)] if ":" in config.input else image]
-        return found + [values[input_feature(address)] for address in config.also if ":" in address]
+        return found + [values[input_feature(address)] for address in config.extra_inputs if ":" in address]

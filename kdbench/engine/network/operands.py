@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from kdbench.config.schema import Operand, TermConfig
+from kdbench.config.schema import OperandConfig, TermConfig
 from kdbench.engine.network.features import Feature
 
 Batch: TypeAlias = dict[str, dict[str, Tensor]]
@@ -18,7 +18,7 @@ Values: TypeAlias = dict[tuple[str, Any], Tensor]
 """What the roles and the terms of a step have given so far: by (role, feature), and by ("term:NAME", output)."""
 
 
-def feature_of(operand: Operand) -> Feature:
+def feature_of(operand: OperandConfig) -> Feature:
     return Feature(operand.path, operand.call, operand.side)
 
 
@@ -43,18 +43,18 @@ class Reader(nn.Module):
         operand: what to read.
         adapter: owned by whoever reads.
         combiner: of a combined operand, with its parts and its own operands.
-        made: the tensor that an earlier stage made, of an operand that names one.
+        artifact: the tensor that an earlier stage made, of an operand that names one.
     """
 
     def __init__(
         self,
-        operand: Operand,
+        operand: OperandConfig,
         adapter: nn.Module | None = None,
         *,
         combiner: nn.Module | None = None,
         parts: Sequence[Reader] = (),
         named: Mapping[str, Reader] | None = None,
-        made: Tensor | None = None,
+        artifact: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.operand = operand
@@ -63,13 +63,13 @@ class Reader(nn.Module):
         self.key: tuple[str, Any] = (operand.role, feature_of(operand))
         if operand.kind == "term":
             self.key = term_key(operand.role, operand.path)
-        self.of_rows = operand.kind != "made" and operand.side not in ("stats", "weights")
+        self.of_rows = operand.kind != "artifact" and operand.side not in ("stats", "weights")
         """Whether the tensor has one row per sample."""
         self.adapter = adapter
         self.combiner = combiner
         self.parts = nn.ModuleList(parts)
         self.named = nn.ModuleDict(named or {})
-        self.register_buffer("made", made, persistent=False)
+        self.register_buffer("artifact", artifact, persistent=False)
 
     def forward(self, values: Values, batch: Batch, detach: bool = False) -> Tensor:
         """Args: detach: no gradient reaches what is read; parameters of a combiner or an adapter still learn."""
@@ -78,16 +78,16 @@ class Reader(nn.Module):
             value = self.combiner(parts, **{name: read(values, batch, detach) for name, read in self.named.items()})
         elif self.kind == "field":
             value = batch[self.owner][self.name]
-        elif self.kind == "made":
-            assert isinstance(self.made, Tensor)
-            value = self.made
+        elif self.kind == "artifact":
+            assert isinstance(self.artifact, Tensor)
+            value = self.artifact
         else:
             value = values[self.key]
             value = value.detach() if detach else value
         return value if self.adapter is None else self.adapter(value)
 
 
-def source_of(operand: Operand, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
+def source_of(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
     """The source whose samples are an operand's rows; None where it has no rows.
 
     Args:

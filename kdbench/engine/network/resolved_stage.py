@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdbench.config.schema import Named, RoleConfig, StageConfig
+from kdbench.config.schema import PartConfig, RoleConfig, StageConfig
 from kdbench.engine.network.features import Feature
 from kdbench.engine.network.operands import feature_of
 from kdbench.engine.network.roles import input_feature, inputs_of
@@ -67,17 +67,21 @@ class Layout:
         """The sources that a step reads: those of the roles, and those whose fields a term reads."""
         found = list(self.sources.values())
         found += [a.split(".", 1)[0] for name in self.order for a in inputs_of(stage.roles[name]) if ":" not in a]
-        found += [operand.role for operand in stage.reads(self.terms, makers=False) if operand.kind == "field"]
+        found += [
+            operand.role
+            for operand in stage.read_operands(self.terms, include_artifacts=False)
+            if operand.kind == "field"
+        ]
         return tuple(dict.fromkeys(found))
 
 
-def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> Named:
+def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> PartConfig:
     """The model that a role is built as; one that follows another role is built as that one."""
     seen = {config.name}
     while config.model is None:
-        if config.of is None or config.of not in roles or config.of in seen:
-            raise ConfigError(f"{config.place}: role {config.name!r} has no model and follows none that has one")
-        config = roles[config.of]
+        if config.source_role is None or config.source_role not in roles or config.source_role in seen:
+            raise ConfigError(f"{config.location}: role {config.name!r} has no model and follows none that has one")
+        config = roles[config.source_role]
         seen.add(config.name)
     return config.model
 
@@ -94,13 +98,13 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
         if name in done:
             return
         if name in path:
-            raise ConfigError(f"{roles[name].place}: the inputs of {' -> '.join((*path, name))} form a cycle")
+            raise ConfigError(f"{roles[name].location}: the inputs of {' -> '.join((*path, name))} form a cycle")
         before = [*roles[name].upstream]
-        if roles[name].mode == "same" and roles[name].of is not None:
-            before.append(roles[name].of or "")
+        if roles[name].mode == "reuse" and roles[name].source_role is not None:
+            before.append(roles[name].source_role or "")
         for other in before:
             if other not in roles:
-                raise ConfigError(f"{roles[name].place}: role {name!r} needs {other!r}, which is no role")
+                raise ConfigError(f"{roles[name].location}: role {name!r} needs {other!r}, which is no role")
             visit(other, (*path, name))
         done.append(name)
 
@@ -112,7 +116,7 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
 def wanted_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
     """What to capture in each role: what terms, selectors and makers read, and what other roles see."""
     wanted: dict[str, list[Feature]] = {name: [] for name in order}
-    for operand in stage.reads(terms):
+    for operand in stage.read_operands(terms):
         if operand.kind == "role" and not operand.is_state:
             wanted[operand.role].append(feature_of(operand))
     for name in order:

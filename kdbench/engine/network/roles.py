@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from kdbench.config.schema import RoleConfig, UpdateConfig, VirtualConfig
+from kdbench.config.schema import InnerStepConfig, RoleConfig, UpdateConfig
 from kdbench.engine.distributed.batchnorm import SyncBatchNorm
 from kdbench.engine.network.features import Capture, Feature, find_module
 
@@ -17,7 +17,7 @@ class Role(nn.Module):
     A frozen role stays in eval mode whatever anyone calls, so that its statistics and its dropout never move.
 
     Args:
-        root: the role whose network, or a part of it, this role is too (`same`); it owns parameters and mode.
+        root: the role whose network, or a part of it, this role is too (`reuse`); it owns parameters and mode.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Role(nn.Module):
         if root is None:
             for parameter in model.parameters():
                 parameter.requires_grad_(self.learns and parameter.requires_grad)
-        self.frozen = [find_module(model, path, config.place)[1] for path in config.freeze]
+        self.frozen = [find_module(model, path, config.location)[1] for path in config.freeze]
         for module in self.frozen:
             module.requires_grad_(False)
         self.kept_apart = root.frozen if root is not None else self.frozen
@@ -56,7 +56,7 @@ class Role(nn.Module):
 
 def inputs_of(config: RoleConfig) -> tuple[str, ...]:
     """The addresses of everything that a role sees."""
-    return (config.input, *config.also)
+    return (config.input, *config.extra_inputs)
 
 
 def upstream_role(config: RoleConfig) -> str | None:
@@ -71,12 +71,12 @@ def input_feature(address: str) -> tuple[str, Feature]:
 
 
 def root_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
-    """The role that owns a role's network: itself, or what it is the `same` as."""
-    while roles[name].mode == "same":
-        name = roles[name].of or ""
+    """The role that owns a role's network: itself, or what it is the `reuse` as."""
+    while roles[name].mode == "reuse":
+        name = roles[name].source_role or ""
     return name
 
 
-def moved_roles(move: UpdateConfig | VirtualConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
+def moved_roles(move: UpdateConfig | InnerStepConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
     """The roles whose own parameters a move moves."""
     return tuple(dict.fromkeys(root_of(name, roles) for name in move.models))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule
-from kdbench.config.schema import Edge, TermConfig
+from kdbench.config.schema import EdgeConfig, TermConfig
 from kdbench.engine.distributed.world import World, gather_rows
 from kdbench.engine.network.operands import Batch, Reader, Values, term_key
 from kdbench.registry import Entry
@@ -23,7 +23,13 @@ class TermEdge(nn.Module):
     """One pair of operands of a term: its own instance of the term's class, and what reads each operand."""
 
     def __init__(
-        self, edge: Edge, term: Term, student: Reader, teacher: Reader | None, named: Mapping[str, Reader], source: str
+        self,
+        edge: EdgeConfig,
+        term: Term,
+        student: Reader,
+        teacher: Reader | None,
+        named: Mapping[str, Reader],
+        source: str,
     ) -> None:
         super().__init__()
         self.edge = edge
@@ -77,22 +83,22 @@ class TermGroup(nn.Module):
         edges: Sequence[TermEdge],
         weight: float | Tensor,
         moving: Sequence[tuple[Tensor, Schedule]] = (),
-        weigh: Routed | None = None,
+        sample_weight: Routed | None = None,
         route: Routed | None = None,
         gives: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.config = config
         self.edges = nn.ModuleList(edges)
-        self.space: str = entry.facts.get("space", "sample")
+        self.space: str = entry.facts.get("space", "row")
         self.couples: bool = self.space == "batch" or bool(entry.facts.get("state"))
         """Whether a row's loss depends on other rows, now or through what the term remembers."""
         self.inputs = entry.inputs
         self.reads_label = "label" in entry.inputs
         self.weight = weight
         self.moving = tuple(moving)
-        self.weigh, self.route, self.gives = weigh, route, gives
-        self.plain = weigh is None and route is None and not gives
+        self.sample_weight, self.route, self.gives = sample_weight, route, gives
+        self.plain = sample_weight is None and route is None and not gives
         self.source: str = edges[0].source
 
     def move(self, value: Callable[[Schedule], float]) -> None:
@@ -101,13 +107,13 @@ class TermGroup(nn.Module):
             tensor.fill_(value(schedule))
 
     def mask(self, fields: Mapping[str, Tensor]) -> Tensor | None:
-        """Which entries of the batch count: real rows, with a label where one is read, inside `where`. None: all."""
+        """Which entries of the batch count: real rows, with a label where one is read, inside `mask`. None: all."""
         names = ["valid"]
         if self.reads_label:
             names.append("labelled")
         masks = [fields[name] for name in names if name in fields]
-        if self.config.where is not None:
-            masks.append(fields[self.config.where])
+        if self.config.mask is not None:
+            masks.append(fields[self.config.mask])
         result = None
         for mask in masks:  # rows first: a mask of rows holds for every token of the row
             result = mask if result is None else _spread(result, mask) & mask
@@ -232,9 +238,9 @@ class TermGroup(nn.Module):
                 values[term_key(self.config.name, name)] = value
             _refuse_shape("router", given_out["route"], self._rows(batch), len(edges))
             weights = [given_out["route"][:, number] for number in range(len(edges))]
-        if self.weigh is not None:
+        if self.sample_weight is not None:
             for number, (edge, given) in enumerate(zip(edges, read, strict=True)):
-                weight = self.weigh(given, batch[edge.source], values, batch)
+                weight = self.sample_weight(given, batch[edge.source], values, batch)
                 _refuse_shape("weigher", weight, self._rows(batch))
                 before = weights[number]
                 weights[number] = weight if before is None else weight * before

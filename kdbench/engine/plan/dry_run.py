@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import StageConfig, TermConfig, UpdateConfig, VirtualConfig
+from kdbench.config.schema import InnerStepConfig, StageConfig, TermConfig, UpdateConfig
 from kdbench.data.source_spec import SourceSpec
 from kdbench.engine.network.network import Network
 from kdbench.engine.network.operands import Batch
@@ -21,7 +21,7 @@ from kdbench.engine.plan.requirements import in_step, sizes_in_words
 from kdbench.engine.train.bilevel import check_rates, rehearse_virtual
 from kdbench.errors import ConfigError
 
-Move = TypeVar("Move", UpdateConfig, VirtualConfig)
+Move = TypeVar("Move", UpdateConfig, InnerStepConfig)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def all_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfi
     """The stage's updates; without any, one of all trainable roles by all terms."""
     if stage.updates:
         kept = [_of_terms(update, terms) for update in stage.updates]
-        return tuple(replace(u, after=u.after and _of_terms(u.after, terms)) for u in kept if u.terms)
+        return tuple(replace(u, inner_step=u.inner_step and _of_terms(u.inner_step, terms)) for u in kept if u.terms)
     learning = tuple(name for name, role in stage.roles.items() if role.mode == "trainable")
     return (UpdateConfig(models=learning, terms=terms),) if terms else ()
 
@@ -50,10 +50,10 @@ def _of_terms(move: Move, terms: tuple[str, ...]) -> Move:
     return replace(move, terms=tuple(name for name in move.terms if name in terms))
 
 
-def _moves(stage: StageConfig, terms: tuple[str, ...]) -> Iterator[UpdateConfig | VirtualConfig]:
+def _moves(stage: StageConfig, terms: tuple[str, ...]) -> Iterator[UpdateConfig | InnerStepConfig]:
     """The stage's updates, and their virtual steps."""
     for update in all_updates(stage, terms):
-        yield from (update,) if update.after is None else (update.after, update)
+        yield from (update,) if update.inner_step is None else (update.inner_step, update)
 
 
 def rehearse(
@@ -78,11 +78,11 @@ def rehearse(
         saved.clear()
         ahead: tuple[str, ...] = ()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            if update.after is None:
+            if update.inner_step is None:
                 total = _forward_in_words(network, stage, batch, update)
             else:
                 total, ahead = rehearse_virtual(network, update, partial(_forward_in_words, network, stage, batch))
-        where = update.place if str(update.place) else stage.terms[update.terms[0]].place
+        where = update.location if str(update.location) else stage.terms[update.terms[0]].location
         models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
         if not total.requires_grad:
             said = f"no term of {what} reaches a parameter of {models} that trains"
@@ -95,7 +95,7 @@ def rehearse(
             raise ConfigError(f"{where}: nothing to update: {what} reaches no parameter of {models}; {_ADAPTER_ALONE}")
         _refuse_unreached(stage, update, reached, where)
         updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached), ahead))
-        for name in update.terms if len(update.terms) > 1 and update.after is None else ():
+        for name in update.terms if len(update.terms) > 1 and update.inner_step is None else ():
             _refuse_adapter_alone(network, stage.terms[name], batch, update, learning)
     network.zero_grad(set_to_none=True)
     check_rates([(planned.config, planned.ahead, planned.parameters) for planned in updates])
@@ -123,13 +123,13 @@ def _refuse_adapter_alone(
 ) -> None:
     """A term among others that would train its own adapter and nothing else."""
     own = {n for n in learning if n.startswith(f"terms.{config.name}.")}
-    if not any(map(_is_adapters, own)) or any(operand.kind == "term" for operand in config.reads()):
+    if not any(map(_is_adapters, own)) or any(operand.kind == "term" for operand in config.read_operands()):
         return
     network.zero_grad(set_to_none=True)
     network(batch, {config.name: 1}, [config.name], update.models, 1.0)[0].backward()
     if all(_is_adapters(n) for n, p in learning.items() if p.grad is not None):
         said = f"term {config.name!r} reaches no parameter of {', '.join(update.models)}; {_ADAPTER_ALONE}"
-        raise ConfigError(f"{config.place}: {said}")
+        raise ConfigError(f"{config.location}: {said}")
 
 
 def _storage(tensor: Tensor) -> int:
@@ -137,7 +137,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _forward_in_words(
-    network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig | VirtualConfig, why: str = ""
+    network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig | InnerStepConfig, why: str = ""
 ) -> Tensor:
     """One forward whose failures are told as the recipe's faults, naming the term where one is at fault.
 
@@ -150,8 +150,8 @@ def _forward_in_words(
         network.run_roles(batch, update.terms, update.models)
     for number, name in enumerate(update.terms):
         config = stage.terms[name]
-        with in_words(f"{config.place}: term {name!r} ({config.type}) cannot work on its operands{why}"):
-            alone = not any(operand.kind == "term" for operand in config.reads())
+        with in_words(f"{config.location}: term {name!r} ({config.type}) cannot work on its operands{why}"):
+            alone = not any(operand.kind == "term" for operand in config.read_operands())
             network(batch, counts, [name] if alone else update.terms[: number + 1], update.models, 1.0)
     return network(batch, counts, update.terms, update.models, 1.0)[0]
 
@@ -201,7 +201,7 @@ def check_last_batch(
                 )
             except ValueError as error:
                 why = f"batch_size {size // world_size}" if size <= apart else f"{samples} samples in batches of {size}"
-                place = stage.data[source].places.get("batch_size", stage.data[source].place)
+                place = stage.data[source].locations.get("batch_size", stage.data[source].location)
                 raise ConfigError(
                     f"{place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
                     f"({error}). Choose another batch_size."

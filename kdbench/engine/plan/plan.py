@@ -121,7 +121,7 @@ def plan_stage(
     _refuse_parted_selection(stage, world_size)
     if not terms and stage.terms and (stage.epochs or stage.steps):
         zero = next(iter(stage.terms.values()))
-        raise ConfigError(f"{zero.place}: nothing to update: every term has weight 0")
+        raise ConfigError(f"{zero.location}: nothing to update: every term has weight 0")
 
     found = survey(stage, layout, specs, recipe.seed)
     layout, models, device = found.layout_of(last=stage.name == recipe.stages[-1].name), found.models, found.device
@@ -140,8 +140,10 @@ def plan_stage(
     batch = max((stage.data[source].batch_size for source in layout.step_sources(stage)), default=1)
     memory = _memory(models, network, saved * batch // ROWS)
     notes = _notes(stage, specs, terms, layout.unmeasured)
-    if recipe.compiles and any(planned.ahead for planned in updates):
-        notes += ("compile: an update with `after` runs as it is: the compiler takes no gradient through a gradient",)
+    if recipe.uses_compiler and any(planned.ahead for planned in updates):
+        notes += (
+            "compile: an update with `inner_step` runs as it is: the compiler takes no gradient through a gradient",
+        )
     sharded = sharded_roles(recipe, stage, layout.features, models)
     return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, notes, sharded)
 
@@ -161,7 +163,7 @@ def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConf
     source, name = address.split(".", 1)
     if name not in specs[source].fields:
         known = ", ".join(sorted(specs[source].fields))
-        raise ConfigError(f"{config.place}: source {source!r} has no field {name!r}. Its fields: {known}")
+        raise ConfigError(f"{config.location}: source {source!r} has no field {name!r}. Its fields: {known}")
 
 
 def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
@@ -169,7 +171,7 @@ def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> 
         config = stage.terms[name]
         if TERMS.entry(config.type).facts.get("space") == "batch":
             raise ConfigError(
-                f"{config.place}: term {name!r} ({config.type}) couples the rows of a batch, so `accumulate: "
+                f"{config.location}: term {name!r} ({config.type}) couples the rows of a batch, so `accumulate: "
                 f"{stage.accumulate}` would give another loss than the whole batch. Use a larger batch_size, or "
                 "several processes."
             )
@@ -181,7 +183,7 @@ def _refuse_parted_selection(stage: StageConfig, world_size: int) -> None:
         if update.select is not None and (stage.accumulate > 1 or world_size > 1):
             parts = f"accumulate: {stage.accumulate}" if stage.accumulate > 1 else f"{world_size} processes"
             raise ConfigError(
-                f"{update.select.place}: {update.select.type} chooses among the rows of the whole batch, which {parts} "
+                f"{update.select.location}: {update.select.type} chooses among the rows of the whole batch, which {parts} "
                 "would part. Use a larger batch_size in one process."
             )
 
@@ -193,7 +195,7 @@ def _role_plan(config: RoleConfig, layout: Layout, found: Survey) -> RolePlan:
     stops = bool(inner) and len(inner) == len(features)
     return RolePlan(
         config,
-        (config.model.type if config.model else f"as {config.of}") or "",
+        (config.model.type if config.model else f"as {config.source_role}") or "",
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         flops=found.flops[name],

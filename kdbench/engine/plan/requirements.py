@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kdbench.config.parse.data import is_evaluation
-from kdbench.config.schema import MakeConfig, Operand, RoleConfig, StageConfig, TermConfig
+from kdbench.config.schema import ArtifactConfig, OperandConfig, RoleConfig, StageConfig, TermConfig
 from kdbench.data.source_spec import SourceSpec
 from kdbench.engine.network.operands import source_of
 from kdbench.engine.network.roles import inputs_of
-from kdbench.errors import ConfigError, Place, nearest
-from kdbench.registry import MAKERS, ROUTERS, SELECTORS, TERMS, WEIGHERS, Entry
+from kdbench.errors import ConfigError, Location, nearest
+from kdbench.registry import ARTIFACTS, ROUTERS, SAMPLE_WEIGHTS, SELECTORS, TERMS, Entry
 
 Specs = Mapping[str, SourceSpec]
 
@@ -64,25 +64,25 @@ def _check_reads(
     """What a term reads besides its operands must be fields of the source that its student sees."""
     entry = TERMS.entry(config.type)
     what = f"term {config.name!r} ({config.type})"
-    for leaf in config.reads():
+    for leaf in config.read_operands():
         if leaf.kind == "field" and leaf.path not in specs[leaf.role].fields:
             known = ", ".join(sorted(specs[leaf.role].fields))
-            raise ConfigError(f"{leaf.place}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
+            raise ConfigError(f"{leaf.location}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
     for edge in config.edges:
         source = source_of(edge.student, sources, stage.terms) or sources[stage.export]
         fields = specs[source].fields
         own = {"student", "teacher", "mask", "weight", *config.operands}
-        _refuse_missing(entry, own, source, specs, f"{config.place}: {what}")
-        for part, registry in ((config.weigh, WEIGHERS), (config.route, ROUTERS)):
+        _refuse_missing(entry, own, source, specs, f"{config.location}: {what}")
+        for part, registry in ((config.sample_weight, SAMPLE_WEIGHTS), (config.route, ROUTERS)):
             if part is not None:
                 given = {"student", "teachers", "losses", *part.operands, *config.operands}
                 given |= {"teacher"} if edge.teacher is not None else set()
-                said = f"{part.place}: {registry.kind} {part.type!r} of {what}"
+                said = f"{part.location}: {registry.kind} {part.type!r} of {what}"
                 _refuse_missing(registry.entry(part.type), given, source, specs, said)
-        if config.where is not None and fields.get(config.where, ((), ""))[1] != "bool":
+        if config.mask is not None and fields.get(config.mask, ((), ""))[1] != "bool":
             masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
-            hint = nearest(config.where, masks) if masks else " It has none."
-            raise ConfigError(f"{config.place}: {what}: source {source!r} has no mask {config.where!r}.{hint}")
+            hint = nearest(config.mask, masks) if masks else " It has none."
+            raise ConfigError(f"{config.location}: {what}: source {source!r} has no mask {config.mask!r}.{hint}")
         if entry.facts.get("space") == "batch" and world_size > 1:
             _refuse_padded(config, source, sources, specs, stage, world_size)
         if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
@@ -90,7 +90,7 @@ def _check_reads(
         other = source_of(edge.teacher, sources, stage.terms)
         if other is not None and other != source:
             raise ConfigError(
-                f"{config.place}: {what} compares row by row, but {edge.student} sees source {source!r} and "
+                f"{config.location}: {what} compares row by row, but {edge.student} sees source {source!r} and "
                 f"{edge.teacher} sees {other!r}"
             )
 
@@ -99,12 +99,12 @@ def _refuse_padded(
     config: TermConfig, own: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
 ) -> None:
     """Several processes pad a last batch; a term that couples rows knows the padding of its own source only."""
-    for leaf in config.reads():
+    for leaf in config.read_operands():
         source = source_of(leaf, sources, stage.terms)
         if source in (None, own) or len(batch_sizes(stage, source, specs, world_size)) == 1:  # type: ignore[arg-type]
             continue
         raise ConfigError(
-            f"{leaf.place}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
+            f"{leaf.location}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
             f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): "
             f"{world_size} processes would pad it. Choose a batch_size that leaves no smaller last batch, or one "
             "process."
@@ -129,24 +129,26 @@ def _check_choosers(stage: StageConfig, sources: Mapping[str, str], specs: Specs
             continue
         first = next(iter(part.operands.values()), None)
         source = (source_of(first, sources, stage.terms) if first is not None else None) or sources[stage.export]
-        _check_selector(part.type, part.operands, source, specs, part.place)
+        _check_selector(part.type, part.operands, source, specs, part.location)
         size = stage.data[source].batch_size
         if update.keep > max(size, 1):
             said = f"`keep: {update.keep}` is more than the {size} rows of a batch of source {source!r}"
-            raise ConfigError(f"{part.place}: {said}, so nothing would be chosen")
+            raise ConfigError(f"{part.location}: {said}, so nothing would be chosen")
 
 
-def check_maker(make: MakeConfig, specs: Specs) -> None:
+def check_maker(make: ArtifactConfig, specs: Specs) -> None:
     """Finds fault with a maker, or its selector, that reads labels or other fields which its source has not."""
-    entry, source = MAKERS.entry(make.part.type), make.source or "train"
+    entry, source = ARTIFACTS.entry(make.part.type), make.source or "train"
     if entry.facts.get("labels"):
-        _refuse_unlabelled(source, specs, f"{make.place}: {make.part.type} reads the labels")
+        _refuse_unlabelled(source, specs, f"{make.location}: {make.part.type} reads the labels")
     chooser = make.part.params.get(entry.facts.get("selects", ""))
     if isinstance(chooser, Mapping):
-        _check_selector(str(chooser["type"]), make.part.operands, source, specs, make.place)
+        _check_selector(str(chooser["type"]), make.part.operands, source, specs, make.location)
 
 
-def _check_selector(kind: str, operands: Mapping[str, Operand], source: str, specs: Specs, place: Place) -> None:
+def _check_selector(
+    kind: str, operands: Mapping[str, OperandConfig], source: str, specs: Specs, place: Location
+) -> None:
     given = {"count", "taken", "seed", *operands}
     _refuse_missing(SELECTORS.entry(kind), given, source, specs, f"{place}: selector {kind!r}")
 
@@ -161,14 +163,16 @@ def _check_amounts(stage: StageConfig, specs: Specs, world_size: int) -> None:
     """A number of labels, or of rows, must not be more than the samples that there are."""
     for name, config in stage.data.items():
         samples = specs[name].samples
-        if isinstance(config.labels, float | int):
-            place = config.places.get("labels", config.place)
-            _refuse_unlabelled(name, specs, f"{place}: label_fraction {config.labels} keeps labels")
-            if samples is not None and config.labels > max(samples, 1):
-                raise ConfigError(f"{place}: {config.labels} labels, but source {name!r} has only {samples} samples")
+        if isinstance(config.label_fraction, float | int):
+            place = config.locations.get("labels", config.location)
+            _refuse_unlabelled(name, specs, f"{place}: label_fraction {config.label_fraction} keeps labels")
+            if samples is not None and config.label_fraction > max(samples, 1):
+                raise ConfigError(
+                    f"{place}: {config.label_fraction} labels, but source {name!r} has only {samples} samples"
+                )
         drawn = specs[name].classes is None
         if samples is not None and config.batch_size * world_size > samples and not drawn and not is_evaluation(name):
-            place = config.places.get("batch_size", config.place)
+            place = config.locations.get("batch_size", config.location)
             each = f" on each of {world_size} processes" if world_size > 1 else ""
             raise ConfigError(
                 f"{place}: batch_size {config.batch_size}{each} is more than the {samples} samples of source {name!r}"
@@ -188,7 +192,7 @@ def _check_side_by_side(config: RoleConfig, stage: StageConfig, specs: Specs, wo
     first, *others = sorted(found)
     if not all(in_step(stage, first, other, specs, world_size) for other in others):
         raise ConfigError(
-            f"{config.place}: role {config.name!r} sees {' and '.join((first, *others))} side by side, but their "
+            f"{config.location}: role {config.name!r} sees {' and '.join((first, *others))} side by side, but their "
             f"batches differ in size ({sizes_in_words(stage, (first, *others), specs, world_size)}). Give all of them "
             "one `batch_size` that leaves no smaller last batch."
         )

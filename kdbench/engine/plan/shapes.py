@@ -19,7 +19,7 @@ from kdbench.engine.network.resolved_stage import Layout, SampleFacts
 from kdbench.engine.network.roles import input_feature, inputs_of
 from kdbench.engine.plan.meta import META, ROWS, in_words, meta_field
 from kdbench.engine.plan.trace import ModuleCall, trace
-from kdbench.errors import ConfigError, DataError, Place
+from kdbench.errors import ConfigError, DataError, Location
 
 
 def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], seed: int) -> Survey:
@@ -47,7 +47,7 @@ def survey(stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], 
 class _CannotBuild(Exception):
     """A model cannot be built on this device."""
 
-    def __init__(self, place: Place, reason: Exception) -> None:
+    def __init__(self, place: Location, reason: Exception) -> None:
         super().__init__(str(reason))
         self.place, self.reason = place, reason
 
@@ -96,7 +96,7 @@ class Survey:
         for name in (stage.export, *stage.evaluate):
             if name in found and (last or name in stage.evaluate):
                 raise ConfigError(
-                    f"{stage.roles[name].place}: role {name!r} gives {list(self.outputs[name])} per sample, but what "
+                    f"{stage.roles[name].location}: role {name!r} gives {list(self.outputs[name])} per sample, but what "
                     f"is evaluated has to give a value for each of the {spec.classes} classes of source 'eval'. Name "
                     f"another role in `{'export' if name == stage.export else 'evaluate'}`."
                 )
@@ -111,9 +111,9 @@ class Survey:
         model = self.models[name] = self._model(name).eval()
         for feature in self.layout.features[name]:
             if not feature.is_output:
-                find_module(model, feature.path, _operand_place(stage, name, feature) or config.place)
+                find_module(model, feature.path, _operand_place(stage, name, feature) or config.location)
         seen = " and ".join(str(list(value.shape[1:])) for value in inputs)
-        with in_words(f"{config.place}: role {name!r} cannot take an input of shape {seen}"):
+        with in_words(f"{config.location}: role {name!r} cannot take an input of shape {seen}"):
             with torch.no_grad():
                 self.calls[name] = trace(model, *inputs)
             with FlopCounterMode(display=False) as whole, torch.no_grad():
@@ -130,12 +130,12 @@ class Survey:
         self.overwritten[name] = frozenset(spoiled)
         self.whole_flops[name] = whole.get_total_flops() // ROWS
         self.flops[name] = self._flops_in_step(name, inputs)
-        for operand in stage.reads(self.layout.terms):
+        for operand in stage.read_operands(self.layout.terms):
             if operand.kind == "role" and operand.role == name and operand.is_state:
                 try:
                     self.shapes[name, feature_of(operand)] = tuple(module_state(model, feature_of(operand)).shape)
                 except ConfigError as error:
-                    raise ConfigError(f"{operand.place}: {operand}: {error}") from None
+                    raise ConfigError(f"{operand.location}: {operand}: {error}") from None
 
     def _flops_in_step(self, name: str, inputs: list[Tensor]) -> int:
         """FLOPs of one sample as far as the step runs the role: to the last feature that is read, as captured there."""
@@ -149,8 +149,8 @@ class Survey:
 
     def _model(self, name: str) -> nn.Module:
         config = self.stage.roles[name]
-        if config.mode == "same":
-            return shared_module(config, self.models[config.of or ""])
+        if config.mode == "reuse":
+            return shared_module(config, self.models[config.source_role or ""])
         try:
             with self.device:
                 return transform(config, build_model(config, self.stage.roles, self.facts[name], self.seed))
@@ -160,7 +160,7 @@ class Survey:
                 raise DataError(missing) from None
             raise
         except (NotImplementedError, RuntimeError) as error:
-            raise _CannotBuild(config.model.place if config.model else config.place, error) from error
+            raise _CannotBuild(config.model.location if config.model else config.location, error) from error
 
     def _value(self, address: str) -> Tensor:
         if ":" in address:
@@ -175,7 +175,7 @@ class Survey:
         signal = (found[0].input if feature.side == "in" else found[0].output) if found else None
         if signal is None:
             times = sum(1 for c in self.calls[name] if c.path == path)
-            place = _operand_place(self.stage, name, feature) or self.stage.roles[name].place
+            place = _operand_place(self.stage, name, feature) or self.stage.roles[name].location
             raise ConfigError(
                 f"{place}: {feature} of role {name!r} never comes: module {path!r} is called {times} time(s) in a "
                 "forward"
@@ -192,7 +192,7 @@ def _sample_facts(source: str, seen: tuple[int, ...], specs: Mapping[str, Source
 
 
 def _operand_place(stage: StageConfig, role: str, feature: Feature) -> Any:
-    for operand in stage.reads():
+    for operand in stage.read_operands():
         if operand.kind == "role" and operand.role == role and operand.path == feature.path:
-            return f"{operand.place}"
+            return f"{operand.location}"
     return None

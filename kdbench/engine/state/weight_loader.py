@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import Recipe, RoleConfig, StageConfig, Weights
+from kdbench.config.schema import Recipe, RoleConfig, StageConfig, WeightsConfig
 from kdbench.engine.distributed.batchnorm import synchronise_batchnorm
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.features import Feature
@@ -60,14 +60,14 @@ class Preparation:
         model = model.to(dtype)
         if config.mode == "frozen":
             model = model.eval()
-            if not config.also and not _reads_state(self.stage, config.name):
+            if not config.extra_inputs and not _reads_state(self.stage, config.name):
                 example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
                 model, _ = fold_batchnorm(model, example, _seen(self.stage, self.plan, config.name))
         elif self.stage.sync_batchnorm:
             model = synchronise_batchnorm(model, self.world)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
-    def _load(self, config: RoleConfig, weights: Weights, model: nn.Module, origin: Origin) -> None:
+    def _load(self, config: RoleConfig, weights: WeightsConfig, model: nn.Module, origin: Origin) -> None:
         roles: tuple[str, ...] = ()
         if weights.recipe is not None:
             file, origin.source = self.produced[config.name], f"recipe {weights.recipe}"
@@ -79,14 +79,14 @@ class Preparation:
             file, origin.source = weights_file(weights, self.recipe), str(weights.path)
         if weights.role:
             origin.source += f", {'mean of ' if len(weights.role) > 1 else ''}{' and '.join(weights.role)}"
-        content = read_checkpoint(file, weights.place)
+        content = read_checkpoint(file, weights.location)
         state = select_state(content, weights, file, roles, baked=not config.transforms)
-        origin.unmatched = load_state(model, state, f"{weights.place}: {file}", strict=weights.strict)
+        origin.unmatched = load_state(model, state, f"{weights.location}: {file}", strict=weights.strict)
         for fault in origin.unmatched:
             self.say(f"role {config.name!r}: {fault}")
 
 
-def weights_file(weights: Weights, recipe: Recipe) -> Path:
+def weights_file(weights: WeightsConfig, recipe: Recipe) -> Path:
     """The file of `weights: {path: ...}`, from the working directory or else from the recipe's folder."""
     assert weights.path is not None
     file = Path(weights.path).expanduser()
@@ -102,16 +102,16 @@ def _seen(stage: StageConfig, plan: StagePlan, name: str) -> list[Feature]:
     """
     found = list(plan.layout.features[name])
     for other, config in stage.roles.items():
-        if config.mode == "same" and config.of == name:
-            prefix = f"{config.part}." if config.part else ""
+        if config.mode == "reuse" and config.source_role == name:
+            prefix = f"{config.module_path}." if config.module_path else ""
             inner = [f._replace(path=prefix + f.path) for f in plan.layout.features[other] if not f.is_output]
-            found += inner + ([Feature(config.part)] if config.part else [])
+            found += inner + ([Feature(config.module_path)] if config.module_path else [])
     return found
 
 
 def _reads_state(stage: StageConfig, name: str) -> bool:
     """Whether something is read off a role's own modules, such as the statistics of a BatchNorm: they must stay."""
-    return any(o.kind == "role" and o.is_state and root_of(o.role, stage.roles) == name for o in stage.reads())
+    return any(o.kind == "role" and o.is_state and root_of(o.role, stage.roles) == name for o in stage.read_operands())
 
 
 def read_later(recipe: Recipe, stage: StageConfig) -> set[str]:
@@ -122,8 +122,8 @@ def read_later(recipe: Recipe, stage: StageConfig) -> set[str]:
             if role.weights is not None and role.weights.stage == stage.name:
                 found |= set(role.weights.role or (role.name,))
     for name in list(found):
-        while (role := stage.roles.get(name)) is not None and role.mode == "same" and role.of is not None:
-            name = role.of
+        while (role := stage.roles.get(name)) is not None and role.mode == "reuse" and role.source_role is not None:
+            name = role.source_role
             found.add(name)
     return found
 
@@ -142,9 +142,9 @@ def handed_on(
     states = {**kept, **moved}
     for name in read_later(recipe, stage):
         role, part = stage.roles.get(name), ""
-        while role is not None and role.name not in states and role.mode == "same" and role.of is not None:
-            part = f"{role.part}.{part}" if role.part else part
-            role = stage.roles.get(role.of)
+        while role is not None and role.name not in states and role.mode == "reuse" and role.source_role is not None:
+            part = f"{role.module_path}.{part}" if role.module_path else part
+            role = stage.roles.get(role.source_role)
         if role is not None and role.name in states and name not in states:
             whole = states[role.name]
             states[name] = {key[len(part) :]: value for key, value in whole.items() if key.startswith(part)}

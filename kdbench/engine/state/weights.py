@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.schema import Weights
+from kdbench.config.schema import WeightsConfig
 from kdbench.engine.distributed.dtensor import whole
-from kdbench.errors import CheckpointError, Place, nearest
+from kdbench.errors import CheckpointError, Location, nearest
 
 
-def read_checkpoint(path: str | Path, where: Place | str = "") -> Any:
+def read_checkpoint(path: str | Path, where: Location | str = "") -> Any:
     """Reads a checkpoint without running code that it may contain.
 
     Raises:
@@ -57,7 +57,7 @@ def state_hash(module: nn.Module) -> str:
 
 
 def select_state(
-    content: Any, weights: Weights, file: Path, roles: Sequence[str] = (), *, baked: bool = True
+    content: Any, weights: WeightsConfig, file: Path, roles: Sequence[str] = (), *, baked: bool = True
 ) -> dict[str, Tensor]:
     """Finds the state dict inside a checkpoint's content, and translates its names.
 
@@ -69,7 +69,7 @@ def select_state(
     Raises:
         CheckpointError: the key is not there, what stands there is no state dict, or roles cannot be averaged.
     """
-    where = f"{weights.place}: {file}"
+    where = f"{weights.location}: {file}"
     if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
         wanted = weights.role or roles or (content["export"],)
         models = {**content["models"], **(content.get("baked", {}) if baked else {})}
@@ -101,7 +101,7 @@ def select_state(
     return state
 
 
-def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Place | str = "") -> Mapping[str, Tensor]:
+def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Location | str = "") -> Mapping[str, Tensor]:
     """Averages weights name by name; what is no real number (a count of batches) is the first one's.
 
     Raises:
@@ -122,7 +122,9 @@ def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Place | str = 
     }
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], where: Place | str, *, strict: bool = True) -> list[str]:
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], where: Location | str, *, strict: bool = True
+) -> list[str]:
     """Loads a state dict and returns, in words, what did not match (nothing when `strict`).
 
     Raises:

@@ -50,8 +50,8 @@ class Followers:
 
     def _pair(self, config: RoleConfig) -> tuple[nn.Module, nn.Module]:
         """The role that is followed, and the one that follows it."""
-        assert config.of is not None
-        return self.network.role(config.of).model, self.network.role(config.name).model
+        assert config.source_role is not None
+        return self.network.role(config.source_role).model, self.network.role(config.name).model
 
     def _start_average(self, plan: StagePlan) -> nn.Module:
         average = copy.deepcopy(self.network.role(self.stage.export).model)
@@ -88,4 +88,4 @@ def _is_due(config: RoleConfig, step: int, steps_per_epoch: int) -> bool:
     if config.every_steps:
         return step % config.every_steps == 0
     epoch, inside = divmod(step, steps_per_epoch)
-    return bool(config.every) and inside == 0 and epoch % config.every == 0
+    return bool(config.every_epochs) and inside == 0 and epoch % config.every_epochs == 0

@@ -1,6 +1,6 @@
 """A step that is never taken: the weights to which it would lead, and the loss there, differentiated through the step.
 
-An update with `after` learns by what another step would do: with w the weights that the virtual step moves and f its
+An update with `inner_step` learns by what another step would do: with w the weights that the virtual step moves and f its
 loss, which may depend on this update's parameters v,
 
     w'(v) = w - lr * df/dw(w, v),    and the update's own loss is taken at w'(v).
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from kdbench.config.schedules import Schedule, build_schedule
-from kdbench.config.schema import Named, UpdateConfig, VirtualConfig
+from kdbench.config.schema import InnerStepConfig, PartConfig, UpdateConfig
 from kdbench.engine.distributed.world import World, sum_over_ranks
 from kdbench.engine.network.network import Network
 from kdbench.engine.network.operands import Batch
@@ -35,8 +35,8 @@ Losses = Callable[[Batch, Mapping[str, Count], Sequence[str], Sequence[str], flo
 
 
 def both(update: UpdateConfig) -> tuple[str, ...]:
-    """The roles through which a gradient goes in either step of an update with `after`."""
-    own = update.after.models if update.after is not None else ()
+    """The roles through which a gradient goes in either step of an update with `inner_step`."""
+    own = update.inner_step.models if update.inner_step is not None else ()
     return tuple(dict.fromkeys((*update.models, *own)))
 
 
@@ -82,7 +82,7 @@ class Virtual:
     rows: of the terms' losses, those that no update logs; positions: where the meters add them.
     """
 
-    config: VirtualConfig
+    config: InnerStepConfig
     parameters: list[nn.Parameter]
     moving: tuple[str, ...]
     rates: Tensor
@@ -160,7 +160,7 @@ def build_virtual(
         meters: where losses are logged that no update logs.
         logged: the terms that some update logs.
     """
-    after = update.after
+    after = update.inner_step
     assert after is not None
     source: Schedule | list[dict[str, Any]] | None = None
     whose = (0,) * len(parameters)
@@ -168,7 +168,7 @@ def build_virtual(
     if after.lr is None:
         source, whose = _groups(parameters, optimizers)
         rates = [0.0] * len(source)
-    elif isinstance(after.lr, Named):
+    elif isinstance(after.lr, PartConfig):
         source = build_schedule(after.lr)
     else:
         rates = [float(after.lr)]
@@ -197,7 +197,7 @@ def _groups(
 
 
 def rehearse_virtual(
-    network: Network, update: UpdateConfig, forward: Callable[[UpdateConfig | VirtualConfig], Tensor]
+    network: Network, update: UpdateConfig, forward: Callable[[UpdateConfig | InnerStepConfig], Tensor]
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Rehearses an update with a virtual step.
 
@@ -210,7 +210,7 @@ def rehearse_virtual(
     Raises:
         ConfigError: the step moves nothing, cannot be differentiated, or nothing comes after it.
     """
-    after = update.after
+    after = update.inner_step
     assert after is not None
     steps = _rehearsed(network, after, forward, both(update))
     ahead = {own: own - gradient for own, gradient in steps.values()}
@@ -222,7 +222,7 @@ def rehearse_virtual(
     own, models = ", ".join(update.terms), ", ".join(after.models)
     if all(gradient is None for gradient in told):
         said = f"no term of {own} reads what the virtual step of {models} moves"
-        raise ConfigError(f"{after.place}: nothing comes after this step: {said}")
+        raise ConfigError(f"{after.location}: nothing comes after this step: {said}")
     try:  # everywhere: where only some parameters are asked for, autograd leaves out what it cannot differentiate
         loss.backward(retain_graph=True)
     except RuntimeError as error:
@@ -231,19 +231,19 @@ def rehearse_virtual(
     network.zero_grad(set_to_none=True)
     if not reached:
         said = f"the gradient of {own} finds no way through the virtual step of {models} by {', '.join(after.terms)}"
-        raise ConfigError(f"{update.place}: nothing to update: {said} to a parameter of {', '.join(update.models)}")
+        raise ConfigError(f"{update.location}: nothing to update: {said} to a parameter of {', '.join(update.models)}")
     return loss, tuple(steps)
 
 
 def _rehearsed(
     network: Network,
-    after: VirtualConfig,
-    forward: Callable[[UpdateConfig | VirtualConfig], Tensor],
+    after: InnerStepConfig,
+    forward: Callable[[UpdateConfig | InnerStepConfig], Tensor],
     moving: tuple[str, ...],
 ) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """The parameters that a virtual step moves, by name, and their gradients."""
     if not after.terms:
-        raise ConfigError(f"{after.place}: no virtual step to take: every term of it has weight 0")
+        raise ConfigError(f"{after.location}: no virtual step to take: every term of it has weight 0")
     with twice_differentiable():
         total = forward(replace(after, models=moving))
     learning = {name: p for name, p in network.owned(after).items() if p.requires_grad}
@@ -256,14 +256,14 @@ def _rehearsed(
     reached = {name: (p, g) for (name, p), g in zip(learning.items(), found, strict=True) if g is not None}
     if all(name.startswith("terms.") for name in reached):
         said = f"no term of {', '.join(after.terms)} reaches a parameter of {', '.join(after.models)}"
-        raise ConfigError(f"{after.place}: no virtual step to take: {said}")
+        raise ConfigError(f"{after.location}: no virtual step to take: {said}")
     return reached
 
 
-def _once(after: VirtualConfig, error: RuntimeError) -> ConfigError:
+def _once(after: InnerStepConfig, error: RuntimeError) -> ConfigError:
     reason = " ".join(str(error).split())[:200]
     said = f"a gradient goes through this step, but {', '.join(after.terms)} cannot be differentiated twice"
-    return ConfigError(f"{after.place}: {said}: {reason}")
+    return ConfigError(f"{after.location}: {said}: {reason}")
 
 
 def check_rates(moves: Sequence[tuple[UpdateConfig, Sequence[str], Sequence[str]]]) -> None:
@@ -276,10 +276,12 @@ def check_rates(moves: Sequence[tuple[UpdateConfig, Sequence[str], Sequence[str]
         ConfigError: no update moves one of them, or several do.
     """
     for update, ahead, _ in moves:
-        if update.after is None or update.after.lr is not None:
+        if update.inner_step is None or update.inner_step.lr is not None:
             continue
         for name in ahead:
             count = sum(name in parameters for _, _, parameters in moves)
             if count != 1:
                 who = "no update moves" if count == 0 else f"{count} updates move"
-                raise ConfigError(f"{update.after.place}: say the learning rate of this step, `lr: 0.1`: {who} {name}")
+                raise ConfigError(
+                    f"{update.inner_step.location}: say the learning rate of this step, `lr: 0.1`: {who} {name}"
+                )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from kdbench.config.schema import OptimizerConfig
 from kdbench.engine.distributed.dtensor import is_part
 from kdbench.engine.network.features import find_module
-from kdbench.errors import ConfigError, Place, nearest
+from kdbench.errors import ConfigError, Location, nearest
 from kdbench.registry import OPTIMIZERS
 
 UNFIT = {
@@ -58,14 +58,14 @@ def build_optimizer(
         ConfigError: unknown optimiser or parameter, a value that the optimiser refuses, an entry of `groups` that
             matches nothing, or nothing to train.
     """
-    entry = OPTIMIZERS.check(config.type, config.params, config.place)
+    entry = OPTIMIZERS.check(config.type, config.params, config.location)
     if config.type in UNFIT:
-        raise ConfigError(f"{config.place}: optimizer {config.type!r} cannot be used here: {UNFIT[config.type]}.")
+        raise ConfigError(f"{config.location}: optimizer {config.type!r} cannot be used here: {UNFIT[config.type]}.")
     allowed = None if only is None else {id(parameter) for parameter in only}
     owned = [o for o in _owned(modules) if o.value.requires_grad and (allowed is None or id(o.value) in allowed)]
     if not owned:
         raise ConfigError(
-            f"{config.place}: nothing to train: {', '.join(modules) or 'no model'} has no parameter that is trainable "
+            f"{config.location}: nothing to train: {', '.join(modules) or 'no model'} has no parameter that is trainable "
             "and that a term reaches."
         )
 
@@ -96,7 +96,7 @@ def build_optimizer(
     try:
         optimizer = entry.load()(groups, **params)
     except ValueError as error:  # torch checks ranges itself, such as `Invalid learning rate: -1`
-        raise ConfigError(f"{config.place}: optimizer {config.type!r}: {error}") from None
+        raise ConfigError(f"{config.location}: optimizer {config.type!r}: {error}") from None
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])
         if capture and (group.get("capturable") or group.get("fused")):
@@ -165,7 +165,7 @@ def _owned(modules: Mapping[str, nn.Module]) -> Iterator[_Owned]:
 class _Group:
     """One entry of `groups`, ready to match."""
 
-    place: Place
+    place: Location
     label: str
     prefixes: tuple[str, ...] | None
     type: str | None
@@ -194,7 +194,7 @@ class _Group:
     def read(
         cls, group: Mapping[str, Any], index: int, config: OptimizerConfig, modules: Mapping[str, nn.Module]
     ) -> _Group:
-        place = replace(config.place, key=f"{config.place.key}.groups[{index}]".lstrip("."))
+        place = replace(config.location, key=f"{config.location.key}.groups[{index}]".lstrip("."))
         path, kind = group.get("path"), group.get("type")
         if path is None and kind is None:
             raise ConfigError(f"{place}: a group needs `path` or `type`, to say which parameters it holds.")
@@ -209,7 +209,7 @@ class _Group:
         return cls(place, label, prefixes, kind, overrides)
 
 
-def _prefixes(path: str, modules: Mapping[str, nn.Module], place: Place) -> tuple[str, ...]:
+def _prefixes(path: str, modules: Mapping[str, nn.Module], place: Location) -> tuple[str, ...]:
     """The full names, with role, of all modules and parameters that `path` means."""
     found, known = [], list(modules)
     for role, model in modules.items():

@@ -66,7 +66,7 @@ class Runner:
         self.lr_schedule = build_schedule(self.stage.scheduler) if self.stage.scheduler else None
         self.followers = Followers(plan, network)
         self.scaler = self._new_scaler()
-        self.compiling = recipe.compiles and not network.sharded
+        self.compiling = recipe.uses_compiler and not network.sharded
         self.clock = Clock() if device.type == "cpu" and not self.compiling else None
         network.lap = self.clock.lap if self.clock else None
         self.losses: Losses = network
@@ -259,14 +259,14 @@ class Runner:
         keep = self.world.is_main
         roles = {n: self.network.role(n) for n in self.plan.layout.order}
         used = [n for n, r in roles.items() if r.config.transforms]
-        if roles[self.stage.export].config.mode == "same":  # its root may be frozen, which no checkpoint holds
+        if roles[self.stage.export].config.mode == "reuse":  # its root may be frozen, which no checkpoint holds
             used.append(self.stage.export)
         return {
             "step": self.done,
             "models": {
                 n: whole(r.model.state_dict(), keep=keep)
                 for n, r in roles.items()
-                if r.config.mode not in ("frozen", "same")
+                if r.config.mode not in ("frozen", "reuse")
             },
             "baked": {n: self.exported(n) for n in used},
             "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
@@ -342,7 +342,7 @@ class Runner:
             name, step = min(reading.not_finite.items(), key=lambda item: item[1])
             config = self.stage.terms[name]
             raise TrainingError(
-                f"{config.place}: the loss of term {name!r} ({config.type}) is not finite since step {step} of stage "
+                f"{config.location}: the loss of term {name!r} ({config.type}) is not finite since step {step} of stage "
                 f"{self.stage.name!r} (epoch {(step - 1) // self.steps_per_epoch + 1}). Training stopped; what was "
                 "saved before stays. A smaller learning rate, `clip`, or a smaller weight may help."
             )

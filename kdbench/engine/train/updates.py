@@ -65,8 +65,8 @@ def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: Met
     updates = [_update(planned, plan, recipe, network, meters, world) for planned in plan.updates]
     logged = {name for update in updates for name in update.config.terms}
     for update, planned in zip(updates, plan.updates, strict=True):
-        if update.config.after is not None:
-            parameters = [network.owned(update.config.after)[name] for name in planned.ahead]
+        if update.config.inner_step is not None:
+            parameters = [network.owned(update.config.inner_step)[name] for name in planned.ahead]
             optimizers = [other.optimizer for other in updates]
             update.virtual = build_virtual(update.config, parameters, optimizers, meters, logged)
     return updates
@@ -76,8 +76,8 @@ def together(updates: list[Update]) -> list[list[Update]]:
     """The updates in order, those that move together in one group."""
     groups: list[list[Update]] = []
     for update in updates:
-        number = update.config.together
-        if groups and number is not None and groups[-1][0].config.together == number:
+        number = update.config.group
+        if groups and number is not None and groups[-1][0].config.group == number:
             groups[-1].append(update)
         else:
             groups.append([update])
@@ -91,7 +91,7 @@ def _update(
     owned = network.owned(planned.config)
     parameters = [owned[name] for name in planned.parameters]
     wanted = planned.config.optimizer or plan.stage.optimizer
-    optimizer = build_optimizer(wanted, modules, parameters, capture=recipe.captures(meters.device.type))
+    optimizer = build_optimizer(wanted, modules, parameters, capture=recipe.uses_cuda_graph(meters.device.type))
     learning = sum(1 for p in network.parameters() if p.requires_grad)
     return Update(
         planned.config,
@@ -119,5 +119,5 @@ def _selection(update: UpdateConfig, plan: StagePlan, device: torch.device) -> S
     first = next(iter(part.operands.values()), None)
     source = source_of(first, plan.layout.sources, plan.stage.terms) if first is not None else None
     owner = f"select.{next(i for i, u in enumerate(plan.stage.updates) if u.select is part)}"
-    selector = SELECTORS.build(part.type, part.params, part.place).to(device)
+    selector = SELECTORS.build(part.type, part.params, part.location).to(device)
     return Selection(selector, entry.inputs, owner, source or plan.train_source, update.keep)

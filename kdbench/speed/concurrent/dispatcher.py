@@ -97,7 +97,7 @@ class Member:
         self.form = form
         steps = {runner.stage.name: {str(runner.done): {"form": form[0], "why": form[1]}}}
         runs = [member.label for member in self.gang.members]
-        runner.record({"gang": {"label": self.label, "runs": runs, "from_step": steps}})
+        runner.record({"concurrent": {"label": self.label, "runs": runs, "from_step": steps}})
 
 
 class Gang(Generic[T]):

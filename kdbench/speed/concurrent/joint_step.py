@@ -40,7 +40,7 @@ def why_alone(runner: Runner) -> str:
     export = stage.export
     config = roles[export]
     [update, *more] = runner.updates or [None]
-    states = (leaf for operand in stage.reads() for leaf in operand.features() if leaf.is_state)
+    states = (leaf for operand in stage.read_operands() for leaf in operand.feature_operands() if leaf.is_state)
     reasons = {
         "several processes train it": runner.world.size > 1,
         "its step is compiled (compile=capture is not)": runner.compiling,
@@ -49,7 +49,7 @@ def why_alone(runner: Runner) -> str:
         "it accumulates over several batches": stage.accumulate > 1,
         "its step is more than one plain update": update is None or bool(more) or not _plain(update, export),
         "its student is not trained itself": config.mode != "trainable",
-        "its student sees what other roles give": ":" in config.input or bool(config.also),
+        "its student sees what other roles give": ":" in config.input or bool(config.extra_inputs),
         "its student's weights are transformed": bool(config.transforms),
         "parts of its student are roles of their own": any(
             name != export and root_of(name, roles) == export for name in runner.plan.layout.order
@@ -60,7 +60,7 @@ def why_alone(runner: Runner) -> str:
 
 
 def _plain(update: Update, export: str) -> bool:
-    alone = update.select is None and update.config.after is None
+    alone = update.select is None and update.config.inner_step is None
     return alone and update.config.repeat == 1 and export in update.config.models
 
 
@@ -113,7 +113,7 @@ class Joint:
         self.inputs = [*wide, *others]
         self.draws = False
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
-        if self.recipe.captures(self.device.type) and all(stays_on_device(u.optimizer) for u in self.updates):
+        if self.recipe.uses_cuda_graph(self.device.type) and all(stays_on_device(u.optimizer) for u in self.updates):
             _Recorded(self, CudaRecorder(self.device))  # type: ignore[arg-type]
 
     def execute(self, window: Sequence[Batch]) -> None:

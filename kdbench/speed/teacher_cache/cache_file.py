@@ -29,7 +29,7 @@ from torch import Tensor
 from kdbench.data.loading.packed_cache import locked
 from kdbench.engine.network.features import Feature
 from kdbench.errors import UserError
-from kdbench.files import read_json, strict, write_json
+from kdbench.files import read_json, to_strict_json, write_json
 
 FORMAT = 1
 
@@ -79,7 +79,7 @@ class Columns:
 
 def key_of(content: Mapping[str, Any]) -> str:
     """The name of a table: a hash of everything that its rows depend on."""
-    text = json.dumps(strict(content), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(to_strict_json(content), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -102,7 +102,7 @@ class Table:
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any], columns: Columns, rows: int) -> None:
-        content = strict({"format": FORMAT, **content, "columns": columns.facts(), "rows": rows})
+        content = to_strict_json({"format": FORMAT, **content, "columns": columns.facts(), "rows": rows})
         self.path = folder / key_of(content)
         self.name = f"{folder.name}/{self.path.name}"
         self.columns, self.size = columns, rows

@@ -25,7 +25,7 @@ from kdbench.engine.network.roles import root_of
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.state.weights import state_hash
 from kdbench.engine.train.runner import Runner
-from kdbench.registry import AUGMENTS, MODELS, TRANSFORMS
+from kdbench.registry import AUGMENTATIONS, MODELS, WEIGHT_TRANSFORMS
 from kdbench.speed.teacher_cache.cache_file import Columns, Refused, Table, size_words
 from kdbench.speed.teacher_cache.prefetch import coupled, joined, near
 
@@ -44,7 +44,7 @@ def extent(plan: StagePlan, name: str) -> tuple[int, int, int]:
         Refused: what the role sees has no finite list of images.
     """
     config, stage = plan.stage.roles[name], plan.stage
-    if ":" in config.input or config.also:
+    if ":" in config.input or config.extra_inputs:
         raise Refused("it sees more than an image of its source")
     source, field = config.input.split(".", 1)
     spec = plan.specs[source]
@@ -207,11 +207,11 @@ def _content(runner: Runner, name: str, forward: Forward) -> dict[str, Any]:
     """Everything that a row depends on."""
     stage, origin, view = runner.stage, forward.origin, forward.view
     config, root = stage.roles[name], stage.roles[root_of(name, stage.roles)]
-    augments = [part_facts(named, AUGMENTS) for named, _ in spelled_out(origin.config.views)[forward.field]]
+    augments = [part_facts(named, AUGMENTATIONS) for named, _ in spelled_out(origin.config.views)[forward.field]]
     return {
         "model": part_facts(architecture(root, stage.roles), MODELS),
-        "transforms": [part_facts(named, TRANSFORMS) for named in root.transforms],
-        "part": config.part,
+        "transforms": [part_facts(named, WEIGHT_TRANSFORMS) for named in root.transforms],
+        "part": config.module_path,
         "weights": state_hash(runner.network.role(root.name).model),
         "precision": stage.precision,
         "device": describe_device(runner.device),

@@ -25,7 +25,7 @@ def asked_for(recipe: Recipe, device: torch.device) -> tuple[str, str]:
     """The mode that a recipe asks for on a device, and why."""
     if recipe.frozen_forward != "auto":
         return recipe.frozen_forward, f"frozen_forward: {recipe.frozen_forward}"
-    return ("ahead", "on a GPU") if device.type == "cuda" else ("inline", f"on {device.type}")
+    return ("prefetch", "on a GPU") if device.type == "cuda" else ("inline", f"on {device.type}")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Arrangement:
         """One line for people; empty where all is as it would be without this."""
         if self.asked == "inline" or not self.modes:
             return ""
-        how = {"inline": "in the step", "ahead": "ahead of it", "table": "from a table"}
+        how = {"inline": "in the step", "prefetch": "ahead of it", "cache": "from the cache"}
         told = "; ".join(f"{name} {how[mode]} ({self.why[name]})" for name, mode in self.modes.items())
         return f"networks that do not move run: {told}."
 
@@ -97,7 +97,7 @@ def arrange(
         told(result)
         return result
     without = {}
-    if mode == "table":
+    if mode == "cache":
         without = _from_tables(result, feed, runner, recipe, folder, free)
     ahead = [name for name in free if name not in result.tables]
     _run_ahead(result, feed, runner, recipe, ahead, without, told)
@@ -116,7 +116,7 @@ def _from_tables(
         epoch = feed.batch_at(runner.done) // feed.sources[source].steps_per_epoch
         try:
             opened[name] = open_table(
-                runner, name, feed.sources[source], epoch=epoch, rows=recipe.frozen_rows, folder=folder, say=say
+                runner, name, feed.sources[source], epoch=epoch, rows=recipe.frozen_batch_size, folder=folder, say=say
             )
         except Refused as reason:
             refused[name] = str(reason)
@@ -127,7 +127,7 @@ def _from_tables(
         feed.sources[tabled.name] = tabled
         result.tables[name] = tabled
         rows, filled = tabled.table.size, int(tabled.table.filled.sum())
-        result.put(name, "table", f"{tabled.table.name}, {filled:,} of {rows:,} rows filled")
+        result.put(name, "cache", f"{tabled.table.name}, {filled:,} of {rows:,} rows filled")
     return refused
 
 
@@ -142,17 +142,17 @@ def _run_ahead(
 ) -> None:
     """Lets the rest run ahead, where that makes their batch larger."""
     no_table = {name: f"; no table: {without[name]}" if name in without else "" for name in names}
-    look = LookAhead(feed, runner, names, recipe.frozen_rows) if names else None
+    look = LookAhead(feed, runner, names, recipe.frozen_batch_size) if names else None
     if look is None or look.steps * feed.accumulate == 1:
         for name in names:
-            result.put(name, "inline", f"a step has {recipe.frozen_rows} rows already{no_table[name]}")
+            result.put(name, "inline", f"a step has {recipe.frozen_batch_size} rows already{no_table[name]}")
         told(result)
         return
 
     def decided(refused: dict[str, str]) -> None:
         for name in names:
             rows = look.rows[runner.network.sources[name]]
-            how = ("inline", refused[name]) if name in refused else ("ahead", f"{look.steps} steps, {rows:,} rows")
+            how = ("inline", refused[name]) if name in refused else ("prefetch", f"{look.steps} steps, {rows:,} rows")
             result.put(name, how[0], how[1] + no_table[name])
         told(result)
 

@@ -41,7 +41,7 @@ def fixed_roles(plan: StagePlan) -> dict[str, str]:
     moved = {root for update in plan.updates for root in moved_roles(update.config, stage.roles)}
     found: dict[str, str] = {}
     # what only makers read runs after the steps
-    run = roles_behind(stage.reads(plan.layout.terms, makers=False), stage.roles)
+    run = roles_behind(stage.read_operands(plan.layout.terms, include_artifacts=False), stage.roles)
     for name in order:
         config = stage.roles[name]
         root = root_of(name, stage.roles)

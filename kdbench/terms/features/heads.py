@@ -51,7 +51,7 @@ def dhkd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
     return temperature**2 * divergence.sum(1)
 
 
-@TERMS.register("ofa", space="sample", version=1, paper="arXiv:2310.19444")
+@TERMS.register("ofa", space="row", version=1, paper="arXiv:2310.19444")
 class AdaptiveTarget(Term):
     """OFA-KD: soft targets of another kind of network, with the label's class raised by a power.
 
@@ -78,7 +78,7 @@ class AdaptiveTarget(Term):
         return ofa_loss(student, teacher, label, self.power, self.temperature)
 
 
-@TERMS.register("dhkd", space="sample", version=1, paper="arXiv:2411.08937")
+@TERMS.register("dhkd", space="row", version=1, paper="arXiv:2411.08937")
 class DualHead(Term):
     """Dual-head KD: an auxiliary head matches the teacher's logits class by class, so that the classifier need not.
 

@@ -18,7 +18,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (at_least_float32(student) - at_least_float32(teacher)).square().flatten(1).mean(1)
 
 
-@TERMS.register("hint", space="sample", version=1, features=True, adapter="conv_regressor", paper="arXiv:1412.6550")
+@TERMS.register("hint", space="row", version=1, features=True, adapter="conv_regressor", paper="arXiv:1412.6550")
 class Hint(Term):
     """FitNets: the student's feature, through a regressor, equals the teacher's hint.
 
@@ -51,7 +51,7 @@ def ab_loss(student: Tensor, teacher: Tensor, margin: Number = 1.0) -> Tensor:
     return missing.square().flatten(1).sum(1)
 
 
-@TERMS.register("ab", space="sample", version=1, features=True, paper="arXiv:1811.03233")
+@TERMS.register("ab", space="row", version=1, features=True, paper="arXiv:1811.03233")
 class ActivationBoundaries(Term):
     """Activation boundaries: each of the student's neurons is active where the teacher's is, with a margin.
 
@@ -90,7 +90,7 @@ def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (unit_length(student) - unit_length(teacher)).abs().mean(1)
 
 
-@TERMS.register("ft", space="sample", version=1, paper="arXiv:1802.04977")
+@TERMS.register("ft", space="row", version=1, paper="arXiv:1802.04977")
 class FactorTransfer(Term):
     """Factor transfer: the student's translated feature points where the teacher's paraphrased feature points.
 
@@ -112,7 +112,7 @@ class FactorTransfer(Term):
         return ft_loss(student, teacher)
 
 
-@TERMS.register("reconstruction", space="sample", version=1, paper="arXiv:1802.04977")
+@TERMS.register("reconstruction", space="row", version=1, paper="arXiv:1802.04977")
 class Reconstruction(Term):
     """Reconstruction: a network's output equals its target, without any adapter between them.
 
@@ -143,7 +143,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     return (((mean - target).square() / variance + variance.log()) / 2).flatten(1).mean(1)
 
 
-@TERMS.register("vid", space="sample", version=1, features=True, injected=("shapes",), paper="arXiv:1904.05835")
+@TERMS.register("vid", space="row", version=1, features=True, injected=("shapes",), paper="arXiv:1904.05835")
 class VariationalInformation(Term):
     """Variational information distillation: the student's feature tells as much as it can of the teacher's.
 
@@ -224,7 +224,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return loss / shares
 
 
-@TERMS.register("hcl", space="sample", version=1, features=True, paper="arXiv:2104.09044")
+@TERMS.register("hcl", space="row", version=1, features=True, paper="arXiv:2104.09044")
 class HierarchicalContext(Term):
     """Hierarchical context loss of ReviewKD: the student's feature equals the teacher's at each of several scales.
 

@@ -44,7 +44,7 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
     return (attention_map(student, p) - attention_map(teacher, p)).square().mean(1)
 
 
-@TERMS.register("at", space="sample", version=1, features=True, paper="arXiv:1612.03928")
+@TERMS.register("at", space="row", version=1, features=True, paper="arXiv:1612.03928")
 class AttentionTransfer(Term):
     """Attention transfer: the student's normalised spatial attention map equals the teacher's.
 
@@ -97,7 +97,7 @@ def fsp_loss(student: Tensor, teacher: Tensor, student_from: Tensor, teacher_fro
 
 @TERMS.register(
     "fsp",
-    space="sample",
+    space="row",
     version=1,
     features=True,
     operands=("student_from", "teacher_from"),

@@ -71,7 +71,7 @@ def check_tokens(shapes: dict[str, Size]) -> None:
 
 
 @TERMS.register(
-    "feature_distance", space="sample", version=1, features=True, operands=("tokens",), paper="arXiv:2208.12256"
+    "feature_distance", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:2208.12256"
 )
 class FeatureDistance(Term):
     """Distance of features: absolute, squared or smooth, as they are or scaled, over all or some tokens.
@@ -107,7 +107,7 @@ class FeatureDistance(Term):
         return feature_distance_loss(student, teacher, tokens, distance=self.distance, scale=self.scale)
 
 
-@TERMS.register("cosine", space="sample", version=1, features=True, operands=("tokens",), paper="arXiv:1910.01108")
+@TERMS.register("cosine", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:1910.01108")
 class Cosine(Term):
     """Cosine distance: the student's feature points where the teacher's points, whatever its length.
 
@@ -152,7 +152,7 @@ def _length(rows: Tensor) -> Tensor:
     return safe_sqrt(rows.square().sum(1))
 
 
-@TERMS.register("nd", space="sample", version=1, features=True, operands=("means",), paper="arXiv:2305.17007")
+@TERMS.register("nd", space="row", version=1, features=True, operands=("means",), paper="arXiv:2305.17007")
 class NormAndDirection(Term):
     """ND loss of KD++: the student's feature is long, and points to the mean of the teacher's features of its class.
 
@@ -160,7 +160,7 @@ class NormAndDirection(Term):
     the loss also makes it longer; from the teacher's length on only its direction counts. Lengths keep their gradient,
     as in the authors' code (WangYZ1608/Knowledge-Distillation-via-ND), which adds this term to kd, dkd or ReviewKD at
     the penultimate feature. `means` are the class means of the teacher's features over the training set, made by an
-    earlier stage: `made: STAGE.NAME`. Where the widths differ, the authors' adapter is batch norm, dropout 0.5 and a
+    earlier stage: `artifact: STAGE.NAME`. Where the widths differ, the authors' adapter is batch norm, dropout 0.5 and a
     linear map; `linear` is the nearest one here.
 
     Wang, Cheng, Duan, Wang, Feng and Kong, Improving Knowledge Distillation via Regularizing Feature Norm and

@@ -10,7 +10,7 @@ import torch
 from kdbench.data.augment.geometric import Crop
 from kdbench.data.augment.view import View
 from kdbench.data.describe import describe
-from kdbench.registry import AUGMENTS
+from kdbench.registry import AUGMENTATIONS
 
 SHAPE = (3, 8, 8)
 PARAMETERS = {"cutout": {"size": 3}, "same": {"view": "image"}}
@@ -64,7 +64,7 @@ def test_a_code_that_forgets_the_column_is_noticed(part, monkeypatch):
     assert len({code for _, code in pairs}) < len(pairs)
 
 
-@pytest.mark.parametrize("name", sorted(set(AUGMENTS.entries) - {"same"}))
+@pytest.mark.parametrize("name", sorted(set(AUGMENTATIONS.entries) - {"same"}))
 def test_the_image_is_a_function_of_the_code_wherever_variants_are_counted(part, name):
     """Every registered augmentation: a counted one has codes that tell its images apart, the others say why not."""
     view = View("image", [part(name, **PARAMETERS.get(name, {}))], SHAPE)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.config.schema import MakeConfig, Named, Part, SourceConfig, StageConfig
+from kdbench.config.schema import ArtifactConfig, PartConfig, PartWithOperands, SourceConfig, StageConfig
 from kdbench.data.datasets.artifact import expected
 from kdbench.data.describe import describe, describe_all
 from kdbench.data.loading.build import build_sources
 from kdbench.data.source_spec import SourceSpec
-from kdbench.errors import ConfigError, DataError, Place
+from kdbench.errors import ConfigError, DataError, Location
 from kdbench.experiment.artifacts import describe_stages
-from kdbench.registry import MAKERS, Entry
+from kdbench.registry import ARTIFACTS, Entry
 
 CLASSES = ["a", "b", "c"]
 SAMPLES = 24
@@ -54,10 +54,10 @@ def stored(tmp_path):
 def source(name="train", made="paint@2.pool", **rest):
     return SourceConfig(
         name=name,
-        dataset=Named(type="made", place=Place(f"data.{name}.made", "recipe.yaml", 4)),
-        made=made,
+        dataset=PartConfig(type="made", location=Location(f"data.{name}.made", "recipe.yaml", 4)),
+        artifact=made,
         batch_size=rest.pop("batch_size", 8),
-        place=Place(f"data.{name}", "recipe.yaml", 3),
+        location=Location(f"data.{name}", "recipe.yaml", 3),
         **rest,
     )
 
@@ -104,7 +104,7 @@ def test_images_without_a_mean_are_normalised_already(stored):
     files = stored(value=content(images=images, mean=None, std=None))
     batch = collect(opened(source(), files).in_order(8))
     assert torch.equal(batch["image"], images)
-    views = {"image": (Named(type="color", place=Place("augment", "recipe.yaml", 9)),)}
+    views = {"image": (PartConfig(type="color", location=Location("augment", "recipe.yaml", 9)),)}
     with pytest.raises(ConfigError, match=r"recipe.yaml:9 augment: color changes colours .* stored normalised"):
         opened(source(views=views), files)
 
@@ -112,7 +112,7 @@ def test_images_without_a_mean_are_normalised_already(stored):
 def test_labels_that_the_maker_marked_as_unknown_are_hidden(stored):
     known = torch.arange(SAMPLES) % 2 == 0
     files = stored(value=content(fields={"labelled": known}))
-    for config in (source(), source(relabel=Named(type="random_labels"))):
+    for config in (source(), source(relabel=PartConfig(type="random_labels"))):
         found = opened(config, files)
         batch = collect(found.batches(0))
         assert torch.equal(batch["labelled"], known[batch["index"]])
@@ -126,7 +126,7 @@ def test_labels_below_zero_stay_unknown(stored):
     labels = torch.where(torch.arange(SAMPLES) < 12, torch.arange(SAMPLES) % 3, -100)
     files = stored(value=content(labels=labels))
     batch = collect(
-        opened(source(subset=0.5, relabel=Named(type="symmetric_noise", params={"rate": 1.0})), files).in_order(8)
+        opened(source(subset=0.5, relabel=PartConfig(type="symmetric_noise", params={"rate": 1.0})), files).in_order(8)
     )
     assert int((batch["label"] == -100).sum()) == 6  # they count as a class of their own
     assert (batch["label"][batch["label_true"] >= 0] != batch["label_true"][batch["label_true"] >= 0]).all()
@@ -143,7 +143,7 @@ def test_a_made_choice_names_positions_of_the_split(stored, make):
     config = make(params={"samples": 100}, labels="query@1.picked")
     batch = collect(opened(config, files).in_order(32))
     assert torch.equal(batch["labelled"].nonzero()[:, 0], index)
-    shard = Named(type="shard", params={"of": 2})
+    shard = PartConfig(type="shard", params={"of": 2})
     both = opened(make(params={"samples": 100}, subset=(shard, "query@1.picked"), batch_size=1), files).positions
     part = opened(make(params={"samples": 100}, subset=shard), files).positions
     assert set(both.tolist()) == set(index.tolist()) & set(part.tolist())
@@ -177,7 +177,7 @@ def test_the_same_content_has_the_same_checksum(stored):
     ],
 )
 def test_files_that_are_no_dataset_are_refused(stored, value, message):
-    with pytest.raises(DataError, match=rf"recipe.yaml:4 data.train.made: .*{message}"):
+    with pytest.raises(DataError, match=rf"recipe.yaml:4 data.train.artifact: .*{message}"):
         opened(source(), stored(value=value))
 
 
@@ -205,17 +205,19 @@ def test_a_view_may_not_be_called_like_a_field(stored):
 
 def test_before_it_is_made_its_fields_are_those_of_what_it_is_made_from(stored, make, monkeypatch):
     monkeypatch.setitem(
-        MAKERS._extra, "paints", Entry("paints", "m", "s", "", {}, {"makes": "dataset", "fields": ("soft", "weight")})
+        ARTIFACTS._extra,
+        "paints",
+        Entry("paints", "m", "s", "", {}, {"makes": "dataset", "fields": ("soft", "weight")}),
     )
     first = StageConfig(
         name="paint",
         roles={},
         data={
-            "train": make(views={"image": (Named(type="crop", params={"size": 24}),)}),
+            "train": make(views={"image": (PartConfig(type="crop", params={"size": 24}),)}),
             "eval": make(name="eval", split="test"),
         },
         terms={},
-        make={"pool": MakeConfig(name="pool", part=Part(type="paints"), source="train")},
+        artifacts={"pool": ArtifactConfig(name="pool", part=PartWithOperands(type="paints"), source="train")},
     )
     second = StageConfig(
         name="use", roles={}, data={"train": source(made="paint.pool", views={"image": (), "strong": ()})}, terms={}
@@ -232,7 +234,7 @@ def test_before_it_is_made_its_fields_are_those_of_what_it_is_made_from(stored, 
 
 
 def test_a_maker_without_images_takes_those_of_evaluation(monkeypatch):
-    monkeypatch.setitem(MAKERS._extra, "paints", Entry("paints", "m", "s", "", {}, {"makes": "dataset"}))
+    monkeypatch.setitem(ARTIFACTS._extra, "paints", Entry("paints", "m", "s", "", {}, {"makes": "dataset"}))
     noise = SourceSpec({"z": ((64,), "float32"), "index": ((), "int64")})
     evaluation = SourceSpec({"image": ((1, 8, 8), "float32")}, 10)
     spec = expected("paints", noise, evaluation)

@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as transforms
 from PIL import Image
 
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.image_files import resize_and_crop
 from kdbench.data.datasets.image_folder import ImageFolder, ImageNet
 from kdbench.data.describe import describe
@@ -98,7 +98,7 @@ def test_small_folders_are_resident_and_large_ones_stream(tmp_path, write_folder
 
 
 def test_is_described_as_far_as_the_files_allow(tmp_path, write_folders):
-    config = SourceConfig(name="train", dataset=Named(type="image_folder", params={"root": "pets", "size": 8}))
+    config = SourceConfig(name="train", dataset=PartConfig(type="image_folder", params={"root": "pets", "size": 8}))
     missing = describe(config, "data")
     assert missing.fields["image"] == ((3, 8, 8), "float32")
     assert (missing.classes, missing.samples) == (None, None)
@@ -106,7 +106,7 @@ def test_is_described_as_far_as_the_files_allow(tmp_path, write_folders):
     write_folders(tmp_path / "pets", {"train": {"a": 2, "b": 3}})
     found = describe(config, "data")
     assert (found.classes, found.samples, found.problem) == (2, 5, None)
-    imagenet = describe(SourceConfig(name="train", dataset=Named(type="imagenet")), "data")
+    imagenet = describe(SourceConfig(name="train", dataset=PartConfig(type="imagenet")), "data")
     assert imagenet.fields["image"] == ((3, 224, 224), "float32")
     assert (imagenet.classes, imagenet.samples) == (1000, 1281167)
     assert "imagenet/train/<class>" in str(imagenet.problem)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from kdbench.config.schema import Named, SourceConfig
+from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.digits import Digits
 from kdbench.data.datasets.synthetic import Synthetic
 from kdbench.data.describe import describe
@@ -81,7 +81,7 @@ def test_description_refuses_what_cannot_be_built(make, part):
     with pytest.raises(ConfigError, match=r"no augmentation 'flop'"):
         describe(make(dataset="digits", views={"image": (part("flop"),)}), "data")
     with pytest.raises(ConfigError, match=r"gaussian: shape must be"):
-        describe(SourceConfig(name="n", dataset=Named(type="gaussian", params={"shape": [0]})), "data")
+        describe(SourceConfig(name="n", dataset=PartConfig(type="gaussian", params={"shape": [0]})), "data")
 
 
 def test_registrations_state_the_facts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.data.describe import describe
 from kdbench.data.loading.build import build_sources
 from kdbench.errors import ConfigError
@@ -15,7 +15,7 @@ PARAMS = {"samples": SAMPLES, "shape": [1, 1, 1]}
 
 
 def part(kind, **params):
-    return Named(type=kind, params=params)
+    return PartConfig(type=kind, params=params)
 
 
 def collect(batches):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kdbench.config.schema import Named
+from kdbench.config.schema import PartConfig
 from kdbench.data.describe import describe
 from kdbench.data.loading.build import build_sources
 from kdbench.data.sampling.subsets import LongTail, Shard
@@ -32,7 +32,7 @@ def counts(positions):
 
 
 def part(kind, **params):
-    return Named(type=kind, params=params)
+    return PartConfig(type=kind, params=params)
 
 
 def test_the_number_and_its_part_are_one(source_of, make):

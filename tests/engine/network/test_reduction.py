@@ -73,7 +73,7 @@ def test_hidden_labels_equal_left_out_rows():
 
 
 def test_where_masks_a_term_like_left_out_rows():
-    run = bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, where: labelled,") + "label_fraction: 20\n")
+    run = bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labelled,") + "label_fraction: 20\n")
     batch = next(run.windows())[0]
     fields = batch["train"]
     few = {"train": {name: value[fields["labelled"]] for name, value in fields.items()}}
@@ -84,7 +84,7 @@ def test_where_masks_a_term_like_left_out_rows():
 
 def test_where_names_a_field_that_exists():
     with pytest.raises(ConfigError, match=r"own.yaml:.*'kd'.*labeled"):
-        bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, where: labeled,") + "label_fraction: 20\n")
+        bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labeled,") + "label_fraction: 20\n")
 
 
 def test_padded_rows_count_nowhere_even_when_their_loss_is_not_finite():

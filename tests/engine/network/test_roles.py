@@ -153,7 +153,7 @@ def test_a_part_of_a_frozen_network_answers_alone_as_it_is():
     text = """
     teacher: {model: {type: t_conv, norm: batch}}
     student: {model: t_conv}
-    models: {stem: {same: 'teacher:conv1', input: train.image}}
+    models: {stem: {reuse: 'teacher:conv1', input: train.image}}
     terms: {ce: cross_entropy, hint: {type: hint, student: conv1, teacher: 'stem:logits', weight: 0.1}}
     optimizer: {type: SGD, lr: 0.1}
     epochs: 1

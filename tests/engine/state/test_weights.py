@@ -11,14 +11,14 @@ import torch
 
 from helpers.plugin_parts import Layers
 from helpers.recipes import DATA, Quiet, bench, differences, parts, recipe, result_of, same, train  # noqa: F401
-from kdbench.config.schema import Weights
+from kdbench.config.schema import WeightsConfig
 from kdbench.engine.state.weights import load_state, read_checkpoint, select_state, state_hash
-from kdbench.errors import CheckpointError, Place, UserError
+from kdbench.errors import CheckpointError, Location, UserError
 from kdbench.experiment import context as setup
 from kdbench.experiment import run as experiment
 from kdbench.files import read_json
 
-PLACE = Place("teacher.weights", "own.yaml", 3)
+PLACE = Location("teacher.weights", "own.yaml", 3)
 
 
 def layers(seed: int = 0, **options) -> Layers:
@@ -28,7 +28,7 @@ def layers(seed: int = 0, **options) -> Layers:
 
 def loaded_from(content, **options) -> dict[str, torch.Tensor]:
     torch.save(content, "weights.pt")
-    told = Weights(path="weights.pt", place=PLACE, **options)
+    told = WeightsConfig(path="weights.pt", location=PLACE, **options)
     return select_state(read_checkpoint("weights.pt", PLACE), told, Path("weights.pt"))
 
 

@@ -24,17 +24,17 @@ GATED = """
 student: {model: {type: t_layers, norm: "NORM"}}
 teacher: {model: {type: t_layers, hidden: 16}}
 models:
-  judge: {same: student, input: held.image}
+  judge: {reuse: student, input: held.image}
   gate: {model: fusion_gate, input: ["student:logits", "teacher:logits", train.label]}
 data: {held: {subset: {type: balanced, amount: 0.25}}}
 terms:
-  soft: {type: kd, temperature: 2, weigh: {type: learnt, by: gate}}
-  hard: {type: cross_entropy, weigh: {type: learnt, by: gate, complement: true}}
+  soft: {type: kd, temperature: 2, sample_weight: {type: learnt, by: gate}}
+  hard: {type: cross_entropy, sample_weight: {type: learnt, by: gate, complement: true}}
   held: {type: cross_entropy, student: judge}
 updates:
   - models: [gate]
     terms: [held]
-    after: {models: [student], terms: [soft, hard], lr: 0.3}
+    inner_step: {models: [student], terms: [soft, hard], lr: 0.3}
     optimizer: {type: SGD, lr: 0.1}
   - {models: [student], terms: [soft, hard]}
 optimizer: {type: SGD, lr: 0.3}
@@ -192,13 +192,13 @@ META = """
 student: {model: t_layers}
 models:
   target: {model: {type: t_layers, hidden: 9}}
-  judge: {same: student, input: held.image}
+  judge: {reuse: student, input: held.image}
 data: {held: {subset: {type: balanced, amount: 0.25}}}
 terms:
   near: {type: logit_mse, student: student, teacher: target, teacher_grad: true}
   held: {type: cross_entropy, student: judge}
 updates:
-  - {models: [student, target], terms: [held], after: {models: [student], terms: [near], lr: LR}}
+  - {models: [student, target], terms: [held], inner_step: {models: [student], terms: [near], lr: LR}}
 optimizer: {type: SGD, lr: 0.1}
 precision: float64
 epochs: 2
@@ -280,7 +280,7 @@ ADAPTED = """
 student: {model: t_layers}
 teacher: {model: t_layers}
 terms: {near: {type: hint, student: {path: layer1, adapter: linear}, teacher: layer1}}
-updates: [{models: [student], terms: [near], after: {models: [student], terms: [near], lr: 0.5}}]
+updates: [{models: [student], terms: [near], inner_step: {models: [student], terms: [near], lr: 0.5}}]
 optimizer: {type: SGD, lr: 0.1}
 precision: float64
 epochs: 1

@@ -11,14 +11,14 @@ from torch import nn
 import kdbench
 from kdbench.config.schema import OptimizerConfig
 from kdbench.engine.train.optimizers import build_optimizer, set_lr_factor
-from kdbench.errors import ConfigError, Place
+from kdbench.errors import ConfigError, Location
 from kdbench.registry import MODELS, OPTIMIZERS
 
-HERE = Place(key="optimizer", file="my.yaml", line=7)
+HERE = Location(key="optimizer", file="my.yaml", line=7)
 
 
 def config(type: str = "SGD", *groups: dict, **params) -> OptimizerConfig:
-    return OptimizerConfig(type=type, params={"lr": 0.1, **params}, groups=groups, place=HERE)
+    return OptimizerConfig(type=type, params={"lr": 0.1, **params}, groups=groups, location=HERE)
 
 
 @pytest.fixture

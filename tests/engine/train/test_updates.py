@@ -224,7 +224,7 @@ def test_swapping_the_order_and_the_names_of_peers_changes_nothing():
 
 FOLLOWERS = """
 student: {model: {type: t_layers, norm: batch}}
-models: {shadow: {ema: student, decay: 0.8}, old: {snapshot: student, every: 2}, first: {snapshot: student}}
+models: {shadow: {ema: student, decay: 0.8}, old: {snapshot: student, every: 2}, initial: {snapshot: student}}
 terms:
   ce: cross_entropy
   consistent: {type: kd, teacher: shadow, weight: 0.5}

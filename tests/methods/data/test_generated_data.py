@@ -111,7 +111,7 @@ def test_the_student_learns_the_public_samples_on_which_the_teachers_agree(tmp_p
     private = [set(pool(recipe, "teach", f"private_{name}")["index"].tolist()) for name in "abc"]
     assert not public & set.union(*private) and sum(map(len, private)) == len(set.union(*private)) == 270
     stage = recipe.stages[-1]
-    assert {source.made for source in stage.data.values() if source.name != "eval"} - {None} == {"label.agreed"}
+    assert {source.artifact for source in stage.data.values() if source.name != "eval"} - {None} == {"label.agreed"}
     assert list(stage.roles) == ["student"], "no teacher and no private source reaches the student"
 
 

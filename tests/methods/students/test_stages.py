@@ -161,7 +161,7 @@ def distils_the_best(recipe: Recipe, folder) -> bool:
     outcome = play(recipe, folder)
     _, scored = candidates_scores(outcome)
     best = max(scored, key=lambda name: scored[name])
-    params = dict(recipe.stages[0].make["student"].part.params["candidates"][best])
+    params = dict(recipe.stages[0].artifacts["student"].part.params["candidates"][best])
     plain = MODELS.build(params.pop("type"), params)
     shapes = {name: value.shape for name, value in plain.state_dict().items()}
     return shapes == {name: value.shape for name, value in weights(outcome, "student").items()}
@@ -203,7 +203,7 @@ def own_head(*overrides: str, folder) -> tuple[bool, float, float]:
 def test_simkd_reuses_the_teachers_head_behind_the_projector(tmp_path):
     same, measured, chained = own_head(folder=tmp_path / "run")
     assert same and measured == pytest.approx(chained, abs=0.2)
-    other = ["models.pooled=null", "models.classifier={same: null, model: linear_head, input: 'projector:logits'}"]
+    other = ["models.pooled=null", "models.classifier={reuse: null, model: linear_head, input: 'projector:logits'}"]
     labels = "terms.ce={type: cross_entropy, student: classifier}"
     assert not own_head(*other, labels, folder=tmp_path / "control")[0], "negative control: a head of its own"
 

@@ -17,7 +17,7 @@ from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.data.loading.build import build_sources
 from kdbench.engine.network.network import Network
-from kdbench.files import read_lines
+from kdbench.files import read_json_lines
 from kdbench.models.small.cnn import DigitsCNN
 from kdbench.models.small.mlp import DigitsMLP
 from kdbench.models.small.resnet import DigitsResNet
@@ -39,7 +39,7 @@ def watching() -> Iterator[dict[str, Reached]]:
     def noted(self: Network, batch: Any, needed: set[str], moving: Any) -> Any:
         for name in needed:
             config = self.configs[name]
-            owner = config.of if config.mode in ("snapshot", "same") and config.of else name
+            owner = config.source_role if config.mode in ("snapshot", "same") and config.source_role else name
             source = self.sources[name]
             if not batch[source]["index"].is_meta:  # the plan's rehearsal has no samples
                 seen[owner][source].update(batch[source]["index"].tolist())
@@ -121,7 +121,7 @@ def test_fedmd_learns_the_mean_of_what_all_clients_said(tmp_path):
             now.append(model.train()(image))
     consensus = torch.stack(said).mean(0)
     expected = sum(float(F.l1_loss(own, consensus)) for own in now)
-    line = next(e for e in read_lines(out.folder.metrics) if e.get("stage") == "digest@1" and "terms" in e)
+    line = next(e for e in read_json_lines(out.folder.metrics) if e.get("stage") == "digest@1" and "terms" in e)
     assert line["terms"]["consensus"]["loss"] == pytest.approx(expected, rel=1e-4)
 
 

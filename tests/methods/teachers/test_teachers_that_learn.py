@@ -229,7 +229,7 @@ EVERY = "models.old_{0}.every={{steps: {1}}}"
 
 
 def ages(every: int, steps: int = 8) -> list[int]:
-    """Before each step after the first: how many steps ago the checkpoint of `b` was taken by which `a` is taught."""
+    """Before each step after the initial: how many steps ago the checkpoint of `b` was taken by which `a` is taught."""
     run = learning("codistillation", *(EVERY.format(role, every) for role in "ab"))
     past, found = [run.weights("b")], []
     for _ in range(steps):
