@@ -27,31 +27,31 @@ Training = Callable[[Callable[[], None]], None]
 """Trains without end, and calls what it was given after every step."""
 
 
-class Enough(BaseException):
+class TrainingEnd(BaseException):
     """Ends a training that has no end."""
 
 
-class Paced:
+class PacedTraining:
     """A training in a thread of its own that goes on a number of steps at a time."""
 
     def __init__(self, training: Training, threads: int) -> None:
-        self.left = 0
-        self.over = False
+        self.steps_left = 0
+        self.stopped = False
         self.error: BaseException | None = None
         self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, args=(training, threads), daemon=True)
         self.thread.start()
 
-    def steps(self, count: int) -> None:
+    def run_steps(self, count: int) -> None:
         """Returns after `count` more steps."""
-        self.left = count
+        self.steps_left = count
         self.go.release()
         self.paused.acquire()
         if self.error is not None:
             raise self.error
 
-    def end(self) -> None:
-        self.over = True
+    def stop(self) -> None:
+        self.stopped = True
         self.go.release()
         self.thread.join()
 
@@ -60,23 +60,23 @@ class Paced:
         try:
             self.go.acquire()
             training(self._tick)
-        except Enough:
+        except TrainingEnd:
             pass
         except BaseException as error:
             self.error = error
             self.paused.release()
 
     def _tick(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.steps_left -= 1
+        if self.steps_left == 0:
             self.paused.release()
             self.go.acquire()
-            if self.over:
-                raise Enough
+            if self.stopped:
+                raise TrainingEnd
 
 
 def measure(
-    contenders: dict[str, Paced], rounds: int, steps: int, device: str, *, batch: int
+    contenders: dict[str, PacedTraining], rounds: int, steps: int, device: str, *, batch: int
 ) -> dict[str, list[float]]:
     """Returns the images per second of every turn, by contender; the first round warms up and is left out.
 
@@ -89,7 +89,7 @@ def measure(
         shuffled.shuffle(order)
         for name in order:
             start = time.perf_counter()
-            contenders[name].steps(steps)
+            contenders[name].run_steps(steps)
             if device != "cpu":
                 torch.cuda.synchronize()
             speed = steps * batch / (time.perf_counter() - start)
@@ -127,8 +127,8 @@ def synchronise(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(
-    work: Callable[[], object], device: str | torch.device, *, samples: int, least: float = 0.005
+def time_calls(
+    work: Callable[[], object], device: str | torch.device, *, samples: int, min_seconds: float = 0.005
 ) -> list[float]:
     """Seconds of one call of `work`, `samples` times. Each is the mean over as many calls as take `least` seconds."""
     calls = 1
@@ -139,9 +139,9 @@ def seconds(
             work()
         synchronise(device)
         spent = time.perf_counter() - start
-        if spent >= least or calls >= 10_000:
+        if spent >= min_seconds or calls >= 10_000:
             break
-        calls = max(calls + 1, min(10_000, round(1.2 * calls * least / max(spent, 1e-9))))
+        calls = max(calls + 1, min(10_000, round(1.2 * calls * min_seconds / max(spent, 1e-9))))
     found = []
     for _ in range(samples):
         synchronise(device)
@@ -153,7 +153,7 @@ def seconds(
     return found
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +163,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def begin(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
+def result_header(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
     """The head of a result: what was measured, when, by which command (without paths), and on which machine."""
     torch.set_num_threads(args.threads)
     told = {
@@ -184,7 +184,7 @@ def today() -> str:
     return datetime.now(timezone.utc).date().isoformat()
 
 
-def write(result: dict[str, Any], out: Path | None) -> None:
+def write_result(result: dict[str, Any], out: Path | None) -> None:
     """Writes a result as JSON; without `out` it has only been printed."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

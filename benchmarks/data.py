@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, begin, quartiles, synchronise, write
+from common import argument_parser, quartiles, result_header, synchronise, write_result
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -190,7 +190,7 @@ def streaming(args: argparse.Namespace, rounds: int, batches: int, folder: Path)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-100; without: random images")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode, of every loader")
@@ -199,11 +199,11 @@ def main() -> None:
     batches = {"resident": 50, "streaming": 16}
     if args.quick:
         args.batch, args.rounds, batches = min(args.batch, 8), 2, {"resident": 3, "streaming": 2}
-    result = begin("images per second of data paths", __file__, args)
+    result = result_header("images per second of data paths", __file__, args)
     with tempfile.TemporaryDirectory() as folder:
         result["resident"] = resident(args, args.rounds, batches["resident"], Path(folder))
         result["streaming"] = streaming(args, args.rounds, batches["streaming"], Path(folder))
-    write(result, args.out)
+    write_result(result, args.out)
     if args.out is None:
         print(json.dumps({key: result[key] for key in ("command", "machine")}))
 

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Paced, Training, arguments, begin, measure, quartiles, write
+from common import PacedTraining, Training, argument_parser, measure, quartiles, result_header, write_result
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
-from kdbench.engine.device import choose_device
+from kdbench.engine.device import resolve_device
 from kdbench.engine.train.runner import Runner
-from kdbench.experiment.reopened import opened
-from kdbench.speed.concurrent.dispatcher import Gang, Member, Stack
+from kdbench.experiment.reopened import open_stage
+from kdbench.speed.concurrent.dispatcher import ConcurrentRun, Dispatcher, Stack
 
 BATCH = 64
 RECIPE = """
@@ -51,7 +51,7 @@ epochs: 240
 
 def steps(recipe: Recipe, attend: Callable[[Runner], None], tick: Callable[[], None]) -> None:
     """Trains without end."""
-    with opened(recipe) as stage:
+    with open_stage(recipe) as stage:
         attend(stage.runner)
         for window in stage.feed.windows(0):
             stage.runner.begin_step()
@@ -65,11 +65,11 @@ def alone(recipe: Recipe) -> Training:
 
 def together(recipes: Sequence[Recipe], stack: Stack, said: list[str]) -> Training:
     def train(tick: Callable[[], None]) -> None:
-        device = choose_device(recipes[0].device)
-        gang: Gang[None] = Gang([f"seed={r.seed}" for r in recipes], device, stack=stack, say=said.append)
+        device = resolve_device(recipes[0].device)
+        gang: Dispatcher[None] = Dispatcher([f"seed={r.seed}" for r in recipes], device, stack=stack, say=said.append)
 
-        def task(recipe: Recipe, own: Callable[[], None]) -> Callable[[Member], None]:
-            def trained(member: Member) -> None:
+        def task(recipe: Recipe, own: Callable[[], None]) -> Callable[[ConcurrentRun], None]:
+            def trained(member: ConcurrentRun) -> None:
                 try:
                     steps(recipe, member.attend, own)
                 except BaseException:
@@ -87,7 +87,7 @@ def together(recipes: Sequence[Recipe], stack: Stack, said: list[str]) -> Traini
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-100")
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--teacher", default="resnet56")
@@ -99,7 +99,7 @@ def main() -> None:
     if args.quick:
         args.members, args.rounds, args.steps, args.teacher = 2, 2, 2, args.student
     pair = f"{args.teacher} -> {args.student}"
-    result = begin(f"{pair} on CIFAR-100, batch 64: a step of {args.members} runs over a step alone", __file__, args)
+    result = result_header(f"{pair} on CIFAR-100, batch 64: a step of {args.members} runs over a step alone", __file__, args)
     torch.set_num_threads(args.threads)
     said: dict[str, list[str]] = {"gang, unstacked": [], "gang, stacked": []}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -110,10 +110,10 @@ def main() -> None:
         trainings: dict[str, Training] = {"alone": alone(recipes[0])}
         for form, told in said.items():
             trainings[form] = together(recipes, form == "gang, stacked", told)
-        contenders = {form: Paced(training, args.threads) for form, training in trainings.items()}
+        contenders = {form: PacedTraining(training, args.threads) for form, training in trainings.items()}
         speeds = measure(contenders, args.rounds, args.steps, args.device, batch=BATCH)
         for contender in contenders.values():
-            contender.end()
+            contender.stop()
 
     spent = {form: [1000 * BATCH / speed for speed in values] for form, values in speeds.items()}
     over: dict[str, Any] = {
@@ -128,7 +128,7 @@ def main() -> None:
         "turns": {form: [round(value, 2) for value in values] for form, values in spent.items()},
     }
     print(json.dumps({key: result[key] for key in ("said", "milliseconds_per_step", "over_one_run")}, indent=1))
-    write(result, args.out)
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":

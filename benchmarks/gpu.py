@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, begin
-from gpu_parts import PARTS, Context, Skipped, file_name
+from common import argument_parser, result_header
+from gpu_parts import PARTS, PartContext, PartSkipped, file_name
 
 MARGIN = 20.0
 """Seconds of the given minutes that are kept for ending."""
@@ -30,7 +30,7 @@ ATTEMPTS = 3
 
 
 def main() -> int:
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.set_defaults(out=Path("gpu"))
     parser.add_argument("--data", type=Path, help="folder that holds CIFAR-100; without: random images, no accuracies")
     parser.add_argument("--torchdistill", type=Path, help="folder that torchdistill was installed to")
@@ -137,13 +137,13 @@ def measured(name: str, args: argparse.Namespace) -> int:
     """Measures one part here and writes its JSON; what cannot be measured here says why in it."""
     part = PARTS[name]
     told = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("only", "again", "minutes", "part")})
-    result = begin(part.what, __file__, told) | {"part": name}
+    result = result_header(part.what, __file__, told) | {"part": name}
     result["images"] = "CIFAR-100" if args.data and not args.quick else "random"
     result["predicted"] = dict(part.predicted)
     start = time.perf_counter()
     try:
-        result["measured"] = part.measure(Context(args, args.out))
-    except Skipped as reason:
+        result["measured"] = part.measure(PartContext(args, args.out))
+    except PartSkipped as reason:
         result["measured"] = {"skipped": str(reason)}
     result["seconds"] = round(time.perf_counter() - start, 1)
     file = args.out / f"{file_name(name)}.json"

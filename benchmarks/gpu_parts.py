@@ -26,8 +26,8 @@ from kdbench.engine.device import precision_settings
 from kdbench.experiment.profile import profile
 from kdbench.experiment.run import run
 from kdbench.registry import DATASETS, MODELS
-from kdbench.report.console import ConsoleView
-from kdbench.speed.profiling.peaks import peak
+from kdbench.report.console import ConsoleReporter
+from kdbench.speed.profiling.peaks import device_peak
 
 RECIPE = """
 dataset: {dataset}
@@ -42,19 +42,19 @@ optimizer: {{type: SGD, lr: 0.05, momentum: 0.9, weight_decay: 5.0e-4}}
 scheduler: {{type: step, milestones: [150, 180, 210], gamma: 0.1}}
 epochs: 240
 """
-HEADLINE, GANG = ("resnet32x4", "resnet8x4"), ("resnet56", "resnet20")
+HEADLINE, CONCURRENT_PAIR = ("resnet32x4", "resnet8x4"), ("resnet56", "resnet20")
 EPOCHS = 240
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BEST = ("precision=bf16", "compile=true")
 """The settings that the goals are about."""
 
 
-class Skipped(Exception):
+class PartSkipped(Exception):
     """A part that cannot be measured here, and why."""
 
 
 @dataclass(frozen=True)
-class Context:
+class PartContext:
     """args: of gpu.py. folder: where results and what runs leave lie."""
 
     args: argparse.Namespace
@@ -97,11 +97,11 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchmarkPart:
     """One part. minutes: about how long it takes on a GPU. resumes: whether a part that was cut off goes on later."""
 
     what: str
-    measure: Callable[[Context], dict[str, Any]]
+    measure: Callable[[PartContext], dict[str, Any]]
     minutes: float
     predicted: Mapping[str, Any] = field(default_factory=dict)
     resumes: bool = False
@@ -110,7 +110,7 @@ class Part:
 # Kernels and networks alone
 
 
-def kernels(context: Context) -> dict[str, Any]:
+def kernels(context: PartContext) -> dict[str, Any]:
     """Microseconds of each of 200 tiny kernels that depend on one another: launched one by one, and replayed."""
     count, rounds = 200, 3 if context.quick else 50
     value = torch.zeros(64, device=context.device)
@@ -129,7 +129,7 @@ def kernels(context: Context) -> dict[str, Any]:
     return {**found, "replay_us": _us_each(graph.replay, count, rounds, context)}
 
 
-def _us_each(work: Callable[[], object], count: int, rounds: int, context: Context) -> dict[str, float]:
+def _us_each(work: Callable[[], object], count: int, rounds: int, context: PartContext) -> dict[str, float]:
     times = []
     for _ in range(rounds + 3):
         synchronise(context.device)
@@ -140,14 +140,14 @@ def _us_each(work: Callable[[], object], count: int, rounds: int, context: Conte
     return quartiles(times[3:], 3)
 
 
-def teacher(context: Context) -> dict[str, Any]:
+def teacher(context: PartContext) -> dict[str, Any]:
     """Images per second of the headline teacher in eval, at the student's batch and at that of a look-ahead."""
     size, sizes = (16, (2, 4)) if context.quick else (32, (64, 1024))
     name = "resnet8x4" if context.quick else HEADLINE[0]
     found: dict[str, Any] = {}
     for precision in ("float32", "bf16") if context.quick else ("float32", "tf32", "bf16"):
         model = MODELS.build(name, {}, num_classes=100).to(context.device, memory_format=torch.channels_last).eval()
-        limit = peak(torch.device(context.device), precision)
+        limit = device_peak(torch.device(context.device), precision)
         for batch in sizes:
             images = torch.randn(batch, 3, size, size, device=context.device)
             images = images.to(memory_format=torch.channels_last)
@@ -158,7 +158,7 @@ def teacher(context: Context) -> dict[str, Any]:
 
 
 def _forward_rate(
-    model: nn.Module, images: torch.Tensor, precision: str, rounds: int, context: Context
+    model: nn.Module, images: torch.Tensor, precision: str, rounds: int, context: PartContext
 ) -> dict[str, float]:
     rates = []
     dtype = AUTOCAST.get(precision, torch.bfloat16)
@@ -177,10 +177,10 @@ def _forward_rate(
 # The step
 
 
-def step(*overrides: str) -> Callable[[Context], dict[str, Any]]:
+def step(*overrides: str) -> Callable[[PartContext], dict[str, Any]]:
     """The headline pair's step, by `kdbench profile`: time, kernels, busy share, MFU, memory."""
 
-    def measure(context: Context) -> dict[str, Any]:
+    def measure(context: PartContext) -> dict[str, Any]:
         folder = context.folder / "profiles" / _plain(*overrides)
         steps = 4 if context.quick else 300
         found = profile(context.recipe(*overrides), steps=steps, out=folder)
@@ -195,7 +195,7 @@ def _plain(*words: str) -> str:
     return "_".join(words).replace("=", "-").replace("/", "-")
 
 
-class Paced(ConsoleView):
+class StepTimer(ConsoleReporter):
     """Notes the time after every `every` steps, when the device has come so far."""
 
     def __init__(self, device: str, every: int) -> None:
@@ -218,23 +218,23 @@ class Paced(ConsoleView):
         return spans[min(skip, max(len(spans) - 2, 0)) :]
 
 
-def pace(context: Context, *overrides: str, pair: tuple[str, str] = HEADLINE, steps: int = 600) -> dict[str, Any]:
+def pace(context: PartContext, *overrides: str, pair: tuple[str, str] = HEADLINE, steps: int = 600) -> dict[str, Any]:
     """Images per second of a whole run as `kdbench train` does it, in blocks of steps."""
     every, steps = (1, 6) if context.quick else (50, steps)
     folder = context.folder / "runs" / _plain("pace", *overrides)
-    view = Paced(context.device, every)
+    view = StepTimer(context.device, every)
     recipe = context.recipe(*overrides, f"steps={steps}", "epochs=null", "fresh=true", f"out={folder}", pair=pair)
     run(recipe, console=view)
     rates = [every * context.batch / seconds for seconds in view.spans(3)]
     return {"overrides": list(overrides), "images_per_second": quartiles(rates, 1), "said": view.notices}
 
 
-def frozen(mode: str) -> Callable[[Context], dict[str, Any]]:
+def frozen(mode: str) -> Callable[[PartContext], dict[str, Any]]:
     """The same with the teacher in the step, ahead of it, or from a table."""
 
-    def measure(context: Context) -> dict[str, Any]:
+    def measure(context: PartContext) -> dict[str, Any]:
         if "frozen_forward" not in Recipe.__dataclass_fields__:
-            raise Skipped("this version of kdbench has no key frozen_forward")
+            raise PartSkipped("this version of kdbench has no key frozen_forward")
         return pace(context, *BEST, f"frozen_forward={mode}", steps=1600)
 
     return measure
@@ -243,13 +243,13 @@ def frozen(mode: str) -> Callable[[Context], dict[str, Any]]:
 # Peers
 
 
-def peer(name: str) -> Callable[[Context], dict[str, Any]]:
+def peer(name: str) -> Callable[[PartContext], dict[str, Any]]:
     """300 steps of a peer with its own code and loader, and kdbench's best on the same machine right after."""
 
-    def measure(context: Context) -> dict[str, Any]:
+    def measure(context: PartContext) -> dict[str, Any]:
         train = {"torchdistill": _torchdistill, "mdistiller": _mdistiller}[name](context)
         every, steps = (1, 6) if context.quick else (25, 300)
-        view = Paced(context.device, every)
+        view = StepTimer(context.device, every)
         done = 0
 
         class Over(BaseException):
@@ -272,15 +272,15 @@ def peer(name: str) -> Callable[[Context], dict[str, Any]]:
     return measure
 
 
-def _networks(context: Context) -> tuple[nn.Module, nn.Module]:
+def _networks(context: PartContext) -> tuple[nn.Module, nn.Module]:
     names = ("resnet8x4", "resnet8x4") if context.quick else HEADLINE
     first, second = (MODELS.build(name, {}, num_classes=4 if context.quick else 100) for name in names)
     return first, second
 
 
-def _torchdistill(context: Context) -> Training:
+def _torchdistill(context: PartContext) -> Training:
     if context.args.torchdistill is None:
-        raise Skipped("--torchdistill FOLDER was not given")
+        raise PartSkipped("--torchdistill FOLDER was not given")
     sys.path.append(str(context.args.torchdistill))
     from step import torchdistill
 
@@ -296,13 +296,13 @@ def _torchdistill(context: Context) -> Training:
     return torchdistill(*models, images, labels, context.device, workers, fixed=False, own=True, batch=context.batch)
 
 
-def _mdistiller(context: Context) -> Training:
+def _mdistiller(context: PartContext) -> Training:
     """mdistiller's loop (its trainer's `train_iter` under its loader and tqdm), as tools/train.py sets it up."""
     args = context.args
     if args.mdistiller is None:
-        raise Skipped("--mdistiller FOLDER (a checkout of megvii-research/mdistiller) was not given")
+        raise PartSkipped("--mdistiller FOLDER (a checkout of megvii-research/mdistiller) was not given")
     if args.data is None or torch.device(context.device).type != "cuda":
-        raise Skipped("mdistiller needs --data with CIFAR-100, and a GPU")
+        raise PartSkipped("mdistiller needs --data with CIFAR-100, and a GPU")
     sys.path.insert(0, str(args.mdistiller))
     from mdistiller.dataset import cifar100, get_dataset  # pyright: ignore[reportMissingImports]
     from mdistiller.distillers import distiller_dict  # pyright: ignore[reportMissingImports]
@@ -345,10 +345,10 @@ def _cifar_folder(data: Path) -> Path:
 # Gangs, epochs, accuracy, teachers
 
 
-def gang(context: Context) -> dict[str, Any]:
+def concurrent_runs(context: PartContext) -> dict[str, Any]:
     """Four students in one process against one alone: how much longer the wall takes."""
     if importlib.util.find_spec("kdbench.cli.concurrent_launcher") is None:
-        raise Skipped("this version of kdbench has no launcher gang")
+        raise PartSkipped("this version of kdbench has no launcher gang")
     seeds, steps = ("1,2", 8) if context.quick else ("1,2,3,4", 1200)
     best = BEST[:1] if context.quick else BEST
     common = [f"steps={steps}", "epochs=null", "fresh=true", f"log_every={max(steps // 12, 1)}", *best]
@@ -365,11 +365,11 @@ def gang(context: Context) -> dict[str, Any]:
     }
 
 
-def _sweep(context: Context, name: str, words: list[str]) -> dict[str, Any]:
+def _sweep(context: PartContext, name: str, words: list[str]) -> dict[str, Any]:
     """Runs `kdbench train -m` in a process of its own; the rates of every log line but each run's first two."""
     runs = context.folder / "runs" / f"sweep_{name}"
     settings = [word for word in context.settings() if not word.startswith("runs=")]
-    given = [str(context.file(GANG)), *settings, f"runs={runs}", *words, f"hydra.sweep.dir={runs / 'sweep'}"]
+    given = [str(context.file(CONCURRENT_PAIR)), *settings, f"runs={runs}", *words, f"hydra.sweep.dir={runs / 'sweep'}"]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "kdbench", "train", *given, "-m"], capture_output=True, text=True)
     seconds = round(time.perf_counter() - start, 1)
@@ -382,7 +382,7 @@ def _sweep(context: Context, name: str, words: list[str]) -> dict[str, Any]:
     return {"rates": rates, "seconds": seconds}
 
 
-def epochs(context: Context) -> dict[str, Any]:
+def epochs(context: PartContext) -> dict[str, Any]:
     """Whole epochs of the headline pair with evaluation and checkpoint; 240 of them projected, with the spread."""
     count, first = 8, 5  # the last, smaller batch is recorded in the fourth epoch
     starts: dict[int, float] = {}
@@ -390,7 +390,7 @@ def epochs(context: Context) -> dict[str, Any]:
     recipe = context.recipe(*BEST, f"epochs={count + 1}", "scheduler=null", "fresh=true", f"out={folder}")
     per_epoch = -(-(16 if context.quick else 50_000) // context.batch)
 
-    class Epochs(ConsoleView):
+    class Epochs(ConsoleReporter):
         def progress(self, done: int, phase: str = "") -> None:
             if not phase and done % per_epoch == 1:  # the first step of an epoch: all before it is over
                 synchronise(context.device)
@@ -408,17 +408,17 @@ def epochs(context: Context) -> dict[str, Any]:
     }
 
 
-def accuracy(seed: int, *overrides: str) -> Callable[[Context], dict[str, Any]]:
+def accuracy(seed: int, *overrides: str) -> Callable[[PartContext], dict[str, Any]]:
     """30 epochs of cifar100/kd with the learning rate's steps drawn in; another call goes on where one was cut off."""
 
-    def measure(context: Context) -> dict[str, Any]:
+    def measure(context: PartContext) -> dict[str, Any]:
         if context.quick:
             recipe = context.recipe("epochs=2", "scheduler=null", f"seed={seed}", *overrides)
         else:
             _need_data(context)
             shorter = ["epochs=30", "scheduler.milestones=[19,23,27]", f"seed={seed}", *overrides]
             recipe = load_recipe("cifar100/kd", [*context.settings(), *shorter])
-        summary = run(recipe, console=ConsoleView(quiet=True)).summary
+        summary = run(recipe, console=ConsoleReporter(quiet=True)).summary
         return {
             "overrides": [f"seed={seed}", *overrides],
             "top1": summary["last"]["metrics"]["student"]["test"]["top1"],
@@ -427,14 +427,14 @@ def accuracy(seed: int, *overrides: str) -> Callable[[Context], dict[str, Any]]:
     return measure
 
 
-def compare_accuracy(context: Context) -> dict[str, Any]:
+def compare_accuracy(context: PartContext) -> dict[str, Any]:
     """Whether bf16, captured, stays within the deviation over seeds of float32, eager."""
     found: dict[str, list[float]] = {}
     for name, part in PARTS.items():
         if name.startswith("accuracy "):
             file = context.folder / f"{file_name(name)}.json"
             if not file.exists() or "top1" not in (told := json.loads(file.read_text(encoding="utf-8"))["measured"]):
-                raise Skipped(f"the part {name!r} has not been measured ({part.what})")
+                raise PartSkipped(f"the part {name!r} has not been measured ({part.what})")
             found.setdefault(name.rsplit(" ", 1)[0], []).append(told["top1"])
     rows = {
         name: {"mean": statistics.mean(v), "deviation": statistics.stdev(v), "top1": v} for name, v in found.items()
@@ -444,26 +444,26 @@ def compare_accuracy(context: Context) -> dict[str, Any]:
     return {**rows, "difference": difference, "within_deviation": abs(difference) <= plain["deviation"]}
 
 
-def train_teacher(model: str) -> Callable[[Context], dict[str, Any]]:
+def train_teacher(model: str) -> Callable[[PartContext], dict[str, Any]]:
     """The run that recipes ask for as their teacher: the same identity, compiled; goes on where it was cut off."""
 
-    def measure(context: Context) -> dict[str, Any]:
+    def measure(context: PartContext) -> dict[str, Any]:
         if context.quick:
             recipe = context.recipe("epochs=1", "scheduler=null", "seed=9")
         else:
             _need_data(context)
             recipe = load_recipe("cifar100/teacher", [*context.settings(), f"student.model={model}", "compile=true"])
         start = time.perf_counter()
-        outcome = run(recipe, console=ConsoleView(quiet=True))
+        outcome = run(recipe, console=ConsoleReporter(quiet=True))
         top1 = outcome.summary["last"]["metrics"]["student"]["test"]["top1"]
         return {"model": model, "top1": top1, "seconds_of_this_call": round(time.perf_counter() - start, 1)}
 
     return measure
 
 
-def _need_data(context: Context) -> None:
+def _need_data(context: PartContext) -> None:
     if context.args.data is None:
-        raise Skipped("--data FOLDER with CIFAR-100 was not given; accuracies need it")
+        raise PartSkipped("--data FOLDER with CIFAR-100 was not given; accuracies need it")
 
 
 def file_name(part: str) -> str:
@@ -472,44 +472,44 @@ def file_name(part: str) -> str:
 
 UNFUSED, FUSED = 234, 169
 SEEDS = (1, 2, 3)
-PARTS: dict[str, Part] = {
-    "kernels": Part(
+PARTS: dict[str, BenchmarkPart] = {
+    "kernels": BenchmarkPart(
         "microseconds per kernel, eager and replayed", kernels, 1, {"eager_us": [8, 10], "replay_us": [2.5, 4]}
     ),
-    "teacher forward": Part("resnet32x4 in eval, images per second", teacher, 1, {"share_of_peak": 0.4}),
-    "step eager float32": Part("the step", step("precision=float32"), 1.5, {"kernels": UNFUSED, "step_ms": [1.9, 2.3]}),
-    "step eager bf16": Part("the step", step("precision=bf16"), 1.5, {"kernels": UNFUSED}),
-    "step captured tf32": Part("the step", step("precision=tf32", "compile=cuda_graph"), 1.5, {"kernels": UNFUSED}),
-    "step captured bf16": Part(
+    "teacher forward": BenchmarkPart("resnet32x4 in eval, images per second", teacher, 1, {"share_of_peak": 0.4}),
+    "step eager float32": BenchmarkPart("the step", step("precision=float32"), 1.5, {"kernels": UNFUSED, "step_ms": [1.9, 2.3]}),
+    "step eager bf16": BenchmarkPart("the step", step("precision=bf16"), 1.5, {"kernels": UNFUSED}),
+    "step captured tf32": BenchmarkPart("the step", step("precision=tf32", "compile=cuda_graph"), 1.5, {"kernels": UNFUSED}),
+    "step captured bf16": BenchmarkPart(
         "the step", step("precision=bf16", "compile=cuda_graph"), 1.5, {"kernels": UNFUSED, "step_ms": [0.6, 0.95]}
     ),
-    "step compiled bf16": Part(
+    "step compiled bf16": BenchmarkPart(
         "the step", step("precision=bf16", "compile=true"), 4, {"kernels": FUSED, "step_ms": [0.43, 0.68], "mfu": 0.25}
     ),
-    "step max bf16": Part("the step", step("precision=bf16", "compile=max"), 8, {"kernels": FUSED}),
-    "torchdistill": Part("300 steps against torchdistill", peer("torchdistill"), 4, {"kdbench_over": [3, 5]}),
-    "mdistiller": Part("300 steps against mdistiller", peer("mdistiller"), 4, {"kdbench_over": [4, 8]}),
-    "frozen inline": Part("the teacher in the step", frozen("inline"), 3, {"minutes_of_240_epochs": [3.1, 3.5]}),
-    "frozen ahead": Part("the teacher ahead", frozen("ahead"), 3, {"teacher_seconds_per_epoch": 0.41}),
-    "frozen table": Part("the teacher from a table", frozen("table"), 4, {"minutes_of_240_epochs": [1.3, 1.7]}),
-    "gang": Part("four resnet20 in a gang", gang, 6, {"wall_of_the_gang_over_one": [1.3, 2.0]}),
-    "epochs": Part("measured epochs and the projection", epochs, 4, {"projected_minutes": [3.1, 3.5], "goal": 5}),
-    "teacher resnet32x4": Part("the headline teacher", train_teacher("resnet32x4"), 8.5, resumes=True),
+    "step max bf16": BenchmarkPart("the step", step("precision=bf16", "compile=max"), 8, {"kernels": FUSED}),
+    "torchdistill": BenchmarkPart("300 steps against torchdistill", peer("torchdistill"), 4, {"kdbench_over": [3, 5]}),
+    "mdistiller": BenchmarkPart("300 steps against mdistiller", peer("mdistiller"), 4, {"kdbench_over": [4, 8]}),
+    "frozen inline": BenchmarkPart("the teacher in the step", frozen("inline"), 3, {"minutes_of_240_epochs": [3.1, 3.5]}),
+    "frozen ahead": BenchmarkPart("the teacher ahead", frozen("ahead"), 3, {"teacher_seconds_per_epoch": 0.41}),
+    "frozen table": BenchmarkPart("the teacher from a table", frozen("table"), 4, {"minutes_of_240_epochs": [1.3, 1.7]}),
+    "gang": BenchmarkPart("four resnet20 in a gang", concurrent_runs, 6, {"wall_of_the_gang_over_one": [1.3, 2.0]}),
+    "epochs": BenchmarkPart("measured epochs and the projection", epochs, 4, {"projected_minutes": [3.1, 3.5], "goal": 5}),
+    "teacher resnet32x4": BenchmarkPart("the headline teacher", train_teacher("resnet32x4"), 8.5, resumes=True),
     **{
-        f"accuracy float32 eager {seed}": Part(
+        f"accuracy float32 eager {seed}": BenchmarkPart(
             "30 epochs, float32 as it stands", accuracy(seed, "precision=float32"), 8, resumes=True
         )
         for seed in SEEDS
     },
     **{
-        f"accuracy bf16 compiled {seed}": Part(
+        f"accuracy bf16 compiled {seed}": BenchmarkPart(
             "30 epochs, bf16 compiled and captured", accuracy(seed, *BEST), 4, resumes=True
         )
         for seed in SEEDS
     },
-    "compare accuracies": Part("bf16 against float32", compare_accuracy, 0.2, {"within_deviation": True}),
+    "compare accuracies": BenchmarkPart("bf16 against float32", compare_accuracy, 0.2, {"within_deviation": True}),
     **{
-        f"teacher {model}": Part("a pair's teacher", train_teacher(model), 8.5, resumes=True)
+        f"teacher {model}": BenchmarkPart("a pair's teacher", train_teacher(model), 8.5, resumes=True)
         for model in ("resnet56", "resnet110", "wrn_40_2", "vgg13", "resnet50")
     },
 }

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import arguments, begin, seconds, write
+from common import argument_parser, result_header, time_calls, write_result
 from operands import REGISTRIES, Size, build, count, names
 
 AXES: dict[str, Sequence[int]] = {
@@ -61,7 +61,7 @@ def measure(
         part.work()
         work.append(count(part.work).total)
         if samples:
-            time.append(statistics.median(seconds(part.work, device, samples=samples)))
+            time.append(statistics.median(time_calls(part.work, device, samples=samples)))
     allowed = usual(kind, name, axis)
     found = exponent(sizes, work)
     row: dict[str, Any] = {"allowed": allowed, "work_exponent": round(found, 3), "work": work}
@@ -74,14 +74,14 @@ def measure(
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--samples", type=int, default=5, help="timings of each size")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these alone")
     args = parser.parse_args()
     axes, base = AXES, Size()
     if args.quick:
         axes, base, args.samples = QUICK, Size(8, 10, 500), 0
-    result = begin("how the cost of every term, weigher and router grows", __file__, args)
+    result = result_header("how the cost of every term, weigher and router grows", __file__, args)
     parts: dict[str, dict[str, Any]] = {}
     for kind, name in names():
         if not args.only or name in args.only:
@@ -96,7 +96,7 @@ def main() -> None:
     surprises = [f"{part}: {axis}" for part, rows in parts.items() for axis, row in rows.items() if row["surprise"]]
     result |= {"sizes": {axis: list(sizes) for axis, sizes in axes.items()}, "surprises": surprises, "parts": parts}
     print(f"steeper than they should be: {', '.join(surprises) or 'none'}")
-    write(result, args.out)
+    write_result(result, args.out)
     if args.out is None:
         print(json.dumps({key: result[key] for key in ("command", "machine")}))
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, quartiles, today, write
+from common import describe_machine, quartiles, today, write_result
 
 LEAST = """
 import os, torch
@@ -29,12 +29,12 @@ os._exit(0)
 """
 OURS = """
 import os, sys
-from kdbench.report.console import ConsoleView
+from kdbench.report.console import ConsoleReporter
 
 def progress(self, done, phase=""):
     os._exit(0 if done == 1 else 1)
 
-ConsoleView.progress = progress
+ConsoleReporter.progress = progress
 from kdbench.cli.main import main
 main(sys.argv[1:])
 os._exit(1)
@@ -97,7 +97,7 @@ def main() -> None:
         }
     result["pairs"] = [[[round(value, 3) for value in one] for one in pair] for pair in pairs]
     print(json.dumps({kind: result[f"{kind}_seconds"] for kind in ("wall", "processor")}, indent=1))
-    write(result, args.out)
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 import torchvision
-from common import Paced, Training, describe_machine, measure, quartiles, today, write
+from common import PacedTraining, Training, describe_machine, measure, quartiles, today, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,7 +53,7 @@ from kdbench.config.schema import Recipe, StageConfig
 from kdbench.engine.state.fold_batchnorm import fold_batchnorm
 from kdbench.experiment.run import run
 from kdbench.registry import DATASETS, MODELS
-from kdbench.report.console import ConsoleView
+from kdbench.report.console import ConsoleReporter
 
 BATCH, CLASSES, TEMPERATURE = 64, 100, 4.0
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -120,7 +120,7 @@ def ours(recipe: Recipe) -> Training:
     """A run of kdbench: plan, logs, TensorBoard; only the progress bar gives way to the benchmark's clock."""
 
     def train(tick: Callable[[], None]) -> None:
-        class Clock(ConsoleView):
+        class Clock(ConsoleReporter):
             def progress(self, done: int, phase: str = "") -> None:
                 if not phase:
                     tick()
@@ -305,10 +305,10 @@ def main() -> None:
             sys.path.append(str(args.torchdistill))
             for name, fixed in THEIRS.items():
                 trainings[name] = torchdistill(teacher, student, images, labels, args.device, args.workers, fixed=fixed)
-        contenders = {name: Paced(training, args.threads) for name, training in trainings.items()}
+        contenders = {name: PacedTraining(training, args.threads) for name, training in trainings.items()}
         speeds = measure(contenders, args.rounds, args.steps, args.device, batch=BATCH)
         for contender in contenders.values():
-            contender.end()
+            contender.stop()
 
     words = [f"--pair {args.pair} --recipe {args.recipe} --rounds {args.rounds} --steps {args.steps}"]
     words += [f"--threads {args.threads} --workers {args.workers} --device {args.device}"]
@@ -324,7 +324,7 @@ def main() -> None:
         "turns": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
     }
     print(json.dumps({key: result[key] for key in result if key.endswith(("second", "bound", "over"))}, indent=1))
-    write(result, args.out)
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":

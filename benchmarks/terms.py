@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, begin, quartiles, seconds, write
+from common import argument_parser, quartiles, result_header, time_calls, write_result
 from operands import Size, build, count, names
 
 from kdbench.config.load import load_recipe
-from kdbench.experiment.reopened import opened
-from kdbench.speed.profiling.profiler import take_step
+from kdbench.experiment.reopened import open_stage
+from kdbench.speed.profiling.profiler import run_step
 
 RECIPE = """
 dataset: {{type: synthetic, shape: [3, 32, 32], classes: {classes}, samples: {samples}}}
@@ -39,11 +39,11 @@ def plain_step(device: str, batch: int, classes: int, model: str, samples: int) 
         file = Path(folder) / "plain.yaml"
         text = RECIPE.format(classes=classes, samples=max(2048, 2 * classes), model=model, batch=batch)
         file.write_text(text, encoding="utf-8")
-        with opened(load_recipe(str(file), [f"device={device}", f"runs={folder}"])) as found:
+        with open_stage(load_recipe(str(file), [f"device={device}", f"runs={folder}"])) as found:
             windows = found.feed.windows(0)
             for _ in range(3):
-                take_step(found.runner, windows)
-            return seconds(lambda: take_step(found.runner, windows), device, samples=samples)
+                run_step(found.runner, windows)
+            return time_calls(lambda: run_step(found.runner, windows), device, samples=samples)
 
 
 def measure(device: str, size: Size, samples: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -54,7 +54,7 @@ def measure(device: str, size: Size, samples: int, only: list[str] | None) -> di
         part = build(kind, name, size, device)
         part.work()  # what a first call makes is no part of the cost
         counted = count(part.work)
-        spent = seconds(part.work, device, samples=samples)
+        spent = time_calls(part.work, device, samples=samples)
         found[f"{kind} {name}"] = {
             "ms": quartiles([1000 * value for value in spent], 4),
             "operations": counted.operations,
@@ -67,7 +67,7 @@ def measure(device: str, size: Size, samples: int, only: list[str] | None) -> di
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--samples", type=int, default=15, help="timings of each part")
@@ -76,7 +76,7 @@ def main() -> None:
     model, remembered = ("resnet20", 50_000)
     if args.quick:
         args.batch, args.samples, model, remembered = min(args.batch, 8), 3, "resnet8x4", 500
-    result = begin("cost of every term, weigher and router as a share of a plain step", __file__, args)
+    result = result_header("cost of every term, weigher and router as a share of a plain step", __file__, args)
     before = plain_step(args.device, args.batch, args.classes, model, args.samples)
     parts = measure(args.device, Size(args.batch, args.classes, remembered), args.samples, args.only)
     after = plain_step(args.device, args.batch, args.classes, model, args.samples)
@@ -95,7 +95,7 @@ def main() -> None:
     for name, part in result["parts"].items():
         told = f"{100 * part['share_of_step']:8.2f} %  {part['ms']['median']:9.4f} ms"
         print(f"{name:28}{told}  {part['operations']:5} operations")
-    write(result, args.out)
+    write_result(result, args.out)
     if args.out is None:
         print(json.dumps({key: result[key] for key in ("command", "machine")}))
 

@@ -52,7 +52,7 @@ def escape_control_characters(text: str) -> str:
     return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
 
 
-def nearest(name: str, names: Iterable[str], *, limit: int = 12) -> str:
+def suggest(name: str, names: Iterable[str], *, limit: int = 12) -> str:
     """Returns " Did you mean 'x'? Known: ..." for a name that is not among `known`."""
     names = sorted(names)
     folded = {other.lower(): other for other in names}  # `Sgd` is nearer to `SGD` than its letters say

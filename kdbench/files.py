@@ -15,7 +15,7 @@ from kdbench.errors import TrainingError
 
 
 @contextmanager
-def disk_errors_translated(path: Path | str) -> Iterator[None]:
+def translate_disk_errors(path: Path | str) -> Iterator[None]:
     """Turns a full disk or an exhausted quota into a TrainingError; every other OSError stays what it is."""
     try:
         yield
@@ -53,7 +53,7 @@ def write_atomic(path: Path | str, content: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_translated(path):
+    with translate_disk_errors(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -85,7 +85,7 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-class AppendFile:
+class ResumableLog:
     """A log that a resumed run cuts off where its checkpoint stands, and goes on from there.
 
     The file is opened at the first write and cut to `offset` then: 0 for a new run, so that the lines of an attempt
@@ -108,7 +108,7 @@ class AppendFile:
     def open(self) -> None:
         """Opens the file and cuts it to `offset`; later calls do nothing."""
         if self._file is None:
-            with disk_errors_translated(self.path):
+            with translate_disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 os.ftruncate(self._file, self.offset)
@@ -122,7 +122,7 @@ class AppendFile:
         """
         self.open()
         assert self._file is not None
-        with disk_errors_translated(self.path):
+        with translate_disk_errors(self.path):
             try:
                 done = 0
                 while done < len(content):
@@ -136,7 +136,7 @@ class AppendFile:
     def sync(self) -> int:
         """Waits until everything is on the disk, and returns the offset for the checkpoint."""
         if self._file is not None:
-            with disk_errors_translated(self.path):
+            with translate_disk_errors(self.path):
                 os.fsync(self._file)
         return self.offset
 
@@ -154,11 +154,11 @@ class AppendFile:
         return self._file is None
 
 
-class JsonLines:
-    """Appends records to a file; see `AppendFile` for how a resumed run goes on."""
+class JsonLinesLog:
+    """Appends records to a file; see `ResumableLog` for how a resumed run goes on."""
 
     def __init__(self, path: Path | str) -> None:
-        self.file = AppendFile(path)
+        self.file = ResumableLog(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one line. NaN and infinities become the strings "nan", "inf", "-inf"."""

@@ -14,13 +14,13 @@ from importlib.metadata import entry_points
 from kdbench.errors import ConfigError
 from kdbench.registry import REGISTRIES
 
-GROUP = "kdbench.plugins"
+ENTRY_POINT_GROUP = "kdbench.plugins"
 
 
-_VARIABLE = "KDBENCH_PLUGINS"  # carries the command line's choice to worker processes of a multirun
+_ENVIRONMENT_VARIABLE = "KDBENCH_PLUGINS"  # carries the command line's choice to worker processes of a multirun
 
 
-_loaded: set[str] = set()
+_loaded_modules: set[str] = set()
 
 
 def load_plugins(modules: Iterable[str] = ()) -> None:
@@ -29,17 +29,17 @@ def load_plugins(modules: Iterable[str] = ()) -> None:
     Raises:
         ConfigError: there is no such module, or it declares a name that is taken.
     """
-    named = [*(m for m in os.environ.get(_VARIABLE, "").split(",") if m), *modules]
+    named = [*(m for m in os.environ.get(_ENVIRONMENT_VARIABLE, "").split(",") if m), *modules]
     if named and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a module beside the user, as `python -m` would find it
-    for module in dict.fromkeys([*(point.value for point in entry_points(group=GROUP)), *named]):
-        if module in _loaded:
+    for module in dict.fromkeys([*(point.value for point in entry_points(group=ENTRY_POINT_GROUP)), *named]):
+        if module in _loaded_modules:
             continue
         try:
             for registry in REGISTRIES.values():
-                registry.scan(module)
+                registry.add_plugin(module)
         except (ImportError, SyntaxError) as error:
             raise ConfigError(f"plug-in {module!r} cannot be read: {error}") from error
-        _loaded.add(module)
+        _loaded_modules.add(module)
     if named:
-        os.environ[_VARIABLE] = ",".join(dict.fromkeys(named))
+        os.environ[_ENVIRONMENT_VARIABLE] = ",".join(dict.fromkeys(named))

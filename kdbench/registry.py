@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.errors import ConfigError, Location, suggest
 
 
 class _Required:
@@ -101,7 +101,7 @@ class Family:
     prefix: str
     names: Callable[[], list[str]]
     entry: Callable[[str], Entry]
-    missing: str = ""
+    install_hint: str = ""
 
 
 class Registry:
@@ -124,7 +124,7 @@ class Registry:
         self.injected = injected
         self.catalog = catalog
         self.families: list[Family] = []
-        self._extra: dict[str, Entry] = {}
+        self._plugin_entries: dict[str, Entry] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
         """Declares a class or function under `name`; the facts are literals that can be read without importing."""
@@ -137,34 +137,34 @@ class Registry:
         return decorate
 
     @cached_property
-    def _shipped(self) -> dict[str, Entry]:
+    def _shipped_entries(self) -> dict[str, Entry]:
         if self.catalog:
             importlib.import_module(self.catalog)  # adds families; it imports no torch
         root = Path(__file__).parent
         entries: dict[str, Entry] = {}
         for path in sorted(root.joinpath(*self.package.split(".")[1:]).rglob("*.py")):
             module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
-            self._merge(entries, self._read_declarations(path, module))
+            self._add_entries(entries, self._read_declarations(path, module))
         return entries
 
-    def scan(self, module: str) -> None:
+    def add_plugin(self, module: str) -> None:
         """Adds the declarations of a plug-in module. It is imported only when one of its parts is built."""
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise ConfigError(f"plug-in {module!r}: no such module can be found.")
-        self._merge(self._extra, self._read_declarations(Path(spec.origin), module), taken=self._shipped)
+        self._add_entries(self._plugin_entries, self._read_declarations(Path(spec.origin), module), reserved=self._shipped_entries)
 
     @property
     def entries(self) -> dict[str, Entry]:
         """All parts by name, those of the families left out."""
-        return {**self._shipped, **self._extra}
+        return {**self._shipped_entries, **self._plugin_entries}
 
     def names(self) -> list[str]:
         """All names, those of the installed families included."""
         own = list(self.entries)
         return [*own, *(f"{f.prefix}{name}" for f in self.families for name in f.names())]
 
-    def entry(self, name: str, where: Location | str = "") -> Entry:
+    def entry(self, name: str, location: Location | str = "") -> Entry:
         """Returns the entry called `name`.
 
         Raises:
@@ -181,58 +181,58 @@ class Registry:
             if bare in names:
                 return family.entry(bare)
             if family.prefix and not names:
-                raise ConfigError(f"{where}: {name!r} needs another package: {family.missing}")
+                raise ConfigError(f"{location}: {name!r} needs another package: {family.install_hint}")
             if family.prefix:
                 known = [f"{family.prefix}{n}" for n in names]
                 break
             known += names
-        raise ConfigError(f"{where}: no {self.kind} {name!r}.{nearest(name, known)}".lstrip(": "))
+        raise ConfigError(f"{location}: no {self.kind} {name!r}.{suggest(name, known)}".lstrip(": "))
 
-    def check(self, name: str, params: Mapping[str, Any], where: Location | str = "") -> Entry:
+    def check(self, name: str, params: Mapping[str, Any], location: Location | str = "") -> Entry:
         """Checks the names and the types of parameters against the signature, without importing the part.
 
         Raises:
             ConfigError: unknown name, unknown or missing parameter, or wrong type.
         """
-        entry = self.entry(name, where)
+        entry = self.entry(name, location)
         for key, value in params.items():
             parameter = entry.parameters.get(key)
             if parameter is None:
                 raise ConfigError(
-                    f"{where}: {self.kind} {name!r} has no parameter {key!r}.{nearest(key, entry.parameters)} "
+                    f"{location}: {self.kind} {name!r} has no parameter {key!r}.{suggest(key, entry.parameters)} "
                     f"Write {entry.signature()}"
                 )
             fault = type_mismatch(parameter.annotation, value)
             if fault:
-                raise ConfigError(f"{where}: {self.kind} {name!r}: {key} must be {fault}, got {value!r}")
-        self._check_required(entry, {*params, *entry.facts.get("injected", ()), *self.injected}, where)
+                raise ConfigError(f"{location}: {self.kind} {name!r}: {key} must be {fault}, got {value!r}")
+        self._check_required(entry, {*params, *entry.facts.get("injected", ()), *self.injected}, location)
         return entry
 
-    def build(self, name: str, params: Mapping[str, Any], where: Location | str = "", **injected: Any) -> Any:
+    def build(self, name: str, params: Mapping[str, Any], location: Location | str = "", **injected: Any) -> Any:
         """Builds the part. `injected` values are passed only where the signature asks for them."""
-        entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, where)
+        entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, location)
         given = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
-        self._check_required(entry, {*given, *params}, where)
+        self._check_required(entry, {*given, *params}, location)
         return entry.load()(**{**given, **params})
 
-    def _check_required(self, entry: Entry, known: Collection[str], where: Location | str) -> None:
-        missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in known]
+    def _check_required(self, entry: Entry, names: Collection[str], location: Location | str) -> None:
+        missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in names]
         if missing:
             raise ConfigError(
-                f"{where}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(
+                f"{location}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(
                     ": "
                 )
             )
 
-    def _merge(self, into: dict[str, Entry], found: list[Entry], taken: Mapping[str, Entry] | None = None) -> None:
-        for entry in found:
-            other = into.get(entry.name) or (taken or {}).get(entry.name)
+    def _add_entries(self, target: dict[str, Entry], entries: list[Entry], reserved: Mapping[str, Entry] | None = None) -> None:
+        for entry in entries:
+            other = target.get(entry.name) or (reserved or {}).get(entry.name)
             if other is not None:
                 raise ConfigError(
                     f"two {self.kind}s are called {entry.name!r}: {other.module}.{other.symbol} "
                     f"and {entry.module}.{entry.symbol}"
                 )
-            into[entry.name] = entry
+            target[entry.name] = entry
 
     def _read_declarations(self, path: Path, module: str) -> list[Entry]:
         text = path.read_text(encoding="utf-8")
@@ -276,9 +276,9 @@ def _build_entry(
     inputs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     if isinstance(node, ast.ClassDef):
-        init = _method(node, "__init__", classes)
+        init = _find_method(node, "__init__", classes)
         parameters = read_parameters(init, skip_self=True) if init else {}
-        forward = _method(node, "forward", classes) or _method(node, "__call__", classes)
+        forward = _find_method(node, "forward", classes) or _find_method(node, "__call__", classes)
         if forward is not None:
             read = read_parameters(forward, skip_self=True)
             inputs = tuple(read)
@@ -289,14 +289,14 @@ def _build_entry(
     return Entry(name, module, node.name, doc, parameters, facts, inputs, optional, module_doc=module_doc)
 
 
-def _method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
+def _find_method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
     """The method itself, or the one that a base class of the same file gives."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == name:
             return item
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id in classes:
-            found = _method(classes[base.id], name, classes)
+            found = _find_method(classes[base.id], name, classes)
             if found is not None:
                 return found
     return None
@@ -312,11 +312,11 @@ def read_parameters(node: ast.FunctionDef, *, skip_self: bool) -> dict[str, Para
     result = {}
     for argument, default in pairs:
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-        result[argument.arg] = Parameter(argument.arg, annotation, REQUIRED if default is None else _literal(default))
+        result[argument.arg] = Parameter(argument.arg, annotation, REQUIRED if default is None else _literal_or_source(default))
     return result
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal_or_source(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -332,7 +332,7 @@ def type_mismatch(annotation: str, value: Any) -> str | None:
     if not annotation:
         return None
     node = ast.parse(annotation, mode="eval").body
-    return None if _matches_type(node, value) else _type_description(node)
+    return None if _matches_type(node, value) else _describe_type(node)
 
 
 def _matches_type(node: ast.expr, value: Any) -> bool:
@@ -380,9 +380,9 @@ def _matches_type(node: ast.expr, value: Any) -> bool:
     return True
 
 
-def _type_description(node: ast.expr) -> str:
+def _describe_type(node: ast.expr) -> str:
     if isinstance(node, ast.BinOp):
-        return f"{_type_description(node.left)} or {_type_description(node.right)}"
+        return f"{_describe_type(node.left)} or {_describe_type(node.right)}"
     if isinstance(node, ast.Constant):
         return "null" if node.value is None else str(node.value)
     if isinstance(node, ast.Name):
@@ -395,7 +395,7 @@ def _type_description(node: ast.expr) -> str:
         if node.value.id == "Literal":
             return "one of " + ", ".join(str(getattr(p, "value", "?")) for p in parts)
         if node.value.id in ("list", "tuple", "Sequence"):
-            return "a list of " + " and ".join(_type_description(p) for p in parts if ast.unparse(p) != "...")
+            return "a list of " + " and ".join(_describe_type(p) for p in parts if ast.unparse(p) != "...")
     return ast.unparse(node)
 
 

@@ -16,14 +16,14 @@ from typing import Literal
 from kdbench.errors import UserError
 from kdbench.files import read_json
 
-FORMAT = "kdbench run"
+RUN_FORMAT = "kdbench run"
 """Stands in every manifest, and tells a run's folder from a folder of the user's own."""
 
 
 LOCK_NAME = ".kdbench.lock"
 
 
-WRITTEN = (
+RUN_FILES = (
     "resolved.yaml",
     "manifest.json",
     "metrics.jsonl",
@@ -41,7 +41,7 @@ WRITTEN = (
 """Everything that kdbench itself writes into a run's folder, as glob patterns; `clear` deletes nothing else."""
 
 
-FOLDERS = ("tensorboard", "figures", "checkpoints", "stages")
+RUN_SUBFOLDERS = ("tensorboard", "figures", "checkpoints", "stages")
 
 
 Status = Literal["new", "interrupted", "finished"]
@@ -70,7 +70,7 @@ class RunFolder:
         """Where the roles lie as stage `name` left them."""
         return self.checkpoints / f"stage_{name}.pt"
 
-    def made(self, stage: str, name: str) -> Path:
+    def artifact(self, stage: str, name: str) -> Path:
         """Where the thing called `name` lies that a stage made."""
         return self.path / "stages" / f"{stage}.{name}.pt"
 
@@ -87,7 +87,7 @@ class RunFolder:
         if (self.path / LOCK_NAME).exists():
             return True
         try:
-            return read_json(self.manifest).get("format") == FORMAT
+            return read_json(self.manifest).get("format") == RUN_FORMAT
         except (OSError, ValueError, AttributeError):
             return False
 
@@ -97,7 +97,7 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to something else.
         """
-        self._refuse_foreign()
+        self._reject_foreign_folder()
         try:
             told = read_json(self.manifest).get("status")
         except (OSError, ValueError, AttributeError):
@@ -110,7 +110,7 @@ class RunFolder:
         Raises:
             UserError: there is a file of that name, the folder holds something else, or it cannot be written to.
         """
-        self._refuse_foreign()
+        self._reject_foreign_folder()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK_NAME).touch()
@@ -121,7 +121,7 @@ class RunFolder:
             ) from None
 
     @contextmanager
-    def lock(self, wait: Callable[[str], object] | None = None) -> Iterator[None]:
+    def lock(self, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
         """Keeps every other process out while the block runs; makes the folder when it is not there.
 
         The system drops the lock when this process dies, however it dies, so a killed run never blocks its successor.
@@ -145,12 +145,12 @@ class RunFolder:
                         f"the file system of {self.path} does not support locks ({error.strerror}). Choose another "
                         "place with out=DIR or runs=DIR."
                     ) from None
-                if wait is None:
+                if on_wait is None:
                     raise UserError(
-                        f"{self.path} is in use by {_holder(path)}. Wait for it or end it; the run then goes on from "
+                        f"{self.path} is in use by {_describe_holder(path)}. Wait for it or end it; the run then goes on from "
                         "its last checkpoint. For a run of its own, choose another folder with out=DIR."
                     ) from None
-                wait(f"{self.path} is in use by {_holder(path)}; waiting for it.")
+                on_wait(f"{self.path} is in use by {_describe_holder(path)}; waiting for it.")
                 fcntl.flock(file, fcntl.LOCK_EX)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             holder = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now})
@@ -172,17 +172,17 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to something else.
         """
-        self._refuse_foreign()
-        for pattern in WRITTEN:
+        self._reject_foreign_folder()
+        for pattern in RUN_FILES:
             for found in [*self.path.glob(pattern), *self.path.glob(pattern + ".tmp")]:
                 found.unlink()
-        for name in FOLDERS:
+        for name in RUN_SUBFOLDERS:
             folder = self.path / name
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
         self.checkpoints.mkdir(exist_ok=True)
 
-    def _refuse_foreign(self) -> None:
+    def _reject_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder. Choose another with out=DIR.")
         if self.path.is_dir() and not self.is_run and any(self.path.iterdir()):
@@ -205,7 +205,7 @@ def _close_locks() -> None:
 os.register_at_fork(after_in_child=_close_locks)
 
 
-def _holder(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     """Says who holds the lock; it may be just taking or leaving it."""
     try:
         told = json.loads(path.read_text())

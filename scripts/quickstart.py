@@ -22,9 +22,9 @@ from kdbench.config.load import load_recipe
 from kdbench.errors import UserError
 from kdbench.experiment.run import run
 from kdbench.files import write_json
-from kdbench.report.console import ConsoleView
+from kdbench.report.console import ConsoleReporter
 from kdbench.report.summary import score
-from kdbench.report.tables import Report, Row, aggregate
+from kdbench.report.tables import RunGroup, SeedTable, aggregate
 
 THREADS = 1
 """Networks of this size gain nothing by more, and lose much when the machine is busy."""
@@ -67,21 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> Row:
+def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> RunGroup:
     """Runs one kind over the seeds; a finished run costs nothing."""
     print(f"  {kind.label:<21}", end="", flush=True)
     folders = []
     for seed in range(1, seeds + 1):
         # Seed 1's teacher is the one that all students of digits/kd learn from: it is there before they begin.
         settings = [f"seed={seed}", f"runs={runs}", "device=cpu", *(["fresh=true"] if fresh else [])]
-        outcome = run(load_recipe(kind.recipe, [*kind.overrides, *settings]), console=ConsoleView(quiet=True))
+        outcome = run(load_recipe(kind.recipe, [*kind.overrides, *settings]), console=ConsoleReporter(quiet=True))
         folders.append(outcome.folder.path)
         print(f"  {score(outcome.summary, 'student', 'test', 'top1'):.1f}", end="", flush=True)
     print(flush=True)
-    return Row(kind.label, folders)
+    return RunGroup(kind.label, folders)
 
 
-def show(rows: Sequence[Row], seeds: int, runs: Path, seconds: float) -> None:
+def show(rows: Sequence[RunGroup], seeds: int, runs: Path, seconds: float) -> None:
     """Prints the table and keeps it beside the runs."""
     report = aggregate(rows)
     Console(highlight=False).print(compact(report))
@@ -102,13 +102,13 @@ def show(rows: Sequence[Row], seeds: int, runs: Path, seconds: float) -> None:
     print(f"Done in {seconds:.0f} s.")
 
 
-def compact(report: Report) -> Table:
+def compact(report: SeedTable) -> Table:
     """The table in 80 columns: every row is over the same seeds, and FLOPs are left to table.md."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     titles = ("", "test\naccuracy, %", "agreement with\nteacher, %", "parameters", "1 image\ntakes")
     for title in titles:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for line in report.lines:
+    for line in report.rows:
         table.add_row(
             line.label,
             str(line.top1),

@@ -127,7 +127,7 @@ def test_data_paths_race(monkeypatch, capsys):
 
 def test_seconds_are_of_one_call():
     calls = []
-    found = common.seconds(lambda: calls.append(1), "cpu", samples=3, least=0.0005)
+    found = common.time_calls(lambda: calls.append(1), "cpu", samples=3, min_seconds=0.0005)
     assert len(found) == 3 and max(found) < 0.0005 < len(calls) * max(found) * 10
 
 
@@ -178,8 +178,8 @@ def test_the_gpu_parts_run_at_toy_size_and_are_not_run_again(monkeypatch, capsys
     assert "nothing is left" in capsys.readouterr().out
 
 
-def part(measure, minutes: float = 0.1, resumes: bool = False) -> gpu_parts.Part:
-    return gpu_parts.Part("a part", measure, minutes, resumes=resumes)
+def part(measure, minutes: float = 0.1, resumes: bool = False) -> gpu_parts.BenchmarkPart:
+    return gpu_parts.BenchmarkPart("a part", measure, minutes, resumes=resumes)
 
 
 def test_a_part_that_a_kill_cut_off_is_measured_again(monkeypatch, capsys):

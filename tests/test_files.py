@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kdbench.errors import TrainingError
-from kdbench.files import AppendFile, JsonLines, read_json, read_json_lines, to_strict_json, write_json
+from kdbench.files import JsonLinesLog, ResumableLog, read_json, read_json_lines, to_strict_json, write_json
 
 
 def full_disk(*_):
@@ -17,7 +17,7 @@ def full_disk(*_):
 
 def test_numbers_round_trip_exactly_and_the_rest_is_strict_json(tmp_path):
     values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 2**53, 76.32999999999998]
-    lines = JsonLines(tmp_path / "a.jsonl")
+    lines = JsonLinesLog(tmp_path / "a.jsonl")
     lines.write({"values": values, "odd": [math.nan, math.inf, -math.inf], "text": "zwei\u2028Zeilen\n"})
     lines.file.close()
 
@@ -61,12 +61,12 @@ def test_other_faults_of_the_disk_keep_their_own_name(tmp_path):
 
 
 def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
-    log = AppendFile(tmp_path / "log")
+    log = ResumableLog(tmp_path / "log")
     log.write(b"one\n")
     offset = log.sync()
     log.write(b"two\n")
     log.close()
-    again = AppendFile(tmp_path / "log")
+    again = ResumableLog(tmp_path / "log")
     assert again.resume(offset)
     again.write(b"TWO\n")
     again.close()
@@ -75,7 +75,7 @@ def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
 
 def test_an_attempt_that_reached_no_checkpoint_leaves_no_lines(tmp_path):
     (tmp_path / "log").write_bytes(b"stale\n")
-    log = AppendFile(tmp_path / "log")
+    log = ResumableLog(tmp_path / "log")
     log.write(b"new\n")
     log.close()
     assert (tmp_path / "log").read_bytes() == b"new\n"
@@ -83,13 +83,13 @@ def test_an_attempt_that_reached_no_checkpoint_leaves_no_lines(tmp_path):
 
 def test_a_log_that_is_never_written_stays_as_it_is(tmp_path):
     (tmp_path / "log").write_bytes(b"kept\n")
-    AppendFile(tmp_path / "log").close()
+    ResumableLog(tmp_path / "log").close()
     assert (tmp_path / "log").read_bytes() == b"kept\n"
 
 
 def test_a_log_shorter_than_the_checkpoint_says_so(tmp_path):
     (tmp_path / "log").write_bytes(b"one\n")
-    log = AppendFile(tmp_path / "log")
+    log = ResumableLog(tmp_path / "log")
     assert not log.resume(100)
     log.write(b"two\n")
     log.close()
@@ -97,7 +97,7 @@ def test_a_log_shorter_than_the_checkpoint_says_so(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
-    log = AppendFile(tmp_path / "log")
+    log = ResumableLog(tmp_path / "log")
     log.write(b"one\n")
     real = os.write
     calls = []

@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.kills import killed_at
-from helpers.recipes import Bench, bench, differences, parts, recipe, result_of, train  # noqa: F401
+from helpers.kills import kill_at_step
+from helpers.recipes import (  # noqa: F401
+    StageHarness,
+    build_stage,
+    comparable_results,
+    differing_keys,
+    plugin_registration,
+    recipe_from_text,
+    train_recipe_text,
+)
 from kdbench.engine.device import precision_settings
-from kdbench.speed.cuda_graph import Captured, CudaRecorder
+from kdbench.speed.cuda_graph import CudaGraphStep, CudaRecorder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,11 +85,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def on_gpu(text: str, *overrides: str) -> Bench:
-    return bench(recipe(text, *overrides), device=CUDA)
+def on_gpu(text: str, *overrides: str) -> StageHarness:
+    return build_stage(recipe_from_text(text, *overrides), device=CUDA)
 
 
-def steps(run: Bench, count: int) -> Bench:
+def steps(run: StageHarness, count: int) -> StageHarness:
     for window in itertools.islice(run.windows(), count):
         run.runner.begin_step()
         run.runner.step(window)
@@ -123,7 +131,7 @@ def test_a_captured_run_is_the_run(text, how):
     steps(plain, total)
     run, said = on_gpu(text, f"compile={how}"), []
     run.runner.say = said.append
-    captured = Captured(run.runner, CudaRecorder(CUDA))
+    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
     steps(run, total)
     assert captured.whole and captured.recorded and not said
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if how == "capture" else {"rtol": 1e-2, "atol": 1e-3}
@@ -133,7 +141,7 @@ def test_a_captured_run_is_the_run(text, how):
 
 def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
     run = on_gpu(PLAIN, "compile=cuda_graph", "precision=fp16")
-    captured = Captured(run.runner, CudaRecorder(CUDA))
+    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
     steps(run, run.runner.total_steps)
     assert captured.whole and captured.recorded
     assert not run.runner.read()[0].not_finite
@@ -141,7 +149,7 @@ def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
 
 def test_a_replay_does_not_wait_for_the_device():
     run = on_gpu(PLAIN, "compile=cuda_graph")
-    captured = Captured(run.runner, CudaRecorder(CUDA))
+    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
     steps(run, 15)
     assert captured.recorded
     windows = list(itertools.islice(run.windows(), 2))
@@ -157,13 +165,13 @@ def test_a_step_that_cannot_be_captured_goes_on_and_still_draws():
     text = DROPOUT.replace("terms:\n", "terms:\n  t: t_reads_item\n")
     run, said = on_gpu(text, "compile=cuda_graph"), []
     run.runner.say = said.append
-    captured = Captured(run.runner, CudaRecorder(CUDA))
+    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
     steps(run, 12)
     assert not captured.whole and not captured.recorded and len(said) == 2
     assert "capturing" in said[0] and "already recording" not in said[1]
     torch.nn.functional.dropout(torch.ones(8, device=CUDA), 0.5)
     fine = steps(on_gpu(DROPOUT, "compile=cuda_graph"), 4)
-    after = Captured(fine.runner, CudaRecorder(CUDA))
+    after = CudaGraphStep(fine.runner, CudaRecorder(CUDA))
     steps(fine, 8)
     assert after.whole and after.recorded
 
@@ -172,8 +180,8 @@ def test_a_step_that_cannot_be_captured_goes_on_and_still_draws():
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(how):
     torch.backends.cudnn.deterministic = True
     words = ["device=cuda", f"compile={how}", "checkpoint_every={steps: 4}", "tensorboard=false"]
-    train(PLAIN, *words, "out=whole")
-    with killed_at("main", 7):
-        train(PLAIN, *words, "out=run")
-    train(PLAIN, *words, "out=run")
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(PLAIN, *words, "out=whole")
+    with kill_at_step("main", 7):
+        train_recipe_text(PLAIN, *words, "out=run")
+    train_recipe_text(PLAIN, *words, "out=run")
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []

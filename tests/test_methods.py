@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from kdbench.cli.check import run as check
+from kdbench.cli.check import check_recipe as check
 from kdbench.cli.main import main
-from kdbench.cli.methods import detail, markdown
+from kdbench.cli.methods import methods_page, status_detail
 from kdbench.config.load import load_recipe
-from kdbench.config.method_list import NOT_YET, RUNS, SAME, UNSTATED, claimed, read_methods
-from kdbench.config.paths import recipe_names, share
-from kdbench.config.yaml_reader import read_source
+from kdbench.config.method_list import NOT_STATED, NOT_YET, RUNS, RUNS_AS, read_methods, recipe_claims
+from kdbench.config.paths import recipe_names, shared_folder
+from kdbench.config.yaml_reader import read_yaml
 from kdbench.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = read_methods()
-SAME_AS = [method for method in LISTED.methods if method.same_as is not None]
+SAME_AS = [method for method in LISTED.methods if method.variant_of is not None]
 
 FILE = """\
 methods:
@@ -41,13 +41,13 @@ def read(tmp_path: Path, text: str = FILE, **claims: list[str]):
 
 def test_the_page_is_fresh():
     fresh = "write it with `kdbench list methods --markdown > docs/methods.md`"
-    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == markdown(), fresh
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == methods_page(), fresh
 
 
 def test_the_status_of_a_row_follows_from_its_facts(tmp_path):
-    assert [m.status for m in read(tmp_path).methods] == [NOT_YET, SAME, UNSTATED, NOT_YET, NOT_YET]
-    assert read(tmp_path).counts() == {RUNS: 0, SAME: 1, NOT_YET: 3, UNSTATED: 1}
-    assert [detail(m) for m in read(tmp_path).methods][2:4] == ["its loss", "a recipe"]
+    assert [m.status for m in read(tmp_path).methods] == [NOT_YET, RUNS_AS, NOT_STATED, NOT_YET, NOT_YET]
+    assert read(tmp_path).counts() == {RUNS: 0, RUNS_AS: 1, NOT_YET: 3, NOT_STATED: 1}
+    assert [status_detail(m) for m in read(tmp_path).methods][2:4] == ["its loss", "a recipe"]
 
 
 def test_a_recipe_of_its_own_wins_over_every_fact(tmp_path):
@@ -84,10 +84,10 @@ def test_what_recipes_say_they_are_is_read_whole():
     """The quick look at one key finds what the whole recipe says, however it is written."""
     said: dict[str, list[str]] = {}
     for recipe in recipe_names():
-        named = read_source(share("recipes") / f"{recipe}.yaml").data.get("methods", [])
+        named = read_yaml(shared_folder("recipes") / f"{recipe}.yaml").data.get("methods", [])
         for name in named if isinstance(named, list) else [named]:
             said.setdefault(name, []).append(recipe)
-    assert claimed() == said
+    assert recipe_claims() == said
 
 
 def test_one_key_is_read_in_every_way_of_writing_it(tmp_path, monkeypatch):
@@ -99,9 +99,9 @@ def test_one_key_is_read_in_every_way_of_writing_it(tmp_path, monkeypatch):
     texts["d"] = "methods:\n  [m1,\n   m4]\nterms: {}\n"
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("kdbench.config.method_list.share", lambda kind: tmp_path)
+    monkeypatch.setattr("kdbench.config.method_list.shared_folder", lambda kind: tmp_path)
     monkeypatch.setattr("kdbench.config.method_list.recipe_names", lambda: sorted(texts))
-    assert claimed() == {"m1": ["a", "b", "d"], "m2": ["a"], "m3": ["b"], "m4": ["d"]}
+    assert recipe_claims() == {"m1": ["a", "b", "d"], "m2": ["a"], "m3": ["b"], "m4": ["d"]}
 
 
 @pytest.mark.parametrize("method", SAME_AS, ids=lambda method: method.id)
@@ -121,7 +121,7 @@ def test_the_facts_of_every_row_are_of_their_form():
         assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|[A-Za-z]+ \d{4}|", method.paper), method.id
         assert 20 < len(method.mechanism) < 180 and "\n" not in method.mechanism, method.id
         assert method.beyond or (method.title and method.field), method.id
-        assert len(detail(method)) > 5, f"{method.id} is listed without a reason"
+        assert len(status_detail(method)) > 5, f"{method.id} is listed without a reason"
         assert method.id not in LISTED.language_model
 
 
@@ -141,7 +141,7 @@ def test_one_status_alone(capsys):
 
 def test_the_page_is_what_the_command_prints(capsys):
     assert main(["list", "methods", "--markdown"]) == 0
-    assert capsys.readouterr().out == markdown()
+    assert capsys.readouterr().out == methods_page()
 
 
 @pytest.mark.parametrize(

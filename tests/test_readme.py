@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdbench.cli.diagram import draw
+from kdbench.cli.diagram import draw_stage
 from kdbench.cli.main import COMMANDS, main
 from kdbench.config.load import load_recipe, recipe_names
 from kdbench.experiment.artifacts import plan_stages
@@ -76,7 +76,7 @@ def test_the_tables_name_what_is_registered():
 def test_the_drawing_is_the_recipe_s():
     recipe = load_recipe("digits/dafl", [])
     (plan,) = plan_stages(recipe)
-    assert "\n".join(draw(plan)) + "\n" in [block for _, block in BLOCKS]
+    assert "\n".join(draw_stage(plan)) + "\n" in [block for _, block in BLOCKS]
 
 
 def test_every_command_is_named():

@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from helpers.recipes import DATA, Bench, bench, parts, recipe, same, small, step_without_reading  # noqa: F401
-from helpers.shipped_recipes import play, shortened
+from helpers.recipes import (  # noqa: F401
+    SYNTHETIC_DATA,
+    StageHarness,
+    build_stage,
+    equal_weights,
+    plugin_registration,
+    recipe_from_text,
+    step_on_fake_tensors,
+    with_synthetic_data,
+)
+from helpers.shipped_recipes import run_recipe, short_recipe
 from kdbench.config.load import load_recipe, recipe_names
-from kdbench.config.paths import share
+from kdbench.config.paths import shared_folder
 from kdbench.config.schema import StageConfig
 from kdbench.engine.network.features import TRACES_RAISE
 from kdbench.engine.train import runner as runner_module
@@ -17,18 +26,18 @@ from kdbench.files import read_json
 from kdbench.registry import TERMS
 
 RECIPES = recipe_names()
-STAGED = [name for name in RECIPES if "\nstages:" in (share("recipes") / f"{name}.yaml").read_text(encoding="utf-8")]
+STAGED = [name for name in RECIPES if "\nstages:" in (shared_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")]
 
 
-def benches(name: str) -> list[Bench]:
+def benches(name: str) -> list[StageHarness]:
     """The stages that train and read nothing that an earlier one made, those of later rounds only where they differ."""
-    loaded = small(load_recipe(name), samples=960, batch_size=4)
+    loaded = with_synthetic_data(load_recipe(name), samples=960, batch_size=4)
     found, seen = [], []
     for number, stage in enumerate(loaded.stages):
         wired = (stage.name.partition("@")[0], tuple(stage.terms), tuple(stage.roles), stage.updates)
         if stage.epochs != 0 and stage.steps != 0 and not reads_made(stage) and wired not in seen:
             seen.append(wired)  # an update holds mappings: no hash
-            found.append(bench(loaded, stage=number))
+            found.append(build_stage(loaded, stage=number))
     return found
 
 
@@ -64,15 +73,15 @@ def test_the_step_of_a_recipe_moves_what_it_should_compiles_whole_and_reads_noth
         compile_whole(run)
         run.step()
         reading, _ = run.runner.read()
-        assert reading.steps == 2 and set(reading.losses) == set(run.plan.layout.terms)
+        assert reading.steps == 2 and set(reading.losses) == set(run.plan.resolved_stage.terms)
         assert not reading.not_finite
         for role in moving:
-            assert not same(before[role], run.weights(role)), f"{role} has to move"
+            assert not equal_weights(before[role], run.weights(role)), f"{role} has to move"
         run.runner.losses = run.network
-        step_without_reading(run)
+        step_on_fake_tensors(run)
 
 
-def compile_whole(run: Bench) -> None:
+def compile_whole(run: StageHarness) -> None:
     """From here on the step's forward and terms are traced by the compiler, where a graph break raises."""
     torch._dynamo.reset()
     run.network.lap = None  # a clock is read between the parts of a step only where nothing is compiled
@@ -88,9 +97,9 @@ LONGER = {"digits/consensus": 40}
 @pytest.mark.parametrize("name", STAGED)
 def test_a_recipe_of_several_stages_is_played_to_its_end(name, tmp_path):
     """Two steps of each stage, on its own data, and everything that a stage makes."""
-    recipe = shortened(name, *NOTHING_IS_LEFT_OUT.get(name, []), steps=LONGER.get(name, 2))
+    recipe = short_recipe(name, *NOTHING_IS_LEFT_OUT.get(name, []), steps=LONGER.get(name, 2))
     assert len(recipe.stages) > 1
-    outcome = play(recipe, tmp_path / "run")
+    outcome = run_recipe(recipe, tmp_path / "run")
     assert read_json(outcome.folder.manifest)["status"] == "finished"
     made = [f"{stage.name}.{thing}" for stage in recipe.stages for thing in stage.artifacts]
     assert sorted(read_json(outcome.folder.manifest).get("made", {})) == sorted(made)
@@ -115,7 +124,7 @@ def test_everything_that_a_step_may_do_besides_reads_nothing_on_the_host():
     epochs: 4
     batch_size: 16
     """
-    step_without_reading(bench(followers), steps=5)
+    step_on_fake_tensors(build_stage(followers), steps=5)
     game = """
     models: {generator: {model: t_generator, input: noise.z}}
     teacher: {model: t_layers, input: "generator:image"}
@@ -127,19 +136,19 @@ def test_everything_that_a_step_may_do_besides_reads_nothing_on_the_host():
     epochs: 1
     batch_size: 16
     """
-    step_without_reading(bench(game), steps=3)
+    step_on_fake_tensors(build_stage(game), steps=3)
 
 
 def test_a_step_that_reads_is_caught():
     """Negative control of the two tests above."""
     for reader in ("t_reads_item", "t_reads_branch", "t_reads_mask"):
-        run = bench(f"student: t_layers\nterms: {{t: {reader}}}\noptimizer: {{type: SGD, lr: 0.1}}\nepochs: 1\n")
+        run = build_stage(f"student: t_layers\nterms: {{t: {reader}}}\noptimizer: {{type: SGD, lr: 0.1}}\nepochs: 1\n")
         run.step()
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-            step_without_reading(run)
-    run = bench("student: t_layers\nterms: {t: t_brings_number}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n").step()
+            step_on_fake_tensors(run)
+    run = build_stage("student: t_layers\nterms: {t: t_brings_number}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n").step()
     with pytest.raises(RuntimeError, match="plugin_parts makes a tensor from numbers of the host"):
-        step_without_reading(run)
+        step_on_fake_tensors(run)
 
 
 READS_MADE = {"bkd", "nd", "scar"}
@@ -170,7 +179,7 @@ OPERANDS = {
 ROUTED = "routed: {type: kd, teacher: [teacher, second], route: {type: policy, read: 'student:logits'}}, "
 
 
-def term_bench(name: str, *, compiled: bool = True) -> Bench:
+def term_bench(name: str, *, compiled: bool = True) -> StageHarness:
     """A stage with this term, on the student's and the teacher's logits or feature maps.
 
     The compiler of torch 2.6 cannot end a student's forward early (`TRACES_RAISE`): there, labels are read too. Where
@@ -196,7 +205,7 @@ def term_bench(name: str, *, compiled: bool = True) -> Bench:
     epochs: 2
     batch_size: 16
     """
-    return bench(recipe(text, *(["compile=true"] if compiled else [])))
+    return build_stage(recipe_from_text(text, *(["compile=true"] if compiled else [])))
 
 
 @pytest.mark.parametrize("name", TERMS_OF_KDBENCH)
@@ -225,18 +234,18 @@ def test_a_graph_break_would_be_noticed(monkeypatch):
     )
     said: list[str] = []
     text = "student: t_conv\nterms: {t: t_reads_branch}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 2\ncompile: true\n"
-    run = bench(text)
+    run = build_stage(text)
     run.runner.say = said.append
     run.step(2)
     assert not run.runner.compiling and len(said) == 1 and "compile" in said[0]
-    plain = bench(text.replace("compile: true\n", "")).step(2)
+    plain = build_stage(text.replace("compile: true\n", "")).step(2)
     for key, value in plain.weights().items():
         assert torch.equal(run.weights()[key], value)
 
 
 def test_a_graph_break_in_a_recipe_would_be_noticed():
     """The same of the recipes' test."""
-    run = bench("student: t_conv\nterms: {t: t_reads_branch}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 2\n").step()
+    run = build_stage("student: t_conv\nterms: {t: t_reads_branch}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 2\n").step()
     compile_whole(run)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         run.step()
@@ -248,7 +257,7 @@ def test_a_long_sweep_over_a_number_compiles_every_run(monkeypatch):
     monkeypatch.setattr(runner_module, "compiled", lambda network, **o: torch.compile(network, backend="eager", **o))
     text = "student: t_layers\nteacher: t_layers\nterms: {kd: {type: kd, temperature: NUMBER}}\n"
     text += "optimizer: {type: SGD, lr: 0.1}\nepochs: 2\nbatch_size: 40\ncompile: true\n"
-    runs = [bench(text.replace("NUMBER", str(number))).step(2) for number in range(1, 11)]
+    runs = [build_stage(text.replace("NUMBER", str(number))).step(2) for number in range(1, 11)]
     assert all(run.runner.compiling for run in runs)
 
 

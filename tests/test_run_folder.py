@@ -11,7 +11,7 @@ import pytest
 
 from kdbench.errors import UserError
 from kdbench.files import write_json
-from kdbench.run_folder import FORMAT, LOCK_NAME, RunFolder
+from kdbench.run_folder import LOCK_NAME, RUN_FORMAT, RunFolder
 
 
 def holder(path) -> subprocess.Popen:
@@ -104,9 +104,9 @@ def test_the_status_follows_what_lies_in_the_folder(tmp_path):
     assert folder.status() == "new"
     with folder.lock():
         assert folder.status() == "new"
-    write_json(folder.manifest, {"format": FORMAT, "status": "running"})
+    write_json(folder.manifest, {"format": RUN_FORMAT, "status": "running"})
     assert folder.status() == "interrupted"
-    write_json(folder.manifest, {"format": FORMAT, "status": "finished"})
+    write_json(folder.manifest, {"format": RUN_FORMAT, "status": "finished"})
     assert folder.status() == "interrupted"  # the summary is the last thing that a run writes
     write_json(folder.summary, {})
     assert folder.status() == "finished"
@@ -148,7 +148,7 @@ def test_clear_deletes_what_kdbench_wrote_and_nothing_else(tmp_path):
 
 
 def test_a_copied_run_without_its_hidden_lock_is_still_a_run(tmp_path):
-    write_json(tmp_path / "manifest.json", {"format": FORMAT, "status": "finished"})
+    write_json(tmp_path / "manifest.json", {"format": RUN_FORMAT, "status": "finished"})
     assert RunFolder(tmp_path).is_run
     (tmp_path / "manifest.json").write_text('["something else"]')
     assert not RunFolder(tmp_path).is_run

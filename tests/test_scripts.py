@@ -18,7 +18,7 @@ from rich.console import Console
 
 from kdbench.config.load import load_recipe
 from kdbench.experiment.run import run
-from kdbench.report.tables import Line, Report, Spread
+from kdbench.report.tables import MeanAndDeviation, SeedTable, SeedTableRow
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "scripts").iterdir()) if path.read_bytes().startswith(b"#!")]
@@ -119,10 +119,10 @@ def test_the_commands_that_quickstart_names_are_valid(quickstart):
 
 
 def test_the_table_of_quickstart_fits_80_columns(quickstart):
-    spread = Spread((90.0, 100.0))
-    lines = tuple(Line(kind.label, 5, spread, spread, 42_698, 1.4e6, 12.345, ()) for kind in quickstart.KINDS)
+    spread = MeanAndDeviation((90.0, 100.0))
+    lines = tuple(SeedTableRow(kind.label, 5, spread, spread, 42_698, 1.4e6, 12.345, ()) for kind in quickstart.KINDS)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(quickstart.compact(Report(lines)))
+    console.print(quickstart.compact(SeedTable(lines)))
     text = console.export_text()
     assert all(line.label in text for line in lines) and "…" not in text
     assert text.count("95.00 ± 7.07") == 8

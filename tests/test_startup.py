@@ -7,20 +7,20 @@ import sys
 
 import pytest
 
-from helpers.recipes import environment
+from helpers.recipes import subprocess_environment
 
 LATE = ("torchvision", "sklearn", "matplotlib", "tensorboard")
 
 FIRST_STEP = """
 import os, sys
-from kdbench.report.console import ConsoleView
+from kdbench.report.console import ConsoleReporter
 late, words = sys.argv[1].split(","), sys.argv[2:]  # Hydra takes over sys.argv
 
 def progress(self, done, phase=""):
     print("imported:", *sorted(set(late) & set(sys.modules)), "after step", done, flush=True)
     os._exit(0)
 
-ConsoleView.progress = progress
+ConsoleReporter.progress = progress
 from kdbench.cli.main import main
 sys.exit(main(["train", *words]))
 """
@@ -31,7 +31,7 @@ def imported_after_first_step(*words: str) -> set[str]:
     given = ["digits/kd", "teacher.weights=null", "teacher.accuracy=null", *words]
     done = subprocess.run(
         [sys.executable, "-c", FIRST_STEP, ",".join(LATE), *given],
-        env=environment(),
+        env=subprocess_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -44,7 +44,7 @@ def imported_after_first_step(*words: str) -> set[str]:
 def imported_by(code: str) -> set[str]:
     """Which of `LATE` a statement makes a process import."""
     told = f"import sys; before = set(sys.modules); {code}; print(*(set({LATE}) & set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", told], env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", told], env=subprocess_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -91,5 +91,5 @@ def test_the_collector_rests_while_the_engine_is_imported_and_only_then():
         "ring = Ring(); ring.own = ring; del ring; _import_engine(); assert gc.get_freeze_count() == kept\n"
         "assert gc.collect() >= 1, 'garbage of later jobs stays'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=subprocess_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from kdbench.config.schema import OperandConfig
 from kdbench.data.loading.source import ImageSource, ResidentSource, Source
 
-Kind = Literal["dataset", "choice", "tensor", "model"]
+ArtifactKind = Literal["dataset", "subset", "tensor", "model"]
 
 
-Rows = Iterator[dict[str, Tensor]]
+BatchIterator = Iterator[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Facts:
+class ArtifactContext:
     """What is known before anything is made.
 
     classes: names of the evaluation source's classes. samples: how many the maker's source gives; population: how many
@@ -33,11 +33,11 @@ class Facts:
     population: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     injected: Mapping[str, Any] = field(default_factory=dict)
-    labelled: int | None = None
+    labelled_samples: int | None = None
 
 
 @dataclass
-class Pool:
+class SampleOutputs:
     """What a maker works on: the samples of one source, and what the roles say of them.
 
     seed: of this maker in this stage.
@@ -49,13 +49,13 @@ class Pool:
     source: Source
     seed: int
     device: torch.device
-    facts: Facts = field(default_factory=Facts)
+    context: ArtifactContext = field(default_factory=ArtifactContext)
     previous: Mapping[str, Any] | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     operands: Mapping[str, OperandConfig] = field(default_factory=dict)
-    batches: Callable[[int | None], Rows] = lambda epoch: iter(())
+    make_batches: Callable[[int | None], BatchIterator] = lambda epoch: iter(())
 
-    def rows(self, epoch: int | None = None) -> Rows:
+    def batches(self, epoch: int | None = None) -> BatchIterator:
         """Yields, batch by batch and without gradient, the declared operands by name and the fields of the source
         (`image`, `label`, `index`, `labelled`).
 
@@ -64,22 +64,22 @@ class Pool:
                 augmented as training sees it in that epoch.
         """
         with torch.no_grad():
-            yield from self.batches(epoch)
+            yield from self.make_batches(epoch)
 
-    def gathered(self, *names: str, epoch: int | None = None) -> dict[str, Tensor]:
+    def gather(self, *names: str, epoch: int | None = None) -> dict[str, Tensor]:
         """Returns the named values of all samples, (samples, ...), on the CPU; names that no row has are left out."""
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for row in self.rows(epoch):
+        for row in self.batches(epoch):
             for name in parts:
                 if name in row:
                     parts[name].append(row[name].cpu())
         return {name: torch.cat(values) for name, values in parts.items() if values}
 
-    def several(self, name: str) -> list[str]:
+    def operand_names(self, name: str) -> list[str]:
         """The names of an operand for which the recipe may give a list: `teacher`, `teacher_1`, ..."""
         return [name, *(other for other in self.operands if other.startswith(f"{name}_"))]
 
-    def images(self, index: Tensor, seen: Tensor) -> dict[str, Any]:
+    def image_entries(self, index: Tensor, evaluation_images: Tensor) -> dict[str, Any]:
         """The entries `images`, `mean` and `std` of a made dataset: as stored, where the source holds them in memory.
 
         Args:
@@ -88,19 +88,19 @@ class Pool:
         """
         source = self.source
         view = source.views.get("image") if isinstance(source, ImageSource) else None
-        if not isinstance(source, ResidentSource) or view is None or not view.pixels or view.shape != view.stored:
-            return {"images": seen.contiguous(), "mean": None, "std": None}
+        if not isinstance(source, ResidentSource) or view is None or not view.in_unit_range or view.shape != view.stored_shape:
+            return {"images": evaluation_images.contiguous(), "mean": None, "std": None}
         images = source.images.cpu().index_select(0, index)
         mean, std = view.mean, view.std
         if mean is None or std is None:  # kept as they are; an 8-bit image would be divided by 255 without them
-            return {"images": seen.contiguous(), "mean": None, "std": None}
+            return {"images": evaluation_images.contiguous(), "mean": None, "std": None}
         return {"images": images, "mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
 
 
-class Maker:
+class ArtifactBuilder:
     """Base of all makers. A subclass is registered with the kind of what it makes and the operands that it reads:
 
-        @MAKERS.register("class_means", makes="tensor", operands=("features",))
+        @MAKERS.register("class_means", produces="tensor", operands=("features",))
 
     makes: what `__call__` returns.
         dataset: {"images": (samples, ...), uint8 or float, "labels": int64 (samples,), "fields": {name: (samples,
@@ -110,18 +110,18 @@ class Maker:
         tensor: {"value": Tensor}.
         model: {"type": name, "params": {...}}, one of the candidates that the recipe lists under the parameter which
             the fact `candidates` names.
-    Every content may have "told": a mapping of plain values for the manifest (how many, which threshold...).
+    Every content may have "summary": a mapping of plain values for the manifest (how many, which threshold...).
     selects: a fact, the key under which the recipe gives a selector; its operands are the maker's too.
     several: a fact, operands for which the recipe may give a list. labels: a fact, whether it reads the field `label`.
     """
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
         raise NotImplementedError
 
-    def check(self, facts: Facts) -> None:
+    def check(self, context: ArtifactContext) -> None:
         """Raises ValueError, in words, when this cannot be made of that. Called by the plan."""
 
-    def shape(self, facts: Facts) -> tuple[int, ...]:
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
         """The shape of what a maker of tensors will make; what is not known yet counts as 1."""
         raise NotImplementedError
 
@@ -136,11 +136,11 @@ class Selector(nn.Module):
     returns the chosen rows, int64 (count,), rising. Its shapes must not depend on values: it may stand in a step.
     """
 
-    def forward(self, count: int, taken: Tensor | None = None, **operands: Tensor) -> Tensor:
+    def forward(self, count: int, excluded: Tensor | None = None, **operands: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-def highest(scores: Tensor, count: int, taken: Tensor | None) -> Tensor:
+def top_rows(scores: Tensor, count: int, excluded: Tensor | None) -> Tensor:
     """The rows of the highest scores, rising; of equal scores the first rows. Rows in `taken` come last.
 
     Args:
@@ -149,6 +149,6 @@ def highest(scores: Tensor, count: int, taken: Tensor | None) -> Tensor:
     Returns:
         int64 (count,).
     """
-    if taken is not None:
-        scores = torch.where(taken, -torch.inf, scores)
+    if excluded is not None:
+        scores = torch.where(excluded, -torch.inf, scores)
     return scores.sort(descending=True, stable=True).indices[:count].sort().values

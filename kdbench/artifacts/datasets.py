@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.artifacts.base import Facts, Maker, Pool
+from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, SampleOutputs
 from kdbench.errors import ConfigError
 from kdbench.registry import ARTIFACTS
-from kdbench.terms.base import require
+from kdbench.terms.base import check_parameters
 
 
-def class_names(pool: Pool, classes: int) -> list[str]:
+def artifact_class_names(pool: SampleOutputs, classes: int) -> list[str]:
     """The names of the evaluation source's classes, where the logits are over them; else numbers."""
-    names = list(pool.facts.classes)
+    names = list(pool.context.classes)
     return names if len(names) == classes else [str(number) for number in range(classes)]
 
 
-def needs_logits(facts: Facts, name: str) -> None:
+def check_logits(facts: ArtifactContext, name: str) -> None:
     """Raises ValueError when an operand is not one vector of classes per sample."""
     shape = facts.shapes.get(name)
     if shape is not None and len(shape) != 1:
@@ -27,9 +27,9 @@ def needs_logits(facts: Facts, name: str) -> None:
 
 
 @ARTIFACTS.register(
-    "pseudo_labels", makes="dataset", operands=("teacher",), several="teacher", fields=("soft",), labels=True
+    "pseudo_labels", produces="dataset", operands=("teacher",), operand_list="teacher", fields=("soft",), labels=True
 )
-class PseudoLabels(Maker):
+class PseudoLabels(ArtifactBuilder):
     """The samples that a teacher (or several) labels with confidence, labelled so.
 
     label = argmax of the teachers' mean softmax. A sample is kept when its probability is at least `threshold`
@@ -49,22 +49,22 @@ class PseudoLabels(Maker):
         keep_labels: bool = False,
         per_class: int | None = None,
     ) -> None:
-        require("pseudo_labels", "in [0, 1]", threshold=threshold)
+        check_parameters("pseudo_labels", "in [0, 1]", threshold=threshold)
         if per_class is not None:
-            require("pseudo_labels", "at least 1", per_class=per_class)
+            check_parameters("pseudo_labels", "at least 1", per_class=per_class)
         self.threshold, self.agreement, self.keep_labels = threshold, agreement, keep_labels
         self.per_class = per_class
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: ArtifactContext) -> None:
         teachers = [name for name in facts.shapes if name.startswith("teacher")]
         for name in teachers:
-            needs_logits(facts, name)
+            check_logits(facts, name)
         if self.agreement and len(teachers) < 2:
             raise ValueError("asks for agreement, which one teacher always has; give a list of teachers")
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
-        teachers = pool.several("teacher")
-        found = pool.gathered(*teachers, "image", "label", "index", "labelled")
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+        teachers = pool.operand_names("teacher")
+        found = pool.gather(*teachers, "image", "label", "index", "labelled")
         each = torch.stack([found[name].float().softmax(-1) for name in teachers])
         soft = each.mean(0)
         confidence, label = soft.max(-1)
@@ -84,18 +84,18 @@ class PseudoLabels(Maker):
         told = {"kept": len(rows), "of": len(keep), "threshold": self.threshold}
         if self.per_class is not None:
             known = own if self.keep_labels else torch.zeros_like(own)
-            rows = self._balanced(keep & ~known, confidence, label, soft.shape[-1])
+            rows = self._balance_classes(keep & ~known, confidence, label, soft.shape[-1])
             told["samples"] = len(rows) + int(known.sum())
             rows = torch.cat([known.nonzero().flatten(), rows])
         return {
-            **pool.images(found["index"][rows], found["image"][rows]),
+            **pool.image_entries(found["index"][rows], found["image"][rows]),
             "labels": label[rows],
             "fields": {"soft": soft[rows]},
-            "classes": class_names(pool, soft.shape[-1]),
-            "told": told,
+            "classes": artifact_class_names(pool, soft.shape[-1]),
+            "summary": told,
         }
 
-    def _balanced(self, keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
+    def _balance_classes(self, keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
         """Rows among `keep`, `per_class` of every class that is there, the most certain first and over again."""
         assert self.per_class is not None
         order = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
@@ -105,8 +105,8 @@ class PseudoLabels(Maker):
         return torch.cat(parts) if parts else order
 
 
-@ARTIFACTS.register("soft_labels", makes="dataset", operands=("teacher",), fields=("soft",), labels=True)
-class SoftLabels(Maker):
+@ARTIFACTS.register("soft_labels", produces="dataset", operands=("teacher",), fields=("soft",), labels=True)
+class SoftLabels(ArtifactBuilder):
     """Crops stored with the teacher's probabilities, so that later training needs no teacher: FKD and FerKD.
 
     Each image gives `crops` samples, augmented as the source's training view augments it in epochs 0, 1, ... (0: one
@@ -130,27 +130,27 @@ class SoftLabels(Maker):
         smoothing: float = 0.1,
         temperature: float = 1.0,
     ) -> None:
-        require("soft_labels", "at least 0", crops=crops)
-        require("soft_labels", "in [0, 1]", low=low, high=high, smoothing=smoothing)
-        require("soft_labels", "above 0", temperature=temperature)
+        check_parameters("soft_labels", "at least 0", crops=crops)
+        check_parameters("soft_labels", "in [0, 1]", low=low, high=high, smoothing=smoothing)
+        check_parameters("soft_labels", "above 0", temperature=temperature)
         if high < low:
             raise ConfigError(f"soft_labels: high ({high}) must not be below low ({low})")
         self.crops, self.low, self.high = crops, low, high
         self.smoothing, self.temperature = smoothing, temperature
 
-    def check(self, facts: Facts) -> None:
-        needs_logits(facts, "teacher")
+    def check(self, facts: ArtifactContext) -> None:
+        check_logits(facts, "teacher")
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
         parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "soft": []}
         told = {"soft": 0, "hard": 0, "left out": 0}
         for epoch in range(self.crops) if self.crops else [None]:
-            found = pool.gathered("teacher", "image", "label", "index", "valid", epoch=epoch)
+            found = pool.gather("teacher", "image", "label", "index", "valid", epoch=epoch)
             real = found.get("valid", torch.ones(len(found["index"]), dtype=torch.bool))
             order = found["index"].sort(stable=True).indices
             order = order[real[order]]
             logits, image, label = (found[name][order] for name in ("teacher", "image", "label"))
-            soft, keep, hard = self.calibrated(logits, label)
+            soft, keep, hard = self.calibrate(logits, label)
             told["hard"] += int((keep & hard).sum())
             told["soft"] += int((keep & ~hard).sum())
             told["left out"] += int((~keep).sum())
@@ -163,13 +163,13 @@ class SoftLabels(Maker):
             "images": images,
             "labels": torch.where(labels >= 0, labels, soft.argmax(-1)),
             "fields": {"soft": soft},
-            "classes": class_names(pool, soft.shape[-1]),
+            "classes": artifact_class_names(pool, soft.shape[-1]),
             "mean": None,
             "std": None,
-            "told": told,
+            "summary": told,
         }
 
-    def calibrated(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def calibrate(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The soft labels (samples, classes), which samples stay, and which of them have their true label instead."""
         confidence = logits.float().softmax(-1).amax(-1)
         soft = (logits.float() / self.temperature).softmax(-1)
@@ -181,8 +181,8 @@ class SoftLabels(Maker):
         return soft, keep, hard
 
 
-@ARTIFACTS.register("generate", makes="dataset", operands=("image", "teacher"), fields=("soft",))
-class Generate(Maker):
+@ARTIFACTS.register("generate", produces="dataset", operands=("image", "teacher"), fields=("soft",))
+class GeneratedDataset(ArtifactBuilder):
     """What a generator makes of noise becomes a dataset, labelled by a teacher.
 
     label = argmax of the teacher's softmax, which the field `soft` keeps. The source is what the generator sees: noise,
@@ -194,14 +194,14 @@ class Generate(Maker):
     """
 
     def __init__(self, threshold: float = 0.0, balanced: bool = False) -> None:
-        require("generate", "in [0, 1]", threshold=threshold)
+        check_parameters("generate", "in [0, 1]", threshold=threshold)
         self.threshold, self.balanced = threshold, balanced
 
-    def check(self, facts: Facts) -> None:
-        needs_logits(facts, "teacher")
+    def check(self, facts: ArtifactContext) -> None:
+        check_logits(facts, "teacher")
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
-        found = pool.gathered("image", "teacher")
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+        found = pool.gather("image", "teacher")
         soft = found["teacher"].float().softmax(-1)
         confidence, label = soft.max(-1)
         keep = confidence >= self.threshold
@@ -220,8 +220,8 @@ class Generate(Maker):
             "images": found["image"][rows].contiguous(),
             "labels": label[rows],
             "fields": {"soft": soft[rows]},
-            "classes": class_names(pool, soft.shape[-1]),
+            "classes": artifact_class_names(pool, soft.shape[-1]),
             "mean": None,
             "std": None,
-            "told": told,
+            "summary": told,
         }

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.artifacts.base import Facts, Maker, Pool
+from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, SampleOutputs
 from kdbench.errors import ConfigError
 from kdbench.randomness import seeded
 from kdbench.registry import ARTIFACTS, MODELS
 
-Score = Literal["diswot", "semantic", "relation"]
+SimilarityScore = Literal["diswot", "semantic", "relation"]
 
 
-@ARTIFACTS.register("search", makes="model", operands=("teacher",), candidates="candidates")
-class Search(Maker):
+@ARTIFACTS.register("search", produces="model", operands=("teacher",), candidates="candidates")
+class StudentSearch(ArtifactBuilder):
     """The candidate whose untrained network is most like the teacher on one batch: DisWOT.
 
     Dong, Li and Wei, DisWOT: Student Architecture Search for Distillation WithOut Training, CVPR 2023,
@@ -67,10 +67,10 @@ class Search(Maker):
         self.batch, self.max_parameters = batch, max_parameters
         self.evaluations, self.population, self.draws = evaluations, population, draws
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: ArtifactContext) -> None:
         if len(facts.shapes.get("teacher", (1, 1))) < 2:
             raise ValueError("compares feature maps, but the teacher's operand is one vector per sample")
-        sizes = {name: self._size(name, facts) for name in self.candidates}
+        sizes = {name: self._count_parameters(name, facts) for name in self.candidates}
         if self.max_parameters is not None and min(sizes.values()) > self.max_parameters:
             least = min(sizes, key=lambda name: sizes[name])
             raise ValueError(
@@ -78,40 +78,40 @@ class Search(Maker):
                 f"{sizes[least]:,}"
             )
 
-    def _build(self, name: str, facts: Facts) -> nn.Module:
+    def _build(self, name: str, facts: ArtifactContext) -> nn.Module:
         params = dict(self.candidates[name])
         return MODELS.build(params.pop("type"), params, f"candidate {name!r}", **facts.injected)
 
-    def _size(self, name: str, facts: Facts) -> int:
+    def _count_parameters(self, name: str, facts: ArtifactContext) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in self._build(name, facts).parameters())
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
-        rows = pool.gathered("image", "label")
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+        rows = pool.gather("image", "label")
         known = (rows["label"] >= 0).nonzero().flatten()[: self.batch]
         if not len(known):
             raise ConfigError("search: compares networks on labelled samples, but the source has none")
         shown = rows["image"][known].to(pool.device), rows["label"][known].to(pool.device)
         operand = pool.operands["teacher"]
-        teacher = looks(pool.modules[operand.role], operand.path, self.classifier, *shown)
-        sizes = {name: self._size(name, pool.facts) for name in self.candidates}
+        teacher = similarity_matrices(pool.modules[operand.role], operand.path, self.classifier, *shown)
+        sizes = {name: self._count_parameters(name, pool.context) for name in self.candidates}
         names = [n for n in self.candidates if self.max_parameters is None or sizes[n] <= self.max_parameters]
 
         def scored(name: str) -> float:
             total = 0.0
             for draw in range(self.draws):
                 with seeded(pool.seed, "init", name, draw):
-                    model = self._build(name, pool.facts).to(pool.device).eval()
-                total += self._score(teacher, looks(model, self.feature, self.classifier, *shown))
+                    model = self._build(name, pool.context).to(pool.device).eval()
+                total += self._similarity(teacher, similarity_matrices(model, self.feature, self.classifier, *shown))
             return total / self.draws
 
         scores = self._evolve(names, scored, pool.seed) if self.evaluations else {n: scored(n) for n in names}
         best = max(scores, key=lambda name: scores[name])
         params = dict(self.candidates[best])
         told = {"chosen": best, "score": self.score, "scores": scores, "parameters": sizes[best]}
-        return {"type": params.pop("type"), "params": params, "told": told}
+        return {"type": params.pop("type"), "params": params, "summary": told}
 
-    def _score(self, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> float:
+    def _similarity(self, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> float:
         """Minus how far two networks are apart, by what `looks` says of each."""
         relation = -float((teacher[1] - student[1]).square().mean())
         if self.score == "relation":
@@ -122,7 +122,7 @@ class Search(Maker):
                 f"teacher has {list(teacher[0].shape)} (classes, channels) and a candidate {list(student[0].shape)}; "
                 "give all of them equal channels there, or write score: relation"
             )
-        semantic = -outer_distance(teacher[0], student[0])
+        semantic = -outer_product_distance(teacher[0], student[0])
         return semantic if self.score == "semantic" else semantic + relation
 
     def _evolve(self, names: list[str], scored: Callable[[str], float], seed: int) -> dict[str, float]:
@@ -140,18 +140,18 @@ class Search(Maker):
             living.sort(key=lambda name: -scores[name])
             parent = pick(living[: (len(living) + 1) // 2])
             fresh = [name for name in names if name not in scores]
-            near = [n for n in fresh if _differences(self.candidates[n], self.candidates[parent]) == 1]
+            near = [n for n in fresh if _count_differing_params(self.candidates[n], self.candidates[parent]) == 1]
             child = pick(near or fresh)
             scores[child] = scored(child)
             living = sorted([*living, child], key=lambda name: -scores[name])[: self.population]
         return scores
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    return sum(one.get(key) != other.get(key) for key in {**one, **other})
+def _count_differing_params(first: Mapping[str, Any], second: Mapping[str, Any]) -> int:
+    return sum(first.get(key) != second.get(key) for key in {**first, **second})
 
 
-def looks(model: nn.Module, path: str, classifier: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def similarity_matrices(model: nn.Module, path: str, classifier: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What two networks are compared by: the Grad-CAM of each class, and how alike the samples of the batch are.
 
     Args:
@@ -186,7 +186,7 @@ def looks(model: nn.Module, path: str, classifier: str, images: Tensor, labels: 
     return wrong.T @ read / len(images), F.normalize(maps @ maps.T, dim=-1)
 
 
-def outer_distance(one: Tensor, other: Tensor) -> float:
+def outer_product_distance(first: Tensor, second: Tensor) -> float:
     """sum over classes of || n(g g') - n(h h') ||^2 / (classes * channels), n dividing each row by its length.
 
     The rows of n(g g') are sign(g_i) g / |g|, so that no matrix over the channels is formed.
@@ -194,7 +194,7 @@ def outer_distance(one: Tensor, other: Tensor) -> float:
     Args:
         one, other: g and h, (classes, channels).
     """
-    signs, lines = zip(*((g.sign(), F.normalize(g, dim=-1)) for g in (one, other)), strict=True)
+    signs, lines = zip(*((g.sign(), F.normalize(g, dim=-1)) for g in (first, second)), strict=True)
     own = sum(s.square().sum(-1) * u.square().sum(-1) for s, u in zip(signs, lines, strict=True))
     both = (signs[0] * signs[1]).sum(-1) * (lines[0] * lines[1]).sum(-1)
-    return float((own - 2 * both).mean() / one.shape[1])
+    return float((own - 2 * both).mean() / first.shape[1])

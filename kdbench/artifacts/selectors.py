@@ -8,50 +8,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.artifacts.base import Selector, highest
+from kdbench.artifacts.base import Selector, top_rows
 from kdbench.registry import SELECTORS
 
-COLUMNS = 1024
+CENTRE_BLOCK = 1024
 """How many chosen rows distances are computed to at once."""
 
 
 @SELECTORS.register("random")
-class Random(Selector):
+class RandomSelector(Selector):
     """Rows drawn uniformly: what every other selector is compared with.
 
     In a step the draw is the step's; over a pool it is a function of the recipe's seed, the stage and the maker.
     """
 
-    def forward(self, count: int, taken: Tensor | None = None, *, index: Tensor, seed: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, count: int, excluded: Tensor | None = None, *, index: Tensor, seed: int | None = None) -> Tensor:  # type: ignore[override]
         drawn = None if seed is None else torch.Generator().manual_seed(seed)
-        return highest(torch.rand(index.shape, generator=drawn).to(index.device), count, taken)
+        return top_rows(torch.rand(index.shape, generator=drawn).to(index.device), count, excluded)
 
 
 @SELECTORS.register("entropy", operands=("student",))
-class Entropy(Selector):
+class EntropySelector(Selector):
     """The rows of which the student is least certain: largest entropy of its softmax.
 
     student: logits (rows, classes).
     """
 
-    def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
-        return highest(torch.special.entr(student.float().softmax(-1)).sum(-1), count, taken)
+    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+        return top_rows(torch.special.entr(student.float().softmax(-1)).sum(-1), count, excluded)
 
 
 @SELECTORS.register("margin", operands=("student",))
-class Margin(Selector):
+class MarginSelector(Selector):
     """The rows near a border: smallest distance between the student's two largest probabilities.
 
     student: logits (rows, classes).
     """
 
-    def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
         best = student.float().softmax(-1).topk(2, -1).values
-        return highest(best[:, 1] - best[:, 0], count, taken)
+        return top_rows(best[:, 1] - best[:, 0], count, excluded)
 
 
 @SELECTORS.register("confidence", operands=("student",))
-class Confidence(Selector):
+class ConfidenceSelector(Selector):
     """The rows of which a network is most certain: largest probability (`least: true`: smallest).
 
     student: logits (rows, classes), of whichever role is asked.
@@ -61,34 +61,34 @@ class Confidence(Selector):
         super().__init__()
         self.least = least
 
-    def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
         best = student.float().softmax(-1).amax(-1)
-        return highest(-best if self.least else best, count, taken)
+        return top_rows(-best if self.least else best, count, excluded)
 
 
-def _losses(logits: Tensor, label: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), label.clamp(min=0), reduction="none")
 
 
-def _known(scores: Tensor, label: Tensor) -> Tensor:
+def _unlabelled_last(scores: Tensor, label: Tensor) -> Tensor:
     """Puts rows without a label behind all others that are free."""
     return torch.where(label < 0, torch.finfo(scores.dtype).min, scores)
 
 
 @SELECTORS.register("low_loss", operands=("student",))
-class LowLoss(Selector):
+class LowLossSelector(Selector):
     """The rows that look rightly labelled: smallest cross-entropy, as co-teaching keeps them.
 
     Han et al., Co-teaching, NeurIPS 2018, arXiv:1804.06872. student: logits (rows, classes), of the peer that chooses.
     Rows without a label come last.
     """
 
-    def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
-        return highest(_known(-_losses(student, label), label), count, taken)
+    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        return top_rows(_unlabelled_last(-_cross_entropy(student, label), label), count, excluded)
 
 
 @SELECTORS.register("learnability", operands=("student", "reference"))
-class Learnability(Selector):
+class LearnabilitySelector(Selector):
     """What the student can still learn from a reference that knows it: CE(student) - CE(reference), the largest.
 
     Udandarao et al., Active Data Curation Effectively Distills Large-Scale Multimodal Models (ACID), CVPR 2025,
@@ -98,13 +98,13 @@ class Learnability(Selector):
     """
 
     def forward(  # type: ignore[override]
-        self, count: int, taken: Tensor | None = None, *, student: Tensor, reference: Tensor, label: Tensor
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor, reference: Tensor, label: Tensor
     ) -> Tensor:
-        return highest(_known(_losses(student, label) - _losses(reference, label), label), count, taken)
+        return top_rows(_unlabelled_last(_cross_entropy(student, label) - _cross_entropy(reference, label), label), count, excluded)
 
 
 @SELECTORS.register("k_center", operands=("student",))
-class KCenter(Selector):
+class KCenterSelector(Selector):
     """Greedy coverage: again and again the row that is farthest from all that are chosen or taken.
 
     x* = argmax_x min_{c chosen} d(x, c). Sener and Savarese, Active Learning for Convolutional Neural Networks: A
@@ -122,7 +122,7 @@ class KCenter(Selector):
         super().__init__()
         self.space = space
 
-    def forward(self, count: int, taken: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
         points = student.flatten(1).float()
         if self.space == "probabilities":
             points = points.softmax(-1)
@@ -130,14 +130,14 @@ class KCenter(Selector):
             points = F.normalize(points, dim=-1)
         nearest = torch.linalg.vector_norm(points - points.mean(0), dim=-1)
         chosen = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-        if taken is not None:
-            chosen = taken.clone()
+        if excluded is not None:
+            chosen = excluded.clone()
             covered = torch.full_like(nearest, torch.inf)
-            for own, kept in zip(points.split(COLUMNS), taken.split(COLUMNS), strict=True):
+            for own, kept in zip(points.split(CENTRE_BLOCK), excluded.split(CENTRE_BLOCK), strict=True):
                 apart = torch.cdist(points, own, compute_mode="donot_use_mm_for_euclid_dist")
                 covered = covered.minimum(torch.where(kept, apart, torch.inf).amin(-1))
-            nearest = torch.where(taken.any(), covered, nearest)
-        started = taken.any() if taken is not None else torch.zeros((), dtype=torch.bool, device=points.device)
+            nearest = torch.where(excluded.any(), covered, nearest)
+        started = excluded.any() if excluded is not None else torch.zeros((), dtype=torch.bool, device=points.device)
         found = []
         for _ in range(count):
             row = torch.where(chosen, -torch.inf, nearest).argmax()

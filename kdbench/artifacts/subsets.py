@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.artifacts.base import Facts, Maker, Pool
+from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, SampleOutputs
 from kdbench.errors import ConfigError
 from kdbench.registry import ARTIFACTS, SELECTORS
 
 
-@ARTIFACTS.register("choose", makes="choice", selects="by", injected=("by",))
-class Choose(Maker):
+@ARTIFACTS.register("choose", produces="subset", selector="by", injected=("by",))
+class BudgetedSubset(ArtifactBuilder):
     """Adds the samples that a selector finds most useful, never more than a budget in all.
 
     What is chosen is what was chosen before (in earlier rounds, and the samples whose label the source keeps) and up to
@@ -32,16 +32,16 @@ class Choose(Maker):
             raise ConfigError(f"choose: count ({count}) is more than the budget ({budget})")
         self.by, self.budget, self.count = by, budget, count
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: ArtifactContext) -> None:
         if facts.samples is not None and self.budget > facts.samples:
             raise ValueError(f"has a budget of {self.budget}, but its source has only {facts.samples} samples")
-        if facts.labelled is not None and facts.labelled > self.budget:
-            raise ValueError(f"has a budget of {self.budget}, but its source begins with {facts.labelled} labels")
+        if facts.labelled_samples is not None and facts.labelled_samples > self.budget:
+            raise ValueError(f"has a budget of {self.budget}, but its source begins with {facts.labelled_samples} labels")
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
         entry = SELECTORS.entry(self.by["type"])
-        read = [name for name in entry.inputs if name not in ("count", "taken", "seed")]
-        found = pool.gathered(*read, "index", "labelled")
+        read = [name for name in entry.inputs if name not in ("count", "excluded", "seed")]
+        found = pool.gather(*read, "index", "labelled")
         index = found["index"]
         taken = found.get("labelled", torch.zeros(len(index), dtype=torch.bool))
         if pool.previous is not None:
@@ -65,17 +65,17 @@ class Choose(Maker):
                 given["seed"] = pool.seed
             chosen[selector(wanted, taken, **given)] = True
         found_now = torch.cat([outside, index[chosen]]).sort().values
-        return {"index": found_now, "told": {"chosen": len(found_now), "new": wanted, "budget": self.budget}}
+        return {"index": found_now, "summary": {"chosen": len(found_now), "new": wanted, "budget": self.budget}}
 
 
-def _memory(name: str, memory: int) -> int:
+def _check_memory(name: str, memory: int) -> int:
     if memory < 1:
         raise ConfigError(f"{name}: memory must be 1 or more, got {memory}")
     return memory
 
 
-@ARTIFACTS.register("reservoir", makes="choice")
-class Reservoir(Maker):
+@ARTIFACTS.register("reservoir", produces="subset")
+class Reservoir(ArtifactBuilder):
     """A replay memory: a uniform sample of everything that the stream has shown so far.
 
     Vitter, Random Sampling with a Reservoir, 1985; the memory of experience replay (Chaudhry et al. 2019,
@@ -86,10 +86,10 @@ class Reservoir(Maker):
     """
 
     def __init__(self, memory: int) -> None:
-        self.memory = _memory("reservoir", memory)
+        self.memory = _check_memory("reservoir", memory)
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
-        seen = pool.gathered("index")["index"]
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+        seen = pool.gather("index")["index"]
         keys = torch.rand(len(seen), generator=torch.Generator().manual_seed(pool.seed), dtype=torch.float64)
         before, known = 0, torch.zeros(0, dtype=torch.int64)
         if pool.previous is not None:
@@ -103,11 +103,11 @@ class Reservoir(Maker):
         kept = keys.sort(stable=True).indices[: self.memory]
         kept = kept[seen[kept].sort(stable=True).indices]
         told = {"remembered": len(kept), "of": len(known), "memory": self.memory, "before": before}
-        return {"index": seen[kept], "keys": keys[kept], "seen": known.sort().values, "told": told}
+        return {"index": seen[kept], "keys": keys[kept], "seen": known.sort().values, "summary": told}
 
 
-@ARTIFACTS.register("exemplars", makes="choice", operands=("features",), labels=True)
-class Exemplars(Maker):
+@ARTIFACTS.register("exemplars", produces="subset", operands=("features",), labels=True)
+class Exemplars(ArtifactBuilder):
     """A replay memory of the samples whose mean feature stays nearest to their class's mean: iCaRL's herding.
 
     p_k = argmin_x || mu - (phi(x) + sum_{j<k} phi(p_j)) / k ||, with features phi of unit length and mu their mean over
@@ -119,10 +119,10 @@ class Exemplars(Maker):
     """
 
     def __init__(self, memory: int) -> None:
-        self.memory = _memory("exemplars", memory)
+        self.memory = _check_memory("exemplars", memory)
 
-    def __call__(self, pool: Pool) -> dict[str, Any]:
-        found = pool.gathered("features", "label", "index")
+    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+        found = pool.gather("features", "label", "index")
         features = torch.nn.functional.normalize(found["features"].flatten(1).double(), dim=-1)
         before: Mapping[str, Tensor] = pool.previous or {}
         old = before["label"].unique().tolist() if before else []
@@ -136,17 +136,17 @@ class Exemplars(Maker):
             parts.append((before["index"][kept], before["label"][kept], before["rank"][kept]))
         for own in new:
             rows = (found["label"] == own).nonzero().flatten()
-            order = rows[herd(features[rows], min(each, len(rows)))]
+            order = rows[herding_order(features[rows], min(each, len(rows)))]
             parts.append((found["index"][order], torch.full_like(order, own), torch.arange(len(order))))
         if not parts:
             raise ConfigError("exemplars: the source has no sample with a label")
         index, label, rank = (torch.cat(values) for values in zip(*parts, strict=True))
         order = index.sort(stable=True).indices
         told = {"remembered": len(index), "memory": self.memory, "classes": len(old) + len(new)}
-        return {"index": index[order], "label": label[order], "rank": rank[order], "told": told}
+        return {"index": index[order], "label": label[order], "rank": rank[order], "summary": told}
 
 
-def herd(features: Tensor, count: int) -> Tensor:
+def herding_order(features: Tensor, count: int) -> Tensor:
     """Orders rows so that the mean of the first k is near the mean of all, for every k.
 
     Args:

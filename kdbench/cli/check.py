@@ -12,8 +12,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from kdbench.cli.descriptions import in_words, shape_words, value_words
-from kdbench.cli.diagram import course, draw
+from kdbench.cli.descriptions import describe_stage, shape_text, value_text
+from kdbench.cli.diagram import draw_stage, stage_sequence
 from kdbench.config.schema import PartConfig, Recipe, RoleConfig, StageConfig
 from kdbench.registry import TERMS
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from kdbench.engine.plan.plan import StagePlan
 
 
-def run(recipe: Recipe, *, brief: bool = False) -> int:
+def check_recipe(recipe: Recipe, *, brief: bool = False) -> int:
     """Plans every stage and prints what would happen; `brief` prints one line (`check --all`).
 
     Raises:
         ConfigError: anything that training would have failed at before its first step.
     """
-    from kdbench.engine.device import choose_device, describe_device
+    from kdbench.engine.device import describe_device, resolve_device
     from kdbench.experiment.artifacts import plan_stages
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a pipe has no width; 80 would fold the tables
-    device = choose_device(recipe.device)
+    device = resolve_device(recipe.device)
     plans = plan_stages(recipe)
     if brief:
         notes = [note for plan in plans for note in plan.notes]
@@ -54,11 +54,11 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
             for item in items:
                 console.print(Text(f"{label}: {item}"))
     if len(plans) > 1:
-        console.print(Text(f"\ncourse: {course(recipe.stages)}", style="bold"))
+        console.print(Text(f"\ncourse: {stage_sequence(recipe.stages)}", style="bold"))
     told: dict[str, str] = {}
     for number, plan in enumerate(plans):
         later = recipe.stages[number + 1 :]
-        same = _as_before(plan, told)
+        same = _identical_stage(plan, told)
         if same is not None:
             console.print(Text(f"stage {plan.stage.name}: as {same}, in a later round\n"))
             continue
@@ -70,9 +70,9 @@ def run(recipe: Recipe, *, brief: bool = False) -> int:
     return 0
 
 
-def _as_before(plan: StagePlan, told: dict[str, str]) -> str | None:
+def _identical_stage(plan: StagePlan, told: dict[str, str]) -> str | None:
     """The name of a stage that was told already and says the same, the numbers of rounds aside."""
-    rows = [*in_words(plan), *draw(plan), *(_weights_words(role) for role in plan.stage.roles.values())]
+    rows = [*describe_stage(plan), *draw_stage(plan), *(_weights_cell(role) for role in plan.stage.roles.values())]
     text = re.sub(r"@\d+", "@", "\n".join([plan.stage.name, *rows]))
     before = told.get(text)
     told.setdefault(text, plan.stage.name)
@@ -84,7 +84,7 @@ def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig]
     console.print()
     if several:
         console.print(Text(f"stage {stage.name}", style="bold underline"))
-    for line in draw(plan, later):
+    for line in draw_stage(plan, later):
         console.print(Text(line), soft_wrap=True)
     console.print()
     console.print(_roles_table(plan))
@@ -95,7 +95,7 @@ def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig]
         console.print(_features_table(plan))
         console.print()
     console.print(Text("in words", style="bold"))
-    for sentence in in_words(plan):
+    for sentence in describe_stage(plan):
         if console.is_terminal:
             console.print(Padding(Text(sentence), (0, 0, 0, 2)))
         else:
@@ -116,16 +116,16 @@ def _roles_table(plan: StagePlan) -> Table:
     for name, role in plan.roles.items():
         config = role.config
         lives = config.mode if config.source_role is None else f"{config.mode} of {config.source_role}"
-        stops = f" (runs as far as {role.stops_after})" if role.stops_after else ""
+        stops = f" (runs as far as {role.stop_module})" if role.stop_module else ""
         table.add_row(
             name,
             role.model,
             config.input,
             lives + stops,
             f"{role.parameters:,}",
-            f"{role.trainable:,}",
-            _short(role.flops),
-            _weights_words(config),
+            f"{role.trainable_parameters:,}",
+            _number_cell(role.flops),
+            _weights_cell(config),
         )
     return table
 
@@ -142,10 +142,10 @@ def _terms_table(plan: StagePlan) -> Table:
                 name if first else "",
                 config.type if first else "",
                 str(space) if first else "",
-                value_words(config.weight) if first else "",
+                value_text(config.weight) if first else "",
                 str(edge.student),
                 str(edge.teacher) if edge.teacher else "-",
-                ", ".join(f"{k} {value_words(v)}" for k, v in config.params.items()) if first else "",
+                ", ".join(f"{k} {value_text(v)}" for k, v in config.params.items()) if first else "",
                 adapters[number] if number < len(adapters) else "",
             )
     return table
@@ -155,12 +155,12 @@ def _features_table(plan: StagePlan) -> Table:
     table = _table("features that the terms read", "role", "path", "shape of one sample", "note")
     for name, role in plan.roles.items():
         for feature, shape in role.features.items():
-            note = "cloned: overwritten in place later in the forward" if feature in role.overwritten else ""
-            table.add_row(name, str(feature), shape_words(shape), note)
+            note = "cloned: overwritten in place later in the forward" if feature in role.overwritten_features else ""
+            table.add_row(name, str(feature), shape_text(shape), note)
     return table
 
 
-def _weights_words(config: RoleConfig) -> str:
+def _weights_cell(config: RoleConfig) -> str:
     weights = config.weights
     if weights is None:
         return "from the seed" if config.source_role is None else f"of {config.source_role}"
@@ -170,7 +170,7 @@ def _weights_words(config: RoleConfig) -> str:
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
 
 
-def _short(number: int) -> str:
+def _number_cell(number: int) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -22,31 +22,31 @@ from kdbench.errors import ConfigError, Location
 
 if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
-    from kdbench.speed.concurrent.dispatcher import Member
+    from kdbench.speed.concurrent.dispatcher import ConcurrentRun
 
 
 NAME = "concurrent"
 
 
-PLACE = "hydra_plugins.kdbench_concurrent"
+PLUGIN_MODULE = "hydra_plugins.kdbench_concurrent"
 """Hydra takes plug-ins from `hydra_plugins` only. The module is made when kdbench asks for it, so that no other program
 of Hydra's finds it installed and loads kdbench."""
 
 
 @dataclass
-class GangConfig:
+class ConcurrentLauncherConfig:
     """What `hydra.launcher.KEY=...` sets.
 
     size: how many runs train at a time; None: all that fit together.
     stack: whether runs of one architecture step as one stack of channels: auto (the faster form), true, false.
     """
 
-    _target_: str = f"{PLACE}.GangLauncher"
+    _target_: str = f"{PLUGIN_MODULE}.ConcurrentLauncher"
     size: Any = None
     stack: Any = "auto"
 
 
-class GangLauncher(Launcher):
+class ConcurrentLauncher(Launcher):
     """Trains jobs that share device, number formats and data as a gang; the others in gangs of their own, or alone."""
 
     def __init__(self, size: Any = None, stack: Any = "auto") -> None:
@@ -59,14 +59,14 @@ class GangLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         self._check()
-        jobs = [self._job(number, list(words)) for number, words in enumerate(job_overrides, initial_job_idx)]
+        jobs = [self._compose_job(number, list(words)) for number, words in enumerate(job_overrides, initial_job_idx)]
         for job in jobs:
-            job.begin()
+            job.start()
         ready = [job for job in jobs if job.recipe is not None]
-        labels = labels_of([job.words for job in ready])
-        for numbers in self._gangs([job.recipe for job in ready if job.recipe is not None]):
-            _train([ready[n] for n in numbers], [labels[n] for n in numbers], self.stack)
-        return [_told(job) for job in jobs]
+        labels = job_labels([job.overrides for job in ready])
+        for numbers in self._group_jobs([job.recipe for job in ready if job.recipe is not None]):
+            _train_jobs([ready[n] for n in numbers], [labels[n] for n in numbers], self.stack)
+        return [_job_return(job) for job in jobs]
 
     def _check(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
@@ -76,7 +76,7 @@ class GangLauncher(Launcher):
             place = Location(override=f"hydra.launcher.stack={self.stack}")
             raise ConfigError(f"{place}: expected auto, true or false.")
 
-    def _job(self, number: int, words: list[str]) -> Job:
+    def _compose_job(self, number: int, words: list[str]) -> Job:
         from omegaconf import open_dict
 
         config = self.context.config_loader.load_sweep_config(self.config, words)
@@ -85,34 +85,34 @@ class GangLauncher(Launcher):
             node = config.pop("hydra")
         return Job(config, node)
 
-    def _gangs(self, recipes: Sequence[Recipe]) -> list[list[int]]:
+    def _group_jobs(self, recipes: Sequence[Recipe]) -> list[list[int]]:
         """Which jobs train together, in the order in which the gangs do; says why not all of them."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _say("several processes train each run (torchrun): the runs train one after another.")
+            _notice("several processes train each run (torchrun): the runs train one after another.")
             return [[number] for number in range(len(recipes))]
         gangs: list[tuple[dict[str, Any], set[str], list[int]]] = []
         for number, recipe in enumerate(recipes):
-            facts, run = _facts(recipe), identity(recipe)
+            facts, run = _shared_settings(recipe), identity(recipe)
             fitting = (gang for gang in gangs if gang[0] == facts and run not in gang[1])
             found = next((gang for gang in fitting if self.size is None or len(gang[2]) < self.size), None)
             if found is None:
                 if gangs:
-                    self._say_apart(number, facts, run, gangs)
+                    self._notice_separation(number, facts, run, gangs)
                 gangs.append(found := (facts, set(), []))
             found[1].add(run)
             found[2].append(number)
         return [numbers for _, _, numbers in gangs]
 
-    def _say_apart(self, number: int, facts: dict[str, Any], run: str, gangs: Sequence[Any]) -> None:
+    def _notice_separation(self, number: int, facts: dict[str, Any], run: str, gangs: Sequence[Any]) -> None:
         first, runs, _ = gangs[0]
         other = [what for what, value in facts.items() if first[what] != value]
         if other:
-            _say(f"job {number} has other {' and '.join(other)} than the first: it trains after it, not beside it.")
+            _notice(f"job {number} has other {' and '.join(other)} than the first: it trains after it, not beside it.")
         elif run in runs:
-            _say(f"job {number} is the same run as an earlier one: it waits for that one's result.")
+            _notice(f"job {number} is the same run as an earlier one: it waits for that one's result.")
 
 
-def register() -> None:
+def register_launcher() -> None:
     """Makes the launcher known to Hydra, in this process."""
     plugins = Plugins.instance()  # by now it has looked for installed ones
     try:
@@ -120,14 +120,14 @@ def register() -> None:
     except ImportError:
         sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         sys.modules["hydra_plugins"].__path__ = []
-    module = sys.modules.setdefault(PLACE, ModuleType(PLACE))
-    vars(module)[GangLauncher.__name__] = GangLauncher
-    GangLauncher.__module__ = PLACE
-    plugins.register(GangLauncher)
-    ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=GangConfig, provider="kdbench")
+    module = sys.modules.setdefault(PLUGIN_MODULE, ModuleType(PLUGIN_MODULE))
+    vars(module)[ConcurrentLauncher.__name__] = ConcurrentLauncher
+    ConcurrentLauncher.__module__ = PLUGIN_MODULE
+    plugins.register(ConcurrentLauncher)
+    ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=ConcurrentLauncherConfig, provider="kdbench")
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     """What runs must share to train together, by what it is called."""
     data = [
         [(name, source.dataset, source.split, source.artifact) for name, source in stage.data.items()]
@@ -140,7 +140,7 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def labels_of(jobs: Sequence[Sequence[str]]) -> list[str]:
+def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     """What sets each job apart: its overrides that not all others have too."""
     given = [[word.lstrip("+") for word in words] for words in jobs]
     common = set.intersection(*(set(words) for words in given)) if given else set()
@@ -148,52 +148,52 @@ def labels_of(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [label or f"job {number}" for number, label in enumerate(labels)]
 
 
-def _train(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
+def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
     """Trains a gang, or a job alone."""
-    from kdbench.cli.train import run, tell
+    from kdbench.cli.train import print_outcome, train_recipe
 
     if len(jobs) == 1:
-        jobs[0].keep(lambda: run(jobs[0].given()))
+        jobs[0].run_training(lambda: train_recipe(jobs[0].loaded_recipe()))
         return
-    from kdbench.engine.device import choose_device
-    from kdbench.speed.concurrent.dispatcher import Gang
+    from kdbench.engine.device import resolve_device
+    from kdbench.speed.concurrent.dispatcher import Dispatcher
 
     try:
-        device = choose_device(jobs[0].given().device)
+        device = resolve_device(jobs[0].loaded_recipe().device)
     except ConfigError as error:
         for job in jobs:
-            job.fail(error)
+            job.record_failure(error)
         return
-    gang: Gang[None] = Gang(labels, device, stack=stack, say=_say)
+    gang: Dispatcher[None] = Dispatcher(labels, device, stack=stack, say=_notice)
     for ended in gang.run([_task(job, label) for job, label in zip(jobs, labels, strict=True)]):
         if ended is not None:
             raise ended
     for job, label in zip(jobs, labels, strict=True):
         if job.outcome is not None:
             print(f"\n{label}", flush=True)
-            tell(job.outcome)
+            print_outcome(job.outcome)
 
 
-def _task(job: Job, label: str) -> Callable[[Member], None]:
+def _task(job: Job, label: str) -> Callable[[ConcurrentRun], None]:
     """Trains one job as a member; what fails is told at once, and the others go on."""
     from kdbench.experiment.run import run
-    from kdbench.report.console import ConsoleView
+    from kdbench.report.console import ConsoleReporter
 
-    def trained(member: Member) -> Outcome:
-        return run(job.given(), console=ConsoleView(prefix=label, bar=False), attend=member.attend)
+    def trained(member: ConcurrentRun) -> Outcome:
+        return run(job.loaded_recipe(), console=ConsoleReporter(prefix=label, bar=False), on_stage_ready=member.attend)
 
-    return lambda member: job.keep(lambda: trained(member))
+    return lambda member: job.run_training(lambda: trained(member))
 
 
-def _told(job: Job) -> JobReturn:
+def _job_return(job: Job) -> JobReturn:
     """How a job ended, as a sweeper wants to know it."""
-    failed = job.failed is not None
-    value = job.failed if failed else job.headline()
+    failed = job.failure is not None
+    value = job.failure if failed else job.objective()
     status = JobStatus.FAILED if failed else JobStatus.COMPLETED
-    return JobReturn(job.words, job.config, job.node, os.getcwd(), "kdbench", status, value)
+    return JobReturn(job.overrides, job.config, job.hydra_config, os.getcwd(), "kdbench", status, value)
 
 
-def _say(text: str) -> None:
-    from kdbench.report.console import ConsoleView
+def _notice(text: str) -> None:
+    from kdbench.report.console import ConsoleReporter
 
-    ConsoleView(prefix=NAME, bar=False).notice(text)
+    ConsoleReporter(prefix=NAME, bar=False).notice(text)

@@ -20,7 +20,7 @@ LABELS = ("sees", "teaches", "moves", "makes", "hands on")
 INDENT = max(len(label) for label in LABELS) + 2
 
 
-def draw(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
+def draw_stage(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
     """Draws one stage, line by line.
 
     Args:
@@ -28,11 +28,11 @@ def draw(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
     """
     stage = plan.stage
     sections = {
-        "sees": list(_sees(plan)),
-        "teaches": list(_teaches(stage, plan.layout.terms)),
-        "moves": list(_moves(plan.updates)),
-        "makes": list(_makes(stage)),
-        "hands on": list(_hands_on(stage, later)),
+        "sees": list(_input_lines(plan)),
+        "teaches": list(_term_lines(stage, plan.resolved_stage.terms)),
+        "moves": list(_update_lines(plan.updates)),
+        "makes": list(_artifact_lines(stage)),
+        "hands on": list(_later_stage_lines(stage, later)),
     }
     lines = []
     for label, body in sections.items():
@@ -41,7 +41,7 @@ def draw(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
     return lines
 
 
-def course(stages: Sequence[StageConfig]) -> str:
+def stage_sequence(stages: Sequence[StageConfig]) -> str:
     """The stages in their order, the rounds of a loop told once: `prepare -> 4 x (train -> query)`."""
     parts: list[str] = []
     position = 0
@@ -66,38 +66,38 @@ def course(stages: Sequence[StageConfig]) -> str:
     return " -> ".join(parts)
 
 
-def _sees(plan: StagePlan) -> Iterator[str]:
+def _input_lines(plan: StagePlan) -> Iterator[str]:
     """The fields of the sources, and below each the roles that see it, and those that see these."""
     stage = plan.stage
     children: dict[str, list[str]] = {}
-    for name in running(plan):
-        children.setdefault(_root(stage.roles[name].input), []).append(name)
+    for name in active_roles(plan):
+        children.setdefault(_root_name(stage.roles[name].input), []).append(name)
     for address in (address for address in children if "." in address and ":" not in address):
         yield address
-        yield from _branches(stage, children, address, "")
+        yield from _branch_lines(stage, children, address, "")
 
 
-def running(plan: StagePlan) -> list[str]:
+def active_roles(plan: StagePlan) -> list[str]:
     """The roles that run in a stage: what terms and makers read, what is measured, and what those see."""
     stage = plan.stage
     waiting = [stage.export, *stage.evaluate]
-    waiting += [leaf.role for leaf in stage.read_operands(plan.layout.terms) if leaf.kind == "role"]
+    waiting += [leaf.role for leaf in stage.read_operands(plan.resolved_stage.terms) if leaf.kind == "role"]
     found: set[str] = set()
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
             role = stage.roles[name]
-            waiting += [_root(address) for address in (role.input, *role.extra_inputs) if ":" in address]
-    return [name for name in plan.layout.order if name in found]
+            waiting += [_root_name(address) for address in (role.input, *role.extra_inputs) if ":" in address]
+    return [name for name in plan.resolved_stage.order if name in found]
 
 
-def _root(address: str) -> str:
+def _root_name(address: str) -> str:
     """The role that an address belongs to, or the field of a source itself."""
     return address.split(":", 1)[0] if ":" in address else address
 
 
-def _branches(stage: StageConfig, children: Mapping[str, Sequence[str]], parent: str, lead: str) -> Iterator[str]:
+def _branch_lines(stage: StageConfig, children: Mapping[str, Sequence[str]], parent: str, lead: str) -> Iterator[str]:
     own = children.get(parent, ())
     for number, name in enumerate(own):
         last = number == len(own) - 1
@@ -105,11 +105,11 @@ def _branches(stage: StageConfig, children: Mapping[str, Sequence[str]], parent:
         path = role.input.split(":", 1)[1] if ":" in role.input else ""
         at = f"{path} " if path not in ("", "logits", "image") else ""
         besides = f" with {', '.join(role.extra_inputs)}" if role.extra_inputs else ""
-        yield f"{lead}{'└─' if last else '├─'} {at}{'» ' if at else ''}{name}{besides} ({_life(role, stage)})"
-        yield from _branches(stage, children, name, f"{lead}{'   ' if last else '│  '}")
+        yield f"{lead}{'└─' if last else '├─'} {at}{'» ' if at else ''}{name}{besides} ({_role_text(role, stage)})"
+        yield from _branch_lines(stage, children, name, f"{lead}{'   ' if last else '│  '}")
 
 
-def stands_still(role: RoleConfig, stage: StageConfig) -> bool:
+def is_never_updated(role: RoleConfig, stage: StageConfig) -> bool:
     """Whether a role could learn, but the stage has updates and none of them names it."""
     if role.mode != "trainable" or not stage.updates:
         return False
@@ -117,19 +117,19 @@ def stands_still(role: RoleConfig, stage: StageConfig) -> bool:
     return all(role.name not in (one.name, one.source_role if one.mode == "reuse" else None) for one in named)
 
 
-def _life(role: RoleConfig, stage: StageConfig) -> str:
+def _role_text(role: RoleConfig, stage: StageConfig) -> str:
     words = {
         "frozen": "frozen",
-        "trainable": "in train mode, moved by nothing" if stands_still(role, stage) else "learns",
+        "trainable": "in train mode, moved by nothing" if is_never_updated(role, stage) else "learns",
         "ema": f"average of {role.source_role}",
         "snapshot": f"copy of {role.source_role}",
         "reuse": f"{role.source_role}{':' + role.module_path if role.module_path else ''} itself",
     }[role.mode]
-    where = origin(role)
+    where = weights_text(role)
     return words + (f", {where}" if where else "") + (", the result" if role.name == stage.export else "")
 
 
-def origin(role: RoleConfig) -> str:
+def weights_text(role: RoleConfig) -> str:
     """Where a role's weights come from, in words; empty where they are drawn from the seed."""
     weights = role.weights
     if weights is None:
@@ -143,9 +143,9 @@ def origin(role: RoleConfig) -> str:
     return f"from {where}{own}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
 
 
-def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
+def _term_lines(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
     configs = [stage.terms[name] for name in terms]
-    drawn = [(_teacher(edge, config), config, edge) for config in configs for edge in config.edges]
+    drawn = [(_teacher_label(edge, config), config, edge) for config in configs for edge in config.edges]
     width = max((len(teacher) for teacher, _, _ in drawn), default=0)
     for teacher, config, edge in drawn:
         away = isinstance(config.weight, int | float) and config.weight < 0
@@ -156,33 +156,33 @@ def _teaches(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
             if part
         ]
         how += [f"where {config.mask}"] if config.mask else []
-        named = [f"{name} {_short(operand)}" for name, operand in config.operands.items()]
+        named = [f"{name} {_operand_label(operand)}" for name, operand in config.operands.items()]
         how += [f"with {', '.join(named)}"] if named else []
         both = config.teacher_grad and edge.teacher is not None
         told = f"  ({', '.join(how)})" if how else ""
-        yield f"{teacher:>{width}} {'<' if both else '─'}─ {name} ─> {_short(edge.student)}{told}"
+        yield f"{teacher:>{width}} {'<' if both else '─'}─ {name} ─> {_operand_label(edge.student)}{told}"
 
 
-def _teacher(edge: EdgeConfig, config: TermConfig) -> str:
+def _teacher_label(edge: EdgeConfig, config: TermConfig) -> str:
     if edge.teacher is not None:
-        return _short(edge.teacher)
+        return _operand_label(edge.teacher)
     return "labels" if "label" in TERMS.entry(config.type).inputs else ""
 
 
-def _short(operand: OperandConfig) -> str:
+def _operand_label(operand: OperandConfig) -> str:
     """An address without what goes without saying."""
     if operand.combiner is not None:
-        return f"{operand.combiner.type}({', '.join(_short(part) for part in operand.parts)})"
+        return f"{operand.combiner.type}({', '.join(_operand_label(part) for part in operand.parts)})"
     return re.sub(r":logits$", "", str(operand))
 
 
-def moved(update: UpdatePlan) -> str:
+def updated_models(update: UpdatePlan) -> str:
     """The models that an update really moves: those with a parameter that its terms reach."""
     found = [name for name in update.config.models if any(p.startswith(f"{name}.") for p in update.parameters)]
     return ", ".join(found) or "the terms' own parameters"
 
 
-def _moves(updates: Sequence[UpdatePlan]) -> Iterator[str]:
+def _update_lines(updates: Sequence[UpdatePlan]) -> Iterator[str]:
     number = 0
     before: int | None = None
     for plan in updates:
@@ -196,40 +196,40 @@ def _moves(updates: Sequence[UpdatePlan]) -> Iterator[str]:
         if update.inner_step is not None:
             how += f", after a virtual step of {', '.join(update.inner_step.models)} by {', '.join(update.inner_step.terms)}"
         label = f"{number}." if not together else "&".rjust(len(f"{number}."))
-        yield f"{label + ' ' if len(updates) > 1 else ''}{moved(plan)} by {', '.join(update.terms)}{how}"
+        yield f"{label + ' ' if len(updates) > 1 else ''}{updated_models(plan)} by {', '.join(update.terms)}{how}"
 
 
-def _makes(stage: StageConfig) -> Iterator[str]:
+def _artifact_lines(stage: StageConfig) -> Iterator[str]:
     for name, make in stage.artifacts.items():
-        kind = ARTIFACTS.entry(make.part.type).facts.get("makes", "thing")
+        kind = ARTIFACTS.entry(make.part.type).facts.get("produces", "thing")
         source = f" over {make.source}" if make.source else ""
-        read = ", ".join(_short(operand) for operand in make.part.operands.values())
+        read = ", ".join(_operand_label(operand) for operand in make.part.operands.values())
         yield f"{stage.name}.{name}, a {kind}, by {make.part.type}{source}{' from ' + read if read else ''}"
 
 
-def _hands_on(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[str]:
+def _later_stage_lines(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[str]:
     """What later stages start from, each with all the stages that do."""
     found: dict[tuple[str, str], list[str]] = {}
     for other in later:
-        for what, becomes in _taken(stage, other):
+        for what, becomes in _dependencies(stage, other):
             found.setdefault((what, becomes), []).append(other.name)
     for (what, becomes), names in found.items():
         shown = f"stages {names[0]} to {names[-1]}" if len(names) > 2 else f"stage {' and '.join(names)}"
         yield f"{what} ─> {becomes} {shown}"
 
 
-def _taken(stage: StageConfig, other: StageConfig) -> Iterator[tuple[str, str]]:
+def _dependencies(stage: StageConfig, other: StageConfig) -> Iterator[tuple[str, str]]:
     """What another stage takes from this one, and what becomes of it there."""
     for role in other.roles.values():
         if role.weights is not None and role.weights.stage == stage.name:
             own = " and ".join(role.weights.role) or role.name
             yield f"{'the mean of ' if len(role.weights.role) > 1 else ''}{own}", f"{role.name} of"
-        if role.artifact is not None and _maker(role.artifact) == stage.name:
+        if role.artifact is not None and _artifact_stage(role.artifact) == stage.name:
             yield role.artifact, f"the model of {role.name} in"
     for source in other.data.values():
         for made, what in ((source.artifact, "samples"), (source.subset, "choice"), (source.label_fraction, "labels")):
             for text in made if isinstance(made, tuple) else (made,):
-                if isinstance(text, str) and _maker(text) == stage.name:
+                if isinstance(text, str) and _artifact_stage(text) == stage.name:
                     yield text, f"the {what} of source {source.name} in"
     for term in other.terms.values():
         for leaf in term.read_operands():
@@ -237,6 +237,6 @@ def _taken(stage: StageConfig, other: StageConfig) -> Iterator[tuple[str, str]]:
                 yield f"{leaf.role}.{leaf.path}", f"term {term.name} of"
 
 
-def _maker(made: str) -> str:
+def _artifact_stage(made: str) -> str:
     """The stage that makes `STAGE.NAME`."""
     return made.rsplit(".", 1)[0]

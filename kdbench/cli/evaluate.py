@@ -10,7 +10,7 @@ from rich.table import Table
 from kdbench.errors import UserError
 
 
-def run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
+def evaluate_run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
     """Measures the roles of a run from its last checkpoint, and says where that differs from its summary."""
     from kdbench.experiment.reopened import reevaluate
     from kdbench.files import read_json

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COLUMNS = ("path", "type", "output", "parameters", "notes")
 
 
-def run(
+def inspect_model(
     model: str,
     params: Mapping[str, Any] | None = None,
     *,
@@ -54,26 +54,26 @@ def run(
     if (image and len(shape) != 3) or min(shape) < 1:
         raise ConfigError(f"inspect: image must be channels, height and width, such as 3,32,32; got {list(shape)}")
     injected = {"in_channels": shape[0], **({} if num_classes is None else {"num_classes": num_classes})}
-    network, calls = _trace(model, params, injected, shape)
-    rows = [row for call, row in zip(calls, _rows(network, calls), strict=True) if _shown(call.path, depth)]
+    network, calls = _trace_model(model, params, injected, shape)
+    rows = [row for call, row in zip(calls, _module_rows(network, calls), strict=True) if _is_within_depth(call.path, depth)]
     total = sum(p.numel() for p in network.parameters())
-    seen = f"{'image' if len(shape) == 3 else 'vector'} {_shape(shape)}"
+    seen = f"{'image' if len(shape) == 3 else 'vector'} {_shape_text(shape)}"
     title = f"{model}: {total:,} parameters, {type(network).__name__}, {seen}"
-    _print(title, rows, file or sys.stdout)
+    _print_rows(title, rows, file or sys.stdout)
     return 0
 
 
-def _trace(
+def _trace_model(
     name: str, params: Mapping[str, Any], injected: Mapping[str, Any], image: tuple[int, ...]
 ) -> tuple[nn.Module, list[ModuleCall]]:
     import torch
 
-    from kdbench.engine.plan.trace import trace
+    from kdbench.engine.plan.trace import trace_modules
 
     def attempt(device: torch.device) -> tuple[nn.Module, list[ModuleCall]]:
         with device:
             network = MODELS.build(name, params, "inspect", **injected).to(device).eval()
-            return network, trace(network, torch.zeros(2, *image))
+            return network, trace_modules(network, torch.zeros(2, *image))
 
     try:
         return attempt(torch.device("meta"))
@@ -83,12 +83,12 @@ def _trace(
         return attempt(torch.device("cpu"))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"inspect: model {name!r} does not take an image of {_shape(image)}: {error}. What it sees in a recipe, "
+            f"inspect: model {name!r} does not take an image of {_shape_text(image)}: {error}. What it sees in a recipe, "
             "and the features that are read of it, are in the tables of `kdbench check RECIPE`"
         ) from error
 
 
-def _rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ...]]:
+def _module_rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ...]]:
     modules = dict(network.named_modules())
     most: dict[str, int] = {}
     for call in calls:
@@ -106,7 +106,7 @@ def _rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ..
             (
                 f"{path}@{call.call}" if call.call > 1 else path,
                 call.type,
-                _shape(call.output.shape[1:]) if call.output is not None else "no tensor",
+                _shape_text(call.output.shape[1:]) if call.output is not None else "no tensor",
                 f"{own:,}" if own else "",
                 "; ".join(notes),
             )
@@ -114,15 +114,15 @@ def _rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ..
     return rows
 
 
-def _shown(path: str, depth: int | None) -> bool:
+def _is_within_depth(path: str, depth: int | None) -> bool:
     return depth is None or path.count(".") < depth
 
 
-def _shape(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return " x ".join(str(size) for size in shape) or "scalar"
 
 
-def _print(title: str, rows: Sequence[tuple[str, ...]], file: TextIO) -> None:
+def _print_rows(title: str, rows: Sequence[tuple[str, ...]], file: TextIO) -> None:
     if not file.isatty():
         widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
         print(title, file=file)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
 
 
-JOBS = "jobs"
+JOBS_FOLDER = "jobs"
 """Where the notes of a multirun's finished jobs lie, beside its configs."""
 
 
@@ -30,7 +30,7 @@ class JobFailed(Exception):
         self.code = code
 
 
-def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
+def _write_job_note(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
     """Leaves a note of a job, which a launcher may run in another process or on another machine.
 
     Before the job it says what was asked for; after it (with the outcome), where the result lies.
@@ -40,8 +40,8 @@ def _keep_job(folder: Path, number: int, overrides: Sequence[str], outcome: Outc
         if not outcome.is_main:
             return
         note |= {"folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
-    (folder / JOBS).mkdir(exist_ok=True)
-    write_json(folder / JOBS / f"{number}.json", note)
+    (folder / JOBS_FOLDER).mkdir(exist_ok=True)
+    write_json(folder / JOBS_FOLDER / f"{number}.json", note)
 
 
 class Job:
@@ -52,56 +52,56 @@ class Job:
         node: Hydra's own node.
     """
 
-    def __init__(self, config: Any, node: Any) -> None:
-        self.config, self.node = config, node
-        self.words = job_overrides(node)
-        self.folder = next(Path(source.path) for source in node.runtime.config_sources if source.provider == "main")
+    def __init__(self, config: Any, hydra_config: Any) -> None:
+        self.config, self.hydra_config = config, hydra_config
+        self.overrides = job_overrides(hydra_config)
+        self.folder = next(Path(source.path) for source in hydra_config.runtime.config_sources if source.provider == "main")
         self.recipe: Recipe | None = None
         self.outcome: Outcome | None = None
-        self.failed: JobFailed | None = None
+        self.failure: JobFailed | None = None
 
     @property
     def number(self) -> int:
         """Its place in the sweep."""
-        return self.node.job.num
+        return self.hydra_config.job.num
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Says what was asked for, and loads it."""
-        print(f"job {self.number}: {' '.join(text.lstrip('+') for text in self.words)}", flush=True)
-        _keep_job(self.folder, self.number, self.words, None)
+        print(f"job {self.number}: {' '.join(text.lstrip('+') for text in self.overrides)}", flush=True)
+        _write_job_note(self.folder, self.number, self.overrides, None)
         try:
             self.recipe = self.load()
         except Exception as error:
-            self.fail(error)
+            self.record_failure(error)
 
     def load(self) -> Recipe:
         from kdbench.plugins import load_plugins
 
         load_plugins()
-        return load_job(self.config, self.folder, self.node)
+        return load_job(self.config, self.folder, self.hydra_config)
 
-    def given(self) -> Recipe:
+    def loaded_recipe(self) -> Recipe:
         assert self.recipe is not None
         return self.recipe
 
-    def keep(self, train: Callable[[], Outcome]) -> None:
+    def run_training(self, train: Callable[[], Outcome]) -> None:
         """Trains, and notes where the result lies; an error is told, and kept for the sweep's end."""
         try:
             self.outcome = train()
-            _keep_job(self.folder, self.number, self.words, self.outcome)
+            _write_job_note(self.folder, self.number, self.overrides, self.outcome)
         except Exception as error:
-            self.fail(error)
+            self.record_failure(error)
 
-    def fail(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         mistake = isinstance(error, UserError)
         if mistake:
             print(f"kdbench: job {self.number}: {escape_control_characters(str(error))}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-        self.failed = JobFailed(2 if mistake else 1)
+        self.failure = JobFailed(2 if mistake else 1)
 
-    def headline(self) -> float | None:
+    def objective(self) -> float | None:
         """The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test."""
-        from kdbench.report.summary import headline
+        from kdbench.report.summary import headline_accuracy
 
-        return None if self.outcome is None else headline(self.outcome.summary)
+        return None if self.outcome is None else headline_accuracy(self.outcome.summary)

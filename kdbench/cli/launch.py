@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdbench.config.compose.hydra import composing, saying
-from kdbench.config.compose.layers import CONFIG_NAME, Prepared, read_layers
-from kdbench.config.compose.overrides import combinations, for_hydra, parsed_value, prepare
-from kdbench.config.load import validated
+from kdbench.config.compose.hydra import job_composer, translate_hydra_errors
+from kdbench.config.compose.layers import CONFIG_NAME, ConfigLayers, read_layers
+from kdbench.config.compose.overrides import hydra_overrides, is_hydra_override, override_value, sweep_jobs
+from kdbench.config.load import validate
 from kdbench.config.paths import find_recipe
 from kdbench.errors import ConfigError
 from kdbench.files import read_json
 
 if TYPE_CHECKING:
     pass
-from kdbench.cli.jobs import JOBS, Job, JobFailed
+from kdbench.cli.jobs import JOBS_FOLDER, Job, JobFailed
 
-_TELLING = ("cfg", "info", "hydra_help", "shell_completion")
+_PRINT_FLAGS = ("cfg", "info", "hydra_help", "shell_completion")
 """Flags that print something instead of running."""
 
 
-class _Single:
+class _SingleRun:
     """A run of one job: where its temporary configs lie, and how it ended."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class _Single:
         self.error: BaseException | None = None
 
 
-_single: _Single | None = None
+_single_run: _SingleRun | None = None
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -49,23 +49,23 @@ def launch(arguments: Sequence[str]) -> int:
     from kdbench.cli.arguments import split_recipe
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
-    if any(for_hydra(text) for text in arguments if "=" in text):  # a launcher may be ours
-        from kdbench.cli.concurrent_launcher import register
+    if any(is_hydra_override(text) for text in arguments if "=" in text):  # a launcher may be ours
+        from kdbench.cli.concurrent_launcher import register_launcher
 
-        register()
-    flags, words = _flags(arguments)
+        register_launcher()
+    flags, words = _parse_flags(arguments)
     recipe, overrides = split_recipe(words)
     name, path = find_recipe(recipe)
-    given = prepare(overrides)
+    given = hydra_overrides(overrides)
     prepared = read_layers(name, path, overrides)
-    sweeping = flags.multirun or _setting(overrides, "hydra.mode") == "MULTIRUN"
-    if not any(getattr(flags, flag) for flag in _TELLING):
+    sweeping = flags.multirun or _hydra_setting(overrides, "hydra.mode") == "MULTIRUN"
+    if not any(getattr(flags, flag) for flag in _PRINT_FLAGS):
         _check_jobs(prepared, overrides, sweeping)
-    with saying(overrides):
-        return _multirun(prepared, overrides, flags, given) if sweeping else _run(prepared, flags, given)
+    with translate_hydra_errors(overrides):
+        return _run_multirun(prepared, overrides, flags, given) if sweeping else _run_single(prepared, flags, given)
 
 
-def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Hydra's flags and the other words, in whatever order they came."""
     from hydra._internal.utils import get_args_parser
 
@@ -79,7 +79,7 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in ("config_path", "config_name", "experimental_rerun"):
         if getattr(flags, flag) is not None:
             raise ConfigError(f"kdbench train: --{flag.replace('_', '-')} has no use here; the recipe is the config.")
-    asked = [f"--{flag.replace('_', '-')}" for flag in (*_TELLING, "multirun", "run") if getattr(flags, flag)]
+    asked = [f"--{flag.replace('_', '-')}" for flag in (*_PRINT_FLAGS, "multirun", "run") if getattr(flags, flag)]
     if len(asked) > 1:
         raise ConfigError(f"kdbench train: {' and '.join(asked)} exclude each other.")
     if flags.resolve and not flags.cfg:
@@ -87,57 +87,57 @@ def _flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, flags.overrides
 
 
-def _check_jobs(prepared: Prepared, overrides: Sequence[str], sweeping: bool) -> None:
+def _check_jobs(prepared: ConfigLayers, overrides: Sequence[str], sweeping: bool) -> None:
     """Composes and checks every job, so that a mistake in the seventh is found before the first begins."""
-    with composing(prepared) as compose:
+    with job_composer(prepared) as compose:
         if not sweeping:
-            validated(compose(overrides))
-        elif _setting(overrides, "hydra/sweeper") in (None, "basic"):
-            with saying(overrides):
-                jobs = combinations(overrides)
+            validate(compose(overrides))
+        elif _hydra_setting(overrides, "hydra/sweeper") in (None, "basic"):
+            with translate_hydra_errors(overrides):
+                jobs = sweep_jobs(overrides)
             for job in jobs:
-                validated(compose(job))
+                validate(compose(job))
 
 
-def _setting(overrides: Sequence[str], key: str) -> str | None:
+def _hydra_setting(overrides: Sequence[str], key: str) -> str | None:
     """The value of an override of Hydra's own, as text."""
-    found = [parsed_value(text) for text in overrides if for_hydra(text) and text.lstrip("+").startswith(f"{key}=")]
+    found = [override_value(text) for text in overrides if is_hydra_override(text) and text.lstrip("+").startswith(f"{key}=")]
     return str(found[-1]) if found else None
 
 
-def _run(prepared: Prepared, flags: argparse.Namespace, given: Sequence[str]) -> int:
-    global _single
+def _run_single(prepared: ConfigLayers, flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> int:
+    global _single_run
     with tempfile.TemporaryDirectory(prefix="kdbench-", ignore_cleanup_errors=True) as folder:
         prepared.write(Path(folder))
-        _single = _Single(Path(folder).resolve())
+        _single_run = _SingleRun(Path(folder).resolve())
         try:
-            _hydra(Path(folder).resolve(), flags, given)
-            outcome = _single
+            _run_hydra(Path(folder).resolve(), flags, hydra_overrides)
+            outcome = _single_run
         finally:
-            _single = None
+            _single_run = None
     if outcome.error is not None:
         raise outcome.error
     return 0
 
 
-def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Namespace, given: Sequence[str]) -> int:
+def _run_multirun(prepared: ConfigLayers, overrides: Sequence[str], flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> int:
     """The configs stay in the sweep's folder: joblib and submitit compose again from them, in other processes."""
     digest = hashlib.sha256("\n".join([prepared.digest(), *overrides]).encode()).hexdigest()[:8]
-    chosen = _setting(overrides, "hydra.sweep.dir")
+    chosen = _hydra_setting(overrides, "hydra.sweep.dir")
     if chosen is not None and "${" not in chosen:
         sweep = Path(chosen).resolve()
     else:
         sweep = Path(prepared.runs, prepared.name, "multirun", digest).resolve()
     folder = sweep / f"config-{digest}"
-    shutil.rmtree(folder / JOBS, ignore_errors=True)
+    shutil.rmtree(folder / JOBS_FOLDER, ignore_errors=True)
     prepared.write(folder, {"sweep": {"dir": str(sweep), "subdir": "."}})
     code = 0
     try:
-        _hydra(folder, flags, given)
+        _run_hydra(folder, flags, hydra_overrides)
     except JobFailed as failed:
         print("kdbench: some jobs failed, as told above; the results of the others stay.", file=sys.stderr)
         code = failed.code
-    found = [read_json(path) for path in sorted((folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))]
+    found = [read_json(path) for path in sorted((folder / JOBS_FOLDER).glob("*.json"), key=lambda path: int(path.stem))]
     if len(found) > 1 and any("folder" in note for note in found):
         from kdbench.cli.train import print_jobs
 
@@ -145,7 +145,7 @@ def _multirun(prepared: Prepared, overrides: Sequence[str], flags: argparse.Name
     return code
 
 
-def _hydra(folder: Path, flags: argparse.Namespace, given: Sequence[str]) -> None:
+def _run_hydra(folder: Path, flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> None:
     import hydra
 
     words: list[str] = []
@@ -153,12 +153,12 @@ def _hydra(folder: Path, flags: argparse.Namespace, given: Sequence[str]) -> Non
         if flag == "overrides" or value in (None, False):
             continue
         words += [f"--{flag.replace('_', '-')}", *([] if value is True else [value])]
-    with _command_line([*words, *given]):
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=CONFIG_NAME)(job)()
+    with _replace_argv([*words, *hydra_overrides]):
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=CONFIG_NAME)(run_job)()
 
 
 @contextmanager
-def _command_line(words: Sequence[str]) -> Iterator[None]:
+def _replace_argv(words: Sequence[str]) -> Iterator[None]:
     before = sys.argv
     sys.argv = ["kdbench", *words]
     try:
@@ -167,32 +167,32 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def job(config: Any) -> float | None:
+def run_job(config: Any) -> float | None:
     """One job, in this process or in a launcher's worker; Hydra calls it with the composed config."""
     from hydra.core.hydra_config import HydraConfig
 
     from kdbench.cli import train
 
     told = Job(config, HydraConfig.get())
-    if _single is not None:
-        return _alone(told, _single)
-    told.begin()
-    if told.failed is None:
-        told.keep(lambda: train.run(told.given()))
-    if told.failed is not None:
-        raise told.failed
-    return told.headline()
+    if _single_run is not None:
+        return _run_single_job(told, _single_run)
+    told.start()
+    if told.failure is None:
+        told.run_training(lambda: train.train_recipe(told.loaded_recipe()))
+    if told.failure is not None:
+        raise told.failure
+    return told.objective()
 
 
-def _alone(told: Job, single: _Single) -> float | None:
+def _run_single_job(told: Job, single: _SingleRun) -> float | None:
     """The only job of a run that is no multirun."""
     from kdbench.cli import train
 
     try:
         told.recipe = told.load()
         shutil.rmtree(single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed
-        told.outcome = train.run(told.recipe)
-        return told.headline()
+        told.outcome = train.train_recipe(told.recipe)
+        return told.objective()
     except Exception as error:
         single.error = error  # told by `main`; Hydra would add a line of its own
         return None

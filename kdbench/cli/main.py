@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from kdbench import __version__
 from kdbench.cli.arguments import split_recipe
-from kdbench.errors import ConfigError, UserError, escape_control_characters, nearest
+from kdbench.errors import ConfigError, UserError, escape_control_characters, suggest
 
-DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_INTERNAL_ERROR, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
@@ -56,30 +56,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        arguments, plugins = _own_flags(arguments)
-        return _run(arguments, plugins)
+        arguments, plugins = _split_global_flags(arguments)
+        return _run_command(arguments, plugins)
     except UserError as error:
         if debug:
             traceback.print_exc()
         print(f"kdbench: {escape_control_characters(str(error))}", file=sys.stderr)
-        return MISTAKE
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("\nkdbench: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `kdbench list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return EXIT_OK
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # rich's way to say it; standard output leads nowhere now
-            return DONE
-        return stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAULT
+            return EXIT_OK
+        return stop.code if isinstance(stop.code, int) else EXIT_OK if stop.code is None else EXIT_INTERNAL_ERROR
     except Exception:
         traceback.print_exc()
         print("kdbench: this is a fault of kdbench, not yours; please report it with the lines above.", file=sys.stderr)
-        return FAULT
+        return EXIT_INTERNAL_ERROR
 
 
-def _own_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_global_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Takes out `--debug` and `--plugin MODULE`, which may stand anywhere."""
     rest: list[str] = []
     plugins: list[str] = []
@@ -97,17 +97,17 @@ def _own_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, plugins
 
 
-def _run(arguments: list[str], plugins: list[str]) -> int:
+def _run_command(arguments: list[str], plugins: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
-        return DONE if arguments else MISTAKE
+        return EXIT_OK if arguments else EXIT_USER_ERROR
     if arguments[0] == "--version":
         print(f"kdbench {__version__}")
-        return DONE
+        return EXIT_OK
     name, rest = arguments[0], arguments[1:]
     command = COMMANDS.get(name)
     if command is None:
-        raise ConfigError(f"no command {name!r}.{nearest(name, COMMANDS)}")
+        raise ConfigError(f"no command {name!r}.{suggest(name, COMMANDS)}")
     from kdbench.plugins import load_plugins
 
     load_plugins(plugins)
@@ -121,16 +121,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")
 
 
-def _train(arguments: list[str]) -> int:
+def _train_command(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(TRAIN_HELP)
-        return DONE
+        return EXIT_OK
     from kdbench.cli.launch import launch
 
     return launch(arguments)
 
 
-def _check(arguments: list[str]) -> int:
+def _check_command(arguments: list[str]) -> int:
     parser = _Parser("kdbench check", description="Everything but training: the recipe, resolved and in words.")
     parser.add_argument("recipe", nargs="?", help="a shipped name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `kdbench train`")
@@ -141,9 +141,9 @@ def _check(arguments: list[str]) -> int:
     if not given.all:
         recipe, overrides = split_recipe([given.recipe or "", *given.overrides])
         loaded = load_recipe(recipe, overrides)
-        from kdbench.cli.check import run
+        from kdbench.cli.check import check_recipe
 
-        return run(loaded)
+        return check_recipe(loaded)
     overrides = [text for text in (given.recipe, *given.overrides) if text]
     if any("=" not in text and not text.startswith("~") for text in overrides):
         raise ConfigError("kdbench check --all takes no recipe, only overrides such as `data_root=DIR`.")
@@ -157,17 +157,17 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
     for name in names:
         try:
             loaded = load_recipe(name, overrides)
-            from kdbench.cli.check import run
+            from kdbench.cli.check import check_recipe
 
-            mistakes += run(loaded, brief=True) != DONE
+            mistakes += check_recipe(loaded, brief=True) != EXIT_OK
         except UserError as error:
             mistakes += 1
             print(f"kdbench: {name}: {escape_control_characters(str(error))}", file=sys.stderr)
     print(f"{len(names) - mistakes} of {len(names)} recipes are right.")
-    return MISTAKE if mistakes else DONE
+    return EXIT_USER_ERROR if mistakes else EXIT_OK
 
 
-def _list(arguments: list[str]) -> int:
+def _list_command(arguments: list[str]) -> int:
     from kdbench.cli.show import KINDS, list_kinds
 
     parser = _Parser("kdbench list", description="What there is, one line each.")
@@ -187,16 +187,16 @@ def _list_methods(status: str, markdown: bool) -> int:
     from kdbench.cli import methods
 
     if status and status not in methods.STATUSES:
-        raise ConfigError(f"kdbench list methods: no status {status!r}.{nearest(status, methods.STATUSES)}")
+        raise ConfigError(f"kdbench list methods: no status {status!r}.{suggest(status, methods.STATUSES)}")
     if not markdown:
         return methods.list_methods(status)
     if status:
         raise ConfigError("kdbench list methods: --markdown writes the whole page; leave --status out.")
-    print(methods.markdown(), end="")
-    return DONE
+    print(methods.methods_page(), end="")
+    return EXIT_OK
 
 
-def _show(arguments: list[str]) -> int:
+def _show_command(arguments: list[str]) -> int:
     from kdbench.cli.show import show
 
     parser = _Parser("kdbench show", description="A part or a recipe in full.")
@@ -204,17 +204,17 @@ def _show(arguments: list[str]) -> int:
     return show(parser.parse_args(arguments).name)
 
 
-def _inspect(arguments: list[str]) -> int:
+def _inspect_command(arguments: list[str]) -> int:
     parser = _Parser("kdbench inspect", description="The module paths of a model, to copy into a recipe.")
     parser.add_argument("model", help="a name of `kdbench list models`")
     parser.add_argument("params", nargs="*", metavar="key=value", help="parameters of the model")
-    parser.add_argument("--image", type=_image, metavar="C,H,W", help="shape of an image, such as 3,32,32")
+    parser.add_argument("--image", type=_parse_image_shape, metavar="C,H,W", help="shape of an image, such as 3,32,32")
     parser.add_argument("--num-classes", type=int, metavar="N", help="size of the classifier")
     parser.add_argument("--depth", type=int, metavar="N", help="only paths of at most N parts")
     given = parser.parse_intermixed_args(arguments)
     import yaml
 
-    from kdbench.config.yaml_reader import parse
+    from kdbench.config.yaml_reader import parse_yaml
     from kdbench.registry import MODELS
 
     params = {}
@@ -222,18 +222,18 @@ def _inspect(arguments: list[str]) -> int:
         key, found, value = text.partition("=")
         if not found:
             raise ConfigError(f"kdbench inspect: {text!r} is no parameter such as `width=2`.")
-        params |= parse(yaml.safe_dump({key: None}).replace("null", value), f"inspect {text}").data
+        params |= parse_yaml(yaml.safe_dump({key: None}).replace("null", value), f"inspect {text}").data
     MODELS.check(given.model, params, "inspect")
-    from kdbench.cli.inspect import run
+    from kdbench.cli.inspect import inspect_model
 
-    return run(given.model, params, num_classes=given.num_classes, image=given.image, depth=given.depth)
+    return inspect_model(given.model, params, num_classes=given.num_classes, image=given.image, depth=given.depth)
 
 
-def _image(text: str) -> tuple[int, ...]:
+def _parse_image_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("x", ",").split(","))
 
 
-def _evaluate(arguments: list[str]) -> int:
+def _evaluate_command(arguments: list[str]) -> int:
     parser = _Parser("kdbench evaluate", description="Evaluates a finished run again, from its folder.")
     parser.add_argument("run", help="the folder of a run, such as runs/digits/kd/1a2b3c4d")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="device=cpu, data_root=DIR")
@@ -242,14 +242,14 @@ def _evaluate(arguments: list[str]) -> int:
     for text in given.settings:
         key, found, value = text.partition("=")
         if not found or key not in ("device", "data_root"):
-            raise ConfigError(f"kdbench evaluate: {text!r} is no setting.{nearest(key, ('device', 'data_root'))}")
+            raise ConfigError(f"kdbench evaluate: {text!r} is no setting.{suggest(key, ('device', 'data_root'))}")
         settings[key] = value
-    from kdbench.cli.evaluate import run
+    from kdbench.cli.evaluate import evaluate_run
 
-    return run(given.run, device=settings.get("device"), data_root=settings.get("data_root"))
+    return evaluate_run(given.run, device=settings.get("device"), data_root=settings.get("data_root"))
 
 
-def _profile(arguments: list[str]) -> int:
+def _profile_command(arguments: list[str]) -> int:
     parser = _Parser("kdbench profile", description="Where the time of a training step goes.")
     parser.add_argument("recipe", nargs="?", help="a shipped name or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `kdbench train`")
@@ -263,17 +263,17 @@ def _profile(arguments: list[str]) -> int:
 
     recipe, overrides = split_recipe([given.recipe or "", *given.overrides])
     loaded = load_recipe(recipe, overrides)
-    from kdbench.cli.profile import run
+    from kdbench.cli.profile import profile_recipe
 
-    return run(loaded, stage=given.stage, steps=given.steps, out=given.out)
+    return profile_recipe(loaded, stage=given.stage, steps=given.steps, out=given.out)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "check": _check,
-    "list": _list,
-    "show": _show,
-    "inspect": _inspect,
-    "evaluate": _evaluate,
-    "profile": _profile,
+    "train": _train_command,
+    "check": _check_command,
+    "list": _list_command,
+    "show": _show_command,
+    "inspect": _inspect_command,
+    "evaluate": _evaluate_command,
+    "profile": _profile_command,
 }

@@ -6,21 +6,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from kdbench.config.method_list import NOT_YET, RUNS, SAME, STATUSES, UNSTATED, Method, MethodList, read_methods
+from kdbench.config.method_list import NOT_STATED, NOT_YET, RUNS, RUNS_AS, STATUSES, Method, MethodList, read_methods
 
 _HEAD = {
     RUNS: "Runs",
-    SAME: "Runs as another recipe, with other keys",
+    RUNS_AS: "Runs as another recipe, with other keys",
     NOT_YET: "Not yet",
-    UNSTATED: "Not stated",
+    NOT_STATED: "Not stated",
 }
 
 
 _SAYS = {
     RUNS: "The recipe is the method, with a test of what it does.",
-    SAME: "The wiring is that of another row's recipe; these overrides make it this method.",
+    RUNS_AS: "The wiring is that of another row's recipe; these overrides make it this method.",
     NOT_YET: "By field, with what is missing: a kind of data, a family of networks, a term, or a wiring.",
-    UNSTATED: "The abstract gives too little, and neither the paper's text nor code was found.",
+    NOT_STATED: "The abstract gives too little, and neither the paper's text nor code was found.",
 }
 
 
@@ -46,39 +46,39 @@ def list_methods(status: str = "") -> int:
         for each, rows in groups:
             print(f"{each}:" if rows else f"{each}: none")
             for method in rows:
-                print(f"  {method.id:<{ids}}  {method.method:<{names}}  {detail(method)}")
+                print(f"  {method.id:<{ids}}  {method.method:<{names}}  {status_detail(method)}")
             print()
-    print(counted(listed))
+    print(counts_text(listed))
     return 0
 
 
-def detail(method: Method) -> str:
+def status_detail(method: Method) -> str:
     """What a status means for this row: its recipes, the recipe and keys it runs as, what is missing, or not told."""
     if method.status == RUNS:
         return ", ".join(method.recipes)
-    if method.same_as is not None:
-        return " ".join((method.same_as.recipe, *method.same_as.keys))
+    if method.variant_of is not None:
+        return " ".join((method.variant_of.recipe, *method.variant_of.overrides))
     return method.missing if method.status == NOT_YET else method.unstated
 
 
-def counted(listed: MethodList) -> str:
+def counts_text(listed: MethodList) -> str:
     """How many rows of each status, in one sentence."""
     counts = listed.counts()
     return (
-        f"{len(listed.methods)} methods: {counts[RUNS]} run, {counts[SAME]} run as another recipe with other keys, "
-        f"{counts[NOT_YET]} do not yet, {counts[UNSTATED]} are not stated. "
+        f"{len(listed.methods)} methods: {counts[RUNS]} run, {counts[RUNS_AS]} run as another recipe with other keys, "
+        f"{counts[NOT_YET]} do not yet, {counts[NOT_STATED]} are not stated. "
         f"{len(listed.language_model)} more need a language model."
     )
 
 
-def describe(method: Method) -> str:
+def method_text(method: Method) -> str:
     """One row in full, for `kdbench show`."""
     lines = [f"{method.id} (method): {method.method}", ""]
     told = {
         "Paper": ", ".join(text for text in (method.title, method.link or method.paper) if text),
         "What it does": method.mechanism,
         "Field": method.field,
-        {RUNS: "Runs", SAME: "Runs as", NOT_YET: "Not yet; missing"}.get(method.status, "Not stated; not told"): detail(
+        {RUNS: "Runs", RUNS_AS: "Runs as", NOT_YET: "Not yet; missing"}.get(method.status, "Not stated; not told"): status_detail(
             method
         ),
     }
@@ -99,11 +99,11 @@ def _print_tables(groups: Sequence[tuple[str, list[Method]]]) -> None:
         table.add_column(max_width=30)
         table.add_column()
         for method in methods:
-            table.add_row(Text(method.id), Text(method.method), Text(detail(method)))
+            table.add_row(Text(method.id), Text(method.method), Text(status_detail(method)))
         console.print(table)
 
 
-def markdown(listed: MethodList | None = None) -> str:
+def methods_page(listed: MethodList | None = None) -> str:
     """The page docs/methods.md."""
     listed = read_methods() if listed is None else listed
     lines = [_INTRO, "", *_count_table(listed)]
@@ -136,7 +136,7 @@ def _count_table(listed: MethodList) -> Iterator[str]:
 
 
 def _table(methods: Sequence[Method], status: str) -> Iterator[str]:
-    last = {RUNS: "recipe", SAME: "recipe and keys", NOT_YET: "what is missing", UNSTATED: "what is not told"}[status]
+    last = {RUNS: "recipe", RUNS_AS: "recipe and keys", NOT_YET: "what is missing", NOT_STATED: "what is not told"}[status]
     yield f"| id | method | what it does | {last} |"
     yield "|---|---|---|---|"
     for method in methods:
@@ -152,9 +152,9 @@ def _with_venue(method: Method) -> str:
 def _last(method: Method) -> str:
     if method.status == RUNS:
         return ", ".join(_recipe(name) for name in method.recipes)
-    if method.same_as is not None:
-        return " ".join((_recipe(method.same_as.recipe), *(f"`{key}`" for key in method.same_as.keys)))
-    return detail(method)
+    if method.variant_of is not None:
+        return " ".join((_recipe(method.variant_of.recipe), *(f"`{key}`" for key in method.variant_of.overrides)))
+    return status_detail(method)
 
 
 def _recipe(name: str) -> str:

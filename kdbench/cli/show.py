@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdbench.cli.methods import counted, describe, detail, list_methods
+from kdbench.cli.methods import counts_text, list_methods, method_text, status_detail
 from kdbench.config.method_list import Method, read_methods
 from kdbench.config.parse.data import DATASET_INJECTED
-from kdbench.config.paths import GROUPS, find_recipe, group_files, recipe_names, share
-from kdbench.errors import ConfigError, nearest
+from kdbench.config.paths import GROUPS, find_recipe, group_files, recipe_names, shared_folder
+from kdbench.errors import ConfigError, suggest
 from kdbench.registry import MODELS, REGISTRIES, REQUIRED, Entry, Parameter
 
 KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
@@ -20,7 +20,7 @@ KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
 _INJECTED = {"models": MODELS.injected, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
 
 
-_WRAPPED = 95  # a line of a docstring longer than this goes on in the next
+_WRAP_WIDTH = 95  # a line of a docstring longer than this goes on in the next
 
 
 Row = tuple[str, str]
@@ -30,10 +30,10 @@ def list_kinds(kinds: Sequence[str]) -> int:
     """Prints one line for each part of the kinds; without any, of all kinds, foreign catalogues only counted."""
     for kind in kinds:
         if kind not in KINDS:
-            raise ConfigError(f"kdbench list: no kind {kind!r}.{nearest(kind, KINDS, limit=len(KINDS))}")
+            raise ConfigError(f"kdbench list: no kind {kind!r}.{suggest(kind, KINDS, limit=len(KINDS))}")
     if list(kinds) == ["methods"]:
         return list_methods()
-    sections = [(kind, _rows(kind, whole=bool(kinds))) for kind in kinds or KINDS]
+    sections = [(kind, _kind_rows(kind, full=bool(kinds))) for kind in kinds or KINDS]
     if sys.stdout.isatty():
         _print_tables(sections)
         return 0
@@ -62,24 +62,24 @@ def _print_tables(sections: Sequence[tuple[str, list[Row]]]) -> None:
         console.print(table)
 
 
-def _rows(kind: str, whole: bool) -> list[Row]:
+def _kind_rows(kind: str, full: bool) -> list[Row]:
     if kind == "recipes":
-        return [(name, _title(share("recipes") / f"{name}.yaml")) for name in recipe_names()]
+        return [(name, _file_title(shared_folder("recipes") / f"{name}.yaml")) for name in recipe_names()]
     if kind in GROUPS:
-        return [(name, _title(path)) for name, path in group_files(kind, Path.cwd()).items()]
+        return [(name, _file_title(path)) for name, path in group_files(kind, Path.cwd()).items()]
     if kind == "methods":
         listed = read_methods(strict=False)
-        if not whole:
-            return [("...", f"{counted(listed)} `kdbench list methods` lists them")]
-        return [(method.id, f"{method.method}; {method.status}: {detail(method)}") for method in listed.methods]
+        if not full:
+            return [("...", f"{counts_text(listed)} `kdbench list methods` lists them")]
+        return [(method.id, f"{method.method}; {method.status}: {status_detail(method)}") for method in listed.methods]
     registry = REGISTRIES[kind]
     rows = [(name, entry.summary) for name, entry in sorted(registry.entries.items())]
     for family in registry.families:
         names = family.names()
         prefix = family.prefix or "torch.optim: "
         if not names:
-            rows.append((f"{prefix}...", family.missing))
-        elif whole:
+            rows.append((f"{prefix}...", family.install_hint))
+        elif full:
             rows += [(f"{family.prefix}{name}", "") for name in names]
         else:
             shown = ", ".join(names) if len(names) <= 20 else f"{len(names)} in all; `kdbench list {kind}` lists them"
@@ -87,7 +87,7 @@ def _rows(kind: str, whole: bool) -> list[Row]:
     return rows
 
 
-def _title(path: Path) -> str:
+def _file_title(path: Path) -> str:
     """The `title` of a recipe, or the comment on the first line of a file."""
     text = path.read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -103,35 +103,35 @@ def show(name: str) -> int:
     Raises:
         ConfigError: there is no such part, recipe or group file.
     """
-    found = list(_find(name))
+    found = list(_find_items(name))
     if not found:
         known = {*recipe_names(), *(n for registry in REGISTRIES.values() for n in registry.entries)}
-        raise ConfigError(f"kdbench show: nothing is called {name!r}.{nearest(name, known)}")
+        raise ConfigError(f"kdbench show: nothing is called {name!r}.{suggest(name, known)}")
     if len(found) > 1:
         exact = ", ".join(f"{kind}/{name}" for kind, _ in found)
         print(f"{name!r} is the name of {len(found)} parts ({exact}).\n")
-    texts = [_text(kind, item) for kind, item in found]
+    texts = [_item_text(kind, item) for kind, item in found]
     _print_texts(texts, [kind for kind, _ in found])
     return 0
 
 
-def _text(kind: str, item: Entry | Path | Method) -> str:
+def _item_text(kind: str, item: Entry | Path | Method) -> str:
     if isinstance(item, Path):
         return item.read_text(encoding="utf-8")
-    return describe(item) if isinstance(item, Method) else _describe(kind, item)
+    return method_text(item) if isinstance(item, Method) else describe_entry(kind, item)
 
 
-def _find(name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
+def _find_items(name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
     kind, _, rest = name.partition("/")
     only = {"term": "terms", "model": "models"}.get(kind, kind) if rest else None
     if only in KINDS:
-        yield from _of_kind(str(only), rest)
+        yield from _find_in_kind(str(only), rest)
         return
     for each in KINDS:
-        yield from _of_kind(each, name)
+        yield from _find_in_kind(each, name)
 
 
-def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
+def _find_in_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
     if kind == "recipes":
         if name in recipe_names() or Path(name).suffix in (".yaml", ".yml"):
             yield kind, find_recipe(name)[1]
@@ -153,18 +153,18 @@ def _of_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]
             raise
 
 
-def _describe(kind: str, entry: Entry) -> str:
+def describe_entry(kind: str, entry: Entry) -> str:
     lines = [f"{entry.name} ({REGISTRIES[kind].kind})", "", entry.doc.strip() or "(no description)"]
     if entry.facts.get("paper") and str(entry.facts["paper"]).removeprefix("arXiv:") not in entry.doc:
         lines += ["", f"Paper: {entry.facts['paper']}"]
     if entry.inputs and kind == "terms":
         reads = [f"{name}{' (where there is one)' if name in entry.optional_inputs else ''}" for name in entry.inputs]
         lines += ["", f"Reads: {', '.join(reads)}. Space of the loss: {entry.facts.get('space', 'row')}."]
-    own = [p for p in entry.parameters.values() if p.name not in _given(kind, entry)]
+    own = [p for p in entry.parameters.values() if p.name not in _injected_names(kind, entry)]
     lines += ["", "Parameters:" if own else "It has no parameters."]
     width = max((len(p.name) for p in own), default=0)
-    lines += [f"  {p.name:<{width}}  {_kind_of_value(p)}{_default(p)}" for p in own]
-    example = _example(kind, entry, own)
+    lines += [f"  {p.name:<{width}}  {_type_text(p)}{_default_text(p)}" for p in own]
+    example = _example_lines(kind, entry, own)
     if example:
         lines += ["", "Example:", *(f"  {line}" for line in example)]
     facts = [f"{key} {value}" for key, value in entry.facts.items() if key not in ("injected", "paper", "space")]
@@ -172,32 +172,32 @@ def _describe(kind: str, entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def _given(kind: str, entry: Entry) -> set[str]:
+def _injected_names(kind: str, entry: Entry) -> set[str]:
     """Parameters that the engine gives. A model's are shown: a recipe may set them."""
     injected = set(entry.facts.get("injected", ()))
     return injected if kind == "models" else injected | set(_INJECTED.get(kind, ()))
 
 
-def _kind_of_value(parameter: Parameter) -> str:
+def _type_text(parameter: Parameter) -> str:
     return parameter.annotation.replace("Number", "number or schedule") or "any value"
 
 
-def _default(parameter: Parameter) -> str:
-    return ", required" if parameter.default is REQUIRED else f" = {_yaml(parameter.default)}"
+def _default_text(parameter: Parameter) -> str:
+    return ", required" if parameter.default is REQUIRED else f" = {_yaml_text(parameter.default)}"
 
 
-def _yaml(value: Any) -> str:
+def _yaml_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
+        return f"[{', '.join(_yaml_text(item) for item in value)}]"
     return str(value)
 
 
-def _example(kind: str, entry: Entry, own: Sequence[Parameter]) -> list[str]:
+def _example_lines(kind: str, entry: Entry, own: Sequence[Parameter]) -> list[str]:
     # The default of a term's number is worth showing; an optimiser's twelve switches are not.
     shown = [p for p in own if p.default is REQUIRED or (kind in ("terms", "augmentations") and p.default is not None)]
-    params: Mapping[str, str] = {p.name: "..." if p.default is REQUIRED else _yaml(p.default) for p in shown[:5]}
+    params: Mapping[str, str] = {p.name: "..." if p.default is REQUIRED else _yaml_text(p.default) for p in shown[:5]}
     flow = ", ".join([f"type: {entry.name}", *(f"{key}: {value}" for key, value in params.items())])
     short = f"{{{flow}}}" if params else entry.name
     match kind:
@@ -237,13 +237,13 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
             continue
         title, _, body = text.partition("\n")
         console.print(Text(title, style="bold cyan"))
-        console.print(Text(_reflow(body)))
+        console.print(Text(_join_wrapped_lines(body)))
 
 
-def _reflow(text: str) -> str:
+def _join_wrapped_lines(text: str) -> str:
     """Joins the lines of wrapped prose, so that a narrow terminal wraps them anew."""
     lines = [""]
     for line in text.splitlines():
-        wrapped = len(lines[-1]) > _WRAPPED and line and not line.startswith((" ", "-"))
+        wrapped = len(lines[-1]) > _WRAP_WIDTH and line and not line.startswith((" ", "-"))
         lines[-1:] = [f"{lines[-1]} {line}"] if wrapped else [lines[-1], line]
     return "\n".join(lines[1:])

@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
 
 
-def run(recipe: Recipe) -> Outcome:
+def train_recipe(recipe: Recipe) -> Outcome:
     """Trains a recipe to its end; a finished one only prints its summary again."""
     _import_engine()
-    _keep_freed_memory()
+    _retain_freed_memory()
     from kdbench.experiment.run import run as run_experiment
 
     outcome = run_experiment(recipe)
-    tell(outcome)
+    print_outcome(outcome)
     return outcome
 
 
-def tell(outcome: Outcome) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """Prints how a run ended."""
     from kdbench.report.summary import print_summary
 
     if outcome.is_main:
-        if outcome.repeated:
+        if outcome.already_finished:
             print(f"{outcome.folder} is finished; this is its summary (fresh=true trains anew).")
         print_summary(outcome.summary)
         print(f"Everything is in {outcome.folder}")
@@ -55,7 +55,7 @@ def _import_engine() -> None:
         gc.enable()
 
 
-def _keep_freed_memory() -> None:
+def _retain_freed_memory() -> None:
     """Lets glibc's malloc keep what a step frees for the next step, where nobody has set it up otherwise.
 
     By itself it gives blocks of some megabytes, such as feature maps on a CPU, back to the system as soon as they are
@@ -82,7 +82,7 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
     """
     from rich.console import Console
 
-    from kdbench.report.tables import Row, aggregate
+    from kdbench.report.tables import RunGroup, aggregate
 
     by_label: dict[str, list[Mapping[str, str]]] = {}
     for job in jobs:
@@ -93,7 +93,7 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
         lost = len(group) - len(done)
         if done:
             name = (label or "all jobs") + (f" ({len(done)} of {len(group)} finished)" if lost else "")
-            rows.append(Row(name, [job["folder"] for job in done], role=done[0]["role"]))
+            rows.append(RunGroup(name, [job["folder"] for job in done], role=done[0]["role"]))
         else:
             missing.append(label or "all jobs")
     console = Console(highlight=False)

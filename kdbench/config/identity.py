@@ -107,7 +107,7 @@ def _dataclass(value: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
-def part_facts(named: PartConfig, registry: Registry) -> dict[str, Any]:
+def part_identity(named: PartConfig, registry: Registry) -> dict[str, Any]:
     """What a part computes, as plain data: its name, its parameters with defaults filled in, and its version."""
     return _part(named.type, named.params, registry)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from kdbench.config.compose.hydra import Composed, compose, composed_job
+from kdbench.config.compose.hydra import ComposedRecipe, compose, compose_job
 from kdbench.config.compose.layers import read_layers
-from kdbench.config.parse.recipe import validate
+from kdbench.config.parse.recipe import parse_recipe
 from kdbench.config.paths import find_recipe, recipe_names
 from kdbench.config.schema import Recipe
 from kdbench.errors import ConfigError
@@ -29,12 +29,12 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: with every mistake in it.
     """
     name, path = find_recipe(recipe)
-    return validated(compose(read_layers(name, path, overrides), overrides))
+    return validate(compose(read_layers(name, path, overrides), overrides))
 
 
-def validated(composed: Composed) -> Recipe:
+def validate(composed: ComposedRecipe) -> Recipe:
     """Checks a composed recipe."""
-    return validate(composed, Path(composed.path).parent, (composed.path,))
+    return parse_recipe(composed, Path(composed.path).parent, (composed.path,))
 
 
 def load_job(config: Any, folder: Path, hydra_config: Any) -> Recipe:
@@ -45,7 +45,7 @@ def load_job(config: Any, folder: Path, hydra_config: Any) -> Recipe:
         folder: where `Prepared.write` put the generated files.
         hydra_config: Hydra's own node.
     """
-    return validated(composed_job(config, folder, hydra_config))
+    return validate(compose_job(config, folder, hydra_config))
 
 
 def load_resolved(path: str | Path) -> Recipe:

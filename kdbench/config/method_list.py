@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from kdbench.config.paths import recipe_names, share
-from kdbench.config.yaml_reader import read_source
-from kdbench.errors import ConfigError, nearest
+from kdbench.config.paths import recipe_names, shared_folder
+from kdbench.config.yaml_reader import read_yaml
+from kdbench.errors import ConfigError, suggest
 
-RUNS, SAME, NOT_YET, UNSTATED = "runs", "runs as", "not yet", "not stated"
+RUNS, RUNS_AS, NOT_YET, NOT_STATED = "runs", "runs as", "not yet", "not stated"
 
 
-STATUSES = (RUNS, SAME, NOT_YET, UNSTATED)
+STATUSES = (RUNS, RUNS_AS, NOT_YET, NOT_STATED)
 
 
 _FACTS = ("same_as", "missing", "unstated")
@@ -33,11 +33,11 @@ _KEYS = ("method", *_TEXTS, *_FACTS)
 
 
 @dataclass(frozen=True)
-class SameAs:
+class Variant:
     """Another recipe's wiring: `recipe` with the overrides `keys` is this method."""
 
     recipe: str
-    keys: tuple[str, ...]
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Method:
     field: str = ""
     mechanism: str = ""
     recipes: tuple[str, ...] = ()
-    same_as: SameAs | None = None
+    variant_of: Variant | None = None
     missing: str = "a recipe"
     unstated: str = ""
     beyond: bool = False
@@ -65,9 +65,9 @@ class Method:
     def status(self) -> str:
         if self.recipes:
             return RUNS
-        if self.same_as is not None:
-            return SAME
-        return UNSTATED if self.unstated else NOT_YET
+        if self.variant_of is not None:
+            return RUNS_AS
+        return NOT_STATED if self.unstated else NOT_YET
 
     @property
     def link(self) -> str:
@@ -99,8 +99,8 @@ def read_methods(
     Raises:
         ConfigError: a row lacks its name, has a key or a fact too many, or a recipe claims a row that there is not.
     """
-    source = read_source(path or share("configs") / "methods.yaml")
-    claims = claimed() if claims is None else claims
+    source = read_yaml(path or shared_folder("configs") / "methods.yaml")
+    claims = recipe_claims() if claims is None else claims
     rows: dict[str, Method] = {}
     for section in ("methods", "beyond"):
         for name, row in (source.data.get(section) or {}).items():
@@ -108,16 +108,16 @@ def read_methods(
     language = dict(source.data.get("language_model") or {})
     for name, recipes in claims.items():
         if strict and name not in rows:
-            known = "it needs a language model there" if name in language else nearest(name, rows).strip()
+            known = "it needs a language model there" if name in language else suggest(name, rows).strip()
             raise ConfigError(f"{recipes[0]}: methods: no row {name!r} in the list of methods. {known}".rstrip())
     return MethodList(tuple(rows.values()), language)
 
 
-def claimed() -> dict[str, list[str]]:
+def recipe_claims() -> dict[str, list[str]]:
     """Which shipped recipes say that they are which method: id -> names of recipes."""
     found: dict[str, list[str]] = {}
     for recipe in recipe_names():
-        for name in _claims_of(share("recipes") / f"{recipe}.yaml"):
+        for name in _claims_of(shared_folder("recipes") / f"{recipe}.yaml"):
             found.setdefault(name, []).append(recipe)
     return found
 
@@ -140,16 +140,16 @@ def _method(name: str, row: Any, beyond: bool, recipes: tuple[str, ...]) -> Meth
         raise ConfigError(f"{where}: a mapping with the key `method` was expected.")
     for key in row:
         if key not in _KEYS:
-            raise ConfigError(f"{where}: no key {key!r}.{nearest(key, _KEYS)}")
+            raise ConfigError(f"{where}: no key {key!r}.{suggest(key, _KEYS)}")
     facts = [fact for fact in _FACTS if row.get(fact)]
     if len(facts) > 1:
         raise ConfigError(f"{where}: {' and '.join(facts)} exclude each other.")
     texts: dict[str, Any] = {key: str(row[key]) for key in ("method", *_TEXTS, "missing", "unstated") if row.get(key)}
     same = _same_as(row["same_as"], where) if row.get("same_as") else None
-    return Method(id=name, recipes=recipes, same_as=same, beyond=beyond, **texts)
+    return Method(id=name, recipes=recipes, variant_of=same, beyond=beyond, **texts)
 
 
-def _same_as(value: Any, where: str) -> SameAs:
+def _same_as(value: Any, where: str) -> Variant:
     if not isinstance(value, dict) or set(value) != {"recipe", "keys"} or not isinstance(value["keys"], list):
         raise ConfigError(f"{where}: same_as: {{recipe: NAME, keys: [key=value, ...]}} was expected.")
-    return SameAs(str(value["recipe"]), tuple(str(key) for key in value["keys"]))
+    return Variant(str(value["recipe"]), tuple(str(key) for key in value["keys"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.errors import ConfigError, Location, suggest
 
 GROUPS = ("protocol", "pair")
 """The Hydra groups that a recipe may choose from, in the order in which they are laid under it."""
@@ -13,7 +13,7 @@ GROUPS = ("protocol", "pair")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def share(kind: str) -> Path:
+def shared_folder(kind: str) -> Path:
     """The folder `configs` or `recipes`: inside an installed wheel, else beside the package in the checkout."""
     installed = _PACKAGE / "_share" / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind
@@ -21,11 +21,11 @@ def share(kind: str) -> Path:
 
 def recipe_names() -> list[str]:
     """The shipped recipes, such as `digits/kd`."""
-    root = share("recipes")
+    root = shared_folder("recipes")
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def find_recipe(recipe: str, base: Path | None = None, where: Location | str = "") -> tuple[str, Path]:
+def find_recipe(recipe: str, folder: Path | None = None, location: Location | str = "") -> tuple[str, Path]:
     """Finds a shipped recipe by name, or a file by its path.
 
     Args:
@@ -36,21 +36,21 @@ def find_recipe(recipe: str, base: Path | None = None, where: Location | str = "
     Returns:
         its name (the shipped name, or the file's stem) and its path.
     """
-    shipped = share("recipes")
-    for folder in (base, Path.cwd()):
-        if folder is None:
+    shipped = shared_folder("recipes")
+    for parent in (folder, Path.cwd()):
+        if parent is None:
             continue
         path = Path(recipe).expanduser()
-        path = path if path.is_absolute() else folder / path
+        path = path if path.is_absolute() else parent / path
         for candidate in (path, path.with_name(f"{path.name}.yaml")):
             if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
                 return _name(candidate, shipped), candidate.resolve()
     path = shipped / f"{recipe}.yaml"
     if recipe and path.resolve().is_relative_to(shipped.resolve()) and path.is_file():
         return recipe, path
-    place = f"{where}: " if str(where) else ""
+    place = f"{location}: " if str(location) else ""
     raise ConfigError(
-        f"{place}no recipe {recipe!r}: it is neither a file nor a shipped recipe.{nearest(recipe, recipe_names())}"
+        f"{place}no recipe {recipe!r}: it is neither a file nor a shipped recipe.{suggest(recipe, recipe_names())}"
     )
 
 
@@ -61,8 +61,8 @@ def _name(path: Path, shipped: Path) -> str:
     return resolved.stem
 
 
-def group_files(group: str, beside: Path) -> dict[str, Path]:
+def group_files(group: str, recipe_folder: Path) -> dict[str, Path]:
     """The options of a group: shipped ones, and those in a folder of the group's name beside the user's recipe."""
-    found = {path.stem: path for path in sorted((share("configs") / group).glob("*.yaml"))}
-    found.update({path.stem: path for path in sorted((beside / group).glob("*.yaml"))})
+    found = {path.stem: path for path in sorted((shared_folder("configs") / group).glob("*.yaml"))}
+    found.update({path.stem: path for path in sorted((recipe_folder / group).glob("*.yaml"))})
     return found

@@ -57,7 +57,7 @@ class Linear:
         self.by: By = by
 
     def __call__(self, position: float, length: float) -> float:
-        return self.start + (self.end - self.start) * _share(position, self.over or length)
+        return self.start + (self.end - self.start) * _progress(position, self.over or length)
 
 
 @SCHEDULES.register("cosine")
@@ -77,7 +77,7 @@ class Cosine:
         self.by: By = by
 
     def __call__(self, position: float, length: float) -> float:
-        turn = math.cos(math.pi * _share(position, self.over or length))
+        turn = math.cos(math.pi * _progress(position, self.over or length))
         return self.end + (self.start - self.end) * (1 + turn) / 2
 
 
@@ -132,7 +132,7 @@ class RampUp:
         self.by: By = by
 
     def __call__(self, position: float, length: float) -> float:
-        return self.value * math.exp(-5.0 * (1.0 - _share(position, self.over)) ** 2)
+        return self.value * math.exp(-5.0 * (1.0 - _progress(position, self.over)) ** 2)
 
 
 @SCHEDULES.register("chain")
@@ -160,7 +160,7 @@ class Chain:
         raise AssertionError("a chain has at least one part")
 
 
-class Warmed:
+class WithWarmup:
     """Another schedule times a linear rise over the first `warmup` epochs (or steps); milestones stay put."""
 
     def __init__(self, schedule: Schedule, warmup: float) -> None:
@@ -172,7 +172,7 @@ class Warmed:
         return self.schedule(position, length) * self.rise(position, length)
 
 
-def _share(position: float, over: float) -> float:
+def _progress(position: float, over: float) -> float:
     return min(max(position / over, 0.0), 1.0) if over > 0 else 1.0
 
 
@@ -185,4 +185,4 @@ def build_schedule(value: float | PartConfig | Mapping[str, Any] | None) -> Sche
         return Constant(1.0 if value is None else value)
     kind, params = (value.type, value.params) if isinstance(value, PartConfig) else (value["type"], value)
     schedule: Schedule = SCHEDULES.build(kind, {k: v for k, v in params.items() if k not in ("type", "warmup")})
-    return Warmed(schedule, params["warmup"]) if params.get("warmup") else schedule
+    return WithWarmup(schedule, params["warmup"]) if params.get("warmup") else schedule

@@ -18,10 +18,10 @@ NO_LOCATION = Location()
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 
 
-Compile = bool | Literal["max", "cuda_graph"]
+CompileMode = bool | Literal["max", "cuda_graph"]
 
 
-FrozenForward = Literal["auto", "inline", "prefetch", "cache"]
+FrozenForwardMode = Literal["auto", "inline", "prefetch", "cache"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class RoleConfig:
     location: Location = field(default=NO_LOCATION, compare=False)
 
     @property
-    def upstream(self) -> tuple[str, ...]:
+    def upstream_roles(self) -> tuple[str, ...]:
         """The roles whose outputs it sees."""
         return tuple(address.split(":", 1)[0] for address in (self.input, *self.extra_inputs) if ":" in address)
 
@@ -412,8 +412,8 @@ class Recipe:
     published: Published | None = None
     # Below: no part of a run's identity.
     device: str = "auto"
-    compile: Compile = False
-    frozen_forward: FrozenForward = "auto"
+    compile: CompileMode = False
+    frozen_forward: FrozenForwardMode = "auto"
     frozen_batch_size: int = 1024
     channels_last: bool | None = None
     shard: bool | tuple[str, ...] = False

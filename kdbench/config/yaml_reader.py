@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kdbench.config.error_list import Faults
+from kdbench.config.error_list import ErrorList
 from kdbench.errors import ConfigError, Location
 
 _CORE = "tag:yaml.org,2002:"
@@ -49,15 +49,15 @@ _MAX_NODES = 100_000  # a file of nested aliases can stand for more nodes than t
 
 
 @dataclass(frozen=True)
-class Source:
+class YamlSource:
     """One YAML file: its data, and where each dotted key was written (`terms.kd.weight`, `augment.0`)."""
 
     file: str
     data: Mapping[str, Any]
-    places: Mapping[str, Location]
+    locations: Mapping[str, Location]
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """The path as messages give it: relative to the working folder when it lies inside."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
@@ -65,23 +65,23 @@ def shown(path: Path) -> str:
         return str(path)
 
 
-def read_source(path: Path) -> Source:
+def read_yaml(path: Path) -> YamlSource:
     """Reads one file.
 
     Raises:
         ConfigError: it cannot be read, is no YAML mapping, or holds something that is refused.
     """
-    file = shown(path)
+    file = display_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    return parse(text, file)
+    return parse_yaml(text, file)
 
 
-def parse(text: str, file: str) -> Source:
+def parse_yaml(text: str, file: str) -> YamlSource:
     """Reads YAML text; `file` is its name in messages."""
     try:
         return _parsed(text, file)
@@ -89,7 +89,7 @@ def parse(text: str, file: str) -> Source:
         raise ConfigError(f"{file}: lists and mappings stand within each other more deeply than can be read.") from None
 
 
-def _parsed(text: str, file: str) -> Source:
+def _parsed(text: str, file: str) -> YamlSource:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -102,16 +102,16 @@ def _parsed(text: str, file: str) -> Source:
         raise ConfigError(f"{file}: the file is empty; a mapping of keys such as `dataset:` and `terms:` was expected.")
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{file}:{root.start_mark.line + 1}: a mapping such as `dataset: digits` was expected.")
-    reader = _Reader(file)
+    reader = _NodeReader(file)
     data = reader.value(root, "")
     reader.faults.raise_any(file)
-    return Source(file, data, reader.places)
+    return YamlSource(file, data, reader.places)
 
 
-class _Reader:
+class _NodeReader:
     def __init__(self, file: str) -> None:
         self.file = file
-        self.faults = Faults()
+        self.faults = ErrorList()
         self.places: dict[str, Location] = {}
         self.open: list[yaml.Node] = []
         self.count = 0
@@ -216,7 +216,7 @@ class _Reader:
         return None
 
     def text(self, text: str, place: Location) -> str:
-        fault = interpolation_fault(text)
+        fault = interpolation_error(text)
         if _CONTROLS.search(text):
             fault = f"{text!r} holds control characters, which a terminal would take for commands; take them out."
         if fault:
@@ -231,7 +231,7 @@ class _Reader:
         return Location(key=key, file=self.file, line=node.start_mark.line + 1)
 
 
-def interpolation_fault(text: str) -> str | None:
+def interpolation_error(text: str) -> str | None:
     """Says why an interpolation in `text` is refused; plain references such as `${vars.width}` are fine."""
     for match in _INTERPOLATION.finditer(text):
         found = match.group()
@@ -243,13 +243,13 @@ def interpolation_fault(text: str) -> str | None:
     return None
 
 
-def leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def iterate_scalars(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every scalar of nested data with its dotted key."""
     if isinstance(data, Mapping):
         for name, value in data.items():
-            yield from leaves(value, f"{key}.{name}" if key else str(name))
+            yield from iterate_scalars(value, f"{key}.{name}" if key else str(name))
     elif isinstance(data, list | tuple):
         for position, value in enumerate(data):
-            yield from leaves(value, f"{key}.{position}" if key else str(position))
+            yield from iterate_scalars(value, f"{key}.{position}" if key else str(position))
     else:
         yield key, data

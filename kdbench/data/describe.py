@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from kdbench.config.schema import SourceConfig
-from kdbench.data.datasets.base import Noise
+from kdbench.data.datasets.base import GeneratedDataset
 from kdbench.data.source_spec import SourceSpec
 from kdbench.errors import ConfigError, DataError, UserError
 from kdbench.registry import DATASETS
 
 
 @contextmanager
-def placed(config: SourceConfig) -> Iterator[None]:
+def located_errors(config: SourceConfig) -> Iterator[None]:
     """Puts the place of a source's dataset in the recipe before what is wrong with its files."""
     where = str(config.dataset.location) or str(config.location)
     try:
@@ -28,7 +28,7 @@ def placed(config: SourceConfig) -> Iterator[None]:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
-def open_dataset(config: SourceConfig, data_root: str, made: Mapping[str, Path] | None = None) -> Any:
+def open_dataset(config: SourceConfig, data_root: str, artifact_files: Mapping[str, Path] | None = None) -> Any:
     """Builds the dataset of a source; a user's mistake is told with the place in the recipe.
 
     Args:
@@ -41,8 +41,8 @@ def open_dataset(config: SourceConfig, data_root: str, made: Mapping[str, Path] 
     named = config.dataset
     where = named.location if str(named.location) else config.location
     DATASETS.check(named.type, named.params, where)
-    file = None if config.artifact is None else (made or {}).get(config.artifact)
-    with placed(config):
+    file = None if config.artifact is None else (artifact_files or {}).get(config.artifact)
+    with located_errors(config):
         return DATASETS.build(
             named.type,
             named.params,
@@ -53,12 +53,12 @@ def open_dataset(config: SourceConfig, data_root: str, made: Mapping[str, Path] 
         )
 
 
-def describe(
+def describe_source(
     config: SourceConfig,
     data_root: str,
     *,
-    made: Mapping[str, Path] | None = None,
-    like: SourceSpec | None = None,
+    artifact_files: Mapping[str, Path] | None = None,
+    artifact_spec: SourceSpec | None = None,
 ) -> SourceSpec:
     """Returns what a source will give, without decoding or downloading anything.
 
@@ -72,17 +72,17 @@ def describe(
     Raises:
         ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
-    from kdbench.data.augment.view import fields_of, refuse_reading, variants_of
-    from kdbench.data.sampling.select import check, size
+    from kdbench.data.augment.view import image_field_specs, reject_decode_augmentations, variant_counts
+    from kdbench.data.sampling.select import check_selection, subset_size
 
-    if config.artifact is not None and config.artifact not in (made or {}):
-        return _unmade(config, like or SourceSpec())
+    if config.artifact is not None and config.artifact not in (artifact_files or {}):
+        return _describe_missing_artifact(config, artifact_spec or SourceSpec())
     try:
-        dataset = open_dataset(config, data_root, made)
+        dataset = open_dataset(config, data_root, artifact_files)
     except DataError as error:
         if config.artifact is not None:
             raise
-        check(config, ())
+        check_selection(config, ())
         entry = DATASETS.entry(config.dataset.type)
         values = {key: parameter.default for key, parameter in entry.parameters.items()} | dict(config.dataset.params)
         shape = entry.facts.get("shape")
@@ -90,49 +90,49 @@ def describe(
             return SourceSpec(problem=str(error))
         shape = tuple(values[part] if isinstance(part, str) else part for part in shape)
         if entry.load().resident and "resident" not in entry.parameters:
-            refuse_reading(config)
+            reject_decode_augmentations(config)
         whole = entry.facts.get("samples", {}).get(config.split)
-        samples = size(config, whole, whole, made)
-        classes, variants = entry.facts.get("classes"), variants_of(config, shape)
-        return SourceSpec(fields_of(config, shape), classes, samples, str(error), whole, variants)
-    if isinstance(dataset, Noise):
-        return SourceSpec(dataset.fields(), None, len(dataset), None)
-    check(config, dataset.classes)
+        samples = subset_size(config, whole, whole, artifact_files)
+        classes, variants = entry.facts.get("classes"), variant_counts(config, shape)
+        return SourceSpec(image_field_specs(config, shape), classes, samples, str(error), whole, variants)
+    if isinstance(dataset, GeneratedDataset):
+        return SourceSpec(dataset.field_specs(), None, len(dataset), None)
+    check_selection(config, dataset.classes)
     if dataset.resident:
-        refuse_reading(config)
-    fields = fields_of(config, dataset.shape, extra_fields(getattr(dataset, "extra", {})))
+        reject_decode_augmentations(config)
+    fields = image_field_specs(config, dataset.shape, stored_field_specs(getattr(dataset, "extra", {})))
     whole = len(dataset)
-    variants = variants_of(config, dataset.shape, resident=dataset.resident)
-    samples = size(config, whole, whole, made)
+    variants = variant_counts(config, dataset.shape, resident=dataset.resident)
+    samples = subset_size(config, whole, whole, artifact_files)
     return SourceSpec(fields, len(dataset.classes), samples, dataset.problem, whole, variants)
 
 
-def extra_fields(stored: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+def stored_field_specs(stored: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns what per-sample values of a dataset are as fields of a batch; floats have the dtype of the images."""
     kinds = {name: "float32" if v.is_floating_point() else str(v.dtype)[6:] for name, v in stored.items()}
     return {name: (tuple(value.shape[1:]), kinds[name]) for name, value in stored.items()}
 
 
-def _unmade(config: SourceConfig, like: SourceSpec) -> SourceSpec:
+def _describe_missing_artifact(config: SourceConfig, like: SourceSpec) -> SourceSpec:
     """What a source will give whose dataset an earlier stage has still to make."""
-    from kdbench.data.augment.view import fields_of, refuse_reading
-    from kdbench.data.sampling.select import check
+    from kdbench.data.augment.view import image_field_specs, reject_decode_augmentations
+    from kdbench.data.sampling.select import check_selection
 
-    check(config, ())
+    check_selection(config, ())
     if "image" not in like.fields:
         return SourceSpec(like.fields, like.classes)
-    refuse_reading(config)
+    reject_decode_augmentations(config)
     extra = {name: value for name, value in like.fields.items() if name not in ("image", "label", "index")}
-    return SourceSpec(fields_of(config, like.fields["image"][0], extra), like.classes)
+    return SourceSpec(image_field_specs(config, like.fields["image"][0], extra), like.classes)
 
 
-def describe_all(
+def describe_sources(
     data: Mapping[str, SourceConfig],
     validation: float | int | None,
     data_root: str,
     *,
-    made: Mapping[str, Path] | None = None,
-    like: Mapping[str, SourceSpec] | None = None,
+    artifact_files: Mapping[str, Path] | None = None,
+    artifact_specs: Mapping[str, SourceSpec] | None = None,
 ) -> dict[str, SourceSpec]:
     """Describes every source of a stage, less what is held out of `train` for validation.
 
@@ -144,10 +144,10 @@ def describe_all(
     Raises:
         ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
     """
-    from kdbench.data.sampling.select import place, size
-    from kdbench.data.sampling.split import share
+    from kdbench.data.sampling.select import option_location, subset_size
+    from kdbench.data.sampling.split import amount_to_count
 
-    own = {name: describe(config, data_root, made=made) for name, config in data.items() if config.artifact is None}
+    own = {name: describe_source(config, data_root, artifact_files=artifact_files) for name, config in data.items() if config.artifact is None}
     images = (spec for name in ("train", *own) if (spec := own.get(name)) is not None and "image" in spec.fields)
     other = next(images, None)
     stand_in = None if other is None else SourceSpec({"image": other.fields["image"]}, other.classes)
@@ -156,25 +156,25 @@ def describe_all(
         if config.artifact is None:
             specs[name] = own[name]
         else:
-            specs[name] = describe(config, data_root, made=made, like=(like or {}).get(config.artifact, stand_in))
+            specs[name] = describe_source(config, data_root, artifact_files=artifact_files, artifact_spec=(artifact_specs or {}).get(config.artifact, stand_in))
     train = data.get("train")
     if validation is not None and train is not None:
         for name, config in data.items():
             whole = specs[name].population
-            if whole is not None and same_split(config, train):
+            if whole is not None and reads_same_split(config, train):
                 try:
-                    left = max(whole - share(whole, validation), 0)  # a subset is chosen among what is left
+                    left = max(whole - amount_to_count(whole, validation), 0)  # a subset is chosen among what is left
                 except ConfigError as error:
-                    raise ConfigError(f"{place(train, 'validation')}: {error}") from None
-                specs[name] = replace(specs[name], samples=size(config, left, whole, made))
+                    raise ConfigError(f"{option_location(train, 'validation')}: {error}") from None
+                specs[name] = replace(specs[name], samples=subset_size(config, left, whole, artifact_files))
     return specs
 
 
-def same_split(one: SourceConfig, other: SourceConfig) -> bool:
+def reads_same_split(first: SourceConfig, second: SourceConfig) -> bool:
     """Whether two sources read the same split of the same dataset."""
-    return (one.dataset.type, dict(one.dataset.params), one.split, one.artifact) == (
-        other.dataset.type,
-        dict(other.dataset.params),
-        other.split,
-        other.artifact,
+    return (first.dataset.type, dict(first.dataset.params), first.split, first.artifact) == (
+        second.dataset.type,
+        dict(second.dataset.params),
+        second.split,
+        second.artifact,
     )

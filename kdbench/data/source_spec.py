@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Variants:
+class VariantCount:
     """How many images a view can show of one sample; `count` is None where they are not counted, and `why` says why."""
 
     count: int | None
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,4 @@ class SourceSpec:
     samples: int | None = None
     problem: str | None = None
     population: int | None = None
-    variants: Mapping[str, Variants] = field(default_factory=dict)
+    variants: Mapping[str, VariantCount] = field(default_factory=dict)

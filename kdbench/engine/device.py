@@ -11,19 +11,19 @@ import torch
 from kdbench.errors import ConfigError, TrainingError
 
 
-def choose_device(asked: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """Returns the device that `device:` names; `auto` takes cuda, else mps, else cpu.
 
     Raises:
         ConfigError: it is not there. Nothing falls back silently to a slower device.
     """
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if asked == "auto":
+    if name == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if here[name]))
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: {asked!r} is no device. Known: auto, cpu, cuda, cuda:N, mps.") from None
+        raise ConfigError(f"device: {name!r} is no device. Known: auto, cpu, cuda, cuda:N, mps.") from None
     if not here.get(device.type, False):
         why = ""
         if device.type == "cuda":
@@ -31,12 +31,12 @@ def choose_device(asked: str) -> torch.device:
             why = "no driver or GPU was found" if built else "this torch was built without it"
         found = ", ".join(name for name, there in here.items() if there)
         raise ConfigError(
-            f"device: {asked} was asked for, but it is not there ({why or 'not available on this machine'}). "
+            f"device: {name} was asked for, but it is not there ({why or 'not available on this machine'}). "
             f"Here: {found}. Write device=auto to take what there is."
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {asked} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0)."
+            f"device: {name} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0)."
         )
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what names no device, as `torch.cuda.manual_seed` does, means the current one
@@ -52,7 +52,7 @@ def describe_device(device: torch.device) -> str:
     return f"{name} ({platform.machine()}{threads})"
 
 
-def refuse_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str, device: torch.device) -> None:
     """Raises ConfigError where the device cannot compute in this precision, before anything is spent."""
     if precision == "float64" and device.type == "mps":
         raise ConfigError("precision: float64 is not there on an Apple GPU. Write device=cpu, or precision=float32.")
@@ -77,7 +77,7 @@ def precision_settings(precision: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_in_words(device: torch.device) -> Iterator[None]:
+def out_of_memory_as_training_error(device: torch.device) -> Iterator[None]:
     """Says in words that memory ran out, on the device or beside it.
 
     Raises:

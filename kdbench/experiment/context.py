@@ -11,25 +11,31 @@ from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe, StageConfig
 from kdbench.data.loading.build import build_sources
 from kdbench.data.loading.source import Source
-from kdbench.engine.distributed.sharding import shard
+from kdbench.engine.distributed.sharding import shard_roles
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.build import build_network
 from kdbench.engine.network.network import Network
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.state.weight_loader import Preparation
+from kdbench.engine.state.weight_loader import WeightLoader
 from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import UserError
-from kdbench.experiment.artifacts import describe_stages, made_files, made_tensors, plan_stages, reads_made
-from kdbench.experiment.manifest import checksums, outside_facts, uses_channels_last
-from kdbench.experiment.teacher_run import provider
+from kdbench.experiment.artifacts import (
+    artifact_tensors,
+    describe_stages,
+    find_artifact_files,
+    plan_stages,
+    reads_artifacts,
+)
+from kdbench.experiment.manifest import dataset_checksums, external_identity, uses_channels_last
+from kdbench.experiment.teacher_run import teacher_recipe
 from kdbench.files import read_json
 from kdbench.run_folder import RunFolder
-from kdbench.speed.cuda_graph import capture
-from kdbench.speed.teacher_cache.frozen_forward import TABLES, Arrangement, arrange
+from kdbench.speed.cuda_graph import use_cuda_graph
+from kdbench.speed.teacher_cache.frozen_forward import CACHE_FOLDER, FrozenForwardPlan, plan_frozen_forward
 
 
-class Setup:
+class RunContext:
     """A recipe on a device, ready to be run or looked into. Nothing here trains, and nothing writes into the folder.
 
     Args:
@@ -43,21 +49,21 @@ class Setup:
     def __init__(self, recipe: Recipe, device: torch.device, world: World) -> None:
         self.recipe, self.device, self.world = recipe, device, world
         self.plans: list[StagePlan] = []
-        self.rehearsed = describe_stages(recipe)
-        self.channels_last = uses_channels_last(recipe, self.rehearsed[0].specs)
+        self.described_stages = describe_stages(recipe)
+        self.channels_last = uses_channels_last(recipe, self.described_stages[0].specs)
         self.teachers = {
-            (stage.name, name): Setup(provider(role.weights, recipe), device, world)
+            (stage.name, name): RunContext(teacher_recipe(role.weights, recipe), device, world)
             for stage in recipe.stages
             for name, role in stage.roles.items()
             if role.weights is not None and role.weights.recipe is not None
         }
-        if any(spec.problem for stage in self.rehearsed for spec in stage.specs.values()):
+        if any(spec.problem for stage in self.described_stages for spec in stage.specs.values()):
             self.plan()  # before anything is downloaded for a recipe that cannot run
-        self.checksums = checksums(recipe)
+        self.checksums = dataset_checksums(recipe)
         made = {key: teacher.identity for key, teacher in self.teachers.items()}
-        self.identity = identity(recipe, outside_facts(recipe, self.checksums, made, world.size))
+        self.identity = identity(recipe, external_identity(recipe, self.checksums, made, world.size))
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
-        self._opened: list[Source] = []
+        self._open_sources: list[Source] = []
 
     # The run as a whole
 
@@ -68,7 +74,7 @@ class Setup:
             UserError: the folder holds another run, or something that is no run.
         """
         status = ""
-        with self.world.together():
+        with self.world.sync_errors():
             if self.world.is_main:
                 status = self.folder.status()
                 told = read_json(self.folder.manifest).get("identity") if status != "new" else self.identity
@@ -77,21 +83,21 @@ class Setup:
                         f"{self.folder} holds another run (identity {told}, this one is {self.identity}). Choose "
                         "another folder with out=DIR, or start anew with fresh=true."
                     )
-        return self.world.share(status)
+        return self.world.broadcast(status)
 
     def plan(self) -> None:
         """Rehearses every stage: what is found here would otherwise be found after the teacher was trained."""
-        self.plans = self.plans or plan_stages(self.recipe, self.rehearsed, world_size=self.world.size)
+        self.plans = self.plans or plan_stages(self.recipe, self.described_stages, world_size=self.world.size)
 
     # One stage
 
-    def plan_of(self, position: int) -> StagePlan:
+    def stage_plan(self, position: int) -> StagePlan:
         """The plan of a stage at its begin, when everything that it reads has been made."""
-        if reads_made(self.recipe.stages[position]):
-            made = made_files(self.recipe, self.folder)
-            self.rehearsed = describe_stages(self.recipe, made)
+        if reads_artifacts(self.recipe.stages[position]):
+            made = find_artifact_files(self.recipe, self.folder)
+            self.described_stages = describe_stages(self.recipe, made)
             self.plans = plan_stages(
-                self.recipe, self.rehearsed, made=made, world_size=self.world.size, before=self.plans
+                self.recipe, self.described_stages, artifact_files=made, world_size=self.world.size, earlier_plans=self.plans
             )
         return self.plans[position]
 
@@ -105,47 +111,47 @@ class Setup:
             device=self.device,
             data_root=self.recipe.data_root,
             rank=world.rank,
-            world=world.size,
+            world_size=world.size,
             workers=self.recipe.workers,
             dtype=torch.float64 if stage.precision == "float64" else torch.float32,
             channels_last=self.channels_last,
-            made=made_files(self.recipe, self.folder),
+            artifact_files=find_artifact_files(self.recipe, self.folder),
         )
-        self._opened += sources.values()
+        self._open_sources += sources.values()
         return sources
 
     def close(self) -> None:
         """Closes every source that was opened here."""
-        for source in self._opened:
+        for source in self._open_sources:
             source.close()
 
-    def network(self, plan: StagePlan, say: Callable[[str], None]) -> tuple[Network, Preparation]:
+    def network(self, plan: StagePlan, notice: Callable[[str], None]) -> tuple[Network, WeightLoader]:
         """Builds a stage's network on the device, with the weights that it starts from."""
         stage = plan.stage
-        preparation = Preparation(
+        preparation = WeightLoader(
             self.recipe,
             stage,
             plan,
             self.world,
-            artefacts={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
-            produced=self._produced(stage),
+            stage_files={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
+            teacher_files=self._teacher_files(stage),
             channels_last=self.channels_last,
-            say=say,
+            notice=notice,
         )
         network = build_network(
             stage,
-            plan.layout,
+            plan.resolved_stage,
             seed=self.recipe.seed,
             device=self.device,
             world=self.world,
             prepare=preparation,
-            made=made_tensors(stage, made_files(self.recipe, self.folder)),
+            artifacts=artifact_tensors(stage, find_artifact_files(self.recipe, self.folder)),
         )
         if stage.precision == "float64":
             network.double()
         return network, preparation
 
-    def _produced(self, stage: StageConfig) -> dict[str, Path]:
+    def _teacher_files(self, stage: StageConfig) -> dict[str, Path]:
         """Role -> the checkpoint of the recipe that its weights name."""
         files = {}
         for (stage_name, name), teacher in self.teachers.items():
@@ -161,34 +167,34 @@ class Setup:
         return files
 
     def runner(
-        self, network: Network, plan: StagePlan, sources: Mapping[str, Source], say: Callable[[str], None]
+        self, network: Network, plan: StagePlan, sources: Mapping[str, Source], notice: Callable[[str], None]
     ) -> Runner:
         """Whatever sums over the ranks begins here; before, one of them may have failed alone."""
-        if plan.sharded and self.world.size > 1:
-            shard(network, plan.sharded, self.device, self.world)
+        if plan.sharded_roles and self.world.size > 1:
+            shard_roles(network, plan.sharded_roles, self.device, self.world)
             also = "; the step is not compiled" if self.recipe.uses_compiler else ""
-            say(f"{' and '.join(plan.sharded)} lie in {self.world.size} parts, one in each process{also}.")
-        elif plan.sharded:
-            say("shard: there is one process only, so every network lies in it whole.")
+            notice(f"{' and '.join(plan.sharded_roles)} lie in {self.world.size} parts, one in each process{also}.")
+        elif plan.sharded_roles:
+            notice("shard: there is one process only, so every network lies in it whole.")
         for source in sources.values():
-            source.say = say
+            source.notice = notice
         per_epoch = self.feed(plan, sources).steps_per_epoch
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=per_epoch, world=self.world)
-        runner.say = say
-        capture(runner)
+        runner.say = notice
+        use_cuda_graph(runner)
         return runner
 
     def feed(self, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
         """A stage's batches, with every role in the step."""
-        read = {name: sources[name] for name in plan.layout.step_sources(plan.stage)}
+        read = {name: sources[name] for name in plan.resolved_stage.step_sources(plan.stage)}
         return Feed(read, plan.train_source, plan.stage.accumulate)
 
-    def arrangement(
+    def frozen_forward_plan(
         self,
         runner: Runner,
         sources: Mapping[str, Source],
-        told: Callable[[Arrangement], None] = lambda arrangement: None,
-    ) -> Arrangement:
+        on_change: Callable[[FrozenForwardPlan], None] = lambda arrangement: None,
+    ) -> FrozenForwardPlan:
         """A stage's batches as the recipe asks for them, with what runs outside the step in them."""
         feed = self.feed(runner.plan, sources)
-        return arrange(feed, runner, self.recipe, Path(self.recipe.runs) / TABLES, told)
+        return plan_frozen_forward(feed, runner, self.recipe, Path(self.recipe.runs) / CACHE_FOLDER, on_change)

@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.data.describe import open_dataset, placed
+from kdbench.data.describe import located_errors, open_dataset
 from kdbench.data.loading.source import Source
 from kdbench.data.source_spec import SourceSpec
-from kdbench.engine.network.roles import root_of
+from kdbench.engine.network.roles import root_role
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.state.weight_loader import Origin, weights_file
+from kdbench.engine.state.weight_loader import WeightsOrigin, find_weights_file
 from kdbench.files import read_json, write_json
 from kdbench.registry import ARTIFACTS, MODELS, SELECTORS, TERMS
-from kdbench.run_folder import FORMAT
+from kdbench.run_folder import RUN_FORMAT
 
 PACKAGES = ("kdbench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
 
 
-SAME_BITS = ("device", "threads", "world_size", "versions", "frozen_forward")
+DETERMINISM_KEYS = ("device", "threads", "world_size", "versions", "frozen_forward")
 """A resumed run ends with the same bits only when these are as they were."""
 
 
@@ -66,12 +66,12 @@ def write_manifest(
     """
     session = {
         "started": _now(),
-        "command": shlex.join(command if command is not None else _command()),
+        "command": shlex.join(command if command is not None else _command_line()),
         "device": device_name(device),
         "threads": _threads(),
         "world_size": world_size,
         "frozen_forward": f"{recipe.frozen_forward}, {recipe.frozen_batch_size} rows",
-        "versions": versions(),
+        "versions": package_versions(),
         "git": git_state(),
     }
     earlier = read_json(path) if path.exists() else {}
@@ -79,7 +79,7 @@ def write_manifest(
     write_json(
         path,
         {
-            "format": FORMAT,
+            "format": RUN_FORMAT,
             "status": "running",
             "started": earlier.get("started", session["started"]),
             "finished": None,
@@ -105,7 +105,7 @@ def write_manifest(
             "sessions": [*sessions, session],
         },
     )
-    return _changes(sessions[-1], session) if sessions else []
+    return _describe_changes(sessions[-1], session) if sessions else []
 
 
 def amend_manifest(path: Path, changes: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ def finish_manifest(path: Path, status: Literal["finished", "failed"], reason: s
     amend_manifest(path, {**ended, **({"reason": reason} if reason else {})})
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -182,7 +182,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _command() -> list[str]:
+def _command_line() -> list[str]:
     """The command line as it was typed: Hydra puts its own words into sys.argv for the time of a job."""
     words = sys.orig_argv
     for number, word in enumerate(words):
@@ -202,32 +202,32 @@ def _merge(old: Any, new: Any) -> Any:
     return new
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _describe_changes(previous: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     found = []
-    for key in SAME_BITS:
-        old, new = before.get(key), now.get(key)
+    for key in DETERMINISM_KEYS:
+        old, new = previous.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted({*old, *new})
             found += [f"{n} was {old.get(n)}, is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
-        elif old != new and key in before:
+        elif old != new and key in previous:
             found.append(f"{key.replace('_', ' ')} was {old}, is {new}")
     return [f"{text}: the run goes on, but not to the same bits." for text in found]
 
 
-def checksums(recipe: Recipe) -> dict[str, str]:
+def dataset_checksums(recipe: Recipe) -> dict[str, str]:
     """The content of every source's dataset, as `stage.source` -> digest; empty for noise."""
     found = {}
     for stage in recipe.stages:
         for config in stage.data.values():
             dataset = open_dataset(config, recipe.data_root)
-            with placed(config):
+            with located_errors(config):
                 digest = dataset.checksum() if hasattr(dataset, "checksum") else ""
             found[f"{stage.name}.{config.name}"] = digest
     return found
 
 
-def outside_facts(
-    recipe: Recipe, data: Mapping[str, str], made: Mapping[tuple[str, str], str], world_size: int
+def external_identity(
+    recipe: Recipe, data_checksums: Mapping[str, str], teacher_identities: Mapping[tuple[str, str], str], world_size: int
 ) -> dict[str, Any]:
     """What a run's identity covers besides its recipe.
 
@@ -236,13 +236,13 @@ def outside_facts(
         made: (stage, role) -> identity of the run whose student are the role's initial weights.
         world_size: how many processes share a batch; the batch grows with it.
     """
-    facts: dict[str, Any] = {"data": dict(data)}
-    facts |= {f"weights.{stage}.{role}": name for (stage, role), name in made.items()}
+    facts: dict[str, Any] = {"data": dict(data_checksums)}
+    facts |= {f"weights.{stage}.{role}": name for (stage, role), name in teacher_identities.items()}
     for stage in recipe.stages:
         for name, role in stage.roles.items():
             if role.weights is not None and role.weights.path is not None:
-                facts[f"weights.{stage.name}.{name}"] = _file_hash(weights_file(role.weights, recipe))
-        facts |= maker_versions(stage)
+                facts[f"weights.{stage.name}.{name}"] = _file_hash(find_weights_file(role.weights, recipe))
+        facts |= artifact_versions(stage)
     return facts | ({"world": world_size} if world_size > 1 else {})
 
 
@@ -254,7 +254,7 @@ def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
     return any(len(shape) == 3 and shape[0] == 3 for shape in shapes)
 
 
-def training_facts(stage: StageConfig, world_size: int) -> dict[str, Any]:
+def training_entries(stage: StageConfig, world_size: int) -> dict[str, Any]:
     """The effective batch and rate of a stage, and what BatchNorm normalises by."""
     sizes = {name: config.batch_size * world_size * stage.accumulate for name, config in stage.data.items()}
     return {
@@ -264,11 +264,11 @@ def training_facts(stage: StageConfig, world_size: int) -> dict[str, Any]:
         "epochs": stage.epochs,
         "steps": stage.steps,
         "precision": stage.precision,
-        "batchnorm": _batchnorm_words(stage, world_size),
+        "batchnorm": _batchnorm_text(stage, world_size),
     }
 
 
-def _batchnorm_words(stage: StageConfig, world_size: int) -> str:
+def _batchnorm_text(stage: StageConfig, world_size: int) -> str:
     if world_size == 1:
         return "statistics of the whole batch"
     if stage.sync_batchnorm:
@@ -276,8 +276,8 @@ def _batchnorm_words(stage: StageConfig, world_size: int) -> str:
     return f"statistics per rank: each of {world_size} ranks normalises by its own rows"
 
 
-def data_facts(
-    recipe: Recipe, specs: Sequence[Mapping[str, SourceSpec]], data: Mapping[str, str]
+def data_entries(
+    recipe: Recipe, specs: Sequence[Mapping[str, SourceSpec]], data_checksums: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
     """Dataset, split, samples, labels and digest of every source."""
     return {
@@ -286,14 +286,14 @@ def data_facts(
             "split": config.split,
             "samples": described[name].samples,
             "labels": config.label_fraction,
-            "checksum": data[f"{stage.name}.{name}"],
+            "checksum": data_checksums[f"{stage.name}.{name}"],
         }
         for stage, described in zip(recipe.stages, specs, strict=True)
         for name, config in stage.data.items()
     }
 
 
-def source_facts(stage: StageConfig, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+def source_entries(stage: StageConfig, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
     """What is known of a stage's sources once they are open: of those that an earlier stage made, all that there is."""
     return {
         f"{stage.name}.{name}": {"samples": source.num_samples, "checksum": source.checksum}
@@ -311,34 +311,34 @@ def part_versions(recipe: Recipe) -> dict[str, int]:
                 parts[f"model {role.model.type}"] = MODELS.entry(role.model.type).version
         for term in stage.terms.values():
             parts[f"term {term.type}"] = TERMS.entry(term.type).version
-        parts |= maker_versions(stage)
+        parts |= artifact_versions(stage)
     return parts
 
 
-def maker_versions(stage: StageConfig) -> dict[str, int]:
+def artifact_versions(stage: StageConfig) -> dict[str, int]:
     """The versions of what makes a stage's things, and of the selectors that it uses."""
     parts = {}
     for make in stage.artifacts.values():
         entry = ARTIFACTS.entry(make.part.type)
         parts[f"maker {entry.name}"] = entry.version
-        chooser = make.part.params.get(entry.facts.get("selects", ""))
+        chooser = make.part.params.get(entry.facts.get("selector", ""))
         if chooser:
             parts[f"selector {chooser['type']}"] = SELECTORS.entry(chooser["type"]).version
     return parts
 
 
-def role_facts(plan: StagePlan, origins: Mapping[str, Origin], measured: Mapping[str, Any]) -> dict[str, Any]:
+def role_entries(plan: StagePlan, origins: Mapping[str, WeightsOrigin], frozen_scores: Mapping[str, Any]) -> dict[str, Any]:
     """Model, size, weights and measured accuracy of every role."""
     facts = {}
     for name, role in plan.roles.items():
-        root = root_of(name, plan.stage.roles)
+        root = root_role(name, plan.stage.roles)
         origin = origins[root] if root == name else replace(origins[root], source=f"the network of role {root}")
         facts[name] = {
             "model": role.model,
             "parameters": role.parameters,
             "mode": role.config.mode,
-            "weights": {"source": origin.source, "sha256": origin.sha256, "unmatched": origin.unmatched},
-            **({"accuracy": measured[name]} if name in measured else {}),
+            "weights": {"source": origin.source, "sha256": origin.sha256, "unmatched": origin.mismatches},
+            **({"accuracy": frozen_scores[name]} if name in frozen_scores else {}),
         }
     return facts
 

@@ -19,29 +19,29 @@ import kdbench
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import describe_device
 from kdbench.engine.network.operands import Batch
-from kdbench.engine.train.loop import Windows
+from kdbench.engine.train.loop import BatchFeed
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import ConfigError, UserError
-from kdbench.experiment.reopened import Opened, opened
-from kdbench.files import disk_errors_translated, write_atomic, write_json
-from kdbench.report.console import sized
-from kdbench.report.figures import Picture, bars
+from kdbench.experiment.reopened import OpenStage, open_stage
+from kdbench.files import translate_disk_errors, write_atomic, write_json
+from kdbench.report.console import with_unit_prefix
+from kdbench.report.figures import Picture, draw_bars
 from kdbench.speed.profiling import profiler as engine
-from kdbench.speed.profiling.peaks import peak
+from kdbench.speed.profiling.peaks import device_peak
 
 WARM_UP, TRACED = 6, 3
 
 
-FILES = ("profile.json", "trace.json", "profile.png")
+PROFILE_FILES = ("profile.json", "trace.json", "profile.png")
 
 
-NO_PARTS = (
+NO_PARTS_NOTICE = (
     "a compiled or captured step has no parts, nor has one whose frozen networks run elsewhere: they are those of the "
     "same step, run as it stands with all in it"
 )
 
 
-NOTHING_SEEN = (
+NO_KERNELS_NOTICE = (
     "torch's profiler saw nothing that ran on the GPU, so kernels and the device's time are missing; with "
     "KINETO_LOG_LEVEL=1 in the environment it says why"
 )
@@ -68,86 +68,86 @@ def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: P
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}). Choose another with --out DIR.") from None
-    with opened(recipe, stage) as found:
+    with open_stage(recipe, stage) as found:
         result, chrome = _measure(found, steps, folder)
     write_json(folder / "profile.json", result)
     write_atomic(folder / "trace.json", json.dumps(chrome).encode())
-    write_atomic(folder / "profile.png", picture(result).png)
-    return {**result, "files": {name: str(folder / name) for name in FILES}}
+    write_atomic(folder / "profile.png", draw_profile(result).png)
+    return {**result, "files": {name: str(folder / name) for name in PROFILE_FILES}}
 
 
-def _measure(found: Opened, steps: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    runner, notes = found.runner, list(found.missing)
+def _measure(open_stage: OpenStage, steps: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    runner, notes = open_stage.runner, list(open_stage.missing_weights)
     device, precision = runner.device, runner.stage.precision
     runner.say = notes.append
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    windows = _endless(found.arrangement.windows)
-    for _ in range(_warm_up(runner, steps)):
-        engine.take_step(runner, windows)
-    elsewhere = {name: mode for name, mode in found.arrangement.modes.items() if mode != "inline"}
-    stands = _as_it_stands(runner) and not elsewhere
-    asked = None if stands else engine.time_whole(runner, windows, steps)
-    seen, profiler = engine.trace(runner, windows, TRACED, apart=stands)
+    windows = _endless_windows(open_stage.frozen_forward.feed)
+    for _ in range(_warm_up_steps(runner, steps)):
+        engine.run_step(runner, windows)
+    elsewhere = {name: mode for name, mode in open_stage.frozen_forward.modes.items() if mode != "inline"}
+    stands = _is_eager(runner) and not elsewhere
+    asked = None if stands else engine.time_steps(runner, windows, steps)
+    seen, profiler = engine.profile_steps(runner, windows, TRACED, mark_sections=stands)
     if seen.kernels == 0:
-        notes.append(NOTHING_SEEN)
-    chrome = _exported(profiler, folder)
+        notes.append(NO_KERNELS_NOTICE)
+    chrome = _export_trace(profiler, folder)
     memory = _peak_memory(device)
     plain = runner
     if not stands:
-        notes += [*filter(None, [found.arrangement.words()]), NO_PARTS]
-        windows = found.feed.windows(0)
-        without = replace(found.recipe, compile=False)
+        notes += [*filter(None, [open_stage.frozen_forward.describe()]), NO_PARTS_NOTICE]
+        windows = open_stage.feed.windows(0)
+        without = replace(open_stage.recipe, compile=False)
         plain = Runner(runner.plan, without, runner.network, device, steps_per_epoch=runner.steps_per_epoch)
         for _ in range(WARM_UP):
-            engine.take_step(plain, windows)
-    timed = engine.time_parts(plain, windows, steps)
-    counted = engine.count(plain, windows)
+            engine.run_step(plain, windows)
+    timed = engine.time_sections(plain, windows, steps)
+    counted = engine.count_step(plain, windows)
     if plain is not runner:
-        apart, _ = engine.trace(plain, windows, TRACED, apart=True)
-        seen = replace(seen, backward=apart.backward)
+        apart, _ = engine.profile_steps(plain, windows, TRACED, mark_sections=True)
+        seen = replace(seen, backward_fractions=apart.backward_fractions)
     whole = asked or timed
-    second = statistics.mean(whole.whole)
-    limit = peak(device, precision)
+    second = statistics.mean(whole.step_seconds)
+    limit = device_peak(device, precision)
     read = sum(counted.flops.get(f"forward {name}", 0) for name, mode in elsewhere.items() if mode == "cache")
     flops = sum(counted.flops.values())
     executed = flops - read
     machine = {"device": describe_device(device), "python": platform.python_version()}
     machine |= {"torch": torch.__version__, "kdbench": kdbench.__version__}
     result = {
-        "recipe": found.recipe.name,
-        "overrides": list(found.recipe.overrides),
+        "recipe": open_stage.recipe.name,
+        "overrides": list(open_stage.recipe.overrides),
         "stage": runner.stage.name,
         "date": datetime.now(timezone.utc).date().isoformat(),
         **machine,
         "precision": precision,
-        "compile": found.recipe.compile,
-        "frozen_forward": dict(found.arrangement.modes),
+        "compile": open_stage.recipe.compile,
+        "frozen_forward": dict(open_stage.frozen_forward.modes),
         "steps": steps,
-        "samples_per_step": whole.samples / len(whole.whole),
-        "step": _milliseconds(whole.whole),
-        "samples_per_second": round(whole.samples / sum(whole.whole), 1),
-        "parts_of_a_step": {"taken_apart_ms": _ms(sum(timed.parts.values())), "whole": _milliseconds(timed.whole)},
-        "parts": _parts(timed.parts, counted, seen.backward, limit.flops),
+        "samples_per_step": whole.samples / len(whole.step_seconds),
+        "step": _quantiles_ms(whole.step_seconds),
+        "samples_per_second": round(whole.samples / sum(whole.step_seconds), 1),
+        "parts_of_a_step": {"taken_apart_ms": _ms(sum(timed.section_seconds.values())), "whole": _quantiles_ms(timed.step_seconds)},
+        "parts": _part_rows(timed.section_seconds, counted, seen.backward_fractions, limit.flops),
         "operations": sum(counted.operations.values()),
         "flops": flops,
         "kernels": seen.kernels,
         "copies": seen.copies,
-        "busy_ms": _ms(seen.busy),
-        "idle_ms": _ms(max(0.0, second - seen.busy)),
+        "busy_ms": _ms(seen.busy_seconds),
+        "idle_ms": _ms(max(0.0, second - seen.busy_seconds)),
         "flops_per_second": executed / second,
         "peak": {"flops_per_second": limit.flops, "source": limit.source},
         "mfu": None if limit.flops is None else executed / second / limit.flops,
         "peak_memory": memory,
         "slowest_operations": [
-            {"operation": name, "ms": _ms(seconds), "calls": calls} for name, seconds, calls in seen.slowest
+            {"operation": name, "ms": _ms(seconds), "calls": calls} for name, seconds, calls in seen.slowest_operations
         ],
         "notes": notes,
     }
     return result, chrome
 
 
-def _warm_up(runner: Runner, steps: int) -> int:
+def _warm_up_steps(runner: Runner, steps: int) -> int:
     """How many steps come before the first that is timed.
 
     A captured step is recorded anew for the first that is logged, which takes as long as hundreds of replays: it comes
@@ -158,28 +158,28 @@ def _warm_up(runner: Runner, steps: int) -> int:
     return max(WARM_UP, logged) if timed else WARM_UP
 
 
-def _endless(windows: Windows) -> Iterator[list[Batch]]:
+def _endless_windows(windows: BatchFeed) -> Iterator[list[Batch]]:
     """A stage's batches, from the begin again where it is shorter than what is measured."""
     while True:
         yield from windows.windows(0)
 
 
-def _as_it_stands(runner: Runner) -> bool:
+def _is_eager(runner: Runner) -> bool:
     """Whether a step runs as it is written: neither compiled, nor recorded and replayed."""
-    taken_over = runner.perform != runner.execute or runner.differentiate != runner.gradients_of
+    taken_over = runner.perform != runner.execute or runner.differentiate != runner.compute_gradients
     return not runner.compiling and not taken_over
 
 
-def _exported(profiler: Any, folder: Path) -> dict[str, Any]:
+def _export_trace(profiler: Any, folder: Path) -> dict[str, Any]:
     """The profiler's Chrome trace, with the parts of the steps as a row of their own."""
     file = folder / "trace.json"
-    with disk_errors_translated(file):
+    with translate_disk_errors(file):
         profiler.export_chrome_trace(str(file))
-    return engine.with_parts(json.loads(file.read_text(encoding="utf-8")))
+    return engine.add_section_row(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _parts(
-    seconds: Mapping[str, float], counted: engine.Counted, backward: Mapping[str, float], limit: float | None
+def _part_rows(
+    seconds: Mapping[str, float], counted: engine.StepCounts, backward: Mapping[str, float], limit: float | None
 ) -> list[dict[str, Any]]:
     total = sum(seconds.values())
     rows = []
@@ -194,7 +194,7 @@ def _parts(
     return rows
 
 
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
+def _quantiles_ms(seconds: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(seconds, n=4)
     mean = _ms(statistics.mean(seconds))
     return {"median_ms": _ms(middle), "q1_ms": _ms(low), "q3_ms": _ms(high), "mean_ms": mean}
@@ -212,13 +212,13 @@ def _peak_memory(device: torch.device) -> dict[str, Any]:
     return {"bytes": resident, "of": "the whole process, Python and libraries included"}
 
 
-def picture(result: Mapping[str, Any]) -> Picture:
+def draw_profile(result: Mapping[str, Any]) -> Picture:
     """Draws the parts as shares of a step's time, operations and FLOPs, one bar each."""
     step, parts = result["parts_of_a_step"]["taken_apart_ms"], result["parts"]
     rows = [
         (f"time\n{step:,.{1 if step < 100 else 0}f} ms", [part["ms"] for part in parts]),
         (f"operations\n{result['operations']:,}", [part["operations"] for part in parts]),
-        (f"FLOPs\n{sized(result['flops'])}", [part["flops"] for part in parts]),
+        (f"FLOPs\n{with_unit_prefix(result['flops'])}", [part["flops"] for part in parts]),
     ]
     title = f"{result['recipe']}, stage {result['stage']}: one step on {result['device']}"
-    return bars(title, [part["part"] for part in parts], rows)
+    return draw_bars(title, [part["part"] for part in parts], rows)

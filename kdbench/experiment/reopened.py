@@ -12,18 +12,18 @@ import torch
 
 from kdbench.config.load import load_resolved
 from kdbench.config.schema import Recipe
-from kdbench.engine.device import choose_device, precision_settings
+from kdbench.engine.device import precision_settings, resolve_device
 from kdbench.engine.distributed.world import World
-from kdbench.engine.evaluation.evaluator import Judge
+from kdbench.engine.evaluation.evaluator import Evaluator
 from kdbench.engine.state import checkpoint
 from kdbench.engine.train.loop import Feed, History
 from kdbench.engine.train.runner import Runner
-from kdbench.errors import ConfigError, UserError, nearest
-from kdbench.experiment.artifacts import made_files, reads_made
-from kdbench.experiment.context import Setup
+from kdbench.errors import ConfigError, UserError, suggest
+from kdbench.experiment.artifacts import find_artifact_files, reads_artifacts
+from kdbench.experiment.context import RunContext
 from kdbench.report.tracking import Tracker
 from kdbench.run_folder import RunFolder
-from kdbench.speed.teacher_cache.frozen_forward import Arrangement
+from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan
 
 
 def reevaluate(
@@ -42,32 +42,32 @@ def reevaluate(
     changes |= {"device": device} if device else {}
     changes |= {"data_root": data_root} if data_root else {}
     recipe = replace(recipe, **changes)
-    chosen = choose_device(recipe.device)
+    chosen = resolve_device(recipe.device)
     with (
         precision_settings(recipe.stages[0].precision),
-        contextlib.closing(Setup(recipe, chosen, World())) as setup,
+        contextlib.closing(RunContext(recipe, chosen, World())) as setup,
         tempfile.TemporaryDirectory() as scratch,
     ):
         setup.plan()
         tree, _ = checkpoint.load(folder.last)
         assert tree is not None
-        plan = setup.plan_of(-1)
+        plan = setup.stage_plan(-1)
         stage = plan.stage
         if tree["stage"] != stage.name:
             raise UserError(f"{folder} stands in stage {tree['stage']!r}; finish it before it is evaluated.")
-        tracker = Tracker(scratch, main=False)
+        tracker = Tracker(scratch, is_main=False)
         sources = setup.sources(stage)
-        judge = Judge(recipe, stage, plan, sources, setup.world, chosen, tracker, History())
+        judge = Evaluator(recipe, stage, plan, sources, setup.world, chosen, tracker, History())
         network, _ = setup.network(plan, tracker.notice)
         runner = setup.runner(network, plan, sources, tracker.notice)
         runner.load_state_dict(tree)
-        judge.frozen_roles(runner.network, 0)
-        judge.moving_roles(runner, 0, 0)
+        judge.evaluate_frozen_roles(runner.network, 0)
+        judge.evaluate_trained_roles(runner, 0, 0)
         return {**judge.history.evaluations[-1]["metrics"], **judge.history.frozen}
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenStage:
     """A stage that could begin to train.
 
     arrangement: the batches as the recipe asks for them, with what runs outside the step in them. feed: those with
@@ -76,13 +76,13 @@ class Opened:
 
     recipe: Recipe
     runner: Runner
-    arrangement: Arrangement
+    frozen_forward: FrozenForwardPlan
     feed: Feed
-    missing: tuple[str, ...]
+    missing_weights: tuple[str, ...]
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, stage: str | None = None) -> Iterator[Opened]:
+def open_stage(recipe: Recipe, stage: str | None = None) -> Iterator[OpenStage]:
     """Builds a stage as `run` does, for whoever measures its steps. Nothing is trained, and nothing is kept.
 
     Weights that are still to be trained (a teacher's, an earlier stage's) stay as the seed gives them.
@@ -93,36 +93,36 @@ def opened(recipe: Recipe, stage: str | None = None) -> Iterator[Opened]:
     Raises:
         UserError: there is no such stage, it reads what an earlier stage has not made yet, or what `run` would raise.
     """
-    device = choose_device(recipe.device)
+    device = resolve_device(recipe.device)
     names = [one.name for one in recipe.stages if one.epochs != 0 and one.steps != 0]
     if not names or (stage is not None and stage not in names):
-        wrong = f"no stage {stage!r} that trains.{nearest(stage or '', names)}" if stage else "no stage trains"
+        wrong = f"no stage {stage!r} that trains.{suggest(stage or '', names)}" if stage else "no stage trains"
         raise ConfigError(f"{recipe.name}: {wrong}")
     position = [one.name for one in recipe.stages].index(stage or names[-1])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        setup = Setup(recipe, device, World())
-        missing = _untrained(setup, position)
+        setup = RunContext(recipe, device, World())
+        missing = _find_missing_weights(setup, position)
         if missing:  # the same run, but for the weights that it would wait for
             told = recipe.stages[position]
             roles = {n: replace(r, weights=None) if n in missing else r for n, r in told.roles.items()}
             stages = [replace(told, roles=roles) if one is told else one for one in recipe.stages]
             recipe = replace(recipe, stages=tuple(stages), out=str(setup.folder))
-            setup = Setup(recipe, device, World())
+            setup = RunContext(recipe, device, World())
         with precision_settings(recipe.stages[position].precision), contextlib.closing(setup):
             setup.plan()
-            plan = setup.plan_of(position)
+            plan = setup.stage_plan(position)
             sources = setup.sources(plan.stage)
-            network, _ = setup.network(plan, _silent)
-            runner = setup.runner(network, plan, sources, _silent)
-            arrangement, feed = setup.arrangement(runner, sources), setup.feed(plan, sources)
-            yield Opened(recipe, runner, arrangement, feed, tuple(missing.values()))
+            network, _ = setup.network(plan, _ignore_notice)
+            runner = setup.runner(network, plan, sources, _ignore_notice)
+            arrangement, feed = setup.frozen_forward_plan(runner, sources), setup.feed(plan, sources)
+            yield OpenStage(recipe, runner, arrangement, feed, tuple(missing.values()))
 
 
-def _silent(text: str) -> None:
+def _ignore_notice(text: str) -> None:
     """What is told of a stage that is opened and not trained."""
 
 
-def _untrained(setup: Setup, position: int) -> dict[str, str]:
+def _find_missing_weights(setup: RunContext, position: int) -> dict[str, str]:
     """The roles of a stage whose weights are not there yet, with what is said of each.
 
     Raises:
@@ -130,9 +130,9 @@ def _untrained(setup: Setup, position: int) -> dict[str, str]:
     """
     recipe, folder = setup.recipe, setup.folder
     stage, earlier = recipe.stages[position], recipe.stages[:position]
-    made = made_files(recipe, folder)
+    made = find_artifact_files(recipe, folder)
     wanted = [f"{one.name}.{name}" for one in earlier for name in one.artifacts]
-    if reads_made(stage) and any(name not in made for name in wanted):
+    if reads_artifacts(stage) and any(name not in made for name in wanted):
         raise UserError(
             f"stage {stage.name!r} of {recipe.name} reads what earlier stages make, and {folder} does not hold it yet. "
             "Train the recipe until that stage begins, or choose another one with --stage."

@@ -10,7 +10,7 @@ from kdbench.config.load import load_recipe
 from kdbench.config.schema import PartConfig, Recipe, WeightsConfig
 
 
-def provider(weights: WeightsConfig, recipe: Recipe) -> Recipe:
+def teacher_recipe(weights: WeightsConfig, recipe: Recipe) -> Recipe:
     """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results.
 
     It keeps every epoch that any role of any stage takes from it: whoever asks first, one run serves them all.

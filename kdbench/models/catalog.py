@@ -12,12 +12,12 @@ from typing import Any
 
 from kdbench.registry import MODELS, Entry, Family, Parameter
 
-BUILDER = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+BUILDER_PATTERN = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 """How both libraries declare a model. Those of `torchvision.models.detection` and so on lie in subfolders."""
 
 
 @cache
-def _builders(library: str) -> dict[str, Path]:
+def _builder_files(library: str) -> dict[str, Path]:
     """Every model of an installed library -> the file that declares it, in alphabetical order."""
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
@@ -25,38 +25,38 @@ def _builders(library: str) -> dict[str, Path]:
     folder = Path(spec.submodule_search_locations[0], "models")
     found = {}
     for path in sorted(folder.glob("*.py")):
-        for name in BUILDER.findall(path.read_text(encoding="utf-8")):
+        for name in BUILDER_PATTERN.findall(path.read_text(encoding="utf-8")):
             found[name] = path
     return dict(sorted(found.items()))
 
 
-def _entry(library: str, name: str) -> Entry:
+def _library_entry(library: str, name: str) -> Entry:
     """Describes one model: how the library's docstring begins, and the parameters of the builder in `foreign.py`."""
-    tree = ast.parse(_builders(library)[name].read_text(encoding="utf-8"))
+    tree = ast.parse(_builder_files(library)[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     about = " ".join((ast.get_docstring(node) or f"{name} of {library}").split("\n\n", 1)[0].split())
     about = re.sub(r"`([^`<]+?)\s*<([^>]+)>`_*", r"\1 (\2)", about)  # a link of reStructuredText
-    parameters = {parameter.name: parameter for parameter in PARAMETERS[library]}
+    parameters = {parameter.name: parameter for parameter in LIBRARY_PARAMETERS[library]}
     size = 299 if name.startswith("inception") else 224
     facts = {"version": 1, "image": (3, size, size)}
-    loader = partial(_load, library, name)
+    loader = partial(_load_builder, library, name)
     return Entry(
         f"{library}/{name}",
         "kdbench.models.external",
         library,
-        f"{about}\n\n{DOCS[library]}",
+        f"{about}\n\n{LIBRARY_DOCS[library]}",
         parameters,
         facts,
         loader=loader,
     )
 
 
-def _load(library: str, name: str) -> Any:
+def _load_builder(library: str, name: str) -> Any:
     foreign = importlib.import_module("kdbench.models.external")
     return partial(getattr(foreign, f"build_{library}"), name)
 
 
-PARAMETERS = {
+LIBRARY_PARAMETERS = {
     "torchvision": (Parameter("num_classes", "int", 1000), Parameter("weights", "str | None", None)),
     "timm": (
         Parameter("num_classes", "int", 1000),
@@ -67,7 +67,7 @@ PARAMETERS = {
 }
 
 
-DOCS = {
+LIBRARY_DOCS = {
     "torchvision": """Built by torchvision itself.
 
 Args:
@@ -82,12 +82,12 @@ Args:
 }
 
 
-for _library in PARAMETERS:
+for _library in LIBRARY_PARAMETERS:
     MODELS.families.append(
         Family(
             f"{_library}/",
-            lambda library=_library: list(_builders(library)),
-            partial(_entry, _library),
+            lambda library=_library: list(_builder_files(library)),
+            partial(_library_entry, _library),
             f"install it with `pip install {_library}`"
             + (" or `pip install kdbench[timm]`." if _library == "timm" else "."),
         )

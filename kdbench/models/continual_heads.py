@@ -11,7 +11,7 @@ from kdbench.registry import MODELS
 
 
 @MODELS.register("task_logits", version=1, paper="https://arxiv.org/abs/1606.09282", image=(10,))
-class TaskLogits(nn.Module):
+class ContinualHead(nn.Module):
     """The logits of one task's classes; those of all others are put out of reach, so that they have probability 0.
 
     The rows of a linear classifier share nothing: one classifier over all classes, seen through such a mask for each
@@ -25,8 +25,8 @@ class TaskLogits(nn.Module):
         input_shape: of one sample's logits; the engine gives it.
     """
 
-    inside: Tensor
-    OUT = -1e4  # exp gives 0 in every precision, and it fits into half precision where -inf would make NaN of 0 * inf
+    class_mask: Tensor
+    MASKED_LOGIT = -1e4  # exp gives 0 in every precision, and it fits into half precision where -inf would make NaN of 0 * inf
 
     def __init__(self, keep: list[int], input_shape: tuple[int, ...] = (10,)) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class TaskLogits(nn.Module):
             )
         inside = torch.zeros(input_shape[0], dtype=torch.bool)
         inside[torch.tensor(keep)] = True
-        self.register_buffer("inside", inside, persistent=False)
+        self.register_buffer("class_mask", inside, persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
-        return torch.where(self.inside, logits, self.OUT)
+        return torch.where(self.class_mask, logits, self.MASKED_LOGIT)
 
 
 @MODELS.register("nearest_mean", version=1, paper="https://arxiv.org/abs/1611.07725", image=(64,))
-class NearestMean(nn.Module):
+class NearestMeanClassifier(nn.Module):
     """A classifier without training: the class whose mean feature is nearest, both at length 1: iCaRL's.
 
     Output: minus the Euclidean distance to each class's mean. The maker `nearest_mean` finds the means. A class without

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kdbench.errors import ConfigError
-from kdbench.models.heads import map_shape
+from kdbench.models.heads import feature_map_shape
 from kdbench.models.layers import GlobalAveragePool
 from kdbench.registry import MODELS
 
@@ -67,7 +67,7 @@ class FeatureDiscriminator(nn.Module):
         if len(input_shape) == 1:
             first, second, pool = nn.Linear(input_shape[0], width), nn.Linear(width, width), nn.Identity()
         else:
-            channels = map_shape(input_shape, "feature_discriminator")[0]
+            channels = feature_map_shape(input_shape, "feature_discriminator")[0]
             first = nn.Conv2d(channels, width, 3, padding=1)
             second = nn.Conv2d(width, width, 3, stride=2, padding=1)
             pool = GlobalAveragePool()

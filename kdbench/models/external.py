@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdbench.errors import CheckpointError, ConfigError, nearest
+from kdbench.errors import CheckpointError, ConfigError, suggest
 
 # Auxiliary classifiers make the output a tuple in train mode; the term that wants one can read a feature instead.
 SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
@@ -16,7 +16,7 @@ SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
 }
 
 
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = None) -> nn.Module:
@@ -40,7 +40,7 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
         return models.get_model(name, weights=None, num_classes=num_classes, **options)
     known = models.get_model_weights(name)
     if weights not in known.__members__:
-        raise ConfigError(f"model 'torchvision/{name}': no weights {weights!r}.{nearest(weights, known.__members__)}")
+        raise ConfigError(f"model 'torchvision/{name}': no weights {weights!r}.{suggest(weights, known.__members__)}")
     chosen = known[weights]
     if options:
         options = {**options, "transform_input": True}  # these weights expect Inception's own input scale
@@ -53,11 +53,11 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
             "is no network, leave `weights` out, or load a file with the role's `weights: {path: ...}`."
         ) from None
     classes = len(chosen.meta["categories"])
-    _load_but_head(model, {k: v for k, v in state.items() if not options or not k.startswith(AUXILIARY)}, classes)
+    _load_except_classifier(model, {k: v for k, v in state.items() if not options or not k.startswith(AUXILIARY_PREFIXES)}, classes)
     return model
 
 
-def _load_but_head(model: nn.Module, state: dict[str, Tensor], classes: int) -> None:
+def _load_except_classifier(model: nn.Module, state: dict[str, Tensor], classes: int) -> None:
     """Loads a whole state dict, except tensors of the classifier when it has another number of classes."""
     own = model.state_dict()
     head = [k for k, v in state.items() if k in own and v.shape != own[k].shape and v.shape[0] == classes]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.errors import ConfigError
-from kdbench.models.layers import GlobalAveragePool, SelfAttention, as_vector, vector_size
+from kdbench.models.layers import GlobalAveragePool, SelfAttention, pool_to_vector, pooled_size
 from kdbench.registry import MODELS
 
 
@@ -60,13 +60,13 @@ class FusionGate(nn.Module):
         s, t = (F.softmax(logits.detach().to(dtype), 1) for logits in (student, teacher))
         g = F.one_hot(label.clamp(min=0), self.mean.shape[0]).to(dtype) * (label >= 0).unsqueeze(1)
         if self.training:
-            self._remember(t.detach(), g)
+            self._update_class_means(t.detach(), g)
         m = g @ self.mean
         pairs = ((m, s), (g, s), (t, s), (t, g), (m, g))
         return torch.sigmoid(self.net(torch.cat([s, t, g, m, *((a - b).square() for a, b in pairs)], 1)))
 
     @torch.no_grad()
-    def _remember(self, t: Tensor, g: Tensor) -> None:
+    def _update_class_means(self, t: Tensor, g: Tensor) -> None:
         """Takes a batch into the means of the classes."""
         rows = g.sum(0)
         self.count += rows
@@ -158,7 +158,7 @@ class GateMLP(nn.Module):
             raise ConfigError(f"gate_mlp: needs at least two ways, got {ways}")
         if hidden is not None and hidden < 0:
             raise ConfigError(f"gate_mlp: hidden must not be negative, got {hidden}")
-        values = vector_size(input_shape, "gate_mlp")
+        values = pooled_size(input_shape, "gate_mlp")
         width = 2 * values if hidden is None else hidden
         self.layers = nn.Sequential()
         if width:
@@ -171,5 +171,5 @@ class GateMLP(nn.Module):
         self.softmax = softmax
 
     def forward(self, feature: Tensor) -> Tensor:
-        scores = self.layers(as_vector(feature))
+        scores = self.layers(pool_to_vector(feature))
         return torch.softmax(scores, dim=1) if self.softmax else scores

@@ -47,15 +47,15 @@ class LatentGenerator(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        channels, height, breadth = _image(image_shape, "latent_generator")
+        channels, height, breadth = _check_image_shape(image_shape, "latent_generator")
         if height % 4 or breadth % 4:
             raise ConfigError(
                 f"latent_generator: the image's height and width must be multiples of 4, got {height}x{breadth}"
             )
         if width < 2 or width % 2:
             raise ConfigError(f"latent_generator: width must be an even number of at least 2, got {width}")
-        self.start = (width, height // 4, breadth // 4)
-        self.fc = nn.Linear(math.prod(input_shape), math.prod(self.start))
+        self.first_map_shape = (width, height // 4, breadth // 4)
+        self.fc = nn.Linear(math.prod(input_shape), math.prod(self.first_map_shape))
         self.norm = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
             nn.Upsample(scale_factor=2),
@@ -72,7 +72,7 @@ class LatentGenerator(nn.Module):
         self.standard = nn.BatchNorm2d(channels, affine=affine)
 
     def forward(self, latent: Tensor) -> Tensor:
-        first = self.fc(latent.flatten(1)).unflatten(1, self.start)
+        first = self.fc(latent.flatten(1)).unflatten(1, self.first_map_shape)
         return self.standard(self.bound(self.conv(self.blocks(self.norm(first)))))
 
 
@@ -97,7 +97,7 @@ class ImageBank(nn.Module):
             raise ConfigError(f"image_bank: samples must be at least 1, got {samples}")
         if std < 0:
             raise ConfigError(f"image_bank: std must not be negative, got {std}")
-        self.pixels = nn.Parameter(torch.empty(samples, *_image(image_shape, "image_bank")))
+        self.pixels = nn.Parameter(torch.empty(samples, *_check_image_shape(image_shape, "image_bank")))
         nn.init.normal_(self.pixels, std=std)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class SharedPattern(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...] = (1, 8, 8)) -> None:
         super().__init__()
-        self.pattern = nn.Parameter(torch.zeros(1, *_image(input_shape, "shared_pattern")))
+        self.pattern = nn.Parameter(torch.zeros(1, *_check_image_shape(input_shape, "shared_pattern")))
 
     def forward(self, image: Tensor) -> Tensor:
         return image + self.pattern
@@ -193,7 +193,7 @@ class AffineAugmentor(nn.Module):
         return mean + (moved - mean) * contrast.exp()[:, None, None, None] + light[:, None, None, None]
 
 
-def _image(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+def _check_image_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"{name}: image_shape must be channels, height and width, got {list(shape)}")
     channels, height, width = shape

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.errors import ConfigError
-from kdbench.models.layers import GlobalAveragePool, as_vector, init_convolutions, vector_size
+from kdbench.models.layers import GlobalAveragePool, init_convolutions, pool_to_vector, pooled_size
 from kdbench.registry import MODELS
 
 
@@ -29,10 +29,10 @@ class LinearHead(nn.Module):
 
     def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (64, 4, 4), bias: bool = True) -> None:
         super().__init__()
-        self.fc = nn.Linear(vector_size(input_shape, "linear_head"), num_classes, bias=bias)
+        self.fc = nn.Linear(pooled_size(input_shape, "linear_head"), num_classes, bias=bias)
 
     def forward(self, feature: Tensor) -> Tensor:
-        return self.fc(as_vector(feature))
+        return self.fc(pool_to_vector(feature))
 
 
 @MODELS.register("cosine_head", version=1, paper="https://arxiv.org/abs/2304.04408", image=(64, 4, 4))
@@ -57,10 +57,10 @@ class CosineHead(nn.Module):
         if temperature <= 0:
             raise ConfigError(f"cosine_head: temperature must be above 0, got {temperature}")
         self.temperature = temperature
-        self.fc = nn.Linear(vector_size(input_shape, "cosine_head"), num_classes, bias=False)
+        self.fc = nn.Linear(pooled_size(input_shape, "cosine_head"), num_classes, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        direction = F.normalize(as_vector(feature), dim=1)
+        direction = F.normalize(pool_to_vector(feature), dim=1)
         return F.linear(direction, F.normalize(self.fc.weight, dim=1)) / self.temperature
 
 
@@ -87,16 +87,16 @@ class ExitHead(nn.Module):
         self, num_classes: int = 10, input_shape: tuple[int, ...] = (32, 8, 8), channels: int = 64, reduce: int = 2
     ) -> None:
         super().__init__()
-        inputs, height, width = map_shape(input_shape, "exit_head")
+        inputs, height, width = feature_map_shape(input_shape, "exit_head")
         if channels < 4 or channels % 4:
             raise ConfigError(f"exit_head: channels must be a multiple of 4, got {channels}")
         if not 1 <= reduce <= min(height, width):
             raise ConfigError(f"exit_head: reduce must be from 1 to the map's size ({height}x{width}), got {reduce}")
         middle = channels // 4
         self.bottleneck = nn.Sequential(
-            *convolution(inputs, middle, 1, bias=True),
-            *convolution(middle, middle, reduce, stride=reduce, bias=True),
-            *convolution(middle, channels, 1, bias=True),
+            *conv_bn_relu(inputs, middle, 1, bias=True),
+            *conv_bn_relu(middle, middle, reduce, stride=reduce, bias=True),
+            *conv_bn_relu(middle, channels, 1, bias=True),
         )
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(channels, num_classes)
@@ -132,7 +132,7 @@ class Projector(nn.Module):
         factor: int = 2,
     ) -> None:
         super().__init__()
-        inputs, height, width = map_shape(input_shape, "projector")
+        inputs, height, width = feature_map_shape(input_shape, "projector")
         if factor < 1 or channels < factor:
             raise ConfigError(f"projector: factor must be from 1 to channels ({channels}), got {factor}")
         if size is not None and not 1 <= size <= min(height, width):
@@ -143,9 +143,9 @@ class Projector(nn.Module):
         self.size = size
         middle = channels // factor
         self.transfer = nn.Sequential(
-            *convolution(inputs, middle, 1),
-            *convolution(middle, middle, 3, padding=1),
-            *convolution(middle, channels, 1),
+            *conv_bn_relu(inputs, middle, 1),
+            *conv_bn_relu(middle, middle, 3, padding=1),
+            *conv_bn_relu(middle, channels, 1),
         )
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Connector(nn.Module):
                 f"connector: reads a vector or a map and gives at least 1 channel, got {list(input_shape)}, {channels}"
             )
         if len(input_shape) == 3:
-            self.transfer = nn.Sequential(*convolution(input_shape[0], channels, 1))
+            self.transfer = nn.Sequential(*conv_bn_relu(input_shape[0], channels, 1))
         else:
             linear = nn.Linear(input_shape[0], channels, bias=False)
             self.transfer = nn.Sequential(linear, nn.BatchNorm1d(channels), nn.ReLU())
@@ -183,7 +183,7 @@ class Connector(nn.Module):
 
 
 @MODELS.register("dual_head", version=1, paper="https://arxiv.org/abs/2505.07675", image=(64, 4, 4))
-class DualHead(nn.Module):
+class DualHeadClassifier(nn.Module):
     """Two linear classifiers on one feature, one for labels and one for the teacher, that predict together: DHO.
 
     Kang et al. 2025 (https://arxiv.org/abs/2505.07675): `ce` learns from labels, `kd` from the teacher, so that their
@@ -220,13 +220,13 @@ class DualHead(nn.Module):
             raise ConfigError(f"dual_head: beta must be above 0, got {beta}")
         if scale is not None and scale <= 0:
             raise ConfigError(f"dual_head: scale must be above 0, got {scale}")
-        values = vector_size(input_shape, "dual_head")
+        values = pooled_size(input_shape, "dual_head")
         self.ce = nn.Linear(values, num_classes)
         self.kd = nn.Linear(values, num_classes)
         self.alpha, self.beta, self.scale = alpha, beta, scale
 
     def forward(self, feature: Tensor) -> Tensor:
-        value = as_vector(feature)
+        value = pool_to_vector(feature)
         labels = self.ce(value)
         taught = self.kd(value if self.scale is None else self.scale * F.normalize(value, dim=1))
         if self.alpha in (0, 1):  # the logarithm of one share alone; that of the other is not finite
@@ -255,12 +255,12 @@ class Paraphraser(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), rate: float = 0.5, batch_norm: bool = False) -> None:
         super().__init__()
-        channels, _, _ = map_shape(input_shape, "paraphraser")
+        channels, _, _ = feature_map_shape(input_shape, "paraphraser")
         factor = int(channels * rate)
         if factor < 1:
             raise ConfigError(f"paraphraser: rate {rate} leaves none of the {channels} channels")
-        self.encoder = _narrow(channels, factor, batch_norm)
-        self.decoder = _three(nn.ConvTranspose2d, (factor, factor, channels, channels), batch_norm)
+        self.encoder = _factor_encoder(channels, factor, batch_norm)
+        self.decoder = _three_convolutions(nn.ConvTranspose2d, (factor, factor, channels, channels), batch_norm)
 
     def forward(self, feature: Tensor) -> Tensor:
         return self.decoder(self.encoder(feature))
@@ -284,13 +284,13 @@ class Translator(nn.Module):
         super().__init__()
         if channels < 1:
             raise ConfigError(f"translator: channels must be at least 1, got {channels}")
-        self.encoder = _narrow(map_shape(input_shape, "translator")[0], channels, batch_norm)
+        self.encoder = _factor_encoder(feature_map_shape(input_shape, "translator")[0], channels, batch_norm)
 
     def forward(self, feature: Tensor) -> Tensor:
         return self.encoder(feature)
 
 
-def map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+def feature_map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     """Channels, height and width of a map; anything else is refused."""
     if len(shape) != 3:
         raise ConfigError(f"{name}: reads a map of channels, height and width, got a feature of {list(shape)}")
@@ -298,18 +298,18 @@ def map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def convolution(
+def conv_bn_relu(
     inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = False
 ) -> list[nn.Module]:
     """A convolution with BatchNorm and ReLU."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def _narrow(inputs: int, outputs: int, batch_norm: bool) -> nn.Sequential:
-    return _three(nn.Conv2d, (inputs, inputs, outputs, outputs), batch_norm)
+def _factor_encoder(inputs: int, outputs: int, batch_norm: bool) -> nn.Sequential:
+    return _three_convolutions(nn.Conv2d, (inputs, inputs, outputs, outputs), batch_norm)
 
 
-def _three(
+def _three_convolutions(
     kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], widths: tuple[int, int, int, int], batch_norm: bool
 ) -> nn.Sequential:
     layers: list[nn.Module] = []

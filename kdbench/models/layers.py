@@ -27,14 +27,14 @@ def init_convolutions(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def vector_size(shape: tuple[int, ...], name: str) -> int:
+def pooled_size(shape: tuple[int, ...], name: str) -> int:
     """How many values `as_vector` leaves of one sample of this shape."""
     if len(shape) not in (1, 2, 3):
         raise ConfigError(f"{name}: reads vectors, tokens or maps, got a feature of {list(shape)}")
     return shape[-1] if len(shape) == 2 else shape[0]
 
 
-def as_vector(feature: Tensor) -> Tensor:
+def pool_to_vector(feature: Tensor) -> Tensor:
     """One vector per sample: a map averaged over its places, tokens over their number, a vector as it is."""
     if feature.dim() == 4:
         return feature.mean(dim=(2, 3))

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdbench.errors import ConfigError
-from kdbench.models.weight_transform import Transform, WeightFunction, straight_through, weight_of
+from kdbench.models.weight_transform import WeightParametrization, WeightTransform, effective_weight, straight_through
 from kdbench.registry import WEIGHT_TRANSFORMS
 
 
 @WEIGHT_TRANSFORMS.register("prune", version=1, paper="https://arxiv.org/abs/1608.08710")
-class Prune(Transform):
+class Pruning(WeightTransform):
     """Sets a share of each layer's weights to 0: whole output channels by their L1 norm, or single weights by size.
 
     Structured (`unit: channel`): the channels with the least sum of absolute weights (Li et al. 2017, "Pruning Filters
@@ -37,7 +37,7 @@ class Prune(Transform):
 
     def __init__(
         self,
-        share: float = 0.5,
+        fraction: float = 0.5,
         unit: Literal["channel", "weight"] = "channel",
         renew: bool = False,
         modules: list[str] | None = None,
@@ -45,23 +45,23 @@ class Prune(Transform):
         skip_last: bool = True,
     ) -> None:
         super().__init__(modules, skip_first, skip_last)
-        if not 0 <= share < 1:
-            raise ConfigError(f"prune: share must be from 0 to below 1, got {share}")
-        self.share, self.unit, self.renew = share, unit, renew
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"prune: fraction must be from 0 to below 1, got {fraction}")
+        self.fraction, self.unit, self.renew = fraction, unit, renew
 
-    def function(self, weight: Tensor) -> nn.Module:
-        return _Renewed(self.share, self.unit) if self.renew else _Masked(pruning_mask(weight, self.share, self.unit))
+    def parametrization(self, weight: Tensor) -> nn.Module:
+        return _RecomputedMask(self.fraction, self.unit) if self.renew else _FixedMask(pruning_mask(weight, self.fraction, self.unit))
 
     def apply(self, model: nn.Module) -> None:
         """Puts the masks on the weights of the chosen layers, and on the bias of a layer whose channels are pruned."""
-        masks = [(layer, pruning_mask(weight_of(layer), self.share, self.unit)) for _, layer in self.layers(model)]
+        masks = [(layer, pruning_mask(effective_weight(layer), self.fraction, self.unit)) for _, layer in self.target_layers(model)]
         super().apply(model)
         for layer, mask in masks:
             if self.unit == "channel" and not self.renew and layer.bias is not None:
-                parametrize.register_parametrization(layer, "bias", _Masked(mask.flatten()), unsafe=True)
+                parametrize.register_parametrization(layer, "bias", _FixedMask(mask.flatten()), unsafe=True)
 
 
-class _Masked(WeightFunction):
+class _FixedMask(WeightParametrization):
     mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
@@ -72,19 +72,19 @@ class _Masked(WeightFunction):
         return torch.where(self.mask, weight, 0)
 
 
-class _Renewed(WeightFunction):
-    def __init__(self, share: float, unit: str) -> None:
+class _RecomputedMask(WeightParametrization):
+    def __init__(self, fraction: float, unit: str) -> None:
         super().__init__()
-        self.share, self.unit = share, unit
+        self.fraction, self.unit = fraction, unit
 
     def forward(self, weight: Tensor) -> Tensor:
         stored = weight.detach()
-        return straight_through(torch.where(pruning_mask(stored, self.share, self.unit), stored, 0), weight)
+        return straight_through(torch.where(pruning_mask(stored, self.fraction, self.unit), stored, 0), weight)
 
 
-def pruning_mask(weight: Tensor, share: float, unit: str) -> Tensor:
+def pruning_mask(weight: Tensor, fraction: float, unit: str) -> Tensor:
     """True where a unit stays: all but the `share` of least norm. Shaped to multiply the weight."""
     size = weight.abs().flatten(1).sum(dim=1) if unit == "channel" else weight.abs().flatten()
     rank = size.argsort(stable=True).argsort()
-    kept = rank >= int(share * len(size))
+    kept = rank >= int(fraction * len(size))
     return kept.reshape(-1, *[1] * (weight.dim() - 1)) if unit == "channel" else kept.reshape(weight.shape)

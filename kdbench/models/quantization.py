@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.errors import ConfigError
-from kdbench.models.weight_transform import Transform, WeightFunction, straight_through
+from kdbench.models.weight_transform import WeightParametrization, WeightTransform, straight_through
 from kdbench.registry import WEIGHT_TRANSFORMS
 
 
 @WEIGHT_TRANSFORMS.register("quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
-class Quantize(Transform):
+class UniformQuantization(WeightTransform):
     """Rounds weights to 2^bits evenly spaced levels per bucket, straight through: quantised distillation.
 
     Polino, Pascanu and Alistarh 2018 (ICLR), and their released code: the weights of a layer, flattened, are cut into
@@ -47,30 +47,30 @@ class Quantize(Transform):
         _check_bucket("quantize", bucket)
         self.bits, self.bucket, self.scaling = bits, bucket, scaling
 
-    def function(self, weight: Tensor) -> nn.Module:
-        return _Quantized(self.bits, self.bucket, self.scaling)
+    def parametrization(self, weight: Tensor) -> nn.Module:
+        return _UniformLevels(self.bits, self.bucket, self.scaling)
 
 
-class _Quantized(WeightFunction):
+class _UniformLevels(WeightParametrization):
     def __init__(self, bits: int, bucket: int | None, scaling: str) -> None:
         super().__init__()
         self.bits, self.bucket, self.scaling = bits, bucket, scaling
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = in_buckets(weight.detach(), self.bucket)
+        rows = split_buckets(weight.detach(), self.bucket)
         if self.scaling == "linear":
-            scaled, low, span = scale_linearly(rows)
+            scaled, low, span = scale_to_unit_range(rows)
             steps = 2**self.bits - 1
             used = (scaled * steps).round() / steps * span + low
         else:
             steps = 2 ** (self.bits - 1) - 1
             size = rows.abs().amax(dim=1, keepdim=True) / steps
             used = (rows / torch.where(size == 0, 1, size)).round().clamp(-steps, steps) * size
-        return straight_through(out_of_buckets(used, weight), weight)
+        return straight_through(merge_buckets(used, weight), weight)
 
 
 @WEIGHT_TRANSFORMS.register("learned_quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
-class LearnedQuantize(Transform):
+class LearnedQuantization(WeightTransform):
     """Rounds weights to the nearest of 2^bits points per layer, and learns the points: differentiable quantisation.
 
     Polino, Pascanu and Alistarh 2018 (ICLR), section 4: buckets are scaled to [0, 1] as by `quantize`, each weight
@@ -101,11 +101,11 @@ class LearnedQuantize(Transform):
         _check_bucket("learned_quantize", bucket)
         self.bits, self.bucket, self.start = bits, bucket, start
 
-    def function(self, weight: Tensor) -> nn.Module:
+    def parametrization(self, weight: Tensor) -> nn.Module:
         return _LearnedPoints(weight, self.bits, self.bucket, self.start)
 
 
-class _LearnedPoints(WeightFunction):
+class _LearnedPoints(WeightParametrization):
     def __init__(self, weight: Tensor, bits: int, bucket: int | None, start: str) -> None:
         super().__init__()
         self.bucket = bucket
@@ -113,20 +113,20 @@ class _LearnedPoints(WeightFunction):
         even = torch.arange(count, device=weight.device, dtype=weight.dtype) / (count - 1)
         points = even
         if start == "quantiles":
-            scaled = scale_linearly(in_buckets(weight, bucket))[0].flatten().sort().values
+            scaled = scale_to_unit_range(split_buckets(weight, bucket))[0].flatten().sort().values
             points = scaled[(even * (len(scaled) - 1)).round().long()]
         self.points = nn.Parameter(points)
 
     def forward(self, weight: Tensor) -> Tensor:
-        scaled, low, span = scale_linearly(in_buckets(weight.detach(), self.bucket))
+        scaled, low, span = scale_to_unit_range(split_buckets(weight.detach(), self.bucket))
         points = self.points.sort().values  # they may pass each other as they learn
         borders = (points[1:] + points[:-1]).detach() / 2
         used = points[torch.bucketize(scaled, borders)] * span + low
-        return out_of_buckets(used, weight)
+        return merge_buckets(used, weight)
 
 
 @WEIGHT_TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
-class Ternary(Transform):
+class TernaryQuantization(WeightTransform):
     """Makes weights one of -a, 0 and a, straight through: ternary weight networks (Li et al. 2016).
 
     A weight of size below `threshold` times the mean absolute weight becomes 0; a is the mean absolute value of the
@@ -153,11 +153,11 @@ class Ternary(Transform):
             raise ConfigError(f"ternary: threshold must not be negative, got {threshold}")
         self.threshold, self.per = threshold, per
 
-    def function(self, weight: Tensor) -> nn.Module:
-        return _Ternary(self.threshold, self.per)
+    def parametrization(self, weight: Tensor) -> nn.Module:
+        return _TernaryLevels(self.threshold, self.per)
 
 
-class _Ternary(WeightFunction):
+class _TernaryLevels(WeightParametrization):
     def __init__(self, threshold: float, per: str) -> None:
         super().__init__()
         self.threshold, self.per = threshold, per
@@ -172,7 +172,7 @@ class _Ternary(WeightFunction):
         return straight_through(used, weight)
 
 
-def in_buckets(weight: Tensor, bucket: int | None) -> Tensor:
+def split_buckets(weight: Tensor, bucket: int | None) -> Tensor:
     """Cuts a weight into rows of `bucket` values, (rows, bucket); the last row is filled up with its last value."""
     flat = weight.reshape(-1)
     if bucket is None or len(flat) <= bucket:
@@ -181,12 +181,12 @@ def in_buckets(weight: Tensor, bucket: int | None) -> Tensor:
     return torch.cat([flat, flat[-1:].expand(missing)]).reshape(-1, bucket)
 
 
-def out_of_buckets(rows: Tensor, like: Tensor) -> Tensor:
+def merge_buckets(rows: Tensor, reference: Tensor) -> Tensor:
     """What `in_buckets` cut, in the shape of `like` again."""
-    return rows.reshape(-1)[: like.numel()].reshape(like.shape)
+    return rows.reshape(-1)[: reference.numel()].reshape(reference.shape)
 
 
-def scale_linearly(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scale_to_unit_range(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns each row scaled to [0, 1], its least value, and its range (1 where all its values are equal)."""
     low, high = rows.aminmax(dim=1, keepdim=True)
     span = high - low

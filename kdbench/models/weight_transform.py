@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kdbench.errors import ConfigError, nearest
+from kdbench.errors import ConfigError, suggest
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What has its weight changed. Output channels come first in all of them (in transposed convolutions they do not)."""
 
 
-class Transform:
+class WeightTransform:
     """Base of all transforms: chooses the layers, puts the parametrisation on their weights, bakes it in.
 
         @TRANSFORMS.register("quantize", version=1)
@@ -37,36 +37,36 @@ class Transform:
         self.skip_first = skip_first
         self.skip_last = skip_last
 
-    def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def target_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yields path and module of each layer whose weight the transform changes.
 
         Raises:
             ConfigError: a path that names no layer, or nothing left to change.
         """
-        every = [(path, module) for path, module in model.named_modules() if isinstance(module, LAYERS)]
+        every = [(path, module) for path, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
         left_out = {path for path, _ in (every[:1] if self.skip_first else []) + (every[-1:] if self.skip_last else [])}
         for wanted in self.modules or ():
-            if not any(_inside(path, wanted) for path, _ in every):
+            if not any(_is_within(path, wanted) for path, _ in every):
                 paths = [path for path, _ in model.named_modules() if path]
-                raise ConfigError(f"modules: {wanted!r} names no layer with weights.{nearest(wanted, paths)}")
+                raise ConfigError(f"modules: {wanted!r} names no layer with weights.{suggest(wanted, paths)}")
         chosen = [
             (path, module)
             for path, module in every
-            if path not in left_out and (not self.modules or any(_inside(path, wanted) for wanted in self.modules))
+            if path not in left_out and (not self.modules or any(_is_within(path, wanted) for wanted in self.modules))
         ]
         if not chosen:
             raise ConfigError(f"no layer is left to change: the network has {len(every)}, all of them left out")
         yield from chosen
 
-    def function(self, weight: Tensor) -> nn.Module:
+    def parametrization(self, weight: Tensor) -> nn.Module:
         """Makes the module from the stored to the used weight, for a layer with this stored weight."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
         """Puts the transform on the chosen layers of `model`, in place."""
-        for _, layer in self.layers(model):
+        for _, layer in self.target_layers(model):
             # `unsafe` leaves out torch's own trial of the function, which would cost a pass over every weight.
-            parametrize.register_parametrization(layer, "weight", self.function(weight_of(layer)), unsafe=True)
+            parametrize.register_parametrization(layer, "weight", self.parametrization(effective_weight(layer)), unsafe=True)
 
     def bake(self, model: nn.Module) -> None:
         """Stores the weights that the forward used, and takes this and every other transform off `model`, in place."""
@@ -75,11 +75,11 @@ class Transform:
                 continue
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for name, functions in list(module.parametrizations.items()):
-                if any(isinstance(function, WeightFunction) for function in functions.children()):
+                if any(isinstance(function, WeightParametrization) for function in functions.children()):
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
-def used_state(model: nn.Module) -> dict[str, Tensor]:
+def effective_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that `bake` would leave; the model stays as it is.
 
     A copy cannot be baked in its place: torch gives both the same class, and takes the weight off that class.
@@ -90,28 +90,28 @@ def used_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for name, functions in module.parametrizations.items():
-            if any(isinstance(function, WeightFunction) for function in functions.children()):
+            if any(isinstance(function, WeightParametrization) for function in functions.children()):
                 before = f"{path}.parametrizations.{name}.".lstrip(".")
                 state = {key: value for key, value in state.items() if not key.startswith(before)}
                 state[f"{path}.{name}".lstrip(".")] = getattr(module, name).detach().clone()
     return state
 
 
-class WeightFunction(nn.Module):
+class WeightParametrization(nn.Module):
     """From a stored weight to the used one. The base marks what a transform put there: a model may have others."""
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def effective_weight(layer: nn.Module) -> Tensor:
     """The weight that a layer uses, as it is now."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
-def straight_through(used: Tensor, stored: Tensor) -> Tensor:
+def straight_through(effective: Tensor, stored: Tensor) -> Tensor:
     """`used`, to the bit, with the gradient of `stored`."""
-    return used.detach() + (stored - stored.detach())
+    return effective.detach() + (stored - stored.detach())
 
 
-def _inside(path: str, wanted: str) -> bool:
-    return path == wanted or path.startswith(f"{wanted}.")
+def _is_within(path: str, ancestor: str) -> bool:
+    return path == ancestor or path.startswith(f"{ancestor}.")

@@ -22,13 +22,13 @@ QUIET_SECONDS = 30.0
 """On a pipe, a log interval prints a line only when nothing was printed for so long; every evaluation prints one."""
 
 
-SHOWN = {"top1": "top-1", "agreement": "agree", "nll": "nll", "ece": "ece", "top5": "top-5", "teacher_kl": "kl"}
+METRIC_ABBREVIATIONS = {"top1": "top-1", "agreement": "agree", "nll": "nll", "ece": "ece", "top5": "top-5", "teacher_kl": "kl"}
 
 
-PERCENT = ("top1", "top5", "ece", "agreement")
+PERCENT_METRICS = ("top1", "top5", "ece", "agreement")
 
 
-class ConsoleView:
+class ConsoleReporter:
     """Shows a run.
 
     Args:
@@ -41,16 +41,16 @@ class ConsoleView:
     def __init__(
         self, console: Console | None = None, *, prefix: str = "", quiet: bool = False, bar: bool = True
     ) -> None:
-        self.out = console or Stdout(highlight=False)
-        self.live = bar and self.out.is_terminal and not self.out.is_dumb_terminal and not quiet
+        self.console = console or StdoutConsole(highlight=False)
+        self.live = bar and self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         self.prefix = f"{prefix.rstrip(': ')} │ " if prefix else ""
         self.quiet = quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage, self._epochs, self._steps = "", None, 1
-        self._started, self._first = 0.0, 0
-        self._drawn = self._printed = float("-inf")
-        self._done = 0
+        self._start_time, self._first_step = 0.0, 0
+        self._last_redraw = self._last_print = float("-inf")
+        self._steps_done = 0
         self._latest: dict[str, str] = {"loss": "", "accuracy": "", "rate": ""}
         self._mute = False
         self._pending: list[Mapping[str, Any]] = []
@@ -67,61 +67,61 @@ class ConsoleView:
         if info.get("resumed"):
             self._print(str(info["resumed"]), style="yellow")
 
-    def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None:
+    def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
         """Begins a stage: a new bar."""
         self._stop()
         self._stage, self._epochs, self._steps = name, epochs, max(steps, 1)
-        self._started, self._first, self._done = time.monotonic(), done, done
-        self._printed = self._started
+        self._start_time, self._first_step, self._steps_done = time.monotonic(), steps_done, steps_done
+        self._last_print = self._start_time
         self._latest = {"loss": "", "accuracy": "", "rate": ""}
         if self.live and steps:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.percentage:>3.0f}%"),
-                _Latest("loss"),
-                _Latest("accuracy"),
-                _Latest("rate"),
-                _Latest("left", style="cyan"),
-                console=self.out,
+                _LatestColumn("loss"),
+                _LatestColumn("accuracy"),
+                _LatestColumn("rate"),
+                _LatestColumn("left", style="cyan"),
+                console=self.console,
                 auto_refresh=False,
                 expand=True,
                 transient=True,
             )
             fields: dict[str, Any] = {"left": "", **self._latest}
-            self._task = self._bar.add_task(self._position(), total=steps, completed=done, **fields)
+            self._task = self._bar.add_task(self._position_text(), total=steps, completed=steps_done, **fields)
             self._bar.start()
 
-    def progress(self, done: int, phase: str = "") -> None:
+    def progress(self, steps_done: int, phase: str = "") -> None:
         """Moves the bar, at most once per `REDRAW_SECONDS` and at the end of the stage."""
         if self._pending and not phase:
             self._flush()
-        self._done = done
+        self._steps_done = steps_done
         if self._bar is None or self._task is None:
             return
         now = time.monotonic()
-        if now - self._drawn < REDRAW_SECONDS and done < self._steps and not phase:
+        if now - self._last_redraw < REDRAW_SECONDS and steps_done < self._steps and not phase:
             return
-        if now - self._drawn < 0.1:
+        if now - self._last_redraw < 0.1:
             return
-        self._drawn = now
-        fields: dict[str, Any] = {**self._latest, "left": phase or self._left(now)}
-        self._bar.update(self._task, completed=done, description=self._position(), refresh=True, **fields)
+        self._last_redraw = now
+        fields: dict[str, Any] = {**self._latest, "left": phase or self._remaining_text(now)}
+        self._bar.update(self._task, completed=steps_done, description=self._position_text(), refresh=True, **fields)
 
     def train(self, record: Mapping[str, Any]) -> None:
         """Takes the numbers of a log interval; on a pipe, prints them when nothing was printed for long."""
         self._flush()
         if record.get("total") is not None:
-            self._latest["loss"] = f"loss {_short(record['total'])}"
+            self._latest["loss"] = f"loss {_loss_text(record['total'])}"
         if record.get("images_per_s") is not None:
-            self._latest["rate"] = f"{_thousands(record['images_per_s'])} img/s"
-        if not self.live and time.monotonic() - self._printed >= QUIET_SECONDS:
-            self._line([self._latest["loss"], self._latest["rate"], self._left(time.monotonic())])
+            self._latest["rate"] = f"{_group_thousands(record['images_per_s'])} img/s"
+        if not self.live and time.monotonic() - self._last_print >= QUIET_SECONDS:
+            self._print_line([self._latest["loss"], self._latest["rate"], self._remaining_text(time.monotonic())])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Takes the metrics of one role on one split; those of one epoch share a line, printed when it is complete."""
         role, split, metrics = record.get("role", "student"), record.get("split", ""), record.get("metrics", {})
-        names = [name for name in SHOWN if name in metrics]
+        names = [name for name in METRIC_ABBREVIATIONS if name in metrics]
         if not names:  # the classes one by one: for TensorBoard, not for a line
             return
         if self._pending and self._pending[0].get("epoch") != record.get("epoch"):
@@ -148,15 +148,15 @@ class ConsoleView:
         for record in records:
             role, metrics = record.get("role", "student"), record["metrics"]
             who = record.get("split", "") if role == "student" else f"{role} {record.get('split', '')}"
-            names = [name for name in SHOWN if name in metrics]
-            label = "" if names[0] == "top1" else f"{SHOWN[names[0]]} "
-            parts.append(f"{who} {label}{_metric(names[0], metrics[names[0]])}")
+            names = [name for name in METRIC_ABBREVIATIONS if name in metrics]
+            label = "" if names[0] == "top1" else f"{METRIC_ABBREVIATIONS[names[0]]} "
+            parts.append(f"{who} {label}{_metric_text(names[0], metrics[names[0]])}")
             if role != "teacher" and (record.get("split") != "train" or not more):
-                more = [f"{SHOWN[name]} {_metric(name, metrics[name])}" for name in names[1:]]
+                more = [f"{METRIC_ABBREVIATIONS[name]} {_metric_text(name, metrics[name])}" for name in names[1:]]
         loss = [f"{self._latest['loss']:<11}"]  # a column of its own, but where a narrow terminal needs the room
         if not self._latest["loss"] and self.live:
             loss = []
-        self._line([*loss, *parts, *more], epoch=records[0].get("epoch"))
+        self._print_line([*loss, *parts, *more], epoch=records[0].get("epoch"))
 
     def _stop(self) -> None:
         self._flush()
@@ -164,31 +164,31 @@ class ConsoleView:
             self._bar.stop()
         self._bar = self._task = None
 
-    def _position(self, epoch: int | None = None) -> str:
+    def _position_text(self, epoch: int | None = None) -> str:
         """`prefix stage  epoch 12/240`, or the step where a stage counts no epochs."""
         if not self._stage:
             return f"{self.prefix}before training"
         if self._epochs:
             width = len(str(self._epochs))
-            current = min(self._done * self._epochs // self._steps + 1, self._epochs) if epoch is None else epoch
+            current = min(self._steps_done * self._epochs // self._steps + 1, self._epochs) if epoch is None else epoch
             place = f"epoch {current:>{width}}/{self._epochs}"
         else:
-            place = f"step {self._done:>{len(str(self._steps))}}/{self._steps}"
+            place = f"step {self._steps_done:>{len(str(self._steps))}}/{self._steps}"
         return f"{self.prefix}{self._stage}  {place}"
 
-    def _left(self, now: float) -> str:
-        done = self._done - self._first
-        if done <= 0 or self._done >= self._steps:
+    def _remaining_text(self, now: float) -> str:
+        done = self._steps_done - self._first_step
+        if done <= 0 or self._steps_done >= self._steps:
             return ""
-        return f"{duration((now - self._started) / done * (self._steps - self._done))} left"
+        return f"{duration_text((now - self._start_time) / done * (self._steps - self._steps_done))} left"
 
-    def _line(self, parts: list[str], epoch: int | None = None) -> None:
+    def _print_line(self, parts: list[str], epoch: int | None = None) -> None:
         if self.quiet:
             return
-        self._printed = time.monotonic()
-        parts = [self._position(epoch).removeprefix(self.prefix), *filter(None, parts)]
+        self._last_print = time.monotonic()
+        parts = [self._position_text(epoch).removeprefix(self.prefix), *filter(None, parts)]
         if self.live:  # a terminal gets what fits into one line; metrics.jsonl has the rest
-            while len(parts) > 2 and len(self.prefix) + len("  ".join(parts)) > self.out.width:
+            while len(parts) > 2 and len(self.prefix) + len("  ".join(parts)) > self.console.width:
                 parts.pop()
         self._print("  ".join(parts).rstrip())
 
@@ -197,13 +197,13 @@ class ConsoleView:
         if self._mute:
             return
         try:
-            self.out.print(Text(self.prefix + text, style=style), soft_wrap=True)
-            self.out.file.flush()
+            self.console.print(Text(self.prefix + text, style=style), soft_wrap=True)
+            self.console.file.flush()
         except OSError:
             self._mute = True
 
 
-class Stdout(Console):
+class StdoutConsole(Console):
     """A console is only a view: when the pipe behind it closes (`| head`), the run goes on in silence."""
 
     def on_broken_pipe(self) -> None:
@@ -212,7 +212,7 @@ class Stdout(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-class _Latest(ProgressColumn):
+class _LatestColumn(ProgressColumn):
     """A field of the task as text; rich's TextColumn would read its brackets as markup."""
 
     def __init__(self, field: str, style: str = "") -> None:
@@ -223,7 +223,7 @@ class _Latest(ProgressColumn):
         return Text(task.fields.get(self.field, ""), style=self.style, no_wrap=True)
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Returns 42s, 3m 07s or 5h 02m."""
     whole = round(seconds)
     if whole < 60:
@@ -233,7 +233,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
-def sized(number: float) -> str:
+def with_unit_prefix(number: float) -> str:
     """A large number with the letter of its size: 12.3 G."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -241,13 +241,13 @@ def sized(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _short(value: float) -> str:
+def _loss_text(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3e}"
 
 
-def _thousands(value: float) -> str:
+def _group_thousands(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ")
 
 
-def _metric(name: str, value: float) -> str:
-    return f"{value:6.2f}%" if name in PERCENT else f"{value:.4f}"
+def _metric_text(name: str, value: float) -> str:
+    return f"{value:6.2f}%" if name in PERCENT_METRICS else f"{value:.4f}"

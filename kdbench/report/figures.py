@@ -18,7 +18,7 @@ RIGHT, WRONG, TEACHER = "#1a7f37", "#cf222e", "#57606a"
 DPI = 100
 
 
-NAMED_CLASSES = 30
+MAX_LABELLED_CLASSES = 30
 """Up to so many classes, every row and column of the confusion matrix carries its name and its numbers."""
 
 
@@ -30,7 +30,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str = "") -> Picture:
+def draw_confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str = "") -> Picture:
     """Draws counts (classes, classes), row = label, column = prediction, as shares of each row.
 
     Few classes: every cell has its percentage. Many: the diagonal and the shades tell, and the pairs that are
@@ -42,7 +42,7 @@ def confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str =
     number = len(counts)
     names = [str(name) for name in classes] if classes and len(classes) == number else [str(i) for i in range(number)]
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    small = number <= NAMED_CLASSES
+    small = number <= MAX_LABELLED_CLASSES
     side = max(5.0, 0.55 * number) if small else 8.5
     figure = _figure(side + 1.6 if small else side + 5.0, side)
     if small:
@@ -77,26 +77,26 @@ def confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str =
     return _png(figure)
 
 
-def _list_confusions(axes: Any, counts: Any, share: Any, names: Sequence[str]) -> None:
+def _list_confusions(axes: Any, counts: Any, percentages: Any, names: Sequence[str]) -> None:
     """Writes the most frequent confusions and the worst classes to the right of a large matrix."""
     off = [
-        (share[row, column], row, column)
+        (percentages[row, column], row, column)
         for row in range(len(counts))
         for column in range(len(counts))
         if row != column and counts[row, column]
     ]
     off.sort(key=lambda item: (-item[0], item[1], item[2]))
-    known = [(share[row, row], row) for row in range(len(counts)) if counts[row].sum()]
+    known = [(percentages[row, row], row) for row in range(len(counts)) if counts[row].sum()]
     lines = ["confused most", ""]
-    lines += [f"{value:4.0f}%  {_cut(names[row])} → {_cut(names[column])}" for value, row, column in off[:22]]
+    lines += [f"{value:4.0f}%  {_shorten(names[row])} → {_shorten(names[column])}" for value, row, column in off[:22]]
     lines += ["", "", "least often right", ""]
-    lines += [f"{value:4.0f}%  {_cut(names[row])}" for value, row in sorted(known)[:12]]
+    lines += [f"{value:4.0f}%  {_shorten(names[row])}" for value, row in sorted(known)[:12]]
     axes.set_axis_off()
     look = {"va": "top", "fontsize": 9, "family": "monospace", "linespacing": 1.3, "parse_math": False}
     axes.text(0, 1, "\n".join(lines), transform=axes.transAxes, **look)
 
 
-def predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None) -> Picture:
+def draw_predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None) -> Picture:
     """Draws each image with its label and what student and teacher say, with their probability.
 
     Args:
@@ -110,14 +110,14 @@ def predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None
     teacher = None if teacher is None else teacher[:32].detach().float().cpu().softmax(1)
 
     def name(index: int) -> str:
-        return _cut(str(classes[index]) if classes and index < len(classes) else str(index))
+        return _shorten(str(classes[index]) if classes and index < len(classes) else str(index))
 
     columns = min(8, len(labels)) or 1
     rows = -(-len(labels) // columns)
     figure = _figure(1.75 * columns, (2.5 if teacher is not None else 2.3) * rows, hspace=0.08)
     for position, label in enumerate(labels):
         axes = figure.add_subplot(rows, columns, position + 1)
-        shown = _displayable(images[position])
+        shown = _displayable_image(images[position])
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
@@ -127,15 +127,15 @@ def predictions(samples: Mapping[str, Any], classes: Sequence[str] | None = None
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2)
         below = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 8, "parse_math": False}
-        axes.text(0.5, -0.04, f"student {name(int(predicted))} {_percent(chance)}", color=color, **below)
+        axes.text(0.5, -0.04, f"student {name(int(predicted))} {_probability_text(chance)}", color=color, **below)
         if teacher is not None:
             chance, predicted = teacher[position].max(0)
             color = TEACHER if int(predicted) == label else WRONG
-            axes.text(0.5, -0.15, f"teacher {name(int(predicted))} {_percent(chance)}", color=color, **below)
+            axes.text(0.5, -0.15, f"teacher {name(int(predicted))} {_probability_text(chance)}", color=color, **below)
     return _png(figure)
 
 
-def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Picture:
+def draw_bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Picture:
     """Draws each row as a horizontal bar of the shares of its parts; the key below has their shares in every row.
 
     Names that begin with the same word (`forward teacher`, `forward student`) have shades of one colour.
@@ -145,7 +145,7 @@ def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
     """
     from matplotlib.patches import Patch
 
-    colors = _colors(names)
+    colors = _part_colors(names)
     lines = -(-len(names) // 2)
     figure = _figure(11.0, 1.0 + 0.95 * len(rows) + 0.32 * lines)
     above, below = figure.subplots(2, 1, height_ratios=[0.95 * len(rows) + 0.6, 0.32 * lines])
@@ -157,7 +157,7 @@ def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
             text = name if share > 1.05 * len(name) + 1 else f"{share:.0f}%" if share > 3.5 else ""
             if share > 1.05 * len(name) + 7:
                 text = f"{name} {share:.0f}%"
-            look = {"fontsize": 9, "color": _ink(color), "parse_math": False}
+            look = {"fontsize": 9, "color": _text_color(color), "parse_math": False}
             above.text(left + share / 2, row, text, ha="center", va="center", **look)
             left += share
     above.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
@@ -168,7 +168,7 @@ def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
     above.tick_params(left=False)
     above.set_title(title, loc="left", fontsize=11, parse_math=False)
     heads = " / ".join(label.split("\n")[0] for label, _ in rows)
-    key = [f"{name}: " + " / ".join(_share(row[place]) for row in shares) for place, name in enumerate(names)]
+    key = [f"{name}: " + " / ".join(_percent_text(row[place]) for row in shares) for place, name in enumerate(names)]
     patches = [Patch(color=color, label=text) for color, text in zip(colors, key, strict=True)]
     below.set_axis_off()
     legend = below.legend(
@@ -178,7 +178,7 @@ def bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
     return _png(figure)
 
 
-def _share(percent: float) -> str:
+def _percent_text(percent: float) -> str:
     return (
         "0"
         if percent == 0
@@ -190,7 +190,7 @@ def _share(percent: float) -> str:
     )
 
 
-def _colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
+def _part_colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
     """One hue per first word, lighter from part to part of the same word."""
     from matplotlib.colors import to_rgb
 
@@ -207,13 +207,13 @@ def _colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
     return found
 
 
-def _ink(color: tuple[float, float, float]) -> str:
+def _text_color(color: tuple[float, float, float]) -> str:
     """Black or white, whichever can be read on a colour."""
     red, green, blue = color
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else "white"
 
 
-def _displayable(image: Tensor) -> Any:
+def _displayable_image(image: Tensor) -> Any:
     """Returns (height, width) or (height, width, 3) in [0, 1]; a normalised image is stretched to its own range."""
     values = image.float() / 255 if not image.is_floating_point() else image.float()
     if float(values.min()) < 0 or float(values.max()) > 1:
@@ -223,11 +223,11 @@ def _displayable(image: Tensor) -> Any:
     return values.permute(1, 2, 0).squeeze(-1).nan_to_num().numpy()
 
 
-def _percent(chance: Any) -> str:
+def _probability_text(chance: Any) -> str:
     return f"{100 * float(chance):.0f}%"
 
 
-def _cut(name: str, limit: int = 14) -> str:
+def _shorten(name: str, limit: int = 14) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kdbench.config.schema import Published, Recipe
-from kdbench.report.console import Stdout, duration
+from kdbench.report.console import StdoutConsole, duration_text
 
 Scores: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
 """role -> split -> metric -> value."""
 
 
-LABELS = {
+METRIC_LABELS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
     "nll": "NLL, nats",
@@ -27,7 +27,7 @@ LABELS = {
 }
 
 
-SPLITS = ("test", "validation", "train")
+SPLIT_ORDER = ("test", "validation", "train")
 
 
 def build_summary(
@@ -73,15 +73,15 @@ def build_summary(
     }
     if best is not None:
         by = best.get("by", "top1")
-        summary["best"] = {**best, "by": by, "words": chosen_in_words(best.get("chosen_on", "test"), by)}
+        summary["best"] = {**best, "by": by, "words": selection_text(best.get("chosen_on", "test"), by)}
     if recipe.published is not None:
-        summary["published"] = compare(recipe.published, summary)
+        summary["published"] = compare_with_published(recipe.published, summary)
     return summary
 
 
-def chosen_in_words(split: str, by: str = "top1") -> str:
+def selection_text(split: str, by: str = "top1") -> str:
     """Says which split chose the best epoch, and what that makes of its score."""
-    name = LABELS.get(by, by).removesuffix(" %")
+    name = METRIC_LABELS.get(by, by).removesuffix(" %")
     if split == "test":
         return (
             f"chosen by {name} on the test split itself, so its test score is optimistic; the last epoch is the result"
@@ -89,20 +89,20 @@ def chosen_in_words(split: str, by: str = "top1") -> str:
     return f"chosen by {name} on the {split} split, which was held out of training; test had no part in it"
 
 
-def score(summary: Mapping[str, Any], role: str, split: str, metric: str, which: str = "last") -> float | None:
+def score(summary: Mapping[str, Any], role: str, split: str, metric: str, epoch: str = "last") -> float | None:
     """Looks a number up in a summary; None when it was not measured. `which` is `last` or `best`."""
-    moved = (summary.get(which) or {}).get("metrics", {})
+    moved = (summary.get(epoch) or {}).get("metrics", {})
     value = moved.get(role, summary.get("frozen", {}).get(role, {})).get(split, {}).get(metric)
     return None if value is None else float(value)
 
 
-def headline(summary: Mapping[str, Any]) -> float | None:
+def headline_accuracy(summary: Mapping[str, Any]) -> float | None:
     """The exported role's top-1 of the last epoch: on the validation part when there is one, else on test."""
     found = (score(summary, summary["export"], split, "top1") for split in ("validation", "test"))
     return next((value for value in found if value is not None), None)
 
 
-def compare(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
+def compare_with_published(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Compares with the published top-1, in percent points.
 
     A figure that was published for the last epoch, or for an unstated one, is compared with the last epoch. One that
@@ -147,7 +147,7 @@ def compare(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a summary for a person: a table of scores, one of models, and the comparison in words."""
-    out = console or Stdout(highlight=False)
+    out = console or StdoutConsole(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, 120)  # a pipe has no width; 80 would wrap the table
     best = summary.get("best")
@@ -167,12 +167,12 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         lines.append(f"best: epoch {best['epoch']}, {best['words']}.")
     if summary.get("published"):
         lines.append(f"compared: {summary['published']['words']}")
-    lines.append(f"trained for {duration(summary['wall_seconds'])} {_on(summary)}".rstrip())
+    lines.append(f"trained for {duration_text(summary['wall_seconds'])} {_device_text(summary)}".rstrip())
     for line in lines:
         out.print(Text(line), soft_wrap=not out.is_terminal)
 
 
-def _on(summary: Mapping[str, Any]) -> str:
+def _device_text(summary: Mapping[str, Any]) -> str:
     return f"on {summary['device']}" if summary.get("device") else ""
 
 
@@ -189,11 +189,11 @@ def _scores_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)  # a cell that is cut short would be another number
-    for split in SPLITS:
-        names = [name for name in LABELS if any(name in splits.get(split, {}) for _, splits in columns)]
+    for split in SPLIT_ORDER:
+        names = [name for name in METRIC_LABELS if any(name in splits.get(split, {}) for _, splits in columns)]
         for position, name in enumerate(names):
-            cells = [_number(name, splits.get(split, {}).get(name)) for _, splits in columns]
-            table.add_row(split if position == 0 else "", LABELS[name], *cells, end_section=name == names[-1])
+            cells = [_score_cell(name, splits.get(split, {}).get(name)) for _, splits in columns]
+            table.add_row(split if position == 0 else "", METRIC_LABELS[name], *cells, end_section=name == names[-1])
     return table
 
 
@@ -206,13 +206,13 @@ def _models_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{role} ({facts['model']})" if facts.get("model") else role,
             f"{facts['parameters']:,}".replace(",", " ") if facts.get("parameters") is not None else "",
-            scaled(facts.get("flops")),
+            compact_number(facts.get("flops")),
             *(f"{times[key]:.2f} ms" if key in times else "" for key in ("batch_1", "batch_64")),
         )
     return table
 
 
-def scaled(value: float | None) -> str:
+def compact_number(value: float | None) -> str:
     """Returns 1.23M, 45.6G, ...; empty for None."""
     if value is None:
         return ""
@@ -222,7 +222,7 @@ def scaled(value: float | None) -> str:
     return f"{value:g}"
 
 
-def _number(name: str, value: Any) -> str:
+def _score_cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{float(value):.2f}" if LABELS[name].endswith("%") else f"{float(value):.4f}"
+    return f"{float(value):.2f}" if METRIC_LABELS[name].endswith("%") else f"{float(value):.4f}"

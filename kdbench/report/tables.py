@@ -13,14 +13,14 @@ from rich.table import Table
 
 from kdbench.errors import UserError
 from kdbench.files import read_json
-from kdbench.report.summary import scaled, score
+from kdbench.report.summary import compact_number, score
 from kdbench.run_folder import RunFolder
 
-TITLES = ("", "seeds", "test accuracy, %", "agreement with teacher, %", "parameters", "FLOPs", "1 image takes")
+COLUMN_TITLES = ("", "seeds", "test accuracy, %", "agreement with teacher, %", "parameters", "FLOPs", "1 image takes")
 
 
 @dataclass(frozen=True)
-class Row:
+class RunGroup:
     """What one row is made of.
 
     label: its name in the table. folders: finished runs, one per seed. role: whose numbers. which: `last` or `best`.
@@ -29,11 +29,11 @@ class Row:
     label: str
     folders: Sequence[Path | str]
     role: str = "student"
-    which: str = "last"
+    epoch: str = "last"
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanAndDeviation:
     """Mean and sample deviation (n - 1) of several values; the deviation of one value is not known."""
 
     values: tuple[float, ...]
@@ -51,13 +51,13 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Line:
+class SeedTableRow:
     """One aggregated row. `seeds` counts different results' sources: a teacher that all runs share counts once."""
 
     label: str
     seeds: int
-    top1: Spread | None
-    agreement: Spread | None
+    top1: MeanAndDeviation | None
+    agreement: MeanAndDeviation | None
     parameters: int | None
     flops: float | None
     latency_ms: float | None
@@ -65,23 +65,23 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Report:
+class SeedTable:
     """The table, for a terminal, for a README and for a program."""
 
-    lines: tuple[Line, ...]
+    rows: tuple[SeedTableRow, ...]
 
     def table(self) -> Table:
         """For rich."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in TITLES:
+        for title in COLUMN_TITLES:
             table.add_column(title, justify="left" if not title else "right")
-        for line in self.lines:
-            table.add_row(*_cells(line))
+        for line in self.rows:
+            table.add_row(*_row_cells(line))
         return table
 
     def markdown(self) -> str:
         """For a README."""
-        rows = [TITLES, ("---", *("---:",) * (len(TITLES) - 1)), *(_cells(line) for line in self.lines)]
+        rows = [COLUMN_TITLES, ("---", *("---:",) * (len(COLUMN_TITLES) - 1)), *(_row_cells(line) for line in self.rows)]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
     def json(self) -> list[dict[str, Any]]:
@@ -90,28 +90,28 @@ class Report:
             {
                 "label": line.label,
                 "seeds": line.seeds,
-                "top1": _spread(line.top1),
-                "agreement": _spread(line.agreement),
+                "top1": _deviation_json(line.top1),
+                "agreement": _deviation_json(line.agreement),
                 "parameters": line.parameters,
                 "flops": line.flops,
                 "latency_ms": line.latency_ms,
                 "folders": list(line.folders),
             }
-            for line in self.lines
+            for line in self.rows
         ]
 
 
-def aggregate(rows: Iterable[Row]) -> Report:
+def aggregate(rows: Iterable[RunGroup]) -> SeedTable:
     """Reads the summaries of finished runs and puts one line together for each row.
 
     Raises:
         UserError: a folder holds no finished run.
     """
-    return Report(tuple(_line(row) for row in rows))
+    return SeedTable(tuple(_aggregate_group(row) for row in rows))
 
 
-def _line(row: Row) -> Line:
-    summaries = [_summary(Path(folder)) for folder in row.folders]
+def _aggregate_group(row: RunGroup) -> SeedTableRow:
+    summaries = [_read_summary(Path(folder)) for folder in row.folders]
     if not summaries:
         raise UserError(f"no runs for the row {row.label!r}.")
     facts = [summary.get("models", {}).get(row.role, {}) for summary in summaries]
@@ -120,11 +120,11 @@ def _line(row: Row) -> Line:
     keep = [i for i, mark in enumerate(marks) if mark not in marks[:i]] if shared else list(range(len(summaries)))
     kept = [summaries[i] for i in keep]
     times = [fact["latency_ms"]["batch_1"] for fact in facts if (fact.get("latency_ms") or {}).get("batch_1")]
-    return Line(
+    return SeedTableRow(
         label=row.label,
         seeds=len(kept),
-        top1=_gather(kept, row, "top1"),
-        agreement=_gather(kept, row, "agreement"),
+        top1=_metric_over_seeds(kept, row, "top1"),
+        agreement=_metric_over_seeds(kept, row, "agreement"),
         parameters=facts[0].get("parameters"),
         flops=facts[0].get("flops"),
         latency_ms=min(times) if times else None,
@@ -132,32 +132,32 @@ def _line(row: Row) -> Line:
     )
 
 
-def _gather(summaries: Sequence[Mapping[str, Any]], row: Row, metric: str) -> Spread | None:
-    values = [score(summary, row.role, "test", metric, row.which) for summary in summaries]
+def _metric_over_seeds(summaries: Sequence[Mapping[str, Any]], row: RunGroup, metric: str) -> MeanAndDeviation | None:
+    values = [score(summary, row.role, "test", metric, row.epoch) for summary in summaries]
     known = tuple(value for value in values if value is not None)
-    return Spread(known) if len(known) == len(summaries) else None
+    return MeanAndDeviation(known) if len(known) == len(summaries) else None
 
 
-def _summary(path: Path) -> Mapping[str, Any]:
+def _read_summary(path: Path) -> Mapping[str, Any]:
     folder = RunFolder(path)
     if not path.is_dir() or folder.status() != "finished":
         raise UserError(f"{path} holds no finished run; run its recipe again and it goes on where it stopped.")
     return read_json(folder.summary)
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _row_cells(line: SeedTableRow) -> tuple[str, ...]:
     return (
         line.label,
         str(line.seeds),
         str(line.top1) if line.top1 else "",
         str(line.agreement) if line.agreement else "",
         f"{line.parameters:,}".replace(",", " ") if line.parameters is not None else "",
-        scaled(line.flops),
+        compact_number(line.flops),
         f"{line.latency_ms:.2f} ms" if line.latency_ms is not None else "",
     )
 
 
-def _spread(spread: Spread | None) -> dict[str, Any] | None:
+def _deviation_json(spread: MeanAndDeviation | None) -> dict[str, Any] | None:
     if spread is None:
         return None
     return {"mean": spread.mean, "deviation": spread.deviation, "values": list(spread.values)}

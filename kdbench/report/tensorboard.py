@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdbench.files import AppendFile
+from kdbench.files import ResumableLog
 
-FILE_NAME = "events.out.tfevents.0.kdbench"
+EVENT_FILE_NAME = "events.out.tfevents.0.kdbench"
 
 
 class EventFile:
@@ -24,7 +24,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.file = AppendFile(Path(folder) / FILE_NAME)
+        self.file = ResumableLog(Path(folder) / EVENT_FILE_NAME)
         self._writer: Any = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from kdbench.files import JsonLines, write_atomic
-from kdbench.report.console import ConsoleView
+from kdbench.files import JsonLinesLog, write_atomic
+from kdbench.report.console import ConsoleReporter
 from kdbench.report.tensorboard import EventFile, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kdbench.engine.evaluation.records import EvaluationRecord, PredictionSamples
 
-TIME_FIELDS = ("images_per_s", "seconds", "shares")
+
+TIMING_FIELDS = ("images_per_s", "seconds", "shares")
 """The fields of metrics.jsonl that two equal runs may differ in; everything else is byte-equal after a resume."""
 
 
@@ -51,36 +53,12 @@ class TrainRecord(TypedDict, total=False):
     shares: Mapping[str, float]
 
 
-class EvaluationRecord(TypedDict, total=False):
-    """One role on one split: `metrics` is what `MetricSet.compute` returned. `epoch` counts finished epochs."""
-
-    stage: str
-    epoch: int
-    step: int
-    split: str
-    role: str
-    metrics: Mapping[str, float]
-    seconds: float
-
-
-class Samples(TypedDict, total=False):
-    """A few samples of a split, for the picture of predictions.
-
-    image: (n, channels, height, width), uint8 or float. label: (n,). student, teacher: logits (n, classes).
-    """
-
-    image: Tensor
-    label: Tensor
-    student: Tensor
-    teacher: Tensor | None
-
-
-class Sink(Protocol):
+class ConsoleSink(Protocol):
     """What the tracker needs of a console; tests pass their own."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
-    def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None: ...
-    def progress(self, done: int, phase: str = "") -> None: ...
+    def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...
+    def progress(self, steps_done: int, phase: str = "") -> None: ...
     def train(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def notice(self, text: str) -> None: ...
@@ -94,17 +72,17 @@ class Tracker:
         folder: the run's folder; gets `metrics.jsonl`, `tensorboard/` and `figures/`.
         main: whether this is rank 0; every call on another rank does nothing.
         tensorboard: whether event files are written.
-        console: what the person sees; a `ConsoleView` on stdout when None.
+        console: what the person sees; a `ConsoleReporter` on stdout when None.
     """
 
     def __init__(
-        self, folder: Path | str, *, main: bool = True, tensorboard: bool = True, console: Sink | None = None
+        self, folder: Path | str, *, is_main: bool = True, tensorboard: bool = True, console: ConsoleSink | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.main = main
-        self.lines = JsonLines(self.folder / "metrics.jsonl")
-        self.events = EventFile(self.folder / "tensorboard") if tensorboard else None
-        self.console: Sink = (console or ConsoleView()) if main else _Silent()
+        self.is_main = is_main
+        self.metrics_log = JsonLinesLog(self.folder / "metrics.jsonl")
+        self.event_file = EventFile(self.folder / "tensorboard") if tensorboard else None
+        self.console: ConsoleSink = (console or ConsoleReporter()) if is_main else _SilentConsole()
         self.classes: Sequence[str] | None = None
 
     def start(self, info: Mapping[str, Any]) -> None:
@@ -117,48 +95,48 @@ class Tracker:
         """
         self.classes = info.get("classes")
         self.console.start(info)
-        if self.main and self.events and info.get("recipe") and not self.events.file.offset:
+        if self.is_main and self.event_file and info.get("recipe") and not self.event_file.file.offset:
             indented = "\n".join(f"    {line}" for line in str(info["recipe"]).splitlines())
-            self.events.text(0, "recipe", indented)
+            self.event_file.text(0, "recipe", indented)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         """Writes the row of the HParams tab, once per run; nested mappings get dotted names."""
-        if self.main and self.events and not self._has_hparams:
-            self.events.hparams(flatten(values))
+        if self.is_main and self.event_file and not self._has_hparams:
+            self.event_file.hparams(flatten(values))
             self._has_hparams = True
 
     _has_hparams = False
 
-    def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None:
+    def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
         """Begins a stage of `steps` steps in all, `done` of them before this process started."""
-        self.console.stage(name, epochs, steps, done)
+        self.console.stage(name, epochs, steps, steps_done)
 
-    def progress(self, done: int, phase: str = "") -> None:
+    def progress(self, steps_done: int, phase: str = "") -> None:
         """Moves the bar; called after every step.
 
         Args:
             done: finished steps of this stage.
             phase: what is going on when it is not training, such as "evaluating".
         """
-        self.console.progress(done, phase)
+        self.console.progress(steps_done, phase)
 
     def train(self, record: TrainRecord) -> None:
         """Logs one interval of training."""
-        if not self.main:
+        if not self.is_main:
             return
-        self.lines.write({"event": "train", **record})
-        if self.events:
-            self.events.scalars(record.get("step", 0), _train_scalars(record))
+        self.metrics_log.write({"event": "train", **record})
+        if self.event_file:
+            self.event_file.scalars(record.get("step", 0), _train_scalars(record))
         self.console.train(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Logs the metrics of one role on one split."""
-        if not self.main:
+        if not self.is_main:
             return
-        self.lines.write({"event": "evaluation", **record})
+        self.metrics_log.write({"event": "evaluation", **record})
         values = _evaluation_scalars(record)
-        if self.events and values:
-            self.events.scalars(record.get("step", 0), values)
+        if self.event_file and values:
+            self.event_file.scalars(record.get("step", 0), values)
         self.console.evaluation(record)
 
     def notice(self, text: str) -> None:
@@ -166,7 +144,7 @@ class Tracker:
         self.console.notice(text)
 
     def figures(
-        self, step: int, *, confusion: Tensor | None = None, samples: Samples | None = None, split: str = "test"
+        self, step: int, *, confusion: Tensor | None = None, samples: PredictionSamples | None = None, split: str = "test"
     ) -> None:
         """Draws pictures into TensorBoard and `figures/`; reads the tensors.
 
@@ -175,36 +153,36 @@ class Tracker:
             samples: some inputs with labels and logits.
             split: what they come from.
         """
-        if not self.main:
+        if not self.is_main:
             return
         from kdbench.report import figures
 
         pictures = {}
         if confusion is not None:
-            pictures["confusion"] = figures.confusion(confusion, self.classes, title=f"student on {split}")
+            pictures["confusion"] = figures.draw_confusion(confusion, self.classes, title=f"student on {split}")
         if samples is not None:
-            pictures["predictions"] = figures.predictions(samples, self.classes)
+            pictures["predictions"] = figures.draw_predictions(samples, self.classes)
         for name, picture in pictures.items():
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "figures" / f"{name}_{split}.png", picture.png)
-            if self.events:
-                self.events.image(step, f"{name}/{split}", picture.png, picture.width, picture.height)
+            if self.event_file:
+                self.event_file.image(step, f"{name}/{split}", picture.png, picture.width, picture.height)
 
     def state_dict(self) -> dict[str, int]:
         """Returns the byte offset of each log, for the checkpoint; everything before it is on the disk by then."""
-        state = {"metrics.jsonl": self.lines.file.sync()}
-        if self.events:
-            state["tensorboard"] = self.events.file.sync()
+        state = {"metrics.jsonl": self.metrics_log.file.sync()}
+        if self.event_file:
+            state["tensorboard"] = self.event_file.file.sync()
             state["hparams"] = int(self._has_hparams)
         return state
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Makes the logs go on at these offsets; before the first record. Later lines are cut off and come again."""
-        if not self.main:
+        if not self.is_main:
             return
-        whole = self.lines.file.resume(state.get("metrics.jsonl", 0))
-        if self.events:
-            whole &= self.events.file.resume(state.get("tensorboard", 0))
+        whole = self.metrics_log.file.resume(state.get("metrics.jsonl", 0))
+        if self.event_file:
+            whole &= self.event_file.file.resume(state.get("tensorboard", 0))
             self._has_hparams = bool(state.get("hparams", 0))
         if not whole:
             self.notice(f"Part of the logs in {self.folder} is missing: lines before this point were lost or removed.")
@@ -212,17 +190,17 @@ class Tracker:
     def close(self) -> None:
         """Takes the bar off the terminal and closes the files. Safe to call twice, and after an error."""
         self.console.close()
-        self.lines.file.close()
-        if self.events:
-            self.events.file.close()
+        self.metrics_log.file.close()
+        if self.event_file:
+            self.event_file.file.close()
 
 
-class _Silent:
+class _SilentConsole:
     """The console of every rank but the first."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
-    def stage(self, name: str, epochs: int | None, steps: int, done: int = 0) -> None: ...
-    def progress(self, done: int, phase: str = "") -> None: ...
+    def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...
+    def progress(self, steps_done: int, phase: str = "") -> None: ...
     def train(self, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, record: Mapping[str, Any]) -> None: ...
     def notice(self, text: str) -> None: ...

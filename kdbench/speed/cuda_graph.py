@@ -23,7 +23,7 @@ WARM_UP = 3
 Shape: TypeAlias = tuple[Any, ...]
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Records what the device does."""
 
     def apart(self) -> contextlib.AbstractContextManager[None]:
@@ -97,7 +97,7 @@ class CudaRecorder:
 
 
 @dataclass
-class Recorded:
+class RecordedStep:
     """One recording: the batch that it reads, and what it leaves where the host looks.
 
     gradients: of the update's parameters, where the optimiser runs outside of the recording.
@@ -110,7 +110,7 @@ class Recorded:
     norm: Tensor | None
 
 
-class Captured:
+class CudaGraphStep:
     """Stands for a runner's steps: the first ones of each shape run as they are, one is recorded, the rest replay it.
 
     A recording reads its batch from memory of its own, into which each batch is copied; learning rates, scheduled
@@ -127,9 +127,9 @@ class Captured:
         recorder: records what the device does; another one in tests.
     """
 
-    def __init__(self, runner: Runner, recorder: Recorder) -> None:
+    def __init__(self, runner: Runner, recorder: GraphRecorder) -> None:
         self.runner, self.recorder = runner, recorder
-        self.recorded: dict[Shape, Recorded] = {}
+        self.recorded: dict[Shape, RecordedStep] = {}
         self.warm: Counter[Shape] = Counter()
         self.tensors: dict[str, tuple[int, Any]] = {}
         self.whole = True
@@ -148,7 +148,7 @@ class Captured:
             if self.warm[shape] < WARM_UP:
                 self._watched(shape, lambda: runner.execute(window))
                 return
-            key = (shape, runner.logs_at(runner.done + 1))
+            key = (shape, runner.logs_at(runner.steps_done + 1))
             if key not in self.recorded:
                 obstacle = self._record(key, window, runner.execute)
                 if obstacle:
@@ -174,19 +174,19 @@ class Captured:
         shape = (runner.updates.index(update), _shape(window))
         with self.recorder.apart():
             if self.warm[shape] < WARM_UP:
-                self._watched(shape, lambda: runner.gradients_of(update, window))
+                self._watched(shape, lambda: runner.compute_gradients(update, window))
                 return
             if shape not in self.recorded:
-                obstacle = self._record(shape, window, lambda own: runner.gradients_of(update, own), update.parameters)
+                obstacle = self._record(shape, window, lambda own: runner.compute_gradients(update, own), update.parameters)
                 if obstacle:
                     self._stop(obstacle)
-                    runner.gradients_of(update, window)
+                    runner.compute_gradients(update, window)
                     return
             self._replay(self.recorded[shape], window, update.parameters)
 
     def _stop(self, obstacle: str) -> None:
         self._forget()
-        self.runner.differentiate = self.runner.gradients_of
+        self.runner.differentiate = self.runner.compute_gradients
         self.runner.say(f"capture: the step cannot be captured ({obstacle}); the run goes on without.")
 
     # Both
@@ -223,10 +223,10 @@ class Captured:
         finally:
             norm, self.runner.grad_norm = self.runner.grad_norm, before
         gradients = [parameter.grad for parameter in parameters]
-        self.recorded[key] = Recorded(own, replay, gradients, norm)
+        self.recorded[key] = RecordedStep(own, replay, gradients, norm)
         return ""
 
-    def _replay(self, recorded: Recorded, window: Sequence[Batch], parameters: Sequence[nn.Parameter] = ()) -> None:
+    def _replay(self, recorded: RecordedStep, window: Sequence[Batch], parameters: Sequence[nn.Parameter] = ()) -> None:
         for own, given in zip(recorded.window, window, strict=True):
             for source, fields in given.items():
                 for name, value in fields.items():
@@ -238,7 +238,7 @@ class Captured:
             self.runner.grad_norm = recorded.norm
 
 
-def capture(runner: Runner) -> None:
+def use_cuda_graph(runner: Runner) -> None:
     """Lets a runner's steps be recorded where its recipe asks for it and the device has graphs; else says why not."""
     if not runner.recipe.uses_cuda_graph(runner.device.type):
         if runner.recipe.compile == "cuda_graph":
@@ -248,7 +248,7 @@ def capture(runner: Runner) -> None:
     elif runner.world.size > 1:
         runner.say("capture: with several processes a step is not captured; it runs as it is.")
     elif runner.total_steps:
-        Captured(runner, CudaRecorder(runner.device))
+        CudaGraphStep(runner, CudaRecorder(runner.device))
 
 
 def _obstacle(runner: Runner) -> str:

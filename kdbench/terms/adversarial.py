@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_classes, require
+from kdbench.terms.base import Number, Term, check_equal_classes, check_parameters
 from kdbench.terms.logits import kd_loss
 from kdbench.terms.numerics import at_least_float32
 
 
-def reversed_gradient(values: Tensor, strength: Number) -> Tensor:
+def reverse_gradient(values: Tensor, strength: Number) -> Tensor:
     """The values as they are; what flows back through them is times -strength."""
     still = values.detach()
     return still - strength * (values - still)
@@ -46,9 +46,9 @@ class CurriculumTemperature(Term):
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        require("ctkd", "above 0", lowest=lowest, span=span)
-        require("ctkd", "at least 0", reverse=reverse)
-        require("ctkd", "at least 1", hidden=hidden)
+        check_parameters("ctkd", "above 0", lowest=lowest, span=span)
+        check_parameters("ctkd", "at least 0", reverse=reverse)
+        check_parameters("ctkd", "at least 1", hidden=hidden)
         self.lowest = lowest
         self.span = span
         self.reverse = reverse
@@ -59,7 +59,7 @@ class CurriculumTemperature(Term):
         )
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def temperature(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns T, (1,) or (batch, 1)."""
@@ -68,7 +68,7 @@ class CurriculumTemperature(Term):
         else:
             assert self.theta is not None
             theta = self.theta.to(student.dtype)
-        return self.lowest + self.span * torch.sigmoid(reversed_gradient(theta, self.reverse))
+        return self.lowest + self.span * torch.sigmoid(reverse_gradient(theta, self.reverse))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = at_least_float32(student), at_least_float32(teacher)
@@ -77,7 +77,7 @@ class CurriculumTemperature(Term):
 
 
 @TERMS.register("binary", space="row", version=1, paper="arXiv:2009.08453")
-class Binary(Term):
+class BinaryCrossEntropy(Term):
     """A judge's verdict against a constant: binary cross-entropy of one logit with `target`.
 
     loss = -target * log s - (1 - target) * log(1 - s), s = sigmoid(student). For a discriminator that is a role: two
@@ -91,7 +91,7 @@ class Binary(Term):
 
     def __init__(self, target: float = 1.0) -> None:
         super().__init__()
-        require("binary", "in [0, 1]", target=target)
+        check_parameters("binary", "in [0, 1]", target=target)
         self.target = target
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -120,11 +120,11 @@ class Competition(Term):
 
     def __init__(self, temperature: Number = 3.0) -> None:
         super().__init__()
-        require("competition", "above 0", temperature=temperature)
+        check_parameters("competition", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         p = F.softmax(at_least_float32(student) / self.temperature, dim=1)

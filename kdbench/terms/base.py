@@ -42,36 +42,36 @@ class Term(nn.Module):
         """Raises ValueError, in words, when operands of these shapes cannot be compared. Called once, by the plan."""
 
 
-def equal_shapes(what: str, student: Size, teacher: Size) -> None:
+def check_equal_shapes(operand_kind: str, student: Size, teacher: Size) -> None:
     """Raises ValueError when two operands that are compared element by element differ in shape."""
     if student != teacher:
         raise ValueError(
-            f"compares {what} of equal shape, but the student's is {list(student[1:])} "
+            f"compares {operand_kind} of equal shape, but the student's is {list(student[1:])} "
             f"and the teacher's {list(teacher[1:])} per sample"
         )
 
 
-def equal_classes(student: Size, teacher: Size, *, least: int = 1) -> None:
+def check_equal_classes(student: Size, teacher: Size, *, min_classes: int = 1) -> None:
     """Raises ValueError when two operands are not logits (batch, classes) over the same, at least `least`, classes."""
     for role, shape in (("student", student), ("teacher", teacher)):
-        logits_of(role, shape, least=least)
+        check_logits(role, shape, min_classes=min_classes)
     if student[1] != teacher[1]:
         raise ValueError(
             f"compares logits class by class, but the student has {student[1]} classes and the teacher {teacher[1]}"
         )
 
 
-def logits_of(role: str, shape: Size, *, least: int = 1) -> None:
+def check_logits(operand: str, shape: Size, *, min_classes: int = 1) -> None:
     """Raises ValueError when an operand is not logits (batch, classes) over at least `least` classes."""
     if len(shape) != 2:
         raise ValueError(
-            f"reads logits, one vector of classes per sample, but the {role}'s operand is {list(shape[1:])} per sample"
+            f"reads logits, one vector of classes per sample, but the {operand}'s operand is {list(shape[1:])} per sample"
         )
-    if shape[1] < least:
-        raise ValueError(f"needs at least {least} classes, but the {role} has {shape[1]}")
+    if shape[1] < min_classes:
+        raise ValueError(f"needs at least {min_classes} classes, but the {operand} has {shape[1]}")
 
 
-def feature_maps(**shapes: Size) -> None:
+def check_feature_maps(**shapes: Size) -> None:
     """Raises ValueError when an operand is no feature map (batch, channels, height, width); by the operands' names."""
     for name, shape in shapes.items():
         if len(shape) != 4:
@@ -81,7 +81,9 @@ def feature_maps(**shapes: Size) -> None:
             )
 
 
-def require(part: str, rule: Literal["above 0", "at least 0", "at least 1", "in [0, 1]"], **parameters: Number) -> None:
+def check_parameters(
+    part_name: str, rule: Literal["above 0", "at least 0", "at least 1", "in [0, 1]"], **parameters: Number
+) -> None:
     """Raises ConfigError when a parameter breaks the rule. Tensors pass: their schedule was checked before."""
     for key, value in parameters.items():
         if isinstance(value, Tensor):
@@ -93,4 +95,4 @@ def require(part: str, rule: Literal["above 0", "at least 0", "at least 1", "in 
             "in [0, 1]": 0 <= value <= 1,
         }[rule]
         if not kept or value == float("inf"):
-            raise ConfigError(f"{part}: {key} must be {rule}, got {value}")
+            raise ConfigError(f"{part_name}: {key} must be {rule}, got {value}")

@@ -8,8 +8,8 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
-from kdbench.terms.numerics import at_least_float32, full_precision, ratio, row_weights, valid_rows
+from kdbench.terms.base import Number, Term, check_equal_classes, check_logits, check_parameters
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, flatten_and_mask, row_weights, safe_divide
 
 
 @TERMS.register("icarl", space="row", version=1, paper="arXiv:1611.07725")
@@ -35,7 +35,7 @@ class ICaRL(Term):
         self.register_buffer("places", torch.tensor(self.old, dtype=torch.int64), persistent=False)
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
         if self.old and max(self.old) >= shapes["student"][1]:
             raise ValueError(f"names old class {max(self.old)}, but there are {shapes['student'][1]} classes from 0 on")
 
@@ -72,15 +72,15 @@ class ProxyContrastive(Term):
 
     def __init__(self, temperature: Number = 0.09) -> None:
         super().__init__()
-        require("proxy_contrastive", "above 0", temperature=temperature)
+        check_parameters("proxy_contrastive", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"], least=2)
+        check_logits("student", shapes["student"], min_classes=2)
         if ("replayed" in shapes) != ("replayed_label" in shapes):
             raise ValueError("reads `replayed` and `replayed_label` together: give both or neither")
         if "replayed" in shapes:
-            equal_classes(shapes["student"], shapes["replayed"])
+            check_equal_classes(shapes["student"], shapes["replayed"])
 
     def forward(
         self,
@@ -92,22 +92,22 @@ class ProxyContrastive(Term):
         replayed_label: Tensor | None = None,
     ) -> Tensor:
         known = label >= 0 if mask is None else mask & (label >= 0)
-        scores = valid_rows(student, known) / self.temperature
+        scores = flatten_and_mask(student, known) / self.temperature
         counts = row_weights(scores, known, weight)
         if replayed is not None and replayed_label is not None:
             again = replayed_label >= 0
-            rows = valid_rows(replayed, again) / self.temperature
+            rows = flatten_and_mask(replayed, again) / self.temperature
             scores, label = torch.cat([scores, rows]), torch.cat([label, replayed_label])
             counts = torch.cat([counts, row_weights(rows, again, None)])
         own = label.clamp(min=0).unsqueeze(1)
         least = torch.finfo(scores.dtype).min / 2  # not -inf: the rows of an empty batch have no class at all
-        present = occurrences(scores, own, counts)
+        present = class_occurrences(scores, own, counts)
         shares = torch.where(present > 0, torch.where(present > 0, present, 1).log(), least)
         losses = torch.logsumexp(scores + shares, dim=1) - scores.gather(1, own).squeeze(1)
-        return ratio((counts * torch.where(counts > 0, losses, 0)).sum(), counts.sum())
+        return safe_divide((counts * torch.where(counts > 0, losses, 0)).sum(), counts.sum())
 
 
-def occurrences(scores: Tensor, own: Tensor, counts: Tensor) -> Tensor:
+def class_occurrences(scores: Tensor, own: Tensor, counts: Tensor) -> Tensor:
     """How often each class occurs in a batch, (classes,).
 
     Args:
@@ -130,7 +130,7 @@ class ProxyDistance(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(
         self,
@@ -142,15 +142,15 @@ class ProxyDistance(Term):
         new_label: Tensor | None = None,
     ) -> Tensor:
         known = label >= 0 if mask is None else mask & (label >= 0)
-        scores, target = valid_rows(student, known), valid_rows(teacher, known)
+        scores, target = flatten_and_mask(student, known), flatten_and_mask(teacher, known)
         counts = row_weights(scores, known, weight)
-        present = occurrences(scores, label.clamp(min=0).unsqueeze(1), counts)
+        present = class_occurrences(scores, label.clamp(min=0).unsqueeze(1), counts)
         if new_label is not None:
             new = (new_label >= 0).to(scores.dtype)
             wide = scores.new_zeros(len(new), scores.shape[1])
-            present = present + occurrences(wide, new_label.clamp(min=0).unsqueeze(1), new)
-        losses = ratio(((scores - target).square() * present).sum(1), present.sum())
-        return ratio((counts * losses).sum(), counts.sum())
+            present = present + class_occurrences(wide, new_label.clamp(min=0).unsqueeze(1), new)
+        losses = safe_divide(((scores - target).square() * present).sum(1), present.sum())
+        return safe_divide((counts * losses).sum(), counts.sum())
 
 
 @TERMS.register("similarity_distribution", space="batch", version=1, features=True, paper="arXiv:2309.15038")
@@ -168,22 +168,22 @@ class SimilarityDistribution(Term):
 
     def __init__(self, temperature: Number = 0.09) -> None:
         super().__init__()
-        require("similarity_distribution", "above 0", temperature=temperature)
+        check_parameters("similarity_distribution", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        rows = valid_rows(student, mask)
+        rows = flatten_and_mask(student, mask)
         counts = row_weights(rows, mask, weight)
         others = counts.unsqueeze(0) * (1 - torch.eye(len(counts), dtype=counts.dtype, device=counts.device))
-        ours, theirs = (self._log_softmax(side, others) for side in (rows, valid_rows(teacher, mask)))
+        ours, theirs = (self._log_softmax(side, others) for side in (rows, flatten_and_mask(teacher, mask)))
         losses = -(torch.where(others > 0, theirs.exp() * ours, 0)).sum(1)
-        return ratio((counts * losses).sum(), counts.sum())
+        return safe_divide((counts * losses).sum(), counts.sum())
 
     def _log_softmax(self, rows: Tensor, others: Tensor) -> Tensor:
         """Of the similarities to the other rows, each counted as often as `others` says."""
-        with full_precision(rows):
+        with autocast_disabled(rows):
             directions = F.normalize(rows, dim=1, eps=1e-6)
             similar = directions @ directions.t() / self.temperature
         least = torch.finfo(similar.dtype).min / 2

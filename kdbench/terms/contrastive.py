@@ -10,14 +10,14 @@ from torch import Size, Tensor, nn
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, require
+from kdbench.terms.base import Number, Term, check_parameters
 from kdbench.terms.features.vectors import scaled_to_length
-from kdbench.terms.numerics import full_precision, ratio, row_weights, valid_rows
+from kdbench.terms.numerics import autocast_disabled, flatten_and_mask, row_weights, safe_divide
 
-WORD = 0xFFFFFFFF
+WORD_MASK = 0xFFFFFFFF
 
 
-GUARD = 1e-7
+EPSILON = 1e-7
 
 
 def info_nce_loss(
@@ -29,8 +29,8 @@ def info_nce_loss(
     temperature: Number = 0.07,
 ) -> Tensor:
     """Mean over rows of -log softmax_j(cos(student_i, teacher_j) / T) at j = i; a scalar. See `InfoNCE`."""
-    with full_precision(student):
-        student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    with autocast_disabled(student):
+        student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(student, mask, weight)
         logits = scaled_to_length(student) @ scaled_to_length(teacher).t() / temperature
         rows = torch.where(counts > 0, counts, 1).log().masked_fill(counts <= 0, -torch.inf)
@@ -40,23 +40,23 @@ def info_nce_loss(
             logits.diagonal() + torch.where(counts > 0, rows, 0)
         )
         # The positive is one of the candidates, as often as its own row counts.
-        return ratio((counts * loss).sum(), counts.sum())
+        return safe_divide((counts * loss).sum(), counts.sum())
 
 
-def mixed(word: Tensor) -> Tensor:
+def hash_words(word: Tensor) -> Tensor:
     """Scrambles 32-bit words held in int64: every bit of the result depends on every bit given.
 
     The finaliser `lowbias32` of C. Wellons (https://nullprogram.com/blog/2018/07/31/), the same on every device.
     """
-    word = word & WORD
+    word = word & WORD_MASK
     word = word ^ (word >> 16)
-    word = (word * 0x7FEB352D) & WORD
+    word = (word * 0x7FEB352D) & WORD_MASK
     word = word ^ (word >> 15)
-    word = (word * 0x846CA68B) & WORD
+    word = (word * 0x846CA68B) & WORD_MASK
     return word ^ (word >> 16)
 
 
-def draw_others(labels: Tensor, own: Tensor, key: Tensor, count: int) -> Tensor:
+def sample_negatives(labels: Tensor, own: Tensor, key: Tensor, count: int) -> Tensor:
     """Draws samples of other classes, with replacement, each equally likely.
 
     Args:
@@ -73,7 +73,7 @@ def draw_others(labels: Tensor, own: Tensor, key: Tensor, count: int) -> Tensor:
     size = torch.searchsorted(ordered, own, right=True) - first
     left = len(labels) - size  # samples of other classes
     ticks = torch.arange(count, device=key.device, dtype=torch.int64)
-    words = mixed(mixed(key).unsqueeze(1) + mixed(ticks + 1).unsqueeze(0))
+    words = hash_words(hash_words(key).unsqueeze(1) + hash_words(ticks + 1).unsqueeze(0))
     place = words * torch.where(left > 0, left, len(labels)).unsqueeze(1) >> 32
     skip = (place >= first.unsqueeze(1)) & (left > 0).unsqueeze(1)
     return order[place + torch.where(skip, size.unsqueeze(1), 0)]
@@ -88,8 +88,8 @@ def nce_loss(scores: Tensor, samples: int) -> Tensor:
     """
     noise = (scores.shape[1] - 1) / samples
     positive, negative = scores[:, 0], scores[:, 1:]
-    sure = (positive / (positive + noise + GUARD)).log()
-    return -sure - (noise / (negative + noise + GUARD)).log().sum(1)
+    sure = (positive / (positive + noise + EPSILON)).log()
+    return -sure - (noise / (negative + noise + EPSILON)).log().sum(1)
 
 
 @TERMS.register("info_nce", space="batch", version=1, features=True, paper="arXiv:1807.03748")
@@ -107,7 +107,7 @@ class InfoNCE(Term):
 
     def __init__(self, temperature: Number = 0.07) -> None:
         super().__init__()
-        require("info_nce", "above 0", temperature=temperature)
+        check_parameters("info_nce", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -127,7 +127,7 @@ class InfoNCE(Term):
 @TERMS.register(
     "crd", space="batch", version=1, features=True, injected=("samples", "shapes"), paper="arXiv:1910.10699"
 )
-class ContrastiveDistillation(Term):
+class ContrastiveRepresentationDistillation(Term):
     """Contrastive representation distillation: pairs of the same sample are told from pairs with thousands of others.
 
     loss = L(s against the teacher's bank) + L(t against the student's bank), L = -log h(positive) - sum over
@@ -162,8 +162,8 @@ class ContrastiveDistillation(Term):
         momentum: float = 0.5,
     ) -> None:
         super().__init__()
-        require("crd", "above 0", temperature=temperature)
-        require("crd", "in [0, 1]", momentum=momentum)
+        check_parameters("crd", "above 0", temperature=temperature)
+        check_parameters("crd", "in [0, 1]", momentum=momentum)
         if width < 1 or negatives < 1:
             raise ConfigError(f"crd: width and negatives must be at least 1, got {width} and {negatives}")
         if samples < 2:
@@ -177,7 +177,7 @@ class ContrastiveDistillation(Term):
         self.register_buffer("classes", torch.full((samples + 1,), -1, dtype=torch.int64))
         self.register_buffer("scale", torch.full((2,), -1.0))
         self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("seed", torch.randint(WORD, ()))
+        self.register_buffer("seed", torch.randint(WORD_MASK, ()))
 
     def forward(
         self,
@@ -188,40 +188,42 @@ class ContrastiveDistillation(Term):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        with full_precision(student):
-            ours = scaled_to_length(self.embed_student(valid_rows(student, mask)))
-            theirs = scaled_to_length(self.embed_teacher(valid_rows(teacher, mask)))
+        with autocast_disabled(student):
+            ours = scaled_to_length(self.embed_student(flatten_and_mask(student, mask)))
+            theirs = scaled_to_length(self.embed_teacher(flatten_and_mask(teacher, mask)))
             counts = row_weights(ours, mask, weight)
             index = index.long() if mask is None else torch.where(mask, index.long(), 0)
-            own = self._class_of(index, label)
-            drawn = draw_others(self.classes[:-1], own, mixed(self.seed + mixed(self.clock)) + index, self.negatives)
+            own = self._row_classes(index, label)
+            drawn = sample_negatives(
+                self.classes[:-1], own, hash_words(self.seed + hash_words(self.clock)) + index, self.negatives
+            )
             chosen = torch.cat([index.unsqueeze(1), drawn], 1)
-            loss = self._loss(ours, self.bank_teacher, chosen, counts, 0)
-            loss = loss + self._loss(theirs, self.bank_student, chosen, counts, 1)
+            loss = self._side_loss(ours, self.bank_teacher, chosen, counts, 0)
+            loss = loss + self._side_loss(theirs, self.bank_student, chosen, counts, 1)
             if self.training:
-                self._remember(ours, theirs, index, own, mask)
-        return ratio((counts * loss).sum(), counts.sum())
+                self._update_banks(ours, theirs, index, own, mask)
+        return safe_divide((counts * loss).sum(), counts.sum())
 
-    def _class_of(self, index: Tensor, label: Tensor | None) -> Tensor:
+    def _row_classes(self, index: Tensor, label: Tensor | None) -> Tensor:
         """The label, or where there is none a class that holds this sample alone."""
-        alone = index + WORD
+        alone = index + WORD_MASK
         return alone if label is None else torch.where(label < 0, alone, label.long())
 
-    def _loss(self, rows: Tensor, bank: Tensor, chosen: Tensor, counts: Tensor, side: int) -> Tensor:
+    def _side_loss(self, rows: Tensor, bank: Tensor, chosen: Tensor, counts: Tensor, side: int) -> Tensor:
         """The loss (batch,) of rows against what a bank held before this step."""
         # A copy, since the bank moves before the backward pass reads it. One product and a gather of numbers: to gather
         # the vectors themselves would take width times the memory.
         cosines = rows @ bank.clone().to(rows.dtype).t()
         scores = (cosines.gather(1, chosen) / self.temperature).exp()
         present = (counts > 0).to(scores.dtype)
-        first = self.samples * ratio((present * scores.detach().mean(1)).sum(), present.sum())
+        first = self.samples * safe_divide((present * scores.detach().mean(1)).sum(), present.sum())
         scale = torch.where(self.scale[side] > 0, self.scale[side].to(scores.dtype), first)
         if self.training:
             self.scale[side] = scale
         return nce_loss(scores / torch.where(scale > 0, scale, 1), self.samples)
 
     @torch.no_grad()
-    def _remember(self, ours: Tensor, theirs: Tensor, index: Tensor, own: Tensor, mask: Tensor | None) -> None:
+    def _update_banks(self, ours: Tensor, theirs: Tensor, index: Tensor, own: Tensor, mask: Tensor | None) -> None:
         places = index if mask is None else torch.where(mask, index, self.samples)
         for bank, rows in ((self.bank_student, ours), (self.bank_teacher, theirs)):
             moved = self.momentum * bank[places] + (1 - self.momentum) * rows.to(bank.dtype)
@@ -263,7 +265,9 @@ class QueueSimilarity(Term):
         candidates: Literal["own", "batch"] = "own",
     ) -> None:
         super().__init__()
-        require("queue_similarity", "above 0", temperature=temperature, teacher_temperature=teacher_temperature)
+        check_parameters(
+            "queue_similarity", "above 0", temperature=temperature, teacher_temperature=teacher_temperature
+        )
         if size < 1:
             raise ConfigError(f"queue_similarity: size must be at least 1, got {size}")
         self.size, self.candidates = size, candidates
@@ -287,11 +291,11 @@ class QueueSimilarity(Term):
             raise ConfigError(
                 f"queue_similarity: a batch of {student.shape[0]} does not fit into a queue of {self.size}"
             )
-        with full_precision(student):
-            ours = scaled_to_length(valid_rows(student, mask))
-            theirs = scaled_to_length(valid_rows(teacher, mask)).detach()
+        with autocast_disabled(student):
+            ours = scaled_to_length(flatten_and_mask(student, mask))
+            theirs = scaled_to_length(flatten_and_mask(teacher, mask)).detach()
             counts = row_weights(ours, mask, weight)
-            near, known = self._near(theirs, counts)
+            near, known = self._batch_candidates(theirs, counts)
             # a copy, since the queue moves before the backward pass reads it
             far = self.queue[:-1].clone().to(ours.dtype).t()
             filled = (torch.arange(self.size, device=far.device) < self.held).expand(len(ours), -1)
@@ -300,10 +304,10 @@ class QueueSimilarity(Term):
             own = self._logits(ours, near, far, known) / self.temperature
             loss = -(target.softmax(1) * torch.where(known, own.log_softmax(1), 0)).sum(1)
             if self.training:
-                self._enter(theirs, mask)
-        return ratio((counts * loss).sum(), counts.sum())
+                self._enqueue(theirs, mask)
+        return safe_divide((counts * loss).sum(), counts.sum())
 
-    def _near(self, theirs: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch_candidates(self, theirs: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The candidates of this batch (1 or batch, candidates, width), and which count (batch, candidates)."""
         if self.candidates == "own":
             return theirs.unsqueeze(1), torch.ones_like(counts, dtype=torch.bool).unsqueeze(1)
@@ -316,7 +320,7 @@ class QueueSimilarity(Term):
         return cosines.masked_fill(~known, -torch.inf)
 
     @torch.no_grad()
-    def _enter(self, theirs: Tensor, mask: Tensor | None) -> None:
+    def _enqueue(self, theirs: Tensor, mask: Tensor | None) -> None:
         valid = theirs.new_ones(len(theirs), dtype=torch.int64) if mask is None else mask.long()
         places = (self.held + valid.cumsum(0) - 1) % self.size
         self.queue[torch.where(valid > 0, places, self.size)] = theirs.to(self.queue.dtype)

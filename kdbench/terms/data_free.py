@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, logits_of
-from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
+from kdbench.terms.base import Term, check_logits
+from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weights, safe_divide, safe_sqrt
 
 
 @TERMS.register("one_hot", space="row", version=1, paper="arXiv:1904.01186")
-class OneHot(Term):
+class OneHotLoss(Term):
     """DAFL: a teacher that knows the image is sure of its class, whichever it is.
 
     loss = -log q_k at the class k that the prediction itself ranks first. The student operand is the teacher's
@@ -25,14 +25,14 @@ class OneHot(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
 
     def forward(self, student: Tensor) -> Tensor:
         return -F.log_softmax(at_least_float32(student), dim=1).amax(1)
 
 
 @TERMS.register("information_entropy", space="batch", version=1, paper="arXiv:1904.01186")
-class InformationEntropy(Term):
+class InformationEntropyLoss(Term):
     """DAFL: the batch holds all classes alike: negative entropy of the mean prediction.
 
     loss = sum_k m_k log m_k, m the mean over the batch of softmax(student). In nats; the authors' code takes log10,
@@ -44,17 +44,17 @@ class InformationEntropy(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"], least=2)
+        check_logits("student", shapes["student"], min_classes=2)
 
     def forward(self, student: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        p = F.softmax(valid_rows(student, mask), dim=1)
+        p = F.softmax(flatten_and_mask(student, mask), dim=1)
         counts = row_weights(p, mask, weight)
-        mean = ratio((counts.unsqueeze(1) * p).sum(0), counts.sum())
+        mean = safe_divide((counts.unsqueeze(1) * p).sum(0), counts.sum())
         return (mean * torch.where(mean > 0, mean, 1).log()).sum()
 
 
 @TERMS.register("activation", space="row", version=1, features=True, paper="arXiv:1904.01186")
-class Activation(Term):
+class ActivationLoss(Term):
     """DAFL: images excite the teacher's features: the negative mean of their absolute values.
 
     loss = -mean over elements of |feature|, the mean as in the authors' code (weight 0.1; the paper has the sum).
@@ -92,12 +92,12 @@ class BatchNormStatistics(Term):
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        x = valid_rows(student, mask).reshape(student.shape[0], student.shape[1], -1)
+        x = flatten_and_mask(student, mask).reshape(student.shape[0], student.shape[1], -1)
         rows = row_weights(x, mask, weight)
         counts = rows.reshape(-1, 1, 1)
         whole = rows.sum() * x.shape[2]
-        mean = ratio((counts * x).sum((0, 2)), whole)
-        variance = ratio((counts * (x - mean.unsqueeze(1)).square()).sum((0, 2)), whole)
+        mean = safe_divide((counts * x).sum((0, 2)), whole)
+        variance = safe_divide((counts * (x - mean.unsqueeze(1)).square()).sum((0, 2)), whole)
         apart = [(mean - teacher[0]).square().sum(), (variance - teacher[1]).square().sum()]
         return sum(safe_sqrt(value) for value in apart) * (rows.sum() > 0)
 

@@ -7,35 +7,35 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, equal_shapes, feature_maps, logits_of, require
+from kdbench.terms.base import Term, check_equal_shapes, check_feature_maps, check_logits, check_parameters
 from kdbench.terms.numerics import (
     at_least_float32,
-    full_precision,
-    ratio,
+    autocast_disabled,
+    flatten_and_mask,
     row_weights,
+    safe_divide,
     safe_sqrt,
-    valid_rows,
 )
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of the two sets of channels: (batch,). See `NeuronSelectivity`."""
-    with full_precision(student):
+    with autocast_disabled(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-        s, t = (_patterns(values, size) for values in (student, teacher))
-        return _polynomial(t, t) + _polynomial(s, s) - 2 * _polynomial(s, t)
+        s, t = (_selectivity_patterns(values, size) for values in (student, teacher))
+        return _mean_polynomial_kernel(t, t) + _mean_polynomial_kernel(s, s) - 2 * _mean_polynomial_kernel(s, t)
 
 
-def _patterns(features: Tensor, size: tuple[int, int]) -> Tensor:
+def _selectivity_patterns(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Each channel as a vector of length 1 over the places, (batch, channels, places), pooled to `size`."""
     if features.shape[2:] != size:
         features = F.adaptive_avg_pool2d(features, size)
     flat = features.flatten(2)
-    return ratio(flat, safe_sqrt(flat.square().sum(2, keepdim=True)))
+    return safe_divide(flat, safe_sqrt(flat.square().sum(2, keepdim=True)))
 
 
-def _polynomial(a: Tensor, b: Tensor) -> Tensor:
+def _mean_polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
     """Mean over all pairs of channels of <a_i, b_j>^2: (batch,)."""
     return (a @ b.transpose(1, 2)).square().mean((1, 2))
 
@@ -54,7 +54,7 @@ class NeuronSelectivity(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        feature_maps(student=shapes["student"], teacher=shapes["teacher"])
+        check_feature_maps(student=shapes["student"], teacher=shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return nst_loss(student, teacher)
@@ -62,14 +62,14 @@ class NeuronSelectivity(Term):
 
 def mmd_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Squared distance of the mean features of two batches; a scalar. See `MeanDiscrepancy`."""
-    student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
     counts = row_weights(student, mask, weight)
-    difference = ratio((counts.unsqueeze(1) * (student - teacher)).sum(0), counts.sum())
+    difference = safe_divide((counts.unsqueeze(1) * (student - teacher)).sum(0), counts.sum())
     return difference.square().sum()
 
 
 @TERMS.register("mmd", space="batch", version=1, features=True, paper="AAAI 2019")
-class MeanDiscrepancy(Term):
+class MaximumMeanDiscrepancy(Term):
     """Maximum mean discrepancy with the linear kernel: the mean feature of a batch is the same on both sides.
 
     loss = |mean_i s_i - mean_i t_i|^2, the sum over the elements, as the text has it. Single samples may differ: of one
@@ -82,7 +82,7 @@ class MeanDiscrepancy(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("features", shapes["student"], shapes["teacher"])
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
@@ -111,13 +111,13 @@ class ConditionalMutualInformation(Term):
 
     def __init__(self, num_classes: int, decay: float = 0.9999) -> None:
         super().__init__()
-        require("cmi", "in [0, 1]", decay=decay)
+        check_parameters("cmi", "in [0, 1]", decay=decay)
         self.decay = decay
         self.register_buffer("centroids", torch.full((num_classes, num_classes), 1 / num_classes))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
         if shapes["student"][1] != len(self.centroids):
             raise ValueError(
                 f"knows the data's {len(self.centroids)} classes, but the student has {shapes['student'][1]}"
@@ -127,16 +127,16 @@ class ConditionalMutualInformation(Term):
         known = label >= 0 if mask is None else mask & (label >= 0)
         log_p = F.log_softmax(at_least_float32(student), dim=1)
         own = label.clamp(min=0)
-        self._follow(log_p.detach().exp(), own, known)
+        self._update_centroids(log_p.detach().exp(), own, known)
         log_q = self.centroids[own].to(log_p.dtype).clamp(min=torch.finfo(log_p.dtype).tiny).log()
         return torch.where(label < 0, 0, (log_p.exp() * (log_p - log_q)).sum(1))
 
-    def _follow(self, p: Tensor, own: Tensor, known: Tensor) -> None:
+    def _update_centroids(self, p: Tensor, own: Tensor, known: Tensor) -> None:
         p = torch.where(known.unsqueeze(1), p, 0)  # a padded row may hold anything, and 0 * NaN is NaN
         belongs = torch.zeros_like(p).scatter(1, own.unsqueeze(1), 1) * known.unsqueeze(1)
-        with full_precision(p):
+        with autocast_disabled(p):
             sums, counts = belongs.t() @ p, belongs.sum(0)
-        mean, here = ratio(sums, counts.unsqueeze(1)).to(self.centroids.dtype), (counts > 0).unsqueeze(1)
+        mean, here = safe_divide(sums, counts.unsqueeze(1)).to(self.centroids.dtype), (counts > 0).unsqueeze(1)
         moved = torch.where(self.seen.unsqueeze(1), self.decay * self.centroids + (1 - self.decay) * mean, mean)
         moved = torch.where(here, moved, self.centroids)
         self.centroids.copy_(moved / moved.sum(1, keepdim=True))
@@ -161,7 +161,7 @@ class NearestWrongClass(Term):
 
     def __init__(self, power: float = 0.5) -> None:
         super().__init__()
-        require("scar", "above 0", power=power)
+        check_parameters("scar", "above 0", power=power)
         self.power = power
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -175,7 +175,7 @@ class NearestWrongClass(Term):
                 )
 
     def forward(self, student: Tensor, label: Tensor, means: Tensor, precision: Tensor) -> Tensor:
-        with full_precision(student):
+        with autocast_disabled(student):
             x = at_least_float32(student)
             above = x > 0
             x = torch.where(above, torch.where(above, x, 1) ** self.power, 0)  # a root's gradient at 0 is infinite
@@ -188,4 +188,4 @@ class NearestWrongClass(Term):
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return ratio(rows, safe_sqrt(rows.square().sum(-1, keepdim=True)))
+    return safe_divide(rows, safe_sqrt(rows.square().sum(-1, keepdim=True)))

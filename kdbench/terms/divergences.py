@@ -14,41 +14,41 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
+from kdbench.terms.base import Number, Term, check_equal_classes, check_logits, check_parameters
 from kdbench.terms.logits import kd_loss
-from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
+from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weights, safe_divide, safe_sqrt
 
-Kind = Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"]
 
 
-def divergence_loss(student: Tensor, teacher: Tensor, kind: Kind, temperature: Number) -> Tensor:
+def divergence_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind, temperature: Number) -> Tensor:
     """T^2 times a divergence of the softened distributions of logits (batch, classes): (batch,). See `Divergence`."""
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     if kind == "forward_kl":
-        value = _kl(log_q, log_p)
+        value = _kl_divergence(log_q, log_p)
     elif kind == "reverse_kl":
-        value = _kl(log_p, log_q)
+        value = _kl_divergence(log_p, log_q)
     elif kind == "js":
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        value = (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+        value = (_kl_divergence(log_p, log_m) + _kl_divergence(log_q, log_m)) / 2
     else:
         value = -(log_q.exp() * log_p).sum(1)
     return temperature**2 * value
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+def _kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(1)
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardise_logits(logits: Tensor) -> Tensor:
     """Logits less their mean, over their standard deviation plus 1e-7 (n - 1 in its denominator), per sample."""
     logits = at_least_float32(logits)
     centred = logits - logits.mean(1, keepdim=True)
     return centred / (safe_sqrt(centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)) + 1e-7)
 
 
-def entropy_of(probabilities: Tensor) -> Tensor:
+def shannon_entropy(probabilities: Tensor) -> Tensor:
     """-sum_k p_k log p_k of the last dimension, in nats; 0 log 0 counts as 0, with a finite gradient."""
     return -(probabilities * torch.where(probabilities > 0, probabilities, 1).log()).sum(-1)
 
@@ -75,12 +75,12 @@ class Divergence(Term):
         temperature: Number = 1.0,
     ) -> None:
         super().__init__()
-        require("divergence", "above 0", temperature=temperature)
-        self.kind: Kind = kind
+        check_parameters("divergence", "above 0", temperature=temperature)
+        self.kind: DivergenceKind = kind
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return divergence_loss(student, teacher, self.kind, self.temperature)
@@ -98,7 +98,7 @@ class ProbabilityMSE(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         p, q = F.softmax(at_least_float32(student), dim=1), F.softmax(at_least_float32(teacher), dim=1)
@@ -119,7 +119,7 @@ class LabelMSE(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
         p = F.softmax(at_least_float32(student), dim=1)
@@ -142,18 +142,18 @@ class StandardisedKD(Term):
 
     def __init__(self, temperature: Number = 2.0) -> None:
         super().__init__()
-        require("standardised_kd", "above 0", temperature=temperature)
+        check_parameters("standardised_kd", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"], least=2)
+        check_equal_classes(shapes["student"], shapes["teacher"], min_classes=2)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return kd_loss(standardised(student), standardised(teacher), self.temperature)
+        return kd_loss(standardise_logits(student), standardise_logits(teacher), self.temperature)
 
 
 @TERMS.register("entropy", space="row", version=1, paper="arXiv:1701.06548")
-class Entropy(Term):
+class PredictionEntropy(Term):
     """Entropy of a prediction; with a negative weight the confidence penalty, with a positive one it sharpens.
 
     loss = -sum_k p_k log p_k. `of: probabilities` reads the operand as probabilities, such as a router's gate.
@@ -170,12 +170,12 @@ class Entropy(Term):
         self.of = of
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"], least=2)
+        check_logits("student", shapes["student"], min_classes=2)
 
     def forward(self, student: Tensor) -> Tensor:
         values = at_least_float32(student)
         if self.of == "probabilities":
-            return entropy_of(values)
+            return shannon_entropy(values)
         log_p = F.log_softmax(values, dim=1)
         return -(log_p.exp() * log_p).sum(1)
 
@@ -190,16 +190,16 @@ def sinkhorn_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """The cost of an entropy-regularised transport between two batches of softmaxes; a scalar. See `Sinkhorn`."""
-    counts = row_weights(valid_rows(student, mask), mask, weight)
-    p = F.softmax(valid_rows(student, mask) / temperature, dim=1)
-    q = F.softmax(valid_rows(teacher, mask) / temperature, dim=1)
+    counts = row_weights(flatten_and_mask(student, mask), mask, weight)
+    p = F.softmax(flatten_and_mask(student, mask) / temperature, dim=1)
+    q = F.softmax(flatten_and_mask(teacher, mask) / temperature, dim=1)
     cost = (p.unsqueeze(1) - q.unsqueeze(0)).abs().sum(2)
     plan = (-cost / epsilon).exp()
     for _ in range(iterations):
-        plan = ratio(plan, (plan * counts).sum(1, keepdim=True))
-        plan = ratio(plan, (plan * counts.unsqueeze(1)).sum(0, keepdim=True))
+        plan = safe_divide(plan, (plan * counts).sum(1, keepdim=True))
+        plan = safe_divide(plan, (plan * counts.unsqueeze(1)).sum(0, keepdim=True))
     pairs = counts.unsqueeze(0) * counts.unsqueeze(1)
-    return ratio((pairs * plan * cost).sum(), counts.sum())
+    return safe_divide((pairs * plan * cost).sum(), counts.sum())
 
 
 @TERMS.register("sinkhorn", space="batch", version=1, paper="arXiv:2402.17110")
@@ -220,14 +220,14 @@ class Sinkhorn(Term):
 
     def __init__(self, temperature: Number = 2.0, epsilon: float = 0.1, iterations: int = 20) -> None:
         super().__init__()
-        require("sinkhorn", "above 0", temperature=temperature)
-        require("sinkhorn", "at least 1", iterations=iterations)
+        check_parameters("sinkhorn", "above 0", temperature=temperature)
+        check_parameters("sinkhorn", "at least 1", iterations=iterations)
         if not epsilon >= 0.025:  # costs are at most 2, and exp(-2 / 0.025) is the last that float32 can tell from 0
             raise ConfigError(f"sinkhorn: epsilon must be at least 0.025, got {epsilon}")
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None

@@ -13,8 +13,8 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_classes, logits_of, require
-from kdbench.terms.numerics import at_least_float32, ratio, row_weights, safe_sqrt, valid_rows
+from kdbench.terms.base import Number, Term, check_equal_classes, check_logits, check_parameters
+from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weights, safe_divide, safe_sqrt
 
 
 def cross_entropy_loss(student: Tensor, label: Tensor, label_smoothing: Number = 0.0) -> Tensor:
@@ -52,7 +52,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
-def dkd_parts(student: Tensor, teacher: Tensor, label: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
+def dkd_components(student: Tensor, teacher: Tensor, label: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
     """The two parts of KL(teacher || student), with KL = TCKD + (1 - q_label) * NCKD. No T^2 here.
 
     Args:
@@ -81,8 +81,8 @@ def dkd_parts(student: Tensor, teacher: Tensor, label: Tensor, temperature: Numb
 def dkd_loss(
     student: Tensor, teacher: Tensor, label: Tensor, alpha: Number, beta: Number, temperature: Number
 ) -> Tensor:
-    """T^2 * (alpha * TCKD + beta * NCKD), one value (batch,) per sample; see `dkd_parts` for the arguments."""
-    target, other = dkd_parts(student, teacher, label, temperature)
+    """T^2 * (alpha * TCKD + beta * NCKD), one value (batch,) per sample; see `dkd_components` for the arguments."""
+    target, other = dkd_components(student, teacher, label, temperature)
     return temperature**2 * (alpha * target + beta * other)
 
 
@@ -121,18 +121,18 @@ def dist_loss(
     Returns:
         A scalar without unit, in [0, 2 * (beta + gamma) * T^2]; 0 when no row counts.
     """
-    p = F.softmax(valid_rows(student, mask) / temperature, dim=1)
-    q = F.softmax(valid_rows(teacher, mask) / temperature, dim=1)
+    p = F.softmax(flatten_and_mask(student, mask) / temperature, dim=1)
+    q = F.softmax(flatten_and_mask(teacher, mask) / temperature, dim=1)
     counts = row_weights(p, mask, weight)
-    inter = ratio((counts * (1 - _pearson(p, q, torch.ones_like(p[:1])))).sum(), counts.sum())
-    intra = (1 - _pearson(p.t(), q.t(), counts.unsqueeze(0))).mean() * (counts.sum() > 0)
+    inter = safe_divide((counts * (1 - _pearson_correlation(p, q, torch.ones_like(p[:1])))).sum(), counts.sum())
+    intra = (1 - _pearson_correlation(p.t(), q.t(), counts.unsqueeze(0))).mean() * (counts.sum() > 0)
     return temperature**2 * (beta * inter + gamma * intra)
 
 
-def _pearson(x: Tensor, y: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
+def _pearson_correlation(x: Tensor, y: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
     """Correlation of each row of x with the same row of y (n, m); entry j counts `counts[0, j]` times."""
-    x = x - ratio((counts * x).sum(1, keepdim=True), counts.sum())
-    y = y - ratio((counts * y).sum(1, keepdim=True), counts.sum())
+    x = x - safe_divide((counts * x).sum(1, keepdim=True), counts.sum())
+    y = y - safe_divide((counts * y).sum(1, keepdim=True), counts.sum())
     lengths = safe_sqrt((counts * x * x).sum(1)) * safe_sqrt((counts * y * y).sum(1))
     return (counts * x * y).sum(1) / (lengths + eps)
 
@@ -151,11 +151,11 @@ class CrossEntropy(Term):
 
     def __init__(self, label_smoothing: Number = 0.0) -> None:
         super().__init__()
-        require("cross_entropy", "in [0, 1]", label_smoothing=label_smoothing)
+        check_parameters("cross_entropy", "in [0, 1]", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
 
     def forward(
         self, student: Tensor, label: Tensor, label_other: Tensor | None = None, mix: Tensor | None = None
@@ -180,11 +180,11 @@ class SoftTargets(Term):
 
     def __init__(self, temperature: Number = 4.0) -> None:
         super().__init__()
-        require("kd", "above 0", temperature=temperature)
+        check_parameters("kd", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return kd_loss(student, teacher, self.temperature)
@@ -204,14 +204,14 @@ class DecoupledKD(Term):
 
     def __init__(self, alpha: Number = 1.0, beta: Number = 8.0, temperature: Number = 4.0) -> None:
         super().__init__()
-        require("dkd", "at least 0", alpha=alpha, beta=beta)
-        require("dkd", "above 0", temperature=temperature)
+        check_parameters("dkd", "at least 0", alpha=alpha, beta=beta)
+        check_parameters("dkd", "above 0", temperature=temperature)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"], least=2)
+        check_equal_classes(shapes["student"], shapes["teacher"], min_classes=2)
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         return dkd_loss(student, teacher, label, self.alpha, self.beta, self.temperature)
@@ -236,14 +236,14 @@ class LogitMSE(Term):
         self.centre = centre
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return logit_mse_loss(student, teacher, self.centre)
 
 
 @TERMS.register("dist", space="batch", version=1, paper="arXiv:2205.10536")
-class Dist(Term):
+class DIST(Term):
     """DIST: correlation instead of equality, within each sample (inter-class) and within each class over the batch.
 
     loss = T^2 * (beta * mean_i(1 - r(p_i, q_i)) + gamma * mean_k(1 - r(p_.k, q_.k))), r Pearson's correlation,
@@ -257,14 +257,14 @@ class Dist(Term):
 
     def __init__(self, beta: Number = 1.0, gamma: Number = 1.0, temperature: Number = 1.0) -> None:
         super().__init__()
-        require("dist", "at least 0", beta=beta, gamma=gamma)
-        require("dist", "above 0", temperature=temperature)
+        check_parameters("dist", "at least 0", beta=beta, gamma=gamma)
+        check_parameters("dist", "above 0", temperature=temperature)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"], least=2)
+        check_equal_classes(shapes["student"], shapes["teacher"], min_classes=2)
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
@@ -299,7 +299,7 @@ class JointCrossEntropy(Term):
         self.classes, self.kinds = num_classes, kinds
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
         if shapes["student"][1] != self.classes * self.kinds:
             raise ValueError(
                 f"needs a value for each pair of {self.classes} classes and {self.kinds} kinds, "
@@ -336,13 +336,13 @@ class BalancedSoftTargets(Term):
 
     def __init__(self, temperature: Number = 2.0, beta: float = 0.9999) -> None:
         super().__init__()
-        require("bkd", "above 0", temperature=temperature)
+        check_parameters("bkd", "above 0", temperature=temperature)
         if not 0 <= beta < 1:
             raise ConfigError(f"bkd: beta must be at least 0 and below 1, got {beta}")
         self.temperature, self.beta = temperature, beta
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
         if tuple(shapes["counts"]) != (shapes["student"][1],):
             raise ValueError(
                 f"weighs {shapes['student'][1]} classes by how many samples each has, but counts is "
@@ -377,7 +377,7 @@ class TemporallyAdaptiveInterpolation(Term):
 
     def __init__(self, least: Number = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
         super().__init__()
-        require("taid", "in [0, 1]", least=least, end=end, rate=rate, momentum=momentum)
+        check_parameters("taid", "in [0, 1]", least=least, end=end, rate=rate, momentum=momentum)
         if not isinstance(least, Tensor) and least > end:
             raise ConfigError(f"taid: least must be at most end, got {least} and {end}")
         self.least, self.end, self.rate, self.momentum = least, end, rate, momentum
@@ -386,22 +386,22 @@ class TemporallyAdaptiveInterpolation(Term):
         self.register_buffer("before", torch.full((), torch.inf))  # the loss of the step before
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        own, theirs = valid_rows(student, mask), valid_rows(teacher, mask)
+        own, theirs = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(own, mask, weight)
         t = self.t.clamp(min=self.least).clamp(max=self.end).to(own.dtype)
         target = ((1 - t) * own.detach() + t * theirs).softmax(1)
         rows = -(target * own.log_softmax(1)).sum(1)
-        loss = ratio((counts * rows).sum(), counts.sum())
+        loss = safe_divide((counts * rows).sum(), counts.sum())
         if self.training:
-            self._move(t.to(self.t.dtype), loss.detach().to(self.t.dtype))
+            self._update_interpolation(t.to(self.t.dtype), loss.detach().to(self.t.dtype))
         return loss
 
-    def _move(self, t: Tensor, loss: Tensor) -> None:
+    def _update_interpolation(self, t: Tensor, loss: Tensor) -> None:
         first = self.before.isinf()
         fall = torch.where(first, 0, (self.before - loss) / (self.before + 1e-15))
         drift = self.momentum * self.drift + (1 - self.momentum) * fall

@@ -13,14 +13,14 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
-def full_precision(values: Tensor) -> AbstractContextManager[object]:
+def autocast_disabled(values: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on the device of `values`: it would take even float32 operands of a matmul to bf16."""
     kind = values.device.type
     # `meta` knows no autocast, and computes nothing that could lose precision.
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and numerator itself where the denominator is 0: value and gradient stay finite.
 
     Meant for quotients whose numerator vanishes together with the denominator, so that 0/0 counts as 0.
@@ -34,7 +34,7 @@ def safe_sqrt(values: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, values, 1).sqrt(), 0)
 
 
-def valid_rows(features: Tensor, mask: Tensor | None) -> Tensor:
+def flatten_and_mask(features: Tensor, mask: Tensor | None) -> Tensor:
     """Flattens per sample to (batch, elements), at least float32, with zeros in rows that the mask leaves out.
 
     Zeros, because whatever stands in a padded row (even NaN) must reach neither the value nor the gradient.
@@ -51,10 +51,10 @@ def row_weights(rows: Tensor, mask: Tensor | None, weight: Tensor | None) -> Ten
     """
     counts = rows.new_ones(rows.shape[0]) if weight is None else weight.to(rows.dtype)
     counts = counts if mask is None else torch.where(mask, counts, 0)
-    return counts if weight is None else ratio(counts * (counts > 0).sum(), counts.sum())
+    return counts if weight is None else safe_divide(counts * (counts > 0).sum(), counts.sum())
 
 
-def pair_mean(values: Tensor, counts: Tensor) -> Tensor:
+def mean_over_pairs(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of (batch, batch) values over all pairs (i, j), also i = j; a pair counts c_i * c_j times."""
-    pairs = counts.unsqueeze(0) * counts.unsqueeze(1)
-    return ratio((pairs * values).sum(), pairs.sum())
+    pairs = weights.unsqueeze(0) * weights.unsqueeze(1)
+    return safe_divide((pairs * values).sum(), pairs.sum())

@@ -26,7 +26,7 @@ def ewc_loss(student: Tensor, teacher: Tensor, fisher: Tensor) -> Tensor:
     return (fisher.to(difference.dtype) * difference.square()).sum() / 2
 
 
-def _equal_counts(shapes: dict[str, Size]) -> None:
+def _check_equal_parameter_counts(shapes: dict[str, Size]) -> None:
     """Raises ValueError unless all operands are vectors of equally many parameters."""
     for name, shape in shapes.items():
         if len(shape) != 1:
@@ -57,14 +57,14 @@ class WeightDistance(Term):
         self.distance: Literal["l1", "l2"] = distance
 
     def check_shapes(self, **shapes: Size) -> None:
-        _equal_counts(shapes)
+        _check_equal_parameter_counts(shapes)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return weight_distance_loss(student, teacher, self.distance)
 
 
 @TERMS.register("ewc", space="model", version=1, operands=("fisher",), paper="arXiv:1612.00796")
-class ElasticWeights(Term):
+class ElasticWeightConsolidation(Term):
     """Elastic weight consolidation: parameters that an old task depends on are held near their old values.
 
     loss = 1/2 * sum_i F_i * (w_i - w0_i)^2, w0 the parameters after the old task and F the diagonal of its Fisher
@@ -77,7 +77,7 @@ class ElasticWeights(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        _equal_counts(shapes)
+        _check_equal_parameter_counts(shapes)
 
     def forward(self, student: Tensor, teacher: Tensor, fisher: Tensor) -> Tensor:
         return ewc_loss(student, teacher, fisher)

@@ -11,48 +11,48 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, require
+from kdbench.terms.base import Number, Term, check_parameters
 from kdbench.terms.features.vectors import mean_over_tokens, scaled_to_length
 from kdbench.terms.numerics import (
     at_least_float32,
-    full_precision,
-    pair_mean,
-    ratio,
+    autocast_disabled,
+    flatten_and_mask,
+    mean_over_pairs,
     row_weights,
+    safe_divide,
     safe_sqrt,
-    valid_rows,
 )
 
 
 def sp_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Mean squared difference of the row-normalised similarity matrices; a scalar. See `SimilarityPreserving`."""
-    with full_precision(student):
-        student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    with autocast_disabled(student):
+        student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(student, mask, weight)
         difference = _normalised_gram(student, counts) - _normalised_gram(teacher, counts)
-        return pair_mean(difference.square(), counts)
+        return mean_over_pairs(difference.square(), counts)
 
 
 def rkd_distance_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
     """Huber distance of the pairwise distances, each over its mean; a scalar. See `RelationalKD`."""
-    student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
     counts = row_weights(student, mask, weight)
     ours, theirs = _relative_distances(student, counts), _relative_distances(teacher, counts)
-    return pair_mean(F.smooth_l1_loss(ours, theirs, reduction="none"), counts)
+    return mean_over_pairs(F.smooth_l1_loss(ours, theirs, reduction="none"), counts)
 
 
 def rkd_angle_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
     """Huber distance of the cosines of the angles that all triples form; a scalar. See `RelationalKD`."""
-    with full_precision(student):
-        student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    with autocast_disabled(student):
+        student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(student, mask, weight)
-        loss = F.smooth_l1_loss(_cosines(student), _cosines(teacher), reduction="none")
+        loss = F.smooth_l1_loss(_angle_cosines(student), _angle_cosines(teacher), reduction="none")
         triples = counts[:, None, None] * counts[None, :, None] * counts[None, None, :]
-        return ratio((triples * loss).sum(), triples.sum())
+        return safe_divide((triples * loss).sum(), triples.sum())
 
 
 def pkt_loss(
@@ -64,20 +64,20 @@ def pkt_loss(
     eps: float = 1e-7,
 ) -> Tensor:
     """Mean over pairs of q_ij * log(q_ij / p_ij); a scalar. See `ProbabilisticTransfer`."""
-    with full_precision(student):
-        student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    with autocast_disabled(student):
+        student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(student, mask, weight)
-        p, q = _neighbours(student, counts, eps), _neighbours(teacher, counts, eps)
-        return pair_mean(q * ((q + eps).log() - (p + eps).log()), counts)
+        p, q = _neighbour_probabilities(student, counts, eps), _neighbour_probabilities(teacher, counts, eps)
+        return mean_over_pairs(q * ((q + eps).log() - (p + eps).log()), counts)
 
 
 def _normalised_gram(rows: Tensor, counts: Tensor) -> Tensor:
     """Inner products (batch, batch), each row divided by its length over the rows that count."""
     gram = rows @ rows.t()
-    return ratio(gram, safe_sqrt((counts * gram.square()).sum(1, keepdim=True)))
+    return safe_divide(gram, safe_sqrt((counts * gram.square()).sum(1, keepdim=True)))
 
 
-def _differences(rows: Tensor) -> Tensor:
+def _pairwise_differences(rows: Tensor) -> Tensor:
     """(batch, batch, elements): entry [i, j] leads from row i to row j.
 
     Not by way of inner products, which is cheaper but loses the distance of near neighbours to rounding.
@@ -87,28 +87,28 @@ def _differences(rows: Tensor) -> Tensor:
 
 def _relative_distances(rows: Tensor, counts: Tensor) -> Tensor:
     """Euclidean distances (batch, batch) over their mean; the mean leaves out each row's distance to itself."""
-    distances = safe_sqrt(_differences(rows).square().sum(2))
+    distances = safe_sqrt(_pairwise_differences(rows).square().sum(2))
     pairs = counts.unsqueeze(0) * counts.unsqueeze(1)
     pairs = pairs - torch.diag_embed(pairs.diagonal())
-    return ratio(distances, ratio((pairs * distances).sum(), pairs.sum()))
+    return safe_divide(distances, safe_divide((pairs * distances).sum(), pairs.sum()))
 
 
-def _cosines(rows: Tensor) -> Tensor:
+def _angle_cosines(rows: Tensor) -> Tensor:
     """(batch, batch, batch): entry [i, j, k] is the cosine of the angle at row i between rows j and k; 0 if j = i."""
-    differences = _differences(rows)
-    directions = ratio(differences, safe_sqrt(differences.square().sum(2, keepdim=True)))
+    differences = _pairwise_differences(rows)
+    directions = safe_divide(differences, safe_sqrt(differences.square().sum(2, keepdim=True)))
     return directions @ directions.transpose(1, 2)
 
 
-def _neighbours(rows: Tensor, counts: Tensor, eps: float) -> Tensor:
+def _neighbour_probabilities(rows: Tensor, counts: Tensor, eps: float) -> Tensor:
     """How probable row j is as a neighbour of row i, by the cosine kernel (cos + 1) / 2; rows sum to 1."""
     lengths = safe_sqrt(rows.square().sum(1, keepdim=True))
-    directions = ratio(rows, torch.where(lengths > 0, lengths + eps, 0))  # 0/eps is 0 too, but its gradient 1/eps
+    directions = safe_divide(rows, torch.where(lengths > 0, lengths + eps, 0))  # 0/eps is 0 too, but its gradient 1/eps
     kernel = (directions @ directions.t() + 1) / 2
-    return ratio(kernel, (counts * kernel).sum(1, keepdim=True))
+    return safe_divide(kernel, (counts * kernel).sum(1, keepdim=True))
 
 
-def _is_zero(weight: Number) -> bool:
+def _is_constant_zero(weight: Number) -> bool:
     """Whether a weight is the plain number 0. A scheduled weight is a tensor, whose value is never read here."""
     return not isinstance(weight, Tensor) and weight == 0
 
@@ -165,8 +165,8 @@ class RelationalKD(_RelationTerm):
 
     def __init__(self, weight_distance: Number = 25.0, weight_angle: Number = 50.0) -> None:
         super().__init__()
-        require("rkd", "at least 0", weight_distance=weight_distance, weight_angle=weight_angle)
-        if _is_zero(weight_distance) and _is_zero(weight_angle):
+        check_parameters("rkd", "at least 0", weight_distance=weight_distance, weight_angle=weight_angle)
+        if _is_constant_zero(weight_distance) and _is_constant_zero(weight_angle):
             raise ConfigError("rkd: weight_distance and weight_angle are both 0, so nothing is left of the term")
         self.weight_distance = weight_distance
         self.weight_angle = weight_angle
@@ -174,16 +174,16 @@ class RelationalKD(_RelationTerm):
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        if _is_zero(self.weight_angle):
+        if _is_constant_zero(self.weight_angle):
             return self.weight_distance * rkd_distance_loss(student, teacher, mask, weight)
-        if _is_zero(self.weight_distance):
+        if _is_constant_zero(self.weight_distance):
             return self.weight_angle * rkd_angle_loss(student, teacher, mask, weight)
         distance = self.weight_distance * rkd_distance_loss(student, teacher, mask, weight)
         return distance + self.weight_angle * rkd_angle_loss(student, teacher, mask, weight)
 
 
 @TERMS.register("pkt", space="batch", version=1, features=True, paper="arXiv:1803.10837")
-class ProbabilisticTransfer(_RelationTerm):
+class ProbabilisticKnowledgeTransfer(_RelationTerm):
     """Probabilistic knowledge transfer: each sample's neighbours are as probable for the student as for the teacher.
 
     loss = 1/n^2 * sum_ij q_ij * log(q_ij / p_ij), with p_ij = k_ij / sum_j k_ij, k = (cosine + 1) / 2 of the flattened
@@ -212,16 +212,16 @@ def cc_loss(
     order: int = 2,
 ) -> Tensor:
     """Mean squared difference of the two kernel matrices of a batch; a scalar. See `CorrelationCongruence`."""
-    with full_precision(student):
-        student, teacher = valid_rows(student, mask), valid_rows(teacher, mask)
+    with autocast_disabled(student):
+        student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         counts = row_weights(student, mask, weight)
-        difference = _correlation(student, gamma, order) - _correlation(teacher, gamma, order)
-        return pair_mean(difference.square(), counts)
+        difference = _gaussian_kernel_series(student, gamma, order) - _gaussian_kernel_series(teacher, gamma, order)
+        return mean_over_pairs(difference.square(), counts)
 
 
-def _correlation(rows: Tensor, gamma: Number, order: int) -> Tensor:
+def _gaussian_kernel_series(rows: Tensor, gamma: Number, order: int) -> Tensor:
     """exp(-gamma * |x - y|^2) of rows of length 1, as its Taylor series in the cosine up to `order`: (batch, batch)."""
-    directions = ratio(rows, safe_sqrt(rows.square().sum(1, keepdim=True)))
+    directions = safe_divide(rows, safe_sqrt(rows.square().sum(1, keepdim=True)))
     cosines = directions @ directions.t()
     series = torch.ones_like(cosines)
     for power in range(1, order + 1):
@@ -246,7 +246,7 @@ class CorrelationCongruence(Term):
 
     def __init__(self, gamma: Number = 0.4, order: int = 2) -> None:
         super().__init__()
-        require("cc", "above 0", gamma=gamma)
+        check_parameters("cc", "above 0", gamma=gamma)
         if order < 1:
             raise ConfigError(f"cc: order must be at least 1, got {order}")
         self.gamma = gamma
@@ -263,7 +263,7 @@ class CorrelationCongruence(Term):
         return cc_loss(student, teacher, mask, weight, gamma=self.gamma, order=self.order)
 
 
-Part = Literal["whole", "query", "key", "value"]
+AttentionPart = Literal["whole", "query", "key", "value"]
 
 
 def as_tokens(features: Tensor) -> Tensor:
@@ -274,31 +274,31 @@ def as_tokens(features: Tensor) -> Tensor:
 
 def token_relation_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Mean over tokens of 1 - cosine of the rows of the two similarity matrices: (batch,). See `TokenRelation`."""
-    with full_precision(student):
-        ours, theirs = _similarities(student, tokens), _similarities(teacher, tokens)
+    with autocast_disabled(student):
+        ours, theirs = _normalised_token_cosines(student, tokens), _normalised_token_cosines(teacher, tokens)
         return mean_over_tokens(1 - (ours * theirs).sum(2), tokens)
 
 
-def _similarities(features: Tensor, tokens: Tensor | None) -> Tensor:
+def _normalised_token_cosines(features: Tensor, tokens: Tensor | None) -> Tensor:
     """Cosines of all pairs of tokens (batch, length, length), each row scaled to length 1 over the counted tokens."""
     directions = scaled_to_length(as_tokens(features))
     cosines = directions @ directions.transpose(1, 2)
     if tokens is not None:
         cosines = torch.where(tokens.to(torch.bool).unsqueeze(1), cosines, 0)
-    return ratio(cosines, safe_sqrt(cosines.square().sum(2, keepdim=True)))
+    return safe_divide(cosines, safe_sqrt(cosines.square().sum(2, keepdim=True)))
 
 
-def attention_relation_loss(student: Tensor, teacher: Tensor, heads: int = 1, part: Part = "whole") -> Tensor:
+def attention_relation_loss(student: Tensor, teacher: Tensor, heads: int = 1, part: AttentionPart = "whole") -> Tensor:
     """KL(teacher || student) of how each token attends to all, over heads and tokens: (batch,).
 
     See `AttentionRelation` for the arguments.
     """
-    with full_precision(student):
+    with autocast_disabled(student):
         log_p, log_q = _log_relations(student, heads, part), _log_relations(teacher, heads, part)
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean((1, 2))
 
 
-def _log_relations(features: Tensor, heads: int, part: Part) -> Tensor:
+def _log_relations(features: Tensor, heads: int, part: AttentionPart) -> Tensor:
     """Log-softmax of the scaled inner products of all pairs of tokens, per relation head: (batch, heads, l, l)."""
     vectors = at_least_float32(features)
     if part != "whole":
@@ -324,8 +324,8 @@ class TokenRelation(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        _equal_lengths(shapes)
-        marks, length = shapes.get("tokens"), _length_of(shapes["student"])
+        _check_equal_lengths(shapes)
+        marks, length = shapes.get("tokens"), _token_count(shapes["student"])
         if marks is not None and tuple(marks[1:]) != (length,):
             raise ValueError(
                 f"needs one mark for each of {length} tokens, but `tokens` is {list(marks[1:])} per sample"
@@ -356,10 +356,10 @@ class AttentionRelation(Term):
         if heads < 1:
             raise ConfigError(f"attention_relation: heads must be at least 1, got {heads}")
         self.heads = heads
-        self.part: Part = part
+        self.part: AttentionPart = part
 
     def check_shapes(self, **shapes: Size) -> None:
-        _equal_lengths(shapes, maps=False)
+        _check_equal_lengths(shapes, maps=False)
         divisor = self.heads * (1 if self.part == "whole" else 3)
         for role in ("student", "teacher"):
             if shapes[role][2] % divisor:
@@ -372,19 +372,19 @@ class AttentionRelation(Term):
         return attention_relation_loss(student, teacher, self.heads, self.part)
 
 
-def _length_of(shape: Size) -> int:
+def _token_count(shape: Size) -> int:
     return shape[2] * shape[3] if len(shape) == 4 else shape[1]
 
 
-def _equal_lengths(shapes: dict[str, Size], *, maps: bool = True) -> None:
+def _check_equal_lengths(shapes: dict[str, Size], *, maps: bool = True) -> None:
     for role in ("student", "teacher"):
         if len(shapes[role]) not in ((3, 4) if maps else (3,)):
             raise ValueError(
                 f"reads tokens [length, width]{' or maps [width, h, w]' if maps else ''}, but the {role}'s operand is "
                 f"{list(shapes[role][1:])} per sample"
             )
-    if _length_of(shapes["student"]) != _length_of(shapes["teacher"]):
+    if _token_count(shapes["student"]) != _token_count(shapes["teacher"]):
         raise ValueError(
-            f"compares tokens one by one, but the student has {_length_of(shapes['student'])} "
-            f"and the teacher {_length_of(shapes['teacher'])}"
+            f"compares tokens one by one, but the student has {_token_count(shapes['student'])} "
+            f"and the teacher {_token_count(shapes['teacher'])}"
         )

@@ -8,20 +8,20 @@ from torch import Size, Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, logits_of, require
+from kdbench.terms.base import Number, Term, check_logits, check_parameters
 from kdbench.terms.logits import kd_loss
 from kdbench.terms.numerics import at_least_float32
 from kdbench.terms.sample_bank import SampleBank
 
 
-def _labelled(label: Tensor, mask: Tensor | None) -> Tensor:
+def _rows_with_label(label: Tensor, mask: Tensor | None) -> Tensor:
     return label >= 0 if mask is None else (label >= 0) & mask
 
 
 @TERMS.register(
     "self_target", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2006.12000"
 )
-class SelfTarget(Term):
+class ProgressiveSelfKD(Term):
     """PS-KD: cross-entropy with the label softened by what the model itself said of the sample an epoch ago.
 
     loss = -sum_k t_k log p_k, t = (1 - alpha) * onehot(label) + alpha * p_before, where p_before is the softmax that
@@ -38,12 +38,12 @@ class SelfTarget(Term):
 
     def __init__(self, samples: int, num_classes: int, alpha: Number = 0.8) -> None:
         super().__init__()
-        require("self_target", "in [0, 1]", alpha=alpha)
+        check_parameters("self_target", "in [0, 1]", alpha=alpha)
         self.alpha = alpha
         self.bank = SampleBank(samples, num_classes)
 
     def check_shapes(self, **shapes: Size) -> None:
-        _same_classes(shapes["student"], self.bank)
+        _check_bank_classes(shapes["student"], self.bank)
 
     def forward(self, student: Tensor, label: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
         log_p = F.log_softmax(at_least_float32(student), dim=1)
@@ -51,14 +51,14 @@ class SelfTarget(Term):
         before, age = self.bank.read(index)
         soft = (1 - self.alpha) * hard + self.alpha * before.to(log_p.dtype)
         target = torch.where((age >= 0).unsqueeze(1), soft, hard)
-        self.bank.write(index, log_p.exp(), _labelled(label, mask))
+        self.bank.write(index, log_p.exp(), _rows_with_label(label, mask))
         return torch.where(label < 0, 0, -(target * log_p).sum(1))
 
 
 @TERMS.register(
     "last_batch", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2203.16172"
 )
-class LastBatch(Term):
+class LastMiniBatchDistillation(Term):
     """DLB: samples that were in the last mini-batch too keep the soft targets that they had there.
 
     loss = T^2 * KL(softmax(z_before / T) || softmax(z / T)) for samples of the previous step's batch, 0 for others.
@@ -74,12 +74,12 @@ class LastBatch(Term):
 
     def __init__(self, samples: int, num_classes: int, temperature: Number = 3.0) -> None:
         super().__init__()
-        require("last_batch", "above 0", temperature=temperature)
+        check_parameters("last_batch", "above 0", temperature=temperature)
         self.temperature = temperature
         self.bank = SampleBank(samples, num_classes)
 
     def check_shapes(self, **shapes: Size) -> None:
-        _same_classes(shapes["student"], self.bank)
+        _check_bank_classes(shapes["student"], self.bank)
 
     def forward(self, student: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
         before, age = self.bank.read(index)
@@ -96,7 +96,7 @@ class LastBatch(Term):
     injected=("samples", "num_classes"),
     paper="arXiv:1610.02242",
 )
-class TemporalEnsemble(Term):
+class TemporalEnsembling(Term):
     """Temporal ensembling: a sample keeps the running mean of what the model said of it in all earlier epochs.
 
     loss = 1/classes * sum_k (p_k - z_k)^2, z the mean of the sample's earlier softmaxes in which each epoch counts
@@ -111,14 +111,14 @@ class TemporalEnsemble(Term):
 
     def __init__(self, samples: int, num_classes: int, momentum: float = 0.6) -> None:
         super().__init__()
-        require("temporal_ensemble", "in [0, 1]", momentum=momentum)
+        check_parameters("temporal_ensemble", "in [0, 1]", momentum=momentum)
         if momentum == 1:
             raise ConfigError("temporal_ensemble: momentum must be below 1, or nothing is ever remembered")
         self.momentum = momentum
         self.bank = SampleBank(samples, num_classes + 1)  # the last column gathers 1 - momentum^visits
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"])
+        check_logits("student", shapes["student"])
         if shapes["student"][1] != self.bank.values.shape[1] - 1:
             raise ValueError(
                 f"stores predictions over the {self.bank.values.shape[1] - 1} classes of the data, but the student's "
@@ -136,7 +136,7 @@ class TemporalEnsemble(Term):
 
 
 @TERMS.register("tf_kd", space="row", version=1, paper="arXiv:1909.11723")
-class TeacherFree(Term):
+class TeacherFreeKD(Term):
     """Tf-KD (regularised): a virtual teacher, made by hand, that is right with probability `correct`.
 
     loss = KL(u || softmax(student)), u = softmax(v / T), v = `correct` at the label and (1 - correct) / (classes - 1)
@@ -152,13 +152,13 @@ class TeacherFree(Term):
 
     def __init__(self, correct: float = 0.99, temperature: Number = 20.0) -> None:
         super().__init__()
-        require("tf_kd", "in [0, 1]", correct=correct)
-        require("tf_kd", "above 0", temperature=temperature)
+        check_parameters("tf_kd", "in [0, 1]", correct=correct)
+        check_parameters("tf_kd", "above 0", temperature=temperature)
         self.correct = correct
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        logits_of("student", shapes["student"], least=2)
+        check_logits("student", shapes["student"], min_classes=2)
         if self.correct <= 1 / shapes["student"][1]:
             raise ValueError(
                 f"has a virtual teacher that is right with probability {self.correct}, no better than chance over "
@@ -173,8 +173,8 @@ class TeacherFree(Term):
         return torch.where(label < 0, 0, (log_u.exp() * (log_u - log_p)).sum(1))
 
 
-def _same_classes(shape: Size, bank: SampleBank) -> None:
-    logits_of("student", shape)
+def _check_bank_classes(shape: Size, bank: SampleBank) -> None:
+    check_logits("student", shape)
     if shape[1] != bank.values.shape[1]:
         raise ValueError(
             f"stores predictions over the {bank.values.shape[1]} classes of the data, but the student's operand has "

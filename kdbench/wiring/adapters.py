@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.registry import ADAPTERS
-from kdbench.terms.divergences import standardised
+from kdbench.terms.divergences import standardise_logits
 from kdbench.terms.numerics import at_least_float32
 
 
 @ADAPTERS.register("identity", version=1, injected=("source", "target"))
-class Identity(nn.Module):
+class IdentityAdapter(nn.Module):
     """Passes the operand on as it is; both shapes must agree.
 
     Shapes: (batch, ...) -> the same.
@@ -35,7 +35,7 @@ class Identity(nn.Module):
 
 
 @ADAPTERS.register("linear", version=1, injected=("source", "target"))
-class Linear(nn.Module):
+class LinearAdapter(nn.Module):
     """A linear map of the last dimension.
 
     Shapes: (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
@@ -43,15 +43,15 @@ class Linear(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], bias: bool = True) -> None:
         super().__init__()
-        _vectors(source, target)
-        self.map = nn.Linear(source[-1], target[-1], bias=bias)
+        _check_vectors(source, target)
+        self.projection = nn.Linear(source[-1], target[-1], bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.map(features)
+        return self.projection(features)
 
 
 @ADAPTERS.register("mlp", version=1, injected=("source", "target"))
-class MLP(nn.Module):
+class MLPAdapter(nn.Module):
     """Linear, ReLU, linear over the last dimension; the hidden width is the target's when not given.
 
     Shapes: (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
@@ -59,18 +59,18 @@ class MLP(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], hidden: int | None = None) -> None:
         super().__init__()
-        _vectors(source, target)
+        _check_vectors(source, target)
         if hidden is not None and hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
         width = target[-1] if hidden is None else hidden
-        self.map = nn.Sequential(nn.Linear(source[-1], width), nn.ReLU(), nn.Linear(width, target[-1]))
+        self.projection = nn.Sequential(nn.Linear(source[-1], width), nn.ReLU(), nn.Linear(width, target[-1]))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.map(features)
+        return self.projection(features)
 
 
 @ADAPTERS.register("conv1x1", version=1, injected=("source", "target"))
-class Conv1x1(nn.Module):
+class Conv1x1Adapter(nn.Module):
     """A 1x1 convolution: mixes channels, keeps height and width; with batch normalisation on request.
 
     Shapes: (batch, a, height, width) -> (batch, b, height, width).
@@ -78,18 +78,18 @@ class Conv1x1(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], batch_norm: bool = False) -> None:
         super().__init__()
-        _maps(source, target)
+        _check_maps(source, target)
         if tuple(source[1:]) != tuple(target[1:]):
             raise ValueError(
-                f"keeps height and width, but the operand has {_size(source)} and {_size(target)} is "
+                f"keeps height and width, but the operand has {_size_text(source)} and {_size_text(target)} is "
                 "needed. Take conv_regressor, or features of equal size"
             )
-        self.map = nn.Sequential(nn.Conv2d(source[0], target[0], 1, bias=not batch_norm))
+        self.projection = nn.Sequential(nn.Conv2d(source[0], target[0], 1, bias=not batch_norm))
         if batch_norm:
-            self.map.append(nn.BatchNorm2d(target[0]))
+            self.projection.append(nn.BatchNorm2d(target[0]))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.map(features)
+        return self.projection(features)
 
 
 @ADAPTERS.register("conv_regressor", version=1, injected=("source", "target"))
@@ -105,7 +105,7 @@ class ConvRegressor(nn.Module):
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], relu: bool = True) -> None:
         super().__init__()
-        _maps(source, target)
+        _check_maps(source, target)
         (a, *size), (b, *wanted) = source, target
         pairs = list(zip(size, wanted, strict=True))
         if all(own == 2 * want for own, want in pairs):
@@ -116,18 +116,18 @@ class ConvRegressor(nn.Module):
             convolution = nn.Conv2d(a, b, kernel_size=(1 + size[0] - wanted[0], 1 + size[1] - wanted[1]))
         else:
             raise ValueError(
-                f"cannot make {_size(target)} of {_size(source)}. A map may shrink by any "
+                f"cannot make {_size_text(target)} of {_size_text(source)}. A map may shrink by any "
                 "amount but grow only to exactly twice its height and width; choose features nearer in size"
             )
-        self.map = nn.Sequential(convolution, nn.BatchNorm2d(b))
+        self.projection = nn.Sequential(convolution, nn.BatchNorm2d(b))
         if relu:
-            self.map.append(nn.ReLU())
+            self.projection.append(nn.ReLU())
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.map(features)
+        return self.projection(features)
 
 
-def _vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+def _check_vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
     if len(source) not in (1, 2) or tuple(source[:-1]) != tuple(target[:-1]):
         advice = " Take conv1x1 or conv_regressor for maps" if len(source) == 3 else ""
         raise ValueError(
@@ -136,7 +136,7 @@ def _vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
         )
 
 
-def _maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+def _check_maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
     if len(source) != 3 or len(target) != 3:
         advice = " Take linear or mlp for vectors" if len(source) == len(target) <= 2 else ""
         raise ValueError(
@@ -145,12 +145,12 @@ def _maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
         )
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def _size_text(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]}"
 
 
 @ADAPTERS.register("classes", version=1, injected=("source", "target"))
-class Classes(nn.Module):
+class ClassSlice(nn.Module):
     """Keeps some classes of the logits, in the order given: the old ones of a growing student, for instance.
 
     Shapes: (batch, classes, ...) -> (batch, kept, ...).
@@ -175,7 +175,7 @@ class Classes(nn.Module):
 
 
 @ADAPTERS.register("standardise", version=1, injected=("source", "target"))
-class Standardise(nn.Module):
+class LogitStandardisation(nn.Module):
     """Takes the mean off a sample's logits and divides by their standard deviation (arXiv:2403.01427, MIX-KD).
 
     Shapes: (batch, classes) -> the same, without unit.
@@ -190,11 +190,11 @@ class Standardise(nn.Module):
         self.shape = tuple(source)
 
     def forward(self, features: Tensor) -> Tensor:
-        return standardised(features)
+        return standardise_logits(features)
 
 
 @ADAPTERS.register("log", version=1, injected=("source", "target"))
-class Log(nn.Module):
+class LogProbabilities(nn.Module):
     """The logarithm of stored probabilities, such as `train.soft`: logits whose softmax they are.
 
     Probabilities below 1e-12 count as that, so that 0 has finite logits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-class Weigher(nn.Module):
+class SampleWeight(nn.Module):
     """Base of all weighers: how much each sample of a term counts.
 
         @WEIGHERS.register("confidence")

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import COMBINERS
-from kdbench.terms.base import require
+from kdbench.terms.base import check_parameters
 from kdbench.terms.logits import cross_entropy_loss
 from kdbench.terms.numerics import at_least_float32
 from kdbench.wiring.base import Combiner
 
 
-def _stacked(values: list[Tensor]) -> Tensor:
+def _stack_values(values: list[Tensor]) -> Tensor:
     """(batch, parts, ...), at least float32."""
     return torch.stack([at_least_float32(value) for value in values], dim=1)
 
 
-def _mixed(log_p: Tensor, log_shares: Tensor) -> Tensor:
+def _log_mixture(log_p: Tensor, log_shares: Tensor) -> Tensor:
     """Log of the weighted mean over the parts of exp(log_p), (batch, parts, classes) -> (batch, classes)."""
     return torch.logsumexp(log_p + log_shares.unsqueeze(-1), dim=1)
 
@@ -35,7 +35,7 @@ class MeanLogits(Combiner):
     """
 
     def forward(self, values: list[Tensor]) -> Tensor:
-        return _stacked(values).mean(1)
+        return _stack_values(values).mean(1)
 
 
 @COMBINERS.register("mean_probabilities", version=1)
@@ -50,16 +50,16 @@ class MeanProbabilities(Combiner):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        require("mean_probabilities", "above 0", temperature=temperature)
+        check_parameters("mean_probabilities", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def forward(self, values: list[Tensor]) -> Tensor:
-        log_p = F.log_softmax(_stacked(values) / self.temperature, dim=2)
+        log_p = F.log_softmax(_stack_values(values) / self.temperature, dim=2)
         return self.temperature * (torch.logsumexp(log_p, dim=1) - math.log(len(values)))
 
 
 @COMBINERS.register("weighted", version=1, injected=("parts",))
-class Weighted(Combiner):
+class WeightedMean(Combiner):
     """A weighted mean of the parts, of logits or of probabilities; the weights are scaled to sum to 1.
 
     of logits: sum_i w_i z_i. of probabilities: T * log(sum_i w_i softmax(z_i / T)), as `mean_probabilities`.
@@ -77,7 +77,7 @@ class Weighted(Combiner):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        require("weighted", "above 0", temperature=temperature)
+        check_parameters("weighted", "above 0", temperature=temperature)
         if len(weights) != parts:
             raise ConfigError(f"weighted: weights has {len(weights)} entries for {parts} parts")
         if any(not 0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
@@ -88,16 +88,16 @@ class Weighted(Combiner):
         self.register_buffer("shares", (shares / shares.sum()).to(torch.float32), persistent=False)
 
     def forward(self, values: list[Tensor]) -> Tensor:
-        stacked = _stacked(values)
+        stacked = _stack_values(values)
         shares = self.shares.to(stacked.dtype)
         if self.of == "logits":
             return (stacked * shares.reshape(-1, *(1,) * (stacked.dim() - 2))).sum(1)
         log_p = F.log_softmax(stacked / self.temperature, dim=2)
-        return self.temperature * _mixed(log_p, shares.log().expand(log_p.shape[:2]))
+        return self.temperature * _log_mixture(log_p, shares.log().expand(log_p.shape[:2]))
 
 
 @COMBINERS.register("vote", version=1)
-class Vote(Combiner):
+class MajorityVote(Combiner):
     """Majority vote: the log of each class's share of the parts' first choices, smoothed.
 
     result = log((1 - e) * votes_k / parts + e / classes), e = `smoothing`. No gradient flows through it.
@@ -107,12 +107,12 @@ class Vote(Combiner):
 
     def __init__(self, smoothing: float = 0.01) -> None:
         super().__init__()
-        require("vote", "above 0", smoothing=smoothing)
-        require("vote", "in [0, 1]", smoothing=smoothing)
+        check_parameters("vote", "above 0", smoothing=smoothing)
+        check_parameters("vote", "in [0, 1]", smoothing=smoothing)
         self.smoothing = smoothing
 
     def forward(self, values: list[Tensor]) -> Tensor:
-        stacked = _stacked(values).detach()
+        stacked = _stack_values(values).detach()
         choices = stacked.argmax(2, keepdim=True)
         shares = torch.zeros_like(stacked).scatter(2, choices, 1).mean(1)
         return ((1 - self.smoothing) * shares + self.smoothing / shares.shape[1]).log()
@@ -131,7 +131,7 @@ class KDCLMinLogit(Combiner):
     """
 
     def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
-        stacked = _stacked(values)
+        stacked = _stack_values(values)
         own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
         least = (stacked - stacked.gather(2, own)).min(1).values
         return torch.where((label < 0).unsqueeze(1), stacked.mean(1), least)
@@ -149,7 +149,7 @@ class KDCLNaive(Combiner):
     """
 
     def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
-        stacked = _stacked(values)
+        stacked = _stack_values(values)
         own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
         best = F.log_softmax(stacked.detach(), dim=2).gather(2, own).squeeze(2).argmax(1)
         chosen = stacked.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, stacked.shape[2])).squeeze(1)
@@ -157,7 +157,7 @@ class KDCLNaive(Combiner):
 
 
 @COMBINERS.register("gate", version=1, operands=("gate",))
-class Gate(Combiner):
+class GatedMean(Combiner):
     """ONE: the parts' logits weighted by a learnt gate.
 
     result = sum_i g_i z_i, g = softmax(gate). The gate is a role on the features that the parts share, so that the
@@ -176,11 +176,11 @@ class Gate(Combiner):
                 f"needs one gate value for each of {len(values)} parts, got {list(gate.shape[1:])} per sample"
             )
         shares = F.softmax(at_least_float32(gate), dim=1)
-        return (shares.unsqueeze(2) * _stacked(values)).sum(1)
+        return (shares.unsqueeze(2) * _stack_values(values)).sum(1)
 
 
 @COMBINERS.register("confidence", version=1, operands=("label",))
-class Confidence(Combiner):
+class ConfidenceCombiner(Combiner):
     """CA-MKD, for features: how much each part counts for a sample, by how well it predicts the label.
 
     result_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), the weights of the router `confidence`. There the teachers' own

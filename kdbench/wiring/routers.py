@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from kdbench.errors import ConfigError
 from kdbench.registry import ROUTERS
 from kdbench.terms.logits import cross_entropy_loss
-from kdbench.terms.numerics import at_least_float32, ratio
+from kdbench.terms.numerics import at_least_float32, safe_divide
 from kdbench.wiring.base import Router
 
 
-def _several(router: str, edges: int) -> None:
+def _check_several_edges(router: str, edges: int) -> None:
     if edges < 2:
         raise ConfigError(f"{router}: a router divides a term among several teachers, but the term has {edges} edge")
 
 
 @ROUTERS.register("uniform", version=1, injected=("edges",))
-class Uniform(Router):
+class UniformRouter(Router):
     """Every teacher counts alike: 1 / edges.
 
     Shapes: -> (batch, edges).
@@ -29,7 +29,7 @@ class Uniform(Router):
 
     def __init__(self, edges: int) -> None:
         super().__init__()
-        _several("uniform", edges)
+        _check_several_edges("uniform", edges)
         self.edges = edges
 
     def forward(self, student: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Uniform(Router):
 
 
 @ROUTERS.register("random", version=1, injected=("edges",))
-class Random(Router):
+class RandomRouter(Router):
     """One teacher for each sample, drawn anew in every step.
 
     Shapes: -> (batch, edges), one 1 in each row.
@@ -45,7 +45,7 @@ class Random(Router):
 
     def __init__(self, edges: int) -> None:
         super().__init__()
-        _several("random", edges)
+        _check_several_edges("random", edges)
         self.edges = edges
 
     def forward(self, student: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Random(Router):
 
 
 @ROUTERS.register("drop", version=1, injected=("edges",))
-class Drop(Router):
+class DropRouter(Router):
     """DGKD: all teachers but some, which are left out by chance, other ones in every step.
 
     weight_e = 0 for `count` of the edges, drawn anew in every step (or, with `per: sample`, for every sample), else 1:
@@ -67,7 +67,7 @@ class Drop(Router):
 
     def __init__(self, edges: int, count: int = 1, per: Literal["step", "sample"] = "step") -> None:
         super().__init__()
-        _several("drop", edges)
+        _check_several_edges("drop", edges)
         if not 0 <= count < edges:
             raise ConfigError(f"drop: count must be from 0 to below the {edges} edges of the term, got {count}")
         self.edges = edges
@@ -82,7 +82,7 @@ class Drop(Router):
 
 
 @ROUTERS.register("given", version=1, operands=("route",), injected=("edges",))
-class Given(Router):
+class ExternalRouter(Router):
     """Weights that are there already: those of another term's router, say, for a term on features.
 
     `route: {type: given, route: "term:kd.route"}`. Detached, unless `gradient` lets whatever made the weights learn
@@ -93,7 +93,7 @@ class Given(Router):
 
     def __init__(self, edges: int, gradient: bool = False) -> None:
         super().__init__()
-        _several("given", edges)
+        _check_several_edges("given", edges)
         self.edges = edges
         self.gradient = gradient
 
@@ -117,7 +117,7 @@ class ConfidenceRouter(Router):
 
     def __init__(self, edges: int) -> None:
         super().__init__()
-        _several("confidence", edges)
+        _check_several_edges("confidence", edges)
 
     def forward(self, teachers: list[Tensor], label: Tensor) -> Tensor:
         costs = torch.stack([cross_entropy_loss(teacher.detach(), label) for teacher in teachers], dim=1)
@@ -125,7 +125,7 @@ class ConfidenceRouter(Router):
 
 
 @ROUTERS.register("top_k", version=1, operands=("read",), injected=("edges", "shapes"))
-class TopK(Router):
+class TopKRouter(Router):
     """MST-Distill: a learnt gate picks the k best teachers for each sample.
 
     gate = softmax(W_2 W_1 read), two linear layers of width 2 * inputs and no non-linearity, as in the authors' code,
@@ -143,7 +143,7 @@ class TopK(Router):
         self, edges: int, shapes: dict[str, Any], k: int = 1, weights: Literal["gate", "equal"] = "gate"
     ) -> None:
         super().__init__()
-        _several("top_k", edges)
+        _check_several_edges("top_k", edges)
         if not 1 <= k <= edges:
             raise ConfigError(f"top_k: k must be from 1 to the {edges} edges of the term, got {k}")
         if k == 1 and weights == "gate":
@@ -163,13 +163,15 @@ class TopK(Router):
         best = gate.detach().topk(self.k, dim=1).indices
         chosen = torch.zeros_like(gate).scatter(1, best, 1)
         route = (
-            ratio(chosen * gate, (chosen * gate).sum(1, keepdim=True)) if self.weights == "gate" else chosen / self.k
+            safe_divide(chosen * gate, (chosen * gate).sum(1, keepdim=True))
+            if self.weights == "gate"
+            else chosen / self.k
         )
         return {"route": route, "gate": gate}
 
 
 @ROUTERS.register("policy", version=1, operands=("read",), injected=("edges", "shapes", "num_classes"))
-class Policy(Router):
+class PolicyRouter(Router):
     """RL-KD: a policy takes or leaves each teacher for each sample, by chance.
 
     gate_e = sigmoid(w_e . [read, softmax(teacher_e), CE_e] + b_e): what is read of the sample, the teacher's prediction
@@ -188,7 +190,7 @@ class Policy(Router):
         self, edges: int, shapes: dict[str, Any], num_classes: int, none: Literal["nobody", "likeliest"] = "nobody"
     ) -> None:
         super().__init__()
-        _several("policy", edges)
+        _check_several_edges("policy", edges)
         self.none = none
         width = num_classes + 1
         read = 1
@@ -208,4 +210,4 @@ class Policy(Router):
         if self.none == "likeliest":
             likeliest = torch.zeros_like(taken).scatter(1, gate.detach().argmax(1, keepdim=True), 1)
             taken = torch.where(taken.sum(1, keepdim=True) > 0, taken, likeliest)
-        return {"route": ratio(taken, taken.sum(1, keepdim=True)), "gate": gate}
+        return {"route": safe_divide(taken, taken.sum(1, keepdim=True)), "gate": gate}

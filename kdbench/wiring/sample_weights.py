@@ -13,25 +13,25 @@ from torch import Tensor
 
 from kdbench.errors import ConfigError
 from kdbench.registry import SAMPLE_WEIGHTS
-from kdbench.terms.base import Number, require
-from kdbench.terms.divergences import entropy_of
+from kdbench.terms.base import Number, check_parameters
+from kdbench.terms.divergences import shannon_entropy
 from kdbench.terms.logits import cross_entropy_loss
 from kdbench.terms.numerics import at_least_float32
-from kdbench.wiring.base import Weigher
+from kdbench.wiring.base import SampleWeight
 
 
-def _softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
+def _detached_softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
     return F.softmax(at_least_float32(logits.detach()) / temperature, dim=1)
 
 
-def _own(probabilities: Tensor, label: Tensor) -> Tensor:
+def _label_probability(probabilities: Tensor, label: Tensor) -> Tensor:
     """The probability of the label; 0 where it is hidden."""
     own = probabilities.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
     return torch.where(label < 0, 0, own)
 
 
 @SAMPLE_WEIGHTS.register("confidence", version=1)
-class Confidence(Weigher):
+class ConfidenceWeight(SampleWeight):
     """A sample counts by the probability that the teacher gives its label.
 
     weight = softmax(teacher)[label] ** power. Hidden labels (negative): 0.
@@ -41,15 +41,15 @@ class Confidence(Weigher):
 
     def __init__(self, power: float = 1.0) -> None:
         super().__init__()
-        require("confidence", "above 0", power=power)
+        check_parameters("confidence", "above 0", power=power)
         self.power = power
 
     def forward(self, teacher: Tensor, label: Tensor) -> Tensor:
-        return _own(_softmax(teacher), label) ** self.power
+        return _label_probability(_detached_softmax(teacher), label) ** self.power
 
 
 @SAMPLE_WEIGHTS.register("threshold", version=1)
-class Threshold(Weigher):
+class ThresholdWeight(SampleWeight):
     """Only samples of which the teacher is sure count: 1 where its largest probability reaches `least`, else 0.
 
     The mask of FixMatch (Sohn et al., NeurIPS 2020, arXiv:2001.07685; 0.95 there). The runner still divides by all
@@ -60,18 +60,18 @@ class Threshold(Weigher):
 
     def __init__(self, least: Number = 0.95, temperature: float = 1.0) -> None:
         super().__init__()
-        require("threshold", "in [0, 1]", least=least)
-        require("threshold", "above 0", temperature=temperature)
+        check_parameters("threshold", "in [0, 1]", least=least)
+        check_parameters("threshold", "above 0", temperature=temperature)
         self.least = least
         self.temperature = temperature
 
     def forward(self, teacher: Tensor) -> Tensor:
-        sure = _softmax(teacher, self.temperature).amax(1)
+        sure = _detached_softmax(teacher, self.temperature).amax(1)
         return (sure >= self.least).to(sure.dtype)
 
 
 @SAMPLE_WEIGHTS.register("entropy_gap", version=1)
-class EntropyGap(Weigher):
+class EntropyGapWeight(SampleWeight):
     """Samples where one side is the surer one count more: what balances forward and reverse KL in BD-KD.
 
     weight = `high` where the entropy of the side `surer` is below the other's, else `low`. BD-KD raises forward KL,
@@ -86,7 +86,7 @@ class EntropyGap(Weigher):
 
     def __init__(self, surer: Literal["student", "teacher"] = "student", high: Number = 2.0, low: Number = 1.0) -> None:
         super().__init__()
-        require("entropy_gap", "at least 0", high=high, low=low)
+        check_parameters("entropy_gap", "at least 0", high=high, low=low)
         if not isinstance(high, Tensor) and not isinstance(low, Tensor) and high == low:
             raise ConfigError(f"entropy_gap: high and low are both {high}, so that every sample would count alike")
         self.surer = surer
@@ -94,14 +94,14 @@ class EntropyGap(Weigher):
         self.low = low
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = entropy_of(_softmax(student)), entropy_of(_softmax(teacher))
+        ours, theirs = shannon_entropy(_detached_softmax(student)), shannon_entropy(_detached_softmax(teacher))
         surer = ours < theirs if self.surer == "student" else theirs < ours
         surer = surer.to(ours.dtype)
         return self.high * surer + self.low * (1 - surer)
 
 
 @SAMPLE_WEIGHTS.register("disagreement", version=1)
-class Disagreement(Weigher):
+class DisagreementWeight(SampleWeight):
     """A sample counts by how far student and teacher are apart: the total variation distance of their softmaxes.
 
     weight = 1/2 sum_k |p_k - q_k|: 0 where they agree, 1 where they share no class.
@@ -110,11 +110,11 @@ class Disagreement(Weigher):
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return (_softmax(student) - _softmax(teacher)).abs().sum(1) / 2
+        return (_detached_softmax(student) - _detached_softmax(teacher)).abs().sum(1) / 2
 
 
 @SAMPLE_WEIGHTS.register("focal", version=1)
-class Focal(Weigher):
+class FocalWeight(SampleWeight):
     """Samples that the student has right count less: (1 - p_label) ** power, the factor of the focal loss.
 
     The weight is detached, where the focal loss differentiates it too. Hidden labels (negative): 0.
@@ -125,16 +125,16 @@ class Focal(Weigher):
 
     def __init__(self, power: Number = 2.0) -> None:
         super().__init__()
-        require("focal", "above 0", power=power)
+        check_parameters("focal", "above 0", power=power)
         self.power = power
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
-        rest = 1 - _own(_softmax(student), label)
+        rest = 1 - _label_probability(_detached_softmax(student), label)
         return torch.where(label < 0, 0, rest**self.power)
 
 
 @SAMPLE_WEIGHTS.register("loss_ratio", version=1)
-class LossRatio(Weigher):
+class LossRatioWeight(SampleWeight):
     """WSLD: a sample's soft label counts less the better the student has its hard label already, beside the teacher.
 
     weight = 1 - exp(-CE(student) / (CE(teacher) + 1e-7)): near 0 where the student has learnt the label and soft labels
@@ -153,7 +153,7 @@ class LossRatio(Weigher):
 
 
 @SAMPLE_WEIGHTS.register("outside", version=1, operands=("judge",))
-class Outside(Weigher):
+class OutsideClassesWeight(SampleWeight):
     """Only samples that a network takes for none of some classes count: 1 where its first choice is another, else 0.
 
     SCAR so leaves out images that look to the old network like what is to be forgotten (authors' code). The runner
@@ -177,7 +177,7 @@ class Outside(Weigher):
 
 
 @SAMPLE_WEIGHTS.register("learnt", version=1, operands=("by",))
-class Learnt(Weigher):
+class LearntWeight(SampleWeight):
     """A sample counts by what a network says of it, and the network learns by what its weights lead to.
 
     weight = the output, or with `complement` 1 minus it: what the one term gains, the other loses. Nothing is detached

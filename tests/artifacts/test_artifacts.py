@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.artifacts.base import Facts, Pool
-from kdbench.artifacts.search import looks, outer_distance
-from kdbench.artifacts.subsets import herd
+from kdbench.artifacts.base import ArtifactContext, SampleOutputs
+from kdbench.artifacts.search import outer_product_distance, similarity_matrices
+from kdbench.artifacts.subsets import herding_order
 from kdbench.config.schema import OperandConfig
 from kdbench.errors import ConfigError
 from kdbench.registry import ARTIFACTS
@@ -34,7 +34,7 @@ def fields(seed: int = 0, samples: int = SAMPLES) -> dict[str, Tensor]:
     }
 
 
-def pool(rows: dict[str, Tensor], reads: tuple[str, ...] = (), **more: Any) -> Pool:
+def pool(rows: dict[str, Tensor], reads: tuple[str, ...] = (), **more: Any) -> SampleOutputs:
     """A pool over given rows, in batches of 16; epoch n shows the images plus n, in another order."""
     count = len(rows["index"])
 
@@ -53,13 +53,13 @@ def pool(rows: dict[str, Tensor], reads: tuple[str, ...] = (), **more: Any) -> P
             yield {name: value[part] for name, value in seen.items()}
 
     source: Any = SimpleNamespace(population=count + 10, num_samples=count)
-    facts = Facts(classes=tuple("abcd"), samples=count, population=count + 10)
+    facts = ArtifactContext(classes=tuple("abcd"), samples=count, population=count + 10)
     named = {name: OperandConfig(role=name) for name in reads}
-    settings = {"seed": 1, "device": torch.device("cpu"), "facts": facts, "operands": named, "batches": batches}
-    return Pool(source, **{**settings, **more})
+    settings = {"seed": 1, "device": torch.device("cpu"), "context": facts, "operands": named, "make_batches": batches}
+    return SampleOutputs(source, **{**settings, **more})
 
 
-def make(kind: str, on: Pool, **params: Any) -> dict[str, Any]:
+def make(kind: str, on: SampleOutputs, **params: Any) -> dict[str, Any]:
     return ARTIFACTS.build(kind, params)(on)
 
 
@@ -73,7 +73,7 @@ def test_class_means_are_the_means_of_known_labels():
     made = make("class_means", pool(rows))
     for c in range(3):
         torch.testing.assert_close(made["value"][c], rows["features"][rows["label"] == c].mean(0))
-    assert (made["value"][3] == 0).all() and made["told"]["classes without samples"] == ["d"]
+    assert (made["value"][3] == 0).all() and made["summary"]["classes without samples"] == ["d"]
 
 
 def test_class_counts_are_those_of_known_labels():
@@ -81,7 +81,7 @@ def test_class_counts_are_those_of_known_labels():
     rows["label"][:6] = -100
     made = make("class_counts", pool(rows))
     assert made["value"].tolist() == [sum(int(x) == c for x in rows["label"]) for c in range(CLASSES)]
-    assert made["told"]["samples"] == SAMPLES - 6
+    assert made["summary"]["samples"] == SAMPLES - 6
 
 
 def test_outputs_are_addressed_by_the_index():
@@ -94,7 +94,7 @@ def test_outputs_are_addressed_by_the_index():
 
 def test_tensors_have_the_shapes_that_the_plan_was_told():
     rows = fields() | {"value": torch.randn(SAMPLES, 2, 3)}
-    facts = Facts(tuple("abcd"), SAMPLES, SAMPLES + 10, {"value": (2, 3), "features": (3,)})
+    facts = ArtifactContext(tuple("abcd"), SAMPLES, SAMPLES + 10, {"value": (2, 3), "features": (3,)})
     for kind in ("class_means", "outputs"):
         assert tuple(make(kind, pool(rows))["value"].shape) == ARTIFACTS.build(kind, {}).shape(facts)
 
@@ -152,8 +152,8 @@ def test_more_labels_than_the_budget_are_refused():
 
 def test_a_budget_larger_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="budget of 41, but its source has only 40"):
-        ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 41}).check(Facts(samples=40))
-    ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 40}).check(Facts(samples=40))
+        ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 41}).check(ArtifactContext(samples=40))
+    ARTIFACTS.build("choose", {"by": {"type": "random"}, "budget": 40}).check(ArtifactContext(samples=40))
 
 
 @pytest.mark.parametrize("memory", [1, 7, 30])
@@ -166,7 +166,7 @@ def test_a_reservoir_never_exceeds_its_memory(memory):
         assert len(previous["index"]) == memory and previous["index"].tolist() == sorted(
             set(previous["index"].tolist())
         )
-    assert previous is not None and previous["told"]["of"] == 4 * SAMPLES
+    assert previous is not None and previous["summary"]["of"] == 4 * SAMPLES
 
 
 def test_a_reservoir_is_a_uniform_sample_of_the_whole_stream():
@@ -199,7 +199,7 @@ def test_herding_is_the_greedy_mean():
     for k in range(1, 6):
         rest = [x for x in range(12) if x not in chosen]
         chosen.append(min(rest, key=lambda x: float((mean - (features[[*chosen, x]].sum(0)) / k).norm())))
-    assert herd(features, 5).tolist() == chosen
+    assert herding_order(features, 5).tolist() == chosen
 
 
 def test_exemplars_share_the_memory_among_the_classes_seen():
@@ -243,7 +243,7 @@ def test_agreement_keeps_what_all_teachers_say():
     assert 0 < (one == other).sum() < SAMPLES
     assert torch.equal(made["labels"], one[one == other]) and torch.equal(made["images"], rows["image"][one == other])
     with pytest.raises(ValueError, match="one teacher always has"):
-        ARTIFACTS.build("pseudo_labels", {"agreement": True}).check(Facts(shapes={"teacher": (4,)}))
+        ARTIFACTS.build("pseudo_labels", {"agreement": True}).check(ArtifactContext(shapes={"teacher": (4,)}))
 
 
 def test_known_labels_stay_where_that_is_asked():
@@ -277,7 +277,7 @@ def test_pseudo_labels_are_balanced_the_most_certain_first_and_over_again():
         expected += [own[k % len(own)] for k in range(9)]
     assert torch.equal(made["images"], rows["image"][expected])
     assert made["labels"].tolist() == [0, 1, 2, 3, *[0] * 9, *[1] * 9, *[2] * 9]
-    assert made["told"]["samples"] == 31
+    assert made["summary"]["samples"] == 31
     plain = make("pseudo_labels", pool(rows, ("teacher",)), keep_labels=True)["labels"]
     assert len(set(torch.bincount(plain).tolist())) > 1, "negative control: as they come, classes are unequal"
     with pytest.raises(ConfigError, match="per_class must be at least 1"):
@@ -312,7 +312,7 @@ def test_soft_labels_are_calibrated_by_the_teachers_confidence():
     onehot = torch.nn.functional.one_hot(rows["label"].clamp(min=0), CLASSES)
     expected[hard] = (0.8 * onehot + 0.2 / CLASSES)[hard]
     torch.testing.assert_close(made["fields"]["soft"], expected[keep])
-    assert made["told"] == {
+    assert made["summary"] == {
         "soft": int((confidence >= 0.8).sum()),
         "hard": int((hard & keep).sum()),
         "left out": int((~keep).sum()),
@@ -334,7 +334,7 @@ def test_generated_images_are_labelled_by_the_teacher():
 def test_logits_are_needed_where_classes_are_read():
     for kind in ("pseudo_labels", "soft_labels", "generate"):
         with pytest.raises(ValueError, match=r"\[8, 4, 4\] per sample"):
-            ARTIFACTS.build(kind, {}).check(Facts(shapes={"teacher": (8, 4, 4)}))
+            ARTIFACTS.build(kind, {}).check(ArtifactContext(shapes={"teacher": (8, 4, 4)}))
 
 
 # Search
@@ -365,16 +365,16 @@ def test_the_measure_is_that_of_the_formula():
     one, other = Net().double(), Net().double()
     images, labels = torch.randn(6, 1, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
     (outer, gram), (outer_other, gram_other) = (by_hand(net, images, labels) for net in (one, other))
-    mine, theirs = (looks(net, "body", "fc", images, labels) for net in (one, other))
+    mine, theirs = (similarity_matrices(net, "body", "fc", images, labels) for net in (one, other))
     torch.testing.assert_close(mine[1], gram)
     semantic = float((outer - outer_other).square().sum() / (CLASSES * 4))
-    assert outer_distance(mine[0], theirs[0]) == pytest.approx(semantic)
+    assert outer_product_distance(mine[0], theirs[0]) == pytest.approx(semantic)
     relation = float((gram - gram_other).square().sum() / 6**2)
     search = {s: ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body", "score": s}) for s in SCORES}
     expected = {"semantic": -semantic, "relation": -relation, "diswot": -semantic - relation}
-    assert {s: search[s]._score(mine, theirs) for s in SCORES} == pytest.approx(expected)
+    assert {s: search[s]._similarity(mine, theirs) for s in SCORES} == pytest.approx(expected)
     dead = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # a channel and a class without any gradient
-    assert outer_distance(dead, dead) == 0
+    assert outer_product_distance(dead, dead) == 0
 
 
 SCORES = ("semantic", "relation", "diswot")
@@ -388,14 +388,14 @@ def nets(monkeypatch):
         built.append(name)
         return Net(4, depth=self.candidates[name]["depth"])
 
-    monkeypatch.setattr("kdbench.artifacts.search.Search._build", build)
+    monkeypatch.setattr("kdbench.artifacts.search.StudentSearch._build", build)
     return built
 
 
 CANDIDATES = {f"d{d}": {"type": "net", "depth": d} for d in (1, 2, 3, 4, 5, 6)}
 
 
-def searching(seed: int = 0) -> Pool:
+def searching(seed: int = 0) -> SampleOutputs:
     torch.manual_seed(9)
     operand = OperandConfig(role="teacher", path="body")
     return pool(fields(), modules={"teacher": Net(4, depth=8).eval()}, operands={"teacher": operand}, seed=seed)
@@ -403,33 +403,33 @@ def searching(seed: int = 0) -> Pool:
 
 def test_the_search_finds_the_best_score(nets):
     made = make("search", searching(), candidates=CANDIDATES, feature="body", batch=16)
-    scores = made["told"]["scores"]
-    assert set(scores) == set(CANDIDATES) and made["told"]["chosen"] == max(scores, key=scores.get)
-    assert made["params"] == {"depth": CANDIDATES[made["told"]["chosen"]]["depth"]} and made["type"] == "net"
+    scores = made["summary"]["scores"]
+    assert set(scores) == set(CANDIDATES) and made["summary"]["chosen"] == max(scores, key=scores.get)
+    assert made["params"] == {"depth": CANDIDATES[made["summary"]["chosen"]]["depth"]} and made["type"] == "net"
     parts = [
         make("search", searching(), candidates=CANDIDATES, feature="body", batch=16, score=s)
         for s in ("semantic", "relation")
     ]
     for name in CANDIDATES:
-        assert scores[name] == pytest.approx(sum(part["told"]["scores"][name] for part in parts))
+        assert scores[name] == pytest.approx(sum(part["summary"]["scores"][name] for part in parts))
 
 
 def test_a_network_is_most_like_itself(nets):
     on, rows = searching(), fields()
-    teacher = looks(on.modules["teacher"], "body", "fc", rows["image"][:16], rows["label"][:16])
+    teacher = similarity_matrices(on.modules["teacher"], "body", "fc", rows["image"][:16], rows["label"][:16])
     search = ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body"})
-    assert search._score(teacher, teacher) == pytest.approx(0, abs=1e-12)
+    assert search._similarity(teacher, teacher) == pytest.approx(0, abs=1e-12)
     assert all(
-        score < 0 for score in make("search", on, candidates=CANDIDATES, feature="body")["told"]["scores"].values()
+        score < 0 for score in make("search", on, candidates=CANDIDATES, feature="body")["summary"]["scores"].values()
     )
 
 
 def test_the_semantic_measure_needs_equal_channels_and_labels(nets, monkeypatch):
-    monkeypatch.setattr("kdbench.artifacts.search.Search._build", lambda self, name, facts: Net(5))
+    monkeypatch.setattr("kdbench.artifacts.search.StudentSearch._build", lambda self, name, facts: Net(5))
     wide = {"candidates": CANDIDATES, "feature": "body"}
     with pytest.raises(ConfigError, match=r"teacher has \[4, 4\] \(classes, channels\) and a candidate \[4, 5\]"):
         make("search", searching(), **wide)
-    assert make("search", searching(), **wide, score="relation")["told"]["scores"]
+    assert make("search", searching(), **wide, score="relation")["summary"]["scores"]
     with pytest.raises(ConfigError, match="classifier 'body' of Net is no linear layer"):
         make("search", searching(), **wide, classifier="body")
     rows = {**fields(), "label": torch.full((SAMPLES,), -100)}
@@ -440,23 +440,23 @@ def test_the_semantic_measure_needs_equal_channels_and_labels(nets, monkeypatch)
 
 def test_the_limit_of_parameters_holds(nets):
     made = make("search", searching(), candidates=CANDIDATES, feature="body", max_parameters=360)
-    assert set(made["told"]["scores"]) == {"d1", "d2", "d3"} and made["told"]["parameters"] <= 360
+    assert set(made["summary"]["scores"]) == {"d1", "d2", "d3"} and made["summary"]["parameters"] <= 360
     search = ARTIFACTS.build("search", {"candidates": CANDIDATES, "feature": "body", "max_parameters": 5})
     with pytest.raises(ValueError, match=r"allows 5 parameters, but the smallest candidate, 'd1', has"):
-        search.check(Facts(shapes={"teacher": (4, 8, 8)}))
+        search.check(ArtifactContext(shapes={"teacher": (4, 8, 8)}))
 
 
 def test_evolution_scores_no_more_than_it_may(nets):
     made = make("search", searching(), candidates=CANDIDATES, feature="body", evaluations=4, population=2)
-    assert len(made["told"]["scores"]) == 4 and made["told"]["chosen"] in made["told"]["scores"]
+    assert len(made["summary"]["scores"]) == 4 and made["summary"]["chosen"] in made["summary"]["scores"]
     again = make("search", searching(), candidates=CANDIDATES, feature="body", evaluations=4, population=2)
-    assert again["told"] == made["told"], "a function of the seed"
+    assert again["summary"] == made["summary"], "a function of the seed"
     whole = make("search", searching(), candidates=CANDIDATES, feature="body", evaluations=99)
-    assert set(whole["told"]["scores"]) == set(CANDIDATES)
+    assert set(whole["summary"]["scores"]) == set(CANDIDATES)
 
 
 @pytest.mark.parametrize("kind", sorted(ARTIFACTS.entries))
 def test_every_maker_is_registered_with_what_it_makes(kind):
     entry = ARTIFACTS.entry(kind)
-    assert entry.facts["makes"] in ("dataset", "choice", "tensor", "model") and entry.summary
-    assert (entry.facts["makes"] == "model") == ("candidates" in entry.facts)
+    assert entry.facts["produces"] in ("dataset", "subset", "tensor", "model") and entry.summary
+    assert (entry.facts["produces"] == "model") == ("candidates" in entry.facts)

@@ -102,7 +102,7 @@ def greedy(points: Tensor, taken: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("taken", [[], [3], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("space", ["raw", "probabilities", "directions"])
 def test_k_center_is_the_greedy_algorithm(space, taken, monkeypatch):
-    monkeypatch.setattr("kdbench.artifacts.selectors.COLUMNS", 5)  # several blocks of distances
+    monkeypatch.setattr("kdbench.artifacts.selectors.CENTRE_BLOCK", 5)  # several blocks of distances
     data = given(1)
     points = {
         "raw": lambda x: x,
@@ -170,6 +170,6 @@ def test_no_selector_reads_a_value_on_the_host(name, masked):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_selector_declares_what_it_reads(name):
     entry = SELECTORS.entry(name)
-    fields = {"label", "index", "labelled", "seed", "count", "taken"}
+    fields = {"label", "index", "labelled", "seed", "count", "excluded"}
     assert set(entry.facts.get("operands", ())) == set(entry.inputs) - fields
     assert inspect.getdoc(entry.load())

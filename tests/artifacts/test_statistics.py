@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.artifacts.base import Facts, Pool
+from kdbench.artifacts.base import ArtifactContext, SampleOutputs
 from kdbench.config.schema import OperandConfig
 from kdbench.errors import ConfigError
 from kdbench.registry import ARTIFACTS, TERMS
@@ -19,14 +19,14 @@ from kdbench.registry import ARTIFACTS, TERMS
 CLASSES = ("a", "b", "c")
 
 
-def pool(rows: dict[str, Tensor], classes: tuple[str, ...] = CLASSES, **more: Any) -> Pool:
+def pool(rows: dict[str, Tensor], classes: tuple[str, ...] = CLASSES, **more: Any) -> SampleOutputs:
     def batches(epoch: int | None) -> Iterator[dict[str, Tensor]]:
         for part in torch.arange(len(rows["label"])).split(16):
             yield {name: value[part] for name, value in rows.items()}
 
     source: Any = SimpleNamespace(population=len(rows["label"]), num_samples=len(rows["label"]))
-    settings = {"seed": 1, "device": torch.device("cpu"), "facts": Facts(classes=classes), "batches": batches}
-    return Pool(source, **{**settings, **more})
+    settings = {"seed": 1, "device": torch.device("cpu"), "context": ArtifactContext(classes=classes), "make_batches": batches}
+    return SampleOutputs(source, **{**settings, **more})
 
 
 def features() -> dict[str, Tensor]:
@@ -81,14 +81,14 @@ def test_the_statistics_are_what_the_term_reads():
 @pytest.mark.parametrize("kind", ["feature_means", "feature_precision"])
 def test_statistics_refuse_what_they_cannot_be_made_of(kind):
     with pytest.raises(ValueError, match="reads a feature vector"):
-        ARTIFACTS.build(kind, {}).check(Facts(CLASSES, shapes={"features": (4, 2, 2)}))
+        ARTIFACTS.build(kind, {}).check(ArtifactContext(CLASSES, shapes={"features": (4, 2, 2)}))
     with pytest.raises(ConfigError, match="power must be above 0"):
         ARTIFACTS.build(kind, {"power": 0})
     rows = features()
     rows["label"][rows["label"] == 2] = 1
     with pytest.raises(ConfigError, match="too few of c"):
         ARTIFACTS.build(kind, {})(pool(rows))
-    facts = Facts(CLASSES, shapes={"features": (5,)})
+    facts = ArtifactContext(CLASSES, shapes={"features": (5,)})
     assert tuple(ARTIFACTS.build(kind, {})(pool(features()))["value"].shape) == ARTIFACTS.build(kind, {}).shape(facts)
 
 
@@ -99,7 +99,7 @@ def test_nearest_mean_has_the_unit_means_of_unit_features():
     rows = features()
     rows["label"][rows["label"] == 2] = -100
     made = ARTIFACTS.build("nearest_mean", {"candidates": {"nearest": {"type": "nearest_mean"}}})(pool(rows))
-    assert made["type"] == "nearest_mean" and made["told"] == {"samples": 36, "classes": 2}
+    assert made["type"] == "nearest_mean" and made["summary"] == {"samples": 36, "classes": 2}
     for c in (0, 1):
         unit = rows["features"][rows["label"] == c].double()
         mean = (unit / unit.norm(dim=1, keepdim=True)).mean(0)
@@ -172,6 +172,6 @@ def test_a_later_round_adds_its_own_and_the_network_stays_as_it_was():
 
 def test_fisher_refuses_classes_that_there_are_not():
     with pytest.raises(ValueError, match="keeps class 12"):
-        ARTIFACTS.build("fisher", {"keep": [12]}).check(Facts(CLASSES))
+        ARTIFACTS.build("fisher", {"keep": [12]}).check(ArtifactContext(CLASSES))
     with pytest.raises(ConfigError, match="class numbers"):
         ARTIFACTS.build("fisher", {"keep": []})

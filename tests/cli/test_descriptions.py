@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from kdbench.cli.descriptions import counted, in_words, listed
+from kdbench.cli.descriptions import count_text, describe_stage, join_names
 from kdbench.config.load import load_recipe
 from kdbench.experiment.artifacts import plan_stages
 
@@ -18,7 +18,7 @@ SPANNING = [
 
 @cache
 def sentences(recipe: str) -> dict[str, list[str]]:
-    return {plan.stage.name: in_words(plan) for plan in plan_stages(load_recipe(recipe))}
+    return {plan.stage.name: describe_stage(plan) for plan in plan_stages(load_recipe(recipe))}
 
 
 SAID = {
@@ -115,5 +115,5 @@ def test_no_role_that_does_not_run_is_said_to_see_something(recipe):
 
 
 def test_numbers_and_lists_agree():
-    assert (counted(1, "epoch"), counted(1200, "step")) == ("1 epoch", "1,200 steps")
-    assert (listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
+    assert (count_text(1, "epoch"), count_text(1200, "step")) == ("1 epoch", "1,200 steps")
+    assert (join_names(["a"]), join_names(["a", "b"]), join_names(["a", "b", "c"])) == ("a", "a and b", "a, b and c")

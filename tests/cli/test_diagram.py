@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from kdbench.cli.diagram import course, draw
+from kdbench.cli.diagram import draw_stage, stage_sequence
 from kdbench.config.load import load_recipe
 from kdbench.experiment.artifacts import plan_stages
 
@@ -106,7 +106,7 @@ LINES = {
         "hands on  cnn ─> cnn of stage revisit@1",
     ],
     ("pcoreset", "round@1"): [
-        "makes     round@1.labels, a choice, by choose over train from student",
+        "makes     round@1.labels, a subset, by choose over train from student",
         "hands on  round@1.labels ─> the labels of source train in stage round@2",
     ],
     ("acid", "main"): ["moves     student by ce, on 0.25 of the rows, chosen by learnability"],
@@ -117,7 +117,7 @@ LINES = {
 def drawings(name: str) -> dict[str, str]:
     recipe = load_recipe(f"digits/{name}", [])
     plans = plan_stages(recipe)
-    return {p.stage.name: "\n".join(draw(p, recipe.stages[i + 1 :])) for i, p in enumerate(plans)}
+    return {p.stage.name: "\n".join(draw_stage(p, recipe.stages[i + 1 :])) for i, p in enumerate(plans)}
 
 
 @pytest.mark.parametrize(("name", "stage"), DRAWN)
@@ -133,7 +133,7 @@ def test_a_drawing_tells(name, stage):
 
 @pytest.mark.parametrize("name", COURSES)
 def test_the_course_tells_rounds_once(name):
-    assert course(load_recipe(f"digits/{name}", []).stages) == COURSES[name]
+    assert stage_sequence(load_recipe(f"digits/{name}", []).stages) == COURSES[name]
 
 
 def test_a_role_that_does_not_run_is_not_drawn():

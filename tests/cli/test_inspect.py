@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import kdbench
-from kdbench.cli.inspect import run
+from kdbench.cli.inspect import inspect_model
 from kdbench.errors import ConfigError
 
 
 def table(*args, **kwargs) -> dict[str, list[str]]:
     file = io.StringIO()
-    assert run(*args, file=file, **kwargs) == 0
+    assert inspect_model(*args, file=file, **kwargs) == 0
     title, header, *rows = file.getvalue().splitlines()
     assert header.split() == ["path", "type", "output", "parameters", "notes"]
     return {"title": [title], **{row.split("  ")[0].strip(): row.split() for row in rows}}
@@ -82,15 +82,15 @@ def test_a_model_that_meta_cannot_hold_is_built_on_the_cpu(monkeypatch):
 def test_mistakes_are_said(args, message):
     name, params, image = (*args, *(None, None))[:3]
     with pytest.raises(ConfigError, match=message):
-        run(name, params, image=image, file=io.StringIO())
+        inspect_model(name, params, image=image, file=io.StringIO())
 
 
 def test_a_wrong_name_is_answered_without_torch():
     code = (
         "import sys\n"
-        "from kdbench.cli.inspect import run\n"
+        "from kdbench.cli.inspect import inspect_model\n"
         "from kdbench.errors import ConfigError\n"
-        "try: run('resnet21')\n"
+        "try: inspect_model('resnet21')\n"
         "except ConfigError: sys.exit('torch' in sys.modules)\n"
         "sys.exit(3)"
     )
@@ -103,5 +103,5 @@ def test_a_terminal_gets_a_table_with_every_path_whole():
             return True
 
     file = Terminal()
-    run("digits_cnn", file=file)
+    inspect_model("digits_cnn", file=file)
     assert all(path in file.getvalue() for path in ("layer1.0", "layer3.2", "pool"))

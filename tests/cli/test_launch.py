@@ -49,7 +49,7 @@ def asked(monkeypatch, tmp_path: Path) -> list[Recipe]:
         recipes.append(recipe)
         return SimpleNamespace(summary={"export": "student"}, is_main=False)
 
-    monkeypatch.setattr(kdbench.cli.train, "run", run)
+    monkeypatch.setattr(kdbench.cli.train, "train_recipe", run)
     return recipes
 
 

@@ -11,11 +11,11 @@ import pytest
 COUNT = """
 import resource, sys
 import torch
-from kdbench.cli.train import _keep_freed_memory
+from kdbench.cli.train import _retain_freed_memory
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    _keep_freed_memory()
+    _retain_freed_memory()
 
 def step():
     maps = [torch.ones(64, 16, 32, 32) for _ in range(24)]  # 4 MiB each, as many as a network has layers

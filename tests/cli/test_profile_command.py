@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.recipes import DATA, Quiet, parts, recipe, train  # noqa: F401
+from helpers.recipes import SYNTHETIC_DATA, QuietConsole, plugin_registration, recipe_from_text, train_recipe_text  # noqa: F401
 from kdbench.cli.main import main
 from kdbench.engine.train import runner as runner_module
-from kdbench.experiment.profile import _warm_up
-from kdbench.experiment.reopened import opened
+from kdbench.experiment.profile import _warm_up_steps
+from kdbench.experiment.reopened import open_stage
 from kdbench.files import read_json
 from kdbench.speed.profiling import peaks
 from kdbench.speed.profiling import profiler as engine
@@ -47,7 +47,7 @@ def _quick(monkeypatch):
 
 
 def written(text: str, name: str = "own") -> str:
-    recipe(text, name=name)
+    recipe_from_text(text, name=name)
     return f"{name}.yaml"
 
 
@@ -88,17 +88,17 @@ def test_trains_no_teacher_and_says_so(capsys):
 
 
 def test_takes_a_teacher_that_is_trained():
-    teacher = train(TEACHER, "device=cpu")  # own.yaml, another recipe than the one that is asked for
+    teacher = train_recipe_text(TEACHER, "device=cpu")  # own.yaml, another recipe than the one that is asked for
     written(TEACHER, "teacher")
-    with opened(recipe(STUDENT, "device=cpu", name="student")) as found:
-        assert len(found.missing) == 1
+    with open_stage(recipe_from_text(STUDENT, "device=cpu", name="student")) as found:
+        assert len(found.missing_weights) == 1
         fresh = found.runner.network.role("teacher").model.state_dict()
     assert main(["train", "teacher.yaml", "device=cpu"]) == 0
-    with opened(recipe(STUDENT, "device=cpu", name="student")) as found:
-        assert found.missing == ()
+    with open_stage(recipe_from_text(STUDENT, "device=cpu", name="student")) as found:
+        assert found.missing_weights == ()
         learnt = found.runner.network.role("teacher").model.state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in learnt.items())
-    assert not teacher.repeated
+    assert not teacher.already_finished
 
 
 def test_nothing_is_said_on_stderr():
@@ -111,17 +111,17 @@ def test_nothing_is_said_on_stderr():
 
 
 def test_a_profiler_that_sees_no_kernel_on_a_gpu_is_told_of(monkeypatch, capsys):
-    traced = engine.trace
+    traced = engine.profile_steps
 
     def blind(*args, **options):
         seen, profiler = traced(*args, **options)
         return replace(seen, kernels=0.0, copies=0.0), profiler
 
-    monkeypatch.setattr(engine, "trace", blind)
+    monkeypatch.setattr(engine, "profile_steps", blind)
     text = written(STUDENT.replace(", weights: {recipe: ./teacher.yaml}", ""))
     assert main(["profile", text, "--steps", "4", "device=cpu"]) == 0
     assert "saw nothing that ran on the GPU" in capsys.readouterr().out
-    monkeypatch.setattr(engine, "trace", traced)
+    monkeypatch.setattr(engine, "profile_steps", traced)
     assert main(["profile", text, "--steps", "4", "device=cpu"]) == 0
     assert "saw nothing" not in capsys.readouterr().out
 
@@ -198,4 +198,4 @@ def test_a_recording_for_the_log_is_made_before_anything_is_timed(captures, log_
         recipe=SimpleNamespace(captures=lambda device_type: captures),
         device=torch.device("cpu"),
     )
-    assert _warm_up(runner, 300) == expected
+    assert _warm_up_steps(runner, 300) == expected

@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.errors import ConfigError
@@ -20,7 +20,7 @@ Load = Callable[..., Recipe]
 def load(tmp_path: Path) -> Load:
     """load(text, *overrides, name="r.yaml") -> Recipe."""
 
-    def load_text(text: str = KD, *overrides: str, name: str = "r.yaml") -> Recipe:
+    def load_text(text: str = KD_RECIPE, *overrides: str, name: str = "r.yaml") -> Recipe:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
@@ -33,7 +33,7 @@ def load(tmp_path: Path) -> Load:
 def fault(load: Load) -> Callable[..., str]:
     """fault(text, *overrides) -> what the ConfigError says."""
 
-    def fault_of(text: str = KD, *overrides: str) -> str:
+    def fault_of(text: str = KD_RECIPE, *overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:
             load(text, *overrides)
         return str(caught.value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 
 BASE = "dataset: digits\nepochs: 1\noptimizer: {type: SGD, lr: 0.1}\n"
 
 
 def test_the_teacher_and_its_terms_go(load):
-    recipe, twin = load(KD), load(KD, "baseline=true")
+    recipe, twin = load(KD_RECIPE), load(KD_RECIPE, "baseline=true")
     stage = twin.stages[0]
     assert (list(stage.roles), list(stage.terms)) == (["student"], ["ce"])
     assert twin.baseline_removed == ("role teacher", "term kd")
@@ -47,14 +47,14 @@ def test_a_head_that_the_student_teaches_stays(load):
 
 
 def test_updates_lose_what_was_dropped(load):
-    text = KD + "updates:\n  - {models: [student], terms: [kd]}\n  - {models: [student], terms: [ce, kd]}\n"
+    text = KD_RECIPE + "updates:\n  - {models: [student], terms: [kd]}\n  - {models: [student], terms: [ce, kd]}\n"
     (update,) = load(text, "baseline=true").stages[0].updates
     assert update.terms == ("ce",)
 
 
 def test_a_recipe_of_which_nothing_is_left_is_refused(fault):
     assert "twin leaves nothing to train" in fault(
-        KD.replace("  ce: {type: cross_entropy, weight: 0.1}\n", ""), "baseline=true"
+        KD_RECIPE.replace("  ce: {type: cross_entropy, weight: 0.1}\n", ""), "baseline=true"
     )
 
 

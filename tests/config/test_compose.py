@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 from kdbench.config.load import dump_recipe, load_recipe, load_resolved
 from kdbench.config.paths import find_recipe, group_files
 from kdbench.errors import ConfigError
@@ -36,7 +36,7 @@ def models(recipe) -> list[str]:
 
 
 def test_overrides_reach_keys_that_the_recipe_leaves_at_their_default(load):
-    recipe = load(KD, "terms.kd.temperature=2", "terms.ce.label_smoothing=0.1", "seed=7", "clip=1.5")
+    recipe = load(KD_RECIPE, "terms.kd.temperature=2", "terms.ce.label_smoothing=0.1", "seed=7", "clip=1.5")
     stage = recipe.stages[0]
     assert (stage.terms["kd"].params["temperature"], stage.terms["ce"].params["label_smoothing"]) == (2, 0.1)
     assert (recipe.seed, stage.clip) == (7, 1.5)
@@ -44,12 +44,12 @@ def test_overrides_reach_keys_that_the_recipe_leaves_at_their_default(load):
 
 @pytest.mark.parametrize("override", ["~terms.kd", "terms.kd=null"])
 def test_a_term_can_be_removed(load, override: str):
-    assert list(load(KD, override).stages[0].terms) == ["ce"]
+    assert list(load(KD_RECIPE, override).stages[0].terms) == ["ce"]
 
 
 @pytest.mark.parametrize("override", ["~terms.kdd", "terms.kdd=null"])
 def test_what_is_not_there_cannot_be_removed(fault, override: str):
-    said = fault(KD, override)
+    said = fault(KD_RECIPE, override)
     assert said.startswith(f"override '{override}': there is no 'terms.kdd'") and "Did you mean 'kd'?" in said
 
 
@@ -99,35 +99,35 @@ def test_another_type_in_the_recipe_drops_the_parameters_of_the_group(load, own_
 
 
 def test_steps_on_the_command_line_replace_the_epochs(load):
-    stage = load(KD, "steps=5").stages[0]
+    stage = load(KD_RECIPE, "steps=5").stages[0]
     assert (stage.epochs, stage.steps) == (None, 5)
 
 
 def test_a_bare_name_can_be_given_parameters_by_override(load):
-    recipe = load(KD + "augment: [flip]\n", "dataset.normalize=false", "augment.0.p=0.25")
+    recipe = load(KD_RECIPE + "augment: [flip]\n", "dataset.normalize=false", "augment.0.p=0.25")
     source = recipe.stages[0].data["train"]
     assert source.dataset.params == {"normalize": False} and source.views["image"][0].params == {"p": 0.25}
 
 
 @pytest.mark.parametrize("override", ["seed=${oc.env:HOME}", "title=${hydra.job.name}", "student._target_=os.system"])
 def test_overrides_cannot_reach_resolvers_or_python(fault, override: str):
-    assert override in fault(KD, override) and "refused" in fault(KD, override)
+    assert override in fault(KD_RECIPE, override) and "refused" in fault(KD_RECIPE, override)
 
 
 @pytest.mark.parametrize("override", ["seed", "a b", "hydra=3", "=3"])
 def test_what_is_no_override_is_said(fault, override: str):
-    assert fault(KD, override).startswith(f"override '{override}': ")
+    assert fault(KD_RECIPE, override).startswith(f"override '{override}': ")
 
 
 @pytest.mark.parametrize("override", ["optimiser.lr=1", "terms.kdd.weight=1", "techer.model.num_classes=3"])
 def test_a_fault_in_a_mapping_that_only_an_override_made_names_the_override(fault, override: str):
-    assert f"override '{override}'" in fault(KD, override)
+    assert f"override '{override}'" in fault(KD_RECIPE, override)
 
 
 def test_a_source_keeps_the_lines_of_its_options(load):
-    source = load(KD + "validation: 0.1\nlabel_fraction: 50\n", "batch_size=32").stages[0].data["train"]
+    source = load(KD_RECIPE + "validation: 0.1\nlabel_fraction: 50\n", "batch_size=32").stages[0].data["train"]
     lines = {option: place.line for option, place in source.places.items() if place.line}
-    assert lines == {"validation": KD.count("\n") + 1, "labels": KD.count("\n") + 2}
+    assert lines == {"validation": KD_RECIPE.count("\n") + 1, "labels": KD_RECIPE.count("\n") + 2}
     assert str(source.places["batch_size"]) == "override 'batch_size=32'"
 
 
@@ -137,7 +137,7 @@ def test_a_recipe_may_be_called_what_the_file_system_allows(load, stem: str):
 
 
 def test_a_sweep_needs_a_multirun(fault):
-    assert fault(KD, "seed=1,2") == "override 'seed=1,2': several values need a multirun; add -m to `kdbench train`."
+    assert fault(KD_RECIPE, "seed=1,2") == "override 'seed=1,2': several values need a multirun; add -m to `kdbench train`."
 
 
 def test_composing_leaves_nothing_behind(load, tmp_path: Path):
@@ -165,7 +165,7 @@ def test_a_folder_without_a_resolved_recipe_is_told(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a/../b", ".hidden", "a\\b", ""])
 def test_the_name_that_a_recipe_claims_cannot_leave_the_folder_of_runs(fault, name: str):
-    assert fault(KD + f"origin: {{name: '{name}'}}\n").startswith("r.yaml:9 origin.name: ")
+    assert fault(KD_RECIPE + f"origin: {{name: '{name}'}}\n").startswith("r.yaml:9 origin.name: ")
 
 
 def test_every_shipped_group_file_names_its_pair():
@@ -179,7 +179,7 @@ def test_every_shipped_group_file_names_its_pair():
 
 def test_a_recipe_is_found_by_name_by_path_and_nearest():
     assert find_recipe("digits/kd")[0] == "digits/kd"
-    Path("mine.yaml").write_text(KD)
+    Path("mine.yaml").write_text(KD_RECIPE)
     assert find_recipe("mine.yaml") == ("mine", Path("mine.yaml").resolve())
     assert find_recipe("./mine") == ("mine", Path("mine.yaml").resolve())
     with pytest.raises(ConfigError, match=r"Did you mean 'digits/kd'"):

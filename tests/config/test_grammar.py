@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 from kdbench.config.schema import PartConfig, Recipe
 
 BASE = "dataset: digits\nepochs: 1\noptimizer: {type: SGD, lr: 0.1}\n"
@@ -135,12 +135,12 @@ updates:
     ],
 )
 def test_addresses(load, student: str, teacher: str, expected: list[tuple[str, str]]):
-    recipe = load(KD.replace("type: kd, ", f"type: kd, student: {student}, teacher: {teacher}, "))
+    recipe = load(KD_RECIPE.replace("type: kd, ", f"type: kd, student: {student}, teacher: {teacher}, "))
     assert edges(recipe, "kd") == expected
 
 
 def test_an_operand_names_its_adapter(load):
-    text = KD + "  hint: {type: hint, student: {path: layer2, adapter: {type: linear, bias: false}}, teacher: layer2}\n"
+    text = KD_RECIPE + "  hint: {type: hint, student: {path: layer2, adapter: {type: linear, bias: false}}, teacher: layer2}\n"
     (edge,) = load(text).stages[0].terms["hint"].edges
     assert edge.student.adapter == PartConfig(type="linear", params={"bias": False}) and edge.teacher.adapter is None
 
@@ -165,18 +165,18 @@ def test_roles_that_follow_and_roles_that_freeze(load):
 
 
 def test_a_teacher_can_be_told_to_train(load):
-    roles = load(KD.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, trainable: true}")).stages[0].roles
+    roles = load(KD_RECIPE.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, trainable: true}")).stages[0].roles
     assert roles["teacher"].mode == "trainable"
 
 
 def test_weights_come_from_recipes_stages_and_files(load):
-    text = KD.replace(
+    text = KD_RECIPE.replace(
         "teacher: digits_cnn", "teacher: {model: digits_cnn, weights: {recipe: digits/teacher, epoch: 5}}"
     )
     weights = load(text).stages[0].roles["teacher"].weights
     assert (weights.recipe, weights.epoch) == ("digits/teacher", 5)
     file = "{path: w.pth, key: state_dict, strip: module., rename: {head.: fc.}, strict: false}"
-    weights = load(KD.replace("teacher: digits_cnn", f"teacher: {{model: digits_cnn, weights: {file}}}")).stages[0]
+    weights = load(KD_RECIPE.replace("teacher: digits_cnn", f"teacher: {{model: digits_cnn, weights: {file}}}")).stages[0]
     weights = weights.roles["teacher"].weights
     assert (weights.path, weights.key, weights.strip, weights.rename, weights.strict) == (
         "w.pth",
@@ -190,23 +190,23 @@ def test_weights_come_from_recipes_stages_and_files(load):
 def test_a_recipe_beside_the_recipe_is_found_from_anywhere(load, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "teacher.yaml").write_text(BASE + "student: digits_cnn\nterms: {ce: cross_entropy}\n")
-    text = KD.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, weights: {recipe: teacher.yaml}}")
+    text = KD_RECIPE.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, weights: {recipe: teacher.yaml}}")
     weights = load(text, name="mine/kd.yaml").stages[0].roles["teacher"].weights
     assert weights.recipe == str((tmp_path / "mine" / "teacher.yaml").resolve())
 
 
 def test_augmentations_go_to_their_view(load):
-    views = load(KD + "augment: [{type: crop, padding: 1}, flip]\n").stages[0].data
+    views = load(KD_RECIPE + "augment: [{type: crop, padding: 1}, flip]\n").stages[0].data
     assert [a.type for a in views["train"].views["image"]] == ["crop", "flip"]
     assert views["eval"].views == {"image": ()}
-    text = KD.replace("student: digits_mlp", "student: {model: digits_mlp, input: strong}")
+    text = KD_RECIPE.replace("student: digits_mlp", "student: {model: digits_mlp, input: strong}")
     stage = load(text + "augment: {image: [flip], strong: [{type: cutout, size: 2}]}\n").stages[0]
     assert set(stage.data["train"].views) == {"image", "strong"} and stage.roles["student"].input == "train.strong"
 
 
 def test_named_sources_take_what_the_top_level_says(load):
     text = (
-        KD
+        KD_RECIPE
         + "batch_size: 32\nlabel_fraction: 50\ndata:\n  extra: {split: train, subset: 0.5}\n  train: {batch_size: 16}\n"
     )
     data = load(text).stages[0].data
@@ -218,7 +218,7 @@ def test_named_sources_take_what_the_top_level_says(load):
 
 
 def test_weights_and_parameters_of_terms_follow_schedules(load):
-    text = KD.replace("temperature: 4", "temperature: {type: linear, start: 1, end: 4, over: 2}")
+    text = KD_RECIPE.replace("temperature: 4", "temperature: {type: linear, start: 1, end: 4, over: 2}")
     text = text.replace("weight: 0.9", "weight: {type: warmup, over: 2, by: step}")
     term = load(text).stages[0].terms["kd"]
     assert term.params["temperature"] == PartConfig(type="linear", params={"start": 1, "end": 4, "over": 2})
@@ -226,31 +226,31 @@ def test_weights_and_parameters_of_terms_follow_schedules(load):
 
 
 def test_a_scheduler_has_a_warmup_beside_it(load):
-    assert load(KD + "scheduler: cosine\n").stages[0].scheduler == PartConfig(type="cosine")
-    scheduler = load(KD + "scheduler: {type: step, milestones: [1, 2], warmup: 1}\n").stages[0].scheduler
+    assert load(KD_RECIPE + "scheduler: cosine\n").stages[0].scheduler == PartConfig(type="cosine")
+    scheduler = load(KD_RECIPE + "scheduler: {type: step, milestones: [1, 2], warmup: 1}\n").stages[0].scheduler
     assert scheduler == PartConfig(type="step", params={"milestones": [1, 2], "warmup": 1})
     chain = "{type: chain, parts: [{type: warmup, over: 1, length: 1}, cosine]}"
-    scheduler = load(KD + f"scheduler: {chain}\n").stages[0].scheduler
+    scheduler = load(KD_RECIPE + f"scheduler: {chain}\n").stages[0].scheduler
     assert scheduler.params["parts"] == [{"type": "warmup", "over": 1, "length": 1}, {"type": "cosine"}]
 
 
 def test_the_optimizer_has_groups(load):
-    text = KD.replace("momentum: 0.9", "groups: [{type: norm, weight_decay: 0}, {path: layer1, lr: 0.01}]")
+    text = KD_RECIPE.replace("momentum: 0.9", "groups: [{type: norm, weight_decay: 0}, {path: layer1, lr: 0.01}]")
     optimizer = load(text).stages[0].optimizer
     assert optimizer.groups == ({"type": "norm", "weight_decay": 0}, {"path": "layer1", "lr": 0.01})
 
 
 def test_published_figures_by_pair_or_model(load):
-    assert load(KD + "published: 70.5\n").published.top1 == 70.5
-    text = KD + "published: {source: CRD, epoch: last, tolerance: 0.3, models: {digits_mlp: 71, digits_cnn: 72}}\n"
+    assert load(KD_RECIPE + "published: 70.5\n").published.top1 == 70.5
+    text = KD_RECIPE + "published: {source: CRD, epoch: last, tolerance: 0.3, models: {digits_mlp: 71, digits_cnn: 72}}\n"
     published = load(text).published
     assert (published.top1, published.source, published.epoch, published.tolerance) == (71, "CRD", "last", 0.3)
     assert load(text, "student=digits_cnn").published.top1 == 72
-    assert load(KD + "published: {pairs: {a_b: 71}}\n").published is None
+    assert load(KD_RECIPE + "published: {pairs: {a_b: 71}}\n").published is None
 
 
 def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
-    text = KD + (
+    text = KD_RECIPE + (
         "clip: 1\naccumulate: 2\nema: 0.99\nvalidation: 0.1\nmetrics: [top1, ece]\neval_every: 2\nlog_every: 5\n"
         "checkpoint_every: {steps: 10, minutes: 1.5}\nprecision: bf16\nsync_batchnorm: true\nseed: 3\ndevice: cpu\n"
         "compile: true\nchannels_last: true\nworkers: 2\ndata_root: d\nruns: r\nout: o\nfresh: true\n"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 from kdbench.config.identity import identity
 
 
@@ -36,7 +36,7 @@ from kdbench.config.identity import identity
     ],
 )
 def test_how_a_run_is_executed_and_told_makes_no_difference(load, override: str):
-    assert identity(load(KD, override)) == identity(load(KD))
+    assert identity(load(KD_RECIPE, override)) == identity(load(KD_RECIPE))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_how_a_run_is_executed_and_told_makes_no_difference(load, override: str)
     ],
 )
 def test_what_changes_the_result_makes_a_difference(load, override: str):
-    assert identity(load(KD, override)) != identity(load(KD))
+    assert identity(load(KD_RECIPE, override)) != identity(load(KD_RECIPE))
 
 
 def test_spelling_and_order_make_no_difference(load):
@@ -74,7 +74,7 @@ optimizer: {momentum: 0.9, type: SGD, lr: 1e-1}
 epochs: 3
 dataset: {type: digits}
 """
-    renamed = KD.replace("  ce:", "  cross_entropy:")
+    renamed = KD_RECIPE.replace("  ce:", "  cross_entropy:")
     assert identity(load(other)) == identity(load(renamed))
 
 

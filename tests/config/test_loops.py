@@ -208,12 +208,12 @@ def test_a_mistake_in_a_loop_is_told_once(fault):
         ("student: {model: {artifact: query.labls}}", "query.labels"),
         (
             "terms: {kd: {type: kd, teacher: artifact:query.labels}}",
-            "'query@1.labels' is a choice, but a tensor is read",
+            "'query@1.labels' is a subset, but a tensor is read",
         ),
-        ("data: {train: {artifact: query.labels}}", "'query@1.labels' is a choice, but a dataset is read"),
+        ("data: {train: {artifact: query.labels}}", "'query@1.labels' is a subset, but a dataset is read"),
         (
             "student: {model: {artifact: query.labels}}",
-            "'query@1.labels' is a choice, but role 'student' needs a model",
+            "'query@1.labels' is a subset, but role 'student' needs a model",
         ),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdbench.config.compose.merge import merge, stale_keys, without
+from kdbench.config.compose.merge import merge, remove_key, stale_keys
 from kdbench.config.compose.shorthand import contract, expand
 
 SGD = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}}
@@ -50,7 +50,7 @@ def test_a_plain_merge_without_the_stale_keys_is_the_merge(lower: dict, upper: d
 
     mixed = plain(lower, upper)
     for key in stale_keys(lower, upper):
-        without(mixed, key)
+        remove_key(mixed, key)
     assert mixed == merge(lower, upper)
 
 

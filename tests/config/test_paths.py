@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdbench.config.paths import recipe_names, share
+from kdbench.config.paths import recipe_names, shared_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,4 +20,4 @@ def test_the_wheel_lists_every_package():
 
 def test_recipes_and_groups_are_found():
     assert "digits/kd" in recipe_names()
-    assert (share("configs") / "protocol" / "cifar_240_epochs.yaml").is_file()
+    assert (shared_folder("configs") / "protocol" / "cifar_240_epochs.yaml").is_file()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.recipe_texts import KD
+from helpers.recipe_texts import KD_RECIPE
 from kdbench.config.parse.data import read_sources
-from kdbench.config.parse.keys import Context, Fields
+from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.schema import PartConfig, SourceConfig
 
 MADE = {"query.picked": "query@2.picked", "query@1.picked": "query@1.picked", "paint.pool": "paint.pool"}
@@ -20,11 +20,11 @@ def read():
     """read(data, made=..., **top) -> (sources, faults)."""
 
     def read_data(data, made=MADE, **top) -> tuple[dict[str, SourceConfig], str]:
-        context = Context({})
-        fields = Fields(context, {"dataset": "digits", "data": data, **top}, "", "the recipe")
+        context = ParseContext({})
+        fields = KeyReader(context, {"dataset": "digits", "data": data, **top}, "", "the recipe")
         sources = read_sources(context, fields, 512, made)
-        fields.done()
-        return sources, "\n".join(context.faults.lines)
+        fields.finish()
+        return sources, "\n".join(context.errors.lines)
 
     return read_data
 
@@ -149,7 +149,7 @@ def test_mistakes_are_told(read, data, top, said):
 
 
 def test_the_recipe_spells_its_parts_short(load):
-    text = KD + (
+    text = KD_RECIPE + (
         "relabel: {type: symmetric_noise, rate: 0.4}\n"
         "augment: {image: [flip], low: {from: image, then: [{type: low_resolution, factor: 2}]}}\n"
         "data: {client: {subset: [{type: shard, of: 3, number: 2}, 0.5]}}\n"
@@ -170,7 +170,7 @@ def _example(start: str) -> str:
 
 
 def test_the_examples_of_the_page_load(load):
-    data = load(KD + _example("data:                                                        # public")).stages[0].data
+    data = load(KD_RECIPE + _example("data:                                                        # public")).stages[0].data
     assert [len(data[name].subset) for name in ("client0", "client1", "client2")] == [2, 2, 2]
-    views = load(KD + _example("augment:")).stages[0].data["train"].views
+    views = load(KD_RECIPE + _example("augment:")).stages[0].data["train"].views
     assert list(views) == ["image", "strong", "corrupted"] and views["corrupted"][0].type == "same"

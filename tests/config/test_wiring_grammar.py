@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from helpers.recipes import parts, plan_of, recipe  # noqa: F401
+from helpers.recipes import plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 from kdbench.errors import ConfigError
 from kdbench.experiment.artifacts import plan_stages
 
@@ -21,7 +21,7 @@ batch_size: 16
 
 def refused(text: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as told:
-        plan_stages(recipe(HEAD + text, *overrides))  # what `kdbench check` does before it prints
+        plan_stages(recipe_from_text(HEAD + text, *overrides))  # what `kdbench check` does before it prints
     return str(told.value)
 
 
@@ -403,7 +403,7 @@ WRONG = {
 
 def test_a_null_in_models_removes_what_stands_at_the_top():
     text = HEAD + "terms: {ce: {type: cross_entropy, student: own}}\nmodels: {own: {model: t_layers}, student: null}"
-    assert sorted(recipe(text).stages[0].roles) == ["own", "teacher"]
+    assert sorted(recipe_from_text(text).stages[0].roles) == ["own", "teacher"]
 
 
 def test_two_sources_of_whole_batches_may_stand_side_by_side():
@@ -411,7 +411,7 @@ def test_two_sources_of_whole_batches_may_stand_side_by_side():
     text += (
         "data: {noise: {type: gaussian, shape: [6], samples: 64}}\nterms: {ce: {type: cross_entropy, student: both}}"
     )
-    assert plan_of(recipe(HEAD + text)).updates
+    assert stage_plan(recipe_from_text(HEAD + text)).updates
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -437,22 +437,22 @@ def test_an_adapter_on_a_detached_operand_alone_cannot_learn(beside):
 
 def test_an_adapter_beside_a_student_that_learns_may_stand_on_the_teacher():
     text = "terms: {mse: {type: logit_mse, teacher: {path: layer1, role: teacher, adapter: linear}}}"
-    parameters = plan_of(recipe(HEAD + text)).updates[0].parameters
+    parameters = stage_plan(recipe_from_text(HEAD + text)).updates[0].parameters
     assert any(".adapter." in name for name in parameters) and any(name.startswith("student.") for name in parameters)
 
 
 def test_sources_of_equal_batches_may_stand_in_one_combination():
     text = "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}"
-    assert plan_of(recipe(HEAD + NOISE + text)).updates
+    assert stage_plan(recipe_from_text(HEAD + NOISE + text)).updates
 
 
 def test_a_smaller_last_batch_of_another_source_is_refused_where_several_processes_would_pad_it():
     text = "data: {memory: {subset: 50}}\nmodels: {again: {reuse: student, input: memory.image}}\n"
     text += "terms: {pcr: {type: proxy_contrastive, replayed: again, replayed_label: memory.label}}"
-    assert plan_of(recipe(HEAD + text)).updates
+    assert stage_plan(recipe_from_text(HEAD + text)).updates
     with pytest.raises(ConfigError, match=r"own.yaml:10 terms.pcr.replayed.*2 processes would pad it"):
-        plan_of(recipe(HEAD + text), world_size=2)
-    assert plan_of(recipe(HEAD + text, "data.memory.subset=64"), world_size=2).updates
+        stage_plan(recipe_from_text(HEAD + text), world_size=2)
+    assert stage_plan(recipe_from_text(HEAD + text, "data.memory.subset=64"), world_size=2).updates
 
 
 def test_what_a_null_removed_is_not_where_the_weights_come_from():
@@ -461,5 +461,5 @@ def test_what_a_null_removed_is_not_where_the_weights_come_from():
         "  two: {models: {student: null}, terms: {ce: {type: cross_entropy, student: own}}, export: own}\n"
         "  three: {student: {weights: {stage: previous}}, terms: {ce: cross_entropy}}"
     )
-    weights = recipe(HEAD + text).stages[2].roles["student"].weights
+    weights = recipe_from_text(HEAD + text).stages[2].roles["student"].weights
     assert weights is not None and weights.stage == "one"

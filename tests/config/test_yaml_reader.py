@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from kdbench.config.compose.shorthand import lists_to_mappings
-from kdbench.config.yaml_reader import parse
+from kdbench.config.compose.shorthand import name_listed_terms
+from kdbench.config.yaml_reader import parse_yaml
 from kdbench.errors import ConfigError
 
 
 def fault(text: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        parse(text, "r.yaml")
+        parse_yaml(text, "r.yaml")
     return str(caught.value)
 
 
 def test_every_key_knows_its_line():
-    source = parse("a: 1\nb:\n  c: [x, {d: 2}]\n", "r.yaml")
+    source = parse_yaml("a: 1\nb:\n  c: [x, {d: 2}]\n", "r.yaml")
     assert source.data == {"a": 1, "b": {"c": ["x", {"d": 2}]}}
-    assert {key: place.line for key, place in source.places.items() if key} == {
+    assert {key: place.line for key, place in source.locations.items() if key} == {
         "a": 1,
         "b": 2,
         "b.c": 3,
@@ -26,7 +26,7 @@ def test_every_key_knows_its_line():
         "b.c.1": 3,
         "b.c.1.d": 3,
     }
-    assert str(source.places["b.c.1.d"]) == "r.yaml:3 b.c.1.d"
+    assert str(source.locations["b.c.1.d"]) == "r.yaml:3 b.c.1.d"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_every_key_knows_its_line():
     ],
 )
 def test_scalars_are_what_they_look_like(written: str, value: object):
-    read = parse(f"key: {written}", "r.yaml").data["key"]
+    read = parse_yaml(f"key: {written}", "r.yaml").data["key"]
     assert read == value and type(read) is type(value)
 
 
@@ -116,16 +116,16 @@ def test_what_is_no_mapping_is_said_in_words(text: str):
 
 def test_a_list_of_terms_becomes_a_mapping_that_keeps_the_lines():
     text = "terms:\n  - {type: kd, weight: 1}\n  - cross_entropy\n  - {type: kd, weight: 2}\n"
-    source = lists_to_mappings(parse(text, "r.yaml"))
+    source = name_listed_terms(parse_yaml(text, "r.yaml"))
     assert list(source.data["terms"]) == ["kd", "cross_entropy", "kd_2"]
-    assert source.places["terms.kd_2.weight"].line == 4
-    assert source.places["terms.kd_2.weight"].key == "terms.kd_2.weight"
+    assert source.locations["terms.kd_2.weight"].line == 4
+    assert source.locations["terms.kd_2.weight"].key == "terms.kd_2.weight"
 
 
 def test_a_list_of_terms_in_a_stage_becomes_a_mapping():
-    source = lists_to_mappings(parse("stages:\n  one:\n    terms: [{type: kd}]\n", "r.yaml"))
+    source = name_listed_terms(parse_yaml("stages:\n  one:\n    terms: [{type: kd}]\n", "r.yaml"))
     assert source.data["stages"]["one"]["terms"] == {"kd": {"type": "kd"}}
-    assert "stages.one.terms.kd.type" in source.places
+    assert "stages.one.terms.kd.type" in source.locations
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,6 @@ def test_a_list_of_terms_in_a_stage_becomes_a_mapping():
 )
 def test_what_would_fool_a_terminal_or_a_machine_is_refused(text, told):
     with pytest.raises(ConfigError) as raised:
-        parse(text, "r.yaml")
+        parse_yaml(text, "r.yaml")
     assert told in str(raised.value) and "\x1b" not in str(raised.value)
-    assert parse(f"seed: {2**63 - 1}\ntitle: two\\tlines \u00e9\n", "r.yaml").data["seed"] == 2**63 - 1
+    assert parse_yaml(f"seed: {2**63 - 1}\ntitle: two\\tlines \u00e9\n", "r.yaml").data["seed"] == 2**63 - 1

@@ -13,11 +13,11 @@ from kdbench.data.loading.build import build_sources
 from kdbench.errors import Location
 
 
-def named(text, **params):
+def part_config(text, **params):
     return PartConfig(type=text, params=params, location=Location(f"augment.{text}", "recipe.yaml", 7))
 
 
-def config(name="train", dataset="synthetic", split="train", batch_size=16, views=None, params=None, **rest):
+def source_config(name="train", dataset="synthetic", split="train", batch_size=16, views=None, params=None, **rest):
     return SourceConfig(
         name=name,
         dataset=PartConfig(type=dataset, params=params or {}),
@@ -31,19 +31,19 @@ def config(name="train", dataset="synthetic", split="train", batch_size=16, view
 
 def open_source(source=None, *, seed=1, data_root="data", **options):
     """Builds one source and returns it."""
-    source = source or config()
+    source = source or source_config()
     options = {"validation": None, "device": "cpu"} | options
     return build_sources({source.name: source}, seed=seed, data_root=str(data_root), **options)[source.name]
 
 
 @pytest.fixture
 def make():
-    return config
+    return source_config
 
 
 @pytest.fixture
 def part():
-    return named
+    return part_config
 
 
 @pytest.fixture

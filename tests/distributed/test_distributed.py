@@ -12,19 +12,19 @@ from torch.testing import assert_close
 
 from helpers.recipes import (  # noqa: F401
     TESTS,
-    bench,
-    by_hand,
-    differences,
-    environment,
-    flat,
-    nodes_of,
-    parts,
-    result_of,
+    build_stage,
+    comparable_results,
+    differing_keys,
+    flatten_tree,
+    plugin_registration,
+    rank_commands,
     run_command,
-    torchrun,
-    train,
+    subprocess_environment,
+    torchrun_command,
+    train_recipe_text,
+    two_node_commands,
 )
-from helpers.sharding import CAN_PART, needs_parts
+from helpers.sharding import CAN_SHARD, needs_sharding
 from kdbench.config.load import load_recipe
 from kdbench.experiment.reopened import reevaluate
 from kdbench.files import read_json, read_json_lines
@@ -89,12 +89,12 @@ CASES = {
     "parted_synced": ("batch", PARTED, IN_PARTS + "sync_batchnorm: true\naccumulate: 2\n"),
     "accumulated": ("group", MASKED, "accumulate: 2\nvalidation: 12\n"),
 }
-CASES = {name: case for name, case in CASES.items() if CAN_PART or not name.startswith("parted")}
+CASES = {name: case for name, case in CASES.items() if CAN_SHARD or not name.startswith("parted")}
 
 
 def cases(*names: str) -> list:
     """Names of cases as parameters; those in parts are skipped, with the reason, where torch cannot part."""
-    return [pytest.param(name, marks=needs_parts) if name.startswith("parted") else name for name in names]
+    return [pytest.param(name, marks=needs_sharding) if name.startswith("parted") else name for name in names]
 
 
 def text_of(case: str, batch: int, out: str) -> str:
@@ -116,14 +116,14 @@ def runs(tmp_path_factory) -> Path:
     for case in CASES:
         files.append(folder / f"{case}.yaml")
         files[-1].write_text(text_of(case, 8, str(folder / case / "two")))
-    words = torchrun(str(TESTS / "helpers" / "distributed_worker.py"), *map(str, files))
-    done = subprocess.run(words, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
+    words = torchrun_command(str(TESTS / "helpers" / "distributed_worker.py"), *map(str, files))
+    done = subprocess.run(words, env=subprocess_environment(), cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     here = Path.cwd()
     os.chdir(folder)
     try:
         for case in CASES:
-            train(text_of(case, 16, str(folder / case / "one")), data="")
+            train_recipe_text(text_of(case, 16, str(folder / case / "one")), data="")
     finally:
         os.chdir(here)
     return folder
@@ -234,7 +234,7 @@ def test_torchrun_of_the_command_line_is_resumed_with_the_same_bits(moved, case)
     assert again.returncode == 0, again.stderr
     whole = run_command(file, f"out=undisturbed_{case}", dies, processes=2)
     assert whole.returncode == 0, whole.stderr
-    assert differences(result_of(out), result_of(f"undisturbed_{case}")) == []
+    assert differing_keys(comparable_results(out), comparable_results(f"undisturbed_{case}")) == []
 
 
 @pytest.mark.parametrize("case", cases("parted", "parted_synced"))
@@ -252,11 +252,11 @@ def test_what_was_trained_in_parts_is_evaluated_by_one_process(moved, case):
 def test_a_state_of_parts_is_loaded_whole_by_one_process(moved, case):
     """Another number of processes is another run; but its weights and moments are the same tree."""
     state = tree(Path(case) / "two")
-    alone = bench(load_recipe(f"{case}.yaml")).runner
+    alone = build_stage(load_recipe(f"{case}.yaml")).runner
     alone.load_state_dict(state)
     again = alone.state_dict()
-    assert list(flat(again["models"])) == list(flat(state["models"]))
-    ours, theirs = (dict(flat(found["optimizers"][0]["state"])) for found in (again, state))
+    assert list(flatten_tree(again["models"])) == list(flatten_tree(state["models"]))
+    ours, theirs = (dict(flatten_tree(found["optimizers"][0]["state"])) for found in (again, state))
     assert ours == theirs and any("momentum_buffer" in name for name in ours)
 
 
@@ -265,12 +265,12 @@ def test_two_nodes_are_two_processes(moved):
     Path("again").mkdir()
     Path("again/group.yaml").write_text(text_of("group", 8, "nodes"))
     nodes = [
-        subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for words in nodes_of("-m", "kdbench", "train", "again/group.yaml", "--plugin", "helpers.plugin_parts")
+        subprocess.Popen(words, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for words in two_node_commands("-m", "kdbench", "train", "again/group.yaml", "--plugin", "helpers.plugin_parts")
     ]
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert differences(result_of("nodes"), result_of(Path("group") / "two")) == []
+    assert differing_keys(comparable_results("nodes"), comparable_results(Path("group") / "two")) == []
 
 
 def test_what_only_the_first_process_sees_is_told_by_all(moved):
@@ -280,7 +280,7 @@ def test_what_only_the_first_process_sees_is_told_by_all(moved):
     with RunFolder("locked").lock():
         pair = [
             subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for words, env in by_hand("-m", "kdbench", "train", "locked.yaml", "--plugin", "helpers.plugin_parts")
+            for words, env in rank_commands("-m", "kdbench", "train", "locked.yaml", "--plugin", "helpers.plugin_parts")
         ]
         first, second = (process.communicate(timeout=120)[1] for process in pair)
     assert [process.returncode for process in pair] == [2, 2], (first, second)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.recipes import TESTS, environment, torchrun
+from helpers.recipes import TESTS, subprocess_environment, torchrun_command
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers.plugin_parts import Blocks
-from helpers.sharding import needs_parts
+from helpers.sharding import needs_sharding
 from helpers.two_ranks import images, network, rows
-from kdbench.engine.distributed.gradients import GradientSum, _buckets
+from kdbench.engine.distributed.gradients import GradientReducer, _buckets
 from kdbench.engine.distributed.world import World
 
 
@@ -24,8 +24,8 @@ from kdbench.engine.distributed.world import World
 def found(tmp_path_factory) -> list[dict]:
     """What each of the two ranks wrote down."""
     folder = tmp_path_factory.mktemp("ranks")
-    words = torchrun(str(TESTS / "helpers" / "two_ranks.py"), str(folder))
-    done = subprocess.run(words, env=environment(), cwd=folder, capture_output=True, text=True, timeout=120)
+    words = torchrun_command(str(TESTS / "helpers" / "two_ranks.py"), str(folder))
+    done = subprocess.run(words, env=subprocess_environment(), cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -73,7 +73,7 @@ def whole_gradients() -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@needs_parts
+@needs_sharding
 def test_gradients_of_a_network_in_parts_are_those_of_one_process(found):
     """Of a loss on the output of a block in the middle; what stands behind it has none, or zeros."""
     expected = whole_gradients()
@@ -87,7 +87,7 @@ def test_gradients_of_a_network_in_parts_are_those_of_one_process(found):
     assert sum(shares) == parameters and max(shares) < 0.6 * parameters
 
 
-@needs_parts
+@needs_sharding
 def test_a_mean_over_the_parts_is_another_gradient(found):
     """The negative control: what FSDP does by itself."""
     for rank in found:
@@ -95,7 +95,7 @@ def test_a_mean_over_the_parts_is_another_gradient(found):
             assert_close(rank["mean"]["gradients"][name], value / 2, rtol=1e-12, atol=1e-12)
 
 
-@needs_parts
+@needs_sharding
 def test_the_norm_spans_the_parts_and_what_lies_whole_beside_them(found):
     values = [value.flatten() for value in whole_gradients().values()]
     flat = torch.cat([*values, torch.full((3,), 2.0, dtype=torch.float64)])
@@ -119,7 +119,7 @@ def test_buckets_go_from_the_last_parameter_to_the_first_and_hold_one_type():
 
 def test_alone_nothing_is_hooked():
     model = network()
-    sums = GradientSum(list(model.parameters()), World())
-    sums.begin()
+    sums = GradientReducer(list(model.parameters()), World())
+    sums.prepare_for_backward()
     sums.finish()
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())

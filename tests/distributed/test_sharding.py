@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.recipes import bench, parts, plan_of, recipe  # noqa: F401
-from helpers.sharding import needs_parts
+from helpers.recipes import build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from helpers.sharding import needs_sharding
 from kdbench.config.identity import identity
 from kdbench.engine.distributed.sharding import block_paths
 from kdbench.errors import ConfigError
@@ -29,15 +29,15 @@ def _here(tmp_path, monkeypatch):
 
 
 def test_without_the_key_nothing_lies_in_parts():
-    assert plan_of(recipe(PLAIN)).sharded == ()
+    assert stage_plan(recipe_from_text(PLAIN)).sharded_roles == ()
 
 
-@needs_parts
+@needs_sharding
 def test_true_takes_every_role_that_can_be_parted():
-    assert plan_of(recipe(PLAIN + "shard: true\n")).sharded == ("teacher", "student")
+    assert stage_plan(recipe_from_text(PLAIN + "shard: true\n")).sharded_roles == ("teacher", "student")
     followed = PLAIN + "models: {shadow: {ema: student}}\nshard: true\n"
-    assert plan_of(recipe(followed)).sharded == ("teacher",)
-    assert plan_of(recipe(PLAIN + "shard: student\n")).sharded == ("student",)
+    assert stage_plan(recipe_from_text(followed)).sharded_roles == ("teacher",)
+    assert stage_plan(recipe_from_text(PLAIN + "shard: student\n")).sharded_roles == ("student",)
 
 
 SHADOW = "models: {shadow: {ema: student}}\n"
@@ -53,41 +53,41 @@ REFUSED = {
 }
 
 
-@needs_parts
+@needs_sharding
 @pytest.mark.parametrize("extra", REFUSED)
 def test_what_cannot_be_parted_is_refused_with_its_place(extra):
     with pytest.raises(ConfigError, match=REFUSED[extra]) as error:
-        plan_of(recipe(PLAIN + extra))
+        stage_plan(recipe_from_text(PLAIN + extra))
     assert str(error.value).startswith("own.yaml:") and " shard:" in str(error.value)
 
 
-@needs_parts
+@needs_sharding
 def test_a_feature_inside_a_block_is_refused_where_a_backward_begins_there():
     """The teacher's is read inside a block too, without harm: nothing goes back through it."""
     inside = TEXT.replace("FEATURE", "blocks.0.conv")
     with pytest.raises(ConfigError, match=r"role 'student' cannot lie in parts: blocks.0.conv lies inside a block"):
-        plan_of(recipe(inside + "shard: [student]\n"))
-    assert plan_of(recipe(inside + "shard: true\n")).sharded == ("teacher",)
+        stage_plan(recipe_from_text(inside + "shard: [student]\n"))
+    assert stage_plan(recipe_from_text(inside + "shard: true\n")).sharded_roles == ("teacher",)
 
 
 def test_an_unknown_role_is_refused_when_the_recipe_is_read():
     with pytest.raises(ConfigError, match=r"own.yaml:\d+ shard: no role 'studnt'. Did you mean 'student'"):
-        recipe(PLAIN + "shard: [studnt]\n")
+        recipe_from_text(PLAIN + "shard: [studnt]\n")
 
 
 def test_a_torch_that_cannot_sum_parts_is_told(monkeypatch):
     monkeypatch.setattr("kdbench.engine.distributed.sharding._fsdp", lambda: None)
     with pytest.raises(ConfigError, match=rf"torch {torch.__version__[:3]}.* cannot sum the gradients of parts"):
-        plan_of(recipe(PLAIN + "shard: true\n"))
+        stage_plan(recipe_from_text(PLAIN + "shard: true\n"))
 
 
 def test_parts_are_no_part_of_a_runs_identity():
-    assert identity(recipe(PLAIN)) == identity(recipe(PLAIN + "shard: true\n"))
+    assert identity(recipe_from_text(PLAIN)) == identity(recipe_from_text(PLAIN + "shard: true\n"))
 
 
-@needs_parts
+@needs_sharding
 def test_one_process_steps_as_if_nothing_were_said():
-    plain, parted = bench(PLAIN).step(2), bench(PLAIN + "shard: true\n").step(2)
+    plain, parted = build_stage(PLAIN).step(2), build_stage(PLAIN + "shard: true\n").step(2)
     assert all(torch.equal(parted.weights()[name], value) for name, value in plain.weights().items())
 
 

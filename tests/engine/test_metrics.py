@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdbench.config.schema import PartConfig
-from kdbench.engine.evaluation.metrics import IGNORED, MetricSet, higher_is_better
+from kdbench.engine.evaluation.metrics import IGNORE_INDEX, MetricSet, higher_is_better
 from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 
@@ -89,7 +89,7 @@ def test_padded_rows_and_hidden_labels_equal_left_out_rows():
 
     reads_labels = [name for name in ALL if name != "agreement"]
     hidden = MetricSet(reads_labels, CLASSES)
-    hidden.update(logits, torch.where(kept, label, IGNORED))
+    hidden.update(logits, torch.where(kept, label, IGNORE_INDEX))
     shown = MetricSet(reads_labels, CLASSES)
     shown.update(logits[kept], label[kept])
     assert hidden.compute() == shown.compute()
@@ -100,7 +100,7 @@ def test_agreement_counts_samples_with_a_hidden_label_too():
     logits, label, teacher = batch()
     metrics, blind = MetricSet(["agreement"], CLASSES), MetricSet(["agreement"], CLASSES)
     metrics.update(logits, label, teacher)
-    blind.update(logits, torch.full_like(label, IGNORED), teacher)
+    blind.update(logits, torch.full_like(label, IGNORE_INDEX), teacher)
     assert metrics.compute() == blind.compute()
 
 

@@ -12,23 +12,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.kills import Killed, killed_at, killing
+from helpers.kills import KilledRun, kill_at_step, kill_at_write
 from helpers.recipes import (  # noqa: F401
-    Quiet,
-    differences,
-    flat,
-    parts,
-    recipe,
-    result_of,
+    QuietConsole,
+    comparable_results,
+    differing_keys,
+    equal_weights,
+    flatten_tree,
+    plugin_registration,
+    recipe_from_text,
     run_command,
-    same,
-    train,
+    train_recipe_text,
 )
 from kdbench.config.load import load_recipe
 from kdbench.data.datasets.synthetic import Synthetic
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import ConfigError, UserError
-from kdbench.experiment.artifacts import made_files, plan_stages, read_made
+from kdbench.experiment.artifacts import find_artifact_files, plan_stages, read_artifact
 from kdbench.files import read_json
 from kdbench.run_folder import RunFolder
 
@@ -74,36 +74,36 @@ def made(folder: str | Path) -> dict[str, Any]:
     """Everything that a run made, leaf by leaf."""
     files = sorted((Path(folder) / "stages").glob("*.pt"))
     assert not list(Path(folder).rglob("*.tmp"))
-    return {f"{f.name}:{key}": value for f in files for key, value in flat(torch.load(f, weights_only=True))}
+    return {f"{f.name}:{key}": value for f in files for key, value in flatten_tree(torch.load(f, weights_only=True))}
 
 
 def everything(folder: str) -> dict[str, Any]:
-    manifest = {f"manifest:{key}": value for key, value in flat(read_json(f"{folder}/manifest.json")["made"])}
-    return result_of(folder) | made(folder) | manifest
+    manifest = {f"manifest:{key}": value for key, value in flatten_tree(read_json(f"{folder}/manifest.json")["made"])}
+    return comparable_results(folder) | made(folder) | manifest
 
 
 def content(folder: str, name: str) -> dict[str, Any]:
-    return read_made(RunFolder(folder).made(*name.rsplit(".", 1)))
+    return read_artifact(RunFolder(folder).artifact(*name.rsplit(".", 1)))
 
 
 @pytest.fixture
 def whole() -> dict[str, Any]:
-    train(ROUNDS.replace("OUT", "whole"))
+    train_recipe_text(ROUNDS.replace("OUT", "whole"))
     return everything("whole")
 
 
 def test_a_loop_that_is_killed_in_its_second_round_ends_with_the_same_bits(whole):
-    with killed_at("train@2", 3):
-        train(ROUNDS.replace("OUT", "run"))
+    with kill_at_step("train@2", 3):
+        train_recipe_text(ROUNDS.replace("OUT", "run"))
     tree = torch.load("run/checkpoints/last.pt", weights_only=True)
     assert (tree["stage"], sorted(tree["finished"])) == ("train@2", ["query@1", "query@2", "train@1"])
     seen: list[str] = []
     step = Runner.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "step", lambda self, w: (seen.append(f"{self.stage.name} {self.done}"), step(self, w)))
-        train(ROUNDS.replace("OUT", "run"))
+        train_recipe_text(ROUNDS.replace("OUT", "run"))
     assert seen == [f"train@2 {n}" for n in range(2, 8)], "no other stage is trained again"
-    assert differences(whole, everything("run")) == []
+    assert differing_keys(whole, everything("run")) == []
     assert any(key.startswith("query@2.labels.pt:index") for key in whole)
 
 
@@ -111,31 +111,31 @@ def test_a_loop_that_is_killed_in_its_second_round_ends_with_the_same_bits(whole
 def test_a_loop_that_is_killed_at_any_write_ends_with_the_same_bits(whole, seed):
     draws, kills = random.Random(seed), 0
     for kills in range(200):
-        with killing(draws.randint(5, 80) + 2 * kills), suppress(Killed):
-            train(ROUNDS.replace("OUT", "run"))
+        with kill_at_write(draws.randint(5, 80) + 2 * kills), suppress(KilledRun):
+            train_recipe_text(ROUNDS.replace("OUT", "run"))
             break
     assert kills >= 2
-    assert differences(whole, everything("run")) == []
+    assert differing_keys(whole, everything("run")) == []
 
 
 def test_what_is_missing_is_made_and_nothing_else(whole):
     """As a kill in the middle of making leaves it."""
-    with killed_at("train@2", 0):
-        train(ROUNDS.replace("OUT", "run"))
+    with kill_at_step("train@2", 0):
+        train_recipe_text(ROUNDS.replace("OUT", "run"))
     for name in ("soft", "means"):
-        RunFolder("run").made("query@2", name).unlink()
-    kept = RunFolder("run").made("query@2", "labels").stat().st_mtime_ns
-    train(ROUNDS.replace("OUT", "run"))
-    assert RunFolder("run").made("query@2", "labels").stat().st_mtime_ns == kept
-    assert differences(whole, everything("run")) == []
+        RunFolder("run").artifact("query@2", name).unlink()
+    kept = RunFolder("run").artifact("query@2", "labels").stat().st_mtime_ns
+    train_recipe_text(ROUNDS.replace("OUT", "run"))
+    assert RunFolder("run").artifact("query@2", "labels").stat().st_mtime_ns == kept
+    assert differing_keys(whole, everything("run")) == []
 
 
 def test_a_damaged_thing_is_made_again(whole):
-    with killed_at("train@2", 0):
-        train(ROUNDS.replace("OUT", "run"))
-    RunFolder("run").made("query@2", "means").write_bytes(b"PK nothing")
-    train(ROUNDS.replace("OUT", "run"))
-    assert differences(whole, everything("run")) == []
+    with kill_at_step("train@2", 0):
+        train_recipe_text(ROUNDS.replace("OUT", "run"))
+    RunFolder("run").artifact("query@2", "means").write_bytes(b"PK nothing")
+    train_recipe_text(ROUNDS.replace("OUT", "run"))
+    assert differing_keys(whole, everything("run")) == []
 
 
 def test_the_budget_and_the_memory_are_never_exceeded(whole, monkeypatch):
@@ -153,7 +153,7 @@ def test_the_budget_and_the_memory_are_never_exceeded(whole, monkeypatch):
         step(self, window)
 
     monkeypatch.setattr(Runner, "step", stepping)
-    train(ROUNDS.replace("OUT", "again"))
+    train_recipe_text(ROUNDS.replace("OUT", "again"))
     # labels shown in one epoch of query and in two of train: the first ones, then those that were asked for
     assert known == {"query@1": 8, "train@1": 2 * 16, "query@2": 16, "train@2": 2 * 18}
 
@@ -168,7 +168,7 @@ def test_a_stage_reads_the_dataset_that_another_made(whole):
         told["maker"] == "soft_labels" and told["source"]["name"] == "train" and told["checksum"] == stored["checksum"]
     )
     assert told["roles"]["teacher"] == manifest["roles"]["teacher"]["weights"]["sha256"]
-    assert told["told"] == {"soft": 64, "hard": 0, "left out": 0}
+    assert told["summary"] == {"soft": 64, "hard": 0, "left out": 0}
     assert manifest["parts"]["maker soft_labels"] == 1 and manifest["parts"]["selector entropy"] == 1
 
 
@@ -187,24 +187,24 @@ def test_a_stage_reads_the_choice_that_another_made(monkeypatch):
         step(self, window)
 
     monkeypatch.setattr(Runner, "step", stepping)
-    train(text.replace("OUT", "run"))
+    train_recipe_text(text.replace("OUT", "run"))
     assert seen == set(content("run", "query@1.memory")["index"].tolist())
 
 
 def test_made_things_are_a_function_of_recipe_and_seed():
-    train(ROUNDS.replace("OUT", "one"))
-    train(ROUNDS.replace("OUT", "two"), "log_every=3", "checkpoint_every=null")
-    train(ROUNDS.replace("OUT", "other"), "seed=2")
-    assert differences(made("one"), made("two")) == []
-    assert differences(made("one"), made("other"))
+    train_recipe_text(ROUNDS.replace("OUT", "one"))
+    train_recipe_text(ROUNDS.replace("OUT", "two"), "log_every=3", "checkpoint_every=null")
+    train_recipe_text(ROUNDS.replace("OUT", "other"), "seed=2")
+    assert differing_keys(made("one"), made("two")) == []
+    assert differing_keys(made("one"), made("other"))
 
 
 def test_fresh_begins_without_what_was_made(whole):
-    made = RunFolder("whole").made("query@1", "means")
+    made = RunFolder("whole").artifact("query@1", "means")
     made.write_bytes(b"left by the run before")
-    train(ROUNDS.replace("OUT", "whole"), "fresh=true")
+    train_recipe_text(ROUNDS.replace("OUT", "whole"), "fresh=true")
     assert made.read_bytes() != b"left by the run before"
-    assert differences(whole, everything("whole")) == []
+    assert differing_keys(whole, everything("whole")) == []
 
 
 MEANS = (
@@ -226,7 +226,7 @@ out: run
 
 
 def test_a_term_reads_the_tensor_that_another_stage_made(networks):
-    train(MEANS)
+    train_recipe_text(MEANS)
     logits, means = content("run", "look.logits")["value"], content("run", "look.means")["value"]
     assert logits.shape == (64, 4) and means.shape == (4, 12)
     teacher = networks[-1].role("teacher").model
@@ -282,13 +282,13 @@ out: run
 
 def test_the_model_that_was_found_is_what_is_trained():
     """The candidate with the teacher's own architecture is not the first one, which the plan rehearses."""
-    loaded = recipe(SEARCH)
+    loaded = recipe_from_text(SEARCH)
     role = loaded.stages[1].roles["student"]
     assert role.model is not None and (role.artifact, role.model.params) == ("find.net", {"norm": "batch"})
     assert plan_stages(loaded)[1].roles["student"].parameters > 0
-    outcome = train(SEARCH)
+    outcome = train_recipe_text(SEARCH)
     found = content("run", "find.net")
-    scores = read_json("run/manifest.json")["made"]["find.net"]["told"]["scores"]
+    scores = read_json("run/manifest.json")["made"]["find.net"]["summary"]["scores"]
     assert set(scores) == {"a", "b"}
     chosen = max(scores, key=scores.get)
     assert found["params"] == ({"norm": "batch"} if chosen == "a" else {})
@@ -321,7 +321,7 @@ out: run
 
 
 def test_weights_are_averaged_and_frozen_roles_are_handed_on():
-    train(MIXED)
+    train_recipe_text(MIXED)
     apart = torch.load("run/checkpoints/stage_apart.pt", weights_only=True)["models"]
     merged = torch.load("run/checkpoints/last.pt", weights_only=True)["models"]
     for name, value in merged["a"].items():
@@ -337,7 +337,7 @@ def test_a_part_of_a_frozen_role_is_handed_on():
         "models: {a: {weights: {stage: apart, role: [a, b]}}, old: {weights: {stage: apart}}, head: null}",
         "models: {a: {weights: {stage: apart, role: head, rename: {'': 'conv1.'}, strict: false}}}",
     )
-    train(text)
+    train_recipe_text(text)
     apart = torch.load("run/checkpoints/stage_apart.pt", weights_only=True)["models"]
     merged = torch.load("run/checkpoints/last.pt", weights_only=True)["models"]["a"]
     assert set(apart["head"]) == {"weight", "bias"}
@@ -348,7 +348,7 @@ def test_a_part_of_a_frozen_role_is_handed_on():
 def test_networks_of_different_shape_are_not_averaged():
     text = MIXED.replace("b: {model: t_conv}", "b: {model: {type: t_conv, norm: batch}}")
     with pytest.raises(UserError, match=r"weights of 'a' and 'b' cannot be averaged: they differ in "):
-        train(text)
+        train_recipe_text(text)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_networks_of_different_shape_are_not_averaged():
     ],
 )
 def test_what_cannot_be_made_is_refused_by_check(right, wrong, said):
-    loaded = recipe(ROUNDS.replace("OUT", "run").replace(right, wrong))
+    loaded = recipe_from_text(ROUNDS.replace("OUT", "run").replace(right, wrong))
     if said:
         with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
             plan_stages(loaded)
@@ -378,27 +378,27 @@ def test_a_maker_over_noise_cannot_ask_a_role_that_sees_images():
     text = ROUNDS.replace("OUT", "run").replace("stages:", noise, 1)
     text = text.replace("{type: soft_labels, teacher", "{type: soft_labels, source: noise, teacher")
     with pytest.raises(ConfigError, match=r"source 'noise', which has no field 'image' for role 'teacher'"):
-        plan_stages(recipe(text))
+        plan_stages(recipe_from_text(text))
 
 
 def test_check_needs_nothing_that_is_made():
-    loaded = recipe(ROUNDS.replace("OUT", "run"))
+    loaded = recipe_from_text(ROUNDS.replace("OUT", "run"))
     plans = plan_stages(loaded)
     assert [plan.stage.name for plan in plans] == ["query@1", "train@1", "query@2", "train@2"]
     assert plans[1].specs["train"].fields["soft"] == ((4,), "float32") and not Path("run").exists()
-    train(ROUNDS.replace("OUT", "run"))
-    files = made_files(loaded, RunFolder("run"))
+    train_recipe_text(ROUNDS.replace("OUT", "run"))
+    files = find_artifact_files(loaded, RunFolder("run"))
     assert set(files) == {f"query@{n}.{name}" for n in (1, 2) for name in ("labels", "memory", "soft", "means")}
 
 
 def test_two_processes_make_what_one_makes():
     """What depends on no training: the teacher's soft labels and class means. One process writes, both read."""
     for out, count, size in (("one", 1, 16), ("two", 2, 8)):
-        recipe(ROUNDS.replace("OUT", out).replace("batch_size: 16", f"batch_size: {size}").replace("norm: batch, ", ""))
+        recipe_from_text(ROUNDS.replace("OUT", out).replace("batch_size: 16", f"batch_size: {size}").replace("norm: batch, ", ""))
         done = run_command("own.yaml", processes=count)
         assert done.returncode == 0, done.stderr
     for name in ("soft", "means", "memory"):
-        one, two = (dict(flat(content(out, f"query@1.{name}"))) for out in ("one", "two"))
+        one, two = (dict(flatten_tree(content(out, f"query@1.{name}"))) for out in ("one", "two"))
         assert [k for k in one if one[k] != two[k] and not k.startswith("provenance")] == []
     assert len(content("two", "query@2.labels")["index"]) == 18
 
@@ -406,7 +406,7 @@ def test_two_processes_make_what_one_makes():
 def test_a_finished_run_can_be_measured_again():
     from kdbench.experiment.reopened import reevaluate
 
-    outcome = train(SEARCH)
+    outcome = train_recipe_text(SEARCH)
     scores = reevaluate(RunFolder("run"))
     last = outcome.summary["last"]["metrics"]["student"]["test"]
     assert scores["student"]["test"]["top1"] == last["top1"]

@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.kills import Killed, killed_at, killing
-from helpers.recipes import DATA, command, differences, environment, parts, recipe, result_of, train  # noqa: F401
+from helpers.kills import KilledRun, kill_at_step, kill_at_write
+from helpers.recipes import (  # noqa: F401
+    SYNTHETIC_DATA,
+    comparable_results,
+    differing_keys,
+    plugin_registration,
+    recipe_from_text,
+    subprocess_environment,
+    train_command,
+    train_recipe_text,
+)
 from kdbench.engine.train.runner import Runner
 
 TEACHER = """
@@ -63,7 +72,7 @@ out: OUT
 
 
 def text_of(steps: int = 2, out: str = "run") -> str:
-    Path("teacher.yaml").write_text(DATA + TEACHER)
+    Path("teacher.yaml").write_text(SYNTHETIC_DATA + TEACHER)
     return RECIPE.replace("STEPS", str(steps)).replace("OUT", out)
 
 
@@ -71,28 +80,28 @@ def until_it_ends(text: str, seed: int) -> int:
     """Repeats a command that is killed again and again, on average a little later each time; returns how often."""
     draws = random.Random(seed)
     for kills in range(200):
-        with killing(draws.randint(5, 50) + 2 * kills), suppress(Killed):
-            train(text)
+        with kill_at_write(draws.randint(5, 50) + 2 * kills), suppress(KilledRun):
+            train_recipe_text(text)
             return kills
     raise AssertionError("it never ended")
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_is_killed_at_any_write_ends_with_the_same_bits(steps):
-    train(text_of(steps, "whole"), "runs=whole-runs")
-    whole = result_of("whole")
+    train_recipe_text(text_of(steps, "whole"), "runs=whole-runs")
+    whole = comparable_results("whole")
     assert any(key.startswith("metrics:") for key in whole) and any("optimizers" in key for key in whole)
     kills = until_it_ends(text_of(steps) + "runs: runs\n", steps)
     assert kills >= 4
-    assert differences(whole, result_of("run")) == []
+    assert differing_keys(whole, comparable_results("run")) == []
     teachers = [next(Path(runs, "teacher").iterdir()) for runs in ("whole-runs", "runs")]
-    assert differences(result_of(teachers[0]), result_of(teachers[1])) == []
+    assert differing_keys(comparable_results(teachers[0]), comparable_results(teachers[1])) == []
 
 
 def test_a_run_of_several_stages_goes_on_in_its_stage():
-    train(STAGES.replace("OUT", "whole"))
+    train_recipe_text(STAGES.replace("OUT", "whole"))
     assert until_it_ends(STAGES.replace("OUT", "run"), 4) >= 2
-    assert differences(result_of("whole"), result_of("run")) == []
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def test_the_second_stage_starts_from_what_the_first_one_left(monkeypatch):
@@ -105,8 +114,8 @@ def test_the_second_stage_starts_from_what_the_first_one_left(monkeypatch):
         started.append({n: v.clone() for n, v in self.network.role("student").model.state_dict().items()})
 
     monkeypatch.setattr(Runner, "__init__", beginning)
-    with killed_at("distil", 5):
-        train(STAGES.replace("OUT", "run"))
+    with kill_at_step("distil", 5):
+        train_recipe_text(STAGES.replace("OUT", "run"))
     artefact = torch.load("run/checkpoints/stage_hint.pt", weights_only=True)["models"]["student"]
     assert len(started) == 2 and all(torch.equal(artefact[name], started[1][name]) for name in artefact)
     assert any(not torch.equal(started[0][name], started[1][name]) for name in artefact)
@@ -114,7 +123,7 @@ def test_the_second_stage_starts_from_what_the_first_one_left(monkeypatch):
     assert (tree["stage"], tree["step"], tree["finished"]) == ("distil", 4, {"hint": 8})
 
     monkeypatch.setattr(Runner, "step", lambda self, w: (seen.append(f"{self.stage.name} {self.done}"), step(self, w)))
-    train(STAGES.replace("OUT", "run"))
+    train_recipe_text(STAGES.replace("OUT", "run"))
     assert seen == [f"distil {n}" for n in range(4, 8)], "the first stage is not trained again"
 
 
@@ -122,9 +131,9 @@ def test_the_second_stage_starts_from_what_the_first_one_left(monkeypatch):
 def test_leaving_out_part_of_the_state_is_noticed(monkeypatch, forgotten):
     """Negative control: the comparison sees each part of what a checkpoint holds, and nothing when all is there."""
     settings = ("log_every=3", "checkpoint_every.steps=2")  # the checkpoint of step 4 stands within a log interval
-    train(text_of(out="whole"), *settings)
-    with killed_at("main", 5):
-        train(text_of(), *settings)
+    train_recipe_text(text_of(out="whole"), *settings)
+    with kill_at_step("main", 5):
+        train_recipe_text(text_of(), *settings)
     original = Runner.load_state_dict
 
     def forgetting(self, state):
@@ -132,24 +141,24 @@ def test_leaving_out_part_of_the_state_is_noticed(monkeypatch, forgotten):
         original(self, {**state, **({forgotten: fresh[forgotten]} if forgotten else {})})
 
     monkeypatch.setattr(Runner, "load_state_dict", forgetting)
-    train(text_of(), *settings)
-    assert bool(differences(result_of("whole"), result_of("run"))) is bool(forgotten)
+    train_recipe_text(text_of(), *settings)
+    assert bool(differing_keys(comparable_results("whole"), comparable_results("run"))) is bool(forgotten)
 
 
 def test_the_draws_of_the_model_do_not_depend_on_what_was_drawn_before(monkeypatch):
     """Dropout goes on with the same masks although the generators start anew."""
-    train(text_of(out="whole"))
-    with killed_at("main", 6):
-        train(text_of())
+    train_recipe_text(text_of(out="whole"))
+    with kill_at_step("main", 6):
+        train_recipe_text(text_of())
     torch.manual_seed(12345)
     torch.rand(77)
-    train(text_of())
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(text_of())
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
     monkeypatch.setattr(
         "kdbench.engine.train.runner.derive", lambda *key: 1
     )  # negative control: other draws, other bits
-    train(text_of(out="other"))
-    assert differences(result_of("whole"), result_of("other"))
+    train_recipe_text(text_of(out="other"))
+    assert differing_keys(comparable_results("whole"), comparable_results("other"))
 
 
 def killed_by_signal(words: list[str], most: int, longest: float, seed: int) -> int:
@@ -160,7 +169,7 @@ def killed_by_signal(words: list[str], most: int, longest: float, seed: int) -> 
     draws = random.Random(seed)
     for kills in range(most + 1):
         process = subprocess.Popen(
-            command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            train_command(*words), env=subprocess_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         try:
             _, said = process.communicate(timeout=draws.uniform(0.3, 1.0) * longest if kills < most else 600)
@@ -181,13 +190,13 @@ def run_whole(words: list[str]) -> float:
 
 
 def test_sigkill_at_random_moments_of_a_small_run():
-    Path("teacher.yaml").write_text(DATA + TEACHER.replace("epochs: 2", "epochs: 8"))
+    Path("teacher.yaml").write_text(SYNTHETIC_DATA + TEACHER.replace("epochs: 2", "epochs: 8"))
     text = RECIPE.replace("STEPS", "2").replace("OUT", "x").replace("epochs: 3", "epochs: 16")
-    Path("own.yaml").write_text(DATA + text)
+    Path("own.yaml").write_text(SYNTHETIC_DATA + text)
     seconds = run_whole(["own.yaml", "out=whole", "runs=one"])
     kills = killed_by_signal(["own.yaml", "out=run", "runs=two"], 3, seconds, seed=1)
     assert kills >= 1
-    assert differences(result_of("whole"), result_of("run")) == []
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 @pytest.mark.slow
@@ -199,8 +208,8 @@ def test_sigkill_twenty_times_in_digits_kd():
     while kills < 20:
         words = [*settings, f"out=run{attempts}", f"runs=runs{attempts}"]
         kills += killed_by_signal(words, 20 - kills, 0.6 * seconds, seed=attempts)
-        assert differences(result_of("whole"), result_of(f"run{attempts}")) == []
+        assert differing_keys(comparable_results("whole"), comparable_results(f"run{attempts}")) == []
         teachers = [next(Path(runs, "digits", "teacher").iterdir()) for runs in ("whole-runs", f"runs{attempts}")]
-        assert differences(result_of(teachers[0]), result_of(teachers[1])) == []
+        assert differing_keys(comparable_results(teachers[0]), comparable_results(teachers[1])) == []
         attempts += 1
     assert kills == 20

@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.recipes import DATA, Quiet, differences, parts, recipe, result_of, same, train  # noqa: F401
+from helpers.recipes import (  # noqa: F401
+    SYNTHETIC_DATA,
+    QuietConsole,
+    comparable_results,
+    differing_keys,
+    equal_weights,
+    plugin_registration,
+    recipe_from_text,
+    train_recipe_text,
+)
 from kdbench import files
 from kdbench.engine.state import checkpoint
-from kdbench.engine.train.loop import Training
+from kdbench.engine.train.loop import TrainingLoop
 from kdbench.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from kdbench.experiment.run import run as run_experiment
 from kdbench.files import read_json, read_json_lines
@@ -39,7 +48,7 @@ def step_of(file: Path | str = "run/checkpoints/last.pt") -> int:
 
 
 def test_a_run_leaves_everything():
-    outcome = train(TINY.replace("tensorboard: false", "tensorboard: true") + "validation: 0.25\nema: 0.9\n")
+    outcome = train_recipe_text(TINY.replace("tensorboard: false", "tensorboard: true") + "validation: 0.25\nema: 0.9\n")
     folder = RunFolder("run")
     for path in (folder.recipe, folder.manifest, folder.metrics, folder.summary, folder.last, folder.best):
         assert path.is_file(), path
@@ -56,50 +65,50 @@ def test_a_run_leaves_everything():
 
 
 def test_a_finished_run_is_not_trained_again(monkeypatch):
-    first = train(TINY)
-    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("it trained"))
-    again = train(TINY)
-    assert again.repeated and json.dumps(again.summary) == json.dumps(read_json("run/summary.json"))
-    assert again.summary["last"] == read_json("run/summary.json")["last"] and not first.repeated
+    first = train_recipe_text(TINY)
+    monkeypatch.setattr(TrainingLoop, "run", lambda self: pytest.fail("it trained"))
+    again = train_recipe_text(TINY)
+    assert again.already_finished and json.dumps(again.summary) == json.dumps(read_json("run/summary.json"))
+    assert again.summary["last"] == read_json("run/summary.json")["last"] and not first.already_finished
 
 
 def test_fresh_trains_anew():
-    train(TINY)
+    train_recipe_text(TINY)
     before = RunFolder("run").last.stat().st_mtime_ns
-    assert not train(TINY, "fresh=true").repeated
+    assert not train_recipe_text(TINY, "fresh=true").already_finished
     assert RunFolder("run").last.stat().st_mtime_ns > before
 
 
 def test_a_changed_recipe_into_the_same_folder_is_refused_in_words():
-    train(TINY)
+    train_recipe_text(TINY)
     kept = weights()
     for change in ("terms.ce.weight=0.5", "seed=2", "epochs=4", "dataset.samples=32"):
         with pytest.raises(UserError, match=r"run holds another run.*out=DIR.*fresh=true"):
-            train(TINY, change)
-    assert same(kept, weights())
-    train(TINY, "log_every=1")  # says how often something is written, not what is computed
+            train_recipe_text(TINY, change)
+    assert equal_weights(kept, weights())
+    train_recipe_text(TINY, "log_every=1")  # says how often something is written, not what is computed
 
 
 def test_an_interrupted_run_of_another_recipe_is_refused_too(monkeypatch):
     interrupt(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY)
+        train_recipe_text(TINY)
     with pytest.raises(UserError, match="run holds another run"):
-        train(TINY, "seed=2")
+        train_recipe_text(TINY, "seed=2")
 
 
 def test_a_folder_of_the_users_own_is_not_touched():
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"run is not empty.*out=DIR"):
-        train(TINY)
+        train_recipe_text(TINY)
     assert [path.name for path in Path("run").iterdir()] == ["thesis.txt"]
 
 
 def test_two_processes_cannot_write_into_one_folder():
     with RunFolder("run").lock(), pytest.raises(UserError, match=r"run is in use by process \d+"):
-        train(TINY)
-    train(TINY)
+        train_recipe_text(TINY)
+    train_recipe_text(TINY)
 
 
 def interrupt(monkeypatch, after: int) -> None:
@@ -118,13 +127,13 @@ def interrupt(monkeypatch, after: int) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(monkeypatch):
-    train(TINY, "out=whole")
+    train_recipe_text(TINY, "out=whole")
     interrupt(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY)
+        train_recipe_text(TINY)
     assert RunFolder("run").status() == "interrupted" and step_of() == 4
-    train(TINY)
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(TINY)
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 NAN = TINY.replace("{ce: cross_entropy}", "{ce: cross_entropy, odd: {type: t_nan, at: AT}}")
@@ -134,23 +143,23 @@ NAN = TINY.replace("{ce: cross_entropy}", "{ce: cross_entropy, odd: {type: t_nan
 def test_a_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(at):
     text = NAN.replace("AT", str(at)) + "checkpoint_every: {steps: 2}\n"
     with pytest.raises(TrainingError, match=rf"own.yaml:4 terms.odd: .*'odd' \(t_nan\) is not finite since step {at} "):
-        train(text)
+        train_recipe_text(text)
     good = step_of()
     assert good == (at - 1) // 2 * 2
     assert all(value.isfinite().all() for value in weights().values())
     healthy = TINY.replace("{ce: cross_entropy}", "{ce: cross_entropy, odd: {type: t_nan, at: 999}}")
-    train(
+    train_recipe_text(
         healthy + f"checkpoint_every: {{steps: 2}}\nsteps: {good}\n".replace("steps: 0", "steps: 1"),
         "~epochs",
         "out=ok",
     )
     if good:
-        assert same(weights(), weights("ok/checkpoints/last.pt"))
+        assert equal_weights(weights(), weights("ok/checkpoints/last.pt"))
     manifest = read_json("run/manifest.json")
     assert manifest["status"] == "failed" and "not finite" in manifest["reason"]
     bits = Path("run/checkpoints/last.pt").read_bytes()
     with pytest.raises(TrainingError, match=f"since step {at} "):  # the same command goes on, and meets it again
-        train(text)
+        train_recipe_text(text)
     assert Path("run/checkpoints/last.pt").read_bytes() == bits
 
 
@@ -160,18 +169,18 @@ def test_a_repeated_command_goes_on_from_the_good_checkpoint(monkeypatch):
 
     text = NAN.replace("AT", "7") + "checkpoint_every: {steps: 2}\n"
     with pytest.raises(TrainingError):
-        train(text)
+        train_recipe_text(text)
     monkeypatch.setattr(torch, "nan", 0.0)
     assert plugin_parts.torch is torch
-    train(text, "out=whole")
-    train(text)
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(text, "out=whole")
+    train_recipe_text(text)
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint():
     text = TINY.replace("{ce: cross_entropy}", "{ce: cross_entropy, odd: {type: t_bad_gradient, at: 8}}")
     with pytest.raises(TrainingError, match=r"not finite after step 8 .*student\.layer1.*gradient"):
-        train(text + "checkpoint_every: {steps: 1}\n")
+        train_recipe_text(text + "checkpoint_every: {steps: 1}\n")
     assert step_of() == 7 and all(value.isfinite().all() for value in weights().values())
 
 
@@ -194,36 +203,36 @@ def no_space(monkeypatch, name: str, after: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "summary.json", "manifest.json"])
 def test_no_space_left_loses_nothing(monkeypatch, name):
-    train(TINY, "out=whole")
+    train_recipe_text(TINY, "out=whole")
     seen = no_space(monkeypatch, name, 2 if name == "last.pt" else 1)
     with pytest.raises(TrainingError, match=rf"no space left.*{name}.*what was saved\s+stays"):
-        train(TINY)
+        train_recipe_text(TINY)
     assert seen[0] >= 1
     if name == "last.pt":
         tree, _ = checkpoint.load(RunFolder("run").last)
         assert tree is not None and tree["step"] == 4
     assert not list(Path("run").rglob("*.tmp"))
-    train(TINY)
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(TINY)
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def unfinished(monkeypatch, after: int = 9) -> RunFolder:
     interrupt(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY)
+        train_recipe_text(TINY)
     return RunFolder("run")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_notice(monkeypatch, share):
-    train(TINY, "out=whole")
+    train_recipe_text(TINY, "out=whole")
     folder = unfinished(monkeypatch)
     content = folder.last.read_bytes()
     folder.last.write_bytes(content[: int(len(content) * share)])
-    console = Quiet()
-    train(TINY, console=console)
+    console = QuietConsole()
+    train_recipe_text(TINY, console=console)
     assert any("last.pt" in text and "damaged" in text and "the one before" in text for text in console.notices)
-    assert differences(result_of("whole"), result_of("run")) == []
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def test_two_damaged_checkpoints_are_told_and_left_alone(monkeypatch):
@@ -232,9 +241,9 @@ def test_two_damaged_checkpoints_are_told_and_left_alone(monkeypatch):
         assert file.exists()
         file.write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(CheckpointError, match=r"last\.pt .*last\.pt\.previous .*fresh=true"):
-        train(TINY)
+        train_recipe_text(TINY)
     assert folder.last.read_bytes() == b"PK\x03\x04 nothing"
-    assert not train(TINY, "fresh=true").repeated
+    assert not train_recipe_text(TINY, "fresh=true").already_finished
 
 
 def test_a_checkpoint_of_another_kind_is_no_checkpoint(monkeypatch):
@@ -242,16 +251,16 @@ def test_a_checkpoint_of_another_kind_is_no_checkpoint(monkeypatch):
     for file in (folder.last, folder.last.with_name("last.pt.previous")):
         torch.save({"state_dict": {}}, file)
     with pytest.raises(CheckpointError, match="no checkpoint of kdbench"):
-        train(TINY)
+        train_recipe_text(TINY)
 
 
 def test_a_missing_newest_checkpoint_is_the_previous_one(monkeypatch):
     """Where a kill between the renaming of the old and of the new one leaves the folder."""
-    train(TINY, "out=whole")
+    train_recipe_text(TINY, "out=whole")
     folder = unfinished(monkeypatch)
     folder.last.unlink()
-    train(TINY)
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(TINY)
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def test_checkpoints_by_steps_and_by_minutes(monkeypatch):
@@ -264,21 +273,21 @@ def test_checkpoints_by_steps_and_by_minutes(monkeypatch):
         original(path, tree, **options)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    train(TINY + "checkpoint_every: {steps: 3}\n")
+    train_recipe_text(TINY + "checkpoint_every: {steps: 3}\n")
     assert saved == [3, 4, 6, 8, 9, 12]
     saved.clear()
-    train(TINY + "checkpoint_every: {minutes: 1.0e-9}\n", "out=often")
+    train_recipe_text(TINY + "checkpoint_every: {minutes: 1.0e-9}\n", "out=often")
     assert saved == list(range(1, 13))
     saved.clear()
-    train(TINY + "checkpoint_every: {steps: 100, minutes: 1.0e-9}\n", "out=both")
+    train_recipe_text(TINY + "checkpoint_every: {steps: 100, minutes: 1.0e-9}\n", "out=both")
     assert saved == list(range(1, 13))
     saved.clear()
-    train(TINY, "out=seldom")
+    train_recipe_text(TINY, "out=seldom")
     assert saved == [4, 8, 12]
 
 
 def test_the_best_epoch_is_kept_with_its_weights():
-    outcome = train(TINY + "validation: 0.25\nkeep_epochs: [1, 2, 3]\n", "epochs=5", data=DATA.replace("64", "96"))
+    outcome = train_recipe_text(TINY + "validation: 0.25\nkeep_epochs: [1, 2, 3]\n", "epochs=5", data=SYNTHETIC_DATA.replace("64", "96"))
     best = outcome.summary["best"]["epoch"]
     lines = [
         x for x in read_json_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "validation"
@@ -288,29 +297,29 @@ def test_the_best_epoch_is_kept_with_its_weights():
         e for e, s in scores.items() if s == max(scores.values())
     )
     if best <= 3:
-        assert same(weights("run/checkpoints/best.pt"), weights(f"run/checkpoints/epoch_{best:04d}.pt"))
+        assert equal_weights(weights("run/checkpoints/best.pt"), weights(f"run/checkpoints/epoch_{best:04d}.pt"))
     assert {file.name for file in Path("run/checkpoints").glob("epoch_*")} == {f"epoch_{n:04d}.pt" for n in (1, 2, 3)}
 
 
 def test_every_evaluation_happens_when_the_recipe_says():
-    train(TINY + "eval_every: 2\n", "epochs=5")
+    train_recipe_text(TINY + "eval_every: 2\n", "epochs=5")
     lines = [x for x in read_json_lines("run/metrics.jsonl") if x["event"] == "evaluation" and x["split"] == "test"]
     assert sorted({x["epoch"] for x in lines}) == [2, 4, 5]
 
 
 def test_zero_epochs_only_evaluate():
-    outcome = train(TINY, "epochs=0")
+    outcome = train_recipe_text(TINY, "epochs=0")
     assert outcome.summary["last"]["metrics"]["student"]["test"]["nll"] > 0
-    assert train(TINY, "epochs=0").repeated
+    assert train_recipe_text(TINY, "epochs=0").already_finished
 
 
 def test_two_experiments_in_one_process_do_not_change_each_other():
     other = TINY.replace("t_layers, norm: batch", "t_layers, dropout: 0.5").replace("lr: 0.1", "lr: 0.3") + "seed: 7\n"
-    train(TINY, "out=a")
-    train(other + "precision: float64\nema: 0.5\n", "out=b")
-    train(TINY, "out=c")
-    assert differences(result_of("a"), result_of("c")) == []
-    assert differences(result_of("a"), result_of("b"))
+    train_recipe_text(TINY, "out=a")
+    train_recipe_text(other + "precision: float64\nema: 0.5\n", "out=b")
+    train_recipe_text(TINY, "out=c")
+    assert differing_keys(comparable_results("a"), comparable_results("c")) == []
+    assert differing_keys(comparable_results("a"), comparable_results("b"))
 
 
 def test_a_run_leaves_no_global_setting_behind():
@@ -324,7 +333,7 @@ def test_a_run_leaves_no_global_setting_behind():
         torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
     )
-    train(TINY + "precision: tf32\n")
+    train_recipe_text(TINY + "precision: tf32\n")
     after = (
         torch.get_rng_state(),
         torch.get_default_dtype(),
@@ -340,26 +349,26 @@ def test_a_run_leaves_no_global_setting_behind():
 def test_a_frozen_role_below_its_accuracy_is_refused_before_training():
     text = TINY.replace("terms: {ce", "teacher: {model: t_layers, require: {top1: 99}}\nterms: {kd: kd, ce")
     with pytest.raises(TrainingError, match=r"own.yaml:4 teacher.*99"):
-        train(text)
+        train_recipe_text(text)
     assert not RunFolder("run").last.exists()
 
 
 def test_a_mistake_is_told_before_anything_is_written():
     with pytest.raises(ConfigError):
-        train(TINY.replace("{ce: cross_entropy}", "{h: {type: hint, student: layer9, teacher: student:layer1}}"))
+        train_recipe_text(TINY.replace("{ce: cross_entropy}", "{h: {type: hint, student: layer9, teacher: student:layer1}}"))
     assert not Path("run").exists()
 
 
 def test_missing_data_leave_no_run_behind():
     with pytest.raises((DataError, ConfigError)):
-        train(TINY, data="dataset: {type: image_folder, folder: nowhere}\n")
+        train_recipe_text(TINY, data="dataset: {type: image_folder, folder: nowhere}\n")
     assert not Path("run/checkpoints").exists() or not any(Path("run/checkpoints").iterdir())
 
 
 def test_the_command_line_says_nan_in_one_paragraph_and_exits_with_2(capsys):
     from kdbench.cli.main import main
 
-    recipe(NAN.replace("AT", "5"))
+    recipe_from_text(NAN.replace("AT", "5"))
     assert main(["train", "own.yaml"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("kdbench: own.yaml:4 terms.odd: ") and "step 5" in said and "Traceback" not in said
@@ -369,7 +378,7 @@ def test_the_command_line_says_nan_in_one_paragraph_and_exits_with_2(capsys):
 def test_the_command_line_says_that_a_run_was_interrupted(monkeypatch, capsys):
     from kdbench.cli.main import main
 
-    recipe(TINY)
+    recipe_from_text(TINY)
     interrupt(monkeypatch, 6)
     assert main(["train", "own.yaml"]) == 130
     assert "goes on" in capsys.readouterr().err and step_of() == 4
@@ -389,23 +398,23 @@ def test_memory_that_runs_out_is_told_in_words_and_the_run_goes_on_later(error, 
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "run", out_of_memory)
+        patch.setattr(TrainingLoop, "run", out_of_memory)
         with pytest.raises(TrainingError, match=r"memory ran out on CPU.*smaller `batch_size`"):
-            train(TINY)
+            train_recipe_text(TINY)
         assert read_json("run/manifest.json")["status"] == "failed"
-        patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+        patch.setattr(TrainingLoop, "run", lambda self: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
         with pytest.raises(RuntimeError, match="a fault of ours"):
-            train(TINY)
-    assert train(TINY).summary["last"]
+            train_recipe_text(TINY)
+    assert train_recipe_text(TINY).summary["last"]
 
 
 def test_a_model_without_defaults_gets_what_the_dataset_tells():
-    outcome = train(TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required"))
+    outcome = train_recipe_text(TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required"))
     assert outcome.summary["last"]
 
 
 def test_missing_data_is_told_although_a_model_lacks_what_it_would_tell():
     text = TINY.replace("{model: {type: t_layers, norm: batch}}", "t_required")
-    loaded = recipe(text, data="dataset: {type: image_folder, root: nowhere, size: 8}\n")
+    loaded = recipe_from_text(text, data="dataset: {type: image_folder, root: nowhere, size: 8}\n")
     with pytest.raises(DataError, match=r"no folder .*nowhere"):
         run_experiment(loaded)

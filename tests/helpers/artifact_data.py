@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.recipes import Bench, sources_of
-from helpers.shipped_recipes import weights
+from helpers.recipes import StageHarness, stage_sources
+from helpers.shipped_recipes import saved_weights
 from kdbench.config.schema import Recipe
 from kdbench.experiment.run import Outcome
 from kdbench.registry import MODELS
 
 
-class Spy:
+class CallRecorder:
     """Records what a part is called with, and what it gives."""
 
     def __init__(self, patch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
@@ -31,22 +31,22 @@ class Spy:
         patch.setattr(kind, "forward", watched)
 
 
-def made(outcome: Outcome, name: str) -> dict[str, Any]:
+def artifact_content(outcome: Outcome, name: str) -> dict[str, Any]:
     """The content of `STAGE.NAME`."""
     return torch.load(Path(outcome.folder.path) / "stages" / f"{name}.pt", weights_only=True)
 
 
-def model(outcome: Outcome, role: str, stage: str, kind: str, **params: Any) -> nn.Module:
+def load_role_model(outcome: Outcome, role: str, stage: str, kind: str, **params: Any) -> nn.Module:
     """A role's model as a stage left it, in eval mode and double precision."""
     built = MODELS.build(kind, params, num_classes=10, in_channels=1, image_size=8)
-    built.load_state_dict(weights(outcome, role, stage))
+    built.load_state_dict(saved_weights(outcome, role, stage))
     return built.double().eval()
 
 
-def pool(recipe: Recipe, stage: str, source: str = "train") -> dict[str, Tensor]:
+def source_samples(recipe: Recipe, stage: str, source: str = "train") -> dict[str, Tensor]:
     """All samples of a source in the order of the split, images as evaluation sees them, in double precision."""
     config = next(s for s in recipe.stages if s.name == stage)
-    batches = list(sources_of(recipe, config)[source].in_order(512))
+    batches = list(stage_sources(recipe, config)[source].evaluation_batches(512))
     found = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     return {**found, "image": found["image"].double()}
 
@@ -62,11 +62,11 @@ def greedy_k_center(points: Tensor, centres: list[int], count: int) -> list[int]
     return chosen
 
 
-def top(scores: Tensor, count: int) -> set[int]:
+def top_rows_by_score(scores: Tensor, count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda row: -float(scores[row]))[:count])
 
 
-def first_move(bench: Bench, loss: Any, *, role: str = "student", source: str = "train") -> float:
+def first_step_error(bench: StageHarness, loss: Any, *, role: str = "student", source: str = "train") -> float:
     """How far the first step of a role, the student, is from that of plain SGD on `loss(batch)`; best: 0.
 
     Args:

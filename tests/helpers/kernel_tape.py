@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Tape(TorchDispatchMode):
+class KernelTape(TorchDispatchMode):
     """Notes every kernel with its arguments and results, and undoes what it did.
 
     As with a CUDA graph, recording changes nothing, and a replay runs no Python of the step: it reads and writes the
@@ -55,8 +55,8 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """What `kdbench.speed.cuda_graph` records with here. `fails`: how many recordings fail first."""
 
-    def __init__(self, fails: int = 0) -> None:
-        self.fails = fails
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
         self.recordings = self.replays = self.forgotten = 0
 
     @contextlib.contextmanager
@@ -67,10 +67,10 @@ class TapeRecorder:
         self.forgotten += 1
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self.fails:
-            self.fails -= 1
+        if self.failures:
+            self.failures -= 1
             raise RuntimeError("an illegal operation was captured")
-        tape, draws = Tape(), torch.get_rng_state()
+        tape, draws = KernelTape(), torch.get_rng_state()
         try:
             with tape:
                 work()

@@ -12,24 +12,24 @@ from kdbench import files
 from kdbench.engine.train.runner import Runner
 
 
-class Killed(BaseException):
+class KilledRun(BaseException):
     """Ends a run where it stands, like a signal."""
 
 
 @contextmanager
-def killing(after: int) -> Iterator[None]:
+def kill_at_write(write_number: int) -> Iterator[None]:
     """Kills a run of this process at its nth write to the disk: before a write, within one, or before a rename."""
     count = itertools.count(1)
     write, replace, fsync = files.os.write, files.os.replace, files.os.fsync
 
     def die() -> None:
-        if next(count) >= after:
-            raise Killed
+        if next(count) >= write_number:
+            raise KilledRun
 
     def half(file: int, content: bytes) -> int:
-        if next(count) >= after:
+        if next(count) >= write_number:
             write(file, content[: len(content) // 2])
-            raise Killed
+            raise KilledRun
         return write(file, content)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,15 +40,15 @@ def killing(after: int) -> Iterator[None]:
 
 
 @contextmanager
-def killed_at(stage: str, step: int) -> Iterator[None]:
+def kill_at_step(stage: str, step: int) -> Iterator[None]:
     """Expects a run that is killed before a step (from 0) of a stage."""
     original = Runner.step
 
     def stepping(self: Runner, window: list) -> None:
-        if (self.stage.name, self.done) == (stage, step):
-            raise Killed
+        if (self.stage.name, self.steps_done) == (stage, step):
+            raise KilledRun
         original(self, window)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledRun):
         patch.setattr(Runner, "step", stepping)
         yield

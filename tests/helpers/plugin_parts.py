@@ -41,7 +41,7 @@ class Counted(nn.Module):
 
 
 @MODELS.register("t_required", version=1)
-def required(num_classes: int, in_channels: int) -> nn.Module:
+def RequiredArguments(num_classes: int, in_channels: int) -> nn.Module:
     """Has no default for what the dataset tells."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * in_channels, num_classes))
 
@@ -100,7 +100,7 @@ class MixesRows(OneLinear):
 
 
 @MODELS.register("t_draws", version=1)
-class Draws(OneLinear):
+class AlwaysDropout(OneLinear):
     """A linear layer with dropout that eval mode does not end."""
 
     def forward(self, image: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Tokens(nn.Module):
 
 
 @MODELS.register("t_two", version=1)
-class Two(nn.Module):
+class ImageAndVector(nn.Module):
     """Sees an image and a vector."""
 
     def __init__(self, num_classes: int = 4) -> None:
@@ -173,7 +173,7 @@ class Two(nn.Module):
 
 
 @MODELS.register("t_twice", version=1)
-class Twice(nn.Module):
+class RepeatedLayer(nn.Module):
     """Calls one layer twice, a layer with a keyword argument, an in-place ReLU, and overwrites a layer's output."""
 
     def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8) -> None:
@@ -284,7 +284,7 @@ class Scaled(Term):
 
 
 @TERMS.register("t_owner", space="row")
-class Owner(Term):
+class LearnableBias(Term):
     """Has a parameter of its own: (student - bias)^2."""
 
     def __init__(self) -> None:
@@ -308,7 +308,7 @@ class ModelTerm(Term):
 
 
 @TERMS.register("t_picky", space="row")
-class Picky(Term):
+class RejectingTerm(Term):
     """Refuses what it is given, in words."""
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -319,7 +319,7 @@ class Picky(Term):
 
 
 @MODELS.register("t_refusing", version=1)
-class Refusing(nn.Module):
+class RejectingModel(nn.Module):
     """Refuses its parameters, as networks of a fixed depth do."""
 
     def __init__(self, depth: int = 9) -> None:
@@ -328,7 +328,7 @@ class Refusing(nn.Module):
 
 
 @TERMS.register("t_coupled", space="batch")
-class Coupled(Term):
+class BatchMeanDistance(Term):
     """The distance of the batch's means: it takes no weights."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -369,7 +369,7 @@ class ReadsMask(Term):
 
 
 @TERMS.register("t_dies", space="row")
-class Dies(Term):
+class CrashingTerm(Term):
     """Ends the process without a word at its nth training step, unless there is a file `alive`."""
 
     def __init__(self, at: int = 5) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-KD = """\
+KD_RECIPE = """\
 dataset: digits
 teacher: digits_cnn
 student: digits_mlp

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import PartConfig, Recipe, SourceConfig, StageConfig
-from kdbench.data.describe import describe, describe_all
+from kdbench.data.describe import describe_source, describe_sources
 from kdbench.data.loading.build import build_sources
 from kdbench.data.loading.source import Source
 from kdbench.engine.distributed.world import World
@@ -38,47 +38,47 @@ from kdbench.experiment.run import Outcome
 from kdbench.experiment.run import run as run_experiment
 from kdbench.files import read_json, read_json_lines
 from kdbench.registry import MODELS, REGISTRIES
-from kdbench.report.console import ConsoleView
-from kdbench.report.tracking import TIME_FIELDS
+from kdbench.report.console import ConsoleReporter
+from kdbench.report.tracking import TIMING_FIELDS
 from kdbench.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).parents[1]
 
-DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 64}\n"
+SYNTHETIC_DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 64}\n"
 """The data of most recipes here; followed by the recipe's own lines."""
 
 
-def use_plugin() -> None:
+def register_plugin_parts() -> None:
     for registry in REGISTRIES.values():
-        registry.scan("helpers.plugin_parts")
+        registry.add_plugin("helpers.plugin_parts")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parts() -> Iterator[None]:
+def plugin_registration() -> Iterator[None]:
     """Declares the parts of `helpers.plugin_parts` for one test module."""
-    use_plugin()
+    register_plugin_parts()
     yield
     for registry in REGISTRIES.values():
-        for name, entry in list(registry._extra.items()):
+        for name, entry in list(registry._plugin_entries.items()):
             if entry.module == "helpers.plugin_parts":
-                del registry._extra[name]
+                del registry._plugin_entries[name]
 
 
-def recipe(text: str, *overrides: str, name: str = "own", data: str = DATA) -> Recipe:
+def recipe_from_text(text: str, *overrides: str, name: str = "own", data: str = SYNTHETIC_DATA) -> Recipe:
     """Writes `data` and `text` into `<name>.yaml` of the current folder, and loads it."""
     file = Path(f"{name}.yaml")
     file.write_text(data + textwrap.dedent(text), encoding="utf-8")
     return load_recipe(str(file), list(overrides))
 
 
-def plan_of(loaded: Recipe, stage: int = 0, world_size: int = 1) -> StagePlan:
+def stage_plan(loaded: Recipe, stage: int = 0, world_size: int = 1) -> StagePlan:
     config = loaded.stages[stage]
-    specs = describe_all(config.data, config.validation, loaded.data_root)
+    specs = describe_sources(config.data, config.validation, loaded.data_root)
     return plan_stage(config, specs, loaded, world_size=world_size)
 
 
-def sources_of(loaded: Recipe, stage: StageConfig, device: torch.device = CPU) -> dict[str, Source]:
+def stage_sources(loaded: Recipe, stage: StageConfig, device: torch.device = CPU) -> dict[str, Source]:
     dtype = torch.float64 if stage.precision == "float64" else torch.float32
     return build_sources(
         stage.data,
@@ -91,7 +91,7 @@ def sources_of(loaded: Recipe, stage: StageConfig, device: torch.device = CPU) -
 
 
 @dataclass
-class Bench:
+class StageHarness:
     """One stage of a recipe, ready to step, without a folder or logs."""
 
     recipe: Recipe
@@ -102,9 +102,9 @@ class Bench:
     feed: Feed
 
     def windows(self) -> Iterator[list[Batch]]:
-        return self.feed.windows(self.runner.done)
+        return self.feed.windows(self.runner.steps_done)
 
-    def step(self, count: int = 1) -> Bench:
+    def step(self, count: int = 1) -> StageHarness:
         for window in itertools.islice(self.windows(), count):
             self.runner.begin_step()
             self.runner.step(window)
@@ -117,52 +117,52 @@ class Bench:
         return {name: value.clone() for name, value in self.model(role).state_dict().items()}
 
 
-def bench(loaded: Recipe | str, *overrides: str, stage: int = 0, device: torch.device = CPU) -> Bench:
+def build_stage(loaded: Recipe | str, *overrides: str, stage: int = 0, device: torch.device = CPU) -> StageHarness:
     """Plans and builds one stage as an experiment does; frozen roles have their initial weights."""
     if isinstance(loaded, str):
-        loaded = recipe(loaded, *overrides)
-    plan = plan_of(loaded, stage)
+        loaded = recipe_from_text(loaded, *overrides)
+    plan = stage_plan(loaded, stage)
     config = loaded.stages[stage]
-    sources = sources_of(loaded, config, device)
-    network = build_network(config, plan.layout, seed=loaded.seed, device=device)
+    sources = stage_sources(loaded, config, device)
+    network = build_network(config, plan.resolved_stage, seed=loaded.seed, device=device)
     if config.precision == "float64":
         network.double()
     feed = Feed(
-        {name: sources[name] for name in plan.layout.step_sources(config)},
+        {name: sources[name] for name in plan.resolved_stage.step_sources(config)},
         plan.train_source,
         config.accumulate,
     )
     runner = Runner(plan, loaded, network, device, steps_per_epoch=feed.steps_per_epoch, world=World())
-    return Bench(loaded, plan, network, runner, sources, feed)
+    return StageHarness(loaded, plan, network, runner, sources, feed)
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def equal_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def step_without_reading(of: Bench, steps: int = 2) -> None:
+def step_on_fake_tensors(harness: StageHarness, steps: int = 2) -> None:
     """Runs whole steps under FakeTensorMode, where nothing has a value: reading one on the host raises.
 
     Forward, terms, backward, clipping, optimiser, meters, averages: everything between `begin_step` and the end of
     `step`. The bench is of no use afterwards.
     """
-    windows = list(itertools.islice(of.windows(), steps))
-    mode, runner = FakeTensorMode(), of.runner
-    done = runner.done
+    windows = list(itertools.islice(harness.windows(), steps))
+    mode, runner = FakeTensorMode(), harness.runner
+    done = runner.steps_done
     fake = _Fake(mode.from_tensor)
-    fake.modules(of.network)
+    fake.modules(harness.network)
     if runner.average is not None:
         fake.modules(runner.average)
-    for group in of.network.terms.values():
+    for group in harness.network.terms.values():
         group.moving = tuple((fake(tensor), schedule) for tensor, schedule in group.moving)  # type: ignore[union-attr]
     fake.attributes(vars(runner.meters))
     for update in runner.updates:
         update.parameters = [fake(parameter) for parameter in update.parameters]  # type: ignore[misc]
-        update.positions = fake(update.positions)
-        if update.virtual is not None:
-            update.virtual.parameters = [fake(parameter) for parameter in update.virtual.parameters]  # type: ignore[misc]
-            fake.attributes(vars(update.virtual))
+        update.meter_indices = fake(update.meter_indices)
+        if update.inner_step is not None:
+            update.inner_step.parameters = [fake(parameter) for parameter in update.inner_step.parameters]  # type: ignore[misc]
+            fake.attributes(vars(update.inner_step))
         for group in update.optimizer.param_groups:
             group["params"] = [fake(parameter) for parameter in group["params"]]
         for state in list(update.optimizer.state.values()):
@@ -173,14 +173,14 @@ def step_without_reading(of: Bench, steps: int = 2) -> None:
                     state["step"] = torch.tensor(counted)
         update.optimizer.state = defaultdict(dict, {fake(p): s for p, s in update.optimizer.state.items()})
     batches = [[{s: {k: fake(v) for k, v in fields.items()} for s, fields in b.items()} for b in w] for w in windows]
-    with mode, NothingFromTheHost():
+    with mode, NoHostTensors():
         for window in batches:
             runner.begin_step()
             runner.step(window)
-    assert runner.done == done + steps
+    assert runner.steps_done == done + steps
 
 
-class NothingFromTheHost(TorchFunctionMode):
+class NoHostTensors(TorchFunctionMode):
     """Raises where a part makes a tensor out of numbers of the host: on CUDA the host waits until they are there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,7 +212,7 @@ class _Fake:
                 self.attributes(owned)  # scheduled values are plain attributes
 
 
-def small(loaded: Recipe, *, samples: int = 96, batch_size: int = 16) -> Recipe:
+def with_synthetic_data(loaded: Recipe, *, samples: int = 96, batch_size: int = 16) -> Recipe:
     """A shipped recipe on synthetic data of the same shape and classes, without anybody's weights or long batches.
 
     Nothing is downloaded and no teacher is trained; models, terms, optimiser and schedules are the recipe's own.
@@ -227,7 +227,7 @@ def small(loaded: Recipe, *, samples: int = 96, batch_size: int = 16) -> Recipe:
 
 
 def _synthetic(source: SourceConfig, loaded: Recipe, samples: int, batch_size: int) -> SourceConfig:
-    spec = describe(source, loaded.data_root)
+    spec = describe_source(source, loaded.data_root)
     if (
         spec.classes is None or source.dataset.type == "synthetic"
     ):  # a bank of images counts the samples that it is told
@@ -251,7 +251,7 @@ def _synthetic(source: SourceConfig, loaded: Recipe, samples: int, batch_size: i
     )
 
 
-class Quiet(ConsoleView):
+class QuietConsole(ConsoleReporter):
     """Prints nothing and keeps the notices."""
 
     def __init__(self) -> None:
@@ -262,12 +262,12 @@ class Quiet(ConsoleView):
         self.notices.append(text)
 
 
-def train(text: str, *overrides: str, console: Quiet | None = None, data: str = DATA) -> Outcome:
+def train_recipe_text(text: str, *overrides: str, console: QuietConsole | None = None, data: str = SYNTHETIC_DATA) -> Outcome:
     """Runs a recipe of `recipe` to its end in this process."""
-    return run_experiment(recipe(text, *overrides, data=data), console=console or Quiet())
+    return run_experiment(recipe_from_text(text, *overrides, data=data), console=console or QuietConsole())
 
 
-def result_of(folder: Path | str) -> dict[str, Any]:
+def comparable_results(folder: Path | str) -> dict[str, Any]:
     """Everything that two equal runs must agree in, bit for bit: checkpoints, summary, log lines; times left out."""
     run = RunFolder(folder)
     found: dict[str, Any] = {}
@@ -281,27 +281,27 @@ def result_of(folder: Path | str) -> dict[str, Any]:
             tree = torch.load(file, weights_only=True)
             tree.pop("tracker", None)
             tree.get("history", {}).pop("seconds", None)
-            for key, value in flat(tree):
+            for key, value in flatten_tree(tree):
                 found[f"{file.name}:{key}"] = value
     summary = read_json(run.summary)
-    for key, value in flat(summary):
+    for key, value in flatten_tree(summary):
         if key != "wall_seconds" and ".latency_ms" not in key:
             found[f"summary:{key}"] = value
     for number, line in enumerate(read_json_lines(run.metrics)):
-        kept = {key: value for key, value in line.items() if key not in TIME_FIELDS}
-        for key, value in flat(kept):
+        kept = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
+        for key, value in flatten_tree(kept):
             found[f"metrics:{number}.{key}"] = value
     return found
 
 
-def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested mappings and lists, with dotted keys; a tensor becomes its type, shape and bytes."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten_tree(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list | tuple):
         for key, value in enumerate(tree):
-            yield from flat(value, f"{prefix}.{key}")
+            yield from flatten_tree(value, f"{prefix}.{key}")
     elif isinstance(tree, Tensor):
         yield (
             prefix,
@@ -311,24 +311,24 @@ def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, repr(tree)
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The keys in which two results differ."""
-    return [key for key in {**one, **other} if key not in one or key not in other or one[key] != other[key]]
+    return [key for key in {**first, **second} if key not in first or key not in second or first[key] != second[key]]
 
 
-def command(*words: str, processes: int = 1, plugin: bool = True) -> list[str]:
+def train_command(*words: str, processes: int = 1, plugin: bool = True) -> list[str]:
     """The command line of `kdbench train` in a process of its own; under torchrun when there are several."""
     words = ("-m", "kdbench", "train", *words, *(["--plugin", "helpers.plugin_parts"] if plugin else []))
-    return [sys.executable, *words] if processes == 1 else torchrun(*words, processes=processes)
+    return [sys.executable, *words] if processes == 1 else torchrun_command(*words, processes=processes)
 
 
-def torchrun(*words: str, processes: int = 2) -> list[str]:
+def torchrun_command(*words: str, processes: int = 2) -> list[str]:
     """A script or module under torchrun."""
     several = ["--nproc-per-node", str(processes), "--master-port", str(_free_port())]
     return [sys.executable, "-m", "torch.distributed.run", *several, *words]
 
 
-def nodes_of(*words: str) -> list[list[str]]:
+def two_node_commands(*words: str) -> list[list[str]]:
     """A script or module under torchrun on two nodes with one process each; both nodes are this machine."""
     meeting = [
         "--nnodes",
@@ -344,14 +344,14 @@ def nodes_of(*words: str) -> list[list[str]]:
     return [[*run, *meeting, "--node-rank", str(node), *words] for node in range(2)]
 
 
-def by_hand(*words: str, processes: int = 2) -> list[tuple[list[str], dict[str, str]]]:
+def rank_commands(*words: str, processes: int = 2) -> list[tuple[list[str], dict[str, str]]]:
     """The same processes without torchrun: each one's words and environment."""
     meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
-    return [([sys.executable, *words], {**environment(), **meeting, **rank}) for rank in ranks]
+    return [([sys.executable, *words], {**subprocess_environment(), **meeting, **rank}) for rank in ranks]
 
 
-def environment() -> dict[str, str]:
+def subprocess_environment() -> dict[str, str]:
     """For a process of its own: one thread, the tests' folder and the repository on the path."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -359,7 +359,7 @@ def environment() -> dict[str, str]:
 
 def run_command(*words: str, processes: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*words, processes=processes), env=environment(), capture_output=True, text=True, timeout=timeout
+        train_command(*words, processes=processes), env=subprocess_environment(), capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -375,4 +375,4 @@ def model_names(loaded: Recipe) -> Sequence[str]:
     return [role.model.type for stage in loaded.stages for role in stage.roles.values() if role.model is not None]
 
 
-__all__ = ["MODELS", "parts"]
+__all__ = ["MODELS", "plugin_registration"]

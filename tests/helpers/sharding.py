@@ -6,5 +6,5 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-CAN_PART = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
-needs_parts = pytest.mark.skipif(not CAN_PART, reason=f"torch {torch.__version__} cannot sum the gradients of parts")
+CAN_SHARD = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason=f"torch {torch.__version__} cannot sum the gradients of parts")

@@ -6,17 +6,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kdbench.registry import TERMS
 
 
-def built(registry, name, params=None, **injected):
+def build_part(registry, name, params=None, **injected):
     """A part, always with the same initial parameters."""
     torch.manual_seed(0)
     return registry.build(name, params or {}, **injected)
 
 
-def term(name, params=None, **injected):
-    return built(TERMS, name, params, **injected)
+def build_term(name, params=None, **injected):
+    return build_part(TERMS, name, params, **injected)
 
 
-def runs_without_reading(make, operands):
+def run_without_values(make, operands):
     """Runs a part forward and backward where nothing has a value; returns what it gave."""
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = {key: _fake(mode, value) for key, value in operands.items()}

@@ -203,7 +203,7 @@ def similarity_distribution(student, teacher, temperature=0.09):
     return -sum(p[i][j] * math.log(q[i][j]) for i in range(n) for j in range(n) if j != i) / n
 
 
-def central_differences(function, tensor, step=1e-5):
+def numerical_gradient(function, tensor, step=1e-5):
     """Gradient of `function` (nested list -> float) at a float64 tensor, one element at a time."""
     gradient = tensor.new_zeros(tensor.shape)
     for place in range(tensor.numel()):

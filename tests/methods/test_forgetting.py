@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.recipes import bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, saved_weights, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.data.loading.build import build_sources
@@ -33,7 +33,7 @@ def shown(recipe: Recipe, stage: str, source: str) -> set[int]:
     """The labels of what a source gives in a stage."""
     data = next(s for s in recipe.stages if s.name == stage).data
     opened = build_sources(data, validation=None, seed=recipe.seed, device=torch.device("cpu"), data_root="data")
-    return {int(label) for row in opened[source].in_order(512) for label in row["label"]}
+    return {int(label) for row in opened[source].evaluation_batches(512) for label in row["label"]}
 
 
 def first_batch(recipe: Recipe, stage: str, source: str) -> dict[str, torch.Tensor]:
@@ -62,8 +62,8 @@ def never_shown(tmp_path_factory) -> list[tuple[float, float]]:
     found = []
     for seed in SEEDS:
         recipe = load_recipe("digits/teacher", [*NEVER, f"seed={seed}"])
-        out = play(recipe, tmp_path_factory.mktemp("never") / str(seed))
-        found.append((scores(out, "student", "forget")[-1], scores(out, "student", "retain")[-1]))
+        out = run_recipe(recipe, tmp_path_factory.mktemp("never") / str(seed))
+        found.append((top1_scores(out, "student", "forget")[-1], top1_scores(out, "student", "retain")[-1]))
     return found
 
 
@@ -89,13 +89,13 @@ def test_scrub_takes_turns_on_two_sources():
 
 def test_scrub_losses_are_the_papers(tmp_path):
     """Away: minus the softened KL divergence from the old self. Towards: 1 * CE + 0.1 * that divergence."""
-    recipe = shortened("digits/scrub", steps=2)
-    out = play(recipe, tmp_path / "run")
+    recipe = short_recipe("digits/scrub", steps=2)
+    out = run_recipe(recipe, tmp_path / "run")
     student = DigitsMLP().double()
     terms = next(s for s in recipe.stages if s.name == "towards@1").terms
     assert terms["ce"].weight == 1 and terms["kd"].weight == 0.1 and terms["kd"].params["temperature"] == 2
     batch = first_batch(recipe, "towards@1", "train")
-    student.load_state_dict(weights(out, "student", "away@1"))
+    student.load_state_dict(saved_weights(out, "student", "away@1"))
     with torch.no_grad():
         expected = float(F.cross_entropy(student(batch["image"].double()), batch["label"]))
     assert logged(out, "towards@1")["ce"]["loss"] == pytest.approx(expected, rel=1e-4)
@@ -105,7 +105,7 @@ def test_scrub_losses_are_the_papers(tmp_path):
 
 def parted(*overrides: str) -> float:
     """By how much the student parts from its old self on the images to forget, over some steps away."""
-    run = bench(shortened("digits/scrub", *overrides, steps=20))
+    run = build_stage(short_recipe("digits/scrub", *overrides, steps=20))
     image = next(run.windows())[0]["forget"]["image"]
     old = F.log_softmax(run.model("teacher")(image).detach() / 2, 1)
 
@@ -126,16 +126,16 @@ def test_scrub_drives_the_student_away_from_its_old_self_on_what_is_forgotten():
 
 
 def test_a_stopped_scrub_goes_on_in_the_right_turn(tmp_path):
-    assert resume_differs(shortened("digits/scrub"), tmp_path, 5) == []
+    assert resume_differences(short_recipe("digits/scrub"), tmp_path, 5) == []
 
 
 @pytest.mark.slow
 def test_scrub_forgets_the_class_and_keeps_the_rest(tmp_path, never_shown):
     """Seen: forget 0.0 and retain 96.1 (seed 1), 0.0 and 95.9 (seed 2). Without the steps away all is as it was."""
-    out = play(load_recipe("digits/scrub"), tmp_path / "scrub")
-    assert as_if_never_shown(scores(out, split="forget")[-1], scores(out, split="retain")[-1], never_shown)
-    kept = play(load_recipe("digits/scrub", ["stages.turns.stages.away=null"]), tmp_path / "kept")
-    assert not as_if_never_shown(scores(kept, split="forget")[-1], scores(kept, split="retain")[-1], never_shown)
+    out = run_recipe(load_recipe("digits/scrub"), tmp_path / "scrub")
+    assert as_if_never_shown(top1_scores(out, split="forget")[-1], top1_scores(out, split="retain")[-1], never_shown)
+    kept = run_recipe(load_recipe("digits/scrub", ["stages.turns.stages.away=null"]), tmp_path / "kept")
+    assert not as_if_never_shown(top1_scores(kept, split="forget")[-1], top1_scores(kept, split="retain")[-1], never_shown)
 
 
 # SCAR
@@ -154,12 +154,12 @@ def test_scar_reads_the_forgotten_class_and_what_is_no_digit():
 
 
 def test_scar_losses_are_the_papers(tmp_path):
-    recipe = shortened("digits/scar", steps=1)
-    out = play(recipe, tmp_path / "run")
-    made = {name: torch.load(out.folder.made("statistics", name), weights_only=True) for name in ("means", "precision")}
+    recipe = short_recipe("digits/scar", steps=1)
+    out = run_recipe(recipe, tmp_path / "run")
+    made = {name: torch.load(out.folder.artifact("statistics", name), weights_only=True) for name in ("means", "precision")}
     means, precision = (made[name]["value"].double() for name in ("means", "precision"))
     student = DigitsMLP().double()
-    student.load_state_dict(weights(out, "student", "statistics"))
+    student.load_state_dict(saved_weights(out, "student", "statistics"))
     batch = first_batch(recipe, "unlearn", "train")
     with torch.no_grad():
         x = student.layer2(student.layer1(batch["image"].double().flatten(1))).sqrt()
@@ -171,7 +171,7 @@ def test_scar_losses_are_the_papers(tmp_path):
 
 
 def test_a_stopped_scar_goes_on_with_the_statistics_that_it_made(tmp_path):
-    assert resume_differs(shortened("digits/scar", steps=3), tmp_path, 1) == []
+    assert resume_differences(short_recipe("digits/scar", steps=3), tmp_path, 1) == []
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def knows_all(tmp_path_factory) -> str:
     """A network that knows all digits, after a moment of training; where its weights lie."""
     data = load_recipe("digits/teacher").stages[0].data
     source = build_sources(data, validation=None, seed=1, device=torch.device("cpu"), data_root="data")["train"]
-    batches = list(source.in_order(2048))
+    batches = list(source.evaluation_batches(2048))
     images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))
     draws = torch.Generator().manual_seed(1)
     with torch.random.fork_rng():
@@ -204,8 +204,8 @@ def test_scar_forgets_by_its_pull_and_keeps_by_its_old_self(tmp_path, knows_all)
     def percent(name: str, *overrides: str) -> tuple[float, float]:
         short = ["teacher.require.top1=85", "stages.unlearn.epochs=6", "stages.unlearn.eval_every=6"]
         recipe = replace(load_recipe("digits/scar", [*old, *short, *overrides]), tensorboard=False)
-        out = play(recipe, tmp_path / name)
-        return scores(out, split="forget")[-1], scores(out, split="retain")[-1]
+        out = run_recipe(recipe, tmp_path / name)
+        return top1_scores(out, split="forget")[-1], top1_scores(out, split="retain")[-1]
 
     forget, retain = percent("scar")
     assert forget < 5 and retain > 90
@@ -219,11 +219,11 @@ def test_scar_forgets_by_its_pull_and_keeps_by_its_old_self(tmp_path, knows_all)
 @pytest.mark.slow
 def test_scar_forgets_the_class_and_keeps_the_rest(tmp_path, never_shown):
     """Seen: forget 0.0 and retain 95.5 (seed 1), 0.0 and 95.3 (seed 2). Without its pull nothing is forgotten."""
-    out = play(load_recipe("digits/scar"), tmp_path / "scar")
-    assert as_if_never_shown(scores(out, split="forget")[-1], scores(out, split="retain")[-1], never_shown)
+    out = run_recipe(load_recipe("digits/scar"), tmp_path / "scar")
+    assert as_if_never_shown(top1_scores(out, split="forget")[-1], top1_scores(out, split="retain")[-1], never_shown)
     still = ["stages.unlearn.terms.forget.weight=0", "stages.unlearn.models.target.model.keep=[0,1,2,3,4,5,6,7,8,9]"]
-    kept = play(load_recipe("digits/scar", still), tmp_path / "kept")
-    assert not as_if_never_shown(scores(kept, split="forget")[-1], scores(kept, split="retain")[-1], never_shown)
+    kept = run_recipe(load_recipe("digits/scar", still), tmp_path / "kept")
+    assert not as_if_never_shown(top1_scores(kept, split="forget")[-1], top1_scores(kept, split="retain")[-1], never_shown)
 
 
 def test_negative_control_the_property_is_not_true_of_a_network_that_still_knows():

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.artifact_data import first_move
-from helpers.recipes import bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
+from helpers.artifact_data import first_step_error
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, saved_weights, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.registry import MODELS
 
@@ -25,7 +25,7 @@ from kdbench.registry import MODELS
 
 
 def sinkd_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/sinkd", "label_fraction=null", "precision=float64", *overrides))
+    found = build_stage(short_recipe("digits/sinkd", "label_fraction=null", "precision=float64", *overrides))
     student, teacher = found.model(), found.model("teacher")
 
     def loss(batch):
@@ -39,7 +39,7 @@ def sinkd_differs(*overrides: str) -> float:
         transport = ((-cost / 0.1 + u + v).exp() * cost).sum()
         return F.cross_entropy(z, batch["label"]) + kd + 0.002 * transport
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_sinkd_moves_the_predictions_of_a_batch_at_the_least_cost():
@@ -52,7 +52,7 @@ def test_control_without_the_term_or_sample_by_sample_the_student_moves_elsewher
 
 
 def test_sinkd_goes_on_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/sinkd", steps=4), tmp_path, 2) == []
+    assert resume_differences(short_recipe("digits/sinkd", steps=4), tmp_path, 2) == []
 
 
 # DHKD
@@ -63,7 +63,7 @@ ALONE = ("terms.ce.weight=0", "optimizer.weight_decay=0")
 
 def spared(*overrides: str) -> bool:
     """Whether the logit-level loss moves the layers below, and leaves the classifier where it is."""
-    found = bench(shortened("digits/dhkd", *ALONE, *overrides))
+    found = build_stage(short_recipe("digits/dhkd", *ALONE, *overrides))
     before, after = found.weights(), found.step().weights()
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     return moved["fc.weight"] == 0 and moved["layer2.0.weight"] > 0
@@ -78,17 +78,17 @@ def test_control_on_the_classifier_itself_it_does_not():
 
 
 def test_the_exported_student_has_no_second_head(tmp_path):
-    outcome = play(shortened("digits/dhkd"), tmp_path / "run")
+    outcome = run_recipe(short_recipe("digits/dhkd"), tmp_path / "run")
     with torch.device("meta"):
         plain = MODELS.build("digits_mlp", {}, num_classes=10, in_channels=1, image_size=8)
-    assert weights(outcome, "student").keys() == plain.state_dict().keys()
+    assert saved_weights(outcome, "student").keys() == plain.state_dict().keys()
 
 
 # OFA-KD
 
 
 def ofa_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/ofa", "precision=float64", *overrides))
+    found = build_stage(short_recipe("digits/ofa", "precision=float64", *overrides))
     roles = ("exit1", "exit2", "exit3")
     student, teacher = found.model(), found.model("teacher")
 
@@ -108,7 +108,7 @@ def ofa_differs(*overrides: str) -> float:
         enhanced = sum(-(target * z.log_softmax(1)).sum(1).mean() for z in branches)
         return F.cross_entropy(logits, batch["label"]) + enhanced
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_each_stage_of_the_student_follows_the_transformers_logits_with_the_label_raised():
@@ -124,7 +124,7 @@ def test_control_plain_soft_targets_or_the_last_logits_alone_move_it_elsewhere()
 
 
 def taid_differs(*overrides: str, nearer: float = 0.4) -> float:
-    found = bench(shortened("digits/taid", "precision=float64", *overrides))
+    found = build_stage(short_recipe("digits/taid", "precision=float64", *overrides))
     student, teacher = found.model(), found.model("teacher")
 
     def loss(batch):
@@ -132,7 +132,7 @@ def taid_differs(*overrides: str, nearer: float = 0.4) -> float:
         target = ((1 - nearer) * z.detach() + nearer * t).softmax(1)
         return -(target * z.log_softmax(1)).sum(1).mean()
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_taid_begins_at_four_tenths_of_the_way_to_the_teacher():
@@ -142,14 +142,14 @@ def test_taid_begins_at_four_tenths_of_the_way_to_the_teacher():
 
 
 def test_taid_is_at_the_teacher_in_the_end():
-    run = bench(shortened("digits/taid", steps=6)).step(6)
+    run = build_stage(short_recipe("digits/taid", steps=6)).step(6)
     assert float(run.network.term("taid").edges[0].term.t) > 0.89  # the line ends at 0.9 in the sixth of six steps
-    early = bench(shortened("digits/taid", "terms.taid.least=0.4", steps=6)).step(6)
+    early = build_stage(short_recipe("digits/taid", "terms.taid.least=0.4", steps=6)).step(6)
     assert float(early.network.term("taid").edges[0].term.t) < 0.41, "control: no line"
 
 
 def test_taid_goes_on_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/taid", steps=4), tmp_path, 2) == []
+    assert resume_differences(short_recipe("digits/taid", steps=4), tmp_path, 2) == []
 
 
 # Whole runs
@@ -161,4 +161,4 @@ def test_taid_goes_on_where_it_was_stopped(tmp_path):
     [("sinkd", 93), ("dhkd", 88), ("ofa", 86), ("taid", 93)],  # 97.0, 93.4, 91.7 and 96.7 with seed 1
 )
 def test_a_whole_run_learns(name, bar, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar

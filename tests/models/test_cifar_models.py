@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from kdbench.engine.plan.trace import trace
+from kdbench.engine.plan.trace import trace_modules
 from kdbench.registry import MODELS
 
 # Parameters with 100 classes and multiply-adds per 32x32 image of the networks released with CRD (RepDistiller,
@@ -63,7 +63,7 @@ def on_meta(name: str, **params) -> nn.Module:
 
 
 def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    calls = {call.path: call for call in trace(model, image)}
+    calls = {call.path: call for call in trace_modules(model, image)}
     total = 0
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -108,7 +108,7 @@ def test_every_shipped_cifar_model_has_a_known_size():
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_documented_features_have_the_documented_shapes(name):
-    calls = {call.path: call for call in trace(on_meta(name), torch.zeros(2, 3, 32, 32, device="meta"))}
+    calls = {call.path: call for call in trace_modules(on_meta(name), torch.zeros(2, 3, 32, 32, device="meta"))}
     for path, *shape in (entry.split() for entry in FEATURES[name].split(", ")):
         assert calls[path].output.shape == (2, *map(int, shape))
         assert not calls[path].output.overwritten
@@ -116,7 +116,7 @@ def test_documented_features_have_the_documented_shapes(name):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_nothing_is_overwritten_and_nothing_is_called_twice(name):
-    calls = trace(on_meta(name), torch.zeros(2, 3, 32, 32, device="meta"))
+    calls = trace_modules(on_meta(name), torch.zeros(2, 3, 32, 32, device="meta"))
     assert not any(call.output.overwritten or call.input.overwritten or call.call > 1 for call in calls)
 
 

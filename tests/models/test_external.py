@@ -12,7 +12,7 @@ import torch
 
 import kdbench
 from kdbench.errors import CheckpointError, ConfigError
-from kdbench.models.catalog import _builders
+from kdbench.models.catalog import _builder_files
 from kdbench.registry import MODELS
 
 ROOT = Path(kdbench.__file__).parents[1]
@@ -42,9 +42,9 @@ def test_names_and_parameters_are_answered_without_importing_torch():
 
 
 def test_scanning_the_library_is_quick():
-    _builders.cache_clear()
+    _builder_files.cache_clear()
     start = time.process_time()
-    assert _builders("torchvision")
+    assert _builder_files("torchvision")
     assert time.process_time() - start < 0.1
 
 

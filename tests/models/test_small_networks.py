@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from kdbench.engine.plan.trace import trace
+from kdbench.engine.plan.trace import trace_modules
 from kdbench.errors import ConfigError
-from kdbench.models.small.vit import positions, split_patches
+from kdbench.models.small.vit import sincos_positions, split_patches
 from kdbench.registry import MODELS
 
 SIZES = [
@@ -53,7 +53,7 @@ def test_documented_features_have_the_documented_shapes(name):
     with torch.device("meta"):
         model, values = build(name).eval(), inputs(name, 2)
     if len(values) == 1:
-        calls = {call.path: call.output.shape for call in trace(model, values[0])}
+        calls = {call.path: call.output.shape for call in trace_modules(model, values[0])}
     else:
         calls = {}
         for path, module in model.named_modules():
@@ -176,7 +176,7 @@ def test_a_classifier_takes_the_encoder_of_a_masked_network():
 
 
 def test_every_place_has_its_own_position():
-    table = positions(3, 4, 16)
+    table = sincos_positions(3, 4, 16)
     assert table.shape == (12, 16)
     assert (torch.cdist(table, table) + torch.eye(12) > 0.1).all()
     assert_close(table.norm(dim=1), torch.full((12,), 8.0).sqrt())

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from kdbench.errors import ConfigError
 from kdbench.models.pruning import pruning_mask
-from kdbench.models.quantization import in_buckets, out_of_buckets
-from kdbench.models.weight_transform import Transform, used_state
+from kdbench.models.quantization import merge_buckets, split_buckets
+from kdbench.models.weight_transform import WeightTransform, effective_state_dict
 from kdbench.registry import MODELS, WEIGHT_TRANSFORMS
 
 EVERY = [
@@ -25,7 +25,7 @@ EVERY = [
 ]
 
 
-def build(name: str, **params) -> Transform:
+def build(name: str, **params) -> WeightTransform:
     return WEIGHT_TRANSFORMS.build(name, params)
 
 
@@ -44,7 +44,7 @@ def stored(layer: nn.Module) -> nn.Parameter:
 
 def levels(weight: torch.Tensor, bucket: int | None) -> list[int]:
     """How many different values each bucket holds; the filling repeats one that is there."""
-    return [len(row.unique()) for row in in_buckets(weight, bucket)]
+    return [len(row.unique()) for row in split_buckets(weight, bucket)]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -54,7 +54,7 @@ def test_quantised_weights_lie_on_even_levels_between_the_extremes_of_their_buck
     before = model[4].weight.detach().clone()
     transform.apply(model)
     used = model[4].weight.detach()
-    for old, new in zip(in_buckets(before, bucket).double(), in_buckets(used, bucket).double(), strict=True):
+    for old, new in zip(split_buckets(before, bucket).double(), split_buckets(used, bucket).double(), strict=True):
         grid = torch.linspace(old.min().item(), old.max().item(), 2**bits, dtype=torch.float64)
         distance, nearest = (new[:, None] - grid).abs().min(dim=1)
         assert distance.max() < 1e-6
@@ -107,13 +107,13 @@ def test_ternary_of_zeros_is_zero():
     assert torch.equal(model.weight, torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.34, 0.5, 0.9])
-def test_pruned_channels_are_those_of_least_l1_norm_and_exactly_zero(share):
-    model, transform = network(), build("prune", share=share)
+@pytest.mark.parametrize("fraction", [0.0, 0.34, 0.5, 0.9])
+def test_pruned_channels_are_those_of_least_l1_norm_and_exactly_zero(fraction):
+    model, transform = network(), build("prune", fraction=fraction)
     before = model[0].weight.detach().clone()
     transform.apply(model)
     norms = before.abs().sum(dim=(1, 2, 3))
-    expected = set(norms.argsort()[: int(share * 6)].tolist())
+    expected = set(norms.argsort()[: int(fraction * 6)].tolist())
     zero = {i for i in range(6) if not model[0].weight[i].any() and model[0].bias[i] == 0}
     assert zero == expected
     kept = sorted(set(range(6)) - expected)
@@ -122,7 +122,7 @@ def test_pruned_channels_are_those_of_least_l1_norm_and_exactly_zero(share):
 
 
 def test_unstructured_pruning_keeps_the_largest_weights():
-    model, transform = network(), build("prune", share=0.75, unit="weight", skip_last=False)
+    model, transform = network(), build("prune", fraction=0.75, unit="weight", skip_last=False)
     before = model[4].weight.detach().clone()
     transform.apply(model)
     used = model[4].weight.detach()
@@ -139,7 +139,7 @@ def test_ties_do_not_change_how_many_are_pruned():
 
 def test_pruned_weights_stay_zero_while_the_others_train():
     model = network()
-    build("prune", share=0.5).apply(model)
+    build("prune", fraction=0.5).apply(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     zero = model[0].weight.detach() == 0
     before = model[0].weight.detach().clone()
@@ -153,7 +153,7 @@ def test_pruned_weights_stay_zero_while_the_others_train():
 
 def test_a_renewed_mask_lets_pruned_weights_return():
     model = network()
-    build("prune", share=0.5, unit="weight", renew=True).apply(model)
+    build("prune", fraction=0.5, unit="weight", renew=True).apply(model)
     gone = model[0].weight.detach() == 0
     model(images()).sum().backward()
     assert stored(model[0]).grad[gone].any()
@@ -188,7 +188,7 @@ def test_learnt_points_get_the_gradient_of_the_weights_that_took_them():
     scale = torch.randn(3, 10, dtype=torch.float64)
     (layer.weight * scale).sum().backward()
 
-    rows, grads = in_buckets(weight, 8), in_buckets(scale, 8)
+    rows, grads = split_buckets(weight, 8), split_buckets(scale, 8)
     expected, real = torch.zeros(4, dtype=torch.float64), 0
     used = torch.empty_like(rows)
     for i, row in enumerate(rows):
@@ -200,7 +200,7 @@ def test_learnt_points_get_the_gradient_of_the_weights_that_took_them():
                 expected[k] += span * grads[i, j]
             real += 1
     assert_close(points.grad, expected)
-    assert_close(layer.weight.detach(), out_of_buckets(used, weight))
+    assert_close(layer.weight.detach(), merge_buckets(used, weight))
     assert stored(layer).grad is None
 
 
@@ -250,7 +250,7 @@ def test_the_used_weights_are_read_off_without_touching_the_network(name, params
     for one in (model, baked):
         build(name, **params).apply(one)
     before = copy.deepcopy(model.state_dict())
-    read = used_state(model)
+    read = effective_state_dict(model)
     build(name, **params).bake(baked)
     assert read.keys() == baked.state_dict().keys()
     assert all(torch.equal(read[key], value) for key, value in baked.state_dict().items())
@@ -301,7 +301,7 @@ def test_needs_no_values(name, params):
 
 def test_transforms_follow_each_other_in_their_order():
     model = network()
-    prune, ternary = build("prune", share=0.5), build("ternary", modules=["0"])
+    prune, ternary = build("prune", fraction=0.5), build("ternary", modules=["0"])
     prune.apply(model)
     pruned = model[0].weight.detach().clone()
     ternary.apply(model)
@@ -355,7 +355,7 @@ def test_the_students_of_a_quantised_network_compute_as_a_plain_one_with_its_wei
         ("quantize", {"scaling": "log"}, "linear, symmetric"),
         ("learned_quantize", {"bits": 9}, "from 1 to 8"),
         ("ternary", {"threshold": -1}, "not be negative"),
-        ("prune", {"share": 1}, "from 0 to below 1"),
+        ("prune", {"fraction": 1}, "from 0 to below 1"),
     ],
 )
 def test_refuses_in_words(name, params, said):

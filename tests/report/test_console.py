@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from kdbench.report import console as module
-from kdbench.report.console import ConsoleView, Stdout, duration
+from kdbench.report.console import ConsoleReporter, StdoutConsole, duration_text
 
 
 class Terminal(io.StringIO):
@@ -25,14 +25,14 @@ def evaluation(epoch: int, role: str = "student", **metrics: float) -> dict:
     return {"stage": "main", "epoch": epoch, "step": epoch * 10, "split": "test", "role": role, "metrics": metrics}
 
 
-def piped(**options) -> tuple[ConsoleView, io.StringIO]:
+def piped(**options) -> tuple[ConsoleReporter, io.StringIO]:
     file = io.StringIO()
-    return ConsoleView(Console(file=file, highlight=False), **options), file
+    return ConsoleReporter(Console(file=file, highlight=False), **options), file
 
 
-def on_terminal(width: int = 120) -> tuple[ConsoleView, Terminal]:
+def on_terminal(width: int = 120) -> tuple[ConsoleReporter, Terminal]:
     file = Terminal()
-    return ConsoleView(Console(file=file, force_terminal=True, width=width, highlight=False)), file
+    return ConsoleReporter(Console(file=file, force_terminal=True, width=width, highlight=False)), file
 
 
 def test_piped_lines_are_one_per_evaluation_whole_and_plain():
@@ -168,7 +168,7 @@ def test_a_full_disk_behind_a_redirected_output_ends_the_view_not_the_run():
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    view = ConsoleView(Console(file=Full()))
+    view = ConsoleReporter(Console(file=Full()))
     view.notice("one")
     view.notice("two")
 
@@ -177,10 +177,10 @@ def test_a_closed_pipe_silences_every_later_output_and_ends_nothing():
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
-        Stdout(file=pipe).print("nobody listens")
+        StdoutConsole(file=pipe).print("nobody listens")
         print("a plain line of a later job", file=pipe, flush=True)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (187, "3m 07s"), (18123, "5h 02m")])
 def test_durations_read_naturally(seconds, text):
-    assert duration(seconds) == text
+    assert duration_text(seconds) == text

@@ -23,18 +23,18 @@ def decoded(picture: figures.Picture):
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_a_confusion_matrix_is_a_png_of_the_told_size(classes):
-    picture = figures.confusion(matrix(classes), [f"class {i}" for i in range(classes)], title="student on test")
+    picture = figures.draw_confusion(matrix(classes), [f"class {i}" for i in range(classes)], title="student on test")
     assert decoded(picture).size == (picture.width, picture.height)
     assert picture.width < 2000 and picture.height < 2000
 
 
 def test_equal_numbers_give_equal_bytes():
-    assert figures.confusion(matrix(10)).png == figures.confusion(matrix(10)).png
+    assert figures.draw_confusion(matrix(10)).png == figures.draw_confusion(matrix(10)).png
 
 
 def test_an_empty_matrix_and_an_empty_class_do_not_fail():
-    figures.confusion(torch.zeros(3, 3, dtype=torch.int64))
-    figures.confusion(torch.tensor([[5, 0], [0, 0]]), ["a"])  # names that do not fit are left out
+    figures.draw_confusion(torch.zeros(3, 3, dtype=torch.int64))
+    figures.draw_confusion(torch.tensor([[5, 0], [0, 0]]), ["a"])  # names that do not fit are left out
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -43,18 +43,18 @@ def test_predictions_take_any_kind_of_image(channels, teacher):
     logits = torch.randn(5, 3)
     for image in (torch.rand(5, channels, 8, 6), 3 * torch.randn(5, channels, 8, 6), torch.zeros(5, channels, 8, 6)):
         samples = {"image": image, "label": torch.tensor([0, 1, 2, 0, -100]), "student": logits}
-        picture = figures.predictions({**samples, "teacher": logits if teacher else None}, ["a", "b $x_1$", "c" * 40])
+        picture = figures.draw_predictions({**samples, "teacher": logits if teacher else None}, ["a", "b $x_1$", "c" * 40])
         assert decoded(picture).size == (picture.width, picture.height)
 
 
 def test_names_are_text_in_any_script():
     names = ["$\\broken$", "猫", "a_b^c"]
-    figures.confusion(matrix(3), names)
-    figures.confusion(matrix(40), [*names, *map(str, range(37))])
-    figures.predictions({"image": torch.rand(3, 1, 4, 4), "label": torch.arange(3), "student": torch.eye(3)}, names)
+    figures.draw_confusion(matrix(3), names)
+    figures.draw_confusion(matrix(40), [*names, *map(str, range(37))])
+    figures.draw_predictions({"image": torch.rand(3, 1, 4, 4), "label": torch.arange(3), "student": torch.eye(3)}, names)
 
 
 def test_bytes_and_their_floats_look_the_same():
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     rest = {"label": torch.tensor([0, 1]), "student": torch.eye(2)}
-    assert figures.predictions({"image": image, **rest}).png == figures.predictions({"image": image / 255, **rest}).png
+    assert figures.draw_predictions({"image": image, **rest}).png == figures.draw_predictions({"image": image / 255, **rest}).png

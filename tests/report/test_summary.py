@@ -11,9 +11,9 @@ from kdbench.config.schema import Published, Recipe
 from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.report.summary import build_summary, print_summary, score
-from kdbench.report.tables import Row, aggregate
-from kdbench.run_folder import FORMAT, RunFolder
-from kdbench.speed.profiling.latency import latency
+from kdbench.report.tables import RunGroup, aggregate
+from kdbench.run_folder import RUN_FORMAT, RunFolder
+from kdbench.speed.profiling.latency import measure_latency
 
 
 def summary(published: Published | None = None, chosen_on: str = "validation", seed: int = 1, **changes) -> dict:
@@ -108,7 +108,7 @@ def test_latency_is_positive_and_leaves_every_mode_as_it_was():
     model[1].eval()
     before = [module.training for module in model.modules()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    told = latency(model, torch.randn(3, 8, 8), repeats=3)
+    told = measure_latency(model, torch.randn(3, 8, 8), repeats=3)
     assert set(told) == {"batch_1", "batch_64"} and all(value > 0 for value in told.values())
     assert [module.training for module in model.modules()] == before
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
@@ -123,15 +123,15 @@ def finished(path, seed: int, top1: float, teacher_hash: str | None = "aa", teac
         }
         last = {"epoch": 5, "metrics": {"student": {"test": {"top1": top1, "agreement": 90.0 + seed}}}}
         told = summary(seed=seed, last=last, models=models, frozen={"teacher": {"test": {"top1": teacher}}})
-        write_json(folder.manifest, {"format": FORMAT, "status": "finished"})
+        write_json(folder.manifest, {"format": RUN_FORMAT, "status": "finished"})
         write_json(folder.summary, told)
     return folder
 
 
 def test_a_report_gives_mean_and_sample_deviation_over_seeds(tmp_path):
     folders = [finished(tmp_path / str(seed), seed, top1).path for seed, top1 in ((1, 90.0), (2, 92.0), (3, 94.0))]
-    report = aggregate([Row("teacher", folders, role="teacher"), Row("distilled", folders)])
-    teacher, student = report.lines
+    report = aggregate([RunGroup("teacher", folders, role="teacher"), RunGroup("distilled", folders)])
+    teacher, student = report.rows
     assert (student.top1.mean, student.top1.deviation, student.seeds) == (92.0, 2.0, 3)
     assert student.agreement.mean == 92.0 and student.latency_ms == pytest.approx(0.1)
     assert (teacher.seeds, teacher.top1.mean, teacher.top1.deviation) == (1, 98.0, None)  # one teacher for all three
@@ -146,7 +146,7 @@ def test_a_report_gives_mean_and_sample_deviation_over_seeds(tmp_path):
 
 def test_teachers_of_their_own_count_each(tmp_path):
     folders = [finished(tmp_path / str(s), s, 90.0, teacher_hash=f"h{s}", teacher=97.0 + s).path for s in (1, 2)]
-    line = aggregate([Row("teacher", folders, role="teacher")]).lines[0]
+    line = aggregate([RunGroup("teacher", folders, role="teacher")]).rows[0]
     assert line.seeds == 2 and line.top1.mean == 98.5
 
 
@@ -155,4 +155,4 @@ def test_an_unfinished_run_is_refused_by_name(tmp_path):
         pass
     for path in (tmp_path / "run", tmp_path / "none"):
         with pytest.raises(UserError, match="holds no finished run"):
-            aggregate([Row("x", [path])])
+            aggregate([RunGroup("x", [path])])

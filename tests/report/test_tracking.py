@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 
 from kdbench.files import read_json_lines
-from kdbench.report.console import ConsoleView
-from kdbench.report.tensorboard import FILE_NAME, flatten
-from kdbench.report.tracking import TIME_FIELDS, Tracker
+from kdbench.report.console import ConsoleReporter
+from kdbench.report.tensorboard import EVENT_FILE_NAME, flatten
+from kdbench.report.tracking import TIMING_FIELDS, Tracker
 
 
-def quiet() -> ConsoleView:
-    return ConsoleView(Console(file=io.StringIO()))
+def quiet() -> ConsoleReporter:
+    return ConsoleReporter(Console(file=io.StringIO()))
 
 
 def tracker(folder, **options) -> Tracker:
@@ -59,7 +59,7 @@ def epoch(log: Tracker, number: int, speed: float = 1000.0) -> None:
 
 def without_time(folder) -> list[dict]:
     return [
-        {k: v for k, v in line.items() if k not in TIME_FIELDS} for line in read_json_lines(folder / "metrics.jsonl")
+        {k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in read_json_lines(folder / "metrics.jsonl")
     ]
 
 
@@ -185,7 +185,7 @@ def test_pictures_reach_tensorboard_and_the_folder(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = Tracker(tmp_path, main=False)
+    log = Tracker(tmp_path, is_main=False)
     begin(log)
     epoch(log, 1)
     log.figures(1, confusion=torch.eye(3))
@@ -221,7 +221,7 @@ def test_tensorboard_is_imported_when_it_is_used_and_torchs_writer_never(tmp_pat
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tensorboard" / FILE_NAME).exists()
+    assert (tmp_path / "tensorboard" / EVENT_FILE_NAME).exists()
 
 
 def test_nested_settings_get_dotted_names():

@@ -15,8 +15,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.recipes import CPU, DATA, Quiet, differences, environment, parts, recipe, result_of, train  # noqa: F401
-from kdbench.cli.concurrent_launcher import labels_of
+from helpers.recipes import (  # noqa: F401
+    CPU,
+    SYNTHETIC_DATA,
+    QuietConsole,
+    comparable_results,
+    differing_keys,
+    plugin_registration,
+    recipe_from_text,
+    subprocess_environment,
+    train_recipe_text,
+)
+from kdbench.cli.concurrent_launcher import job_labels
 from kdbench.cli.main import main
 from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
@@ -25,9 +35,9 @@ from kdbench.errors import TrainingError
 from kdbench.experiment.run import Outcome
 from kdbench.experiment.run import run as run_experiment
 from kdbench.files import read_json
-from kdbench.speed.concurrent.dispatcher import Gang, Member, Stack
-from kdbench.speed.concurrent.joint_step import Joint
-from kdbench.speed.concurrent.stacked_network import Stacked
+from kdbench.speed.concurrent.dispatcher import ConcurrentRun, Dispatcher, Stack
+from kdbench.speed.concurrent.joint_step import JointStep
+from kdbench.speed.concurrent.stacked_network import StackedNetwork
 
 KD = """
 teacher: {model: {type: t_conv, norm: batch}}
@@ -51,23 +61,23 @@ tensorboard: false
 def gang(jobs: Sequence[Recipe], stack: Stack) -> tuple[list[Outcome | BaseException], list[str]]:
     """Trains the jobs together; returns how each ended and what the gang said."""
     said: list[str] = []
-    together: Gang[Outcome] = Gang([f"job {n}" for n in range(len(jobs))], CPU, stack=stack, say=said.append)
+    together: Dispatcher[Outcome] = Dispatcher([f"job {n}" for n in range(len(jobs))], CPU, stack=stack, say=said.append)
 
     def task(job: Recipe):
-        return lambda member: run_experiment(job, console=Quiet(), attend=member.attend)
+        return lambda member: run_experiment(job, console=QuietConsole(), on_stage_ready=member.attend)
 
     return together.run([task(job) for job in jobs]), said
 
 
 def jobs_of(sweep: Sequence[Sequence[str]], folder: str, text: str = KD) -> list[Recipe]:
-    return [recipe(text, *words, f"runs={folder}") for words in sweep]
+    return [recipe_from_text(text, *words, f"runs={folder}") for words in sweep]
 
 
 def results(outcomes: Sequence[Outcome | BaseException]) -> list[dict]:
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
-    return [result_of(outcome.folder.path) for outcome in outcomes if isinstance(outcome, Outcome)]
+    return [comparable_results(outcome.folder.path) for outcome in outcomes if isinstance(outcome, Outcome)]
 
 
 ALONE: dict[str, dict] = {}
@@ -78,7 +88,7 @@ def alone(jobs: Sequence[Recipe]) -> list[dict]:
     keys = [identity(job, {"log": job.stages[0].log_every}) for job in jobs]
     for key, job in zip(keys, jobs, strict=True):
         if key not in ALONE:
-            ALONE[key] = result_of(run_experiment(job, console=Quiet()).folder.path)
+            ALONE[key] = comparable_results(run_experiment(job, console=QuietConsole()).folder.path)
     return [ALONE[key] for key in keys]
 
 
@@ -96,8 +106,8 @@ def test_each_member_ends_with_the_bits_of_its_run_alone(stack: Stack, sweep):
     outcomes, said = gang(jobs_of(sweep, "together"), stack)
     together, single = results(outcomes), alone(jobs_of(sweep, "single"))
     for one, other in zip(together, single, strict=True):
-        assert differences(one, other) == [] and len(one) > 50
-    assert differences(together[0], together[1])  # a comparison that cannot fail would say so here too
+        assert differing_keys(one, other) == [] and len(one) > 50
+    assert differing_keys(together[0], together[1])  # a comparison that cannot fail would say so here too
     stacked = [text[:1] for text in said if "one stack (the same bits" in text]
     alike = "3" if sweep is SEEDS else "2"  # where a term is missing, other features are wanted
     assert stacked == ([alike] if stack else []), said
@@ -106,8 +116,8 @@ def test_each_member_ends_with_the_bits_of_its_run_alone(stack: Stack, sweep):
 def test_a_joint_step_runs_the_students_once(monkeypatch):
     """What stacking is for: one forward of all students, and none of each."""
     calls: list[int] = []
-    execute = Joint.execute
-    monkeypatch.setattr(Joint, "execute", lambda self, window: (calls.append(len(window)), execute(self, window)))
+    execute = JointStep.execute
+    monkeypatch.setattr(JointStep, "execute", lambda self, window: (calls.append(len(window)), execute(self, window)))
     outcomes, _ = gang(jobs_of(SEEDS, "together"), True)
     results(outcomes)
     assert calls == [3] * 6
@@ -124,10 +134,10 @@ def test_gradients_that_go_to_the_wrong_member_change_its_result(monkeypatch):
                 own.grad = stacked.grad[turned]
 
     monkeypatch.setattr("kdbench.speed.concurrent.dispatcher.gap", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(Stacked, "hand_out", hand_out)
+    monkeypatch.setattr(StackedNetwork, "hand_out", hand_out)
     outcomes, _ = gang(jobs_of(SEEDS, "together"), True)
     single = alone(jobs_of(SEEDS, "single"))
-    assert all(differences(one, other) for one, other in zip(results(outcomes), single, strict=True))
+    assert all(differing_keys(one, other) for one, other in zip(results(outcomes), single, strict=True))
 
 
 def test_a_stack_that_gives_other_values_is_refused(monkeypatch):
@@ -135,7 +145,7 @@ def test_a_stack_that_gives_other_values_is_refused(monkeypatch):
     outcomes, said = gang(jobs_of(SEEDS, "together"), True)
     assert any("gives other values" in text for text in said)
     for one, other in zip(results(outcomes), alone(jobs_of(SEEDS, "single")), strict=True):
-        assert differences(one, other) == []
+        assert differing_keys(one, other) == []
 
 
 def told(outcome: Outcome | BaseException) -> dict:
@@ -153,7 +163,7 @@ def test_a_members_manifest_says_how_it_was_computed(stack: Stack):
     assert [form["form"] for form in forms] == (["stacked"] * 2 if stack else ["unstacked"] * 2) + ["unstacked"]
     whys = ("stack: true; the same bits", "no two runs have students of one kind") if stack else ("stack: false",) * 2
     assert whys[0] in forms[0]["why"] and (whys[1] in forms[2]["why"] or "no other run" in forms[2]["why"])
-    assert told(run_experiment(recipe(KD, "runs=single"), console=Quiet())) == {}, "a run alone was in none"
+    assert told(run_experiment(recipe_from_text(KD, "runs=single"), console=QuietConsole())) == {}, "a run alone was in none"
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -183,7 +193,7 @@ def test_members_that_draw_keep_their_own_draws():
     outcomes, said = gang(jobs_of(SEEDS, "together", text), True)
     assert any("Dropout" in text for text in said)
     for one, other in zip(results(outcomes), alone(jobs_of(SEEDS, "single", text)), strict=True):
-        assert differences(one, other) == []
+        assert differing_keys(one, other) == []
 
 
 @pytest.mark.parametrize("stack", [True, False])
@@ -193,7 +203,7 @@ def test_a_member_that_fails_is_told_and_the_others_end_as_alone(stack: Stack):
     assert isinstance(outcomes[1], TrainingError) and "not finite" in str(outcomes[1])
     single = alone(jobs_of([sweep[0], sweep[2]], "single"))
     for one, other in zip(results([outcomes[0], outcomes[2]]), single, strict=True):
-        assert differences(one, other) == []
+        assert differing_keys(one, other) == []
 
 
 @pytest.mark.parametrize("stack", [True, False])
@@ -211,14 +221,14 @@ def test_members_that_stand_at_different_steps_go_on_to_the_bits_of_an_undisturb
     monkeypatch.setattr(Runner, "step", stopping)
     for job in jobs[:2]:
         with pytest.raises(KeyboardInterrupt):
-            run_experiment(job, console=Quiet())
+            run_experiment(job, console=QuietConsole())
     monkeypatch.setattr(Runner, "step", step)
     outcomes, _ = gang(jobs, stack)
     single = alone(jobs_of([[*words, *settings] for words in sweep], "single"))
     for one, other in zip(results(outcomes), single, strict=True):
-        assert differences(one, other) == []
+        assert differing_keys(one, other) == []
     again, _ = gang(jobs, stack)
-    assert all(isinstance(outcome, Outcome) and outcome.repeated for outcome in again)
+    assert all(isinstance(outcome, Outcome) and outcome.already_finished for outcome in again)
 
 
 def test_a_gang_leaves_the_process_as_it_was():
@@ -247,9 +257,9 @@ def test_members_share_the_memory_of_their_data(monkeypatch):
 
 
 def test_a_task_that_is_stopped_stops_the_others():
-    together: Gang[int] = Gang(["a", "b"], CPU, say=lambda _: None)
+    together: Dispatcher[int] = Dispatcher(["a", "b"], CPU, say=lambda _: None)
 
-    def first(member: Member) -> int:
+    def first(member: ConcurrentRun) -> int:
         together.stopped = True
         together.turn(member)
         return 1
@@ -260,8 +270,8 @@ def test_a_task_that_is_stopped_stops_the_others():
 
 def test_labels_say_what_sets_the_jobs_apart():
     jobs = [["++seed=1", "++epochs=2"], ["++seed=2", "++epochs=2"]]
-    assert labels_of(jobs) == ["seed=1", "seed=2"]
-    assert labels_of([["++a=1"], ["++a=1"]]) == ["job 0", "job 1"]
+    assert job_labels(jobs) == ["seed=1", "seed=2"]
+    assert job_labels([["++a=1"], ["++a=1"]]) == ["job 0", "job 1"]
 
 
 # The launcher
@@ -270,7 +280,7 @@ SWEEP = ["-m", "hydra/launcher=concurrent", "hydra.launcher.stack=true"]
 
 
 def write() -> None:
-    Path("kd.yaml").write_text(DATA + KD, encoding="utf-8")
+    Path("kd.yaml").write_text(SYNTHETIC_DATA + KD, encoding="utf-8")
 
 
 def test_the_launcher_trains_a_sweep_and_prints_its_table(capfd):
@@ -284,7 +294,7 @@ def test_the_launcher_trains_a_sweep_and_prints_its_table(capfd):
     write()
     assert main(["train", "kd.yaml", "seed=2", "epochs=1", "runs=single"]) == 0
     single = re.findall(r"Everything is in (\S+)", capfd.readouterr().out)
-    assert differences(result_of(folders[1]), result_of(single[0])) == []
+    assert differing_keys(comparable_results(folders[1]), comparable_results(single[0])) == []
 
 
 def test_jobs_that_do_not_fit_are_told_and_train_apart(capfd):
@@ -333,7 +343,7 @@ def test_a_gang_that_is_killed_or_stopped_goes_on_to_the_same_bits(how):
     words = ["-m", "kdbench", "train", "kd.yaml", "seed=1,2", *settings, *SWEEP, "--plugin", "helpers.plugin_parts"]
     process = subprocess.Popen(
         [sys.executable, *words],
-        env=environment(),
+        env=subprocess_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -348,9 +358,9 @@ def test_a_gang_that_is_killed_or_stopped_goes_on_to_the_same_bits(how):
     assert "Traceback" not in err
     found = list(Path("runs").glob("kd/*/manifest.json"))
     assert len(found) == 2 and all(json.loads(path.read_text())["status"] != "finished" for path in found)
-    done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *words], env=subprocess_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
     for folder in re.findall(r"Everything is in (\S+)", done.stdout):
         seed = json.loads((Path(folder) / "manifest.json").read_text())["seed"]
-        [other] = alone([recipe(KD, f"seed={seed}", *settings, "runs=single", name="kd")])
-        assert differences(result_of(folder), other) == []
+        [other] = alone([recipe_from_text(KD, f"seed={seed}", *settings, "runs=single", name="kd")])
+        assert differing_keys(comparable_results(folder), other) == []

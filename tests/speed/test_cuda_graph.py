@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from helpers.kernel_tape import TapeRecorder
-from helpers.recipes import CPU, Bench, bench, parts, recipe  # noqa: F401
+from helpers.recipes import CPU, StageHarness, build_stage, plugin_registration, recipe_from_text  # noqa: F401
 from kdbench.config.schema import Recipe
-from kdbench.engine.device import choose_device, refuse_precision
+from kdbench.engine.device import check_precision, resolve_device
 from kdbench.errors import ConfigError
 from kdbench.speed import cuda_graph as capture_module
-from kdbench.speed.cuda_graph import WARM_UP, Captured
+from kdbench.speed.cuda_graph import WARM_UP, CudaGraphStep
 
 PLAIN = """
 student: {model: {type: t_layers, norm: batch, dropout: 0.2}}
@@ -86,26 +86,26 @@ def graphs_here(monkeypatch):
     monkeypatch.setattr(Recipe, "captures", lambda self, device_type: self.compile is not False)
 
 
-def captured(text: str, recorder: TapeRecorder | None = None) -> tuple[Bench, Captured, TapeRecorder, list[str]]:
-    run = bench(recipe(text, "compile=cuda_graph"))
+def captured(text: str, recorder: TapeRecorder | None = None) -> tuple[StageHarness, CudaGraphStep, TapeRecorder, list[str]]:
+    run = build_stage(recipe_from_text(text, "compile=cuda_graph"))
     said: list[str] = []
     run.runner.say = said.append
     recorder = recorder or TapeRecorder()
-    return run, Captured(run.runner, recorder), recorder, said
+    return run, CudaGraphStep(run.runner, recorder), recorder, said
 
 
-def steps(run: Bench, count: int) -> list[dict]:
+def steps(run: StageHarness, count: int) -> list[dict]:
     """Goes on and reads the log wherever a line would stand."""
     lines = []
     for window in itertools.islice(run.windows(), count):
         run.runner.begin_step()
         run.runner.step(window)
-        if run.runner.logs_at(run.runner.done):
+        if run.runner.logs_at(run.runner.steps_done):
             lines.append({k: v for k, v in run.runner.read()[1].items() if k != "shares"})
     return lines
 
 
-def equal(one: Bench, other: Bench) -> bool:
+def equal(one: StageHarness, other: StageHarness) -> bool:
     left, right = one.runner.state_dict(), other.runner.state_dict()
     return repr(_bits(left)) == repr(_bits(right))
 
@@ -124,7 +124,7 @@ WHOLE = {"plain": PLAIN, "everything": EVERYTHING, "game": GAME, "virtual": AHEA
 
 @pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
 def test_a_captured_run_is_the_run_bit_for_bit(text):
-    plain = bench(recipe(text, "compile=cuda_graph"))
+    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
     total = plain.runner.total_steps
     expected = steps(plain, total)
     run, _, recorder, said = captured(text)
@@ -138,7 +138,7 @@ def test_a_captured_run_is_the_run_bit_for_bit(text):
 @pytest.mark.parametrize("stale", ["batch", "rate"])
 def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, monkeypatch):
     """Negative control of the test above."""
-    plain = bench(recipe(PLAIN, "compile=cuda_graph"))
+    plain = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
     steps(plain, 12)
     run, of, _, _ = captured(PLAIN)
     if stale == "batch":
@@ -152,23 +152,23 @@ def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, mon
 
 def test_a_run_goes_on_from_a_checkpoint_of_the_other_way():
     text = PLAIN.replace("lr: 0.1,", "lr: 0.125,").replace("scheduler: {type: cosine, by: step}", "")
-    plain = bench(recipe(text, "compile=cuda_graph"))  # 0.125 is the same in float32, as the rate is on a device
+    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))  # 0.125 is the same in float32, as the rate is on a device
     steps(plain, 15)
-    middle = bench(recipe(text)).step(4)  # eager, learning rates as numbers
+    middle = build_stage(recipe_from_text(text)).step(4)  # eager, learning rates as numbers
     assert isinstance(middle.runner.updates[0].optimizer.param_groups[0]["lr"], float)
     run, _, recorder, _ = captured(text)
     run.runner.load_state_dict(middle.runner.state_dict())
     assert isinstance(run.runner.updates[0].optimizer.param_groups[0]["lr"], torch.Tensor)
     steps(run, 11)
     assert recorder.replays and equal(run, plain)
-    back = bench(recipe(text))
+    back = build_stage(recipe_from_text(text))
     back.runner.load_state_dict(run.runner.state_dict())
     assert isinstance(back.runner.updates[0].optimizer.param_groups[0]["lr"], float)
 
 
 def test_an_optimizer_that_counts_on_the_host_stays_outside():
     text = PLAIN.replace("fused: true", "foreach: true")
-    plain = bench(recipe(text, "compile=cuda_graph"))
+    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
     expected = steps(plain, 14)
     run, of, recorder, said = captured(text)
     assert steps(run, 14) == expected and equal(run, plain)
@@ -178,7 +178,7 @@ def test_an_optimizer_that_counts_on_the_host_stays_outside():
 
 def test_the_rate_of_a_virtual_step_moves_where_the_optimiser_stays_outside():
     text = AHEAD.replace("FUSED", "foreach: true")
-    plain = bench(recipe(text, "compile=cuda_graph"))
+    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
     expected = steps(plain, 14)
     run, of, recorder, said = captured(text)
     assert steps(run, 14) == expected and equal(run, plain)
@@ -198,10 +198,10 @@ class Counting(nn.Module):
 
 
 def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
-    def counting() -> Bench:
-        run = bench(recipe(PLAIN, "compile=cuda_graph"))
+    def counting() -> StageHarness:
+        run = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
         teacher = run.network.role("teacher")
-        teacher.model = teacher.capture.model = Counting(teacher.model)
+        teacher.model = teacher.extractor.model = Counting(teacher.model)
         return run
 
     plain = counting()
@@ -209,20 +209,20 @@ def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
     run, said = counting(), []
     run.runner.say = said.append
     recorder = TapeRecorder()
-    Captured(run.runner, recorder)
+    CudaGraphStep(run.runner, recorder)
     steps(run, 10)
     assert equal(run, plain) and recorder.replays == 0
     assert "seen changes from step to step on the host" in said[0]
     monkeypatch.setattr(capture_module, "_changed", lambda before, after: "")  # negative control
     blind = counting()
-    Captured(blind.runner, TapeRecorder())
+    CudaGraphStep(blind.runner, TapeRecorder())
     steps(blind, 10)
     assert not equal(blind, plain)
 
 
 @pytest.mark.parametrize("fails", [1, 9])
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(fails):
-    plain = bench(recipe(PLAIN, "compile=cuda_graph"))
+    plain = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
     steps(plain, 15)
     run, _, recorder, said = captured(PLAIN, TapeRecorder(fails))
     steps(run, 15)
@@ -297,9 +297,9 @@ def test_after_a_capture_that_broke_off_another_succeeds_and_the_first_cause_is_
 
 def test_a_cpu_says_that_it_has_no_graphs(monkeypatch):
     monkeypatch.setattr(Recipe, "captures", lambda self, device_type: False)
-    run, said = bench(recipe(PLAIN, "compile=cuda_graph")), []
+    run, said = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph")), []
     run.runner.say = said.append
-    capture_module.capture(run.runner)
+    capture_module.use_cuda_graph(run.runner)
     assert len(said) == 1 and "CPU has no graphs" in said[0]
     assert run.runner.perform == run.runner.execute
 
@@ -309,9 +309,9 @@ def test_a_gpu_too_old_for_bf16_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ConfigError, match=r"Tesla T4 has 7\.5\. Write precision=fp16"):
-        refuse_precision("bf16", torch.device("cuda"))
-    refuse_precision("fp16", torch.device("cuda"))
-    refuse_precision("bf16", torch.device("cpu"))
+        check_precision("bf16", torch.device("cuda"))
+    check_precision("fp16", torch.device("cuda"))
+    check_precision("bf16", torch.device("cpu"))
 
 
 def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
@@ -320,7 +320,7 @@ def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    choose_device("cuda")
-    choose_device("cpu")
+    resolve_device("cuda")
+    resolve_device("cpu")
     assert chosen == []
-    assert choose_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]

@@ -17,28 +17,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.plugin_parts import CALLS
 from helpers.recipes import (  # noqa: F401
     TESTS,
-    Bench,
-    Quiet,
-    bench,
-    differences,
-    environment,
-    parts,
-    plan_of,
-    recipe,
-    result_of,
-    same,
-    step_without_reading,
-    torchrun,
-    train,
+    QuietConsole,
+    StageHarness,
+    build_stage,
+    comparable_results,
+    differing_keys,
+    equal_weights,
+    plugin_registration,
+    recipe_from_text,
+    stage_plan,
+    step_on_fake_tensors,
+    subprocess_environment,
+    torchrun_command,
+    train_recipe_text,
 )
-from kdbench.cli.descriptions import in_words
+from kdbench.cli.descriptions import describe_stage
 from kdbench.engine.train import runner as runner_module
 from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 from kdbench.files import read_json
 from kdbench.speed.teacher_cache import prefetch as ahead_module
-from kdbench.speed.teacher_cache.frozen_forward import Arrangement, arrange, asked_for
-from kdbench.speed.teacher_cache.prefetch import LookAhead, fixed_roles, near
+from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan, plan_frozen_forward, requested_mode
+from kdbench.speed.teacher_cache.prefetch import Prefetcher, equal_up_to_rounding, prefetch_obstacles
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
 """61 = 7 * 8 + 5: the last batch is ragged, so that blocks of steps do not end with epochs."""
@@ -104,16 +104,16 @@ def text_of(more: str = "", *, exact: bool = True) -> str:
     return "\n".join(kept) + "\n" + more + ("precision: float64\n" if exact else "")
 
 
-def arranged(more: str, mode: str, *overrides: str, exact: bool = True, data: str = DATA) -> tuple[Bench, Arrangement]:
+def arranged(more: str, mode: str, *overrides: str, exact: bool = True, data: str = DATA) -> tuple[StageHarness, FrozenForwardPlan]:
     """A stage ready to step, its frozen roles run as `mode` says."""
     own = "" if more.startswith("dataset:") else data
-    run = bench(recipe(text_of(more, exact=exact), f"frozen_forward={mode}", *overrides, data=own))
-    arrangement = arrange(run.feed, run.runner, run.recipe, Path("tables"))
-    run.feed = arrangement.windows  # type: ignore[assignment]
+    run = build_stage(recipe_from_text(text_of(more, exact=exact), f"frozen_forward={mode}", *overrides, data=own))
+    arrangement = plan_frozen_forward(run.feed, run.runner, run.recipe, Path("tables"))
+    run.feed = arrangement.feed  # type: ignore[assignment]
     return run, arrangement
 
 
-def outcome(run: Bench, steps: int | None = None) -> dict[str, torch.Tensor]:
+def outcome(run: StageHarness, steps: int | None = None) -> dict[str, torch.Tensor]:
     """Everything that moves, after so many steps or the whole stage."""
     run.step(run.runner.total_steps if steps is None else steps)
     moving = {f"{name}.{key}": value for name in run.network.roles for key, value in run.weights(name).items()}
@@ -135,7 +135,7 @@ def test_a_stage_ends_as_the_plain_run_does(case, mode):
     plain = outcome(arranged(CASES[case], "inline")[0])
     run, arrangement = arranged(CASES[case], mode)
     found = outcome(run)
-    assert close(found, plain) and (case != "features" or same(found, plain))
+    assert close(found, plain) and (case != "features" or equal_weights(found, plain))
     assert set(arrangement.modes.values()) == {mode}
 
 
@@ -146,7 +146,7 @@ def test_what_no_table_can_hold_runs_ahead_to_the_same_result(more, reason):
     run, arrangement = arranged(more, "table")
     assert close(outcome(run), plain)
     if reason:
-        assert "ahead" in arrangement.modes.values() and reason in arrangement.words()
+        assert "ahead" in arrangement.modes.values() and reason in arrangement.describe()
 
 
 def test_in_float32_rows_of_larger_batches_differ_by_rounding_alone():
@@ -157,7 +157,7 @@ def test_in_float32_rows_of_larger_batches_differ_by_rounding_alone():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
 
 
-def sizes(run: Bench, name: str = "teacher") -> list[int]:
+def sizes(run: StageHarness, name: str = "teacher") -> list[int]:
     """How many rows a role is run on, call by call, from now on."""
     seen: list[int] = []
     run.model(name).register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
@@ -178,8 +178,8 @@ def test_a_role_runs_once_for_several_steps_always_at_the_same_shape():
 
 def test_the_largest_batch_of_a_step_decides_how_many_steps_a_block_has():
     run, _ = arranged(SEVERAL, "ahead", "accumulate=2")
-    assert isinstance(run.feed, LookAhead)
-    assert (run.feed.steps, run.feed.rows) == (2, {"train": 32, "other": 16})
+    assert isinstance(run.feed, Prefetcher)
+    assert (run.feed.steps_per_block, run.feed.rows_per_block) == (2, {"train": 32, "other": 16})
 
 
 @pytest.mark.parametrize("mode", ["inline", "ahead", "table"])
@@ -211,12 +211,12 @@ def test_nothing_is_read_beyond_the_last_step_of_a_stage(monkeypatch, steps):
     assert taken == list(range(steps))
 
 
-def fed(run: Bench, step: int) -> list[torch.Tensor]:
+def fed(run: StageHarness, step: int) -> list[torch.Tensor]:
     """The batches that the teacher is run on from a step on, without those of the check."""
     seen: list[torch.Tensor] = []
     run.feed.checked = True  # type: ignore[attr-defined]
     run.model("teacher").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    run.runner.done = step
+    run.runner.steps_done = step
     list(run.windows())
     return seen
 
@@ -231,32 +231,32 @@ def test_a_run_that_goes_on_within_a_block_computes_the_same_block_again():
 def test_windows_from_a_step_on_are_those_of_the_whole_stage():
     whole = list(arranged(FEATURES, "ahead")[0].windows())
     run = arranged(FEATURES, "ahead")[0]
-    run.runner.done = 6
+    run.runner.steps_done = 6
     rest = list(run.windows())
     assert len(rest) == len(whole) - 6
     for (one,), (other,) in zip(whole[6:], rest, strict=True):
         assert "teacher:conv1" in one["train"] and "teacher:conv2/in" in one["train"]
-        assert same(one["train"], other["train"])
+        assert equal_weights(one["train"], other["train"])
 
 
 def test_blocks_that_began_where_a_run_goes_on_would_be_others(monkeypatch):
     """Negative control of the two tests above: the position of a block must not depend on where a run begins."""
-    original = LookAhead.windows
+    original = Prefetcher.windows
 
-    def from_here(self: LookAhead, step: int) -> Any:
+    def from_here(self: Prefetcher, step: int) -> Any:
         feed = self.feed
         self.feed = type("Moved", (), {"windows": lambda _, first: feed.windows(first + step)})()  # type: ignore[assignment]
         return original(self, 0)
 
     whole = fed(arranged("", "ahead")[0], 0)
-    monkeypatch.setattr(LookAhead, "windows", from_here)
+    monkeypatch.setattr(Prefetcher, "windows", from_here)
     later = fed(arranged("", "ahead")[0], 6)
     assert not any(torch.equal(one, other) for one, other in zip(whole[1:], later[:3], strict=True))
 
 
 def test_the_step_reads_nothing_on_the_host():
     for mode in ("ahead", "table"):
-        step_without_reading(arranged(FEATURES, mode)[0], steps=5)
+        step_on_fake_tensors(arranged(FEATURES, mode)[0], steps=5)
 
 
 class Reads(TorchDispatchMode):
@@ -310,15 +310,15 @@ def test_a_role_whose_rows_are_not_its_images_alone_runs_in_the_step_and_says_wh
     run, arrangement = arranged(more, mode)
     found = outcome(run)
     assert arrangement.modes == {"teacher": "inline"}
-    assert REFUSED[more] in arrangement.why["teacher"] and REFUSED[more] in arrangement.words()
-    assert same(found, outcome(arranged(more, "inline")[0]))
+    assert REFUSED[more] in arrangement.reasons["teacher"] and REFUSED[more] in arrangement.describe()
+    assert equal_weights(found, outcome(arranged(more, "inline")[0]))
 
 
 def test_without_the_check_a_network_that_mixes_rows_would_give_another_result(monkeypatch):
     """Negative control: why it is checked."""
     more = next(iter(REFUSED))
     plain = outcome(arranged(more, "inline")[0])
-    monkeypatch.setattr(ahead_module, "coupled", lambda *args: {})
+    monkeypatch.setattr(ahead_module, "find_coupled_roles", lambda *args: {})
     run, arrangement = arranged(more, "ahead")
     assert not close(outcome(run), plain) and arrangement.modes == {"teacher": "ahead"}
 
@@ -330,52 +330,52 @@ def test_a_head_on_a_network_that_may_not_run_ahead_stays_with_it():
         "terms: {kd: kd, more: {type: kd, teacher: head}}\n"
     )
     run, arrangement = arranged(more, "ahead")
-    assert same(outcome(run), outcome(arranged(more, "inline")[0]))
+    assert equal_weights(outcome(run), outcome(arranged(more, "inline")[0]))
     assert arrangement.modes == {"teacher": "inline", "head": "inline"}
-    assert "random draws" in arrangement.why["teacher"] and arrangement.why["head"]
+    assert "random draws" in arrangement.reasons["teacher"] and arrangement.reasons["head"]
 
 
 def test_a_feature_without_a_row_for_each_sample_keeps_its_role_in_the_step():
     more = "teacher: {model: t_doubles_rows}\nterms: {kd: kd, hint: {type: t_coupled, student: fc, teacher: doubled}}\n"
     run, arrangement = arranged(more, "ahead")
-    assert same(outcome(run), outcome(arranged(more, "inline")[0]))
+    assert equal_weights(outcome(run), outcome(arranged(more, "inline")[0]))
     assert arrangement.modes == {"teacher": "inline"}
-    assert "doubled of teacher has not one row for each sample" in arrangement.why["teacher"]
+    assert "doubled of teacher has not one row for each sample" in arrangement.reasons["teacher"]
 
 
 def test_roles_that_move_are_not_asked_about():
-    plan = plan_of(
-        recipe(
+    plan = stage_plan(
+        recipe_from_text(
             text_of(
                 "models: {shadow: {ema: student}, old: {snapshot: student}}\n" + TWO.replace("second", "shadow, old")
             ),
             data=DATA,
         )
     )
-    assert fixed_roles(plan) == {"teacher": ""}
+    assert prefetch_obstacles(plan) == {"teacher": ""}
 
 
 def test_rows_are_compared_with_what_rounding_may_do():
     values = torch.randn(4, 5, dtype=torch.float64)
-    assert near(values * (1 + 1e-12), values) and not near(values * (1 + 1e-7), values)
-    assert near(values.float() * (1 + 1e-5), values.float()) and not near(values.float() * 1.01, values.float())
-    assert not near(values[:3], values) and not near(torch.full_like(values, torch.nan), values)
-    assert near(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
-    assert not near(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0, 1]))
+    assert equal_up_to_rounding(values * (1 + 1e-12), values) and not equal_up_to_rounding(values * (1 + 1e-7), values)
+    assert equal_up_to_rounding(values.float() * (1 + 1e-5), values.float()) and not equal_up_to_rounding(values.float() * 1.01, values.float())
+    assert not equal_up_to_rounding(values[:3], values) and not equal_up_to_rounding(torch.full_like(values, torch.nan), values)
+    assert equal_up_to_rounding(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    assert not equal_up_to_rounding(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0, 1]))
 
 
 def test_a_role_stays_in_a_step_that_is_as_large_as_a_block():
     run, arrangement = arranged("", "ahead", "frozen_batch_size=15")
     assert arrangement.modes == {"teacher": "inline"} and isinstance(run.feed, Feed)
-    assert "15 rows" in arrangement.why["teacher"]
+    assert "15 rows" in arrangement.reasons["teacher"]
 
 
 def test_auto_is_inline_on_the_cpu_and_ahead_on_a_gpu():
-    loaded = recipe(text_of(), data=DATA)
-    assert asked_for(loaded, torch.device("cpu"))[0] == "inline"
-    assert asked_for(loaded, torch.device("cuda"))[0] == "ahead"
+    loaded = recipe_from_text(text_of(), data=DATA)
+    assert requested_mode(loaded, torch.device("cpu"))[0] == "inline"
+    assert requested_mode(loaded, torch.device("cuda"))[0] == "ahead"
     run, arrangement = arranged("", "auto")
-    assert arrangement.modes == {"teacher": "inline"} and not arrangement.words() and isinstance(run.feed, Feed)
+    assert arrangement.modes == {"teacher": "inline"} and not arrangement.describe() and isinstance(run.feed, Feed)
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:
@@ -385,8 +385,8 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
 def test_a_run_says_how_its_frozen_roles_run_and_its_manifest_keeps_it():
     modes = {"inline": "", "ahead": "teacher ahead of it (4 steps, 32 rows)", "table": "teacher from a table (tables/"}
     for mode, words in modes.items():
-        console = Quiet()
-        train(text_of(f"out: {mode}\nfrozen_forward: {mode}\n"), data=DATA, console=console)
+        console = QuietConsole()
+        train_recipe_text(text_of(f"out: {mode}\nfrozen_forward: {mode}\n"), data=DATA, console=console)
         told = [text for text in console.notices if "do not move" in text]
         assert len(told) == (1 if words else 0) and all(words in text for text in told)
         kept = read_json(f"{mode}/manifest.json")
@@ -406,13 +406,13 @@ def killed_before(step: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None
     original = Runner.step
 
     def stepping(self: Runner, window: Any) -> None:
-        if self.done == step:
+        if self.steps_done == step:
             raise Killed
         original(self, window)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Runner, "step", stepping)
-        train(text, data=DATA)
+        train_recipe_text(text, data=DATA)
 
 
 @pytest.mark.parametrize("mode", ["ahead", "table"])
@@ -420,17 +420,17 @@ def killed_before(step: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_run_that_is_killed_within_a_block_ends_with_the_same_bits(monkeypatch, mode, step):
     """In float32, where another shape of the block would give other bits."""
     more = FEATURES + f"checkpoint_every: {{steps: 1}}\nfrozen_forward: {mode}\nruns: runs-{mode}\nout: "
-    train(text_of(more + "whole\n", exact=False), data=DATA)
+    train_recipe_text(text_of(more + "whole\n", exact=False), data=DATA)
     killed_before(step, text_of(more + "run\n", exact=False), monkeypatch)
-    train(text_of(more + "run\n", exact=False), data=DATA)
-    assert differences(result_of("whole"), result_of("run")) == []
+    train_recipe_text(text_of(more + "run\n", exact=False), data=DATA)
+    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
 
 
 def test_a_run_that_goes_on_in_another_way_is_told_so(monkeypatch):
     more = "checkpoint_every: {steps: 1}\nout: run\nfrozen_forward: "
     killed_before(6, text_of(more + "ahead\n"), monkeypatch)
-    console = Quiet()
-    train(text_of(more + "inline\n"), data=DATA, console=console)
+    console = QuietConsole()
+    train_recipe_text(text_of(more + "inline\n"), data=DATA, console=console)
     assert any("frozen forward was ahead, 32 rows, is inline, 32 rows" in text for text in console.notices)
 
 
@@ -447,16 +447,16 @@ def test_images_that_are_read_from_files_are_read_once(workers, monkeypatch):
         "data: {eval: {dataset: {type: synthetic, shape: [3, 8, 8], classes: 2, samples: 8}}}\n"
     )
     reads: list[int] = []
-    from kdbench.data.loading.streaming import Reader
+    from kdbench.data.loading.streaming import ImageReader
 
-    original = Reader.read
+    original = ImageReader.read
     monkeypatch.setattr(
-        Reader, "read", lambda self, number, *rest: (reads.append(number), original(self, number, *rest))[1]
+        ImageReader, "read", lambda self, number, *rest: (reads.append(number), original(self, number, *rest))[1]
     )
     results = {}
     for mode in ("inline", "ahead"):
         reads.clear()
-        train(text_of(f"workers: {workers}\nout: {mode}\nfrozen_forward: {mode}\nlabel_fraction: null\n"), data=data)
+        train_recipe_text(text_of(f"workers: {workers}\nout: {mode}\nfrozen_forward: {mode}\nlabel_fraction: null\n"), data=data)
         results[mode] = sorted(reads)
     assert close(weights_of("ahead"), weights_of("inline"))
     assert results["inline"] == results["ahead"] and (workers or len(reads) >= 52)
@@ -468,8 +468,8 @@ def test_two_processes_end_as_their_plain_run_does():
     for mode in ("inline", "ahead", "table"):
         files.append(f"{mode}.yaml")
         Path(files[-1]).write_text(DATA + text_of(COUPLED + f"out: {mode}\nfrozen_forward: {mode}\n"))
-    words = torchrun(str(TESTS / "helpers" / "distributed_worker.py"), *files)
-    done = subprocess.run(words, env=environment(), cwd=os.getcwd(), capture_output=True, text=True, timeout=300)
+    words = torchrun_command(str(TESTS / "helpers" / "distributed_worker.py"), *files)
+    done = subprocess.run(words, env=subprocess_environment(), cwd=os.getcwd(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for mode in ("ahead", "table"):
         assert read_json(f"{mode}/manifest.json")["frozen_forward"]["main"]["teacher"]["mode"] == mode
@@ -477,12 +477,12 @@ def test_two_processes_end_as_their_plain_run_does():
 
 
 def test_check_says_what_may_run_ahead_and_how_large_its_table_would_be():
-    text = " ".join(in_words(plan_of(recipe(text_of(WIDER + STRONG + TWO), data=DATA))))
+    text = " ".join(describe_stage(stage_plan(recipe_from_text(text_of(WIDER + STRONG + TWO), data=DATA))))
     assert "teacher does not move, and may run ahead of the step; a table of it has 61 x 18 rows, 35.1 kB." in text
     assert "second does not move, and may run ahead of the step; a table of it has 61 x 100 rows" in text
-    mixed = " ".join(in_words(plan_of(recipe(text_of(MIXED), data=DATA))))
+    mixed = " ".join(describe_stage(stage_plan(recipe_from_text(text_of(MIXED), data=DATA))))
     assert "may run ahead of the step; no table: mixup blends samples." in mixed
     inside = " ".join(
-        in_words(plan_of(recipe(text_of("teacher: {model: t_layers, input: 'student:conv1'}\n"), data=DATA)))
+        describe_stage(stage_plan(recipe_from_text(text_of("teacher: {model: t_layers, input: 'student:conv1'}\n"), data=DATA)))
     )
     assert "teacher does not move, but has to run inside the step: it sees student, which moves." in inside

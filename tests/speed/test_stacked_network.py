@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.network.features import Capture, Feature
+from kdbench.engine.network.features import Feature, FeatureExtractor
 from kdbench.registry import MODELS
-from kdbench.speed.concurrent.stacked_network import Stacked, difference, obstacle
+from kdbench.speed.concurrent.stacked_network import StackedNetwork, difference, unstackable_layer
 
 LOGITS = (Feature(),)
 
@@ -52,7 +52,7 @@ def test_networks_with_frozen_parts_are_stacked_as_they_are():
         model.get_submodule("layer1").eval().requires_grad_(False)
     before = [copy.deepcopy(model.get_submodule("layer1").state_dict()) for model in models]
     assert difference(models, LOGITS, frozenset(), images((1, 8, 8)), torch.float64) == 0.0
-    stacked = Stacked(models, LOGITS)
+    stacked = StackedNetwork(models, LOGITS)
     stacked.share()
     stacked(images((1, 8, 8)))
     for model, old in zip(models, before, strict=True):
@@ -75,7 +75,7 @@ class Mixes(nn.Module):
 def test_a_network_that_mixes_its_channels_is_noticed():
     torch.manual_seed(1)
     models = [Mixes().double() for _ in range(3)]
-    assert obstacle(models[0]) == ""  # its layers alone do not tell
+    assert unstackable_layer(models[0]) == ""  # its layers alone do not tell
     assert difference(models, LOGITS, frozenset(), images((1, 8, 8)), torch.float64) > 1e-3
 
 
@@ -84,7 +84,7 @@ def test_parts_of_the_stack_in_another_order_are_noticed(monkeypatch):
     models = networks("digits_mlp")
     inputs = images((1, 8, 8))
     assert difference(models, LOGITS, frozenset(), inputs, torch.float64) == 0.0
-    right = Stacked._pairs
+    right = StackedNetwork._pairs
 
     def swapped(self):
         last = len(self.models) - 1
@@ -95,7 +95,7 @@ def test_parts_of_the_stack_in_another_order_are_noticed(monkeypatch):
             other = {0: last, last: 0}.get(number, number)
             yield own, stacked, slice(other * rows, (other + 1) * rows)
 
-    monkeypatch.setattr(Stacked, "_pairs", swapped)
+    monkeypatch.setattr(StackedNetwork, "_pairs", swapped)
     assert difference(models, LOGITS, frozenset(), inputs, torch.float64) > 1e-3
 
 
@@ -110,15 +110,15 @@ def test_parts_of_the_stack_in_another_order_are_noticed(monkeypatch):
 )
 def test_layers_that_are_not_known_to_treat_channels_apart_are_named(layer, said):
     model = nn.Sequential(nn.Linear(4, 5), layer)
-    assert said in obstacle(model) and "(1)" in obstacle(model)
+    assert said in unstackable_layer(model) and "(1)" in unstackable_layer(model)
     with pytest.raises(ValueError, match=said):
-        Stacked([model, copy.deepcopy(model)], LOGITS)
+        StackedNetwork([model, copy.deepcopy(model)], LOGITS)
 
 
 def test_the_networks_themselves_become_views_of_the_stack():
     models = networks("digits_cnn")
     plain = [copy.deepcopy(model) for model in models]
-    stacked = Stacked(models, LOGITS)
+    stacked = StackedNetwork(models, LOGITS)
     stacked.share()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (*models, *plain)]
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_the_networks_themselves_become_views_of_the_stack():
         stacked.hand_out()
         for model, value in zip(plain, inputs, strict=True):
             model.zero_grad()
-            Capture(model, LOGITS)(value)[LOGITS[0]].square().mean().backward()
+            FeatureExtractor(model, LOGITS)(value)[LOGITS[0]].square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
     for model, other in zip(models, plain, strict=True):

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.recipes import Quiet, differences, parts, result_of, train  # noqa: F401
+from helpers.recipes import QuietConsole, comparable_results, differing_keys, plugin_registration, train_recipe_text  # noqa: F401
 from kdbench.data.augment.view import View
 from kdbench.engine.network.features import Feature
 from kdbench.files import read_json
 from kdbench.speed.teacher_cache import cache_file as table_module
 from kdbench.speed.teacher_cache import cached_source as tabled_module
-from kdbench.speed.teacher_cache.cache_file import Columns, Refused, Table, size_words
-from kdbench.speed.teacher_cache.cached_source import Forward
+from kdbench.speed.teacher_cache.cache_file import CacheFile, CacheUnavailable, RowLayout, format_bytes
+from kdbench.speed.teacher_cache.cached_source import RoleForward
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
 TEXT = """
@@ -47,9 +47,9 @@ def teacher() -> None:
         torch.save(Layers(hidden=16).state_dict(), name)
 
 
-def run(out: str, mode: str = "table", *overrides: str, console: Quiet | None = None) -> dict[str, Any]:
+def run(out: str, mode: str = "table", *overrides: str, console: QuietConsole | None = None) -> dict[str, Any]:
     """Trains, and returns what the manifest says of the teacher."""
-    train(TEXT, f"out={out}", f"frozen_forward={mode}", *overrides, data=DATA, console=console)
+    train_recipe_text(TEXT, f"out={out}", f"frozen_forward={mode}", *overrides, data=DATA, console=console)
     return read_json(f"{out}/manifest.json")["frozen_forward"]["main"]["teacher"]
 
 
@@ -59,7 +59,7 @@ def tables() -> list[Path]:
 
 def equal(one: str, other: str) -> bool:
     """Whether two runs ended with the same bits, as they must within one mode."""
-    return differences(result_of(one), result_of(other)) == []
+    return differing_keys(comparable_results(one), comparable_results(other)) == []
 
 
 def close(one: str, other: str) -> bool:
@@ -117,7 +117,7 @@ def test_what_no_row_depends_on_leaves_the_table(override):
 def test_a_table_by_sample_alone_gives_another_result_under_random_crops(monkeypatch):
     """Negative control: the variant has to be part of a row's place."""
     run("plain", "inline")
-    monkeypatch.setattr(View, "codes", lambda self, draws: torch.zeros(len(draws), dtype=torch.int64))
+    monkeypatch.setattr(View, "variant_ids", lambda self, draws: torch.zeros(len(draws), dtype=torch.int64))
     told = run("by-sample")
     assert told["mode"] == "table" and told["computed"] == 61
     assert not close("plain", "by-sample")
@@ -126,10 +126,10 @@ def test_a_table_by_sample_alone_gives_another_result_under_random_crops(monkeyp
 def test_rows_are_computed_at_one_shape_and_in_the_order_of_the_samples(monkeypatch):
     asked: list[torch.Tensor] = []
     rows: list[int] = []
-    original, block = Forward.__call__, Forward.block
-    monkeypatch.setattr(Forward, "__call__", lambda self, s, d: (asked.append(s), original(self, s, d))[1])
+    original, block = RoleForward.__call__, RoleForward.padded_batch
+    monkeypatch.setattr(RoleForward, "__call__", lambda self, s, d: (asked.append(s), original(self, s, d))[1])
     monkeypatch.setattr(
-        Forward, "block", lambda self, s, d: (b := block(self, s, d), rows.append(len(b["train"]["image"])))[0]
+        RoleForward, "block", lambda self, s, d: (b := block(self, s, d), rows.append(len(b["train"]["image"])))[0]
     )
     told = run("one")
     assert set(rows) == {32}
@@ -178,7 +178,7 @@ def test_marks_before_rows_would_be_noticed(monkeypatch):
     """Negative control: were a row marked before it is written, a killed run would leave a wrong table."""
     run("one")
     poison(torch.ones(VARIANTS, dtype=torch.bool))
-    console = Quiet()
+    console = QuietConsole()
     told = run("next", console=console)
     assert told["mode"] == "ahead" and "other values" in told["why"]
     assert any("delete the folder" in text for text in console.notices)
@@ -220,12 +220,12 @@ def test_a_table_that_does_not_fit_is_told_in_words_and_the_run_goes_on(monkeypa
     run("plain", "inline")
     with monkeypatch.context() as patch:
         patch.setattr(table_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30})())
-        console = Quiet()
+        console = QuietConsole()
         told = run("disk", console=console)
     assert told["mode"] == "ahead" and "35.1 kB of disk, and 1.1 GB are free" in told["why"]
     assert sum("35.1 kB of disk" in text for text in console.notices) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(tabled_module, "memory", lambda device: 5000)
+        patch.setattr(tabled_module, "available_memory", lambda device: 5000)
         assert "memory" in run("memory")["why"]
 
     def full(*args: Any) -> None:
@@ -244,61 +244,61 @@ def test_a_disk_that_takes_no_more_rows_is_told_once_and_the_run_goes_on(monkeyp
     def failing(mapped: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    console = Quiet()
+    console = QuietConsole()
     with monkeypatch.context() as patch:
         patch.setattr(table_module, "_sync", failing)
         run("failing", console=console)
     assert sum("not kept" in text for text in console.notices) == 1 and close("plain", "failing")
 
 
-COLUMNS = Columns((Feature(),), ((3,),), (torch.float32,))
+COLUMNS = RowLayout((Feature(),), ((3,),), (torch.float32,))
 
 
 def test_two_runs_fill_one_table_and_neither_overwrites_the_other():
-    one, other = (Table(Path("tables"), {"a": 1}, COLUMNS, 10) for _ in range(2))
+    one, other = (CacheFile(Path("tables"), {"a": 1}, COLUMNS, 10) for _ in range(2))
     assert one.path == other.path
     places = torch.tensor([2, 5])
-    other.add(places, torch.full((2, 3), 7.0))  # computed before the first run has written its own
-    one.add(torch.tensor([5, 6]), torch.ones(2, 3))
-    one.write()
-    assert other.missing(torch.arange(10)).tolist() == [n not in (5, 6) for n in range(10)]
-    other.write()
-    assert one.read(torch.tensor([2, 5, 6]))[:, 0].tolist() == [7.0, 1.0, 1.0]
-    again = Table(Path("tables"), {"a": 1}, COLUMNS, 10)
-    assert again.missing(torch.arange(10)).sum() == 7 and again.computed == 0
+    other.add_rows(places, torch.full((2, 3), 7.0))  # computed before the first run has written its own
+    one.add_rows(torch.tensor([5, 6]), torch.ones(2, 3))
+    one.flush()
+    assert other.missing_rows(torch.arange(10)).tolist() == [n not in (5, 6) for n in range(10)]
+    other.flush()
+    assert one.read_rows(torch.tensor([2, 5, 6]))[:, 0].tolist() == [7.0, 1.0, 1.0]
+    again = CacheFile(Path("tables"), {"a": 1}, COLUMNS, 10)
+    assert again.missing_rows(torch.arange(10)).sum() == 7 and again.rows_computed == 0
 
 
 def test_much_that_is_pending_is_written_at_once(monkeypatch):
     monkeypatch.setattr(table_module, "PENDING_BYTES", 100)
-    table = Table(Path("tables"), {}, COLUMNS, 20)
-    table.add(torch.arange(8), torch.ones(8, 3))
-    assert table.missing(torch.arange(8)).all()
-    table.add(torch.arange(8, 16), torch.ones(8, 3))
-    assert not table.missing(torch.arange(16)).any() and table.computed == 16
+    table = CacheFile(Path("tables"), {}, COLUMNS, 20)
+    table.add_rows(torch.arange(8), torch.ones(8, 3))
+    assert table.missing_rows(torch.arange(8)).all()
+    table.add_rows(torch.arange(8, 16), torch.ones(8, 3))
+    assert not table.missing_rows(torch.arange(16)).any() and table.rows_computed == 16
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_words():
     Path("tables").write_text("a file")
-    with pytest.raises(Refused, match="cannot be used"):
-        Table(Path("tables"), {}, COLUMNS, 10)
+    with pytest.raises(CacheUnavailable, match="cannot be used"):
+        CacheFile(Path("tables"), {}, COLUMNS, 10)
 
 
 def test_rows_of_mixed_types_and_shapes_come_back_as_they_were():
     logits, features = Feature(), Feature("layer1")
-    columns = Columns((logits, features), ((4,), (2, 3, 3)), (torch.float32, torch.bfloat16))
+    columns = RowLayout((logits, features), ((4,), (2, 3, 3)), (torch.float32, torch.bfloat16))
     values = {logits: torch.randn(5, 4), features: torch.randn(5, 2, 3, 3).bfloat16()}
     rows = columns.pack(values)
     assert rows.shape == (5, 22) and rows.dtype == torch.float32
     back = columns.unpack(rows)
     assert all(torch.equal(back[key], value) and back[key].dtype == value.dtype for key, value in values.items())
-    narrow = Columns((features,), ((2, 3, 3),), (torch.bfloat16,))
+    narrow = RowLayout((features,), ((2, 3, 3),), (torch.bfloat16,))
     assert narrow.dtype == torch.bfloat16 and torch.equal(
         narrow.unpack(narrow.pack(values))[features], values[features]
     )
 
 
 def test_sizes_are_told_in_the_unit_that_fits():
-    assert [size_words(n) for n in (500, 36_000, 2_500_000, 3_240_000_000)] == ["0.5 kB", "36.0 kB", "2.5 MB", "3.2 GB"]
+    assert [format_bytes(n) for n in (500, 36_000, 2_500_000, 3_240_000_000)] == ["0.5 kB", "36.0 kB", "2.5 MB", "3.2 GB"]
 
 
 def test_tables_of_half_precision_keep_its_exact_values():

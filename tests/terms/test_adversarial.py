@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.term_inputs import term
+from helpers.term_inputs import build_term
 from kdbench.errors import ConfigError
 
 SHAPES = {"shapes": {"student": (5,), "teacher": (5,)}}
@@ -17,7 +17,7 @@ def logits():
 
 
 def made(**params):
-    return term("ctkd", params, **SHAPES).double()
+    return build_term("ctkd", params, **SHAPES).double()
 
 
 def test_the_temperature_ascends_and_the_student_descends(logits):
@@ -52,7 +52,7 @@ def test_the_reversal_has_the_strength_asked_for(logits, reverse):
 
 def test_a_scheduled_reversal_is_read_when_it_runs(logits):
     strength = torch.tensor(0.5, dtype=torch.float64)
-    ctkd = term("ctkd", {"reverse": strength}, **SHAPES).double()
+    ctkd = build_term("ctkd", {"reverse": strength}, **SHAPES).double()
     ctkd(*logits).mean().backward()
     half = ctkd.theta.grad.clone()
     ctkd.theta.grad = None
@@ -81,16 +81,16 @@ def test_each_sample_has_its_own_temperature_and_no_reversed_gradient_reaches_th
 
 def test_a_verdict_costs_what_it_should():
     verdict = torch.tensor([[-30.0], [0.0], [30.0]])
-    assert_close(term("binary", {"target": 1.0})(verdict), torch.tensor([30.0, 0.6931472, 0.0]))
-    assert_close(term("binary", {"target": 0.0})(verdict[:, 0]), torch.tensor([0.0, 0.6931472, 30.0]))
+    assert_close(build_term("binary", {"target": 1.0})(verdict), torch.tensor([30.0, 0.6931472, 0.0]))
+    assert_close(build_term("binary", {"target": 0.0})(verdict[:, 0]), torch.tensor([0.0, 0.6931472, 30.0]))
     with pytest.raises(ValueError, match="one logit per sample"):
-        term("binary").check_shapes(student=torch.Size((8, 2)))
+        build_term("binary").check_shapes(student=torch.Size((8, 2)))
     with pytest.raises(ConfigError, match="target must be in"):
-        term("binary", {"target": 2.0})
+        build_term("binary", {"target": 2.0})
 
 
 def test_competition_falls_as_the_networks_part_and_both_get_the_gradient(logits):
-    competition = term("competition")
+    competition = build_term("competition")
     same = competition(logits[0], logits[0])
     assert_close(same, torch.ones(6, dtype=torch.float64))
     student, teacher = (side.requires_grad_() for side in logits)

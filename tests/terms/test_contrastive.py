@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.term_reference import central_differences
+from helpers.term_reference import numerical_gradient
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
-from kdbench.terms.contrastive import draw_others, info_nce_loss, mixed, nce_loss
+from kdbench.terms.contrastive import hash_words, info_nce_loss, nce_loss, sample_negatives
 
 SAMPLES, NEGATIVES = 12, 7
 LABELS = torch.tensor([0, 1, 2] * 4)
@@ -64,8 +64,8 @@ def plain(term, student, teacher, chosen, before, scale=None):
 
 def picks(term, fields):
     """The positive and the negatives of each row, for the step that comes."""
-    key = mixed(term.seed + mixed(term.clock)) + fields["index"]
-    drawn = draw_others(term.classes[:-1], fields["label"], key, NEGATIVES)
+    key = hash_words(term.seed + hash_words(term.clock)) + fields["index"]
+    drawn = sample_negatives(term.classes[:-1], fields["label"], key, NEGATIVES)
     return torch.cat([fields["index"].unsqueeze(1), drawn], 1).tolist()
 
 
@@ -83,7 +83,7 @@ def test_value_and_gradient_are_those_of_plain_loops_over_two_steps():
         assert_close(loss.item(), expected)
         scale = scale or found  # Z is that of the first step, and is held constant within it
         (gradient,) = torch.autograd.grad(loss, fields["student"])
-        numbers = central_differences(
+        numbers = numerical_gradient(
             lambda rows: plain(term, rows, fields["teacher"].tolist(), chosen, before, scale)[0],  # noqa: B023
             fields["student"].detach(),
         )
@@ -123,13 +123,13 @@ def test_the_state_is_in_the_checkpoint_and_resumes_to_the_same_numbers():
 
 def test_negatives_are_of_other_classes_even_and_new_at_each_step():
     own = torch.tensor([0, 1, 2, 0])
-    drawn = draw_others(LABELS, own, torch.arange(4), 30000)
+    drawn = sample_negatives(LABELS, own, torch.arange(4), 30000)
     assert (LABELS[drawn] != own.unsqueeze(1)).all()
     counts = torch.bincount(drawn[0], minlength=SAMPLES)
     allowed = counts[LABELS != 0]
     assert (allowed - 30000 / 8).abs().max() < 5 * math.sqrt(30000 / 8)  # five deviations of a fair draw
     assert not torch.equal(drawn[0], drawn[3])  # one class, other keys
-    assert torch.equal(draw_others(LABELS, own[:1], torch.arange(1), 9), drawn[:1, :9])
+    assert torch.equal(sample_negatives(LABELS, own[:1], torch.arange(1), 9), drawn[:1, :9])
     term = build()
     first = picks(term, batch())
     term(**batch(dtype=torch.float32))
@@ -137,7 +137,7 @@ def test_negatives_are_of_other_classes_even_and_new_at_each_step():
 
 
 def test_a_batch_of_one_class_only_draws_from_all():
-    drawn = draw_others(torch.zeros(5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.arange(2), 64)
+    drawn = sample_negatives(torch.zeros(5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.arange(2), 64)
     assert set(drawn.flatten().tolist()) == set(range(5))
 
 
@@ -151,7 +151,7 @@ def test_without_labels_only_the_sample_itself_is_no_negative():
         del given["label"]
         term(**given)
     own = term.classes[fields["index"]]
-    drawn = draw_others(term.classes[:-1], own, fields["index"], 4000)
+    drawn = sample_negatives(term.classes[:-1], own, fields["index"], 4000)
     for row, index in zip(drawn.tolist(), fields["index"].tolist(), strict=True):
         assert set(row) == set(range(SAMPLES)) - {index}
 
@@ -321,7 +321,7 @@ def test_a_gather_of_vectors_would_be_noticed(monkeypatch):
     term, fields = many_negatives()
     expected = term(**fields)
     other, _ = many_negatives()
-    monkeypatch.setattr(type(other), "_loss", gathered)
+    monkeypatch.setattr(type(other), "_side_loss", gathered)
     assert_close(other(**fields), expected)
     other, _ = many_negatives()
     seen = largest(lambda: other(**fields).backward())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from helpers.term_inputs import runs_without_reading, term
-from helpers.term_reference import central_differences
+from helpers.term_inputs import build_term, run_without_values
+from helpers.term_reference import numerical_gradient
 from kdbench.terms.data_free import TotalVariation
 
 
@@ -42,10 +42,10 @@ def operands():
 def test_bn_statistics_are_those_of_plain_loops(operands, counts):
     student, teacher = operands
     weight = None if counts is None else torch.tensor(counts)
-    loss = term("bn_statistics")(student, teacher, weight=weight)
+    loss = build_term("bn_statistics")(student, teacher, weight=weight)
     assert_close(loss.item(), plain(student.tolist(), teacher.tolist(), counts))
     (gradient,) = torch.autograd.grad(loss, student)
-    assert_close(gradient, central_differences(lambda s: plain(s, teacher.tolist(), counts), student.detach()))
+    assert_close(gradient, numerical_gradient(lambda s: plain(s, teacher.tolist(), counts), student.detach()))
 
 
 def test_bn_statistics_vanish_for_the_very_batch_that_a_batchnorm_remembers(operands):
@@ -53,9 +53,9 @@ def test_bn_statistics_vanish_for_the_very_batch_that_a_batchnorm_remembers(oper
     norm(operands[0])
     rows = operands[0].numel() / 3
     seen = torch.stack([norm.running_mean, norm.running_var * (rows - 1) / rows])  # torch remembers the unbiased one
-    loss = term("bn_statistics")(operands[0], seen)
+    loss = build_term("bn_statistics")(operands[0], seen)
     assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
-    assert term("bn_statistics")(operands[0] + 1, seen) > 1
+    assert build_term("bn_statistics")(operands[0] + 1, seen) > 1
 
 
 def test_bn_statistics_do_not_see_masked_rows_and_an_empty_batch_gives_zero(operands):
@@ -64,34 +64,34 @@ def test_bn_statistics_do_not_see_masked_rows_and_an_empty_batch_gives_zero(oper
     spoiled = student.detach().clone()
     spoiled[~mask] = float("nan")
     spoiled.requires_grad_()
-    loss = term("bn_statistics")(spoiled, teacher, mask=mask)
-    assert_close(loss, term("bn_statistics")(student[mask], teacher))
+    loss = build_term("bn_statistics")(spoiled, teacher, mask=mask)
+    assert_close(loss, build_term("bn_statistics")(student[mask], teacher))
     loss.backward()
     assert (spoiled.grad[~mask] == 0).all() and spoiled.grad[mask].abs().sum() > 0
-    assert term("bn_statistics")(spoiled, teacher, mask=torch.zeros(5, dtype=torch.bool)) == 0
+    assert build_term("bn_statistics")(spoiled, teacher, mask=torch.zeros(5, dtype=torch.bool)) == 0
 
 
 def test_bn_statistics_take_vectors_half_precision_and_read_nothing(operands):
     student, teacher = operands
-    flat = term("bn_statistics")(student[:, :, 0, 0], teacher)
-    assert_close(flat, term("bn_statistics")(student[:, :, :1, :1], teacher))
-    half = term("bn_statistics")(student.bfloat16(), teacher.float())
+    flat = build_term("bn_statistics")(student[:, :, 0, 0], teacher)
+    assert_close(flat, build_term("bn_statistics")(student[:, :, :1, :1], teacher))
+    half = build_term("bn_statistics")(student.bfloat16(), teacher.float())
     assert half.dtype == torch.float32
-    runs_without_reading(
-        lambda: term("bn_statistics"), {"student": student.detach().requires_grad_(), "teacher": teacher}
+    run_without_values(
+        lambda: build_term("bn_statistics"), {"student": student.detach().requires_grad_(), "teacher": teacher}
     )
     with pytest.raises(ValueError, match="a BatchNorm's input"):
-        term("bn_statistics").check_shapes(student=torch.Size((2, 3, 4, 4)), teacher=torch.Size((2, 5)))
+        build_term("bn_statistics").check_shapes(student=torch.Size((2, 3, 4, 4)), teacher=torch.Size((2, 5)))
 
 
 def test_one_hot_is_least_for_a_sure_teacher_and_information_entropy_for_a_balanced_batch():
     sure, unsure = 20 * torch.eye(4), torch.zeros(4, 4)
-    assert (term("one_hot")(sure) < 1e-6).all()
-    assert_close(term("one_hot")(unsure), torch.full((4,), math.log(4)))
-    assert_close(term("information_entropy")(sure), torch.tensor(-math.log(4)), rtol=1e-4, atol=1e-6)
+    assert (build_term("one_hot")(sure) < 1e-6).all()
+    assert_close(build_term("one_hot")(unsure), torch.full((4,), math.log(4)))
+    assert_close(build_term("information_entropy")(sure), torch.tensor(-math.log(4)), rtol=1e-4, atol=1e-6)
     one_class = torch.zeros(4, 4)
     one_class[:, 0] = 20
-    assert term("information_entropy")(one_class) > -1e-5
+    assert build_term("information_entropy")(one_class) > -1e-5
 
 
 def test_a_flat_image_has_no_variation_and_a_finite_gradient():

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.term_inputs import runs_without_reading, term
-from helpers.term_reference import _kl, _softmax, central_differences
+from helpers.term_inputs import build_term, run_without_values
+from helpers.term_reference import _kl, _softmax, numerical_gradient
 
 CLASSES = 4
 
 
 def cmi(decay=0.9):
-    return term("cmi", {"decay": decay}, num_classes=CLASSES).double()
+    return build_term("cmi", {"decay": decay}, num_classes=CLASSES).double()
 
 
 def batch(seed, labels):
@@ -44,7 +44,7 @@ def test_cmi_is_the_divergence_from_the_decayed_class_mean():
 
     assert_close(loss, torch.tensor(plain(now.tolist()), dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss.sum(), now)
-    assert_close(gradient, central_differences(lambda s: sum(plain(s)), now.detach()))
+    assert_close(gradient, numerical_gradient(lambda s: sum(plain(s)), now.detach()))
     assert_close(made.centroids.sum(1), torch.ones(CLASSES, dtype=torch.float64))
     assert_close(made.centroids[2], torch.full((CLASSES,), 0.25, dtype=torch.float64), msg="never seen")
 
@@ -76,10 +76,10 @@ def test_cmi_keeps_its_centroids_through_a_resume_reads_nothing_and_takes_half_p
     assert torch.equal(resumed(*batch(1, [1, 3])), whole(*batch(1, [1, 3])))
     student, labels = batch(0, [1, 1, 3])
     half = student.detach().bfloat16()
-    loss = term("cmi", num_classes=CLASSES)(half, labels)
+    loss = build_term("cmi", num_classes=CLASSES)(half, labels)
     assert loss.dtype == torch.float32 and loss.isfinite().all()
     leaf = student.detach().float().requires_grad_()
-    runs_without_reading(lambda: term("cmi", num_classes=CLASSES), {"student": leaf, "label": labels})
+    run_without_values(lambda: build_term("cmi", num_classes=CLASSES), {"student": leaf, "label": labels})
     with pytest.raises(ValueError, match="the data's 4 classes"):
         cmi().check_shapes(student=torch.Size((2, 5)))
 
@@ -112,12 +112,12 @@ def test_scar_is_that_of_plain_loops():
     means, precision = statistics()
     student = (torch.rand(6, 3, dtype=torch.float64) + 0.1).requires_grad_()
     label = torch.tensor([0, 1, 2, 3, 0, -100])
-    loss = term("scar")(student, label, means, precision)
+    loss = build_term("scar")(student, label, means, precision)
     given = (label.tolist(), means.tolist(), precision.tolist())
     assert_close(loss, torch.tensor(plain_scar(student.tolist(), *given), dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss.sum(), student)
-    assert_close(gradient, central_differences(lambda s: sum(plain_scar(s, *given)), student.detach()))
-    wrong = term("scar", {"power": 1.0})(student, label, means, precision)
+    assert_close(gradient, numerical_gradient(lambda s: sum(plain_scar(s, *given)), student.detach()))
+    wrong = build_term("scar", {"power": 1.0})(student, label, means, precision)
     assert not torch.allclose(wrong, loss)
 
 
@@ -126,20 +126,20 @@ def test_scar_moves_features_to_another_class_and_never_to_their_own():
     precision = torch.eye(3, dtype=torch.float64).expand(CLASSES, 3, 3)
     student = (means**2).clone().requires_grad_()  # the root of it lies on the class's mean
     label = torch.arange(CLASSES)
-    loss = term("scar")(student, label, means, precision)
+    loss = build_term("scar")(student, label, means, precision)
     assert (loss > 1e-3).all(), "the own class is at distance 0 and must not count"
-    assert (term("scar")(student, torch.full((CLASSES,), -100), means, precision) < 1e-12).all()
+    assert (build_term("scar")(student, torch.full((CLASSES,), -100), means, precision) < 1e-12).all()
 
 
 def test_scar_has_a_finite_gradient_at_dead_features_reads_nothing_and_takes_half_precision():
     means, precision = statistics()
     student = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    loss = term("scar")(student, torch.tensor([0, 1]), means, precision)
+    loss = build_term("scar")(student, torch.tensor([0, 1]), means, precision)
     loss.sum().backward()
     assert loss.isfinite().all() and student.grad.isfinite().all()
-    half = term("scar")(torch.rand(2, 3).bfloat16(), torch.tensor([0, 1]), means.float(), precision.float())
+    half = build_term("scar")(torch.rand(2, 3).bfloat16(), torch.tensor([0, 1]), means.float(), precision.float())
     assert half.dtype == torch.float32
     operands = {"student": torch.rand(2, 3, requires_grad=True), "label": torch.tensor([0, 1])}
-    runs_without_reading(lambda: term("scar"), {**operands, "means": means.float(), "precision": precision.float()})
+    run_without_values(lambda: build_term("scar"), {**operands, "means": means.float(), "precision": precision.float()})
     with pytest.raises(ValueError, match=r"needs means per class of size \[3\]"):
-        term("scar").check_shapes(student=torch.Size((2, 3)), means=torch.Size((4, 5)))
+        build_term("scar").check_shapes(student=torch.Size((2, 3)), means=torch.Size((4, 5)))

@@ -19,7 +19,7 @@ from helpers.term_cases import (
     case_id,
     one_per_term,
 )
-from helpers.term_reference import central_differences
+from helpers.term_reference import numerical_gradient
 from kdbench.registry import TERMS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -65,7 +65,7 @@ def agrees_with_reference(case: Case, loss, operands) -> bool:
         losses = case.reference({**operands, "student": student})
         return (shares * torch.tensor(losses, dtype=torch.float64)).sum().item()
 
-    expected = central_differences(total, operands["student"].detach())
+    expected = numerical_gradient(total, operands["student"].detach())
     return torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 

@@ -9,8 +9,8 @@ from kdbench.terms.logits import (
     CrossEntropy,
     cross_entropy_loss,
     dist_loss,
+    dkd_components,
     dkd_loss,
-    dkd_parts,
     kd_loss,
     logit_mse_loss,
 )
@@ -63,13 +63,13 @@ def test_hidden_labels_give_zero_and_leave_the_other_rows_alone(logits):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kl_is_tckd_plus_nckd_by_what_the_teacher_leaves_to_the_others(logits, temperature):
-    target, other = dkd_parts(*logits, LABEL, temperature)
+    target, other = dkd_components(*logits, LABEL, temperature)
     left = 1 - (logits[1] / temperature).softmax(1).gather(1, LABEL[:, None]).squeeze(1)
     assert_close(temperature**2 * (target + left * other), kd_loss(*logits, temperature))
 
 
 def test_dkd_weighs_its_parts_linearly(logits):
-    target, other = dkd_parts(*logits, LABEL, 2.0)
+    target, other = dkd_components(*logits, LABEL, 2.0)
     assert_close(dkd_loss(*logits, LABEL, 0.5, 3.0, 2.0), 4 * (0.5 * target + 3 * other))
 
 
@@ -135,8 +135,8 @@ def test_dkd_keeps_the_other_classes_of_a_teacher_that_is_sure_in_float32():
     """1 - p loses all digits at p = 1 - 1e-9; the sum over the other classes does not."""
     teacher = torch.tensor([[25.0, 2.0, 1.0, 0.0]])
     student = torch.tensor([[25.0, 0.0, 1.0, 2.0]])
-    exact = dkd_parts(student.double(), teacher.double(), torch.tensor([0]), 1.0)
-    for part, expected in zip(dkd_parts(student, teacher, torch.tensor([0]), 1.0), exact, strict=True):
+    exact = dkd_components(student.double(), teacher.double(), torch.tensor([0]), 1.0)
+    for part, expected in zip(dkd_components(student, teacher, torch.tensor([0]), 1.0), exact, strict=True):
         assert_close(part.double(), expected, rtol=1e-4, atol=1e-12)
 
 

@@ -7,14 +7,14 @@ import torch
 from torch import Size
 from torch.testing import assert_close
 
-from helpers.term_inputs import runs_without_reading, term
+from helpers.term_inputs import build_term, run_without_values
 from kdbench.errors import ConfigError
 
 CLASSES, RATE, MOMENTUM = 4, 0.3, 0.6
 
 
 def build(**params):
-    return term("taid", {"least": 0.2, "rate": RATE, "momentum": MOMENTUM, **params}).double()
+    return build_term("taid", {"least": 0.2, "rate": RATE, "momentum": MOMENTUM, **params}).double()
 
 
 def batch(seed, rows=3):
@@ -101,7 +101,7 @@ def test_how_far_it_is_is_in_the_state_and_evaluation_moves_nothing():
 
 
 def test_nothing_waits_for_the_host():
-    assert runs_without_reading(build, batch(0)).dim() == 0
+    assert run_without_values(build, batch(0)).dim() == 0
 
 
 def test_wrong_values_are_refused():

@@ -7,8 +7,8 @@ import torch
 from torch import Size
 from torch.testing import assert_close
 
-from helpers.term_inputs import runs_without_reading
-from helpers.term_reference import central_differences
+from helpers.term_inputs import run_without_values
+from helpers.term_reference import numerical_gradient
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 
@@ -64,7 +64,7 @@ def test_samples_of_earlier_batches_are_compared_first_in_first_out(candidates):
         rows, theirs = now["student"].tolist(), now["teacher"].tolist()
         assert_close(loss.item(), plain(rows, theirs, queue, candidates))
         (gradient,) = torch.autograd.grad(loss, now["student"])
-        expected = central_differences(lambda s, t=theirs, q=queue: plain(s, t, q, candidates), now["student"].detach())
+        expected = numerical_gradient(lambda s, t=theirs, q=queue: plain(s, t, q, candidates), now["student"].detach())
         assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
     forgetful = build(candidates=candidates)  # control: without the queue the loss is another one
     assert abs(forgetful(**shown[-1]).item() - loss.item()) > 1e-3
@@ -119,7 +119,7 @@ def test_the_queue_is_in_the_state_and_a_resume_goes_on_with_it():
 
 
 def test_nothing_waits_for_the_host():
-    assert runs_without_reading(build, batch(0)).dim() == 0
+    assert run_without_values(build, batch(0)).dim() == 0
 
 
 def test_what_cannot_be_compared_is_refused():

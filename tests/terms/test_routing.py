@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.term_inputs import runs_without_reading, term
+from helpers.term_inputs import build_term, run_without_values
 
 GATE = torch.tensor([[0.9, 0.2], [0.5, 0.6]], dtype=torch.float64)
 ACTION = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
@@ -15,14 +15,14 @@ ACTION = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
 def test_balance_is_zero_for_equal_use_and_grows_with_the_imbalance():
     even = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     for kind in ("kl", "cv"):
-        balance = term("load_balance", {"kind": kind})
+        balance = build_term("load_balance", {"kind": kind})
         assert_close(balance(even), torch.tensor(0.0), atol=1e-6, rtol=0)
         assert balance(torch.tensor([[0.9, 0.1]])) > balance(torch.tensor([[0.6, 0.4]])) > 0
 
 
 def test_balance_is_finite_where_an_expert_is_never_used():
     gate = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
-    loss = term("load_balance")(gate)
+    loss = build_term("load_balance")(gate)
     loss.backward()
     assert loss.isfinite() and gate.grad.isfinite().all()
 
@@ -30,7 +30,7 @@ def test_balance_is_finite_where_an_expert_is_never_used():
 def test_reinforce_is_minus_advantage_times_log_likelihood():
     gate = GATE.clone().requires_grad_()
     reward = torch.tensor([2.0, 3.0], dtype=torch.float64)
-    loss = term("reinforce", {"of": "reward", "baseline": 0.0})(gate, ACTION, reward)
+    loss = build_term("reinforce", {"of": "reward", "reward_baseline": 0.0})(gate, ACTION, reward)
     expected = [-2 * (math.log(0.9) + math.log(0.8)), -3 * (math.log(0.5) + math.log(0.6))]
     assert_close(loss, torch.tensor(expected, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss.sum(), gate)
@@ -39,27 +39,29 @@ def test_reinforce_is_minus_advantage_times_log_likelihood():
 
 def test_a_loss_is_a_negative_reward_and_counts_over_the_chosen_edges():
     losses = torch.tensor([[1.0, 9.0], [2.0, 4.0]], dtype=torch.float64)
-    by_edge = term("reinforce", {"baseline": 0.0})(GATE, ACTION, losses)
-    by_sample = term("reinforce", {"baseline": 0.0, "of": "reward"})(GATE, ACTION, torch.tensor([-1.0, -3.0]).double())
+    by_edge = build_term("reinforce", {"reward_baseline": 0.0})(GATE, ACTION, losses)
+    by_sample = build_term("reinforce", {"reward_baseline": 0.0, "of": "reward"})(
+        GATE, ACTION, torch.tensor([-1.0, -3.0]).double()
+    )
     assert_close(by_edge, by_sample)
-    nothing_chosen = term("reinforce", {"baseline": 0.0})(GATE, torch.zeros_like(ACTION), losses)
+    nothing_chosen = build_term("reinforce", {"reward_baseline": 0.0})(GATE, torch.zeros_like(ACTION), losses)
     assert (nothing_chosen == 0).all()
 
 
 def test_no_gradient_reaches_reward_or_action():
     gate, reward = GATE.clone().requires_grad_(), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
     action = ACTION.clone().requires_grad_()
-    term("reinforce", {"baseline": 0.0})(gate, action, reward).sum().backward()
+    build_term("reinforce", {"reward_baseline": 0.0})(gate, action, reward).sum().backward()
     assert gate.grad.abs().sum() > 0 and reward.grad is None and action.grad is None
 
 
 def test_the_usual_reward_is_a_running_mean_of_earlier_batches_and_in_the_state():
-    made = term("reinforce", {"of": "reward", "baseline": 0.9}).double()
+    made = build_term("reinforce", {"of": "reward", "reward_baseline": 0.9}).double()
     likelihood = (ACTION > 0).double() * GATE + (ACTION == 0).double() * (1 - GATE)
     log_pi = likelihood.log().sum(1)
     first, second = torch.tensor([1.0, 3.0]).double(), torch.tensor([5.0, 1.0]).double()
     assert_close(made(GATE, ACTION, first), -(first - 2) * log_pi)
-    resumed = term("reinforce", {"of": "reward", "baseline": 0.9}).double()
+    resumed = build_term("reinforce", {"of": "reward", "reward_baseline": 0.9}).double()
     resumed.load_state_dict(made.state_dict())
     assert_close(made(GATE, ACTION, second), -(second - 2) * log_pi)
     assert_close(resumed(GATE, ACTION, second), -(second - 2) * log_pi)
@@ -67,7 +69,7 @@ def test_the_usual_reward_is_a_running_mean_of_earlier_batches_and_in_the_state(
 
 
 def test_masked_rows_do_not_count_in_the_usual_reward():
-    made = term("reinforce", {"of": "reward"}).double()
+    made = build_term("reinforce", {"of": "reward"}).double()
     made(GATE, ACTION, torch.tensor([4.0, float("nan")]).double(), mask=torch.tensor([True, False]))
     assert_close(made.usual, torch.tensor(4.0, dtype=torch.float64))
 
@@ -76,7 +78,7 @@ def test_a_policy_learns_the_choice_that_pays():
     """A bandit: choosing the first of two pays 1, the second -1; the expectation of the gradient must find it."""
     torch.manual_seed(0)
     scores = torch.zeros(1, 2, requires_grad=True)
-    made = term("reinforce", {"of": "reward"})
+    made = build_term("reinforce", {"of": "reward"})
     optimizer = torch.optim.SGD([scores], lr=0.05)
     for _ in range(200):
         gate = torch.sigmoid(scores).expand(16, 2)
@@ -88,9 +90,9 @@ def test_a_policy_learns_the_choice_that_pays():
 
 
 def test_reinforce_reads_nothing_takes_half_precision_and_refuses_other_shapes():
-    half = term("reinforce")(GATE.bfloat16(), ACTION.bfloat16(), torch.ones(2).bfloat16())
+    half = build_term("reinforce")(GATE.bfloat16(), ACTION.bfloat16(), torch.ones(2).bfloat16())
     assert half.dtype == torch.float32
     operands = {"student": GATE.float().requires_grad_(), "action": ACTION.float(), "reward": torch.ones(2, 2)}
-    runs_without_reading(lambda: term("reinforce"), operands)
+    run_without_values(lambda: build_term("reinforce"), operands)
     with pytest.raises(ValueError, match="compares a gate"):
-        term("reinforce").check_shapes(student=torch.Size((2, 3)), action=torch.Size((2, 2)))
+        build_term("reinforce").check_shapes(student=torch.Size((2, 3)), action=torch.Size((2, 2)))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from helpers.logit_reference import self_target as plain
-from helpers.term_inputs import runs_without_reading, term
-from helpers.term_reference import central_differences, kd
+from helpers.term_inputs import build_term, run_without_values
+from helpers.term_reference import kd, numerical_gradient
 from kdbench.errors import ConfigError
 
 CLASSES, SAMPLES = 4, 12
@@ -24,7 +24,7 @@ def batch(seed, index, dtype=torch.float64):
 
 
 def self_target(alpha=0.6):
-    return term("self_target", {"alpha": alpha}, **FACTS).double()
+    return build_term("self_target", {"alpha": alpha}, **FACTS).double()
 
 
 def epochs(made):
@@ -46,7 +46,7 @@ def test_the_second_epoch_is_taught_by_the_predictions_of_the_first():
     fields = {"label": now["label"].tolist(), "index": now["index"].tolist(), "alpha": 0.6, "before": before()}
     assert_close(loss, torch.tensor(plain(now["student"].tolist(), **fields), dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss.sum(), now["student"])
-    assert_close(gradient, central_differences(lambda s: sum(plain(s, **fields)), now["student"].detach()))
+    assert_close(gradient, numerical_gradient(lambda s: sum(plain(s, **fields)), now["student"].detach()))
 
 
 def test_a_control_without_the_memory_is_plain_cross_entropy():
@@ -77,7 +77,7 @@ def test_each_visit_replaces_the_one_before():
 @pytest.mark.parametrize("name", ["self_target", "last_batch", "temporal_ensemble"])
 def test_the_memory_is_in_the_state_and_a_resume_goes_on_with_it(name):
     def made():
-        return term(name, **FACTS).double()
+        return build_term(name, **FACTS).double()
 
     def step(module, fields):
         return module(**{k: v for k, v in fields.items() if k != "label" or name == "self_target"})
@@ -91,7 +91,7 @@ def test_the_memory_is_in_the_state_and_a_resume_goes_on_with_it(name):
 
 @pytest.mark.parametrize("name", ["self_target", "last_batch", "temporal_ensemble"])
 def test_a_padded_row_leaves_the_memory_of_the_sample_whose_index_it_repeats(name):
-    made = term(name, **FACTS).double()
+    made = build_term(name, **FACTS).double()
     first = batch(0, [3, 5, 3])
     first["student"] = first["student"].detach()
     first["student"][2] = float("nan")
@@ -114,7 +114,7 @@ def test_hidden_labels_give_zero_and_are_not_remembered():
 
 
 def last_batch(temperature=2.0):
-    return term("last_batch", {"temperature": temperature}, **FACTS).double()
+    return build_term("last_batch", {"temperature": temperature}, **FACTS).double()
 
 
 def logits_and_index(seed, index):
@@ -143,8 +143,8 @@ def test_without_an_overlap_there_is_nothing_to_learn():
 def test_neither_reads_a_tensor_on_the_host_and_half_precision_gives_float32(name):
     fields = batch(0, [1, 2, 3], torch.bfloat16)
     fields = fields if name == "self_target" else {k: v for k, v in fields.items() if k != "label"}
-    assert runs_without_reading(lambda: term(name, **FACTS), fields).shape == (3,)
-    made = term(name, **FACTS)
+    assert run_without_values(lambda: build_term(name, **FACTS), fields).shape == (3,)
+    made = build_term(name, **FACTS)
     made(**fields)
     loss = made(**fields)
     assert loss.dtype == torch.float32 and loss.isfinite().all()
@@ -156,13 +156,13 @@ def test_other_classes_than_the_data_has_are_refused():
     with pytest.raises(ConfigError, match=r"alpha must be in \[0, 1\]"):
         self_target(alpha=1.5)
     with pytest.raises(ValueError, match="no better than chance over 2 classes"):
-        term("tf_kd", {"correct": 0.5}).check_shapes(student=torch.Size((8, 2)))
+        build_term("tf_kd", {"correct": 0.5}).check_shapes(student=torch.Size((8, 2)))
 
 
 def test_the_virtual_teacher_is_right_and_soft():
     """The gradient is p - u, and u is larger at the label by exp((correct - rest) / T)."""
     student = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
-    loss = term("tf_kd")(student, torch.tensor([2]))
+    loss = build_term("tf_kd")(student, torch.tensor([2]))
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     virtual = (student.softmax(1) - gradient)[0]
     assert_close(virtual[2] / virtual[0], torch.tensor(math.exp((0.99 - 0.0025) / 20), dtype=torch.float64))
@@ -172,7 +172,7 @@ def test_the_virtual_teacher_is_right_and_soft():
 
 
 def ensemble(momentum=0.7):
-    return term("temporal_ensemble", {"momentum": momentum}, **FACTS).double()
+    return build_term("temporal_ensemble", {"momentum": momentum}, **FACTS).double()
 
 
 def after_three_visits(made):

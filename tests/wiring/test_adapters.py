@@ -79,7 +79,7 @@ def test_the_regressor_normalises_and_ends_in_relu_on_request():
     plain = build("conv_regressor", (6, 4, 4), (3, 4, 4), relu=False)(features)
     torch.testing.assert_close(plain.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
     assert build("conv_regressor", (6, 4, 4), (3, 4, 4))(features).min() >= 0
-    assert build("conv1x1", (6, 4, 4), (3, 4, 4), batch_norm=True).map[0].bias is None
+    assert build("conv1x1", (6, 4, 4), (3, 4, 4), batch_norm=True).projection[0].bias is None
 
 
 def test_the_default_adapter_of_every_term_is_registered():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from helpers.term_inputs import built, runs_without_reading
+from helpers.term_inputs import build_part, run_without_values
 from kdbench.errors import ConfigError
 from kdbench.registry import COMBINERS
 from kdbench.terms.logits import kd_loss
@@ -25,7 +25,7 @@ every_combiner = pytest.mark.parametrize("name", list(ALL))
 
 
 def combiner(name, parts=3, **params):
-    return built(COMBINERS, name, {**ALL[name], **params}, parts=parts, shapes={})
+    return build_part(COMBINERS, name, {**ALL[name], **params}, parts=parts, shapes={})
 
 
 def operands(name, dtype=torch.float64):
@@ -153,7 +153,7 @@ def test_confidence_weighs_the_parts_by_their_cross_entropies_with_gradient():
 @every_combiner
 def test_half_precision_gives_float32_and_nothing_is_read_on_the_host(name):
     assert combiner(name)(**operands(name, torch.bfloat16)).dtype == torch.float32
-    result = runs_without_reading(lambda: combiner(name), operands(name, torch.float32))
+    result = run_without_values(lambda: combiner(name), operands(name, torch.float32))
     assert result.shape == (6, 3 if name == "confidence" else 5)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from helpers.term_inputs import built, runs_without_reading, term
+from helpers.term_inputs import build_part, build_term, run_without_values
 from kdbench.errors import ConfigError
 from kdbench.registry import ROUTERS
 from kdbench.terms.logits import kd_loss
@@ -25,7 +25,7 @@ every_router = pytest.mark.parametrize("name", list(ALL))
 
 
 def router(name, edges=3, **params):
-    return built(ROUTERS, name, {**ALL[name], **params}, edges=edges, **FACTS)
+    return build_part(ROUTERS, name, {**ALL[name], **params}, edges=edges, **FACTS)
 
 
 def operands(name, dtype=torch.float32):
@@ -57,7 +57,7 @@ def test_the_weights_of_a_sample_sum_to_one(name):
 
 @every_router
 def test_nothing_is_read_on_the_host(name):
-    result = runs_without_reading(lambda: router(name), operands(name))
+    result = run_without_values(lambda: router(name), operands(name))
     assert route_of(result).shape == (6, 3)
 
 
@@ -159,7 +159,7 @@ def test_as_the_authors_code_has_it_the_gate_learns_from_the_balance_only():
     made, given = router("top_k", weights="equal"), operands("top_k")
     loss, result, _ = distil(made, given)
     assert not loss.requires_grad
-    term("load_balance")(result["gate"]).backward()
+    build_term("load_balance")(result["gate"]).backward()
     assert all(p.grad.abs().sum() > 0 for p in made.parameters())
 
 
@@ -220,5 +220,5 @@ def test_reinforce_trains_the_policy_and_the_distillation_loss_does_not():
     made, given = router("policy"), operands("policy")
     loss, result, losses = distil(made, given)
     assert not loss.requires_grad
-    term("reinforce")(result["gate"], result["route"], losses).mean().backward()
+    build_term("reinforce")(result["gate"], result["route"], losses).mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in made.parameters())

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from helpers.term_inputs import built, runs_without_reading
+from helpers.term_inputs import build_part, run_without_values
 from kdbench.errors import ConfigError
 from kdbench.registry import SAMPLE_WEIGHTS
 from kdbench.terms.divergences import divergence_loss
@@ -15,7 +15,7 @@ ALL = ["confidence", "threshold", "entropy_gap", "disagreement", "focal", "loss_
 
 
 def weigher(name, **params):
-    return built(SAMPLE_WEIGHTS, name, params)
+    return build_part(SAMPLE_WEIGHTS, name, params)
 
 
 def operands(name, dtype=torch.float64, seed=0):
@@ -67,7 +67,7 @@ def test_weights_are_those_of_the_formula_detached_and_row_by_row(name):
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_gives_float32_and_nothing_is_read_on_the_host(name):
     assert weigher(name)(**operands(name, torch.bfloat16)).dtype == torch.float32
-    assert runs_without_reading(lambda: weigher(name), operands(name, torch.float32)).shape == (6,)
+    assert run_without_values(lambda: weigher(name), operands(name, torch.float32)).shape == (6,)
 
 
 def test_outside_leaves_out_what_the_judge_takes_for_one_of_the_classes():
@@ -75,9 +75,7 @@ def test_outside_leaves_out_what_the_judge_takes_for_one_of_the_classes():
     weight = weigher("outside", classes=[1])(judge=judge)
     assert weight.tolist() == [1, 0, 1] and not weight.requires_grad
     assert weigher("outside", classes=[0, 2])(judge=judge).tolist() == [0, 1, 0]
-    assert runs_without_reading(lambda: weigher("outside", classes=[1]), {"judge": judge.detach().float()}).shape == (
-        3,
-    )
+    assert run_without_values(lambda: weigher("outside", classes=[1]), {"judge": judge.detach().float()}).shape == (3,)
     with pytest.raises(ConfigError, match="lists class numbers"):
         weigher("outside", classes=[])
 

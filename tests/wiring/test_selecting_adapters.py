@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.term_inputs import built
+from helpers.term_inputs import build_part
 from kdbench.registry import ADAPTERS
 from kdbench.terms.divergences import StandardisedKD
 from kdbench.terms.logits import kd_loss
 
 
 def adapter(name, source=(6,), target=(6,), **params):
-    return built(ADAPTERS, name, params, source=source, target=target)
+    return build_part(ADAPTERS, name, params, source=source, target=target)
 
 
 def test_distillation_over_old_classes_leaves_the_new_ones_alone():

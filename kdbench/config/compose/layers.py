@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.compose.overrides import assignments
-from kdbench.config.compose.shorthand import expand, lists_to_mappings
-from kdbench.config.error_list import Faults
+from kdbench.config.compose.overrides import recipe_overrides
+from kdbench.config.compose.shorthand import expand, name_listed_terms
+from kdbench.config.error_list import ErrorList
 from kdbench.config.paths import GROUPS, group_files
-from kdbench.config.yaml_reader import Source, read_source
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.config.yaml_reader import YamlSource, read_yaml
+from kdbench.errors import ConfigError, Location, suggest
 
 CONFIG_NAME = "recipe"
 
@@ -40,14 +40,14 @@ ALL = object()
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ConfigLayers:
     """The layers of a recipe, read from files and not yet composed."""
 
     name: str
     file: str
     path: Path
-    recipe: Source
-    groups: Mapping[str, Mapping[str, Source]]
+    recipe: YamlSource
+    groups: Mapping[str, Mapping[str, YamlSource]]
     choices: Mapping[str, str | None]
     runs: str
 
@@ -77,7 +77,7 @@ class Prepared:
             "path": str(self.path),
             "choices": dict(_mapping(self.recipe.data.get("origin")).get("choices", {})),
             "data": {layer: dict(source.data) for layer, source in layers.items()},
-            "places": {layer: [asdict(p) for p in source.places.values()] for layer, source in layers.items()},
+            "places": {layer: [asdict(p) for p in source.locations.values()] for layer, source in layers.items()},
         }
 
     def digest(self) -> str:
@@ -95,7 +95,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepared:
+def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> ConfigLayers:
     """Reads the recipe and the options of its groups.
 
     Raises:
@@ -103,16 +103,16 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
     """
     recipe = _layer(path)
     origin = _mapping(recipe.data.get("origin"))
-    faults = Faults()
+    faults = ErrorList()
     choices: dict[str, str | None] = {}
-    groups: dict[str, dict[str, Source]] = {}
+    groups: dict[str, dict[str, YamlSource]] = {}
     chosen = {group: _chosen(group, overrides) for group in GROUPS}
     for group in GROUPS:
         files = group_files(group, path.parent)
         own = recipe.data.get(group)
         if own is not None and own not in files:
-            place = recipe.places[group]
-            faults.add(place, f"no {group} {own!r}.{nearest(str(own), files)}")
+            place = recipe.locations[group]
+            faults.add(place, f"no {group} {own!r}.{suggest(str(own), files)}")
             own = None
         choices[group] = own
         wanted = {own} if own is not None else set()
@@ -122,23 +122,23 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> Prepare
             elif option in files:
                 wanted.add(option)
             elif option is not None:
-                faults.add(Location(override=override), f"no {group} {option!r}.{nearest(str(option), files)}")
+                faults.add(Location(override=override), f"no {group} {option!r}.{suggest(str(option), files)}")
         groups[group] = {option: _group(files[option]) for option in sorted(wanted)}
     faults.raise_any(recipe.file)
-    runs = next((str(a.value) for a in reversed(assignments(overrides)) if a.key == "runs"), None)
+    runs = next((str(a.value) for a in reversed(recipe_overrides(overrides)) if a.key == "runs"), None)
     runs = runs if runs is not None else str(recipe.data.get("runs") or "runs")
     name = str(origin.get("name", name))
     if not _NAME.fullmatch(name):
-        place = recipe.places.get("origin.name", recipe.file)
+        place = recipe.locations.get("origin.name", recipe.file)
         raise ConfigError(
             f"{place}: {name!r} cannot be a recipe's name; it begins with a letter or digit, without `$`."
         )
     written = Path(origin["file"]) if isinstance(origin.get("file"), str) else path  # where its relative paths begin
-    return Prepared(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
+    return ConfigLayers(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
 
 
-def _layer(path: Path) -> Source:
-    source = lists_to_mappings(read_source(path))
+def _layer(path: Path) -> YamlSource:
+    source = name_listed_terms(read_yaml(path))
     return replace(source, data=expand(source.data))
 
 
@@ -147,13 +147,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _chosen(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
-    found = [a for a in assignments(overrides) if a.key == group]
+    found = [a for a in recipe_overrides(overrides) if a.key == group]
     return [(value, a.text) for a in found for value in (a.values if a.values or not a.sweeps else (ALL,))]
 
 
-def _group(path: Path) -> Source:
+def _group(path: Path) -> YamlSource:
     source = _layer(path)
     inner = [key for key in (*GROUPS, "stages", "origin") if key in source.data]
     if inner:
-        raise ConfigError(f"{source.places[inner[0]]}: a group file cannot set {inner[0]!r}; write it in the recipe.")
+        raise ConfigError(f"{source.locations[inner[0]]}: a group file cannot set {inner[0]!r}; write it in the recipe.")
     return source

@@ -73,7 +73,7 @@ def _only_below(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str)
             yield from _only_below(value, upper[key], f"{prefix}{key}.")
 
 
-def without(data: dict[str, Any], dotted: str) -> None:
+def remove_key(data: dict[str, Any], dotted: str) -> None:
     """Removes a dotted key from nested mappings, where it is there."""
     *parents, last = dotted.split(".")
     node: Any = data

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 from kdbench.config.paths import GROUPS
-from kdbench.config.yaml_reader import interpolation_fault
+from kdbench.config.yaml_reader import interpolation_error
 from kdbench.errors import ConfigError, Location
 
 
 @dataclass(frozen=True)
-class Assignment:
+class RecipeOverride:
     """One override of a recipe's key. `values` has several entries only where it sweeps."""
 
     text: str
@@ -30,17 +30,17 @@ class Assignment:
         return self.values[0] if self.values else None
 
     @property
-    def group(self) -> bool:
+    def selects_group(self) -> bool:
         return self.key in GROUPS
 
-    def nested(self) -> dict[str, Any]:
+    def as_mapping(self) -> dict[str, Any]:
         """The override as a fragment of a recipe: `a.b=1` is {a: {b: 1}}."""
         result: Any = self.value
         for name in reversed(self.key.split(".")):
             result = {name: result}
         return result
 
-    def places(self) -> dict[str, Location]:
+    def locations(self) -> dict[str, Location]:
         keys = [self.key]
         if isinstance(self.value, Mapping):
             keys += [f"{self.key}.{name}" for name in _paths(self.value)]
@@ -71,18 +71,18 @@ def _parse(text: str) -> Any:
         ) from None
 
 
-def for_hydra(text: str) -> bool:
+def is_hydra_override(text: str) -> bool:
     """Whether an override is meant for Hydra's own node (`hydra.sweep.dir=...`, `hydra/launcher=joblib`)."""
     key = _parse(text).key_or_group
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
-def parsed_value(text: str) -> Any:
+def override_value(text: str) -> Any:
     """The value of one override."""
     return _parse(text).value()
 
 
-def prepare(overrides: Sequence[str]) -> list[str]:
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra gets them.
 
     Raises:
@@ -96,10 +96,10 @@ def prepare(overrides: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"{Location(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
             )
-        if for_hydra(text):
+        if is_hydra_override(text):
             result.append(text)
             continue
-        fault = interpolation_fault(text)
+        fault = interpolation_error(text)
         if fault is None and any(part.startswith("_") and part.endswith("_") for part in key.split(".")):
             fault = f"the key {key!r} is refused; a recipe cannot call Python."
         if fault is not None:
@@ -109,27 +109,27 @@ def prepare(overrides: Sequence[str]) -> list[str]:
     return result
 
 
-def assignments(overrides: Sequence[str]) -> list[Assignment]:
+def recipe_overrides(overrides: Sequence[str]) -> list[RecipeOverride]:
     """The overrides of the recipe's own keys."""
-    return [_assignment(text) for text in overrides if not for_hydra(text)]
+    return [_assignment(text) for text in overrides if not is_hydra_override(text)]
 
 
-def _assignment(text: str) -> Assignment:
+def _assignment(text: str) -> RecipeOverride:
     parsed = _parse(text)
     shown = text.lstrip("+")
     if parsed.is_delete():
-        return Assignment(text, parsed.key_or_group, (None,))
+        return RecipeOverride(text, parsed.key_or_group, (None,))
     if not parsed.is_sweep_override():
-        return Assignment(shown, parsed.key_or_group, (parsed.value(),))
+        return RecipeOverride(shown, parsed.key_or_group, (parsed.value(),))
     from hydra.core.override_parser.types import QuotedString, ValueType
 
     if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP or not parsed.is_discrete_sweep():
-        return Assignment(shown, parsed.key_or_group, (), sweeps=True)
+        return RecipeOverride(shown, parsed.key_or_group, (), sweeps=True)
     values = tuple(v.text if isinstance(v, QuotedString) else v for v in parsed.sweep_iterator())
-    return Assignment(shown, parsed.key_or_group, values, sweeps=True)
+    return RecipeOverride(shown, parsed.key_or_group, values, sweeps=True)
 
 
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The jobs that Hydra's basic sweeper makes of the overrides, each as a list without sweeps.
 
     Needs an initialised Hydra, which knows the options that `pair=glob(*)` stands for.
@@ -139,12 +139,12 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     loader = GlobalHydra.instance().config_loader()
-    own = [text for text in prepare(overrides) if not for_hydra(text)]
+    own = [text for text in hydra_overrides(overrides) if not is_hydra_override(text)]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(own)
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
-def say_hydra_error(error: Exception, overrides: Sequence[str]) -> str:
+def hydra_error_message(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's or OmegaConf's complaint in one paragraph, with the override that it is about."""
     parts = [str(error)]
     cause = error.__cause__

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kdbench.config.yaml_reader import Source
+from kdbench.config.yaml_reader import YamlSource
 from kdbench.errors import Location
 
 _ROLES = ("teacher", "student")
@@ -97,13 +97,13 @@ def _fragment(data: Mapping[str, Any], change: Change, inside_first: bool) -> di
     return result
 
 
-def lists_to_mappings(source: Source) -> Source:
+def name_listed_terms(source: YamlSource) -> YamlSource:
     """Turns `terms:` given as a list, at the top or in a stage, into a mapping by type name (a second kd is `kd_2`).
 
     A mapping is what layers can be laid over and what a sweep can address (`terms.kd.temperature=1,2,4`).
     """
     data = dict(source.data)
-    places = dict(source.places)
+    places = dict(source.locations)
     data.update(_named_terms(data, "", places))
     data.update(_stages(data, lambda stage, prefix: _named_terms(stage, prefix, places)))
     return replace(source, data=data, places=places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kdbench.config.parse.roles import behind
+from kdbench.config.parse.roles import upstream_closure
 from kdbench.config.schema import (
     EdgeConfig,
     InnerStepConfig,
@@ -19,7 +19,7 @@ from kdbench.config.schema import (
 from kdbench.errors import ConfigError
 
 
-def without_teachers(recipe: Recipe) -> Recipe:
+def remove_teachers(recipe: Recipe) -> Recipe:
     """Drops every role that teaches another, each term that reads one, and what hangs on them; says what it dropped.
 
     The exported role and whatever its input needs always stay, and so does a role of which a stage makes something: it
@@ -133,7 +133,7 @@ def _reads(part: PartWithOperands | None, gone: set[str]) -> bool:
 
 def _teachers(stage: StageConfig) -> set[str]:
     """The roles that teach another, and those that follow or see one of them."""
-    needed = behind([stage.export], stage.roles, followed=True)
+    needed = upstream_closure([stage.export], stage.roles, include_source_roles=True)
     gone: set[str] = set()
     for edge in (edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None):
         own = {leaf.role for leaf in edge.student.feature_operands()}
@@ -143,7 +143,7 @@ def _teachers(stage: StageConfig) -> set[str]:
     while changed:
         changed = False
         for name, role in stage.roles.items():
-            if name not in gone | needed and not gone.isdisjoint((role.source_role, *role.upstream)):
+            if name not in gone | needed and not gone.isdisjoint((role.source_role, *role.upstream_roles)):
                 gone.add(name)
                 changed = True
     return gone
@@ -157,4 +157,4 @@ def _behind_makers(stage: StageConfig) -> set[str]:
         for op in make.part.operands.values()
         for leaf in op.feature_operands()
     )
-    return behind(made, stage.roles, followed=True)
+    return upstream_closure(made, stage.roles, include_source_roles=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdbench.config.compose.merge import merge
-from kdbench.config.parse.keys import Context
-from kdbench.errors import Location, nearest
+from kdbench.config.parse.keys import ParseContext
+from kdbench.errors import Location, suggest
 
 ONLY_STAGE = "main"
 """The name of the stage of a recipe without `stages`."""
@@ -24,7 +24,7 @@ ONLY_STAGE = "main"
 PREVIOUS = "previous"
 
 
-LENGTH = ("epochs", "steps")
+LENGTH_KEYS = ("epochs", "steps")
 
 
 _LOOP = ("rounds", "stages")
@@ -34,7 +34,7 @@ _NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class UnrolledStage:
     """One stage as it runs.
 
     name: `train@2`; base: `train`. key: where its fragment stands (`stages.active.stages.train`); empty for `main`.
@@ -44,21 +44,21 @@ class Unrolled:
     """
 
     name: str
-    base: str
+    base_name: str
     key: str
     fragment: Mapping[str, Any]
     data: Mapping[str, Any]
-    places: Mapping[str, Location]
-    made: Mapping[str, str] = field(default_factory=dict)
-    unset: Mapping[str, Location] = field(default_factory=dict)
+    locations: Mapping[str, Location]
+    artifact_names: Mapping[str, str] = field(default_factory=dict)
+    roles_without_weights: Mapping[str, Location] = field(default_factory=dict)
 
 
-def lay_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
+def merge_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
     """Lays a stage over the top level: `terms` and `updates` replace, the rest merges."""
     return merge(top, fragment, replaced=("terms", "updates"))
 
 
-def stage_places(places: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
+def stage_locations(places: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
     """The places of the keys below `prefix` as if they stood at the top level, over those of the top level itself."""
     own = {key[len(prefix) + 1 :]: place for key, place in places.items() if key.startswith(f"{prefix}.")}
     replaced = tuple(f"{key}." for key in ("terms", "updates") if key in own) if replaces else ()
@@ -66,7 +66,7 @@ def stage_places(places: Mapping[str, Location], prefix: str, *, replaces: bool 
     return {**kept, **own}
 
 
-def unroll(context: Context, value: Any, shared: Mapping[str, Any], own_keys: set[str]) -> list[Unrolled]:
+def unroll_stages(context: ParseContext, value: Any, shared: Mapping[str, Any], own_keys: set[str]) -> list[UnrolledStage]:
     """Reads `stages`.
 
     Args:
@@ -75,35 +75,35 @@ def unroll(context: Context, value: Any, shared: Mapping[str, Any], own_keys: se
         own_keys: those that it may not.
     """
     if value is None:
-        stages = [Unrolled(ONLY_STAGE, ONLY_STAGE, "", {}, shared, context.places)]
+        stages = [UnrolledStage(ONLY_STAGE, ONLY_STAGE, "", {}, shared, context.locations)]
     elif not isinstance(value, Mapping) or not value:
-        context.fault("stages", f"must be a mapping of stage names to their keys, got {value!r}.")
+        context.error("stages", f"must be a mapping of stage names to their keys, got {value!r}.")
         return []
     else:
-        stages = list(_stages(_Reader(context, shared, own_keys), value))
+        stages = list(_stages(_FragmentReader(context, shared, own_keys), value))
         _check_names(context, stages)
     return _linked(context, stages)
 
 
 @dataclass(frozen=True)
-class _Reader:
-    context: Context
+class _FragmentReader:
+    context: ParseContext
     shared: Mapping[str, Any]
     own_keys: set[str]
 
     def fragment(self, value: Any, key: str) -> dict[str, Any] | None:
         """A mapping of keys that a stage may hold; None after a fault."""
         if not isinstance(value, Mapping):
-            self.context.fault(key, f"must be a mapping of keys, got {value!r}.")
+            self.context.error(key, f"must be a mapping of keys, got {value!r}.")
             return None
         for name in value:
             if name in self.own_keys:
                 said = f"{name!r} belongs to the top level of the recipe, not to a stage."
-                self.context.fault(f"{key}.{name}", said)
+                self.context.error(f"{key}.{name}", said)
         return {name: item for name, item in value.items() if name not in self.own_keys}
 
 
-def _stages(reader: _Reader, value: Mapping[str, Any]) -> Iterator[Unrolled]:
+def _stages(reader: _FragmentReader, value: Mapping[str, Any]) -> Iterator[UnrolledStage]:
     context = reader.context
     for name, fragment in value.items():
         key = f"stages.{name}"
@@ -114,40 +114,40 @@ def _stages(reader: _Reader, value: Mapping[str, Any]) -> Iterator[Unrolled]:
             continue
         own = reader.fragment(fragment, key)
         if own is not None:
-            places = stage_places(context.places, key) | {"": context.place(key)}
-            yield Unrolled(name, name, key, own, lay_stage(reader.shared, own), places)
+            places = stage_locations(context.locations, key) | {"": context.location(key)}
+            yield UnrolledStage(name, name, key, own, merge_stage(reader.shared, own), places)
 
 
-def _loop(reader: _Reader, key: str, loop: Mapping[str, Any]) -> Iterator[Unrolled]:
+def _loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> Iterator[UnrolledStage]:
     context = reader.context
     for name in loop:
         if name not in _LOOP:
-            said = f"unknown key {name!r} in a loop.{nearest(name, _LOOP)} Write it in the stages of the loop."
-            context.fault(f"{key}.{name}", said)
+            said = f"unknown key {name!r} in a loop.{suggest(name, _LOOP)} Write it in the stages of the loop."
+            context.error(f"{key}.{name}", said)
     rounds = _rounds(reader, f"{key}.rounds", loop.get("rounds"))
     body = loop.get("stages")
     if not isinstance(body, Mapping) or not any(stage is not None for stage in body.values()):
-        context.fault(f"{key}.stages" if "stages" in loop else key, "a loop needs `stages`, a mapping of its stages.")
+        context.error(f"{key}.stages" if "stages" in loop else key, "a loop needs `stages`, a mapping of its stages.")
         return
     for number, (round_key, below) in enumerate(rounds, 1):
         shared = merge(reader.shared, below)
-        around = stage_places(context.places, round_key, replaces=False) if round_key else context.places
+        around = stage_locations(context.locations, round_key, replaces=False) if round_key else context.locations
         for name, fragment in body.items():
             stage_key = f"{key}.stages.{name}"
             if fragment is None:
                 continue
             if isinstance(fragment, Mapping) and "rounds" in fragment:
-                context.fault(stage_key, "a loop within a loop is not understood; write its rounds out.")
+                context.error(stage_key, "a loop within a loop is not understood; write its rounds out.")
                 continue
             own = reader.fragment(fragment, stage_key)
             if own is None:
                 continue
-            places = stage_places({**context.places, **around}, stage_key) | {"": context.place(stage_key)}
-            data = lay_stage(shared, own)
-            yield Unrolled(f"{name}@{number}", name, stage_key, {**below, **own}, data, places)
+            places = stage_locations({**context.locations, **around}, stage_key) | {"": context.location(stage_key)}
+            data = merge_stage(shared, own)
+            yield UnrolledStage(f"{name}@{number}", name, stage_key, {**below, **own}, data, places)
 
 
-def _rounds(reader: _Reader, key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+def _rounds(reader: _FragmentReader, key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
     """Where each round's fragment stands, and the fragment; empty after a fault."""
     if isinstance(value, list):
         read = [
@@ -155,48 +155,48 @@ def _rounds(reader: _Reader, key: str, value: Any) -> list[tuple[str, dict[str, 
         ]
         rounds = [(place, fragment) for place, fragment in read if fragment is not None]
         if not value:
-            reader.context.fault(key, "the list is empty; a loop needs at least one round.")
+            reader.context.error(key, "the list is empty; a loop needs at least one round.")
         return rounds
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         said = "must be how many rounds there are (1 or more), or a list with what each round changes"
-        reader.context.fault(key, f"{said}, got {value!r}.")
+        reader.context.error(key, f"{said}, got {value!r}.")
         return []
     return [("", {})] * value
 
 
-def _check_names(context: Context, stages: Sequence[Unrolled]) -> None:
+def _check_names(context: ParseContext, stages: Sequence[UnrolledStage]) -> None:
     """Names are parts of addresses (`artifact: STAGE.NAME`) and of files."""
     seen: dict[str, str] = {}
     for stage in stages:
-        if not _NAME.fullmatch(stage.base) or stage.base == PREVIOUS:
-            said = f"{stage.base!r} cannot be a stage's name; use letters, digits, `_` and `-`"
-            context.fault(stage.key, f"{said} (`{PREVIOUS}` means an earlier stage).")
-        first = seen.setdefault(stage.base, stage.key)
+        if not _NAME.fullmatch(stage.base_name) or stage.base_name == PREVIOUS:
+            said = f"{stage.base_name!r} cannot be a stage's name; use letters, digits, `_` and `-`"
+            context.error(stage.key, f"{said} (`{PREVIOUS}` means an earlier stage).")
+        first = seen.setdefault(stage.base_name, stage.key)
         if first != stage.key:
-            context.fault(stage.key, f"two stages are called {stage.base!r}; the other is {context.place(first)}.")
+            context.error(stage.key, f"two stages are called {stage.base_name!r}; the other is {context.location(first)}.")
 
 
-def _linked(context: Context, stages: Sequence[Unrolled]) -> list[Unrolled]:
+def _linked(context: ParseContext, stages: Sequence[UnrolledStage]) -> list[UnrolledStage]:
     """The stages with every reference to an earlier one by its full name."""
-    makes = {f"{name}.{thing}" for s in stages for name in (s.base, s.name) for thing in _makes(s)}
-    linked: list[Unrolled] = []
+    makes = {f"{name}.{thing}" for s in stages for name in (s.base_name, s.name) for thing in _makes(s)}
+    linked: list[UnrolledStage] = []
     for position, stage in enumerate(stages):
-        own = Context(stage.places, context.faults, context.also_known)
+        own = ParseContext(stage.locations, context.errors, context.also_known)
         earlier, made = stages[:position], {}
         for other in earlier:
             for thing in _makes(other):
-                made[f"{other.base}.{thing}"] = made[f"{other.name}.{thing}"] = f"{other.name}.{thing}"
+                made[f"{other.base_name}.{thing}"] = made[f"{other.name}.{thing}"] = f"{other.name}.{thing}"
         _check_first(own, stage.data, makes)
         linked.append(_link_weights(own, replace(stage, made=made), earlier, stages))
     return linked
 
 
-def _makes(stage: Unrolled) -> list[str]:
+def _makes(stage: UnrolledStage) -> list[str]:
     make = stage.data.get("artifacts")
     return [name for name, value in make.items() if value is not None] if isinstance(make, Mapping) else []
 
 
-def _check_first(context: Context, data: Any, makes: set[str], key: str = "") -> None:
+def _check_first(context: ParseContext, data: Any, makes: set[str], key: str = "") -> None:
     """`{made: ..., first: ...}` must name something that some stage makes: else `initial` would hide the mistake."""
     if isinstance(data, list | tuple):
         for position, item in enumerate(data):
@@ -205,8 +205,8 @@ def _check_first(context: Context, data: Any, makes: set[str], key: str = "") ->
         return
     name = data.get("artifact")
     if isinstance(name, str) and data.get("initial") is not None and name not in makes:
-        hint = nearest(name, makes) if makes else " No stage makes anything."
-        context.fault(f"{key}.made", f"no stage makes {name!r}.{hint}")
+        hint = suggest(name, makes) if makes else " No stage makes anything."
+        context.error(f"{key}.made", f"no stage makes {name!r}.{hint}")
     for inner, value in data.items():
         _check_first(context, value, makes, f"{key}.{inner}" if key else str(inner))
 
@@ -221,10 +221,10 @@ def _roles(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _link_weights(
-    context: Context, stage: Unrolled, earlier: Sequence[Unrolled], stages: Sequence[Unrolled]
-) -> Unrolled:
+    context: ParseContext, stage: UnrolledStage, earlier: Sequence[UnrolledStage], stages: Sequence[UnrolledStage]
+) -> UnrolledStage:
     """Finds the stages that `weights: {stage: ...}` mean; takes `initial` where there is none yet."""
-    data, places, unset = dict(stage.data), dict(stage.places), {}
+    data, places, unset = dict(stage.data), dict(stage.locations), {}
     for name, key in _roles(data).items():
         role = data["models"][name] if key.startswith("models.") else data[name]
         weights = role.get("weights") if isinstance(role, Mapping) else None
@@ -235,32 +235,32 @@ def _link_weights(
         found = _find(wanted, weights.get("role") or name, earlier)
         if found is not None:
             linked: Any = {**{k: v for k, v in weights.items() if k != "initial"}, "stage": found}
-        elif wanted != PREVIOUS and not any(wanted in (s.base, s.name) for s in stages):
-            context.fault(at, f"stage {wanted!r} does not exist; name an earlier one.{_hint(wanted, earlier)}")
+        elif wanted != PREVIOUS and not any(wanted in (s.base_name, s.name) for s in stages):
+            context.error(at, f"stage {wanted!r} does not exist; name an earlier one.{_hint(wanted, earlier)}")
             linked = None
         elif weights.get("initial") is not None:
             linked = weights["initial"]
             _lift(places, at, f"{at}.first")
         else:
             if wanted == PREVIOUS:
-                unset[name] = context.place(at)
+                unset[name] = context.location(at)
             else:
                 said = f"stage {wanted!r} comes later, or is this one; name an earlier one"
-                context.fault(at, f"{said}.{_hint(wanted, earlier)}")
+                context.error(at, f"{said}.{_hint(wanted, earlier)}")
             linked = None
         _put(data, name, key, {**role, "weights": linked})
     return replace(stage, data=data, places=places, unset=unset)
 
 
-def _hint(wanted: str, earlier: Sequence[Unrolled]) -> str:
-    return nearest(wanted, {s.base for s in earlier}) if earlier else " There is no earlier stage."
+def _hint(wanted: str, earlier: Sequence[UnrolledStage]) -> str:
+    return suggest(wanted, {s.base_name for s in earlier}) if earlier else " There is no earlier stage."
 
 
-def _find(wanted: str, roles: Any, earlier: Sequence[Unrolled]) -> str | None:
+def _find(wanted: str, roles: Any, earlier: Sequence[UnrolledStage]) -> str | None:
     """The full name of the latest earlier stage that is meant."""
     needed = roles if isinstance(roles, list | tuple) else [roles]
     for other in reversed(earlier):
-        if wanted in (other.base, other.name):
+        if wanted in (other.base_name, other.name):
             return other.name
         if wanted == PREVIOUS and all(role in _roles(other.data) for role in needed):
             return other.name

@@ -10,24 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, SHARE, Context, Fields
-from kdbench.config.parse.parts import named
+from kdbench.config.parse.keys import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, KeyReader, ParseContext
+from kdbench.config.parse.parts import read_part
 from kdbench.config.paths import find_recipe
 from kdbench.config.schema import PartConfig, RoleConfig, SourceConfig, WeightsConfig
-from kdbench.config.yaml_reader import leaves, read_source
-from kdbench.errors import ConfigError, nearest
+from kdbench.config.yaml_reader import iterate_scalars, read_yaml
+from kdbench.errors import ConfigError, suggest
 from kdbench.registry import DATASETS, METRICS, MODELS, WEIGHT_TRANSFORMS
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
-_FOLLOWERS = ("ema", "snapshot", "reuse")
+_DERIVED_MODES = ("ema", "snapshot", "reuse")
 
 
 _NO_NAMES = ("others", "logits", "term", "artifact")
 
 
-def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
+def read_roles(context: ParseContext, top: KeyReader, base: Path, seen: tuple[str, ...]) -> dict[str, RoleConfig]:
     """Reads every role; a null entry removes one.
 
     Args:
@@ -36,54 +36,54 @@ def read_roles(context: Context, top: Fields, base: Path, seen: tuple[str, ...])
         seen: the files of the recipes that lead here, for a recipe that would need itself.
     """
     written: dict[str, tuple[str, Any]] = {}
-    models = top.raw("models", {})
+    models = top.get_raw("models", {})
     if not isinstance(models, Mapping):
-        top.fault("models", f"must be a mapping of role names to models, got {models!r}.")
+        top.error("models", f"must be a mapping of role names to models, got {models!r}.")
         models = {}
     for name, data in models.items():
         if data is not None:
-            written[name] = (top.path(f"models.{name}"), data)
+            written[name] = (top.subkey(f"models.{name}"), data)
     for name in ("teacher", "student"):
-        data = top.raw(name)
+        data = top.get_raw(name)
         if data is None or models.get(name, data) is None:  # `models: {student: null}` in a round removes `student:`
             continue
         if name in written:
-            where = context.place(written[name][0])
-            top.fault(name, f"role {name!r} is given twice: here and as models.{name} ({where}); keep one of them.")
-        written[name] = (top.path(name), data)
+            where = context.location(written[name][0])
+            top.error(name, f"role {name!r} is given twice: here and as models.{name} ({where}); keep one of them.")
+        written[name] = (top.subkey(name), data)
     roles = {}
     for name, (key, data) in written.items():
         if not _NAME.fullmatch(name) or name in _NO_NAMES:
-            context.fault(key, f"{name!r} cannot be a role's name; use letters, digits, `_` and `-`.")
+            context.error(key, f"{name!r} cannot be a role's name; use letters, digits, `_` and `-`.")
             continue
         roles[name] = _role(context, name, key, data, base, seen)
     if not roles:
-        context.fault("", "the recipe names no network; write `student: {model: NAME}`.")
+        context.error("", "the recipe names no network; write `student: {model: NAME}`.")
     _check_followers(context, roles)
     return roles
 
 
-def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
-    fields = Fields(context, data, key, f"role {name!r}")
-    model_value = fields.raw("model")
+def _role(context: ParseContext, name: str, key: str, data: Any, base: Path, seen: tuple[str, ...]) -> RoleConfig:
+    fields = KeyReader(context, data, key, f"role {name!r}")
+    model_value = fields.get_raw("model")
     model, made = None, None
     if isinstance(model_value, Mapping) and isinstance(model_value.get("artifact"), str):
         made = model_value["artifact"]
         rest = {k: v for k, v in model_value.items() if k != "artifact"}
-        model = named(context, MODELS, rest, fields.path("model"), MODELS.injected) if rest else None
+        model = read_part(context, MODELS, rest, fields.subkey("model"), MODELS.injected) if rest else None
     elif model_value is not None:
-        model = named(context, MODELS, model_value, fields.path("model"), MODELS.injected)
+        model = read_part(context, MODELS, model_value, fields.subkey("model"), MODELS.injected)
     mode, of = _mode(fields, name)
-    if model_value is None and mode not in _FOLLOWERS:
+    if model_value is None and mode not in _DERIVED_MODES:
         fault = f"role {name!r} needs a `model`, one of `kdbench list models`."
-        if isinstance(meant := fields.raw("type"), str):
+        if isinstance(meant := fields.get_raw("type"), str):
             fault = f"the network of role {name!r} stands under `model`: write `{name}: {{model: {{type: {meant}}}}}`."
-        context.fault(key, fault)
+        context.error(key, fault)
     if model_value is not None and mode == "reuse":
-        fields.fault("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
+        fields.error("model", f"role {name!r} is the very network of {of!r}; it has no model of its own.")
     of, _, part = (of or "").partition(":")
     every, every_steps = _every(fields)
-    inputs = fields.texts("input")
+    inputs = fields.read_strings("input")
     role = RoleConfig(
         name=name,
         model=model,
@@ -93,75 +93,75 @@ def _role(context: Context, name: str, key: str, data: Any, base: Path, seen: tu
         mode=mode,
         source_role=of or None,
         module_path=part or None,
-        decay=fields.take("decay", "float", 0.999, SHARE),
+        decay=fields.read("decay", "float", 0.999, FRACTION),
         every_epochs=every,
         every_steps=every_steps,
-        init_index=fields.take("init_index", "int", 0, NOT_NEGATIVE),
+        init_index=fields.read("init_index", "int", 0, NOT_NEGATIVE),
         artifact=made,
         transforms=_transforms(context, fields),
-        freeze=fields.texts("freeze"),
+        freeze=fields.read_strings("freeze"),
         require=_required(fields),
-        location=context.place(key),
+        location=context.location(key),
     )
     if fields.has("decay") and mode != "ema":
-        fields.fault("decay", "belongs to a role with `ema: ROLE`.")
-    if fields.has("init_index") and mode in _FOLLOWERS:
-        fields.fault("init_index", f"has no effect: the weights of role {name!r} are those of {of!r}.")
+        fields.error("decay", "belongs to a role with `ema: ROLE`.")
+    if fields.has("init_index") and mode in _DERIVED_MODES:
+        fields.error("init_index", f"has no effect: the weights of role {name!r} are those of {of!r}.")
     if fields.has("every") and mode != "snapshot":
-        fields.fault("every", "belongs to a role with `snapshot: ROLE`.")
+        fields.error("every", "belongs to a role with `snapshot: ROLE`.")
     if mode == "reuse" and role.weights is not None:
-        fields.fault("weights", f"role {name!r} is the very network of {of!r}; its weights are those.")
+        fields.error("weights", f"role {name!r} is the very network of {of!r}; its weights are those.")
     if part and mode != "reuse":
-        fields.fault(mode, f"a part of a role can only be shared: `reuse: {of}:{part}`.")
+        fields.error(mode, f"a part of a role can only be shared: `reuse: {of}:{part}`.")
     if role.transforms and mode != "trainable":
-        fields.fault("transform", f"belongs to a role that trains; role {name!r} is {mode}.")
+        fields.error("transform", f"belongs to a role that trains; role {name!r} is {mode}.")
     if fields.has("freeze") and mode != "trainable":
-        fields.fault("freeze", f"has no effect: nothing of role {name!r} trains.")
-    fields.done()
+        fields.error("freeze", f"has no effect: nothing of role {name!r} trains.")
+    fields.finish()
     return role
 
 
-def _required(fields: Fields) -> dict[str, float]:
+def _required(fields: KeyReader) -> dict[str, float]:
     """Reads `require: {top1: 95}`: the values of metrics that a frozen role must reach."""
-    required = fields.take("require", "dict", {})
+    required = fields.read("require", "dict", {})
     for name, value in required.items():
         key = f"require.{name}"
         if name.partition("/")[0] not in METRICS.entries:
-            fields.fault(key, f"no metric {name!r}.{nearest(name, METRICS.entries)}")
+            fields.error(key, f"no metric {name!r}.{suggest(name, METRICS.entries)}")
         elif not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            fields.fault(key, f"must be a number, got {value!r}.")
+            fields.error(key, f"must be a number, got {value!r}.")
     return dict(required)
 
 
-def _every(fields: Fields) -> tuple[int, int]:
+def _every(fields: KeyReader) -> tuple[int, int]:
     """How often a snapshot is renewed: `every: 5` epochs, or `every: {steps: 100}`."""
     if isinstance(fields.data.get("every"), Mapping):
-        own = Fields(fields.context, fields.raw("every"), fields.path("every"), "every")
-        steps = own.take("steps", "int", 0, AT_LEAST_ONE)
-        own.done()
+        own = KeyReader(fields.context, fields.get_raw("every"), fields.subkey("every"), "every")
+        steps = own.read("steps", "int", 0, AT_LEAST_ONE)
+        own.finish()
         return 0, steps
-    return fields.take("every", "int", 0, NOT_NEGATIVE), 0
+    return fields.read("every", "int", 0, NOT_NEGATIVE), 0
 
 
-def _transforms(context: Context, fields: Fields) -> tuple[PartConfig, ...]:
-    value = fields.raw("transform", [])
+def _transforms(context: ParseContext, fields: KeyReader) -> tuple[PartConfig, ...]:
+    value = fields.get_raw("transform", [])
     listed = isinstance(value, list)
     found = [
-        named(context, WEIGHT_TRANSFORMS, item, fields.path(f"transform.{i}" if listed else "transform"))
+        read_part(context, WEIGHT_TRANSFORMS, item, fields.subkey(f"transform.{i}" if listed else "transform"))
         for i, item in enumerate(value if listed else [value])
     ]
     return tuple(item for item in found if item is not None)
 
 
-def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
-    frozen = fields.take("frozen", "bool")
-    trainable = fields.take("trainable", "bool")
-    followed = {mode: fields.take(mode, "str") for mode in _FOLLOWERS}
+def _mode(fields: KeyReader, name: str) -> tuple[Any, str | None]:
+    frozen = fields.read("frozen", "bool")
+    trainable = fields.read("trainable", "bool")
+    followed = {mode: fields.read(mode, "str") for mode in _DERIVED_MODES}
     chosen = [mode for mode, of in followed.items() if of is not None]
     if len(chosen) > 1 or (chosen and (frozen is not None or trainable is not None)):
-        fields.fault("", "`frozen`, `trainable`, `ema`, `snapshot` and `reuse` exclude each other; give one of them.")
+        fields.error("", "`frozen`, `trainable`, `ema`, `snapshot` and `reuse` exclude each other; give one of them.")
     if frozen is not None and trainable is not None and frozen == trainable:
-        fields.fault("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
+        fields.error("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
     if chosen:
         return chosen[0], followed[chosen[0]]
     if frozen is None:
@@ -169,14 +169,14 @@ def _mode(fields: Fields, name: str) -> tuple[Any, str | None]:
     return ("frozen" if frozen else "trainable"), None
 
 
-def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
+def _check_followers(context: ParseContext, roles: Mapping[str, RoleConfig]) -> None:
     for role in roles.values():
         if role.source_role is None:
             continue
         key = f"{role.location.key}.{role.mode}"
         if role.source_role not in roles:
-            context.fault(
-                key, f"no role {role.source_role!r} to follow.{nearest(role.source_role, set(roles) - {role.name})}"
+            context.error(
+                key, f"no role {role.source_role!r} to follow.{suggest(role.source_role, set(roles) - {role.name})}"
             )
             continue
         chain, current = [role.name], role
@@ -184,63 +184,63 @@ def _check_followers(context: Context, roles: Mapping[str, RoleConfig]) -> None:
             chain.append(current.source_role)
             current = roles[current.source_role]
             if current.name in chain[:-1]:
-                context.fault(key, f"roles follow each other in a circle: {' -> '.join(chain)}.")
+                context.error(key, f"roles follow each other in a circle: {' -> '.join(chain)}.")
                 break
 
 
-def read_weights(context: Context, fields: Fields, base: Path, seen: tuple[str, ...]) -> WeightsConfig | None:
+def read_weights(context: ParseContext, fields: KeyReader, base: Path, seen: tuple[str, ...]) -> WeightsConfig | None:
     """Reads the `weights` of a role: from a recipe, an earlier stage (by its full name), or a file."""
-    value = fields.raw("weights")
+    value = fields.get_raw("weights")
     if value is None:
         return None
-    own = Fields(context, value, fields.path("weights"), "weights")
+    own = KeyReader(context, value, fields.subkey("weights"), "weights")
     given = [kind for kind in ("recipe", "stage", "path") if own.has(kind)]
-    recipe, stage, path = (own.take(kind, "str") for kind in ("recipe", "stage", "path"))
+    recipe, stage, path = (own.read(kind, "str") for kind in ("recipe", "stage", "path"))
     if len(given) != 1:
         got = f", got {' and '.join(given)}" if given else ""
-        own.fault("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
-    model = own.raw("model")
+        own.error("", f"weights need exactly one of `recipe`, `stage` and `path`{got}.")
+    model = own.get_raw("model")
     if model is not None:
-        named(context, MODELS, model, own.path("model"), MODELS.injected)
-    rename = own.take("rename", "dict", {})
+        read_part(context, MODELS, model, own.subkey("model"), MODELS.injected)
+    rename = own.read("rename", "dict", {})
     if not all(isinstance(new, str) for new in rename.values()):
-        own.fault("rename", f"must map text to text, got {rename!r}.")
+        own.error("rename", f"must map text to text, got {rename!r}.")
         rename = {}
-    role = own.texts("role")
+    role = own.read_strings("role")
     if len(set(role)) < len(role):
-        own.fault("role", f"a role is listed twice: {', '.join(role)}.")
+        own.error("role", f"a role is listed twice: {', '.join(role)}.")
     weights = WeightsConfig(
         recipe=_recipe(own, recipe, base, seen),
         model=model,
-        epoch=own.take("epoch", "int", None, NOT_NEGATIVE),
+        epoch=own.read("epoch", "int", None, NOT_NEGATIVE),
         stage=stage,
         role=role,
         path=path,
-        key=own.take("key", "str"),
-        strip=own.take("strip", "str"),
+        key=own.read("key", "str"),
+        strip=own.read("strip", "str"),
         rename=rename,
-        strict=own.take("strict", "bool", True),
-        location=own.place(),
+        strict=own.read("strict", "bool", True),
+        location=own.location(),
     )
     for name, kind in {"model": "recipe", "epoch": "recipe", "key": "path", "initial": "stage"}.items():
-        own.raw(name)
+        own.get_raw(name)
         if own.has(name) and given and kind not in given:
-            own.fault(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
-    own.done()
+            own.error(name, f"belongs to `{kind}:`, not to `{given[0]}:`.")
+    own.finish()
     return weights if len(given) == 1 else None
 
 
-def _recipe(own: Fields, recipe: str | None, base: Path, seen: tuple[str, ...]) -> str | None:
+def _recipe(own: KeyReader, recipe: str | None, base: Path, seen: tuple[str, ...]) -> str | None:
     """The shipped name, or the full path of the user's recipe."""
     if recipe is None:
         return None
     try:
-        name, path = find_recipe(recipe, base, own.place("recipe"))
+        name, path = find_recipe(recipe, base, own.location("recipe"))
     except ConfigError as error:
-        own.context.faults.add("", str(error))
+        own.context.errors.add("", str(error))
         return recipe
     if _leads_to(path, seen):
-        own.fault("recipe", f"the recipe would need its own result first: {recipe!r}.")
+        own.error("recipe", f"the recipe would need its own result first: {recipe!r}.")
     return name if recipe == name else str(path)
 
 
@@ -258,15 +258,15 @@ def _leads_to(path: Path, seen: tuple[str, ...]) -> bool:
         with suppress(ConfigError):
             needed = [
                 v
-                for key, v in leaves(read_source(current).data)
+                for key, v in iterate_scalars(read_yaml(current).data)
                 if key.endswith(("weights.recipe", "weights.first.recipe"))
             ]
             waiting += [find_recipe(str(name), current.parent)[1] for name in needed]
     return False
 
 
-def bind_inputs(
-    context: Context, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
+def resolve_inputs(
+    context: ParseContext, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
 ) -> dict[str, RoleConfig]:
     """Spells out what each role sees, and finds fault with sources, fields and roles that do not exist."""
     bound = {}
@@ -279,7 +279,7 @@ def bind_inputs(
         circle = _circle(name, bound)
         if circle is not None:
             said = " -> ".join(circle)
-            context.fault(_input_key(bound[name]), f"roles see each other's outputs in a circle: {said}.")
+            context.error(_input_key(bound[name]), f"roles see each other's outputs in a circle: {said}.")
     return bound
 
 
@@ -304,7 +304,7 @@ def _input_key(role: RoleConfig) -> str:
 
 
 def _input(
-    context: Context,
+    context: ParseContext,
     role: RoleConfig,
     given: str,
     roles: Mapping[str, RoleConfig],
@@ -316,34 +316,34 @@ def _input(
         if "train" not in data:
             known = ", ".join(data) or "none"
             said = f"role {role.name!r} needs an `input`: there is no source `train` (sources: {known})."
-            context.fault(role.location.key, said)
+            context.error(role.location.key, said)
         return fallback
     if ":" in given:
         upstream, _, path = given.partition(":")
         if upstream not in roles:
-            context.fault(key, f"no role {upstream!r} to read from.{nearest(upstream, set(roles) - {role.name})}")
+            context.error(key, f"no role {upstream!r} to read from.{suggest(upstream, set(roles) - {role.name})}")
             return fallback
         return f"{upstream}:{path or 'logits'}"
     source, _, name = given.rpartition(".")
     source = source or "train"
     if source not in data:
-        context.fault(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{nearest(source, data)}")
+        context.error(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{suggest(source, data)}")
         return fallback
-    fields = source_fields(data[source])
+    fields = input_fields(data[source])
     if name not in fields and data[source].artifact is None:
-        context.fault(key, f"source {source!r} has no field {name!r}.{nearest(name, fields)}")
+        context.error(key, f"source {source!r} has no field {name!r}.{suggest(name, fields)}")
         return fallback
     return f"{source}.{name}"
 
 
-def source_fields(source: SourceConfig) -> set[str]:
+def input_fields(source: SourceConfig) -> set[str]:
     """The fields that a model can see: views and labels, or what a dataset without images declares (`fields`)."""
     entry = DATASETS.entries.get(source.dataset.type)
     declared = entry.facts.get("fields") if entry is not None else None
     return {*declared, "index"} if declared else {*source.views, "label", "index"}
 
 
-def behind(names: Iterable[str], roles: Mapping[str, RoleConfig], *, followed: bool = False) -> set[str]:
+def upstream_closure(names: Iterable[str], roles: Mapping[str, RoleConfig], *, include_source_roles: bool = False) -> set[str]:
     """These roles and all those whose outputs they see, directly or not.
 
     Args:
@@ -356,7 +356,7 @@ def behind(names: Iterable[str], roles: Mapping[str, RoleConfig], *, followed: b
         if role is None or role.name in found:
             continue
         found.add(role.name)
-        waiting += role.upstream
-        if followed and role.source_role is not None:
+        waiting += role.upstream_roles
+        if include_source_roles and role.source_role is not None:
             waiting.append(role.source_role)
     return found

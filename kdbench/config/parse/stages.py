@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kdbench.config.parse.artifacts import read_makes
+from kdbench.config.parse.artifacts import read_artifacts
 from kdbench.config.parse.data import read_sources
-from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_OR_COUNT, Context, Fields
-from kdbench.config.parse.loops import ONLY_STAGE, Unrolled
+from kdbench.config.parse.keys import (
+    AT_LEAST_ONE,
+    FRACTION,
+    FRACTION_OR_COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    KeyReader,
+    ParseContext,
+)
+from kdbench.config.parse.loops import ONLY_STAGE, UnrolledStage
 from kdbench.config.parse.optimizers import read_optimizer, read_scheduler
-from kdbench.config.parse.parts import named
-from kdbench.config.parse.roles import behind, bind_inputs, read_roles
+from kdbench.config.parse.parts import read_part
+from kdbench.config.parse.roles import read_roles, resolve_inputs, upstream_closure
 from kdbench.config.parse.terms import read_terms
 from kdbench.config.parse.updates import read_updates
 from kdbench.config.schema import OptimizerConfig, PartConfig, RoleConfig, StageConfig
-from kdbench.errors import nearest
+from kdbench.errors import suggest
 from kdbench.registry import METRICS
 
 METRIC_INJECTED = ("num_classes", "device", "teacher")
@@ -27,7 +35,7 @@ DEFAULT_METRICS = ("top1", "top5", "nll", "ece")
 _PRECISION = "Literal['float32', 'tf32', 'bf16', 'fp16', 'float64']"
 
 
-def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str, ...]) -> StageConfig:
+def read_stage(context: ParseContext, unrolled: UnrolledStage, base: Path, seen: tuple[str, ...]) -> StageConfig:
     """Reads the keys that a stage may hold; whatever else is there is found fault with.
 
     Args:
@@ -35,53 +43,53 @@ def read_stage(context: Context, unrolled: Unrolled, base: Path, seen: tuple[str
         unrolled: the stage as it runs.
         base, seen: as of `read_roles`.
     """
-    top = Fields(context, unrolled.data, "", "the recipe")
-    eval_batch_size = top.take("eval_batch_size", "int", 512, AT_LEAST_ONE)
-    sources = read_sources(context, top, eval_batch_size, unrolled.made)
+    top = KeyReader(context, unrolled.data, "", "the recipe")
+    eval_batch_size = top.read("eval_batch_size", "int", 512, AT_LEAST_ONE)
+    sources = read_sources(context, top, eval_batch_size, unrolled.artifact_names)
     roles = read_roles(context, top, base, seen)
     if sources:
-        roles = bind_inputs(context, roles, sources)
+        roles = resolve_inputs(context, roles, sources)
     export = _export(context, top, roles)
-    terms = read_terms(context, top, roles, export, sources, unrolled.made)
+    terms = read_terms(context, top, roles, export, sources, unrolled.artifact_names)
     updates = read_updates(context, top, roles, terms, sources)
     epochs, steps = _length(top)
-    optimizer = top.raw("optimizer")
+    optimizer = top.get_raw("optimizer")
     stage = StageConfig(
         name=unrolled.name,
         roles=roles,
         data=sources,
         terms=terms,
         updates=updates,
-        artifacts=read_makes(context, top, roles, sources, export, unrolled),
+        artifacts=read_artifacts(context, top, roles, sources, export, unrolled),
         export=export or "student",
         evaluate=_evaluated(top, roles, export),
-        optimizer=OptimizerConfig() if optimizer is None else read_optimizer(context, optimizer, top.path("optimizer")),
-        scheduler=read_scheduler(context, top.raw("scheduler"), top.path("scheduler")),
+        optimizer=OptimizerConfig() if optimizer is None else read_optimizer(context, optimizer, top.subkey("optimizer")),
+        scheduler=read_scheduler(context, top.get_raw("scheduler"), top.subkey("scheduler")),
         epochs=epochs,
         steps=steps,
-        clip=top.take("clip", "float", None, POSITIVE),
-        accumulate=top.take("accumulate", "int", 1, AT_LEAST_ONE),
-        ema=top.take("ema", "float", None, SHARE),
+        clip=top.read("clip", "float", None, POSITIVE),
+        accumulate=top.read("accumulate", "int", 1, AT_LEAST_ONE),
+        ema=top.read("ema", "float", None, FRACTION),
         validation=_validation(top),
         metrics=_metrics(context, top, terms_with_teacher=any(e.teacher for t in terms.values() for e in t.edges)),
-        eval_every=top.take("eval_every", "int", 1, AT_LEAST_ONE),
+        eval_every=top.read("eval_every", "int", 1, AT_LEAST_ONE),
         eval_batch_size=eval_batch_size,
         checkpoint_every=_checkpoints(context, top),
-        log_every=top.take("log_every", "int", 50, AT_LEAST_ONE),
-        precision=top.take("precision", _PRECISION, "float32"),
-        sync_batchnorm=top.take("sync_batchnorm", "bool", False),
+        log_every=top.read("log_every", "int", 50, AT_LEAST_ONE),
+        precision=top.read("precision", _PRECISION, "float32"),
+        sync_batchnorm=top.read("sync_batchnorm", "bool", False),
     )
-    top.done()
+    top.finish()
     _check_training(context, stage, optimizer is not None)
     _check_measured(context, stage)
     return stage
 
 
-def _export(context: Context, top: Fields, roles: Mapping[str, RoleConfig]) -> str | None:
-    given = top.take("export", "str")
+def _export(context: ParseContext, top: KeyReader, roles: Mapping[str, RoleConfig]) -> str | None:
+    given = top.read("export", "str")
     if given is not None:
         if given not in roles:
-            top.fault("export", f"no role {given!r}.{nearest(given, roles)}")
+            top.error("export", f"no role {given!r}.{suggest(given, roles)}")
             return None
         return given
     if "student" in roles:
@@ -91,89 +99,89 @@ def _export(context: Context, top: Fields, roles: Mapping[str, RoleConfig]) -> s
         return trainable[0]
     if roles:
         said = f"say which role is the result: `export: ROLE`, one of {', '.join(trainable or roles)}."
-        context.fault("export" if "export" in context.places else "", said)
+        context.error("export" if "export" in context.locations else "", said)
     return None
 
 
-def _evaluated(top: Fields, roles: Mapping[str, RoleConfig], export: str | None) -> tuple[str, ...]:
+def _evaluated(top: KeyReader, roles: Mapping[str, RoleConfig], export: str | None) -> tuple[str, ...]:
     """The roles that are measured besides the exported one."""
-    names = top.texts("evaluate")
+    names = top.read_strings("evaluate")
     for name in names:
         if name not in roles:
-            top.fault("evaluate", f"no role {name!r}.{nearest(name, roles)}")
+            top.error("evaluate", f"no role {name!r}.{suggest(name, roles)}")
     return tuple(name for name in dict.fromkeys(names) if name in roles and name != export)
 
 
-def _length(top: Fields) -> tuple[int | None, int | None]:
-    epochs = top.take("epochs", "int", None, NOT_NEGATIVE)
-    steps = top.take("steps", "int", None, NOT_NEGATIVE)
+def _length(top: KeyReader) -> tuple[int | None, int | None]:
+    epochs = top.read("epochs", "int", None, NOT_NEGATIVE)
+    steps = top.read("steps", "int", None, NOT_NEGATIVE)
     if top.has("epochs") and top.has("steps"):
-        top.fault("steps", "give `epochs` or `steps`, not both.")
+        top.error("steps", "give `epochs` or `steps`, not both.")
     elif not top.has("epochs") and not top.has("steps"):
-        top.fault("", "say how long to train: `epochs: N` or `steps: N`.")
+        top.error("", "say how long to train: `epochs: N` or `steps: N`.")
     return epochs, steps
 
 
-def _validation(top: Fields) -> float | int | None:
-    value = top.take("validation", "float", None, SHARE_OR_COUNT)
+def _validation(top: KeyReader) -> float | int | None:
+    value = top.read("validation", "float", None, FRACTION_OR_COUNT)
     if value == 1:
-        top.fault("validation", "must be a share below 1, or a whole number of samples (2 or more), got 1.")
+        top.error("validation", "must be a share below 1, or a whole number of samples (2 or more), got 1.")
         return None
     return value
 
 
-def _metrics(context: Context, top: Fields, terms_with_teacher: bool) -> tuple[PartConfig, ...]:
-    value = top.raw("metrics")
+def _metrics(context: ParseContext, top: KeyReader, terms_with_teacher: bool) -> tuple[PartConfig, ...]:
+    value = top.get_raw("metrics")
     if value is None:
         chosen = [*DEFAULT_METRICS, *(["agreement"] if terms_with_teacher else [])]
         return tuple(PartConfig(type=name) for name in chosen if name in METRICS.entries)
     if not isinstance(value, list) or not value:
-        top.fault("metrics", f"must be a list of one or more, such as [top1, ece], got {value!r}.")
+        top.error("metrics", f"must be a list of one or more, such as [top1, ece], got {value!r}.")
         return ()
-    read = [named(context, METRICS, item, top.path(f"metrics.{i}"), METRIC_INJECTED) for i, item in enumerate(value)]
+    read = [read_part(context, METRICS, item, top.subkey(f"metrics.{i}"), METRIC_INJECTED) for i, item in enumerate(value)]
     return tuple(metric for metric in read if metric is not None)
 
 
-def _checkpoints(context: Context, top: Fields) -> Mapping[str, float]:
-    value = top.raw("checkpoint_every")
+def _checkpoints(context: ParseContext, top: KeyReader) -> Mapping[str, float]:
+    value = top.get_raw("checkpoint_every")
     if value is None:
         return {}
-    fields = Fields(context, value, top.path("checkpoint_every"), "checkpoint_every")
-    steps = fields.take("steps", "int", None, AT_LEAST_ONE)
-    minutes = fields.take("minutes", "float", None, POSITIVE)
+    fields = KeyReader(context, value, top.subkey("checkpoint_every"), "checkpoint_every")
+    steps = fields.read("steps", "int", None, AT_LEAST_ONE)
+    minutes = fields.read("minutes", "float", None, POSITIVE)
     if isinstance(value, Mapping) and not (fields.has("steps") or fields.has("minutes")):
-        fields.fault("", "needs `steps: N` or `minutes: X`.")
-    fields.done()
+        fields.error("", "needs `steps: N` or `minutes: X`.")
+    fields.finish()
     return {key: number for key, number in (("steps", steps), ("minutes", minutes)) if number is not None}
 
 
-def _check_measured(context: Context, stage: StageConfig) -> None:
+def _check_measured(context: ParseContext, stage: StageConfig) -> None:
     """What is evaluated must find its class without being told it."""
     for name in (stage.export, *stage.evaluate):
-        for role in sorted(behind([name], stage.roles)):
+        for role in sorted(upstream_closure([name], stage.roles)):
             config = stage.roles[role]
             if any(
                 ":" not in address and address.endswith(".label") for address in (config.input, *config.extra_inputs)
             ):
                 said = f"role {role!r} sees the labels, so {name!r}, which is evaluated, must not see it."
-                context.fault(f"{config.location.key}.input", said)
+                context.error(f"{config.location.key}.input", said)
 
 
-def _check_training(context: Context, stage: StageConfig, has_optimizer: bool) -> None:
+def _check_training(context: ParseContext, stage: StageConfig, has_optimizer: bool) -> None:
     """What a stage that trains cannot do without."""
     if not stage.epochs and not stage.steps:
         return
     trainable = [name for name, role in stage.roles.items() if role.mode == "trainable"]
     where = f" in stage {stage.name!r}" if stage.name != ONLY_STAGE else ""
     if stage.roles and not trainable:
-        context.fault("", f"nothing trains{where}: every role is frozen or follows another.")
-    if not stage.terms and not len(context.faults):
-        context.fault("terms" if "terms" in context.places else "", f"no term is left to train by{where}.")
+        context.error("", f"nothing trains{where}: every role is frozen or follows another.")
+    if not stage.terms and not len(context.errors):
+        context.error("terms" if "terms" in context.locations else "", f"no term is left to train by{where}.")
     if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
-        context.fault("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
+        context.error("", f"no optimizer{where}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
     for update in stage.updates if stage.precision == "fp16" else ():
         if update.inner_step is not None:
             said = "scales losses so that gradients fit, which a gradient through a step would undo; take bf16"
-            context.fault("precision", f"fp16 {said} beside `inner_step` ({update.inner_step.location}).")
+            context.error("precision", f"fp16 {said} beside `inner_step` ({update.inner_step.location}).")
     if stage.validation is not None and stage.data and "train" not in stage.data:
-        context.fault("validation", "is held out from the source `train`, which this recipe does not have.")
+        context.error("validation", "is held out from the source `train`, which this recipe does not have.")

@@ -23,7 +23,7 @@ OUTSIDE = -1
 """A coordinate that lies in the padding, where pixels are zero."""
 
 
-class Augment:
+class Augmentation:
     """Base of all augmentations.
 
     columns: how many numbers each sample draws in an epoch.
@@ -31,16 +31,16 @@ class Augment:
     tells: the field of the batch that `told` gives; empty for none.
     """
 
-    columns = 0
+    num_params = 0
     always = False
-    tells = ""
+    extra_field = ""
     registered_name: str
 
-    def table(self, samples: int, seed: int) -> Tensor:
+    def sample_params(self, samples: int, seed: int) -> Tensor:
         """Returns an epoch's draws, float32 (samples, columns), uniform in [0, 1) unless the class says otherwise."""
-        return torch.rand(samples, self.columns, generator=torch.Generator().manual_seed(seed))
+        return torch.rand(samples, self.num_params, generator=torch.Generator().manual_seed(seed))
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape (channels, height, width) that comes out.
 
         Raises:
@@ -48,11 +48,11 @@ class Augment:
         """
         return shape
 
-    def told(self, draws: Tensor) -> Tensor:
+    def extra_field_values(self, draws: Tensor) -> Tensor:
         """Returns what was drawn as the field `tells`, int64 (batch,)."""
         raise NotImplementedError
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         """Returns how many images it can make of one sample; None where they are not counted.
 
         Where they are, the image that comes out is a function of the image that goes in and of `code` alone, so that
@@ -61,15 +61,15 @@ class Augment:
         Args:
             shape: that goes in, (channels, height, width).
         """
-        return None if self.columns else 1
+        return None if self.num_params else 1
 
-    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns which of its `variants` the draws give, int64 (batch,), from 0; where it draws nothing, 0."""
         return torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
 
 
 @AUGMENTATIONS.register("same", version=1)
-class Same(Augment):
+class SameView(Augmentation):
     """First in a view: all that another view does to the sample, with the same draws.
 
     `corrupted: {from: image, then: [noise]}` is short for `corrupted: [{type: same, view: image}, noise]`: both views
@@ -83,10 +83,10 @@ class Same(Augment):
         self.view = view
 
 
-class Geometric(Augment):
+class GeometricAugmentation(Augmentation):
     """Moves pixels: maps rows and columns of the output to those of the input."""
 
-    def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def map_coordinates(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Composes this move after those before it.
 
         Args:
@@ -96,12 +96,12 @@ class Geometric(Augment):
         """
         raise NotImplementedError
 
-    def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+    def map_evaluation_coordinates(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         """What evaluation does in its place."""
         return ys, xs
 
 
-class Colouring(Augment):
+class ColorAugmentation(Augmentation):
     """Changes colours before the image is normalised."""
 
     def apply(self, image: Tensor, draws: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Colouring(Augment):
         raise NotImplementedError
 
 
-class Masking(Augment):
+class PostNormalizeAugmentation(Augmentation):
     """Changes the normalised image."""
 
     def apply(self, image: Tensor, draws: Tensor) -> Tensor:
@@ -117,23 +117,23 @@ class Masking(Augment):
         raise NotImplementedError
 
 
-class Mixing(Augment):
+class MixingAugmentation(Augmentation):
     """Blends each sample with a partner of the same batch."""
 
     def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the blend and the share of the own label, float (batch,)."""
         raise NotImplementedError
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return None
 
 
-class Reading(Augment):
+class DecodeTimeAugmentation(Augmentation):
     """Chooses the part of the undecoded image that is read."""
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Returns left, upper, right, lower in pixels of an image of the given size."""
         raise NotImplementedError
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdbench.data.augment.base import Colouring
+from kdbench.data.augment.base import ColorAugmentation
 from kdbench.errors import ConfigError
 from kdbench.registry import AUGMENTATIONS
 
 
 @AUGMENTATIONS.register("color", version=1)
-class Color(Colouring):
+class Color(ColorAugmentation):
     """Random brightness, contrast and saturation, as torchvision's ColorJitter, always in this order.
 
     Each factor is uniform in [max(0, 1 - x), 1 + x]; values stay in [0, 1]. Grey images have no saturation to change.
@@ -21,7 +21,7 @@ class Color(Colouring):
         saturation: x of the factor on the distance to each pixel's grey.
     """
 
-    columns = 3
+    num_params = 3
 
     def __init__(self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4) -> None:
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
@@ -29,7 +29,7 @@ class Color(Colouring):
                 raise ConfigError(f"color: {name} must not be negative, got {value}")
         self.strengths = (brightness, contrast, saturation)
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if shape[0] not in (1, 3):
             raise ConfigError(f"color: needs images of 1 or 3 channels, these have {shape[0]}")
         return shape

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.data.augment.base import Masking
-from kdbench.data.augment.mixing import between
+from kdbench.data.augment.base import PostNormalizeAugmentation
+from kdbench.data.augment.mixing import interval_mask
 from kdbench.errors import ConfigError
 from kdbench.registry import AUGMENTATIONS
 
@@ -28,7 +28,7 @@ def _mix(word: Tensor) -> Tensor:
     return word ^ (word >> 16)
 
 
-def normal_draws(draws: Tensor, count: int) -> Tensor:
+def hashed_normals(draws: Tensor, count: int) -> Tensor:
     """Returns standard normal numbers, float32 (batch, count), a function of each row's two draws alone.
 
     A table of all samples' pixels would be larger than the dataset. So each number is a hash of its position and of the
@@ -47,7 +47,7 @@ def normal_draws(draws: Tensor, count: int) -> Tensor:
 
 
 @AUGMENTATIONS.register("noise", version=1)
-class Noise(Masking):
+class GaussianNoise(PostNormalizeAugmentation):
     """Adds Gaussian noise to the normalised image, other noise to every pixel, sample and epoch.
 
     Args:
@@ -55,7 +55,7 @@ class Noise(Masking):
         always: evaluation adds noise too, the same every time.
     """
 
-    columns = 2
+    num_params = 2
 
     def __init__(self, std: float = 0.5, always: bool = False) -> None:
         if std < 0:
@@ -65,11 +65,11 @@ class Noise(Masking):
 
     def apply(self, image: Tensor, draws: Tensor) -> Tensor:
         count = math.prod(image.shape[1:])
-        return image + self.std * normal_draws(draws, count).view(image.shape).to(image.dtype)
+        return image + self.std * hashed_normals(draws, count).view(image.shape).to(image.dtype)
 
 
 @AUGMENTATIONS.register("blur", version=1)
-class Blur(Masking):
+class Blur(PostNormalizeAugmentation):
     """Gaussian blur; the border repeats the outermost pixels.
 
     Args:
@@ -78,7 +78,7 @@ class Blur(Masking):
         always: evaluation blurs too (with probability p, the same samples every time).
     """
 
-    columns = 1
+    num_params = 1
 
     def __init__(self, sigma: float = 1.0, p: float = 1.0, always: bool = False) -> None:
         if sigma <= 0:
@@ -101,7 +101,7 @@ class Blur(Masking):
 
 
 @AUGMENTATIONS.register("low_resolution", version=1)
-class LowResolution(Masking):
+class LowResolution(PostNormalizeAugmentation):
     """Averages squares of pixels and repeats the mean, so that the image has fewer details and the same size.
 
     Evaluation does it too: a network for small images is measured on small images.
@@ -117,7 +117,7 @@ class LowResolution(Masking):
             raise ConfigError(f"low_resolution: factor must be at least 1, got {factor}")
         self.factor = factor
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if shape[1] % self.factor or shape[2] % self.factor:
             raise ConfigError(f"low_resolution: factor {self.factor} does not divide images of {shape[1]}x{shape[2]}")
         return shape
@@ -128,7 +128,7 @@ class LowResolution(Masking):
 
 
 @AUGMENTATIONS.register("occlude", version=1)
-class Occlude(Masking):
+class Occlude(PostNormalizeAugmentation):
     """Covers one rectangle of the normalised image with zeros: Zhong et al. 2020 (AAAI), https://arxiv.org/abs/1708.04896
 
     The rectangle lies wholly inside the image (the square of `cutout` may stick out). Its height over its width is
@@ -136,25 +136,25 @@ class Occlude(Masking):
     noise; here the area is given and the fill is the dataset's mean colour.
 
     Args:
-        share: of the image's area, in (0, 1].
+        fraction: of the image's area, in (0, 1].
         ratio: largest height over width, and width over height; at least 1.
         always: evaluation occludes too, the same places every time.
     """
 
-    columns = 3
+    num_params = 3
 
-    def __init__(self, share: float = 0.25, ratio: float = 3.3, always: bool = False) -> None:
-        if not 0 < share <= 1:
-            raise ConfigError(f"occlude: share must be above 0 and up to 1, got {share}")
+    def __init__(self, fraction: float = 0.25, ratio: float = 3.3, always: bool = False) -> None:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"occlude: fraction must be above 0 and up to 1, got {fraction}")
         if ratio < 1:
             raise ConfigError(f"occlude: ratio must be at least 1, got {ratio}")
-        self.share = share
+        self.fraction = fraction
         self.ratio = ratio
         self.always = always
 
     def apply(self, image: Tensor, draws: Tensor) -> Tensor:
         height, width = image.shape[2:]
-        area = self.share * height * width
+        area = self.fraction * height * width
         aspect = torch.exp((2 * draws[:, 0] - 1) * math.log(self.ratio))
         # Both sides must fit: the height is at most the image's, and at least what the full width leaves to it.
         tall = (area * aspect).sqrt().clamp(min=area / width, max=height)
@@ -162,12 +162,12 @@ class Occlude(Masking):
         columns = (area / rows).round().clamp(min=1, max=width)
         top = (draws[:, 1] * (height - rows + 1)).floor().clamp(min=0)
         left = (draws[:, 2] * (width - columns + 1)).floor().clamp(min=0)
-        inside = between(height, top, top + rows)[:, :, None] & between(width, left, left + columns)[:, None, :]
+        inside = interval_mask(height, top, top + rows)[:, :, None] & interval_mask(width, left, left + columns)[:, None, :]
         return image.masked_fill(inside[:, None], 0.0)
 
 
 @AUGMENTATIONS.register("half", version=1)
-class Half(Masking):
+class Half(PostNormalizeAugmentation):
     """Keeps one half of the normalised image and sets the other to 0: two halves are two modalities of one sample.
 
     Evaluation does it too: a network for one half is measured on that half. Of an odd number of columns or rows the

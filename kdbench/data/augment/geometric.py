@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.augment.base import OUTSIDE, Geometric, Masking, Reading
+from kdbench.data.augment.base import OUTSIDE, DecodeTimeAugmentation, GeometricAugmentation, PostNormalizeAugmentation
 from kdbench.errors import ConfigError
 from kdbench.registry import AUGMENTATIONS
 
 
-def window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
+def gather_window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
     """Reads `length` entries of each row of `coordinates` (batch, n), from `start` (batch,); beyond it is OUTSIDE."""
     at = start[:, None] + torch.arange(length, device=coordinates.device)
     inside = (at >= 0) & (at < coordinates.shape[1])
@@ -21,13 +21,13 @@ def window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
     return torch.where(inside, read, OUTSIDE)
 
 
-def whole(uniform: Tensor, count: int) -> Tensor:
+def uniform_integers(uniform: Tensor, count: int) -> Tensor:
     """Turns uniform numbers in [0, 1) into whole numbers in [0, count), all equally likely."""
     return (uniform * count).long().clamp_(max=count - 1)
 
 
 @AUGMENTATIONS.register("crop", version=1)
-class Crop(Geometric):
+class Crop(GeometricAugmentation):
     """Random crop of the zero-padded image, as torchvision's RandomCrop.
 
     The window's offset is uniform over all places in the image padded by `padding` pixels on each side. The padding is
@@ -38,7 +38,7 @@ class Crop(Geometric):
         size: side of the square that is cut out; null keeps the image's height and width.
     """
 
-    columns = 2
+    num_params = 2
 
     def __init__(self, padding: int = 4, size: int | None = None) -> None:
         if padding < 0:
@@ -48,7 +48,7 @@ class Crop(Geometric):
         self.padding = padding
         self.size = size
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         channels, height, width = shape
         room = min(height, width) + 2 * self.padding
         if self.size is not None and self.size > room:
@@ -58,60 +58,60 @@ class Crop(Geometric):
             )
         return (channels, self.size or height, self.size or width)
 
-    def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def map_coordinates(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
         rows, columns = self._corners(ys.shape[1], xs.shape[1])
-        top = whole(draws[:, 0], rows) - self.padding
-        left = whole(draws[:, 1], columns) - self.padding
-        return window(ys, top, height), window(xs, left, width)
+        top = uniform_integers(draws[:, 0], rows) - self.padding
+        left = uniform_integers(draws[:, 1], columns) - self.padding
+        return gather_window(ys, top, height), gather_window(xs, left, width)
 
     def _corners(self, height: int, width: int) -> tuple[int, int]:
         """In how many rows and in how many columns the window may begin."""
         room = 2 * self.padding + 1
         return height + room - (self.size or height), width + room - (self.size or width)
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         rows, columns = self._corners(*shape[1:])
         return rows * columns
 
-    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
         rows, columns = self._corners(*shape[1:])
-        return whole(draws[:, 0], rows) * columns + whole(draws[:, 1], columns)
+        return uniform_integers(draws[:, 0], rows) * columns + uniform_integers(draws[:, 1], columns)
 
-    def fixed(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+    def map_evaluation_coordinates(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
         top = torch.full_like(ys[:, 0], round((ys.shape[1] - height) / 2))  # rounds as torchvision's CenterCrop
         left = torch.full_like(xs[:, 0], round((xs.shape[1] - width) / 2))
-        return window(ys, top, height), window(xs, left, width)
+        return gather_window(ys, top, height), gather_window(xs, left, width)
 
 
 @AUGMENTATIONS.register("flip", version=1)
-class Flip(Geometric):
+class Flip(GeometricAugmentation):
     """Horizontal flip with probability p.
 
     Args:
         p: probability, in [0, 1].
     """
 
-    columns = 1
+    num_params = 1
 
     def __init__(self, p: float = 0.5) -> None:
         if not 0 <= p <= 1:
             raise ConfigError(f"flip: p must be in [0, 1], got {p}")
         self.p = p
 
-    def maps(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def map_coordinates(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         return ys, torch.where(draws[:, :1] < self.p, xs.flip(1), xs)
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return 2
 
-    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
         return (draws[:, 0] < self.p).long()
 
 
 @AUGMENTATIONS.register("random_resized_crop", version=1)
-class RandomResizedCrop(Reading):
+class RandomResizedCrop(DecodeTimeAugmentation):
     """Reads a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
 
     Area share uniform in `scale`, aspect ratio log-uniform in `ratio`; ten tries, then the centre. For datasets that
@@ -146,7 +146,7 @@ class RandomResizedCrop(Reading):
 
 
 @AUGMENTATIONS.register("rotate90", version=1)
-class Rotate90(Masking):
+class Rotate90(PostNormalizeAugmentation):
     """Turns the image by quarters: Gidaris et al. 2018 (ICLR), https://arxiv.org/abs/1803.07728
 
     Fixed turns make one view each, such as `turned: {from: image, then: [{type: rotate90, turns: 1}]}`, and hold in
@@ -161,11 +161,11 @@ class Rotate90(Masking):
         if turns is not None and not 0 <= turns <= 3:
             raise ConfigError(f"rotate90: turns must be 0, 1, 2, 3 or null, got {turns}")
         self.turns = turns
-        self.columns = 1 if turns is None else 0
+        self.num_params = 1 if turns is None else 0
         self.always = turns is not None
-        self.tells = "turns" if turns is None else ""
+        self.extra_field = "turns" if turns is None else ""
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if shape[1] != shape[2] and self.turns not in (0, 2):
             raise ConfigError(
                 f"rotate90: only square images can be turned by a quarter; these are {shape[1]}x{shape[2]}"
@@ -175,15 +175,15 @@ class Rotate90(Masking):
     def apply(self, image: Tensor, draws: Tensor) -> Tensor:
         if self.turns is not None:
             return torch.rot90(image, self.turns, (2, 3))
-        drawn = self.told(draws).view(-1, 1, 1, 1)
+        drawn = self.extra_field_values(draws).view(-1, 1, 1, 1)
         half = torch.where(drawn >= 2, image.flip(2, 3), image)
         return torch.where(drawn % 2 == 1, torch.rot90(half, 1, (2, 3)), half)
 
-    def told(self, draws: Tensor) -> Tensor:
-        return whole(draws[:, 0], 4)
+    def extra_field_values(self, draws: Tensor) -> Tensor:
+        return uniform_integers(draws[:, 0], 4)
 
-    def variants(self, shape: tuple[int, ...]) -> int | None:
+    def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return 1 if self.turns is not None else 4
 
-    def code(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return self.told(draws) if self.turns is None else super().code(draws, shape)
+    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.extra_field_values(draws) if self.turns is None else super().variant_id(draws, shape)

@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.config.schema import PartConfig, SourceConfig
-from kdbench.data.augment.base import OUTSIDE, Augment, Colouring, Geometric, Masking, Mixing, Reading
-from kdbench.data.source_spec import Variants
-from kdbench.errors import ConfigError, UserError, nearest
+from kdbench.data.augment.base import (
+    OUTSIDE,
+    Augmentation,
+    ColorAugmentation,
+    DecodeTimeAugmentation,
+    GeometricAugmentation,
+    MixingAugmentation,
+    PostNormalizeAugmentation,
+)
+from kdbench.data.source_spec import VariantCount
+from kdbench.errors import ConfigError, UserError, suggest
 from kdbench.randomness import derive
 from kdbench.registry import AUGMENTATIONS
 
@@ -56,24 +64,24 @@ class View:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         owners: Sequence[str] | None = None,
-        pixels: bool = True,
+        in_unit_range: bool = True,
     ) -> None:
         self.name = name
-        self.pixels = pixels
-        self.augments: list[Augment] = []
-        self._seen: list[tuple[int, ...]] = []  # the shape that goes into each augmentation
-        self.stored = shape
+        self.in_unit_range = in_unit_range
+        self.augmentations: list[Augmentation] = []
+        self._input_shapes: list[tuple[int, ...]] = []  # the shape that goes into each augmentation
+        self.stored_shape = shape
         self.shape = shape
         for named in augments:
             self._add(named)
-        self.keys = _keys(augments)
-        self.columns = sum(augment.columns for augment in self.augments)
-        self.owners = list(owners) if owners is not None else [name] * len(self.augments)
-        self._mixing = next((i for i, augment in enumerate(self.augments) if isinstance(augment, Mixing)), None)
-        self.mixes = "" if self._mixing is None else self.owners[self._mixing]
-        reads = [(a, owner) for a, owner in zip(self.augments, self.owners, strict=True) if isinstance(a, Reading)]
-        self.reading, self.reading_owner = reads[0] if reads else (None, "")
-        self.draws_always = any(augment.always and augment.columns for augment in self.augments)
+        self.stream_keys = _keys(augments)
+        self.num_params = sum(augment.num_params for augment in self.augmentations)
+        self.owners = list(owners) if owners is not None else [name] * len(self.augmentations)
+        self._mixing = next((i for i, augment in enumerate(self.augmentations) if isinstance(augment, MixingAugmentation)), None)
+        self.mix_owner = "" if self._mixing is None else self.owners[self._mixing]
+        reads = [(a, owner) for a, owner in zip(self.augmentations, self.owners, strict=True) if isinstance(a, DecodeTimeAugmentation)]
+        self.decode_augmentation, self.decode_owner = reads[0] if reads else (None, "")
+        self.needs_evaluation_params = any(augment.always and augment.num_params for augment in self.augmentations)
         self.dtype = dtype
         self.channels_last = channels_last and len(shape) == 3
         trailing = (-1, *([1] * (len(shape) - 1)))
@@ -82,40 +90,40 @@ class View:
 
     def _add(self, named: PartConfig) -> None:
         AUGMENTATIONS.check(named.type, named.params, named.location)
-        if len(self.stored) != 3:
+        if len(self.stored_shape) != 3:
             raise ConfigError(
                 f"{named.location}: {named.type} needs images of shape [channels, height, width], "
-                f"but this dataset's samples are {list(self.stored)}".lstrip(": ")
+                f"but this dataset's samples are {list(self.stored_shape)}".lstrip(": ")
             )
-        self._seen.append(self.shape)
+        self._input_shapes.append(self.shape)
         try:
-            augment: Augment = AUGMENTATIONS.build(named.type, named.params, named.location)
-            self.shape = augment.shape(self.shape)
+            augment: Augmentation = AUGMENTATIONS.build(named.type, named.params, named.location)
+            self.shape = augment.output_shape(self.shape)
         except UserError as error:
             raise ConfigError(f"{named.location}: {error}".lstrip(": ")) from None
-        if isinstance(augment, Colouring) and not self.pixels:
+        if isinstance(augment, ColorAugmentation) and not self.in_unit_range:
             raise ConfigError(
                 f"{named.location}: {named.type} changes colours of images in [0, 1], but these were stored "
                 "normalised".lstrip(": ")
             )
-        if isinstance(augment, Mixing) and any(isinstance(other, Mixing) for other in self.augments):
+        if isinstance(augment, MixingAugmentation) and any(isinstance(other, MixingAugmentation) for other in self.augmentations):
             raise ConfigError(f"{named.location}: view {self.name!r} already mixes; one of mixup and cutmix is enough")
-        self.augments.append(augment)
+        self.augmentations.append(augment)
 
-    def table(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
+    def sample_params(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
         """Returns the draws of all samples for one epoch, float32 (samples, columns), on the CPU.
 
         Each augmentation has its own stream: one more in the list leaves the draws of the others as they are. Those
         that another view owns have that view's.
         """
         parts = [
-            augment.table(samples, derive(seed, "augment", source, owner, epoch, key))
-            for augment, owner, key in zip(self.augments, self.owners, self.keys, strict=True)
-            if augment.columns
+            augment.sample_params(samples, derive(seed, "augment", source, owner, epoch, key))
+            for augment, owner, key in zip(self.augmentations, self.owners, self.stream_keys, strict=True)
+            if augment.num_params
         ]
         return torch.cat(parts, dim=1) if parts else torch.empty(samples, 0)
 
-    def augmented(self, images: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
+    def augment(self, images: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
         """Returns the augmented images before mixing.
 
         Args:
@@ -127,94 +135,94 @@ class View:
             (batch, *shape), normalised.
         """
         own = self._with_draws(draws)
-        moves = [(augment, drawn) for augment, drawn in own if isinstance(augment, Geometric)]
+        moves = [(augment, drawn) for augment, drawn in own if isinstance(augment, GeometricAugmentation)]
         if moves:
-            ys, xs = _identity(len(rows), self.stored, rows.device)
+            ys, xs = _identity(len(rows), self.stored_shape, rows.device)
             for augment, drawn in moves:
-                ys, xs = augment.maps(ys, xs, drawn)
+                ys, xs = augment.map_coordinates(ys, xs, drawn)
             read = gather_pixels(images, rows, ys, xs)
         else:
             read = images.index_select(0, rows)
         image = self._scaled(read)
         for augment, drawn in own:
-            if isinstance(augment, Colouring):
+            if isinstance(augment, ColorAugmentation):
                 image = augment.apply(image, drawn)
         image = self._normalised(image)
-        return self._laid_out(_masked(image, own[: self._mixing]))
+        return self._to_memory_format(_masked(image, own[: self._mixing]))
 
-    def mixed(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Blends each image with its partner; returns the blend and the share of the own label (batch,)."""
         own = self._with_draws(draws)
         for number, (augment, drawn) in enumerate(own):
-            if isinstance(augment, Mixing):
+            if isinstance(augment, MixingAugmentation):
                 image, share = augment.mix(image, partner, drawn)
-                return self._laid_out(_masked(image, own[number:])), share
+                return self._to_memory_format(_masked(image, own[number:])), share
         raise ValueError(f"view {self.name!r} does not mix")
 
-    def plain(self, images: Tensor, rows: Tensor, draws: Tensor | None = None) -> Tensor:
+    def evaluation_images(self, images: Tensor, rows: Tensor, draws: Tensor | None = None) -> Tensor:
         """Returns the images as evaluation sees them: normalised, cut to the view's size at the centre, and with what
         the view always does.
 
         Args:
             draws: float32 (batch, columns); needed where `draws_always`.
         """
-        moves = [augment for augment in self.augments if isinstance(augment, Geometric)]
-        if self.shape == self.stored:
+        moves = [augment for augment in self.augmentations if isinstance(augment, GeometricAugmentation)]
+        if self.shape == self.stored_shape:
             read = images.index_select(0, rows)
         else:
-            ys, xs = _identity(len(rows), self.stored, rows.device)
+            ys, xs = _identity(len(rows), self.stored_shape, rows.device)
             for augment in moves:
-                ys, xs = augment.fixed(ys, xs)
+                ys, xs = augment.map_evaluation_coordinates(ys, xs)
             read = gather_pixels(images, rows, ys, xs)
         image = self._normalised(self._scaled(read))
         if draws is None:
-            draws = torch.zeros(len(rows), self.columns, device=rows.device)
-        own = self._with_draws(draws) if any(augment.always for augment in self.augments) else []
-        return self._laid_out(_masked(image, [(augment, drawn) for augment, drawn in own if augment.always]))
+            draws = torch.zeros(len(rows), self.num_params, device=rows.device)
+        own = self._with_draws(draws) if any(augment.always for augment in self.augmentations) else []
+        return self._to_memory_format(_masked(image, [(augment, drawn) for augment, drawn in own if augment.always]))
 
-    def told(self, draws: Tensor) -> dict[str, Tensor]:
+    def extra_fields(self, draws: Tensor) -> dict[str, Tensor]:
         """Returns what the view says of itself in fields of its own, such as how far it is turned."""
-        if not self.tells:
+        if not self.extra_field_names:
             return {}
         return {
-            self.tells[augment.tells]: augment.told(drawn)
+            self.extra_field_names[augment.extra_field]: augment.extra_field_values(drawn)
             for augment, drawn in self._with_draws(draws)
-            if augment.tells
+            if augment.extra_field
         }
 
     @cached_property
-    def tells(self) -> dict[str, str]:
+    def extra_field_names(self) -> dict[str, str]:
         """What an augmentation tells -> its field: the same word in the view `image`, else `VIEW_WORD`."""
-        words = [augment.tells for augment in self.augments if augment.tells]
+        words = [augment.extra_field for augment in self.augmentations if augment.extra_field]
         return {word: word if self.name == "image" else f"{self.name}_{word}" for word in words}
 
     @cached_property
-    def variants(self) -> Variants:
+    def variant_count(self) -> VariantCount:
         """How many images the view can show of one sample: those of its augmentations, multiplied."""
         count = 1
-        for augment, shape in zip(self.augments, self._seen, strict=True):
-            if isinstance(augment, Mixing):
-                return Variants(None, f"{augment.registered_name} blends samples")
-            own = augment.variants(shape)
+        for augment, shape in zip(self.augmentations, self._input_shapes, strict=True):
+            if isinstance(augment, MixingAugmentation):
+                return VariantCount(None, f"{augment.registered_name} blends samples")
+            own = augment.num_variants(shape)
             if own is None:
-                return Variants(None, f"the images that {augment.registered_name} makes of a sample are not counted")
+                return VariantCount(None, f"the images that {augment.registered_name} makes of a sample are not counted")
             count *= own
-        return Variants(count)
+        return VariantCount(count)
 
-    def codes(self, draws: Tensor) -> Tensor:
+    def variant_ids(self, draws: Tensor) -> Tensor:
         """Returns which of its `variants` each sample's draws give, int64 (batch,), from 0.
 
         Args:
             draws: float32 (batch, columns).
         """
         codes = torch.zeros(len(draws), dtype=torch.int64, device=draws.device)
-        for (augment, drawn), shape in zip(self._with_draws(draws), self._seen, strict=True):
-            codes = codes * (augment.variants(shape) or 1) + augment.code(drawn, shape)
+        for (augment, drawn), shape in zip(self._with_draws(draws), self._input_shapes, strict=True):
+            codes = codes * (augment.num_variants(shape) or 1) + augment.variant_id(drawn, shape)
         return codes
 
-    def _with_draws(self, draws: Tensor) -> list[tuple[Augment, Tensor]]:
-        parts = draws.split([augment.columns for augment in self.augments], dim=1) if self.augments else ()
-        return list(zip(self.augments, parts, strict=True))
+    def _with_draws(self, draws: Tensor) -> list[tuple[Augmentation, Tensor]]:
+        parts = draws.split([augment.num_params for augment in self.augmentations], dim=1) if self.augmentations else ()
+        return list(zip(self.augmentations, parts, strict=True))
 
     def _scaled(self, read: Tensor) -> Tensor:
         image = read.to(self.dtype)
@@ -225,13 +233,13 @@ class View:
             image = image.sub_(self.mean).div_(self.std)
         return image
 
-    def _laid_out(self, image: Tensor) -> Tensor:
+    def _to_memory_format(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
 
-def _masked(image: Tensor, own: Sequence[tuple[Augment, Tensor]]) -> Tensor:
+def _masked(image: Tensor, own: Sequence[tuple[Augmentation, Tensor]]) -> Tensor:
     for augment, drawn in own:
-        if isinstance(augment, Masking):
+        if isinstance(augment, PostNormalizeAugmentation):
             image = augment.apply(image, drawn)
     return image
 
@@ -276,7 +284,7 @@ def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tenso
     return lines.gather(3, xs[:, None, None, :].expand(batch, channels, ys.shape[1], xs.shape[1]))
 
 
-def spelled_out(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[tuple[PartConfig, str]]]:
+def resolve_views(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[tuple[PartConfig, str]]]:
     """Puts the augmentations of the other view in the place of each `reuse`.
 
     Returns:
@@ -300,7 +308,7 @@ def spelled_out(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[tup
             if number:
                 raise ConfigError(f"{where}`reuse` comes first in a view; what follows it is done to what it gives")
             if other not in views:
-                raise ConfigError(f"{where}no view {other!r}.{nearest(other, views)}")
+                raise ConfigError(f"{where}no view {other!r}.{suggest(other, views)}")
             if other in (*above, name):
                 raise ConfigError(f"{where}views continue each other in a circle: {' -> '.join((*above, name, other))}")
             own += spell(other, (*above, name))
@@ -319,11 +327,11 @@ def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object)
         ConfigError: an augmentation does not fit, or two views mix labels, each in its own way.
     """
     views = {}
-    for name, own in spelled_out(config.views).items():
+    for name, own in resolve_views(config.views).items():
         augments, owners = [named for named, _ in own], [owner for _, owner in own]
         views[name] = View(name, augments, shape, owners=owners, **options)  # type: ignore[arg-type]
-    if len({view.mixes for view in views.values() if view.mixes}) > 1:
-        mixing = [name for name, view in views.items() if view.mixes]
+    if len({view.mix_owner for view in views.values() if view.mix_owner}) > 1:
+        mixing = [name for name, view in views.items() if view.mix_owner]
         raise ConfigError(
             f"{config.location}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
             "`label_other`; mix in one view, and let the other continue it (`from:`)".lstrip(": ")
@@ -331,11 +339,11 @@ def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object)
     return views
 
 
-def refuse_reading(config: SourceConfig) -> None:
+def reject_decode_augmentations(config: SourceConfig) -> None:
     """Raises ConfigError where a view chooses what is read from a file, of a dataset that is held in memory."""
-    for name, own in spelled_out(config.views).items():
+    for name, own in resolve_views(config.views).items():
         for named, _ in own:
-            if issubclass(AUGMENTATIONS.entry(named.type).load(), Reading):
+            if issubclass(AUGMENTATIONS.entry(named.type).load(), DecodeTimeAugmentation):
                 raise ConfigError(
                     f"{named.location}: view {name!r}: {named.type} chooses what is read from a file, but "
                     f"{config.dataset.type} is held in memory; use crop, or a dataset that is read in every epoch "
@@ -343,23 +351,23 @@ def refuse_reading(config: SourceConfig) -> None:
                 )
 
 
-def variants_of(config: SourceConfig, shape: tuple[int, ...], *, resident: bool = True) -> dict[str, Variants]:
+def variant_counts(config: SourceConfig, shape: tuple[int, ...], *, resident: bool = True) -> dict[str, VariantCount]:
     """Returns how many images each view of a source can show of one sample.
 
     Args:
         shape: of one stored image.
         resident: whether the images lie in memory.
     """
-    found = {name: view.variants for name, view in build_views(config, shape).items()}
+    found = {name: view.variant_count for name, view in build_views(config, shape).items()}
     if not resident:
-        return dict.fromkeys(found, Variants(None, f"the images of source {config.name!r} are read from files"))
+        return dict.fromkeys(found, VariantCount(None, f"the images of source {config.name!r} are read from files"))
     if config.overlap:
         why = f"batches of source {config.name!r} overlap, so that a sample is seen twice in an epoch"
-        return dict.fromkeys(found, Variants(None, why))
+        return dict.fromkeys(found, VariantCount(None, why))
     return found
 
 
-def fields_of(
+def image_field_specs(
     config: SourceConfig, shape: tuple[int, ...], extra: Mapping[str, tuple[tuple[int, ...], str]] | None = None
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the fields of a source's batches: name -> (shape of one sample, dtype).
@@ -375,10 +383,10 @@ def fields_of(
         fields["label_true"] = ((), "int64")
     if config.label_fraction is not None:
         fields["labelled"] = ((), "bool")
-    if any(view.mixes for view in views.values()):
+    if any(view.mix_owner for view in views.values()):
         fields |= {"label_other": ((), "int64"), "mix": ((), "float32")}
     for view in views.values():
-        fields |= {name: ((), "int64") for name in view.tells.values()}
+        fields |= {name: ((), "int64") for name in view.extra_field_names.values()}
     taken = sorted(set(fields).difference({"labelled"}).intersection(extra or {}))
     if taken:
         raise ConfigError(

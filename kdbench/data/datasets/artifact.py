@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.data.datasets.base import Dataset, Packed, content_checksum
+from kdbench.data.datasets.base import Dataset, PackedSplit, content_checksum
 from kdbench.data.source_spec import SourceSpec
 from kdbench.errors import DataError
 from kdbench.registry import ARTIFACTS, DATASETS
 
-RESERVED = ("image", "label", "index", "valid", "label_true", "label_other", "mix")
+RESERVED_FIELDS = ("image", "label", "index", "valid", "label_true", "label_other", "mix")
 """Fields of a batch that the source itself gives; a made dataset cannot bring its own."""
 
 
 @DATASETS.register("artifact", version=1, injected=("split", "data_root", "file"))
-class Made(Dataset):
+class ArtifactDataset(Dataset):
     """The dataset that an earlier stage made; a recipe writes it as `{artifact: STAGE.NAME}`.
 
     Its images are as the maker stored them: normalised already where the file has no mean and deviation. So a method
@@ -51,13 +51,13 @@ class Made(Dataset):
     def __len__(self) -> int:
         return 0 if self._content is None else len(self._content["images"])
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         if self._content is None:
             raise DataError("it has not been made yet")
         # A copy of each: they were mapped into memory, and the file may be replaced by a later round.
         images, labels = self._content["images"].clone(), self._content["labels"].clone()
         fields = {name: value.clone() for name, value in self.extra.items()}
-        return Packed(images, labels, self._digest(images, labels, fields), fields)
+        return PackedSplit(images, labels, self._digest(images, labels, fields), fields)
 
     def checksum(self) -> str:
         """Empty before it is made: what it holds follows from the recipe and the other datasets."""
@@ -71,7 +71,7 @@ class Made(Dataset):
         return digest.hexdigest()
 
 
-def read_choice(file: Path | str, population: int) -> Tensor:
+def read_subset(file: Path | str, population: int) -> Tensor:
     """Returns the positions that an earlier stage chose, int64, sorted.
 
     Args:
@@ -89,7 +89,7 @@ def read_choice(file: Path | str, population: int) -> Tensor:
     return index.unique()
 
 
-def expected(maker: str, source: SourceSpec | None, images: SourceSpec) -> SourceSpec:
+def expected_spec(artifact_type: str, source: SourceSpec | None, images: SourceSpec) -> SourceSpec:
     """Returns what a dataset will give that has not been made yet.
 
     Args:
@@ -100,7 +100,7 @@ def expected(maker: str, source: SourceSpec | None, images: SourceSpec) -> Sourc
     """
     like = source if source is not None and "image" in source.fields else images
     classes = like.classes if like.classes is not None else images.classes
-    declared = ARTIFACTS.entry(maker).facts.get("fields", ())
+    declared = ARTIFACTS.entry(artifact_type).facts.get("fields", ())
     shapes = dict(declared) if isinstance(declared, Mapping) else {name: None for name in declared}
     fields = {"image": like.fields["image"]} if "image" in like.fields else {}
     for name, shape in shapes.items():
@@ -118,7 +118,7 @@ def _dataset(file: str) -> Mapping[str, Any]:
     wrong = [name for name, value in {"labels": labels, **fields}.items() if len(value) != len(images)]
     if wrong:
         raise DataError(f"{file} has {len(images)} images but another number of {', '.join(wrong)}")
-    taken = [name for name in fields if name in RESERVED]
+    taken = [name for name in fields if name in RESERVED_FIELDS]
     if taken:
         raise DataError(f"{file}: {', '.join(taken)} cannot be stored for each sample; the source gives it itself")
     return content

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdbench.errors import ConfigError, nearest
+from kdbench.errors import ConfigError, suggest
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSplit:
     """One split in memory.
 
     images: uint8 (samples, channels, height, width), or float32 (samples, ...) in [0, 1].
@@ -59,7 +59,7 @@ class Dataset:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         """Returns the split, decoded.
 
         Raises:
@@ -84,7 +84,7 @@ class Dataset:
         """Raises ConfigError when the dataset has no such split."""
         if split not in cls.splits:
             name = getattr(cls, "registered_name", cls.__name__)
-            raise ConfigError(f"dataset {name!r} has no split {split!r}.{nearest(split, cls.splits)}")
+            raise ConfigError(f"dataset {name!r} has no split {split!r}.{suggest(split, cls.splits)}")
 
 
 def content_checksum(classes: list[str], images: Tensor, labels: Tensor) -> str:
@@ -96,12 +96,12 @@ def content_checksum(classes: list[str], images: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()
 
 
-def pack(classes: list[str], images: Tensor, labels: Tensor) -> Packed:
+def pack(classes: list[str], images: Tensor, labels: Tensor) -> PackedSplit:
     """Returns the split with its checksum."""
-    return Packed(images, labels, content_checksum(classes, images, labels))
+    return PackedSplit(images, labels, content_checksum(classes, images, labels))
 
 
-class Noise:
+class GeneratedDataset:
     """A source without files: fields that are drawn, not read. It has no labels and no end.
 
     An epoch is `len(self)` samples long, rounded up to whole batches.
@@ -110,11 +110,11 @@ class Noise:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns field -> (shape of one sample, dtype)."""
         raise NotImplementedError
 
-    def draw(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:
+    def sample(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:
         """Returns `count` samples of every field, float32 on the CPU."""
         raise NotImplementedError
 

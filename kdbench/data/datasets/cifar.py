@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdbench.data.datasets.base import Dataset, Packed
-from kdbench.data.datasets.image_files import Listing, decode_all, list_folder
+from kdbench.data.datasets.base import Dataset, PackedSplit
+from kdbench.data.datasets.image_files import ImageListing, decode_images, list_folder
 from kdbench.data.datasets.unpickle import load_pickle
-from kdbench.data.loading.packed_cache import Cache, locked
+from kdbench.data.loading.packed_cache import PackedCache, locked
 from kdbench.errors import DataError
 from kdbench.registry import DATASETS
 
@@ -32,7 +32,7 @@ class _Cifar(Dataset):
     label_key: ClassVar[str]
     names: ClassVar[str]
     files: ClassVar[dict[str, tuple[tuple[str, str], ...]]]
-    known: ClassVar[dict[str, int]] = {"train": 50000, "test": 10000}
+    num_samples: ClassVar[dict[str, int]] = {"train": 50000, "test": 10000}
 
     def __init__(self, normalize: bool = True, split: str = "train", data_root: str = "data") -> None:
         self.check_split(split)
@@ -40,7 +40,7 @@ class _Cifar(Dataset):
         self.split = split
         self.data_root = Path(data_root)
         self.classes = self.names.split()
-        self.listing: Listing | None = None
+        self.listing: ImageListing | None = None
         self.archive = self.data_root / self.archive_folder
         folder = self.data_root / self.name / split
         if not self.archive.is_dir():
@@ -50,24 +50,24 @@ class _Cifar(Dataset):
                 self.problem = f"{self.name} is not under {self.data_root}/; it will be downloaded"
 
     def __len__(self) -> int:
-        return self.known[self.split] if self.listing is None else len(self.listing)
+        return self.num_samples[self.split] if self.listing is None else len(self.listing)
 
     def checksum(self) -> str:
         return self._cache().checksum() or self.load().checksum
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         return self._cache().load(self._decode_archive if self.listing is None else self._decode_folders)
 
-    def _cache(self) -> Cache:
+    def _cache(self) -> PackedCache:
         if self.listing is not None:
             layout, fingerprint = "folders", self.listing.fingerprint()
         else:
             if not self.archive.is_dir():
                 self._download()
             layout, fingerprint = "archive", self._archive_fingerprint()
-        return Cache(self.data_root / ".kdbench", f"{self.name}-{self.split}", layout, fingerprint, self.classes)
+        return PackedCache(self.data_root / ".kdbench", f"{self.name}-{self.split}", layout, fingerprint, self.classes)
 
-    def _class_folders(self, folder: Path) -> Listing:
+    def _class_folders(self, folder: Path) -> ImageListing:
         listing = list_folder(folder)
         if listing.classes != self.classes:
             missing = sorted(set(self.classes) - set(listing.classes))
@@ -78,8 +78,8 @@ class _Cifar(Dataset):
                 f"{folder} does not hold the {len(self.classes)} classes of {self.name} ({found}). Complete it, or use "
                 "the dataset image_folder for classes of your own."
             )
-        if len(listing) != self.known[self.split]:
-            NOTICES.warning("%s holds %d images, not the usual %d.", folder, len(listing), self.known[self.split])
+        if len(listing) != self.num_samples[self.split]:
+            NOTICES.warning("%s holds %d images, not the usual %d.", folder, len(listing), self.num_samples[self.split])
         return listing
 
     def _archive_fingerprint(self) -> str:
@@ -126,7 +126,7 @@ class _Cifar(Dataset):
                 raise DataError(f"{path} is {image.width}x{image.height} pixels; images of {self.name} are 32x32")
             return image
 
-        return _in_order(decode_all(listing, same, 32), torch.tensor(listing.labels))
+        return _in_order(decode_images(listing, same, 32), torch.tensor(listing.labels))
 
     def _download(self) -> None:
         """Fetches the archive as torchvision would, with its progress bar and its checksum."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdbench.data.datasets.base import Dataset, Packed, pack
+from kdbench.data.datasets.base import Dataset, PackedSplit, pack
 from kdbench.errors import DataError
 from kdbench.registry import DATASETS
 
@@ -48,7 +48,7 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return {"train": 901, "test": 896}[self.split]
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         values, labels = _arrays()
         chosen = np.array(sorted(i for group in _halves(labels, self.split) for i in group))
         images = torch.from_numpy(values[chosen].astype(np.float32) / 16).view(-1, *self.shape)

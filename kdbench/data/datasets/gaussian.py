@@ -7,13 +7,13 @@ import hashlib
 import torch
 from torch import Tensor
 
-from kdbench.data.datasets.base import Noise
+from kdbench.data.datasets.base import GeneratedDataset
 from kdbench.errors import ConfigError
 from kdbench.registry import DATASETS
 
 
 @DATASETS.register("gaussian", version=1, injected=("split", "data_root"), fields=("z",))
-class Gaussian(Noise):
+class Gaussian(GeneratedDataset):
     """Standard normal vectors in the field `z`, new ones in every step; no labels, no files, no end.
 
     Args:
@@ -34,10 +34,10 @@ class Gaussian(Noise):
     def __len__(self) -> int:
         return self.samples
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {"z": (self.shape, "float32"), "index": ((), "int64")}
 
-    def draw(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:
+    def sample(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:
         return {"z": torch.randn(count, *self.shape, generator=generator)}
 
     def checksum(self) -> str:

@@ -20,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """The images of one split's folder.
 
     classes: names of the class folders, sorted.
@@ -36,7 +36,7 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def full(self, number: int) -> Path:
+    def absolute_path(self, number: int) -> Path:
         return self.folder / self.paths[number]
 
     def fingerprint(self, *, times: bool = True) -> str:
@@ -50,19 +50,19 @@ class Listing:
         return digest.hexdigest()
 
 
-def class_names(folder: Path) -> list[str]:
+def class_folder_names(folder: Path) -> list[str]:
     """Returns the names of the class folders in `folder`, sorted."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> ImageListing:
     """Lists the images of `folder`/<class>/**.
 
     Raises:
         DataError: there is no class folder, or one without images.
     """
-    classes = class_names(folder)
+    classes = class_folder_names(folder)
     if not classes:
         raise DataError(f"{folder} has no class folders; images are expected in {folder}/<class>/")
     paths: list[str] = []
@@ -80,7 +80,7 @@ def list_folder(folder: Path) -> Listing:
             f"{folder}: no images in class {shown}; put some there or remove the folder. "
             f"Files that are read end in {', '.join(SUFFIXES)}."
         )
-    return Listing(folder, classes, paths, labels)
+    return ImageListing(folder, classes, paths, labels)
 
 
 def _images(folder: Path, prefix: str) -> list[str]:
@@ -115,7 +115,7 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
 
     The same pixels as torchvision's Resize and CenterCrop on PIL images, for size <= resize.
     """
-    (width, height), left, top = central(*image.size, resize, size)
+    (width, height), left, top = center_crop_geometry(*image.size, resize, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     if (width, height) == (size, size):
@@ -123,7 +123,7 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def central(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], int, int]:
+def center_crop_geometry(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], int, int]:
     """Returns the width and height of an image whose shorter side is resized, and where its central square begins.
 
     Rounded as torchvision's Resize and CenterCrop.
@@ -136,12 +136,12 @@ def central(width: int, height: int, resize: int, size: int) -> tuple[tuple[int,
     return (width, height), round((width - size) / 2.0), round((height - size) / 2.0)
 
 
-def pixels(image: Image.Image) -> np.ndarray:
+def to_channels_first(image: Image.Image) -> np.ndarray:
     """Returns uint8 (3, height, width)."""
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def decode_all(listing: Listing, convert: Callable[[Image.Image, Path], Image.Image], size: int) -> Tensor:
+def decode_images(listing: ImageListing, convert: Callable[[Image.Image, Path], Image.Image], size: int) -> Tensor:
     """Decodes every image of the listing; returns uint8 (samples, 3, size, size).
 
     Args:
@@ -153,11 +153,11 @@ def decode_all(listing: Listing, convert: Callable[[Image.Image, Path], Image.Im
     images = np.empty((len(listing), 3, size, size), np.uint8)
 
     def fill(number: int) -> None:
-        path = listing.full(number)
-        images[number] = pixels(convert(read_image(path), path))
+        path = listing.absolute_path(number)
+        images[number] = to_channels_first(convert(read_image(path), path))
 
     # PIL decodes in parallel, but on small files the threads only wait for each other.
-    small = os.path.getsize(listing.full(0)) < 32768
+    small = os.path.getsize(listing.absolute_path(0)) < 32768
     with ThreadPoolExecutor(1 if small else min(16, os.cpu_count() or 1)) as pool:
         for _ in pool.map(fill, range(len(listing))):
             pass  # raises the first error

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdbench.data.datasets.base import Dataset, Packed
-from kdbench.data.datasets.image_files import class_names, decode_all, list_folder, resize_and_crop
-from kdbench.data.loading.decode import READERS, Reader
-from kdbench.data.loading.packed_cache import Cache
-from kdbench.errors import ConfigError, DataError, nearest
+from kdbench.data.datasets.base import Dataset, PackedSplit
+from kdbench.data.datasets.image_files import class_folder_names, decode_images, list_folder, resize_and_crop
+from kdbench.data.loading.decode import READERS, ImageReader
+from kdbench.data.loading.packed_cache import PackedCache
+from kdbench.errors import ConfigError, DataError, suggest
 from kdbench.registry import DATASETS
 
 RESIDENT_LIMIT = 2 * 2**30
@@ -96,7 +96,7 @@ class ImageFolder(Dataset):
     def labels(self) -> Tensor:
         return torch.tensor(self.listing.labels)
 
-    def reader(self) -> Reader:
+    def reader(self) -> ImageReader:
         return READERS[self.decode](self.listing, self.resize, self.size)
 
     def checksum(self) -> str:
@@ -105,19 +105,19 @@ class ImageFolder(Dataset):
             return self.listing.fingerprint(times=False)
         return self._cache().checksum() or self.load().checksum
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         return self._cache().load(self._decode)
 
-    def _cache(self) -> Cache:
+    def _cache(self) -> PackedCache:
         identity = [str(self.listing.folder.resolve()), self.size]
         name = f"{self.root.resolve().name}-{self.split}"
-        return Cache(self.data_root / ".kdbench", name, identity, self.listing.fingerprint(), self.classes)
+        return PackedCache(self.data_root / ".kdbench", name, identity, self.listing.fingerprint(), self.classes)
 
     def _decode(self) -> tuple[Tensor, Tensor]:
         def square(image: Image.Image, _: Path) -> Image.Image:
             return resize_and_crop(image, self.resize, self.size)
 
-        return decode_all(self.listing, square, self.size), self.labels()
+        return decode_images(self.listing, square, self.size), self.labels()
 
 
 @DATASETS.register(
@@ -168,7 +168,7 @@ class ImageNet(ImageFolder):
 def _decode(dataset: str, decode: str | None) -> str:
     if decode is not None and decode not in READERS:
         raise ConfigError(
-            f"{dataset}: decode must be null or a way to read files, got {decode!r}.{nearest(decode, READERS)}"
+            f"{dataset}: decode must be null or a way to read files, got {decode!r}.{suggest(decode, READERS)}"
         )
     return decode or "pil"
 
@@ -195,7 +195,7 @@ def split_folder(root: Path, split: str) -> Path:
     for name in FOLDERS[split]:
         if (root / name).is_dir():
             return root / name
-    there = class_names(root)
+    there = class_folder_names(root)
     found = f"there are {', '.join(there[:6])}{', ...' if len(there) > 6 else ''}" if there else "there are no folders"
     raise DataError(f"{root} has no folder {' or '.join(FOLDERS[split])} for the split {split!r}; {found}.")
 
@@ -204,7 +204,7 @@ def _same_classes(folder: Path, classes: list[str], root: Path, split: str) -> N
     other = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if other is None or other == folder:
         return
-    there = set(class_names(other))
+    there = set(class_folder_names(other))
     only_here, only_there = sorted(set(classes) - there), sorted(there - set(classes))
     if only_here or only_there:
         parts = [

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
-from kdbench.data.datasets.base import Dataset, Packed, pack
+from kdbench.data.datasets.base import Dataset, PackedSplit, pack
 from kdbench.errors import ConfigError
 from kdbench.registry import DATASETS
 
@@ -55,7 +55,7 @@ class Synthetic(Dataset):
     def __len__(self) -> int:
         return self.samples
 
-    def load(self) -> Packed:
+    def load(self) -> PackedSplit:
         patterns = _rng(self.seed, "patterns").normal(size=(len(self.classes), *self.shape))
         for axis in range(2, patterns.ndim):  # neighbouring pixels agree, as in pictures: crops keep the class
             patterns = np.stack([np.roll(patterns, shift, axis) for shift in range(-2, 3)]).sum(0) / 5**0.5

@@ -15,38 +15,51 @@ from torch import Tensor
 
 from kdbench.config.parse.data import is_evaluation
 from kdbench.config.schema import SourceConfig
-from kdbench.data.augment.view import View, build_views, fields_of, refuse_reading
-from kdbench.data.datasets.base import Dataset, Noise, Packed
-from kdbench.data.describe import extra_fields, open_dataset, placed
-from kdbench.data.loading.source import HIDDEN, NoiseSource, ResidentSource, Samples, Setting, Source
-from kdbench.data.sampling.select import labelled_positions, place, relabelled, some, subset_positions
-from kdbench.data.sampling.split import balanced, empty_classes, without
+from kdbench.data.augment.view import View, build_views, image_field_specs, reject_decode_augmentations
+from kdbench.data.datasets.base import Dataset, GeneratedDataset, PackedSplit
+from kdbench.data.describe import located_errors, open_dataset, stored_field_specs
+from kdbench.data.loading.source import (
+    IGNORE_INDEX,
+    GeneratedSource,
+    LoadingOptions,
+    ResidentSource,
+    SampleMetadata,
+    Source,
+)
+from kdbench.data.sampling.select import (
+    apply_relabel,
+    class_list_text,
+    labelled_positions,
+    option_location,
+    subset_positions,
+)
+from kdbench.data.sampling.split import balanced_positions, empty_classes, exclude
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
 
-_SHARED: weakref.WeakValueDictionary[str, Packed] | None = None
+_SHARED_SPLITS: weakref.WeakValueDictionary[str, PackedSplit] | None = None
 """What runs in one process share while `shared` holds: splits on a device, as long as a source keeps them."""
 
 
 @contextmanager
-def shared() -> Iterator[None]:
+def shared_splits() -> Iterator[None]:
     """Lets sources that are opened meanwhile share the memory of a split. Its files must not change meanwhile."""
-    global _SHARED
-    before = _SHARED
-    _SHARED = weakref.WeakValueDictionary() if before is None else before
+    global _SHARED_SPLITS
+    before = _SHARED_SPLITS
+    _SHARED_SPLITS = weakref.WeakValueDictionary() if before is None else before
     try:
         yield
     finally:
-        _SHARED = before
+        _SHARED_SPLITS = before
 
 
 @dataclass
-class _Opened:
+class _OpenDataset:
     """A dataset that several sources may read."""
 
     dataset: Any
     labels: Tensor
-    packed: Packed | None = None
+    packed: PackedSplit | None = None
     held_out: Tensor | None = None
 
 
@@ -58,11 +71,11 @@ def build_sources(
     device: torch.device | str,
     data_root: str,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
-    made: Mapping[str, Path] | None = None,
+    artifact_files: Mapping[str, Path] | None = None,
 ) -> dict[str, Source]:
     """Opens every source of a stage.
 
@@ -84,15 +97,15 @@ def build_sources(
         ConfigError: a parameter, an augmentation or a number does not fit, with its place.
         DataError: files are missing or damaged, or a split is empty.
     """
-    setting = Setting(seed, torch.device(device), rank, world, workers, dtype, channels_last)
-    opened: dict[str, _Opened] = {}
-    noises: dict[str, Noise] = {}
+    setting = LoadingOptions(seed, torch.device(device), rank, world_size, workers, dtype, channels_last)
+    opened: dict[str, _OpenDataset] = {}
+    noises: dict[str, GeneratedDataset] = {}
     for name, config in data.items():
         key = _key(config)
         if key in opened:
             continue
-        dataset = open_dataset(config, data_root, made)
-        if isinstance(dataset, Noise):
+        dataset = open_dataset(config, data_root, artifact_files)
+        if isinstance(dataset, GeneratedDataset):
             noises[name] = dataset
         else:
             opened[key] = _load(dataset, config, setting, data_root)
@@ -104,9 +117,9 @@ def build_sources(
         if name in noises:
             if config.overlap:
                 raise ConfigError(_at(config, "`overlap` repeats samples, and noise is drawn anew for every batch"))
-            sources[name] = NoiseSource(config, setting, noises[name])
+            sources[name] = GeneratedSource(config, setting, noises[name])
         else:
-            sources[name] = _open(config, opened[_key(config)], setting, made)
+            sources[name] = _open(config, opened[_key(config)], setting, artifact_files)
     if held_out is not None:
         train = data["train"]
         views = data["eval"].views if "eval" in data else {"image": ()}  # what a role sees is there in both
@@ -122,34 +135,34 @@ def _key(config: SourceConfig) -> str:
     return json.dumps(named, sort_keys=True, default=str)
 
 
-def _load(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> _Opened:
+def _load(dataset: Dataset, config: SourceConfig, setting: LoadingOptions, data_root: str) -> _OpenDataset:
     if config.artifact is not None and dataset.problem is not None:
         raise DataError(_at(config, f"{config.artifact} has not been made yet"))
     if len(dataset) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: the split {config.split!r} is empty"))
     if not dataset.resident:
-        return _Opened(dataset, dataset.labels())
+        return _OpenDataset(dataset, dataset.labels())
     packed = _resident(dataset, config, setting, data_root)
-    return _Opened(dataset, packed.labels, packed)
+    return _OpenDataset(dataset, packed.labels, packed)
 
 
-def _resident(dataset: Dataset, config: SourceConfig, setting: Setting, data_root: str) -> Packed:
+def _resident(dataset: Dataset, config: SourceConfig, setting: LoadingOptions, data_root: str) -> PackedSplit:
     """A split with its images on the device; a made one is never shared, since its run may make it anew."""
     key = json.dumps([_key(config), data_root, str(setting.device)])
-    found = None if _SHARED is None or config.artifact is not None else _SHARED.get(key)
+    found = None if _SHARED_SPLITS is None or config.artifact is not None else _SHARED_SPLITS.get(key)
     if found is None:
-        with placed(config):
+        with located_errors(config):
             packed = dataset.load()
         found = replace(packed, images=packed.images.to(setting.device))
-        if _SHARED is not None and config.artifact is None:
-            _SHARED[key] = found
+        if _SHARED_SPLITS is not None and config.artifact is None:
+            _SHARED_SPLITS[key] = found
             if setting.device.type == "cuda":  # others read it on streams of their own
                 torch.cuda.current_stream(setting.device).synchronize()
     return found
 
 
 def _hold_out(
-    data: Mapping[str, SourceConfig], opened: Mapping[str, _Opened], validation: float | int, seed: int
+    data: Mapping[str, SourceConfig], opened: Mapping[str, _OpenDataset], validation: float | int, seed: int
 ) -> Tensor:
     train = data.get("train")
     if train is None or _key(train) not in opened:
@@ -157,60 +170,60 @@ def _hold_out(
     found = opened[_key(train)]
     classes = found.dataset.classes
     everything = torch.arange(len(found.labels))
-    what = place(train, "validation")
+    what = option_location(train, "validation")
     rng = generator(seed, "split", "validation")
-    held_out = balanced(found.labels, everything, validation, len(classes), rng, what)
-    for part, words in ((held_out, "has no sample"), (without(everything, held_out), "leaves train no sample")):
+    held_out = balanced_positions(found.labels, everything, validation, len(classes), rng, what)
+    for part, words in ((held_out, "has no sample"), (exclude(everything, held_out), "leaves train no sample")):
         missing = empty_classes(found.labels, part, classes)
         if missing:
-            raise ConfigError(f"{what}: {validation} {words} of {some(missing)}; the split has {len(everything)}")
+            raise ConfigError(f"{what}: {validation} {words} of {class_list_text(missing)}; the split has {len(everything)}")
     found.held_out = held_out
     return held_out
 
 
-def _open(config: SourceConfig, found: _Opened, setting: Setting, made: Mapping[str, Path] | None) -> Source:
+def _open(config: SourceConfig, found: _OpenDataset, setting: LoadingOptions, made: Mapping[str, Path] | None) -> Source:
     positions = torch.arange(len(found.labels))
     if found.held_out is not None:
-        positions = without(positions, found.held_out)
+        positions = exclude(positions, found.held_out)
     names = found.dataset.classes
     positions = subset_positions(config, found.labels, positions, names, setting.seed, made)
     stored = None if found.packed is None else found.packed.fields.get("labelled")
-    known = found.labels if stored is None else torch.where(stored, found.labels, HIDDEN)
+    known = found.labels if stored is None else torch.where(stored, found.labels, IGNORE_INDEX)
     labelled = labelled_positions(config, known, positions, names, setting.seed, made)
     if labelled is None and stored is not None:
         labelled = positions[stored[positions]]
     if len(positions) == 0:
         raise DataError(_at(config, f"{config.dataset.type}: no sample is left of the split {config.split!r}"))
-    together = config.batch_size * setting.world
+    together = config.batch_size * setting.world_size
     if config.batch_size < 1:
-        raise ConfigError(f"{place(config, 'batch_size')} must be at least 1, got {config.batch_size}")
+        raise ConfigError(f"{option_location(config, 'batch_size')} must be at least 1, got {config.batch_size}")
     if together > len(positions) and not is_evaluation(config.name):
-        each = f"{config.batch_size} on each of {setting.world} processes" if setting.world > 1 else config.batch_size
+        each = f"{config.batch_size} on each of {setting.world_size} processes" if setting.world_size > 1 else config.batch_size
         raise ConfigError(
-            f"{place(config, 'batch_size')}: {each} is more than the {len(positions)} samples of source {config.name!r}"
+            f"{option_location(config, 'batch_size')}: {each} is more than the {len(positions)} samples of source {config.name!r}"
         )
     return _source(config, found, setting, positions, labelled)
 
 
 def _source(
-    config: SourceConfig, found: _Opened, setting: Setting, positions: Tensor, labelled: Tensor | None
+    config: SourceConfig, found: _OpenDataset, setting: LoadingOptions, positions: Tensor, labelled: Tensor | None
 ) -> Source:
     dataset: Dataset = found.dataset
     views = _views(config, dataset, setting)
-    told = relabelled(config, found.labels, dataset.classes, setting.seed)
+    told = apply_relabel(config, found.labels, dataset.classes, setting.seed)
     truth = None if config.relabel is None else found.labels
     fields = {} if found.packed is None else {k: v for k, v in found.packed.fields.items() if k != "labelled"}
-    samples = Samples(told, positions, labelled, truth, fields)
-    fields_of(config, dataset.shape, extra_fields(fields))  # no view may be called like one of them
+    samples = SampleMetadata(told, positions, labelled, truth, fields)
+    image_field_specs(config, dataset.shape, stored_field_specs(fields))  # no view may be called like one of them
     if found.packed is not None:
-        refuse_reading(config)
+        reject_decode_augmentations(config)
         return ResidentSource(config, setting, views, dataset.classes, samples, found.packed)
     from kdbench.data.loading.streaming import StreamingSource
 
     return StreamingSource(config, setting, views, dataset.classes, samples, dataset.checksum(), dataset.reader())
 
 
-def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str, View]:
+def _views(config: SourceConfig, dataset: Dataset, setting: LoadingOptions) -> dict[str, View]:
     mean, std = (dataset.mean, dataset.std) if dataset.normalize else (None, None)
     return build_views(
         config,
@@ -220,7 +233,7 @@ def _views(config: SourceConfig, dataset: Dataset, setting: Setting) -> dict[str
         device=setting.device,
         dtype=setting.dtype,
         channels_last=setting.channels_last,
-        pixels=config.artifact is None or dataset.normalize,
+        in_unit_range=config.artifact is None or dataset.normalize,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.datasets.base import Packed, content_checksum, pack
+from kdbench.data.datasets.base import PackedSplit, content_checksum, pack
 
 MAGIC = b"kdbench packed images 1\n"
 
@@ -25,7 +25,7 @@ NOTICES = logging.getLogger("kdbench.data")
 
 
 @dataclass(frozen=True)
-class Cache:
+class PackedCache:
     """Where one split is kept once it is decoded.
 
     folder: made when it is missing. Where it cannot be written, the split lives in memory only.
@@ -46,7 +46,7 @@ class Cache:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{self.name}-{digest}.packed"
 
-    def load(self, decode: Callable[[], tuple[Tensor, Tensor]]) -> Packed:
+    def load(self, decode: Callable[[], tuple[Tensor, Tensor]]) -> PackedSplit:
         """Returns the packed split, from the cache where a sound and current one lies, else decoded and then kept.
 
         Args:
@@ -80,7 +80,7 @@ class Cache:
             return None
         return header
 
-    def _read(self) -> Packed | None:
+    def _read(self) -> PackedSplit | None:
         """Returns what the file holds, or None when it is absent, stale or damaged."""
         try:
             with self.path.open("rb") as handle:
@@ -91,7 +91,7 @@ class Cache:
                 shape = header["shape"]
                 images = np.fromfile(handle, np.uint8, int(np.prod(shape))).reshape(shape)
                 labels = np.fromfile(handle, np.int64, shape[0])
-                packed = Packed(torch.from_numpy(images), torch.from_numpy(labels), header["checksum"])
+                packed = PackedSplit(torch.from_numpy(images), torch.from_numpy(labels), header["checksum"])
             if content_checksum(self.classes, packed.images, packed.labels) != packed.checksum:
                 raise ValueError("its checksum does not fit")
             return packed
@@ -101,7 +101,7 @@ class Cache:
             NOTICES.warning("The cache %s is damaged (%s); it is made anew.", self.path, error)
             return None
 
-    def _write(self, packed: Packed) -> None:
+    def _write(self, packed: PackedSplit) -> None:
         header = {
             "fingerprint": self.fingerprint,
             "classes": self.classes,

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdbench.data.sampling.order import sent
+from kdbench.data.sampling.order import to_device
 
 GROUP_ELEMENTS = 2**25
 """Images are padded to one size in groups of at most so many values (128 MiB of float32); a larger one is alone."""
 
 
 @dataclass(frozen=True)
-class Region:
+class CropRegion:
     """What is read of an image: a box of its pixels, resized to `out_height` x `out_width`, and of that a square.
 
     top, left, height, width: the box. down, right: where in the resized box the square begins.
@@ -31,11 +31,11 @@ class Region:
     width: int
     out_height: int
     out_width: int
-    down: int = 0
-    right: int = 0
+    offset_y: int = 0
+    offset_x: int = 0
 
 
-def resample(images: Sequence[Tensor], regions: Sequence[Region], size: int) -> Tensor:
+def resample_crops(images: Sequence[Tensor], regions: Sequence[CropRegion], size: int) -> Tensor:
     """Reads a region of each image.
 
     The values are PIL's `crop`, `resize(BILINEAR)` and `crop`, up to one level of 255: PIL rounds its weights.
@@ -51,17 +51,17 @@ def resample(images: Sequence[Tensor], regions: Sequence[Region], size: int) -> 
     device = images[0].device
     result = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
     cut = [i[:, r.top : r.top + r.height, r.left : r.left + r.width] for i, r in zip(images, regions, strict=True)]
-    for members in _groups(regions):
+    for members in _padding_groups(regions):
         height = max(regions[number].height for number in members)
         width = max(regions[number].width for number in members)
         padded = torch.zeros(len(members), 3, height, width, dtype=torch.uint8, device=device)
         for row, number in enumerate(members):
             own = regions[number]
             padded[row, :, : own.height, : own.width].copy_(cut[number])
-        facts = [(r.height, r.width, r.out_height, r.out_width, r.down, r.right) for r in (regions[n] for n in members)]
-        heights, widths, out_heights, out_widths, down, right = sent(torch.tensor(facts), device).unbind(1)
-        rows = weights(heights, out_heights, down, size, height)
-        columns = weights(widths, out_widths, right, size, width)
+        facts = [(r.height, r.width, r.out_height, r.out_width, r.offset_y, r.offset_x) for r in (regions[n] for n in members)]
+        heights, widths, out_heights, out_widths, down, right = to_device(torch.tensor(facts), device).unbind(1)
+        rows = filter_weights(heights, out_heights, down, size, height)
+        columns = filter_weights(widths, out_widths, right, size, width)
         # Columns first, and whole levels in between, as PIL does it.
         between = (padded.float() @ columns.transpose(1, 2)[:, None]).round_().clamp_(0, 255)
         read = (rows[:, None] @ between).round_().clamp_(0, 255).to(torch.uint8)
@@ -70,7 +70,7 @@ def resample(images: Sequence[Tensor], regions: Sequence[Region], size: int) -> 
     return result
 
 
-def weights(lengths: Tensor, outs: Tensor, starts: Tensor, size: int, padded: int) -> Tensor:
+def filter_weights(lengths: Tensor, outs: Tensor, starts: Tensor, size: int, padded: int) -> Tensor:
     """How much each pixel of a line counts in each pixel of the resized line.
 
     Args:
@@ -92,7 +92,7 @@ def weights(lengths: Tensor, outs: Tensor, starts: Tensor, size: int, padded: in
     return (found / found.sum(2, keepdim=True)).float()
 
 
-def _groups(regions: Sequence[Region]) -> list[list[int]]:
+def _padding_groups(regions: Sequence[CropRegion]) -> list[list[int]]:
     """Which images are padded to one size: of the smaller ones many, of a very large one that alone."""
     order = sorted(range(len(regions)), key=lambda number: regions[number].height * regions[number].width)
     groups: list[list[int]] = []

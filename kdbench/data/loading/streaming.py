@@ -14,9 +14,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kdbench.config.schema import SourceConfig
 from kdbench.data.augment.view import View
-from kdbench.data.loading.decode import WHOLE, Reader
-from kdbench.data.loading.source import ImageSource, Pixels, Samples, Setting
-from kdbench.data.sampling.order import Shard
+from kdbench.data.loading.decode import EVALUATION_IMAGE, ImageReader
+from kdbench.data.loading.source import ImageSource, LoadingOptions, SampleMetadata, StoredImages
+from kdbench.data.sampling.order import RankShard
 from kdbench.errors import DataError
 from kdbench.randomness import derive
 
@@ -41,10 +41,10 @@ class _Plan:
 class _Decoder(TorchDataset):
     """Answers requests in a worker process."""
 
-    def __init__(self, reader: Reader, views: dict[str, View], seed: int, source: str) -> None:
+    def __init__(self, reader: ImageReader, views: dict[str, View], seed: int, source: str) -> None:
         self.reader = reader
-        self.readings = {view.reading_owner: view.reading for view in views.values() if view.reading is not None}
-        self.whole = any(view.reading is None for view in views.values())
+        self.readings = {view.decode_owner: view.decode_augmentation for view in views.values() if view.decode_augmentation is not None}
+        self.whole = any(view.decode_augmentation is None for view in views.values())
         self.seed = seed
         self.source = source
 
@@ -82,12 +82,12 @@ class StreamingSource(ImageSource):
     def __init__(
         self,
         config: SourceConfig,
-        setting: Setting,
+        setting: LoadingOptions,
         views: dict[str, View],
         classes: Sequence[str],
-        samples: Samples,
+        samples: SampleMetadata,
         checksum: str,
-        reader: Reader,
+        reader: ImageReader,
     ) -> None:
         super().__init__(config, setting, views, classes, samples, checksum)
         self.reader = reader
@@ -105,29 +105,29 @@ class StreamingSource(ImageSource):
                 end()
         self._passes.clear()
 
-    def _placed(self, order: Tensor) -> Tensor:
+    def _move_order(self, order: Tensor) -> Tensor:
         return order
 
-    def _read(self, parts: Iterable[Shard], epoch: int | None) -> Iterator[tuple[Shard, Pixels, Pixels | None]]:
+    def _read_images(self, parts: Iterable[RankShard], epoch: int | None) -> Iterator[tuple[RankShard, StoredImages, StoredImages | None]]:
         parts = list(parts)
         # A partner that another rank holds is decoded here too: what is mixed must not depend on the number of ranks.
-        partners = epoch is not None and self.setting.world > 1 and any(view.mixes for view in self.views.values())
+        partners = epoch is not None and self.options.world_size > 1 and any(view.mix_owner for view in self.views.values())
         requests: list[Request] = [
             (
                 epoch,
                 [
-                    *part.drawn(self.population).tolist(),
-                    *(part.partner_drawn(self.population).tolist() if partners else []),
+                    *part.param_rows(self.population).tolist(),
+                    *(part.partner_param_rows(self.population).tolist() if partners else []),
                 ],
             )
             for part in parts
         ]
-        device = self.setting.device
+        device = self.options.device
         for part, read in zip(parts, self._answers(requests, lasting=epoch is not None), strict=True):
-            images = self.reader.placed(read, device, self.say)
+            images = self.reader.to_device(read, device, self.notice)
             rows = torch.arange(len(part.index), device=device)
             read_for = {
-                name: images[view.reading_owner if view.reading is not None and epoch is not None else WHOLE]
+                name: images[view.decode_owner if view.decode_augmentation is not None and epoch is not None else EVALUATION_IMAGE]
                 for name, view in self.views.items()
             }
             own = {name: (stored, rows) for name, stored in read_for.items()}
@@ -140,7 +140,7 @@ class StreamingSource(ImageSource):
         Raises:
             DataError: an image cannot be read, or a worker died.
         """
-        self.reader.settle(self.setting.device, self.say)
+        self.reader.prepare(self.options.device, self.notice)
         answers = iter(self._loader(requests, lasting=lasting))
         self._passes.add(answers)
         for request in requests:
@@ -151,7 +151,7 @@ class StreamingSource(ImageSource):
                     raise
                 raise DataError(
                     f"a process that decodes images of source {self.name!r} ended ({' '.join(str(error).split())}). "
-                    f"Where memory ran out, take fewer `workers` (now {self.setting.workers}) or a smaller batch."
+                    f"Where memory ran out, take fewer `workers` (now {self.options.workers}) or a smaller batch."
                 ) from None
             # an older torch's pinning makes lists of tuples
             assert tuple(answered) == request, f"source {self.name!r} was started twice at the same time"
@@ -170,13 +170,13 @@ class StreamingSource(ImageSource):
         return self._training
 
     def _new_loader(self, plan: _Plan, *, lasting: bool) -> DataLoader:
-        workers = self.setting.workers
+        workers = self.options.workers
         return DataLoader(
             self._decoder,
             batch_sampler=plan,  # type: ignore[arg-type]  # any iterable; each item reaches __getitems__ as it is
             num_workers=workers,
             persistent_workers=lasting and workers > 0,
             collate_fn=_as_it_is,
-            pin_memory=self.setting.device.type == "cuda",
+            pin_memory=self.options.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws its base seed from the global generator
         )

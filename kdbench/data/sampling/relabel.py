@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdbench.data.sampling.subsets import class_numbers
+from kdbench.data.sampling.subsets import class_indices
 from kdbench.errors import ConfigError
 from kdbench.registry import RELABELS
 
@@ -21,7 +21,7 @@ class Relabel:
     columns: how many numbers each sample draws, once for the whole run.
     """
 
-    columns = 1
+    num_draws = 1
 
     def __call__(self, labels: Tensor, draws: Tensor, classes: int) -> Tensor:
         """Returns the new labels.
@@ -51,7 +51,7 @@ class SymmetricNoise(Relabel):
         rate: in [0, 1].
     """
 
-    columns = 2
+    num_draws = 2
 
     def __init__(self, rate: float) -> None:
         self.rate = _rate(rate)
@@ -83,7 +83,7 @@ class AsymmetricNoise(Relabel):
                 if len(pair) != 2:
                     raise ConfigError(f"pairs must be a list of [from, to], got {pair!r}")
             known = all(isinstance(one, int) for pair in pairs for one in pair) or names
-            numbers = [[class_numbers([one], names)[0] for one in pair] for pair in pairs] if known else []
+            numbers = [[class_indices([one], names)[0] for one in pair] for pair in pairs] if known else []
             self.pairs = [(start, end) for start, end in numbers]
             if len({start for start, _ in self.pairs}) < len(self.pairs):
                 raise ConfigError("pairs: a class begins more than one pair")

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdbench.errors import ConfigError
 
 
-def share(total: int, amount: float | int) -> int:
+def amount_to_count(total: int, amount: float | int) -> int:
     """Returns how many of `total` samples a share in (0, 1] or a number (2 or more) asks for.
 
     Raises:
@@ -22,13 +22,13 @@ def share(total: int, amount: float | int) -> int:
     return round(total * amount) if amount <= 1 else int(amount)
 
 
-def quotas(available: Sequence[int], amount: float | int) -> list[int]:
+def class_quotas(available: Sequence[int], amount: float | int) -> list[int]:
     """Returns how many samples each class gives.
 
     A share takes the same share of every class (largest remainders make up the total); a number takes equally many of
     every class, as far as a class has them; the first classes give the rest.
     """
-    total = share(sum(available), amount)
+    total = amount_to_count(sum(available), amount)
     if amount <= 1:
         exact = [count * amount for count in available]
         taken = [math.floor(value + 1e-9) for value in exact]
@@ -46,7 +46,7 @@ def quotas(available: Sequence[int], amount: float | int) -> list[int]:
     return taken
 
 
-def balanced(
+def balanced_positions(
     labels: Tensor, positions: Tensor, amount: float | int, classes: int, generator: torch.Generator, what: str
 ) -> Tensor:
     """Chooses among `positions` a class-balanced part.
@@ -71,7 +71,7 @@ def balanced(
         groups.append(positions[own < 0])  # samples without a label, as a made dataset may have them
     chosen = []
     try:
-        wanted = quotas([len(group) for group in groups], amount)
+        wanted = class_quotas([len(group) for group in groups], amount)
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from None
     for group, quota in zip(groups, wanted, strict=True):
@@ -86,7 +86,7 @@ def check_amount(amount: float | int, what: str) -> None:
         raise ConfigError(f"{what} must be a share in (0, 1] or a whole number of at least 2, got {amount!r}")
 
 
-def without(positions: Tensor, removed: Tensor) -> Tensor:
+def exclude(positions: Tensor, removed: Tensor) -> Tensor:
     """Returns the positions that are not among `removed`, in their order."""
     return positions[~torch.isin(positions, removed)]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.sampling.split import balanced, check_amount, share, without
-from kdbench.errors import ConfigError, nearest
+from kdbench.data.sampling.split import amount_to_count, balanced_positions, check_amount, exclude
+from kdbench.errors import ConfigError, suggest
 from kdbench.registry import SUBSETS
 
 _TRIES = 1000
@@ -29,7 +29,7 @@ class Subset:
     class Balanced(Subset): ...
     """
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         """Chooses a part of `positions`.
 
         Args:
@@ -52,7 +52,7 @@ class Subset:
 
 
 @SUBSETS.register("balanced", version=1)
-class Balanced(Subset):
+class BalancedSubset(Subset):
     """Equally many samples of every class; `subset: 100` is short for it.
 
     A share takes the same share of every class, a number equally many of every class as far as a class has them.
@@ -67,17 +67,17 @@ class Balanced(Subset):
         self.amount = amount
         self.rest = rest
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        chosen = balanced(labels, positions, self.amount, classes, generator, "amount")
-        return without(positions, chosen) if self.rest else chosen
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        chosen = balanced_positions(labels, positions, self.amount, classes, generator, "amount")
+        return exclude(positions, chosen) if self.rest else chosen
 
     def size(self, candidates: int) -> int | None:
-        chosen = share(candidates, self.amount)
+        chosen = amount_to_count(candidates, self.amount)
         return max(candidates - chosen, 0) if self.rest else chosen
 
 
 @SUBSETS.register("random", version=1, injected=("names",))
-class Random(Subset):
+class RandomSubset(Subset):
     """Samples drawn without regard to their classes, or with `rest: true` all others (forget and retain).
 
     Two sources, one with `rest: true` and all else equal, are disjoint and together the whole.
@@ -97,28 +97,28 @@ class Random(Subset):
     ) -> None:
         check_amount(amount, "amount")
         self.amount = amount
-        self.among = None if classes is None else class_numbers(classes, names)
+        self.among = None if classes is None else class_indices(classes, names)
         self.rest = rest
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         among = positions
         if self.among is not None:
             among = positions[torch.isin(labels[positions], torch.tensor(self.among))]
         if self.amount > len(among) and self.amount > 1:
             raise ConfigError(f"{self.amount} samples were asked for, but there are only {len(among)}")
         order = torch.randperm(len(among), generator=generator)
-        chosen = among[order[: share(len(among), self.amount)]].sort().values
-        return without(positions, chosen) if self.rest else chosen
+        chosen = among[order[: amount_to_count(len(among), self.amount)]].sort().values
+        return exclude(positions, chosen) if self.rest else chosen
 
     def size(self, candidates: int) -> int | None:
         if self.among is not None:
             return None
-        chosen = share(candidates, self.amount)
+        chosen = amount_to_count(candidates, self.amount)
         return max(candidates - chosen, 0) if self.rest else chosen
 
 
 @SUBSETS.register("classes", version=1, injected=("names",))
-class Classes(Subset):
+class ClassSubset(Subset):
     """All samples of some classes: tasks of a stream, classes to forget. The label space stays that of the dataset.
 
     Args:
@@ -127,16 +127,16 @@ class Classes(Subset):
     """
 
     def __init__(self, keep: list[int | str], rest: bool = False, names: Sequence[str] = ()) -> None:
-        self.keep = class_numbers(keep, names)
+        self.keep = class_indices(keep, names)
         self.rest = rest
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         kept = torch.isin(labels[positions], torch.tensor(self.keep))
         return positions[~kept if self.rest else kept]
 
 
 @SUBSETS.register("long_tail", version=1)
-class LongTail(Subset):
+class LongTailSubset(Subset):
     """Exponentially fewer samples from class to class: Cui et al. 2019 (CVPR), https://arxiv.org/abs/1901.05555
 
     Of class c (0 the most frequent) floor(n * ratio ** (c / (classes - 1))) samples are kept, n the mean size of a
@@ -155,7 +155,7 @@ class LongTail(Subset):
             )
         self.ratio = ratio
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         own = labels[positions]
         most = int((own >= 0).sum()) / classes
         chosen = []
@@ -167,7 +167,7 @@ class LongTail(Subset):
 
 
 @SUBSETS.register("shard", version=1)
-class Shard(Subset):
+class ClientShard(Subset):
     """One of several disjoint parts that together are the whole: the private samples of a client.
 
     Schemes: `iid` deals the shuffled samples out evenly. `dirichlet` splits every class by proportions from
@@ -206,13 +206,13 @@ class Shard(Subset):
         self.alpha = alpha
         self.slices = slices
 
-    def choose(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         if len(positions) < self.of:
             raise ConfigError(f"{len(positions)} samples are too few for {self.of} shards")
-        owners = self.owners(labels[positions], classes, generator)
+        owners = self.client_ids(labels[positions], classes, generator)
         return positions[owners == self.number]
 
-    def owners(self, labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    def client_ids(self, labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
         """Returns the shard of every sample, int64 (candidates,)."""
         if self.scheme == "dirichlet":
             return self._by_proportions(labels, generator)
@@ -254,7 +254,7 @@ class Shard(Subset):
         return last - first
 
 
-def class_numbers(wanted: Sequence[int | str], names: Sequence[str]) -> list[int]:
+def class_indices(wanted: Sequence[int | str], names: Sequence[str]) -> list[int]:
     """Returns the numbers of classes that are given by number or by name.
 
     Args:
@@ -271,7 +271,7 @@ def class_numbers(wanted: Sequence[int | str], names: Sequence[str]) -> list[int
             if one not in names:
                 if not names:
                     continue
-                raise ConfigError(f"no class {one!r}.{nearest(one, names)}")
+                raise ConfigError(f"no class {one!r}.{suggest(one, names)}")
             found.append(list(names).index(one))
         else:
             if one < 0 or (names and one >= len(names)):

@@ -9,22 +9,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdbench.engine.distributed.world import World, sum_over_ranks
+from kdbench.engine.distributed.world import World, all_reduce_sum
 
 
-def own_buffers(model: nn.Module) -> Iterator[Tensor]:
+def per_rank_buffers(model: nn.Module) -> Iterator[Tensor]:
     """Yields the buffers that each rank gathers from its own rows; those of `SyncBatchNorm` are equal on all ranks."""
     for module in model.modules():
         if not isinstance(module, SyncBatchNorm):
             yield from module.buffers(recurse=False)
 
 
-def copy_from_main(tensors: Iterable[Tensor], world: World) -> None:
+def broadcast_buffers(buffers: Iterable[Tensor], world: World) -> None:
     """Gives every rank rank 0's values, in place."""
     if world.size == 1:
         return
     kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in buffers:
         kinds.setdefault(tensor.dtype, []).append(tensor)
     for same in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
@@ -59,11 +59,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = wide.new_ones(input.shape[0]) if self.valid is None else self.valid.to(wide.dtype)
         rows = rows.view([-1] + [1] * (input.dim() - 1))
         count = rows.sum().reshape(1) * (input.numel() // (input.shape[0] * input.shape[1]))
-        sums = sum_over_ranks(torch.cat([(wide * rows).sum(axes), count]))
+        sums = all_reduce_sum(torch.cat([(wide * rows).sum(axes), count]))
         total = sums[-1]
         mean = sums[:-1] / total
         centred = wide - mean.view(shape)
-        variance = sum_over_ranks((centred * centred * rows).sum(axes)) / total
+        variance = all_reduce_sum((centred * centred * rows).sum(axes)) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 if self.num_batches_tracked is not None:
@@ -83,7 +83,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return result.to(input.dtype)
 
 
-def synchronise_batchnorm(model: nn.Module, world: World) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
     """Replaces every BatchNorm of a model by one with statistics over all ranks, keeping weights and paths."""
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
@@ -96,5 +96,5 @@ def synchronise_batchnorm(model: nn.Module, world: World) -> nn.Module:
             replaced.world = world
             setattr(model, name, replaced)
         else:
-            synchronise_batchnorm(child, world)
+            convert_sync_batchnorm(child, world)
     return model

@@ -18,7 +18,7 @@ from kdbench.engine.distributed.world import World
 BUCKET_BYTES = 25 * 2**20
 
 
-class GradientSum:
+class GradientReducer:
     """Adds the gradients of some parameters up over all ranks, bucket by bucket.
 
     The buckets are the same on every rank and in every step: the parameters from the last to the first, as a backward
@@ -37,7 +37,7 @@ class GradientSum:
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.buckets = _buckets(parameters, bucket_bytes) if world.size > 1 else []
-        self.early = 0
+        self.overlapped_buckets = 0
         self._missing: list[int] = []
         self._sent: list[tuple[Tensor, dist.Work]] = []
         self._open = False
@@ -45,7 +45,7 @@ class GradientSum:
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
 
-    def begin(self) -> None:
+    def prepare_for_backward(self) -> None:
         """Says that the next backward completes the gradients: the last micro-batch of a step."""
         self._wait()  # a step that is tried again (without the compiler) may have sent some already
         self._missing = [len(bucket) for bucket in self.buckets]
@@ -54,7 +54,7 @@ class GradientSum:
     def finish(self) -> None:
         """Sends what is left and waits; the parameters then hold the sums."""
         self._open = False
-        self.early = len(self._sent)
+        self.overlapped_buckets = len(self._sent)
         while len(self._sent) < len(self.buckets):
             self._send()
         self._wait()

@@ -55,17 +55,17 @@ def sharded_roles(
     return tuple(found)
 
 
-def shard(network: Network, names: Collection[str], device: torch.device, world: World) -> None:
+def shard_roles(network: Network, roles: Collection[str], device: torch.device, world: World) -> None:
     """Parts the named roles over all ranks, in place; afterwards each process holds its share of their weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not names:
+    if not roles:
         return
     mesh = init_device_mesh(device.type, (world.size,))
-    for name in names:
+    for name in roles:
         role = network.role(name)
-        role.capture.stop = False  # a forward that ends early would leave the blocks around the feature gathered
+        role.extractor.stop = False  # a forward that ends early would leave the blocks around the feature gathered
         model = role.model
         parted: list[Any] = [model.get_submodule(path) for path in block_paths(model)]
         for block in parted:
@@ -76,7 +76,7 @@ def shard(network: Network, names: Collection[str], device: torch.device, world:
         for part in everything:
             part.set_gradient_divide_factor(1.0)  # a rank's loss is its share of the whole batch's: a sum, no mean
             part.set_force_sum_reduction_for_comms(True)
-    network.sharded = tuple(names)
+    network.sharded = tuple(roles)
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -133,7 +133,7 @@ def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], mode
     for operand in stage.read_operands():
         if operand.kind == "role" and operand.is_state and operand.role == name:
             return f"{operand} is read off its whole weights"
-    if role.mode == "frozen" and not role.upstream:
+    if role.mode == "frozen" and not role.upstream_roles:
         return None
     blocks = block_paths(model)
     for feature in (feature for feature in features if not feature.is_output):
@@ -147,4 +147,4 @@ def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], mode
 
 def _differentiated(role: Role) -> bool:
     """Whether a backward may go through a role."""
-    return role.learns or bool(role.config.upstream)
+    return role.trainable or bool(role.config.upstream_roles)

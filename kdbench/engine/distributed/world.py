@@ -27,13 +27,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Adds the tensor up over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Returns rank 0's value on every rank."""
         if self.size == 1:
             return value
@@ -42,7 +42,7 @@ class World:
         return box[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sync_errors(self) -> Iterator[None]:
         """Runs a block that may fail on one rank alone, such as at a locked folder or a file that one machine lacks.
 
         All ranks leave it together, with an error when any rank had one. No sum or broadcast may stand inside: a rank
@@ -67,7 +67,7 @@ class World:
 
 
 @contextmanager
-def join_world(device_type: str) -> Iterator[World]:
+def init_world(device_type: str) -> Iterator[World]:
     """Joins the processes that torchrun started; alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -83,7 +83,7 @@ def join_world(device_type: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def own_gpu(world: World) -> torch.device:
+def set_local_gpu(world: World) -> torch.device:
     """Takes the GPU of this process: that of its number on its machine.
 
     Raises:
@@ -109,10 +109,10 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return sum_over_ranks(gradient)  # itself differentiable: a gradient may go through a gradient
+        return all_reduce_sum(gradient)  # itself differentiable: a gradient may go through a gradient
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Returns the sum over all ranks, on every rank; the gradients of all ranks' sums come back to each rank's own."""
     return _SumOverRanks.apply(value)  # type: ignore[no-any-return]
 
@@ -128,10 +128,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         start = ctx.world.rank * ctx.rows
-        return sum_over_ranks(gradient)[start : start + ctx.rows], None
+        return all_reduce_sum(gradient)[start : start + ctx.rows], None
 
 
-def gather_rows(rows: Tensor, world: World) -> Tensor:
+def all_gather_rows(rows: Tensor, world: World) -> Tensor:
     """Returns the rows of all ranks, in rank order, on every rank; gradients flow back to each rank's own."""
     if world.size == 1:
         return rows

@@ -16,7 +16,7 @@ from kdbench.engine.network.features import model_output
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every module into eval mode for a while, and each back into the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -48,21 +48,21 @@ def evaluate(
         world: the samples are shared out over the ranks, and the sums added up.
     """
     metrics.reset()
-    with evaluating(model), evaluating(teacher) if teacher is not None else contextlib.nullcontext():
-        for batch in source.in_order(batch_size):
+    with eval_mode(model), eval_mode(teacher) if teacher is not None else contextlib.nullcontext():
+        for batch in source.evaluation_batches(batch_size):
             with autocast():
                 logits = _logits(model, batch, field)
                 reference = None
                 if teacher is not None and metrics.needs_teacher:
                     reference = _logits(teacher, batch, teacher_field)
             metrics.update(logits, batch["label"], reference, batch.get("valid"))
-    metrics.reduce(world.sum_)
+    metrics.reduce(world.all_reduce_sum_)
     return metrics.compute()
 
 
-def predictions(model: nn.Module, images: Tensor) -> Tensor:
+def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Returns the logits of a few images, in eval mode."""
-    with evaluating(model):
+    with eval_mode(model):
         return model_output(model(images)).float()
 
 

@@ -10,32 +10,32 @@ from torch import Tensor, nn
 from kdbench.config.schema import PartConfig, Recipe, RoleConfig, StageConfig
 from kdbench.data.loading.source import Source
 from kdbench.engine.distributed.world import World
-from kdbench.engine.evaluation.evaluate import evaluate, predictions
+from kdbench.engine.evaluation.evaluate import evaluate, predict_logits
 from kdbench.engine.evaluation.metrics import MetricSet, higher_is_better
-from kdbench.engine.network.network import Chain, Network
+from kdbench.engine.evaluation.records import EvaluationLog, PredictionSamples
+from kdbench.engine.network.network import Network, RoleChain
 from kdbench.engine.network.roles import upstream_role
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.train.loop import History
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import TrainingError
-from kdbench.report.tracking import Samples, Tracker
 
-SPLITS = {"validation": "validation", "eval": "test"}
+SPLIT_NAMES = {"validation": "validation", "eval": "test"}
 """Source -> what its split is called in logs and summaries, in the order in which they choose the best epoch."""
 
 
-APART = "eval_"
+EXTRA_SPLIT_PREFIX = "eval_"
 """A source whose name begins so is measured besides, under the rest of its name: `old`, `new`, `forget`, `retain`."""
 
 
-POSITION = "index"
+INDEX_FIELD = "index"
 """The field that says where a sample stands in its own split: the same number in another split is another sample."""
 
 
-SHOWN = 8  # samples in the picture of predictions
+FIGURE_SAMPLES = 8  # samples in the picture of predictions
 
 
-class Judge:
+class Evaluator:
     """Evaluates the roles of one stage and keeps the history.
 
     The exported role (and its average, called `ema`) is measured after an epoch on the validation part, when there is
@@ -51,30 +51,30 @@ class Judge:
         sources: Mapping[str, Source],
         world: World,
         device: torch.device,
-        tracker: Tracker,
+        log: EvaluationLog,
         history: History,
     ) -> None:
         self.recipe, self.stage, self.plan, self.sources = recipe, stage, plan, sources
-        self.world, self.device, self.tracker, self.history = world, device, tracker, history
-        self.splits = {n: split for n, split in SPLITS.items() if n in sources and sources[n].classes}
-        self.splits |= {n: n[len(APART) :] for n in sources if n.startswith(APART) and sources[n].classes}
+        self.world, self.device, self.log, self.history = world, device, log, history
+        self.splits = {n: split for n, split in SPLIT_NAMES.items() if n in sources and sources[n].classes}
+        self.splits |= {n: n[len(EXTRA_SPLIT_PREFIX) :] for n in sources if n.startswith(EXTRA_SPLIT_PREFIX) and sources[n].classes}
         if stage.roles[stage.export].extra_inputs:  # an evaluation shows images alone
             self.splits = {}
-        if stage.export in plan.layout.unmeasured:
+        if stage.export in plan.resolved_stage.unmeasured:
             self.splits = {}
-        teacher = teacher_of(stage)
+        teacher = agreement_teacher(stage)
         self.teacher = (
             teacher if teacher is not None and upstream_role(teacher) is None and not teacher.extra_inputs else None
         )
 
-    def frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
+    def evaluate_frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
         """Measures the frozen roles on the test split, and refuses one below the accuracy that the recipe states.
 
         Raises:
             TrainingError: a role is worse than it must be.
         """
         measured: dict[str, dict[str, float]] = {}
-        for name in self.plan.layout.order:
+        for name in self.plan.resolved_stage.order:
             config = self.stage.roles[name]
             if (
                 config.mode != "frozen"
@@ -83,7 +83,7 @@ class Judge:
                 or config.extra_inputs
             ):
                 continue
-            if self.sources[self.plan.layout.sources[name]].classes != self.sources["eval"].classes:
+            if self.sources[self.plan.resolved_stage.sources[name]].classes != self.sources["eval"].classes:
                 continue
             scores = self._measure(network.role(name).model, config, "eval", network, None)
             self._log(name, "test", scores, epoch=0, step=step)
@@ -92,7 +92,7 @@ class Judge:
             _check_required(config, scores)
         return measured
 
-    def moving_roles(self, runner: Runner, epoch: int, step: int) -> bool:
+    def evaluate_trained_roles(self, runner: Runner, epoch: int, step: int) -> bool:
         """Measures the exported role and its average; says whether this epoch is the best so far."""
         metrics: dict[str, dict[str, dict[str, float]]] = {}
         for role, model in self._moving(runner).items():
@@ -116,10 +116,10 @@ class Judge:
         self.history.best[self.stage.name] = {**record, "chosen_on": split, "by": by}
         return True
 
-    def evaluated(self, stage: str) -> bool:
+    def has_evaluated(self, stage: str) -> bool:
         return any(record["stage"] == stage for record in self.history.evaluations)
 
-    def final(self, runner: Runner, step: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    def final_evaluation(self, runner: Runner, step: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
         """Adds what is measured once, at the end: agreement on the training split, classes apart, the pictures."""
         role, config = self.stage.export, self.stage.roles[self.stage.export]
         last = self.history.evaluations[-1] if self.history.evaluations else {"metrics": {}, "epoch": 0}
@@ -138,13 +138,13 @@ class Judge:
             scores = self._measure(models[role], config, "eval", runner.network, runner, detail)
             self._log(role, "test", scores, last["epoch"], step)
             samples = self._samples(models[role], runner.network)
-            self.tracker.figures(step, confusion=detail.confusion(), samples=samples, split="test")
+            self.log.figures(step, confusion=detail.confusion(), samples=samples, split="test")
         return {"moving": moving, "frozen": self.history.frozen}
 
-    def example(self) -> Tensor:
+    def example_input(self) -> Tensor:
         """One image of the test split (or of the training split), to time a forward with."""
         source = self.sources.get("eval") or self.sources[self.plan.train_source]
-        return next(iter(source.in_order(1)))["image"][0]
+        return next(iter(source.evaluation_batches(1)))["image"][0]
 
     def _moving(self, runner: Runner) -> dict[str, nn.Module]:
         models = {name: self._answers(name, runner.network) for name in (self.stage.export, *self.stage.evaluate)}
@@ -158,10 +158,10 @@ class Judge:
         What sees the images that a generator makes of noise, or a bank keeps, is shown the evaluation's images instead.
         """
         config = self.stage.roles[name]
-        noise = self.plan.specs[self.plan.layout.sources[name]].classes is None
-        if upstream_role(config) is None or noise or self._root(config) == POSITION:
+        noise = self.plan.specs[self.plan.resolved_stage.sources[name]].classes is None
+        if upstream_role(config) is None or noise or self._root(config) == INDEX_FIELD:
             return network.role(name).model
-        return Chain(network, name)
+        return RoleChain(network, name)
 
     def _root(self, config: RoleConfig) -> str:
         """The field of a source at the root of what a role sees."""
@@ -172,7 +172,7 @@ class Judge:
     def _field(self, config: RoleConfig) -> str:
         """What a role is shown of an evaluation's sample."""
         root = self._root(config)
-        return "image" if root == POSITION else root
+        return "image" if root == INDEX_FIELD else root
 
     def _measure(
         self,
@@ -199,7 +199,7 @@ class Judge:
         )
 
     def _log(self, role: str, split: str, scores: Mapping[str, float], epoch: int, step: int) -> None:
-        self.tracker.evaluation(
+        self.log.evaluation(
             {
                 "stage": self.stage.name,
                 "epoch": epoch,
@@ -210,19 +210,19 @@ class Judge:
             }
         )
 
-    def _samples(self, model: nn.Module, network: Network) -> Samples:
-        batch = next(iter(self.sources["eval"].in_order(SHOWN)))
+    def _samples(self, model: nn.Module, network: Network) -> PredictionSamples:
+        batch = next(iter(self.sources["eval"].evaluation_batches(FIGURE_SAMPLES)))
         images = batch["image"]
         teacher = network.role(self.teacher.name).model if self.teacher is not None else None
         return {
             "image": images.cpu(),
             "label": batch["label"].cpu(),
-            "student": predictions(model, images).cpu(),
-            "teacher": predictions(teacher, images).cpu() if teacher is not None else None,
+            "student": predict_logits(model, images).cpu(),
+            "teacher": predict_logits(teacher, images).cpu() if teacher is not None else None,
         }
 
 
-def teacher_of(stage: StageConfig) -> RoleConfig | None:
+def agreement_teacher(stage: StageConfig) -> RoleConfig | None:
     """The first role that teaches the exported one: what agreement is measured with."""
     for term in stage.terms.values():
         for edge in term.edges:

@@ -16,7 +16,7 @@ from kdbench.config.schema import PartConfig
 from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a sample whose label is hidden; such rows count in no metric that reads labels."""
 
 
@@ -35,11 +35,11 @@ class Metric:
         self.device = torch.device(device)
         self.state: dict[str, Tensor] = {}
 
-    def counts(self, name: str, *shape: int) -> None:
+    def add_count_state(self, name: str, *shape: int) -> None:
         """Adds a tensor of whole numbers to the state."""
         self.state[name] = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
-    def sums(self, name: str, *shape: int) -> None:
+    def add_sum_state(self, name: str, *shape: int) -> None:
         """Adds a tensor of real sums to the state: double precision, where the device has it."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -71,14 +71,14 @@ class Metric:
         for tensor in self.state.values():
             tensor.zero_()
 
-    def read(self) -> dict[str, Tensor]:
+    def state_on_host(self) -> dict[str, Tensor]:
         """Returns the sums on the host."""
         return {name: tensor.detach().cpu() for name, tensor in self.state.items()}
 
 
 def _labelled(label: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the rows that count, and labels that are safe to index with: 0 where the row does not count."""
-    keep = label != IGNORED
+    keep = label != IGNORE_INDEX
     if valid is not None:
         keep = keep & valid
     return keep, torch.where(keep, label, 0)
@@ -99,8 +99,8 @@ class _TopK(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.counts("right")
-        self.counts("seen")
+        self.add_count_state("right")
+        self.add_count_state("seen")
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -114,7 +114,7 @@ class _TopK(Metric):
         self.state["seen"] += keep.sum()
 
     def compute(self) -> dict[str, float]:
-        state = self.read()
+        state = self.state_on_host()
         return {self.registered_name: _share(state["right"], state["seen"])}
 
 
@@ -139,8 +139,8 @@ class NegativeLogLikelihood(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.sums("nats")
-        self.counts("seen")
+        self.add_sum_state("nats")
+        self.add_count_state("seen")
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -151,7 +151,7 @@ class NegativeLogLikelihood(Metric):
         self.state["seen"] += keep.sum()
 
     def compute(self) -> dict[str, float]:
-        state = self.read()
+        state = self.state_on_host()
         return {"nll": _share(state["nats"], state["seen"]) / 100}
 
 
@@ -171,9 +171,9 @@ class ExpectedCalibrationError(Metric):
             raise ConfigError(f"metric 'ece': bins must be 1 or more, got {bins}")
         self.bins = bins
         self.inner_edges = torch.arange(1, bins, dtype=torch.float32, device=self.device) / bins
-        self.sums("confidence", bins)
-        self.counts("right", bins)
-        self.counts("seen", bins)
+        self.add_sum_state("confidence", bins)
+        self.add_count_state("right", bins)
+        self.add_count_state("seen", bins)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -188,7 +188,7 @@ class ExpectedCalibrationError(Metric):
         self.state["seen"] += member.sum(0)
 
     def compute(self) -> dict[str, float]:
-        state = self.read()
+        state = self.state_on_host()
         gap = (state["right"].double() - state["confidence"].double()).abs().sum()
         return {"ece": _share(gap, state["seen"].sum())}
 
@@ -206,9 +206,9 @@ class Agreement(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.counts("same")
-        self.counts("seen")
-        self.sums("nats")
+        self.add_count_state("same")
+        self.add_count_state("seen")
+        self.add_sum_state("nats")
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -225,7 +225,7 @@ class Agreement(Metric):
         self.state["nats"] += torch.where(keep, nats, 0).to(self.state["nats"].dtype).sum()
 
     def compute(self) -> dict[str, float]:
-        state = self.read()
+        state = self.state_on_host()
         share = _share(state["same"], state["seen"])
         return {"agreement": share, "teacher_kl": _share(state["nats"], state["seen"]) / 100}
 
@@ -236,8 +236,8 @@ class PerClass(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.counts("right", num_classes)
-        self.counts("seen", num_classes)
+        self.add_count_state("right", num_classes)
+        self.add_count_state("seen", num_classes)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -247,7 +247,7 @@ class PerClass(Metric):
         self.state["seen"].index_add_(0, safe, keep.long())
 
     def compute(self) -> dict[str, float]:
-        state = self.read()
+        state = self.state_on_host()
         pairs = zip(state["right"], state["seen"], strict=True)
         return {f"per_class/{index}": _share(right, seen) for index, (right, seen) in enumerate(pairs)}
 
@@ -261,7 +261,7 @@ class Confusion(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.counts("matrix", num_classes, num_classes)
+        self.add_count_state("matrix", num_classes, num_classes)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
@@ -333,7 +333,7 @@ class MetricSet:
     def confusion(self) -> Tensor | None:
         """Returns the confusion matrix on the host, or None when it is not among the metrics."""
         metric = self.metrics.get("confusion")
-        return metric.read()["matrix"] if metric else None
+        return metric.state_on_host()["matrix"] if metric else None
 
     def reset(self) -> None:
         """Starts every metric again from nothing."""

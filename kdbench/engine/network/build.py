@@ -23,12 +23,12 @@ from kdbench.config.schema import (
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.features import find_module
 from kdbench.engine.network.network import Network
-from kdbench.engine.network.operands import Reader, feature_of, source_of
-from kdbench.engine.network.resolved_stage import Layout, SampleFacts, architecture
+from kdbench.engine.network.operands import OperandReader, operand_feature, operand_source
+from kdbench.engine.network.resolved_stage import ResolvedStage, SampleFacts, architecture
 from kdbench.engine.network.roles import Role
-from kdbench.engine.network.terms import Routed, TermEdge, TermGroup
+from kdbench.engine.network.terms import TermEdge, TermGroup, WiredPart
 from kdbench.errors import ConfigError, Location
-from kdbench.models.weight_transform import used_state
+from kdbench.models.weight_transform import effective_state_dict
 from kdbench.randomness import seeded
 from kdbench.registry import (
     ADAPTERS,
@@ -53,12 +53,12 @@ def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: Samp
         return _built(MODELS, named.type, named.params, named.location, **facts.injected)
 
 
-def shared_module(config: RoleConfig, model: nn.Module) -> nn.Module:
+def reused_module(config: RoleConfig, model: nn.Module) -> nn.Module:
     """The network of a role that is the `reuse` as another, or the part of it that the role is."""
     return model if config.module_path is None else find_module(model, config.module_path, config.location)[1]
 
 
-def transform(config: RoleConfig, model: nn.Module) -> nn.Module:
+def apply_weight_transforms(config: RoleConfig, model: nn.Module) -> nn.Module:
     """Puts what the recipe does to a role's weights in every forward in place; returns the model itself."""
     for named in config.transforms:
         with _placed(named.location):
@@ -68,7 +68,7 @@ def transform(config: RoleConfig, model: nn.Module) -> nn.Module:
 
 def exported_state(config: RoleConfig, model: nn.Module) -> dict[str, Tensor]:
     """The weights that the forward really uses, under the names of the plain model."""
-    return used_state(model) if config.transforms else model.state_dict()
+    return effective_state_dict(model) if config.transforms else model.state_dict()
 
 
 @contextlib.contextmanager
@@ -100,14 +100,14 @@ def _moving_value(value: Any, device: torch.device, moving: list[tuple[Tensor, S
 
 
 @dataclass(frozen=True)
-class Setting:
+class BuildContext:
     """What terms and readers are built from."""
 
     stage: StageConfig
-    layout: Layout
+    layout: ResolvedStage
     seed: int
     device: torch.device
-    made: Mapping[str, Tensor]
+    artifacts: Mapping[str, Tensor]
 
     def shape(self, operand: OperandConfig) -> Size:
         """Of one sample of an operand; of what has no rows, the whole shape."""
@@ -119,7 +119,7 @@ class Setting:
             return Size((len(self.stage.terms[operand.role].edges),))
         if operand.kind == "artifact":
             return self.tensor(operand).shape
-        return Size(self.layout.shapes[operand.role, feature_of(operand)])
+        return Size(self.layout.shapes[operand.role, operand_feature(operand)])
 
     def batched(self, operand: OperandConfig) -> Size:
         """The same with a batch of two rows, where there are rows."""
@@ -127,22 +127,22 @@ class Setting:
         return shape if operand.kind == "artifact" or operand.is_state else Size((2, *shape))
 
     def tensor(self, operand: OperandConfig) -> Tensor:
-        return self.made[f"{operand.role}.{operand.path}"].to(self.device)
+        return self.artifacts[f"{operand.role}.{operand.path}"].to(self.device)
 
-    def reader(self, operand: OperandConfig, adapter: nn.Module | None, *key: str) -> Reader:
+    def reader(self, operand: OperandConfig, adapter: nn.Module | None, *key: str) -> OperandReader:
         """What reads an operand; `key` names the stream of a combiner's initial weights."""
         if operand.combiner is None:
             made = self.tensor(operand) if operand.kind == "artifact" else None
-            return Reader(operand, adapter, artifact=made)
+            return OperandReader(operand, adapter, artifact=made)
         part = operand.combiner
         shapes = {name: tuple(self.shape(own)) for name, own in part.operands.items()}
         with seeded(self.seed, "term", *key, "combiner"):
             combiner = _built(COMBINERS, part.type, part.params, part.location, parts=len(operand.parts), shapes=shapes)
-        parts = [self.alone(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
-        named = {name: self.alone(own, *key, name) for name, own in part.operands.items()}
-        return Reader(operand, adapter, combiner=combiner, parts=parts, named=named)
+        parts = [self.independent_reader(own, *key, f"part{i}") for i, own in enumerate(operand.parts)]
+        named = {name: self.independent_reader(own, *key, name) for name, own in part.operands.items()}
+        return OperandReader(operand, adapter, combiner=combiner, parts=parts, named=named)
 
-    def alone(self, operand: OperandConfig, *key: str) -> Reader:
+    def independent_reader(self, operand: OperandConfig, *key: str) -> OperandReader:
         """Reads an operand that is compared with no other; an adapter, where it has one, keeps its shape."""
         adapter = self.adapter(operand, None, operand, *key) if operand.adapter is not None else None
         return self.reader(operand, adapter, *key)
@@ -169,7 +169,7 @@ class Setting:
         return self.batched(target) if target is not None else self.batched(operand)
 
 
-def build_term(config: TermConfig, setting: Setting, gives: frozenset[str]) -> TermGroup:
+def build_term(config: TermConfig, setting: BuildContext, gives: frozenset[str]) -> TermGroup:
     """Builds one entry of `terms`: an instance and readers for each edge, sized by the features' shapes.
 
     Args:
@@ -194,7 +194,7 @@ def build_term(config: TermConfig, setting: Setting, gives: frozenset[str]) -> T
 
 
 def _build_edge(
-    config: TermConfig, entry: Entry, edge: EdgeConfig, number: int, params: Mapping[str, Any], setting: Setting
+    config: TermConfig, entry: Entry, edge: EdgeConfig, number: int, params: Mapping[str, Any], setting: BuildContext
 ) -> TermEdge:
     key = (config.name, str(number))
     default = entry.facts.get("adapter")
@@ -209,7 +209,7 @@ def _build_edge(
     if edge.teacher is not None:
         seen["teacher"] = setting.adapted(edge.teacher, teacher_adapter, edge.student)
     seen |= {name: setting.batched(operand) for name, operand in config.operands.items()}
-    source = source_of(edge.student, setting.layout.sources, setting.stage.terms)
+    source = operand_source(edge.student, setting.layout.sources, setting.stage.terms)
     if source is None:
         source = setting.layout.sources[setting.stage.export]
     facts = setting.layout.facts.get(edge.student.role, setting.layout.facts[setting.stage.export]).injected
@@ -224,7 +224,7 @@ def _build_edge(
         raise ConfigError(f"{config.location}: term {config.name!r} ({config.type}) {error} ({operands})") from None
     student = setting.reader(edge.student, student_adapter, *key, "student")
     teacher = None if edge.teacher is None else setting.reader(edge.teacher, teacher_adapter, *key, "teacher")
-    named = {name: setting.alone(operand, *key, name) for name, operand in config.operands.items()}
+    named = {name: setting.independent_reader(operand, *key, name) for name, operand in config.operands.items()}
     return TermEdge(edge, term, student, teacher, named, source)
 
 
@@ -232,10 +232,10 @@ def _build_routed(
     part: PartWithOperands,
     registry: Registry,
     config: TermConfig,
-    setting: Setting,
+    setting: BuildContext,
     what: str,
     moving: list[tuple[Tensor, Schedule]],
-) -> Routed:
+) -> WiredPart:
     shapes = {name: tuple(setting.shape(operand)) for name, operand in part.operands.items()}
     shapes["student"] = tuple(setting.shape(config.edges[0].student))
     if config.edges[0].teacher is not None:
@@ -244,20 +244,20 @@ def _build_routed(
     facts = {**setting.layout.facts[setting.stage.export].injected, "edges": len(config.edges), "shapes": shapes}
     with seeded(setting.seed, "term", config.name, what):
         built = _built(registry, part.type, params, part.location, **facts)
-    named = {name: setting.alone(operand, config.name, what, name) for name, operand in part.operands.items()}
-    return Routed(built, registry.entry(part.type), named)
+    named = {name: setting.independent_reader(operand, config.name, what, name) for name, operand in part.operands.items()}
+    return WiredPart(built, registry.entry(part.type), named)
 
 
 def build_network(
     stage: StageConfig,
-    layout: Layout,
+    layout: ResolvedStage,
     *,
     seed: int,
     device: torch.device,
     world: World = World(),  # noqa: B008
     models: Mapping[str, nn.Module] | None = None,
     prepare: Callable[[RoleConfig, nn.Module], nn.Module] | None = None,
-    made: Mapping[str, Tensor] | None = None,
+    artifacts: Mapping[str, Tensor] | None = None,
 ) -> Network:
     """Builds the whole stage on a device.
 
@@ -272,7 +272,7 @@ def build_network(
         overwritten = layout.overwritten.get(name, frozenset())
         if config.mode == "reuse":
             root = roles[config.source_role or ""]
-            roles[name] = Role(config, shared_module(config, root.model), layout.features[name], overwritten, root)
+            roles[name] = Role(config, reused_module(config, root.model), layout.features[name], overwritten, root)
             continue
         model = (models or {}).get(name)
         if model is None:
@@ -280,9 +280,9 @@ def build_network(
         if prepare is not None:
             model = prepare(config, model)
         if models is None or name not in models:
-            model = transform(config, model)
+            model = apply_weight_transforms(config, model)
         roles[name] = Role(config, model, layout.features[name], overwritten).to(device)
-    setting = Setting(stage, layout, seed, device, made or {})
+    setting = BuildContext(stage, layout, seed, device, artifacts or {})
     wanted = [
         operand for name in layout.terms for operand in stage.terms[name].read_operands() if operand.kind == "term"
     ]
@@ -291,7 +291,7 @@ def build_network(
         gives = frozenset(operand.path for operand in wanted if operand.role == name)
         terms[name] = build_term(stage.terms[name], setting, gives)
     observers = {
-        owner: {name: setting.alone(operand, owner, name).to(device) for name, operand in part.operands.items()}
+        owner: {name: setting.independent_reader(operand, owner, name).to(device) for name, operand in part.operands.items()}
         for owner, part in stage.observers().items()
     }
     return Network(roles, terms, layout.sources, world, observers)

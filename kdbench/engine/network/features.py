@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.errors import ConfigError, Location, suggest
 
-OUTPUTS = ("logits", "output", "image")
+OUTPUT_NAMES = ("logits", "output", "image")
 """Names of a model's own output. When the output is a mapping or a named tuple, they name its entry."""
 
 
@@ -32,7 +32,7 @@ class Feature(NamedTuple):
 
     @property
     def is_output(self) -> bool:
-        return self.path in OUTPUTS
+        return self.path in OUTPUT_NAMES
 
 
 def find_module(model: nn.Module, path: str, where: Location | str = "") -> tuple[str, nn.Module]:
@@ -49,7 +49,7 @@ def find_module(model: nn.Module, path: str, where: Location | str = "") -> tupl
         if part not in children:
             paths = [name for name, _ in model.named_modules() if name]
             kind = type(model).__name__
-            raise ConfigError(f"{where}: {kind} has no module {path!r}.{nearest(path, paths)}".lstrip(": "))
+            raise ConfigError(f"{where}: {kind} has no module {path!r}.{suggest(path, paths)}".lstrip(": "))
         module = children[part]
         walked.append(part)
     return ".".join(walked), module
@@ -90,7 +90,7 @@ class _LastFeature(Exception):
     """Ends a forward once nothing that comes later is wanted."""
 
 
-class Capture:
+class FeatureExtractor:
     """Hooks on one model that keep the wanted features of each forward.
 
     Args:

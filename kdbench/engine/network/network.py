@@ -8,16 +8,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from kdbench.config.parse.roles import behind
+from kdbench.config.parse.roles import upstream_closure
 from kdbench.config.schema import InnerStepConfig, OperandConfig, RoleConfig, UpdateConfig
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.features import module_state
-from kdbench.engine.network.operands import Batch, Reader, Values, feature_of, given_key
-from kdbench.engine.network.roles import Role, input_feature, inputs_of, moved_roles, root_of
+from kdbench.engine.network.operands import Batch, OperandReader, Values, given_key, operand_feature
+from kdbench.engine.network.roles import Role, input_addresses, parse_role_input, root_role, updated_roles
 from kdbench.engine.network.terms import Count, TermGroup
 
 
-class Members(nn.ModuleDict):
+class NamedModules(nn.ModuleDict):
     """A ModuleDict whose names may be any: a term called `forward` is no method of it."""
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
@@ -41,14 +41,14 @@ class Network(nn.Module):
         terms: Mapping[str, TermGroup],
         sources: Mapping[str, str],
         world: World = World(),  # noqa: B008
-        observers: Mapping[str, Mapping[str, Reader]] | None = None,
+        observers: Mapping[str, Mapping[str, OperandReader]] | None = None,
     ) -> None:
         super().__init__()
-        self.roles = Members(roles)
-        self.terms = Members(terms)
+        self.roles = NamedModules(roles)
+        self.terms = NamedModules(terms)
         self.sources = dict(sources)
         self.world = world
-        self.observers = {owner: Members(readers) for owner, readers in (observers or {}).items()}
+        self.observers = {owner: NamedModules(readers) for owner, readers in (observers or {}).items()}
         self.configs: dict[str, RoleConfig] = {name: role.config for name, role in roles.items()}
         self.sharded: tuple[str, ...] = ()  # the roles that lie in parts (kdbench.engine.distributed.sharding)
         self.lap: Callable[[str], None] | None = None  # set by the runner where it times the parts of a step
@@ -63,33 +63,33 @@ class Network(nn.Module):
         assert isinstance(term, TermGroup)
         return term
 
-    def needed(self, terms: Iterable[str]) -> set[str]:
+    def required_roles(self, terms: Iterable[str]) -> set[str]:
         """The roles that must run for these terms, those upstream included."""
-        return self.behind(operand for name in terms for operand in self.term(name).config.read_operands())
+        return self.roles_for(operand for name in terms for operand in self.term(name).config.read_operands())
 
-    def owned(self, move: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
+    def candidate_parameters(self, move: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
         """The parameters that a move could reach, by name: those of its roles, and those of its terms."""
-        roles = moved_roles(move, self.configs)
+        roles = updated_roles(move, self.configs)
         found = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
         return found | {f"terms.{t}.{n}": p for t in move.terms for n, p in self.term(t).named_parameters()}
 
-    def behind(self, operands: Iterable[OperandConfig]) -> set[str]:
+    def roles_for(self, operands: Iterable[OperandConfig]) -> set[str]:
         """The roles that must run so that these operands can be read."""
-        return roles_behind(operands, self.configs)
+        return roles_for_operands(operands, self.configs)
 
-    def counts(self, window: Sequence[Batch], terms: Iterable[str]) -> dict[str, Count]:
+    def valid_counts(self, window: Sequence[Batch], terms: Iterable[str]) -> dict[str, Count]:
         """What each term's sum is divided by over one effective batch."""
         groups = {name: self.term(name) for name in terms}
         return {n: group.count([batch[group.source] for batch in window], self.world) for n, group in groups.items()}
 
     def run_roles(self, batch: Batch, terms: Iterable[str], moving: Iterable[str]) -> Values:
         """Runs each role that these terms need once."""
-        return self._run(batch, self.needed(terms), moving)
+        return self._run(batch, self.required_roles(terms), moving)
 
     @torch.no_grad()
-    def run_fixed(self, batch: Batch, names: Iterable[str]) -> Values:
+    def run_frozen(self, batch: Batch, names: Iterable[str]) -> Values:
         """Runs roles of which none moves, and nothing upstream of them; the batch has the fields that they see."""
-        return self._run(batch, behind(names, self.configs), ())
+        return self._run(batch, upstream_closure(names, self.configs), ())
 
     def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
         """Runs each needed role once, unless the batch has what it gives.
@@ -104,31 +104,31 @@ class Network(nn.Module):
                 continue
             role = self.role(name)
             config = role.config
-            if root_of(name, self.configs) in moving or not with_gradient.isdisjoint(config.upstream):
+            if root_role(name, self.configs) in moving or not with_gradient.isdisjoint(config.upstream_roles):
                 with_gradient.add(name)
             fields = batch[self.sources[name]]
             if role.features and given_key(name, role.features[0]) in fields:
                 values |= {(name, feature): fields[given_key(name, feature)] for feature in role.features}
                 continue
-            for module in role.synced:
+            for module in role.sync_batchnorms:
                 module.valid = fields.get("valid")
             with nullcontext() if name in with_gradient else torch.no_grad():
-                for feature, value in role(*(self._input(a, batch, values) for a in inputs_of(config))).items():
+                for feature, value in role(*(self._input(a, batch, values) for a in input_addresses(config))).items():
                     values[name, feature] = value
             if self.lap is not None:
-                self.lap("student" if role.learns else "teacher")
+                self.lap("student" if role.trainable else "teacher")
         return values
 
-    def _states(self, operands: Iterable[OperandConfig], moving: Iterable[str], values: Values) -> None:
+    def _add_module_states(self, operands: Iterable[OperandConfig], moving: Iterable[str], values: Values) -> None:
         """Adds what is read of a network without running it: statistics of a BatchNorm, weights as one vector."""
         for leaf in (leaf for operand in operands for leaf in operand.feature_operands() if leaf.is_state):
-            with nullcontext() if root_of(leaf.role, self.configs) in moving else torch.no_grad():
-                values[leaf.role, feature_of(leaf)] = module_state(self.role(leaf.role).model, feature_of(leaf))
+            with nullcontext() if root_role(leaf.role, self.configs) in moving else torch.no_grad():
+                values[leaf.role, operand_feature(leaf)] = module_state(self.role(leaf.role).model, operand_feature(leaf))
 
     @staticmethod
     def _input(address: str, batch: Batch, values: Values) -> Tensor:
         if ":" in address:
-            return values[input_feature(address)]
+            return values[parse_role_input(address)]
         source, field = address.split(".", 1)
         return batch[source][field]
 
@@ -145,7 +145,7 @@ class Network(nn.Module):
             share: this micro-batch's share of the effective batch, for terms that depend on no row.
         """
         values = self.run_roles(batch, terms, moving)
-        self._states((operand for name in terms for operand in self.term(name).config.read_operands()), moving, values)
+        self._add_module_states((operand for name in terms for operand in self.term(name).config.read_operands()), moving, values)
         total: Tensor | None = None
         losses, shares = [], []
         for name in terms:
@@ -173,8 +173,8 @@ class Network(nn.Module):
         self.eval()
         try:
             operands = [reader.operand for reader in readers.values()]
-            values = self._run(batch, self.behind(operands), ())  # type: ignore[arg-type]
-            self._states(operands, (), values)  # type: ignore[arg-type]
+            values = self._run(batch, self.roles_for(operands), ())  # type: ignore[arg-type]
+            self._add_module_states(operands, (), values)  # type: ignore[arg-type]
             return {name: reader(values, batch) for name, reader in readers.items()}
         finally:
             self.lap = lap
@@ -182,14 +182,14 @@ class Network(nn.Module):
                 module.training = mode
 
 
-def roles_behind(operands: Iterable[OperandConfig], configs: Mapping[str, RoleConfig]) -> set[str]:
+def roles_for_operands(operands: Iterable[OperandConfig], configs: Mapping[str, RoleConfig]) -> set[str]:
     """The roles that must run so that operands can be read: those that they name, and those that these see."""
-    return behind(
+    return upstream_closure(
         (leaf.role for operand in operands for leaf in operand.feature_operands() if not leaf.is_state), configs
     )
 
 
-class Chain(nn.Module):
+class RoleChain(nn.Module):
     """A role together with the roles that it sees: what is evaluated where the result is a head on another network.
 
     Args:
@@ -199,7 +199,7 @@ class Chain(nn.Module):
 
     def __init__(self, network: Network, name: str) -> None:
         super().__init__()
-        above = behind(network.configs[name].upstream, network.configs)
+        above = upstream_closure(network.configs[name].upstream_roles, network.configs)
         self.names = [n for n in network.roles if n in above]
         self.members = nn.ModuleList(network.role(n) for n in self.names)
         self.last = network.role(name).model
@@ -216,5 +216,5 @@ class Chain(nn.Module):
     @staticmethod
     def _inputs(config: RoleConfig, image: Tensor, values: Values) -> list[Tensor]:
         """Further fields of a training source, such as masks, are not there when a network is evaluated."""
-        found = [values[input_feature(config.input)] if ":" in config.input else image]
-        return found + [values[input_feature(address)] for address in config.extra_inputs if ":" in address]
+        found = [values[parse_role_input(config.input)] if ":" in config.input else image]
+        return found + [values[parse_role_input(address)] for address in config.extra_inputs if ":" in address]

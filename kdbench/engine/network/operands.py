@@ -18,7 +18,7 @@ Values: TypeAlias = dict[tuple[str, Any], Tensor]
 """What the roles and the terms of a step have given so far: by (role, feature), and by ("term:NAME", output)."""
 
 
-def feature_of(operand: OperandConfig) -> Feature:
+def operand_feature(operand: OperandConfig) -> Feature:
     return Feature(operand.path, operand.call, operand.side)
 
 
@@ -36,7 +36,7 @@ def given_key(role: str, feature: Feature) -> str:
     return f"{role}:{feature}"
 
 
-class Reader(nn.Module):
+class OperandReader(nn.Module):
     """Reads one operand: looks it up, combines its parts, and passes it through its adapter.
 
     Args:
@@ -52,18 +52,18 @@ class Reader(nn.Module):
         adapter: nn.Module | None = None,
         *,
         combiner: nn.Module | None = None,
-        parts: Sequence[Reader] = (),
-        named: Mapping[str, Reader] | None = None,
+        parts: Sequence[OperandReader] = (),
+        named: Mapping[str, OperandReader] | None = None,
         artifact: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.operand = operand
         self.kind = operand.kind
         self.owner, self.name = operand.role, operand.path
-        self.key: tuple[str, Any] = (operand.role, feature_of(operand))
+        self.key: tuple[str, Any] = (operand.role, operand_feature(operand))
         if operand.kind == "term":
             self.key = term_key(operand.role, operand.path)
-        self.of_rows = operand.kind != "artifact" and operand.side not in ("stats", "weights")
+        self.has_rows = operand.kind != "artifact" and operand.side not in ("stats", "weights")
         """Whether the tensor has one row per sample."""
         self.adapter = adapter
         self.combiner = combiner
@@ -87,7 +87,7 @@ class Reader(nn.Module):
         return value if self.adapter is None else self.adapter(value)
 
 
-def source_of(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
+def operand_source(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
     """The source whose samples are an operand's rows; None where it has no rows.
 
     Args:
@@ -97,8 +97,8 @@ def source_of(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping
     if operand.kind == "field":
         return operand.role
     if operand.kind == "term":
-        return source_of(terms[operand.role].edges[0].student, sources, terms)
+        return operand_source(terms[operand.role].edges[0].student, sources, terms)
     if operand.kind == "combined":
-        found = (source_of(part, sources, terms) for part in operand.parts)
+        found = (operand_source(part, sources, terms) for part in operand.parts)
         return next((source for source in found if source is not None), None)
     return sources[operand.role] if operand.kind == "role" else None

@@ -8,8 +8,8 @@ from typing import Any
 
 from kdbench.config.schema import PartConfig, RoleConfig, StageConfig
 from kdbench.engine.network.features import Feature
-from kdbench.engine.network.operands import feature_of
-from kdbench.engine.network.roles import input_feature, inputs_of
+from kdbench.engine.network.operands import operand_feature
+from kdbench.engine.network.roles import input_addresses, parse_role_input
 from kdbench.errors import ConfigError
 
 Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
@@ -43,7 +43,7 @@ class SampleFacts:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ResolvedStage:
     """What the plan found out about a stage, enough to build it for real.
 
     order: roles, each after those that it sees. features: what to capture in each role. terms: the names of the terms
@@ -66,7 +66,7 @@ class Layout:
     def step_sources(self, stage: StageConfig) -> tuple[str, ...]:
         """The sources that a step reads: those of the roles, and those whose fields a term reads."""
         found = list(self.sources.values())
-        found += [a.split(".", 1)[0] for name in self.order for a in inputs_of(stage.roles[name]) if ":" not in a]
+        found += [a.split(".", 1)[0] for name in self.order for a in input_addresses(stage.roles[name]) if ":" not in a]
         found += [
             operand.role
             for operand in stage.read_operands(self.terms, include_artifacts=False)
@@ -99,7 +99,7 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
             return
         if name in path:
             raise ConfigError(f"{roles[name].location}: the inputs of {' -> '.join((*path, name))} form a cycle")
-        before = [*roles[name].upstream]
+        before = [*roles[name].upstream_roles]
         if roles[name].mode == "reuse" and roles[name].source_role is not None:
             before.append(roles[name].source_role or "")
         for other in before:
@@ -113,15 +113,15 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
     return tuple(done)
 
 
-def wanted_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
+def required_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
     """What to capture in each role: what terms, selectors and makers read, and what other roles see."""
     wanted: dict[str, list[Feature]] = {name: [] for name in order}
     for operand in stage.read_operands(terms):
         if operand.kind == "role" and not operand.is_state:
-            wanted[operand.role].append(feature_of(operand))
+            wanted[operand.role].append(operand_feature(operand))
     for name in order:
-        for address in inputs_of(stage.roles[name]):
+        for address in input_addresses(stage.roles[name]):
             if ":" in address:
-                role, feature = input_feature(address)
+                role, feature = parse_role_input(address)
                 wanted[role].append(feature)
     return {name: list(dict.fromkeys(features)) for name, features in wanted.items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kdbench.config.schema import InnerStepConfig, RoleConfig, UpdateConfig
 from kdbench.engine.distributed.batchnorm import SyncBatchNorm
-from kdbench.engine.network.features import Capture, Feature, find_module
+from kdbench.engine.network.features import Feature, FeatureExtractor, find_module
 
 
 class Role(nn.Module):
@@ -31,30 +31,30 @@ class Role(nn.Module):
         super().__init__()
         self.config = config
         self.model = model
-        self.learns: bool = root.learns if root is not None else config.mode == "trainable"
+        self.trainable: bool = root.trainable if root is not None else config.mode == "trainable"
         if root is None:
             for parameter in model.parameters():
-                parameter.requires_grad_(self.learns and parameter.requires_grad)
+                parameter.requires_grad_(self.trainable and parameter.requires_grad)
         self.frozen = [find_module(model, path, config.location)[1] for path in config.freeze]
         for module in self.frozen:
             module.requires_grad_(False)
-        self.kept_apart = root.frozen if root is not None else self.frozen
-        self.synced = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
-        self.capture = Capture(model, features, overwritten=overwritten, stop=True)
-        self.features: tuple[Feature, ...] = self.capture.features
-        self.train(self.learns)
+        self.eval_modules = root.frozen if root is not None else self.frozen
+        self.sync_batchnorms = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
+        self.extractor = FeatureExtractor(model, features, overwritten=overwritten, stop=True)
+        self.features: tuple[Feature, ...] = self.extractor.features
+        self.train(self.trainable)
 
     def train(self, mode: bool = True) -> Role:
-        super().train(mode and self.learns)
-        for module in self.kept_apart:
+        super().train(mode and self.trainable)
+        for module in self.eval_modules:
             module.eval()
         return self
 
     def forward(self, *inputs: Tensor) -> dict[Feature, Tensor]:
-        return self.capture(*inputs)
+        return self.extractor(*inputs)
 
 
-def inputs_of(config: RoleConfig) -> tuple[str, ...]:
+def input_addresses(config: RoleConfig) -> tuple[str, ...]:
     """The addresses of everything that a role sees."""
     return (config.input, *config.extra_inputs)
 
@@ -64,19 +64,19 @@ def upstream_role(config: RoleConfig) -> str | None:
     return config.input.split(":", 1)[0] if ":" in config.input else None
 
 
-def input_feature(address: str) -> tuple[str, Feature]:
+def parse_role_input(address: str) -> tuple[str, Feature]:
     """The role and the feature that a `ROLE:PATH` input names."""
     role, path = address.split(":", 1)
     return role, Feature(path or "logits")
 
 
-def root_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
+def root_role(name: str, roles: Mapping[str, RoleConfig]) -> str:
     """The role that owns a role's network: itself, or what it is the `reuse` as."""
     while roles[name].mode == "reuse":
         name = roles[name].source_role or ""
     return name
 
 
-def moved_roles(move: UpdateConfig | InnerStepConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
+def updated_roles(update: UpdateConfig | InnerStepConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
     """The roles whose own parameters a move moves."""
-    return tuple(dict.fromkeys(root_of(name, roles) for name in move.models))
+    return tuple(dict.fromkeys(root_role(name, roles) for name in update.models))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule
 from kdbench.config.schema import EdgeConfig, TermConfig
-from kdbench.engine.distributed.world import World, gather_rows
-from kdbench.engine.network.operands import Batch, Reader, Values, term_key
+from kdbench.engine.distributed.world import World, all_gather_rows
+from kdbench.engine.network.operands import Batch, OperandReader, Values, term_key
 from kdbench.registry import Entry
 from kdbench.terms.base import Term
 
@@ -26,9 +26,9 @@ class TermEdge(nn.Module):
         self,
         edge: EdgeConfig,
         term: Term,
-        student: Reader,
-        teacher: Reader | None,
-        named: Mapping[str, Reader],
+        student: OperandReader,
+        teacher: OperandReader | None,
+        named: Mapping[str, OperandReader],
         source: str,
     ) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class TermEdge(nn.Module):
         return self.student.adapter
 
 
-class Routed(nn.Module):
+class WiredPart(nn.Module):
     """A weigher or a router, with what it reads besides the operands of its term."""
 
-    def __init__(self, part: nn.Module, entry: Entry, named: Mapping[str, Reader]) -> None:
+    def __init__(self, part: nn.Module, entry: Entry, named: Mapping[str, OperandReader]) -> None:
         super().__init__()
         self.part = part
         self.inputs = entry.inputs
@@ -83,8 +83,8 @@ class TermGroup(nn.Module):
         edges: Sequence[TermEdge],
         weight: float | Tensor,
         moving: Sequence[tuple[Tensor, Schedule]] = (),
-        sample_weight: Routed | None = None,
-        route: Routed | None = None,
+        sample_weight: WiredPart | None = None,
+        route: WiredPart | None = None,
         gives: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
@@ -96,14 +96,14 @@ class TermGroup(nn.Module):
         self.inputs = entry.inputs
         self.reads_label = "label" in entry.inputs
         self.weight = weight
-        self.moving = tuple(moving)
-        self.sample_weight, self.route, self.gives = sample_weight, route, gives
+        self.scheduled = tuple(moving)
+        self.sample_weight, self.route, self.outputs_read = sample_weight, route, gives
         self.plain = sample_weight is None and route is None and not gives
         self.source: str = edges[0].source
 
-    def move(self, value: Callable[[Schedule], float]) -> None:
+    def set_scheduled(self, value: Callable[[Schedule], float]) -> None:
         """Sets every scheduled value for the coming step."""
-        for tensor, schedule in self.moving:
+        for tensor, schedule in self.scheduled:
             tensor.fill_(value(schedule))
 
     def mask(self, fields: Mapping[str, Tensor]) -> Tensor | None:
@@ -129,7 +129,7 @@ class TermGroup(nn.Module):
             mask.sum() if mask is not None else torch.full((), len(row), dtype=torch.int64, device=row.device)
             for mask, row in zip(masks, rows, strict=True)
         ]
-        return world.sum_(torch.stack(counts).sum()).clamp(min=1)
+        return world.all_reduce_sum_(torch.stack(counts).sum()).clamp(min=1)
 
     def forward(self, values: Values, batch: Batch, count: Count, share: float, world: World) -> Tensor:
         """Returns the term's reduced, unweighted loss: this process's share of the whole batch's value."""
@@ -154,12 +154,12 @@ class TermGroup(nn.Module):
             of_rows = True
             if name == "student":
                 value: Any = edge.student(values, batch)
-                of_rows = edge.student.of_rows
+                of_rows = edge.student.has_rows
             elif name == "teacher":
                 if edge.teacher is None:
                     continue
                 value = edge.teacher(values, batch, not self.config.teacher_grad)
-                of_rows = edge.teacher.of_rows
+                of_rows = edge.teacher.has_rows
             elif name in edge.named:
                 reader = edge.named[name]
                 value, of_rows = reader(values, batch), reader.of_rows
@@ -171,7 +171,7 @@ class TermGroup(nn.Module):
                 value = fields[name]
             else:
                 continue
-            given[name] = gather_rows(value, world) if gather and of_rows and value is not None else value
+            given[name] = all_gather_rows(value, world) if gather and of_rows and value is not None else value
         return given
 
     def _loss(self, edge: TermEdge, given: Mapping[str, Any]) -> Tensor:
@@ -195,9 +195,9 @@ class TermGroup(nn.Module):
         fields = batch[edge.source]
         mask, own = self.mask(fields), fields.get("weight")
         if self.couples and world.size > 1:  # every rank has the loss of all rows, and takes its share of it
-            mask = None if mask is None else gather_rows(mask, world)
-            own = None if own is None else gather_rows(own, world)
-            weight = None if weight is None else gather_rows(weight, world)
+            mask = None if mask is None else all_gather_rows(mask, world)
+            own = None if own is None else all_gather_rows(own, world)
+            weight = None if weight is None else all_gather_rows(weight, world)
             share_of_ranks = 1.0 / world.size
         else:
             share_of_ranks = 1.0
@@ -224,7 +224,7 @@ class TermGroup(nn.Module):
         if by_row:
             gathered = read if world.size == 1 else [self._read(edge, values, batch, world) for edge in edges]
             losses = [self._loss(edge, given) for edge, given in zip(edges, gathered, strict=True)]
-            if self.route is not None or "loss" in self.gives:
+            if self.route is not None or "loss" in self.outputs_read:
                 flat = torch.stack([_per_row(loss) for loss in losses], 1)
                 values[term_key(self.config.name, "loss")] = flat
         weights: list[Tensor | None] = [None] * len(edges)

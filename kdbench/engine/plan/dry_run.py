@@ -14,11 +14,11 @@ from kdbench.config.schema import InnerStepConfig, StageConfig, TermConfig, Upda
 from kdbench.data.source_spec import SourceSpec
 from kdbench.engine.network.network import Network
 from kdbench.engine.network.operands import Batch
-from kdbench.engine.network.resolved_stage import Layout
-from kdbench.engine.network.roles import moved_roles
-from kdbench.engine.plan.meta import ROWS, in_words, meta_batch
-from kdbench.engine.plan.requirements import in_step, sizes_in_words
-from kdbench.engine.train.bilevel import check_rates, rehearse_virtual
+from kdbench.engine.network.resolved_stage import ResolvedStage
+from kdbench.engine.network.roles import updated_roles
+from kdbench.engine.plan.meta import DRY_RUN_ROWS, failures_as_config_errors, meta_batch
+from kdbench.engine.plan.requirements import batch_sizes_text, equal_batch_sizes
+from kdbench.engine.train.bilevel import check_rates, dry_run_inner_step
 from kdbench.errors import ConfigError
 
 Move = TypeVar("Move", UpdateConfig, InnerStepConfig)
@@ -33,11 +33,11 @@ class UpdatePlan:
 
     config: UpdateConfig
     parameters: tuple[str, ...]
-    unreached: tuple[str, ...]
-    ahead: tuple[str, ...] = ()
+    unreached_parameters: tuple[str, ...]
+    inner_parameters: tuple[str, ...] = ()
 
 
-def all_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfig, ...]:
+def resolve_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfig, ...]:
     """The stage's updates; without any, one of all trainable roles by all terms."""
     if stage.updates:
         kept = [_of_terms(update, terms) for update in stage.updates]
@@ -52,16 +52,16 @@ def _of_terms(move: Move, terms: tuple[str, ...]) -> Move:
 
 def _moves(stage: StageConfig, terms: tuple[str, ...]) -> Iterator[UpdateConfig | InnerStepConfig]:
     """The stage's updates, and their virtual steps."""
-    for update in all_updates(stage, terms):
+    for update in resolve_updates(stage, terms):
         yield from (update,) if update.inner_step is None else (update.inner_step, update)
 
 
-def rehearse(
-    network: Network, stage: StageConfig, layout: Layout, specs: Mapping[str, SourceSpec], device: torch.device
+def dry_run_step(
+    network: Network, stage: StageConfig, layout: ResolvedStage, specs: Mapping[str, SourceSpec], device: torch.device
 ) -> tuple[tuple[UpdatePlan, ...], int]:
     """One step without optimiser: which parameters get a gradient, and how many bytes are kept for the backward."""
     network.train()
-    rows = dict.fromkeys(layout.step_sources(stage), ROWS)
+    rows = dict.fromkeys(layout.step_sources(stage), DRY_RUN_ROWS)
     batch = meta_batch(specs, rows, device)
     updates = []
     most = 0
@@ -73,7 +73,7 @@ def rehearse(
             saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for update in all_updates(stage, layout.terms):
+    for update in resolve_updates(stage, layout.terms):
         network.zero_grad(set_to_none=True)
         saved.clear()
         ahead: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def rehearse(
             if update.inner_step is None:
                 total = _forward_in_words(network, stage, batch, update)
             else:
-                total, ahead = rehearse_virtual(network, update, partial(_forward_in_words, network, stage, batch))
+                total, ahead = dry_run_inner_step(network, update, partial(_forward_in_words, network, stage, batch))
         where = update.location if str(update.location) else stage.terms[update.terms[0]].location
         models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
         if not total.requires_grad:
@@ -89,7 +89,7 @@ def rehearse(
             raise ConfigError(f"{where}: nothing to update: {said}")
         most = max(most, sum(saved.values()))
         total.backward()
-        learning = {n: p for n, p in network.owned(update).items() if p.requires_grad}
+        learning = {n: p for n, p in network.candidate_parameters(update).items() if p.requires_grad}
         reached = tuple(n for n, p in learning.items() if p.grad is not None)
         if all(_is_adapters(name) for name in reached):
             raise ConfigError(f"{where}: nothing to update: {what} reaches no parameter of {models}; {_ADAPTER_ALONE}")
@@ -98,7 +98,7 @@ def rehearse(
         for name in update.terms if len(update.terms) > 1 and update.inner_step is None else ():
             _refuse_adapter_alone(network, stage.terms[name], batch, update, learning)
     network.zero_grad(set_to_none=True)
-    check_rates([(planned.config, planned.ahead, planned.parameters) for planned in updates])
+    check_rates([(planned.config, planned.inner_parameters, planned.parameters) for planned in updates])
     return tuple(updates), most
 
 
@@ -112,8 +112,8 @@ def _is_adapters(parameter: str) -> bool:
 def _refuse_unreached(stage: StageConfig, update: UpdateConfig, reached: tuple[str, ...], where: Any) -> None:
     """A role that an update of the recipe names must be moved by it; without `updates`, some may stand still."""
     moved = {name.split(".", 1)[0] for name in reached}
-    missing = [name for name in moved_roles(update, stage.roles) if name not in moved]
-    if stage.updates and missing and len(missing) < len(moved_roles(update, stage.roles)):
+    missing = [name for name in updated_roles(update, stage.roles) if name not in moved]
+    if stage.updates and missing and len(missing) < len(updated_roles(update, stage.roles)):
         said = f"no term of {', '.join(update.terms)} reaches a parameter of {', '.join(missing)} that trains"
         raise ConfigError(f"{where}: nothing to update: {said}; leave it out of this update's `models`")
 
@@ -146,11 +146,11 @@ def _forward_in_words(
     """
     counts = {name: 1 for name in update.terms}
     why = f": {why}" if why else ""
-    with in_words(f"{stage.name}: the models cannot run on this data{why}"):
+    with failures_as_config_errors(f"{stage.name}: the models cannot run on this data{why}"):
         network.run_roles(batch, update.terms, update.models)
     for number, name in enumerate(update.terms):
         config = stage.terms[name]
-        with in_words(f"{config.location}: term {name!r} ({config.type}) cannot work on its operands{why}"):
+        with failures_as_config_errors(f"{config.location}: term {name!r} ({config.type}) cannot work on its operands{why}"):
             alone = not any(operand.kind == "term" for operand in config.read_operands())
             network(batch, counts, [name] if alone else update.terms[: number + 1], update.models, 1.0)
     return network(batch, counts, update.terms, update.models, 1.0)[0]
@@ -159,7 +159,7 @@ def _forward_in_words(
 def check_unequal_batches(
     network: Network,
     stage: StageConfig,
-    layout: Layout,
+    layout: ResolvedStage,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
     world_size: int,
@@ -168,11 +168,11 @@ def check_unequal_batches(
     read = layout.step_sources(stage)
     rows: dict[str, int] = {}
     for source in read:
-        alike = (other for other in rows if in_step(stage, source, other, specs, world_size))
-        rows[source] = rows.get(next(alike, ""), ROWS + len(rows))
+        alike = (other for other in rows if equal_batch_sizes(stage, source, other, specs, world_size))
+        rows[source] = rows.get(next(alike, ""), DRY_RUN_ROWS + len(rows))
     if len(set(rows.values())) < 2:
         return
-    what = f"batches differ in size ({sizes_in_words(stage, read, specs, world_size)})"
+    what = f"batches differ in size ({batch_sizes_text(stage, read, specs, world_size)})"
     for update in _moves(stage, layout.terms):
         _forward_in_words(network, stage, meta_batch(specs, rows, device), update, what)
 
@@ -180,7 +180,7 @@ def check_unequal_batches(
 def check_last_batch(
     network: Network,
     stage: StageConfig,
-    layout: Layout,
+    layout: ResolvedStage,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
     world_size: int,
@@ -193,7 +193,7 @@ def check_last_batch(
         rest = 0 if samples is None else samples % size
         if size > apart and not 0 < rest <= apart:
             continue
-        rows = {name: (1 if name == source else ROWS) for name in layout.step_sources(stage)}
+        rows = {name: (1 if name == source else DRY_RUN_ROWS) for name in layout.step_sources(stage)}
         for update in _moves(stage, layout.terms):
             try:
                 network(

@@ -15,7 +15,7 @@ from kdbench.errors import ConfigError
 META = torch.device("meta")
 
 
-ROWS = 2  # of the rehearsal's batch: BatchNorm refuses one
+DRY_RUN_ROWS = 2  # of the rehearsal's batch: BatchNorm refuses one
 
 
 def meta_field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> Tensor:
@@ -27,14 +27,14 @@ def meta_field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> 
 def meta_batch(specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device: torch.device = META) -> Batch:
     """A batch of the right shapes and types, with nothing in it."""
     return {
-        source: {name: meta_field(spec, name, rows.get(source, ROWS), device) for name in spec.fields}
+        source: {name: meta_field(spec, name, rows.get(source, DRY_RUN_ROWS), device) for name in spec.fields}
         for source, spec in specs.items()
         if source in rows
     }
 
 
 @contextmanager
-def in_words(what: str) -> Iterator[None]:
+def failures_as_config_errors(context: str) -> Iterator[None]:
     """Turns the failure of a model or a term on the rehearsal's shapes into the recipe's fault."""
     try:
         yield
@@ -43,4 +43,4 @@ def in_words(what: str) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         hint = " Nothing in a training step may read a tensor's value on the host." if "meta" in reason else ""
-        raise ConfigError(f"{what}: {type(error).__name__}: {reason}{hint}") from error
+        raise ConfigError(f"{context}: {type(error).__name__}: {reason}{hint}") from error

@@ -20,12 +20,12 @@ from kdbench.engine.distributed.sharding import sharded_roles
 from kdbench.engine.network.build import build_network
 from kdbench.engine.network.features import Feature
 from kdbench.engine.network.network import Network
-from kdbench.engine.network.resolved_stage import Layout, role_order, wanted_features
-from kdbench.engine.network.roles import input_feature, inputs_of, upstream_role
-from kdbench.engine.plan.dry_run import UpdatePlan, check_last_batch, check_unequal_batches, rehearse
-from kdbench.engine.plan.meta import META, ROWS
-from kdbench.engine.plan.requirements import check_needs
-from kdbench.engine.plan.shapes import Survey, survey
+from kdbench.engine.network.resolved_stage import ResolvedStage, required_features, role_order
+from kdbench.engine.network.roles import input_addresses, parse_role_input, upstream_role
+from kdbench.engine.plan.dry_run import UpdatePlan, check_last_batch, check_unequal_batches, dry_run_step
+from kdbench.engine.plan.meta import DRY_RUN_ROWS, META
+from kdbench.engine.plan.requirements import check_requirements
+from kdbench.engine.plan.shapes import ShapeInference, infer_shapes
 from kdbench.engine.plan.trace import ModuleCall
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
@@ -42,12 +42,12 @@ class RolePlan:
     config: RoleConfig
     model: str
     parameters: int
-    trainable: int
+    trainable_parameters: int
     flops: int
-    whole_flops: int
+    full_forward_flops: int
     features: Mapping[Feature, tuple[int, ...]]
-    stops_after: str | None
-    overwritten: frozenset[Feature]
+    stop_module: str | None
+    overwritten_features: frozenset[Feature]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StagePlan:
     """A stage that has been rehearsed."""
 
     stage: StageConfig
-    layout: Layout
+    resolved_stage: ResolvedStage
     specs: Mapping[str, SourceSpec]
     roles: Mapping[str, RolePlan]
     updates: tuple[UpdatePlan, ...]
@@ -63,13 +63,13 @@ class StagePlan:
     term_parameters: Mapping[str, int]
     memory_bytes: int
     notes: tuple[str, ...] = field(default_factory=tuple)
-    sharded: tuple[str, ...] = ()
+    sharded_roles: tuple[str, ...] = ()
     """The roles whose weights lie in parts, where there are several processes."""
 
     @property
     def train_source(self) -> str:
         """The source whose length is an epoch: the one that the exported role's input comes from."""
-        return self.layout.sources[self.stage.export]
+        return self.resolved_stage.sources[self.stage.export]
 
     def input_shape(self, role: str) -> tuple[int, ...]:
         """Shape of one sample of what a role sees."""
@@ -77,11 +77,11 @@ class StagePlan:
 
     def input_shapes(self, role: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of one sample of everything that a role sees."""
-        return tuple(self._shape(address) for address in inputs_of(self.stage.roles[role]))
+        return tuple(self._shape(address) for address in input_addresses(self.stage.roles[role]))
 
     def _shape(self, address: str) -> tuple[int, ...]:
         if ":" in address:
-            return self.layout.shapes[input_feature(address)]
+            return self.resolved_stage.shapes[parse_role_input(address)]
         source, field_name = address.split(".", 1)
         return self.specs[source].fields[field_name][0]
 
@@ -92,7 +92,7 @@ def plan_stage(
     recipe: Recipe,
     *,
     world_size: int = 1,
-    made: Mapping[str, Tensor] | None = None,
+    artifacts: Mapping[str, Tensor] | None = None,
 ) -> StagePlan:
     """Rehearses one stage.
 
@@ -106,16 +106,16 @@ def plan_stage(
     Raises:
         ConfigError: anything that the first step would have failed at.
     """
-    tensors = {name: tensor.to(META) for name, tensor in (made or {}).items()}
+    tensors = {name: tensor.to(META) for name, tensor in (artifacts or {}).items()}
     terms = tuple(name for name, term in stage.terms.items() if term.weight != 0)
     order = role_order(stage.roles)
     sources = {name: _root_source(name, stage, specs) for name in order}
-    features = wanted_features(stage, terms, order)
+    features = required_features(stage, terms, order)
     fields = {name: {key: shape for key, (shape, _) in spec.fields.items()} for name, spec in specs.items()}
-    totals = {name: spec.population or spec.samples or ROWS for name, spec in specs.items()}
+    totals = {name: spec.population or spec.samples or DRY_RUN_ROWS for name, spec in specs.items()}
     wanted = {name: tuple(found) for name, found in features.items()}
-    layout = Layout(order, wanted, terms, sources, {}, fields=fields, samples=totals)
-    check_needs(stage, terms, sources, specs, world_size)
+    layout = ResolvedStage(order, wanted, terms, sources, {}, fields=fields, samples=totals)
+    check_requirements(stage, terms, sources, specs, world_size)
     if stage.accumulate > 1:
         _refuse_coupled_accumulation(stage, terms)
     _refuse_parted_selection(stage, world_size)
@@ -123,11 +123,11 @@ def plan_stage(
         zero = next(iter(stage.terms.values()))
         raise ConfigError(f"{zero.location}: nothing to update: every term has weight 0")
 
-    found = survey(stage, layout, specs, recipe.seed)
-    layout, models, device = found.layout_of(last=stage.name == recipe.stages[-1].name), found.models, found.device
+    found = infer_shapes(stage, layout, specs, recipe.seed)
+    layout, models, device = found.resolve(is_last_stage=stage.name == recipe.stages[-1].name), found.models, found.device
     tensors = {name: tensor if device == META else torch.zeros(tensor.shape) for name, tensor in tensors.items()}
-    network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, made=tensors)
-    updates, saved = rehearse(network, stage, layout, specs, device)
+    network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, artifacts=tensors)
+    updates, saved = dry_run_step(network, stage, layout, specs, device)
     check_unequal_batches(network, stage, layout, specs, device, world_size)
     check_last_batch(network, stage, layout, specs, device, world_size)
 
@@ -138,9 +138,9 @@ def plan_stage(
     }
     owned = {name: sum(p.numel() for p in network.term(name).parameters()) for name in layout.terms}
     batch = max((stage.data[source].batch_size for source in layout.step_sources(stage)), default=1)
-    memory = _memory(models, network, saved * batch // ROWS)
+    memory = _memory(models, network, saved * batch // DRY_RUN_ROWS)
     notes = _notes(stage, specs, terms, layout.unmeasured)
-    if recipe.uses_compiler and any(planned.ahead for planned in updates):
+    if recipe.uses_compiler and any(planned.inner_parameters for planned in updates):
         notes += (
             "compile: an update with `inner_step` runs as it is: the compiler takes no gradient through a gradient",
         )
@@ -151,7 +151,7 @@ def plan_stage(
 def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec]) -> str:
     """The source that a role's first input comes from; every field on the way must be there."""
     config = stage.roles[name]
-    for address in inputs_of(config):
+    for address in input_addresses(config):
         if ":" not in address:
             _check_field(address, specs, config)
     while (upstream := upstream_role(config)) is not None:
@@ -188,7 +188,7 @@ def _refuse_parted_selection(stage: StageConfig, world_size: int) -> None:
             )
 
 
-def _role_plan(config: RoleConfig, layout: Layout, found: Survey) -> RolePlan:
+def _role_plan(config: RoleConfig, layout: ResolvedStage, found: ShapeInference) -> RolePlan:
     name = config.name
     model, features = found.models[name], layout.features[name]
     inner = [feature for feature in features if not feature.is_output]
@@ -197,12 +197,12 @@ def _role_plan(config: RoleConfig, layout: Layout, found: Survey) -> RolePlan:
         config,
         (config.model.type if config.model else f"as {config.source_role}") or "",
         parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         flops=found.flops[name],
-        whole_flops=found.whole_flops[name],
+        full_forward_flops=found.full_forward_flops[name],
         features={feature: layout.shapes[name, feature] for feature in features},
-        stops_after=_last_feature(found.calls[name], inner) if stops else None,
-        overwritten=layout.overwritten.get(name, frozenset()),
+        stop_module=_last_feature(found.calls[name], inner) if stops else None,
+        overwritten_features=layout.overwritten.get(name, frozenset()),
     )
 
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from kdbench.config.parse.data import is_evaluation
 from kdbench.config.schema import ArtifactConfig, OperandConfig, RoleConfig, StageConfig, TermConfig
 from kdbench.data.source_spec import SourceSpec
-from kdbench.engine.network.operands import source_of
-from kdbench.engine.network.roles import inputs_of
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.engine.network.operands import operand_source
+from kdbench.engine.network.roles import input_addresses
+from kdbench.errors import ConfigError, Location, suggest
 from kdbench.registry import ARTIFACTS, ROUTERS, SAMPLE_WEIGHTS, SELECTORS, TERMS, Entry
 
 Specs = Mapping[str, SourceSpec]
 
 
-def check_needs(
+def check_requirements(
     stage: StageConfig, terms: Sequence[str], sources: Mapping[str, str], specs: Specs, world_size: int
 ) -> None:
     """Finds fault with what a stage reads and its sources cannot give.
@@ -46,13 +46,13 @@ def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) 
     return tuple(dict.fromkeys(rows for rows in sizes if rows))
 
 
-def in_step(stage: StageConfig, one: str, other: str, specs: Specs, world_size: int) -> bool:
+def equal_batch_sizes(stage: StageConfig, first: str, second: str, specs: Specs, world_size: int) -> bool:
     """Whether the batches of two sources have equally many rows at every step."""
-    sizes = [batch_sizes(stage, source, specs, world_size) for source in (one, other)]
-    return sizes[0] == sizes[1] and (len(sizes[0]) == 1 or specs[one].samples == specs[other].samples)
+    sizes = [batch_sizes(stage, source, specs, world_size) for source in (first, second)]
+    return sizes[0] == sizes[1] and (len(sizes[0]) == 1 or specs[first].samples == specs[second].samples)
 
 
-def sizes_in_words(stage: StageConfig, sources: Sequence[str], specs: Specs, world_size: int) -> str:
+def batch_sizes_text(stage: StageConfig, sources: Sequence[str], specs: Specs, world_size: int) -> str:
     """`train: 16, then 2; noise: 16`."""
     found = ((source, batch_sizes(stage, source, specs, world_size)) for source in sources)
     return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in found)
@@ -69,7 +69,7 @@ def _check_reads(
             known = ", ".join(sorted(specs[leaf.role].fields))
             raise ConfigError(f"{leaf.location}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
     for edge in config.edges:
-        source = source_of(edge.student, sources, stage.terms) or sources[stage.export]
+        source = operand_source(edge.student, sources, stage.terms) or sources[stage.export]
         fields = specs[source].fields
         own = {"student", "teacher", "mask", "weight", *config.operands}
         _refuse_missing(entry, own, source, specs, f"{config.location}: {what}")
@@ -81,13 +81,13 @@ def _check_reads(
                 _refuse_missing(registry.entry(part.type), given, source, specs, said)
         if config.mask is not None and fields.get(config.mask, ((), ""))[1] != "bool":
             masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
-            hint = nearest(config.mask, masks) if masks else " It has none."
+            hint = suggest(config.mask, masks) if masks else " It has none."
             raise ConfigError(f"{config.location}: {what}: source {source!r} has no mask {config.mask!r}.{hint}")
         if entry.facts.get("space") == "batch" and world_size > 1:
             _refuse_padded(config, source, sources, specs, stage, world_size)
         if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
             continue
-        other = source_of(edge.teacher, sources, stage.terms)
+        other = operand_source(edge.teacher, sources, stage.terms)
         if other is not None and other != source:
             raise ConfigError(
                 f"{config.location}: {what} compares row by row, but {edge.student} sees source {source!r} and "
@@ -100,12 +100,12 @@ def _refuse_padded(
 ) -> None:
     """Several processes pad a last batch; a term that couples rows knows the padding of its own source only."""
     for leaf in config.read_operands():
-        source = source_of(leaf, sources, stage.terms)
+        source = operand_source(leaf, sources, stage.terms)
         if source in (None, own) or len(batch_sizes(stage, source, specs, world_size)) == 1:  # type: ignore[arg-type]
             continue
         raise ConfigError(
             f"{leaf.location}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
-            f"last batch is smaller ({sizes_in_words(stage, [str(source)], specs, world_size)}): "
+            f"last batch is smaller ({batch_sizes_text(stage, [str(source)], specs, world_size)}): "
             f"{world_size} processes would pad it. Choose a batch_size that leaves no smaller last batch, or one "
             "process."
         )
@@ -128,7 +128,7 @@ def _check_choosers(stage: StageConfig, sources: Mapping[str, str], specs: Specs
         if part is None or update.keep is None:
             continue
         first = next(iter(part.operands.values()), None)
-        source = (source_of(first, sources, stage.terms) if first is not None else None) or sources[stage.export]
+        source = (operand_source(first, sources, stage.terms) if first is not None else None) or sources[stage.export]
         _check_selector(part.type, part.operands, source, specs, part.location)
         size = stage.data[source].batch_size
         if update.keep > max(size, 1):
@@ -136,20 +136,20 @@ def _check_choosers(stage: StageConfig, sources: Mapping[str, str], specs: Specs
             raise ConfigError(f"{part.location}: {said}, so nothing would be chosen")
 
 
-def check_maker(make: ArtifactConfig, specs: Specs) -> None:
+def check_artifact(artifact: ArtifactConfig, specs: Specs) -> None:
     """Finds fault with a maker, or its selector, that reads labels or other fields which its source has not."""
-    entry, source = ARTIFACTS.entry(make.part.type), make.source or "train"
+    entry, source = ARTIFACTS.entry(artifact.part.type), artifact.source or "train"
     if entry.facts.get("labels"):
-        _refuse_unlabelled(source, specs, f"{make.location}: {make.part.type} reads the labels")
-    chooser = make.part.params.get(entry.facts.get("selects", ""))
+        _refuse_unlabelled(source, specs, f"{artifact.location}: {artifact.part.type} reads the labels")
+    chooser = artifact.part.params.get(entry.facts.get("selector", ""))
     if isinstance(chooser, Mapping):
-        _check_selector(str(chooser["type"]), make.part.operands, source, specs, make.location)
+        _check_selector(str(chooser["type"]), artifact.part.operands, source, specs, artifact.location)
 
 
 def _check_selector(
     kind: str, operands: Mapping[str, OperandConfig], source: str, specs: Specs, place: Location
 ) -> None:
-    given = {"count", "taken", "seed", *operands}
+    given = {"count", "excluded", "seed", *operands}
     _refuse_missing(SELECTORS.entry(kind), given, source, specs, f"{place}: selector {kind!r}")
 
 
@@ -183,16 +183,16 @@ def _check_side_by_side(config: RoleConfig, stage: StageConfig, specs: Specs, wo
     """A role that sees two sources row by row needs batches of equal size from both, at every step."""
     found, waiting = set(), [config]
     while waiting:
-        for address in inputs_of(waiting.pop()):
+        for address in input_addresses(waiting.pop()):
             head = address.split(":" if ":" in address else ".", 1)[0]
             if ":" in address:
                 waiting.append(stage.roles[head])
             else:
                 found.add(head)
     first, *others = sorted(found)
-    if not all(in_step(stage, first, other, specs, world_size) for other in others):
+    if not all(equal_batch_sizes(stage, first, other, specs, world_size) for other in others):
         raise ConfigError(
             f"{config.location}: role {config.name!r} sees {' and '.join((first, *others))} side by side, but their "
-            f"batches differ in size ({sizes_in_words(stage, (first, *others), specs, world_size)}). Give all of them "
+            f"batches differ in size ({batch_sizes_text(stage, (first, *others), specs, world_size)}). Give all of them "
             "one `batch_size` that leaves no smaller last batch."
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Signal:
+class TracedTensor:
     """A tensor on its way into or out of a module.
 
     Attributes:
@@ -47,8 +47,8 @@ class ModuleCall:
     path: str
     type: str
     call: int
-    input: Signal | None
-    output: Signal | None
+    input: TracedTensor | None
+    output: TracedTensor | None
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -62,7 +62,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((found for item in value if (found := first_tensor(item)) is not None), None)
 
 
-def trace(model: nn.Module, *inputs: Any) -> list[ModuleCall]:
+def trace_modules(model: nn.Module, *inputs: Any) -> list[ModuleCall]:
     """Runs `model(*inputs)` once without gradients and lists the calls of its modules in the order of their start.
 
     The model stays as it was: hooks are removed, its mode (train or eval) is the caller's choice. In train mode the
@@ -113,10 +113,10 @@ def trace(model: nn.Module, *inputs: Any) -> list[ModuleCall]:
         for handle in handles:
             handle.remove()
 
-    def signal(seen: tuple[Tensor, int] | None) -> Signal | None:
+    def signal(seen: tuple[Tensor, int] | None) -> TracedTensor | None:
         if seen is None:
             return None
         tensor, version = seen
-        return Signal(tuple(tensor.shape), tensor.dtype, tensor._version != version)
+        return TracedTensor(tuple(tensor.shape), tensor.dtype, tensor._version != version)
 
     return [ModuleCall(*call, signal(entered.get(i)), signal(left.get(i))) for i, call in enumerate(begun)]

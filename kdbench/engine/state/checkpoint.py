@@ -15,7 +15,7 @@ from kdbench.engine.state.weights import read_checkpoint
 from kdbench.errors import CheckpointError
 from kdbench.files import write_atomic
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 
 
 def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> None:
@@ -28,25 +28,25 @@ def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> No
         TrainingError: no space is left; the old checkpoint stays.
     """
     content = io.BytesIO()
-    torch.save({"format": FORMAT, **_by_itself(tree)}, content)
+    torch.save({"format": CHECKPOINT_FORMAT, **_copy_partial_storages(tree)}, content)
     if keep_previous and path.exists():
-        os.replace(path, _previous(path))  # killed before the next line, `load` finds it there
+        os.replace(path, previous_path(path))  # killed before the next line, `load` finds it there
     write_atomic(path, content.getvalue())
 
 
-def _by_itself(value: Any) -> Any:
+def _copy_partial_storages(value: Any) -> Any:
     """The same tree, where a tensor that is part of a larger one is copied: else the larger one would be written."""
     if isinstance(value, Tensor):
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if whole else value.clone()
     if isinstance(value, dict):
         result = copy.copy(value)  # a state dict stays one, with what it says of versions
-        result.update({name: _by_itself(item) for name, item in value.items()})
+        result.update({name: _copy_partial_storages(item) for name, item in value.items()})
         return result
-    return [_by_itself(item) for item in value] if isinstance(value, list) else value
+    return [_copy_partial_storages(item) for item in value] if isinstance(value, list) else value
 
 
-def _previous(path: Path) -> Path:
+def previous_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
@@ -60,7 +60,7 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str]:
         CheckpointError: there are checkpoints, but none of them is whole and of this format.
     """
     faults = []
-    for candidate in (path, _previous(path)):
+    for candidate in (path, previous_path(path)):
         if not candidate.exists():
             continue
         try:
@@ -68,7 +68,7 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str]:
         except CheckpointError as error:
             faults.append(str(error))
             continue
-        if not is_own(tree):
+        if not is_kdbench_checkpoint(tree):
             faults.append(f"{candidate} is no checkpoint of kdbench, or of another version")
             continue
         return tree, (f"{faults[0]}; going on from the one before it." if faults else "")
@@ -77,6 +77,6 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str]:
     return None, ""
 
 
-def is_own(tree: Any) -> bool:
+def is_kdbench_checkpoint(tree: Any) -> bool:
     """Whether a file's content is a checkpoint of this program."""
-    return isinstance(tree, dict) and tree.get("format") == FORMAT and "models" in tree
+    return isinstance(tree, dict) and tree.get("format") == CHECKPOINT_FORMAT and "models" in tree

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdbench.engine.network.features import Capture, Feature
+from kdbench.engine.network.features import Feature, FeatureExtractor
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FOLDABLE_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def fold_batchnorm(model: nn.Module, example: Tensor, keep: Iterable[Feature] = ()) -> tuple[nn.Module, int]:
+FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batchnorm(model: nn.Module, example: Tensor, keep_features: Iterable[Feature] = ()) -> tuple[nn.Module, int]:
     """Returns a copy of a model in eval mode in which BatchNorms are folded away, and how many there were.
 
     A pair is found by running the model once, so that any model will do: the output of a convolution that is called
@@ -38,7 +38,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor, keep: Iterable[Feature] = 
         keep: features that will be captured. Where one holds the value between a convolution and its BatchNorm, the
             two stay apart.
     """
-    pairs = _foldable(model, example, tuple(keep))
+    pairs = _find_foldable_pairs(model, example, tuple(keep_features))
     if not pairs:
         return model, 0
     folded = copy.deepcopy(model)
@@ -51,7 +51,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor, keep: Iterable[Feature] = 
 
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> None:
-    assert isinstance(convolution, CONVOLUTIONS) and isinstance(norm, NORMS)
+    assert isinstance(convolution, FOLDABLE_CONVOLUTIONS) and isinstance(norm, FOLDABLE_NORMS)
     weight, bias = convolution.weight, convolution.bias
     # In float64: the rounding of the product is then the only one.
     mean, variance, gamma, beta, own_bias = (
@@ -68,18 +68,18 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> None:
     convolution.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
 
 
-def _foldable(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> list[tuple[str, str]]:
+def _find_foldable_pairs(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> list[tuple[str, str]]:
     """Runs the model once and lists (path of the convolution, path of its BatchNorm)."""
     paths = {module: path for path, module in model.named_modules()}
-    watch = _Uses()
+    watch = _ConvolutionUses()
     handles = []
     for module in model.modules():
-        if type(module) in CONVOLUTIONS and not module._forward_hooks and not module._forward_pre_hooks:
-            handles.append(module.register_forward_hook(lambda m, _, output: watch.gave(m, output)))
+        if type(module) in FOLDABLE_CONVOLUTIONS and not module._forward_hooks and not module._forward_pre_hooks:
+            handles.append(module.register_forward_hook(lambda m, _, output: watch.record_output(m, output)))
         elif _is_constant_norm(module):
-            handles.append(module.register_forward_pre_hook(lambda m, args: watch.enter(m, args)))
-            handles.append(module.register_forward_hook(lambda *_: watch.leave()))
-    capture = Capture(model, keep)
+            handles.append(module.register_forward_pre_hook(lambda m, args: watch.enter_norm(m, args)))
+            handles.append(module.register_forward_hook(lambda *_: watch.leave_norm()))
+    capture = FeatureExtractor(model, keep)
     try:
         with torch.no_grad(), watch:
             capture.active = True
@@ -90,43 +90,43 @@ def _foldable(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> l
             handle.remove()
     seen = {id(leaf) for leaf in (*tree_leaves(output), *capture.kept.values()) if isinstance(leaf, Tensor)}
 
-    source = {id(values[0]): module for module, values in watch.produced.items() if len(values) == 1}
+    source = {id(values[0]): module for module, values in watch.outputs.items() if len(values) == 1}
     pairs = []
-    for norm, taken in watch.consumed.items():
+    for norm, taken in watch.norm_inputs.items():
         convolution = source.get(id(taken[0])) if len(taken) == 1 else None
-        if convolution is None or id(taken[0]) in seen or id(taken[0]) in watch.outside:
+        if convolution is None or id(taken[0]) in seen or id(taken[0]) in watch.other_use_ids:
             continue
         pairs.append((paths[convolution], paths[norm]))
     return pairs
 
 
 def _is_constant_norm(module: nn.Module) -> bool:
-    return type(module) in NORMS and not module.training and getattr(module, "running_mean", None) is not None
+    return type(module) in FOLDABLE_NORMS and not module.training and getattr(module, "running_mean", None) is not None
 
 
-class _Uses(TorchDispatchMode):
+class _ConvolutionUses(TorchDispatchMode):
     """Notes what convolutions give, what BatchNorms take, and which convolutions' outputs anything else reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.produced: dict[nn.Module, list[Tensor]] = {}  # per call; kept alive, so that an id means one tensor
-        self.consumed: dict[nn.Module, list[Any]] = {}
-        self.watched: set[int] = set()
-        self.outside: set[int] = set()
-        self.inside = False
+        self.outputs: dict[nn.Module, list[Tensor]] = {}  # per call; kept alive, so that an id means one tensor
+        self.norm_inputs: dict[nn.Module, list[Any]] = {}
+        self.convolution_output_ids: set[int] = set()
+        self.other_use_ids: set[int] = set()
+        self.in_norm = False
 
-    def gave(self, module: nn.Module, output: Any) -> None:
-        self.produced.setdefault(module, []).append(output)
-        self.watched.add(id(output))
+    def record_output(self, module: nn.Module, output: Any) -> None:
+        self.outputs.setdefault(module, []).append(output)
+        self.convolution_output_ids.add(id(output))
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.consumed.setdefault(module, []).append(args[0] if args else None)
-        self.inside = True
+    def enter_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.norm_inputs.setdefault(module, []).append(args[0] if args else None)
+        self.in_norm = True
 
-    def leave(self) -> None:
-        self.inside = False
+    def leave_norm(self) -> None:
+        self.in_norm = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if not self.inside:
-            self.outside.update({id(leaf) for leaf in tree_leaves((args, kwargs))} & self.watched)
+        if not self.in_norm:
+            self.other_use_ids.update({id(leaf) for leaf in tree_leaves((args, kwargs))} & self.convolution_output_ids)
         return func(*args, **(kwargs or {}))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import WeightsConfig
-from kdbench.engine.distributed.dtensor import whole
-from kdbench.errors import CheckpointError, Location, nearest
+from kdbench.engine.distributed.dtensor import full_tensors
+from kdbench.errors import CheckpointError, Location, suggest
 
 
-def read_checkpoint(path: str | Path, where: Location | str = "") -> Any:
+def read_checkpoint(path: str | Path, location: Location | str = "") -> Any:
     """Reads a checkpoint without running code that it may contain.
 
     Raises:
@@ -26,7 +26,7 @@ def read_checkpoint(path: str | Path, where: Location | str = "") -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{where}: there is no checkpoint {path}".lstrip(": "))
+        raise CheckpointError(f"{location}: there is no checkpoint {path}".lstrip(": "))
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path, where: Location | str = "") -> Any:
             reason = "the file is empty"
         elif isinstance(error, pickle.UnpicklingError) and "eights" in reason:
             reason = "it holds Python objects besides tensors, which kdbench does not load"
-        raise CheckpointError(f"{where}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None
+        raise CheckpointError(f"{location}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None
 
 
 def state_hash(module: nn.Module) -> str:
@@ -51,13 +51,13 @@ def state_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
+        flat = full_tensors(tensor.detach()).cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()[:16]
 
 
 def select_state(
-    content: Any, weights: WeightsConfig, file: Path, roles: Sequence[str] = (), *, baked: bool = True
+    content: Any, weights: WeightsConfig, file: Path, default_roles: Sequence[str] = (), *, use_effective: bool = True
 ) -> dict[str, Tensor]:
     """Finds the state dict inside a checkpoint's content, and translates its names.
 
@@ -71,11 +71,11 @@ def select_state(
     """
     where = f"{weights.location}: {file}"
     if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
-        wanted = weights.role or roles or (content["export"],)
-        models = {**content["models"], **(content.get("baked", {}) if baked else {})}
+        wanted = weights.role or default_roles or (content["export"],)
+        models = {**content["models"], **(content.get("baked", {}) if use_effective else {})}
         for role in wanted:
             if role not in models:
-                raise CheckpointError(f"{where} holds no role {role!r}.{nearest(role, models)}")
+                raise CheckpointError(f"{where} holds no role {role!r}.{suggest(role, models)}")
         content = mean_state({role: models[role] for role in wanted}, where)
     elif weights.role:
         raise CheckpointError(f"{where} is no checkpoint of kdbench, so it has no roles ({', '.join(weights.role)})")
@@ -83,7 +83,7 @@ def select_state(
         for part in weights.key.split("."):
             if not isinstance(content, Mapping) or part not in content:
                 keys = [str(k) for k in content] if isinstance(content, Mapping) else []
-                raise CheckpointError(f"{where} has no entry {weights.key!r}.{nearest(part, keys)}")
+                raise CheckpointError(f"{where} has no entry {weights.key!r}.{suggest(part, keys)}")
             content = content[part]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         keys = [str(k) for k in content] if isinstance(content, Mapping) else []
@@ -101,7 +101,7 @@ def select_state(
     return state
 
 
-def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Location | str = "") -> Mapping[str, Tensor]:
+def mean_state(states: Mapping[str, Mapping[str, Tensor]], location: Location | str = "") -> Mapping[str, Tensor]:
     """Averages weights name by name; what is no real number (a count of batches) is the first one's.
 
     Raises:
@@ -112,7 +112,7 @@ def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Location | str
         unlike = sorted(set(own) ^ set(state)) or [n for n in own if own[n].shape != state[n].shape]
         if unlike:
             raise CheckpointError(
-                f"{where}: the weights of {first!r} and {other!r} cannot be averaged: they differ in {_some(unlike)}"
+                f"{location}: the weights of {first!r} and {other!r} cannot be averaged: they differ in {_join_some(unlike)}"
             )
     if not others:
         return own
@@ -123,7 +123,7 @@ def mean_state(states: Mapping[str, Mapping[str, Tensor]], where: Location | str
 
 
 def load_state(
-    module: nn.Module, state: Mapping[str, Tensor], where: Location | str, *, strict: bool = True
+    module: nn.Module, state: Mapping[str, Tensor], location: Location | str, *, strict: bool = True
 ) -> list[str]:
     """Loads a state dict and returns, in words, what did not match (nothing when `strict`).
 
@@ -136,9 +136,9 @@ def load_state(
     differing = [name for name in own if name in state and own[name].shape != state[name].shape]
     faults = []
     if missing:
-        faults.append(f"missing ({len(missing)}): {_some(missing)}")
+        faults.append(f"missing ({len(missing)}): {_join_some(missing)}")
     if unexpected:
-        faults.append(f"unexpected ({len(unexpected)}): {_some(unexpected)}")
+        faults.append(f"unexpected ({len(unexpected)}): {_join_some(unexpected)}")
     for name in differing[:4]:
         faults.append(f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} in the model")
     if strict and faults:
@@ -146,10 +146,10 @@ def load_state(
         prefix = unexpected[0].split(".", 1)[0] + "." if unexpected and "." in unexpected[0] else ""
         if prefix and unexpected[0][len(prefix) :] in own:
             hint = f" Try `strip: {prefix}`."
-        raise CheckpointError(f"{where}: the weights do not match the model: {'; '.join(faults)}.{hint}")
+        raise CheckpointError(f"{location}: the weights do not match the model: {'; '.join(faults)}.{hint}")
     module.load_state_dict({k: v for k, v in state.items() if k in own and k not in differing}, strict=False)
     return faults
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def _join_some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -12,7 +12,7 @@ from kdbench.engine.network.network import Network
 from kdbench.engine.plan.plan import StagePlan
 
 
-class Followers:
+class Averages:
     """What follows the moving roles of a stage, and belongs to no optimiser. At the start, all are copies.
 
     Args:
@@ -25,7 +25,7 @@ class Followers:
 
     def __init__(self, plan: StagePlan, network: Network) -> None:
         self.stage, self.network = plan.stage, network
-        roles = (self.stage.roles[name] for name in plan.layout.order)
+        roles = (self.stage.roles[name] for name in plan.resolved_stage.order)
         self.roles = [config for config in roles if config.mode in ("ema", "snapshot")]
         self.average = self._start_average(plan) if self.stage.ema is not None else None
         for config in self.roles:
@@ -34,7 +34,7 @@ class Followers:
     def __bool__(self) -> bool:
         return bool(self.roles) or self.average is not None
 
-    def move(self) -> None:
+    def update(self) -> None:
         """Moves the averages one step after the roles that they follow."""
         for config in self.roles:
             if config.mode == "ema":
@@ -42,7 +42,7 @@ class Followers:
         if self.average is not None and self.stage.ema is not None:
             average_state(self.network.role(self.stage.export).model, self.average, self.stage.ema)
 
-    def renew(self, step: int, steps_per_epoch: int) -> None:
+    def refresh_snapshots(self, step: int, steps_per_epoch: int) -> None:
         """Takes the snapshots anew that are due before a step."""
         for config in self.roles:
             if step and config.mode == "snapshot" and _is_due(config, step, steps_per_epoch):
@@ -55,7 +55,7 @@ class Followers:
 
     def _start_average(self, plan: StagePlan) -> nn.Module:
         average = copy.deepcopy(self.network.role(self.stage.export).model)
-        handles = [handle for name in plan.layout.order for handle in self.network.role(name).capture.handles]
+        handles = [handle for name in plan.resolved_stage.order for handle in self.network.role(name).extractor.handles]
         for module in average.modules():  # the copy is evaluated whole: nothing is captured in it
             for handle in handles:
                 module._forward_hooks.pop(handle.id, None)

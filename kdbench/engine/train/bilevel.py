@@ -23,25 +23,25 @@ from torch.optim import Optimizer
 
 from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import InnerStepConfig, PartConfig, UpdateConfig
-from kdbench.engine.distributed.world import World, sum_over_ranks
+from kdbench.engine.distributed.world import World, all_reduce_sum
 from kdbench.engine.network.network import Network
 from kdbench.engine.network.operands import Batch
 from kdbench.engine.network.terms import Count
-from kdbench.engine.train.meters import Meters
+from kdbench.engine.train.meters import LossMeters
 from kdbench.errors import ConfigError
 
 Losses = Callable[[Batch, Mapping[str, Count], Sequence[str], Sequence[str], float], tuple[Tensor, Tensor]]
 """What `Network.forward` is: a batch in, the weighted total and the vector of losses out."""
 
 
-def both(update: UpdateConfig) -> tuple[str, ...]:
+def roles_with_gradient(update: UpdateConfig) -> tuple[str, ...]:
     """The roles through which a gradient goes in either step of an update with `inner_step`."""
     own = update.inner_step.models if update.inner_step is not None else ()
     return tuple(dict.fromkeys((*update.models, *own)))
 
 
 @contextmanager
-def instead(network: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Inside the block the network has these tensors in place of some parameters, and copies of what it may write to.
 
     Those are the buffers of modules in training mode: BatchNorm's statistics, banks, counters. What a forward writes
@@ -74,7 +74,7 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
 
 @dataclass
-class Virtual:
+class InnerStep:
     """A virtual step, ready to run.
 
     parameters: of the network, those that it moves. moving: the roles through which a gradient goes.
@@ -91,7 +91,7 @@ class Virtual:
     rows: Tensor
     positions: Tensor
 
-    def move(self, scheduled: Callable[[Schedule], float]) -> None:
+    def set_rates(self, scheduled: Callable[[Schedule], float]) -> None:
         """Sets the rates for the coming step."""
         if isinstance(self.source, list):
             for number, group in enumerate(self.source):
@@ -114,11 +114,11 @@ class Virtual:
             that no update logs.
         """
         terms = self.config.terms
-        counts = network.counts(window, terms)
+        counts = network.valid_counts(window, terms)
         total: Tensor | None = None
         seen = []
         for batch in window:
-            with instead(network, {}), twice_differentiable(), autocast():
+            with swapped_parameters(network, {}), twice_differentiable(), autocast():
                 loss, values = network(batch, counts, terms, self.moving, share)
             total = loss if total is None else total + loss
             seen.append(values.index_select(0, self.rows))
@@ -130,7 +130,7 @@ class Virtual:
         def losses(
             batch: Batch, counts: Mapping[str, Count], terms: Sequence[str], moving: Sequence[str], share: float
         ) -> tuple[Tensor, Tensor]:
-            with instead(network, ahead):
+            with swapped_parameters(network, ahead):
                 return network(batch, counts, terms, self.moving, share)
 
         return losses, seen if len(self.rows) else []
@@ -140,18 +140,18 @@ def _summed(gradients: Sequence[Tensor], world: World) -> Sequence[Tensor]:
     """The gradients of the whole batch, on every rank; what comes back through them is summed likewise."""
     if world.size == 1:
         return gradients
-    flat = sum_over_ranks(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    flat = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     parts = flat.split([gradient.numel() for gradient in gradients])
     return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
-def build_virtual(
+def build_inner_step(
     update: UpdateConfig,
     parameters: list[nn.Parameter],
     optimizers: Sequence[Optimizer],
-    meters: Meters,
+    meters: LossMeters,
     logged: Collection[str],
-) -> Virtual:
+) -> InnerStep:
     """Makes the virtual step of an update ready.
 
     Args:
@@ -174,15 +174,15 @@ def build_virtual(
         rates = [float(after.lr)]
     own = [number for number, name in enumerate(after.terms) if name not in logged]
     device, count = meters.sums.device, len(after.terms)
-    return Virtual(
+    return InnerStep(
         after,
         parameters,
-        both(update),
+        roles_with_gradient(update),
         torch.tensor(rates, device=device, dtype=meters.sums.dtype),
         whose,
         source,
         torch.tensor([*own, *(number + count for number in own)], device=device, dtype=torch.int64),
-        meters.positions(tuple(after.terms[number] for number in own)),
+        meters.indices(tuple(after.terms[number] for number in own)),
     )
 
 
@@ -196,7 +196,7 @@ def _groups(
     return [groups[i] for i in used], tuple(used.index(number[id(parameter)]) for parameter in parameters)
 
 
-def rehearse_virtual(
+def dry_run_inner_step(
     network: Network, update: UpdateConfig, forward: Callable[[UpdateConfig | InnerStepConfig], Tensor]
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Rehearses an update with a virtual step.
@@ -212,10 +212,10 @@ def rehearse_virtual(
     """
     after = update.inner_step
     assert after is not None
-    steps = _rehearsed(network, after, forward, both(update))
+    steps = _rehearsed(network, after, forward, roles_with_gradient(update))
     ahead = {own: own - gradient for own, gradient in steps.values()}
-    with instead(network, ahead):
-        loss = forward(replace(update, models=both(update)))
+    with swapped_parameters(network, ahead):
+        loss = forward(replace(update, models=roles_with_gradient(update)))
     told: Sequence[Tensor | None] = []
     if loss.requires_grad:
         told = torch.autograd.grad(loss, list(ahead.values()), allow_unused=True, retain_graph=True)
@@ -227,7 +227,7 @@ def rehearse_virtual(
         loss.backward(retain_graph=True)
     except RuntimeError as error:
         raise _once(after, error) from error
-    reached = any(parameter.grad is not None for parameter in network.owned(update).values())
+    reached = any(parameter.grad is not None for parameter in network.candidate_parameters(update).values())
     network.zero_grad(set_to_none=True)
     if not reached:
         said = f"the gradient of {own} finds no way through the virtual step of {models} by {', '.join(after.terms)}"
@@ -246,7 +246,7 @@ def _rehearsed(
         raise ConfigError(f"{after.location}: no virtual step to take: every term of it has weight 0")
     with twice_differentiable():
         total = forward(replace(after, models=moving))
-    learning = {name: p for name, p in network.owned(after).items() if p.requires_grad}
+    learning = {name: p for name, p in network.candidate_parameters(after).items() if p.requires_grad}
     found: Sequence[Tensor | None] = [None] * len(learning)
     if total.requires_grad and learning:
         try:

@@ -15,14 +15,14 @@ from kdbench.engine.train.runner import Runner
 DEFAULT_MINUTES = 10.0  # between checkpoints, besides the one after every evaluation
 
 
-class Log(Protocol):
+class TrainingLog(Protocol):
     """What training needs of a tracker."""
 
-    def progress(self, done: int, phase: str = "") -> None: ...
+    def progress(self, steps_done: int, phase: str = "") -> None: ...
     def train(self, record: Any) -> None: ...
 
 
-class Windows(Protocol):
+class BatchFeed(Protocol):
     """What training needs of a feed: the source whose rows it counts, and the micro-batches of every step."""
 
     main: str
@@ -44,14 +44,14 @@ class Feed:
         self.batches_per_epoch = sources[main].steps_per_epoch
         self.steps_per_epoch = -(-self.batches_per_epoch // accumulate)
 
-    def batch_at(self, step: int) -> int:
+    def first_microbatch(self, step: int) -> int:
         """Returns the number of the first micro-batch of a step, counted from the begin of the stage."""
         epoch, inside = divmod(step, self.steps_per_epoch)
         return epoch * self.batches_per_epoch + inside * self.accumulate
 
     def windows(self, step: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of every step from `step` on, without end."""
-        first = self.batch_at(step)
+        first = self.first_microbatch(step)
         streams = {name: self._stream(source, first) for name, source in self.sources.items()}
         while True:
             left = self.batches_per_epoch - first % self.batches_per_epoch
@@ -82,7 +82,7 @@ class History:
 
 
 @dataclass
-class Training:
+class TrainingLoop:
     """Drives one runner through one stage.
 
     evaluate: called after an epoch with its number (finished epochs); it logs, and keeps the best.
@@ -90,8 +90,8 @@ class Training:
     """
 
     runner: Runner
-    feed: Windows
-    log: Log
+    feed: BatchFeed
+    log: TrainingLog
     history: History
     evaluate: Callable[[int], None]
     checkpoint: Callable[[], None]
@@ -101,19 +101,19 @@ class Training:
         """Goes on from where the runner stands, to the end of the stage."""
         runner, stage = self.runner, self.runner.stage
         per_epoch = runner.steps_per_epoch
-        windows = self.feed.windows(runner.done)
+        windows = self.feed.windows(runner.steps_done)
         every = stage.checkpoint_every
         minutes = every.get("minutes", math.inf if "steps" in every else DEFAULT_MINUTES)
         saved = time.monotonic()
         images = 0
         began = time.perf_counter()
-        while runner.done < runner.total_steps:
+        while runner.steps_done < runner.total_steps:
             window = next(windows)
             images += sum(next(iter(batch[self.feed.main].values())).shape[0] for batch in window)
             runner.lap("data")
             runner.begin_step()
             runner.step(window)
-            done = runner.done
+            done = runner.steps_done
             if runner.logs_at(done):
                 now = time.perf_counter()
                 self._log(images, now - began)
@@ -123,8 +123,8 @@ class Training:
             epoch_over = done % per_epoch == 0
             if at_end or (epoch_over and (done // per_epoch) % stage.eval_every == 0):
                 paused = time.perf_counter()
-                runner.refuse_bad_weights()
-                runner.align()
+                runner.check_finite_weights()
+                runner.sync_buffers()
                 self.log.progress(done, "evaluating")
                 self.evaluate(-(-done // per_epoch))
                 self.checkpoint()
@@ -133,7 +133,7 @@ class Training:
                 runner.forget_lap()
             elif self._due(done, every.get("steps"), minutes, saved):
                 paused = time.perf_counter()
-                runner.refuse_bad_weights()
+                runner.check_finite_weights()
                 self.checkpoint()
                 saved = time.monotonic()
                 began += time.perf_counter() - paused
@@ -147,7 +147,7 @@ class Training:
         world = self.runner.world
         if world.size > 1 and done % self.runner.stage.log_every:
             return False  # the ranks' clocks differ: they agree once per log interval, not in every step
-        return bool(world.share((time.monotonic() - saved) > 60 * minutes))
+        return bool(world.broadcast((time.monotonic() - saved) > 60 * minutes))
 
     def _log(self, images: int, seconds: float) -> None:
         runner = self.runner
@@ -156,8 +156,8 @@ class Training:
         self.log.train(
             {
                 "stage": runner.stage.name,
-                "epoch": (runner.done - 1) // runner.steps_per_epoch + 1,
-                "step": self.steps_before + runner.done,
+                "epoch": (runner.steps_done - 1) // runner.steps_per_epoch + 1,
+                "step": self.steps_before + runner.steps_done,
                 **values,
                 "images_per_s": round(images * runner.world.size / seconds, 1),
                 "seconds": round(self.history.seconds, 2),

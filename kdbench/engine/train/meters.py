@@ -12,7 +12,7 @@ from kdbench.engine.distributed.world import World
 
 
 @dataclass(frozen=True)
-class Reading:
+class LossMeans:
     """Means over the steps since the last reading.
 
     not_finite: term -> the first step of the stage (from 1) at which its loss was NaN or infinite.
@@ -28,7 +28,7 @@ class Reading:
         return sum(self.weighted.values())
 
 
-class Meters:
+class LossMeters:
     """Adds up each term's loss, unweighted and weighted, without waiting for the device.
 
     Args:
@@ -40,12 +40,12 @@ class Meters:
         self.terms, self.device = terms, device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
-        self.bad = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)
+        self.nonfinite_steps = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)
         """For how many steps a sum has not been finite: once a loss was not, its sum is not until the next reading."""
         self.step = torch.zeros((), device=device, dtype=torch.int64)
         self.steps = 0  # since the last reading
 
-    def positions(self, terms: tuple[str, ...]) -> Tensor:
+    def indices(self, terms: tuple[str, ...]) -> Tensor:
         """Where the values of an update's terms are added."""
         numbers = [self.terms.index(name) for name in terms]
         return torch.tensor(numbers + [n + len(self.terms) for n in numbers], device=self.sums.device)
@@ -57,26 +57,26 @@ class Meters:
     def end_step(self) -> None:
         """Counts a step on the device; `steps`, on the host, is counted by whoever drives the steps."""
         self.step += 1
-        self.bad += (self.sums - self.sums) != 0  # NaN where a sum is not finite; fewer kernels than `isfinite`
+        self.nonfinite_steps += (self.sums - self.sums) != 0  # NaN where a sum is not finite; fewer kernels than `isfinite`
 
-    def read(self, world: World) -> Reading:
+    def read(self, world: World) -> LossMeans:
         """Waits for the device, returns the means and starts anew. Every rank must call it."""
         reading = self.peek(world)
         self.sums.zero_()
         self.steps = 0
         return reading
 
-    def peek(self, world: World) -> Reading:
+    def peek(self, world: World) -> LossMeans:
         """Waits for the device and returns the means so far. Every rank must call it."""
-        sums = world.sum_(self.sums.clone()).tolist()
-        bad = self.bad.clone()
+        sums = world.all_reduce_sum_(self.sums.clone()).tolist()
+        bad = self.nonfinite_steps.clone()
         if world.size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         count = max(self.steps, 1)
         means = [value / count for value in sums]
         names, n, step = self.terms, len(self.terms), int(self.step)
         not_finite = {name: step - since + 1 for name, since in zip(names, bad.tolist()[:n], strict=True) if since}
-        return Reading(
+        return LossMeans(
             self.steps, dict(zip(names, means[:n], strict=True)), dict(zip(names, means[n:], strict=True)), not_finite
         )
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdbench.config.schema import OptimizerConfig
-from kdbench.engine.distributed.dtensor import is_part
+from kdbench.engine.distributed.dtensor import is_sharded
 from kdbench.engine.network.features import find_module
-from kdbench.errors import ConfigError, Location, nearest
+from kdbench.errors import ConfigError, Location, suggest
 from kdbench.registry import OPTIMIZERS
 
 UNFIT = {
@@ -86,7 +86,7 @@ def build_optimizer(
     params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
     if not {"foreach", "fused", "differentiable"} & set(params):
         kinds = {parameter.value.device.type for parameter in owned}
-        parts = any(is_part(parameter.value) for parameter in owned)  # torch takes no list of whole and parted tensors
+        parts = any(is_sharded(parameter.value) for parameter in owned)  # torch takes no list of whole and parted tensors
         if kinds == {"cuda"} and not parts and config.type in FUSED:
             params["fused"] = True
         elif "foreach" in entry.parameters:
@@ -205,7 +205,7 @@ class _Group:
         if kind is not None and kind not in ("norm", "bias"):
             classes = {type(module).__name__ for model in modules.values() for module in model.modules()}
             if kind not in classes:
-                raise ConfigError(f"{place}: no module of type {kind!r}.{nearest(kind, classes | {'norm', 'bias'})}")
+                raise ConfigError(f"{place}: no module of type {kind!r}.{suggest(kind, classes | {'norm', 'bias'})}")
         return cls(place, label, prefixes, kind, overrides)
 
 
@@ -226,7 +226,7 @@ def _prefixes(path: str, modules: Mapping[str, nn.Module], place: Location) -> t
             except ConfigError:
                 continue
     if not found:
-        raise ConfigError(f"{place}: no module or parameter {path!r} in {', '.join(modules)}.{nearest(path, known)}")
+        raise ConfigError(f"{place}: no module or parameter {path!r} in {', '.join(modules)}.{suggest(path, known)}")
     return tuple(found)
 
 

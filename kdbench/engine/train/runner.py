@@ -14,19 +14,25 @@ from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import Recipe, StageConfig
-from kdbench.engine.distributed.batchnorm import copy_from_main, own_buffers
-from kdbench.engine.distributed.dtensor import clip, load_model, parted_state, total_norm, whole
+from kdbench.engine.distributed.batchnorm import broadcast_buffers, per_rank_buffers
+from kdbench.engine.distributed.dtensor import (
+    clip_grad_norm_,
+    full_tensors,
+    load_full_state,
+    shard_optimizer_state,
+    total_norm,
+)
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.build import exported_state
 from kdbench.engine.network.network import Network
 from kdbench.engine.network.operands import Batch
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.train.averages import Followers
+from kdbench.engine.train.averages import Averages
 from kdbench.engine.train.bilevel import Losses
-from kdbench.engine.train.meters import Meters, Reading
+from kdbench.engine.train.meters import LossMeans, LossMeters
 from kdbench.engine.train.optimizers import load_optimizer_state, optimizer_state, set_lr_factor
-from kdbench.engine.train.timer import Clock
-from kdbench.engine.train.updates import Update, build_updates, together
+from kdbench.engine.train.timer import SectionTimer
+from kdbench.engine.train.updates import Update, build_updates, group_updates
 from kdbench.errors import TrainingError
 from kdbench.randomness import derive
 
@@ -59,15 +65,15 @@ class Runner:
         self.stage: StageConfig = plan.stage
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = self.stage.steps if self.stage.steps is not None else steps_per_epoch * self._epochs()
-        self.done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
-        self.meters = Meters(plan.layout.terms, device)
+        self.steps_done = 0  # finished steps of the stage: with the seed, all that a resume needs to find its place
+        self.meters = LossMeters(plan.resolved_stage.terms, device)
         self.updates = build_updates(plan, recipe, network, self.meters, world)
-        self.groups = together(self.updates)
+        self.groups = group_updates(self.updates)
         self.lr_schedule = build_schedule(self.stage.scheduler) if self.stage.scheduler else None
-        self.followers = Followers(plan, network)
+        self.averages = Averages(plan, network)
         self.scaler = self._new_scaler()
         self.compiling = recipe.uses_compiler and not network.sharded
-        self.clock = Clock() if device.type == "cpu" and not self.compiling else None
+        self.clock = SectionTimer() if device.type == "cpu" and not self.compiling else None
         network.lap = self.clock.lap if self.clock else None
         self.losses: Losses = network
         if self.compiling:
@@ -77,7 +83,7 @@ class Runner:
             self.losses = compiled(network, fullgraph=True, dynamic=False, mode=mode)
         self.perform: Callable[[Sequence[Batch]], None] = self.execute
         """How a step is done: as it stands, or what stands for it (a captured graph, a gang's step)."""
-        self.differentiate: Callable[[Update, Sequence[Batch]], None] = self.gradients_of
+        self.differentiate: Callable[[Update, Sequence[Batch]], None] = self.compute_gradients
         """How the gradients of an update come about; likewise."""
         self.say: Callable[[str], None] = print
         self.record: Callable[[Mapping[str, Any]], None] = _forgotten
@@ -99,7 +105,7 @@ class Runner:
     @property
     def average(self) -> nn.Module | None:
         """The moving average of the exported role, when the recipe asks for one."""
-        return self.followers.average
+        return self.averages.average
 
     # One step
 
@@ -111,7 +117,7 @@ class Runner:
         """
         self.perform(window)
         self.meters.steps += 1
-        self.done += 1
+        self.steps_done += 1
         self.lap("optimiser")
 
     def execute(self, window: Sequence[Batch]) -> None:
@@ -123,12 +129,12 @@ class Runner:
                 for update in group:
                     self._move(update)
                 self.scaler.update()  # once for all gradients that were taken at one scale
-        if self.followers:
-            self.align()
-        self.followers.move()
+        if self.averages:
+            self.sync_buffers()
+        self.averages.update()
         self.meters.end_step()
 
-    def gradients_of(self, update: Update, window: Sequence[Batch]) -> None:
+    def compute_gradients(self, update: Update, window: Sequence[Batch]) -> None:
         """Leaves the gradients of the effective batch, over all ranks, in the update's parameters."""
         if update.select is not None:
             window = [update.select.rows(self.network, batch) for batch in window]
@@ -142,13 +148,13 @@ class Runner:
         repeat = update.config.repeat
         for values, positions in losses:  # logged is the mean over the repeats, comparable with every other term
             self.meters.add(values if repeat == 1 else values / repeat, positions)
-        update.sums.finish()
+        update.reducer.finish()
 
     def _move(self, update: Update) -> None:
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:
-            self.grad_norm = clip(update.parameters, self.stage.clip, self.world)
-        elif self.logs_at(self.done + 1):
+            self.grad_norm = clip_grad_norm_(update.parameters, self.stage.clip, self.world)
+        elif self.logs_at(self.steps_done + 1):
             gradients = [p.grad for p in update.parameters if p.grad is not None]
             self.grad_norm = total_norm(gradients, self.world)
         self.scaler.step(update.optimizer)
@@ -156,10 +162,10 @@ class Runner:
     def _gradients(self, update: Update, window: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Leaves this rank's gradients in the parameters; returns losses, and where they belong."""
         terms, moving = update.config.terms, update.config.models
-        counts = self.network.counts(window, terms)
+        counts = self.network.valid_counts(window, terms)
         share = 1.0 / (len(window) * self.world.size)
         update.optimizer.zero_grad(set_to_none=True)
-        forward, virtual = self.losses, update.virtual
+        forward, virtual = self.losses, update.inner_step
         losses: list[tuple[Tensor, Tensor]] = []
         if virtual is not None:
             forward, seen = virtual.losses_after(self.network, window, share, self.autocast)
@@ -169,11 +175,11 @@ class Runner:
             with self.autocast():
                 total, values = forward(batch, counts, terms, moving, share)
             if last and virtual is None:  # the backward of a virtual step has sums over ranks of its own
-                update.sums.begin()
-            inputs = None if update.everything else update.parameters
+                update.reducer.prepare_for_backward()
+            inputs = None if update.covers_all_parameters else update.parameters
             self.scaler.scale(total).backward(inputs=inputs, retain_graph=virtual is not None and not last)
             self.lap("backward")
-            losses.append((values, update.positions))
+            losses.append((values, update.meter_indices))
         return losses
 
     def _stop_compiling(self, error: Exception) -> None:
@@ -190,13 +196,13 @@ class Runner:
         state, self.scaler = self.scaler.state_dict(), self._new_scaler()
         self.scaler.load_state_dict(state)
 
-    def align(self) -> None:
+    def sync_buffers(self) -> None:
         """Gives every rank rank 0's buffers, such as BatchNorm's statistics, which each rank gathers from its own rows.
 
         What is evaluated, followed and saved is then the same model on every rank, and the one that a resume loads.
         """
-        learning = (self.network.role(name) for name in self.plan.layout.order)
-        copy_from_main((b for role in learning if role.learns for b in own_buffers(role.model)), self.world)
+        learning = (self.network.role(name) for name in self.plan.resolved_stage.order)
+        broadcast_buffers((b for role in learning if role.trainable for b in per_rank_buffers(role.model)), self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.stage.precision)
@@ -225,16 +231,16 @@ class Runner:
             for update in self.updates:
                 set_lr_factor(update.optimizer, factor)
         for update in self.updates:
-            if update.virtual is not None:
-                update.virtual.move(self.scheduled)
-        for name in self.plan.layout.terms:
-            self.network.term(name).move(self.scheduled)
+            if update.inner_step is not None:
+                update.inner_step.set_rates(self.scheduled)
+        for name in self.plan.resolved_stage.terms:
+            self.network.term(name).set_scheduled(self.scheduled)
         self.seed_draws()
-        self.followers.renew(self.done, self.steps_per_epoch)
+        self.averages.refresh_snapshots(self.steps_done, self.steps_per_epoch)
 
     def seed_draws(self) -> None:
         """Seeds torch's own generators, which dropout and the like draw from, for the coming step."""
-        seed = derive(self.recipe.seed, "model", self.stage.name, self.done, self.world.rank)
+        seed = derive(self.recipe.seed, "model", self.stage.name, self.steps_done, self.world.rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -242,8 +248,8 @@ class Runner:
     def scheduled(self, schedule: Schedule) -> float:
         """A schedule's value at the coming step."""
         if schedule.by == "epoch":
-            return schedule(self.done // self.steps_per_epoch, self.epochs)
-        return schedule(self.done, self.total_steps)
+            return schedule(self.steps_done // self.steps_per_epoch, self.epochs)
+        return schedule(self.steps_done, self.total_steps)
 
     # State
 
@@ -257,20 +263,20 @@ class Runner:
         All ranks call it: tensors that lie in parts are put together, on the first one.
         """
         keep = self.world.is_main
-        roles = {n: self.network.role(n) for n in self.plan.layout.order}
+        roles = {n: self.network.role(n) for n in self.plan.resolved_stage.order}
         used = [n for n, r in roles.items() if r.config.transforms]
         if roles[self.stage.export].config.mode == "reuse":  # its root may be frozen, which no checkpoint holds
             used.append(self.stage.export)
         return {
-            "step": self.done,
+            "step": self.steps_done,
             "models": {
-                n: whole(r.model.state_dict(), keep=keep)
+                n: full_tensors(r.model.state_dict(), keep=keep)
                 for n, r in roles.items()
                 if r.config.mode not in ("frozen", "reuse")
             },
             "baked": {n: self.exported(n) for n in used},
-            "terms": {n: self.network.term(n).state_dict() for n in self.plan.layout.terms},
-            "optimizers": [whole(optimizer_state(update.optimizer), keep=keep) for update in self.updates],
+            "terms": {n: self.network.term(n).state_dict() for n in self.plan.resolved_stage.terms},
+            "optimizers": [full_tensors(optimizer_state(update.optimizer), keep=keep) for update in self.updates],
             "scaler": self.scaler.state_dict(),
             "meters": self.meters.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -278,13 +284,13 @@ class Runner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.done = int(state["step"])
+        self.steps_done = int(state["step"])
         for name, values in state["models"].items():
-            load_model(self.network.role(name).model, values)
+            load_full_state(self.network.role(name).model, values)
         for name, values in state["terms"].items():
             self.network.term(name).load_state_dict(values)
         for update, values in zip(self.updates, state["optimizers"], strict=True):
-            load_optimizer_state(update.optimizer, parted_state(update.optimizer, values))
+            load_optimizer_state(update.optimizer, shard_optimizer_state(update.optimizer, values))
         self.scaler.load_state_dict(state["scaler"])
         self.meters.load_state_dict(state["meters"])
         if self.average is not None:
@@ -293,14 +299,14 @@ class Runner:
 
     # Reading
 
-    def read(self) -> tuple[Reading, dict[str, Any]]:
+    def read(self) -> tuple[LossMeans, dict[str, Any]]:
         """Reads the meters (waits for the device) and returns them with what a log line holds besides.
 
         Raises:
             TrainingError: a term was not finite; the message names it and its first step.
         """
         reading = self.meters.read(self.world)
-        self.refuse_not_finite(reading)
+        self.check_finite_losses(reading)
         norm = None if self.grad_norm is None else float(self.grad_norm)
         weights = {name: float(self.network.term(name).weight) for name in reading.losses}
         return reading, {
@@ -314,28 +320,28 @@ class Runner:
             **({"shares": self.clock.read()} if self.clock else {}),
         }
 
-    def refuse_bad_weights(self) -> None:
+    def check_finite_weights(self) -> None:
         """Raises TrainingError when a loss or a weight is not finite; called before every evaluation and checkpoint.
 
         A finite loss can have a gradient that is not (a square root at 0); the next loss would tell, too late.
         """
-        self.refuse_not_finite()
+        self.check_finite_losses()
         parameters = [parameter.detach() for update in self.updates for parameter in update.parameters]
         if not total_norm(parameters, self.world, math.inf).isfinite():
             bad = [
                 name
                 for update in self.updates
                 for name, parameter in zip(update.names, update.parameters, strict=True)
-                if not whole(parameter.detach()).isfinite().all()
+                if not full_tensors(parameter.detach()).isfinite().all()
             ]
             raise TrainingError(
-                f"{len(bad)} parameters are not finite after step {self.done} of stage {self.stage.name!r} (epoch "
-                f"{(self.done - 1) // self.steps_per_epoch + 1}), {bad[0]} among them, although every loss was: a "
+                f"{len(bad)} parameters are not finite after step {self.steps_done} of stage {self.stage.name!r} (epoch "
+                f"{(self.steps_done - 1) // self.steps_per_epoch + 1}), {bad[0]} among them, although every loss was: a "
                 "gradient was not. Training stopped; what was saved before stays. A smaller learning rate, `clip`, or "
                 "another term may help."
             )
 
-    def refuse_not_finite(self, reading: Reading | None = None) -> None:
+    def check_finite_losses(self, reading: LossMeans | None = None) -> None:
         """Raises TrainingError when the loss of a term has not been finite."""
         reading = reading or self.meters.peek(self.world)
         if reading.not_finite:

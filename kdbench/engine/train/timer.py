@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Clock:
+class SectionTimer:
     """Shares of the time between two readings, by part; only where the host runs in step with the device (CPU)."""
 
     def __init__(self) -> None:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import Recipe, UpdateConfig
-from kdbench.engine.distributed.dtensor import is_part
-from kdbench.engine.distributed.gradients import GradientSum
+from kdbench.engine.distributed.dtensor import is_sharded
+from kdbench.engine.distributed.gradients import GradientReducer
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.network import Network
-from kdbench.engine.network.operands import Batch, source_of
-from kdbench.engine.network.roles import moved_roles
+from kdbench.engine.network.operands import Batch, operand_source
+from kdbench.engine.network.roles import updated_roles
 from kdbench.engine.plan.dry_run import UpdatePlan
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.train.bilevel import Virtual, build_virtual
-from kdbench.engine.train.meters import Meters
+from kdbench.engine.train.bilevel import InnerStep, build_inner_step
+from kdbench.engine.train.meters import LossMeters
 from kdbench.engine.train.optimizers import build_optimizer
 from kdbench.registry import SELECTORS
 
@@ -31,17 +31,17 @@ class Update:
     names: tuple[str, ...]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    positions: Tensor
-    sums: GradientSum
-    everything: bool
+    meter_indices: Tensor
+    reducer: GradientReducer
+    covers_all_parameters: bool
     """Whether its parameters are all that a backward could reach: then the backward need not be told."""
-    select: Selection | None = None
-    virtual: Virtual | None = None
+    select: RowSelection | None = None
+    inner_step: InnerStep | None = None
     """The step at whose end its terms are taken."""
 
 
 @dataclass
-class Selection:
+class RowSelection:
     """Which rows of a batch an update moves by: a selector, who observes for it, and how many rows stay."""
 
     selector: nn.Module
@@ -60,19 +60,19 @@ class Selection:
         return {**batch, self.source: {name: value.index_select(0, chosen) for name, value in fields.items()}}
 
 
-def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: Meters, world: World) -> list[Update]:
+def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters, world: World) -> list[Update]:
     """The updates of a stage in order, on the device of `meters`."""
     updates = [_update(planned, plan, recipe, network, meters, world) for planned in plan.updates]
     logged = {name for update in updates for name in update.config.terms}
     for update, planned in zip(updates, plan.updates, strict=True):
         if update.config.inner_step is not None:
-            parameters = [network.owned(update.config.inner_step)[name] for name in planned.ahead]
+            parameters = [network.candidate_parameters(update.config.inner_step)[name] for name in planned.inner_parameters]
             optimizers = [other.optimizer for other in updates]
-            update.virtual = build_virtual(update.config, parameters, optimizers, meters, logged)
+            update.inner_step = build_inner_step(update.config, parameters, optimizers, meters, logged)
     return updates
 
 
-def together(updates: list[Update]) -> list[list[Update]]:
+def group_updates(updates: list[Update]) -> list[list[Update]]:
     """The updates in order, those that move together in one group."""
     groups: list[list[Update]] = []
     for update in updates:
@@ -85,10 +85,10 @@ def together(updates: list[Update]) -> list[list[Update]]:
 
 
 def _update(
-    planned: UpdatePlan, plan: StagePlan, recipe: Recipe, network: Network, meters: Meters, world: World
+    planned: UpdatePlan, plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters, world: World
 ) -> Update:
     modules = _modules(planned.config, plan, network)
-    owned = network.owned(planned.config)
+    owned = network.candidate_parameters(planned.config)
     parameters = [owned[name] for name in planned.parameters]
     wanted = planned.config.optimizer or plan.stage.optimizer
     optimizer = build_optimizer(wanted, modules, parameters, capture=recipe.uses_cuda_graph(meters.device.type))
@@ -98,26 +98,26 @@ def _update(
         planned.parameters,
         parameters,
         optimizer,
-        meters.positions(planned.config.terms),
-        GradientSum([p for p in parameters if not is_part(p)], world),
-        everything=len(plan.updates) == 1 and len(parameters) + len(planned.unreached) == learning,
+        meters.indices(planned.config.terms),
+        GradientReducer([p for p in parameters if not is_sharded(p)], world),
+        covers_all_parameters=len(plan.updates) == 1 and len(parameters) + len(planned.unreached_parameters) == learning,
         select=_selection(planned.config, plan, meters.device),
     )
 
 
 def _modules(update: UpdateConfig, plan: StagePlan, network: Network) -> Mapping[str, nn.Module]:
     """What an update moves, by the prefix of its parameters' names in the plan."""
-    modules: dict[str, nn.Module] = {name: network.role(name).model for name in moved_roles(update, plan.stage.roles)}
+    modules: dict[str, nn.Module] = {name: network.role(name).model for name in updated_roles(update, plan.stage.roles)}
     return modules | {f"terms.{name}": network.term(name) for name in update.terms}
 
 
-def _selection(update: UpdateConfig, plan: StagePlan, device: torch.device) -> Selection | None:
+def _selection(update: UpdateConfig, plan: StagePlan, device: torch.device) -> RowSelection | None:
     if update.select is None or update.keep is None:
         return None
     part = update.select
     entry = SELECTORS.entry(part.type)
     first = next(iter(part.operands.values()), None)
-    source = source_of(first, plan.layout.sources, plan.stage.terms) if first is not None else None
+    source = operand_source(first, plan.resolved_stage.sources, plan.stage.terms) if first is not None else None
     owner = f"select.{next(i for i, u in enumerate(plan.stage.updates) if u.select is part)}"
     selector = SELECTORS.build(part.type, part.params, part.location).to(device)
-    return Selection(selector, entry.inputs, owner, source or plan.train_source, update.keep)
+    return RowSelection(selector, entry.inputs, owner, source or plan.train_source, update.keep)

@@ -57,10 +57,10 @@ class BottleneckResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(blocks[0], 64, 64, stride=1)
-        self.layer2 = _stage(blocks[1], 256, 128, stride=2)
-        self.layer3 = _stage(blocks[2], 512, 256, stride=2)
-        self.layer4 = _stage(blocks[3], 1024, 512, stride=2)
+        self.layer1 = _bottleneck_stage(blocks[0], 64, 64, stride=1)
+        self.layer2 = _bottleneck_stage(blocks[1], 256, 128, stride=2)
+        self.layer3 = _bottleneck_stage(blocks[2], 512, 256, stride=2)
+        self.layer4 = _bottleneck_stage(blocks[3], 1024, 512, stride=2)
         self.pool = GlobalAveragePool()
         self.linear = nn.Linear(2048, num_classes)
         init_convolutions(self)
@@ -71,7 +71,7 @@ class BottleneckResNet(nn.Module):
         return self.linear(self.pool(x))
 
 
-def _stage(blocks: int, inputs: int, width: int, stride: int) -> nn.Sequential:
+def _bottleneck_stage(blocks: int, inputs: int, width: int, stride: int) -> nn.Sequential:
     first = Bottleneck(inputs, width, stride)
     return nn.Sequential(first, *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
 

@@ -32,7 +32,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
         inner = inputs * expansion
-        self.adds = stride == 1 and inputs == outputs
+        self.has_shortcut = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, inner, 1, bias=False),
             nn.BatchNorm2d(inner),
@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.adds else self.conv(x)
+        return x + self.conv(x) if self.has_shortcut else self.conv(x)
 
 
 class MobileNetV2(nn.Module):
@@ -54,7 +54,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float, num_classes: int, in_channels: int) -> None:
         super().__init__()
         channels = int(32 * width)
-        self.conv1 = _convolution(in_channels, channels, 3, stride=2)
+        self.conv1 = _conv_bn_relu(in_channels, channels, 3, stride=2)
         self.blocks = nn.ModuleList()
         for expansion, full, count, stride in GROUPS:
             outputs = int(full * width)
@@ -62,7 +62,7 @@ class MobileNetV2(nn.Module):
             group += [InvertedResidual(outputs, outputs, 1, expansion) for _ in range(count - 1)]
             self.blocks.append(nn.Sequential(*group))
             channels = outputs
-        self.conv2 = _convolution(channels, 1280, 1, stride=1)
+        self.conv2 = _conv_bn_relu(channels, 1280, 1, stride=1)
         self.pool = GlobalAveragePool()
         head = nn.Linear(1280, num_classes)
         self.classifier = nn.Sequential(head)
@@ -77,7 +77,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.pool(self.conv2(x)))
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )

@@ -61,9 +61,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        self.layer1 = _stage(blocks, widths[0], widths[1], stride=1)
-        self.layer2 = _stage(blocks, widths[1], widths[2], stride=2)
-        self.layer3 = _stage(blocks, widths[2], widths[3], stride=2)
+        self.layer1 = residual_stage(blocks, widths[0], widths[1], stride=1)
+        self.layer2 = residual_stage(blocks, widths[1], widths[2], stride=2)
+        self.layer3 = residual_stage(blocks, widths[2], widths[3], stride=2)
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
@@ -74,7 +74,7 @@ class CifarResNet(nn.Module):
         return self.fc(self.pool(x))
 
 
-def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def residual_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
     first = BasicBlock(inputs, outputs, stride)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 

@@ -23,7 +23,7 @@ from kdbench.models.layers import GlobalAveragePool
 from kdbench.registry import MODELS
 
 
-class Shuffle(nn.Module):
+class ChannelShuffle(nn.Module):
     """Deals channels out in turn: of g groups of n channels, the first of each group comes first, then the seconds."""
 
     def __init__(self, groups: int) -> None:
@@ -34,7 +34,7 @@ class Shuffle(nn.Module):
         return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class GroupBlock(nn.Module):
+class ShuffleV1Block(nn.Module):
     """V1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to its input, or put beside it where it halves."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
@@ -44,7 +44,7 @@ class GroupBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
         self.relu1 = nn.ReLU()
-        self.shuffle1 = Shuffle(first)
+        self.shuffle1 = ChannelShuffle(first)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
         self.relu2 = nn.ReLU()
@@ -63,18 +63,18 @@ class ShuffleNetV1(nn.Module):
     """A first convolution and three stages of grouped blocks; see the head of this file for the features."""
 
     def __init__(
-        self, channels: tuple[int, int, int], blocks: tuple[int, int, int], groups: int, num_classes: int, images: int
+        self, channels: tuple[int, int, int], blocks: tuple[int, int, int], groups: int, num_classes: int, in_channels: int
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(images, 24, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu = nn.ReLU()
         inputs = (24, *channels)
         stages = []
         for number, outputs in enumerate(channels):
             # The halving block's input stands beside what it computes, so it computes the rest.
-            first = GroupBlock(inputs[number], outputs - inputs[number], 2, groups)
-            rest = [GroupBlock(outputs, outputs, 1, groups) for _ in range(blocks[number] - 1)]
+            first = ShuffleV1Block(inputs[number], outputs - inputs[number], 2, groups)
+            rest = [ShuffleV1Block(outputs, outputs, 1, groups) for _ in range(blocks[number] - 1)]
             stages.append(nn.Sequential(first, *rest))
         self.layer1, self.layer2, self.layer3 = stages
         self.pool = GlobalAveragePool()
@@ -85,7 +85,7 @@ class ShuffleNetV1(nn.Module):
         return self.linear(self.pool(self.layer3(self.layer2(self.layer1(x)))))
 
 
-class SplitBlock(nn.Module):
+class ShuffleV2Block(nn.Module):
     """V2: half of the channels passes, the other half takes 1x1, depthwise 3x3 and 1x1; then both are shuffled."""
 
     def __init__(self, channels: int) -> None:
@@ -99,7 +99,7 @@ class SplitBlock(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
         self.relu3 = nn.ReLU()
-        self.shuffle = Shuffle(2)
+        self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         passed, taken = x.chunk(2, dim=1)
@@ -107,7 +107,7 @@ class SplitBlock(nn.Module):
         return self.shuffle(torch.cat([passed, self.relu3(self.bn3(self.conv3(out)))], dim=1))
 
 
-class DownBlock(nn.Module):
+class ShuffleV2DownBlock(nn.Module):
     """V2: halves the map on two ways, each giving half of the channels; then both are shuffled."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -126,7 +126,7 @@ class DownBlock(nn.Module):
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
         self.relu5 = nn.ReLU()
-        self.shuffle = Shuffle(2)
+        self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         left = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
@@ -139,16 +139,16 @@ class ShuffleNetV2(nn.Module):
     """A first convolution, three stages and a last convolution; see the head of this file for the features."""
 
     def __init__(
-        self, channels: tuple[int, int, int, int], blocks: tuple[int, int, int], num_classes: int, images: int
+        self, channels: tuple[int, int, int, int], blocks: tuple[int, int, int], num_classes: int, in_channels: int
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(images, 24, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.relu = nn.ReLU()
         inputs = (24, *channels)
         self.layer1, self.layer2, self.layer3 = (
             # In the released code `blocks` counts the blocks behind the halving one.
-            nn.Sequential(DownBlock(inputs[i], channels[i]), *(SplitBlock(channels[i]) for _ in range(blocks[i])))
+            nn.Sequential(ShuffleV2DownBlock(inputs[i], channels[i]), *(ShuffleV2Block(channels[i]) for _ in range(blocks[i])))
             for i in range(3)
         )
         self.conv2 = nn.Conv2d(channels[2], channels[3], 1, bias=False)

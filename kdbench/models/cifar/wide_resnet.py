@@ -59,9 +59,9 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         assert depth == 6 * blocks + 4
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.layer1 = _stage(blocks, 16, 16 * width, stride=1)
-        self.layer2 = _stage(blocks, 16 * width, 32 * width, stride=2)
-        self.layer3 = _stage(blocks, 32 * width, 64 * width, stride=2)
+        self.layer1 = _wide_stage(blocks, 16, 16 * width, stride=1)
+        self.layer2 = _wide_stage(blocks, 16 * width, 32 * width, stride=2)
+        self.layer3 = _wide_stage(blocks, 32 * width, 64 * width, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU()
         self.pool = GlobalAveragePool()
@@ -74,7 +74,7 @@ class WideResNet(nn.Module):
         return self.fc(self.pool(self.relu(self.bn1(x))))
 
 
-def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def _wide_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
     first = WideBlock(inputs, outputs, stride)
     return nn.Sequential(first, *(WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 

@@ -18,9 +18,9 @@ class DigitsCNN(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
-        self.layer1 = _layer(in_channels, 32, stride=1)
-        self.layer2 = _layer(32, 48, stride=2)
-        self.layer3 = _layer(48, 64, stride=1)
+        self.layer1 = _conv_bn_relu(in_channels, 32, stride=1)
+        self.layer2 = _conv_bn_relu(32, 48, stride=2)
+        self.layer3 = _conv_bn_relu(48, 64, stride=1)
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(64, num_classes)
         init_convolutions(self)
@@ -29,7 +29,7 @@ class DigitsCNN(nn.Module):
         return self.fc(self.pool(self.layer3(self.layer2(self.layer1(image)))))
 
 
-def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def _conv_bn_relu(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import ConfigError
 from kdbench.models.cifar.resnet import BasicBlock
-from kdbench.models.heads import map_shape
+from kdbench.models.heads import feature_map_shape
 from kdbench.models.layers import GlobalAveragePool, init_convolutions
 from kdbench.registry import MODELS
 
@@ -50,9 +50,9 @@ class DigitsResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(depths[0], width, width, stride=1)
-        self.layer2 = _stage(depths[1], width, 2 * width, stride=2)
-        self.layer3 = _stage(depths[2], 2 * width, 4 * width, stride=2)
+        self.layer1 = residual_stage(depths[0], width, width, stride=1)
+        self.layer2 = residual_stage(depths[1], width, 2 * width, stride=2)
+        self.layer3 = residual_stage(depths[2], 2 * width, 4 * width, stride=2)
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(4 * width, num_classes)
         init_convolutions(self)
@@ -89,8 +89,8 @@ class ResidualTrunk(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(blocks, width, width, stride=1)
-        self.layer2 = _stage(blocks, width, 2 * width, stride=2) if stages == 2 else nn.Identity()
+        self.layer1 = residual_stage(blocks, width, width, stride=1)
+        self.layer2 = residual_stage(blocks, width, 2 * width, stride=2) if stages == 2 else nn.Identity()
         init_convolutions(self)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ class ResidualBranch(nn.Module):
         stride: int = 2,
     ) -> None:
         super().__init__()
-        inputs, _, _ = map_shape(input_shape, "residual_branch")
+        inputs, _, _ = feature_map_shape(input_shape, "residual_branch")
         if min(blocks, widen, stride) < 1:
             raise ConfigError(
                 f"residual_branch: blocks, widen and stride must be at least 1, got {blocks}, {widen}, {stride}"
             )
-        self.layer3 = _stage(blocks, inputs, widen * inputs, stride)
+        self.layer3 = residual_stage(blocks, inputs, widen * inputs, stride)
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(widen * inputs, num_classes)
         init_convolutions(self)
@@ -137,6 +137,6 @@ class ResidualBranch(nn.Module):
         return self.fc(self.pool(self.layer3(feature)))
 
 
-def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def residual_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
     first = BasicBlock(inputs, outputs, stride)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

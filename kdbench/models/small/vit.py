@@ -27,32 +27,32 @@ from kdbench.models.layers import TransformerBlock
 from kdbench.registry import MODELS
 
 
-class Encoder(nn.Module):
+class ViTEncoder(nn.Module):
     """Patches, fixed positions, a class token, and `depth` transformer blocks."""
 
     def __init__(self, name: str, image: tuple[int, int, int], patch: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
         channels = image[0]
-        rows, columns = grid_of(name, image, patch)
+        rows, columns = patch_grid(name, image, patch)
         if heads < 1 or dim < 4 or dim % 4 or dim % heads:
             raise ConfigError(f"{name}: dim must be a multiple of 4 and of heads, got dim {dim} and heads {heads}")
         if depth < 1:
             raise ConfigError(f"{name}: depth must be at least 1, got {depth}")
-        self.patches = rows * columns
+        self.num_patches = rows * columns
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.register_buffer("pos_embed", positions(rows, columns, dim)[None])
+        self.register_buffer("pos_embed", sincos_positions(rows, columns, dim)[None])
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # as the linear layer that it is
-        init_linears(self)
+        init_linear_layers(self)
 
-    def encode(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+    def encode(self, image: Tensor, patch_index: Tensor | None = None) -> Tensor:
         """Returns (batch, 1 + patches, dim); only the patches `kept`, int64 (batch, n), where it is given."""
         tokens = self.patch_embed(image).flatten(2).transpose(1, 2) + self.pos_embed
-        if kept is not None:
-            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        if patch_index is not None:
+            tokens = tokens.gather(1, patch_index[:, :, None].expand(-1, -1, tokens.shape[2]))
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 
 @MODELS.register("digits_vit", version=1, paper="https://arxiv.org/abs/2010.11929", image=(1, 8, 8))
-class DigitsViT(Encoder):
+class DigitsViT(ViTEncoder):
     """A small vision transformer for small images, 51 thousand parameters. Features: blocks.0, blocks.1..., norm.
 
     As ViT, with the fixed sine and cosine positions of MAE. The classifier `fc` reads the class token after `norm`.
@@ -92,7 +92,7 @@ class DigitsViT(Encoder):
 
 
 @MODELS.register("masked_vit", version=1, paper="https://arxiv.org/abs/2111.06377")
-class MaskedViT(Encoder):
+class MaskedViT(ViTEncoder):
     """A masked autoencoder: encodes `visible` patches of an image and predicts the pixels of the hidden ones.
 
     MAE (He et al. 2021), with the encoder of `digits_vit`. The decoder puts a learnt token at each hidden place, adds
@@ -123,8 +123,8 @@ class MaskedViT(Encoder):
     ) -> None:
         image = (in_channels, image_size, image_size)
         super().__init__("masked_vit", image, patch, dim, depth, heads)
-        rows, columns = grid_of("masked_vit", image, patch)
-        self.visible = check_visible("masked_vit", visible, self.patches)
+        rows, columns = patch_grid("masked_vit", image, patch)
+        self.visible = check_visible("masked_vit", visible, self.num_patches)
         if decoder_dim < 4 or decoder_dim % 4 or decoder_dim % heads or decoder_depth < 1:
             raise ConfigError(
                 "masked_vit: decoder_dim must be a multiple of 4 and of heads, and decoder_depth at least 1, got "
@@ -132,32 +132,32 @@ class MaskedViT(Encoder):
             )
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        self.register_buffer("decoder_pos_embed", positions(rows, columns, decoder_dim)[None])
+        self.register_buffer("decoder_pos_embed", sincos_positions(rows, columns, decoder_dim)[None])
         self.decoder_blocks = nn.ModuleList(TransformerBlock(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, patch * patch * in_channels)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            init_linears(module)
+            init_linear_layers(module)
 
     def forward(self, image: Tensor, scores: Tensor) -> Tensor:
         kept, hidden = split_patches(scores, self.visible)
         seen = self.decoder_embed(self.encode(image, kept))
-        seen_places = self._places(kept)
-        blank = self.mask_token + self._places(hidden)
+        seen_places = self._decoder_positions(kept)
+        blank = self.mask_token + self._decoder_positions(hidden)
         # Attention does not mind the order of its tokens: class token, what was seen, what was not.
         tokens = torch.cat([seen[:, :1], seen[:, 1:] + seen_places, blank], dim=1)
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens[:, 1 + self.visible :]))
 
-    def _places(self, index: Tensor) -> Tensor:
+    def _decoder_positions(self, index: Tensor) -> Tensor:
         table = self.get_buffer("decoder_pos_embed").expand(len(index), -1, -1)
         return table.gather(1, index[:, :, None].expand(-1, -1, table.shape[2]))
 
 
 @MODELS.register("hidden_patches", version=1, paper="https://arxiv.org/abs/2111.06377")
-class HiddenPatches(nn.Module):
+class HiddenPatchPixels(nn.Module):
     """The pixels that `masked_vit` has to predict: those of the hidden patches, in the order of their places.
 
     Without parameters. Each patch holds its pixels row by row, the channels of a pixel side by side.
@@ -179,7 +179,7 @@ class HiddenPatches(nn.Module):
         standardise: bool = False,
     ) -> None:
         super().__init__()
-        rows, columns = grid_of("hidden_patches", (in_channels, image_size, image_size), patch)
+        rows, columns = patch_grid("hidden_patches", (in_channels, image_size, image_size), patch)
         self.visible = check_visible("hidden_patches", visible, rows * columns)
         self.patch = patch
         self.standardise = standardise
@@ -204,7 +204,7 @@ def split_patches(scores: Tensor, visible: int) -> tuple[Tensor, Tensor]:
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 
-def positions(rows: int, columns: int, dim: int) -> Tensor:
+def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
     """Sine and cosine of each patch's column (first half of `dim`) and row (second half), (rows * columns, dim)."""
     quarter = dim // 4
     frequencies = torch.exp(torch.arange(quarter) * (-math.log(10000) / quarter))
@@ -217,7 +217,7 @@ def positions(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat(both, dim=2).flatten(0, 1)
 
 
-def grid_of(name: str, image: tuple[int, int, int], patch: int) -> tuple[int, int]:
+def patch_grid(name: str, image: tuple[int, int, int], patch: int) -> tuple[int, int]:
     """How many patches stand below and beside each other."""
     _, height, width = image
     if patch < 1 or height % patch or width % patch:
@@ -232,7 +232,7 @@ def check_visible(name: str, visible: int, patches: int) -> int:
     return visible
 
 
-def init_linears(module: nn.Module) -> None:
+def init_linear_layers(module: nn.Module) -> None:
     """Draws every linear layer from Xavier's uniform distribution with zero bias, as MAE and JAX's ViT do."""
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -18,10 +18,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from kdbench.data.loading.build import shared
+from kdbench.data.loading.build import shared_splits
 from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.runner import Runner
-from kdbench.speed.concurrent.joint_step import EXACT, Joint, gap, kind_of, why_alone
+from kdbench.speed.concurrent.joint_step import EXACT, JointStep, stacking_error, stacking_key, stacking_obstacle
 
 T = TypeVar("T")
 
@@ -37,14 +37,14 @@ CHUNKS = 8
 """Chunks of such a trial, alternating; the first of each form warms up."""
 
 
-class Member:
+class ConcurrentRun:
     """One run of a gang.
 
     Args:
         label: what sets it apart, such as `seed=2`.
     """
 
-    def __init__(self, gang: Gang[Any], label: str) -> None:
+    def __init__(self, gang: Dispatcher[Any], label: str) -> None:
         self.gang, self.label = gang, label
         self.go = threading.Semaphore(0)
         self.alive, self.stopping = True, False
@@ -63,8 +63,8 @@ class Member:
         """Steps of this runner are steps of the gang from now on; returns when every member has come as far."""
         self.runner, self.ordinary, self.form = runner, runner.step, None
         runner.step = self.step  # type: ignore[method-assign]
-        self.why_alone = why_alone(runner) if self.gang.stack is not False else ""
-        self.kind = kind_of(runner) if self.gang.stack is not False and not self.why_alone else None
+        self.why_alone = stacking_obstacle(runner) if self.gang.stack is not False else ""
+        self.kind = stacking_key(runner) if self.gang.stack is not False and not self.why_alone else None
         self.gang.turn(self)
 
     def step(self, window: Sequence[Batch]) -> None:
@@ -95,12 +95,12 @@ class Member:
         if runner is None or form is None or form == self.form:
             return
         self.form = form
-        steps = {runner.stage.name: {str(runner.done): {"form": form[0], "why": form[1]}}}
-        runs = [member.label for member in self.gang.members]
+        steps = {runner.stage.name: {str(runner.steps_done): {"form": form[0], "why": form[1]}}}
+        runs = [member.label for member in self.gang.runs]
         runner.record({"concurrent": {"label": self.label, "runs": runs, "from_step": steps}})
 
 
-class Gang(Generic[T]):
+class Dispatcher(Generic[T]):
     """Runs tasks, one in each thread, that take turns by steps.
 
     Args:
@@ -120,37 +120,37 @@ class Gang(Generic[T]):
         say: Callable[[str], None] = print,
     ) -> None:
         self.device, self.stack, self.say = device, stack, say
-        self.members = [Member(self, label) for label in labels]
+        self.runs = [ConcurrentRun(self, label) for label in labels]
         self.common = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stopped = False
-        self.holder: Member | None = None
-        self.threads: dict[Member, threading.Thread] = {}
+        self.holder: ConcurrentRun | None = None
+        self.threads: dict[ConcurrentRun, threading.Thread] = {}
         self.stacks: dict[Any, _Stacking] = {}
         self.told: set[str] = set()
 
-    def run(self, tasks: Sequence[Callable[[Member], T]]) -> list[T | BaseException]:
+    def run(self, tasks: Sequence[Callable[[ConcurrentRun], T]]) -> list[T | BaseException]:
         """Runs one task for each member to its end; returns what each gave or raised, in order.
 
         Raises:
             KeyboardInterrupt: the person stopped it; every member has come to rest.
         """
         threads = torch.get_num_threads()
-        for member, task in zip(self.members, tasks, strict=True):
+        for member, task in zip(self.runs, tasks, strict=True):
             thread = threading.Thread(target=self._thread, args=(member, task, threads), name=member.label, daemon=True)
             self.threads[member] = thread
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), shared(), _formats_kept():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), shared_splits(), _formats_kept():
             for thread in self.threads.values():
                 thread.start()
-            self._give(self.members[0])
+            self._give(self.runs[0])
             try:
                 for thread in self.threads.values():
                     thread.join()
             except KeyboardInterrupt:
                 self._stop()
                 raise
-        return [member.result for member in self.members]
+        return [member.result for member in self.runs]
 
-    def _thread(self, member: Member, task: Callable[[Member], T], threads: int) -> None:
+    def _thread(self, member: ConcurrentRun, task: Callable[[ConcurrentRun], T], threads: int) -> None:
         torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
         member.go.acquire()
         try:
@@ -167,7 +167,7 @@ class Gang(Generic[T]):
 
     # Turns: only the holder moves, so nothing below needs a lock
 
-    def turn(self, member: Member) -> None:
+    def turn(self, member: ConcurrentRun) -> None:
         """Lets every other member go on to its next step, or its end, before this one does."""
         following = self._after(member)
         if following is not member:
@@ -176,17 +176,17 @@ class Gang(Generic[T]):
                 member.go.acquire()
         self._refuse_stopped(member)
 
-    def _after(self, member: Member) -> Member | None:
-        start = self.members.index(member) + 1
-        ring = (*self.members[start:], *self.members[:start])
+    def _after(self, member: ConcurrentRun) -> ConcurrentRun | None:
+        start = self.runs.index(member) + 1
+        ring = (*self.runs[start:], *self.runs[:start])
         return next((other for other in ring if other.alive), None)
 
-    def _give(self, member: Member | None) -> None:
+    def _give(self, member: ConcurrentRun | None) -> None:
         self.holder = member
         if member is not None:
             member.go.release()
 
-    def _refuse_stopped(self, member: Member) -> None:
+    def _refuse_stopped(self, member: ConcurrentRun) -> None:
         if self.stopped:
             member.stopping = True
             raise KeyboardInterrupt
@@ -204,7 +204,7 @@ class Gang(Generic[T]):
 
     # Steps together
 
-    def together(self, member: Member) -> None:
+    def together(self, member: ConcurrentRun) -> None:
         """Does the coming step of a whole stack if this member leads one; else leaves the member to itself."""
         stack = self._stack(member)
         if stack is None or stack.members[0] is not member or not stack.ready():
@@ -221,14 +221,14 @@ class Gang(Generic[T]):
         for other in stack.members:
             other.taken = True
 
-    def _stack(self, member: Member) -> _Stacking | None:
+    def _stack(self, member: ConcurrentRun) -> _Stacking | None:
         """The stack that this member is in, made when its members are all there for the first time."""
         if self.stack is False:
             return None
         if member.kind is None:
             self._tell(f"{member.label}: unstacked, since {member.why_alone}.")
             return None
-        alike = [other for other in self.members if other.alive and other.kind == member.kind]
+        alike = [other for other in self.runs if other.alive and other.kind == member.kind]
         known = self.stacks.get(member.kind)
         if known is not None and known.of(alike):
             return known if known.use else None
@@ -237,7 +237,7 @@ class Gang(Generic[T]):
         self.stacks[member.kind] = found = _Stacking(self, alike)
         return found if found.use else None
 
-    def form_of(self, member: Member) -> tuple[str, str] | None:
+    def form_of(self, member: ConcurrentRun) -> tuple[str, str] | None:
         """How a member's steps are done by now (`stacked`, `unstacked`, `both`), and why; None: not known yet."""
         if self.stack is False:
             return "unstacked", "stack: false"
@@ -252,7 +252,7 @@ class Gang(Generic[T]):
             self.say(text)
 
     @contextlib.contextmanager
-    def _common(self, members: Sequence[Member]) -> Iterator[None]:
+    def _common(self, members: Sequence[ConcurrentRun]) -> Iterator[None]:
         """One stream for a joint step, after what its members have launched and before what they launch next."""
         if self.common is None:
             yield
@@ -278,9 +278,9 @@ class _Stacking:
         members: all of one kind, each with a batch at hand.
     """
 
-    joint: Joint
+    joint: JointStep
 
-    def __init__(self, gang: Gang[Any], members: Sequence[Member]) -> None:
+    def __init__(self, gang: Dispatcher[Any], members: Sequence[ConcurrentRun]) -> None:
         self.gang, self.members = gang, list(members)
         self.runners = [member.runner for member in members]
         self.rounds, self.since = 0, 0.0
@@ -298,7 +298,7 @@ class _Stacking:
     def form(self) -> str:
         return "both" if self.trying else "stacked" if self.use else "unstacked"
 
-    def has(self, member: Member) -> bool:
+    def has(self, member: ConcurrentRun) -> bool:
         """Whether a member is in it, with the runner that it was made for."""
         return member in self.members and self.runners[self.members.index(member)] is member.runner
 
@@ -314,7 +314,7 @@ class _Stacking:
         windows = [member.window[0] for member in self.members if member.window is not None]
         try:
             with gang._common(self.members):
-                exact, own = gap(runners, windows)
+                exact, own = stacking_error(runners, windows)
         except Exception as error:  # whatever a network of the user's does when its channels are others'
             return f"stacked, the student does not run ({' '.join(str(error).split())[:200]})"
         if not exact <= EXACT:
@@ -325,10 +325,10 @@ class _Stacking:
                 f"on this CPU a stack rounds otherwise ({self.same}); hydra.launcher.stack=true takes it all the same"
             )
         with gang._common(self.members):
-            self.joint = Joint(runners, gang.say)
+            self.joint = JointStep(runners, gang.say)
         return ""
 
-    def of(self, members: Sequence[Member]) -> bool:
+    def of(self, members: Sequence[ConcurrentRun]) -> bool:
         """Whether these are its members, with the runners that it was made for."""
         now = [(id(member), id(member.runner)) for member in members]
         return now == [(id(m), id(r)) for m, r in zip(self.members, self.runners, strict=True)]

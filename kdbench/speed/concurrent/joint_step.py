@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.engine.network.operands import Batch, given_key
-from kdbench.engine.network.roles import Role, root_of
+from kdbench.engine.network.roles import Role, root_role
 from kdbench.engine.train.optimizers import stays_on_device
 from kdbench.engine.train.runner import Runner
 from kdbench.engine.train.updates import Update
-from kdbench.speed.concurrent.stacked_network import Stacked, difference, obstacle
-from kdbench.speed.cuda_graph import Captured, CudaRecorder
+from kdbench.speed.concurrent.stacked_network import StackedNetwork, difference, unstackable_layer
+from kdbench.speed.cuda_graph import CudaGraphStep, CudaRecorder
 
 EXACT = 1e-8
 """How far, in float64, the stacked students may be from each alone: rounding, far below any mistake."""
 
 
-def kind_of(runner: Runner) -> Any:
+def stacking_key(runner: Runner) -> Any:
     """Runs of the same kind have students that can be stacked: one architecture, one input, one number format."""
     role, overwritten = _student(runner)
     tensors = (*role.model.named_parameters(), *role.model.named_buffers())
@@ -34,7 +34,7 @@ def kind_of(runner: Runner) -> Any:
     )
 
 
-def why_alone(runner: Runner) -> str:
+def stacking_obstacle(runner: Runner) -> str:
     """Why a run's student cannot be stacked with others, in words; empty where nothing speaks against."""
     stage, roles = runner.stage, runner.stage.roles
     export = stage.export
@@ -52,11 +52,11 @@ def why_alone(runner: Runner) -> str:
         "its student sees what other roles give": ":" in config.input or bool(config.extra_inputs),
         "its student's weights are transformed": bool(config.transforms),
         "parts of its student are roles of their own": any(
-            name != export and root_of(name, roles) == export for name in runner.plan.layout.order
+            name != export and root_role(name, roles) == export for name in runner.plan.resolved_stage.order
         ),
-        "a term reads its student's weights": any(root_of(leaf.role, roles) == export for leaf in states),
+        "a term reads its student's weights": any(root_role(leaf.role, roles) == export for leaf in states),
     }
-    return next((reason for reason, holds in reasons.items() if holds), "") or obstacle(_student(runner)[0].model)
+    return next((reason for reason, holds in reasons.items() if holds), "") or unstackable_layer(_student(runner)[0].model)
 
 
 def _plain(update: Update, export: str) -> bool:
@@ -66,10 +66,10 @@ def _plain(update: Update, export: str) -> bool:
 
 def _student(runner: Runner) -> tuple[Role, frozenset[Any]]:
     name = runner.stage.export
-    return runner.network.role(name), runner.plan.layout.overwritten.get(name, frozenset())
+    return runner.network.role(name), runner.plan.resolved_stage.overwritten.get(name, frozenset())
 
 
-def gap(runners: Sequence[Runner], window: Sequence[Batch]) -> tuple[float, float]:
+def stacking_error(runners: Sequence[Runner], window: Sequence[Batch]) -> tuple[float, float]:
     """How far stacked students are from each alone on a batch of each run: in float64, and as the runs compute."""
     first = runners[0]
     role, overwritten = _student(first)
@@ -87,7 +87,7 @@ def _image(runner: Runner, batch: Batch) -> Tensor:
     return batch[source][field]
 
 
-class Joint:
+class JointStep:
     """Steps of several runs at once. To a recorder of steps it is one runner, whose window holds a batch of each run.
 
     From its making on, the students' parameters are views of the stacked ones.
@@ -107,7 +107,7 @@ class Joint:
         role, overwritten = _student(first)
         self.features = role.features
         models = [_student(runner)[0].model for runner in self.runners]
-        self.stacked = Stacked(models, self.features, overwritten)
+        self.stacked = StackedNetwork(models, self.features, overwritten)
         self.stacked.share()
         wide, others = self.stacked.stacked_of(p for update in self.updates for p in update.parameters)
         self.inputs = [*wide, *others]
@@ -156,7 +156,7 @@ class Joint:
         [update] = runner.updates
         fields = {given_key(self.export, feature): value for feature, value in given.items()}
         batch = {**batch, self.source: {**batch[self.source], **fields}}
-        counts = runner.network.counts([batch], update.config.terms)
+        counts = runner.network.valid_counts([batch], update.config.terms)
         with self._own_draws(runner), runner.autocast():
             return runner.losses(batch, counts, update.config.terms, update.config.models, 1.0)
 
@@ -187,7 +187,7 @@ class Joint:
 
     def logs_at(self, done: int) -> tuple[bool, ...]:
         """Which of the runs measure their gradient norm in the step `done` after the coming one."""
-        return tuple(runner.logs_at(runner.done + done) for runner in self.runners)
+        return tuple(runner.logs_at(runner.steps_done + done) for runner in self.runners)
 
     @property
     def grad_norm(self) -> list[Tensor | None] | None:
@@ -204,7 +204,7 @@ class Joint:
             runner.restart_scaler()
 
 
-class _Recorded(Captured):
+class _Recorded(CudaGraphStep):
     """A joint step is recorded whole or not at all."""
 
     def _in_parts(self, obstacle: str) -> None:
@@ -215,4 +215,4 @@ class _Recorded(Captured):
 
 def _told(runner: Runner, values: Tensor) -> Callable[[Update, Sequence[Batch]], None]:
     """Stands for making an update's gradients, when they are there already."""
-    return lambda update, _: runner.meters.add(values, update.positions)
+    return lambda update, _: runner.meters.add(values, update.meter_indices)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdbench.engine.network.features import Capture, Feature
+from kdbench.engine.network.features import Feature, FeatureExtractor
 from kdbench.models.layers import GlobalAveragePool
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,7 +64,7 @@ class StackedLinear(nn.Module):
         return product.transpose(0, 1).flatten(1)
 
 
-class Stacked:
+class StackedNetwork:
     """Networks of one architecture, run as one.
 
     Args:
@@ -79,14 +79,14 @@ class Stacked:
     def __init__(
         self, models: Sequence[nn.Module], features: Iterable[Feature], overwritten: frozenset[Feature] = frozenset()
     ) -> None:
-        refused = obstacle(models[0])
+        refused = unstackable_layer(models[0])
         if refused:
             raise ValueError(refused)
         self.models = list(models)
         self.net = without_hooks(copy.deepcopy(models[0]))
         for path, module in list(self.net.named_modules()):
             _widen(self.net, path, module, [model.get_submodule(path) for model in models])
-        self.capture = Capture(self.net, features, overwritten=overwritten, stop=True)
+        self.capture = FeatureExtractor(self.net, features, overwritten=overwritten, stop=True)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[dict[Feature, Tensor]]:
         """Returns the features of each network; the inputs are as many, of one shape, with the channels second."""
@@ -133,7 +133,7 @@ class Stacked:
                     yield value, stacked, slice(number * rows, (number + 1) * rows) if value.dim() else number
 
 
-def obstacle(model: nn.Module) -> str:
+def unstackable_layer(model: nn.Module) -> str:
     """Which layer of a network cannot be stacked, in words; empty where all can."""
     for path, module in model.named_modules():
         kind, where = type(module), f" ({path})" if path else ""
@@ -201,12 +201,12 @@ def difference(
     """
     features = tuple(features)
     alone = [without_hooks(copy.deepcopy(model)).to(dtype) for model in models]
-    stacked = Stacked([copy.deepcopy(model) for model in alone], features, overwritten)
+    stacked = StackedNetwork([copy.deepcopy(model) for model in alone], features, overwritten)
     shown = [value.detach().to(dtype) for value in inputs]
     with autocast or contextlib.nullcontext():
         together = stacked(shown)
         apart = [
-            Capture(model, features, overwritten=overwritten)(value) for model, value in zip(alone, shown, strict=True)
+            FeatureExtractor(model, features, overwritten=overwritten)(value) for model, value in zip(alone, shown, strict=True)
         ]
     torch.autograd.backward([_probe(own, number) for number, own in enumerate(together)])
     for number, own in enumerate(apart):

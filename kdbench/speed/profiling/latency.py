@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def latency(
+def measure_latency(
     model: nn.Module, example: Tensor, *, batch_sizes: tuple[int, ...] = (1, 64), repeats: int = 30, budget: float = 1.0
 ) -> dict[str, float]:
     """Returns the time of a forward pass in eval mode, in milliseconds, by batch size: of the fastest of `repeats`.

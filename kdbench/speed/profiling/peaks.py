@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-DATASHEET = {
+DATASHEET_TFLOPS = {
     "NVIDIA H200": (66.9, 494.7, 989.4, 66.9),
     "NVIDIA H100 80GB HBM3": (66.9, 494.7, 989.4, 66.9),
     "NVIDIA A100-SXM4-80GB": (19.5, 156, 312, 19.5),
@@ -20,7 +20,7 @@ sparsity), from NVIDIA's datasheets of the H100, H200 and A100. A part of a devi
 here."""
 
 
-PRECISIONS = ("float32", "tf32", "half", "float64")
+MATMUL_FORMATS = ("float32", "tf32", "half", "float64")
 
 
 PROBE_SIZE, PROBE_SECONDS = 1024, 0.5
@@ -34,7 +34,7 @@ class Peak:
     source: str
 
 
-def number_format(precision: str, device: torch.device) -> str:
+def matmul_format(precision: str, device: torch.device) -> str:
     """In which of `PRECISIONS` a recipe's products of matrices are done."""
     if precision in ("bf16", "fp16"):
         return "half"
@@ -43,21 +43,21 @@ def number_format(precision: str, device: torch.device) -> str:
     )
 
 
-def peak(device: torch.device, precision: str) -> Peak:
+def device_peak(device: torch.device, precision: str) -> Peak:
     """What a device could do in a recipe's precision."""
-    kind = number_format(precision, device)
+    kind = matmul_format(precision, device)
     if device.type == "cpu":
         return Peak(
-            probe(device, precision), f"measured: a product of {PROBE_SIZE} x {PROBE_SIZE} matrices ({precision})"
+            measure_matmul_flops(device, precision), f"measured: a product of {PROBE_SIZE} x {PROBE_SIZE} matrices ({precision})"
         )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if name not in DATASHEET:
+    if name not in DATASHEET_TFLOPS:
         return Peak(None, f"not known for {name}")
     words = {"half": "bf16/fp16"}.get(kind, kind)
-    return Peak(1e12 * DATASHEET[name][PRECISIONS.index(kind)], f"NVIDIA's datasheet, {words}, dense")
+    return Peak(1e12 * DATASHEET_TFLOPS[name][MATMUL_FORMATS.index(kind)], f"NVIDIA's datasheet, {words}, dense")
 
 
-def probe(device: torch.device, precision: str) -> float:
+def measure_matmul_flops(device: torch.device, precision: str) -> float:
     """FLOPs per second of the fastest of several products of two large matrices, with the threads that torch has."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
     a = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtypes.get(precision, torch.float32))

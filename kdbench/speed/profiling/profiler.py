@@ -24,16 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.runner import Runner
-from kdbench.engine.train.timer import Clock
+from kdbench.engine.train.timer import SectionTimer
 
-MARK = "kdbench: "
+MARK_PREFIX = "kdbench: "
 """Before the name of a part, in the profiler's trace."""
 
 
 Windows = Iterator[list[Batch]]
 
 
-class Laps(Clock):
+class SectionRecorder(SectionTimer):
     """The ends of a step's parts, in order.
 
     Args:
@@ -54,36 +54,36 @@ class Laps(Clock):
 
 
 @contextmanager
-def taken_apart(runner: Runner, laps: Laps) -> Iterator[Laps]:
+def record_sections(runner: Runner, recorder: SectionRecorder) -> Iterator[SectionRecorder]:
     """While the block runs, every part of the runner's steps ends with a lap.
 
     The parts: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner's
     step must run as it is written: a compiled or captured one has no parts.
     """
     network, before = runner.network, (runner.clock, runner.network.lap)
-    runner.clock = laps
-    network.lap = lambda part: laps.lap("sum of terms") if part == "terms" else None  # roles have hooks of their own
-    parts: dict[str, torch.nn.Module] = {f"forward {n}": network.role(n) for n in runner.plan.layout.order}
-    parts |= {f"term {n}": network.term(n) for n in runner.plan.layout.terms}
-    handles: list[Any] = [module.register_forward_hook(_ends(laps, part)) for part, module in parts.items()]
+    runner.clock = recorder
+    network.lap = lambda part: recorder.lap("sum of terms") if part == "terms" else None  # roles have hooks of their own
+    parts: dict[str, torch.nn.Module] = {f"forward {n}": network.role(n) for n in runner.plan.resolved_stage.order}
+    parts |= {f"term {n}": network.term(n) for n in runner.plan.resolved_stage.terms}
+    handles: list[Any] = [module.register_forward_hook(_ends(recorder, part)) for part, module in parts.items()]
     for update in runner.updates:
-        handles.append(update.optimizer.register_step_post_hook(_ends(laps, "optimiser")))
+        handles.append(update.optimizer.register_step_post_hook(_ends(recorder, "optimiser")))
     try:
-        yield laps
+        yield recorder
     finally:
         runner.clock, network.lap = before
         for handle in handles:
             handle.remove()
 
 
-def _ends(laps: Laps, part: str) -> Callable[..., None]:
+def _ends(laps: SectionRecorder, part: str) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         laps.lap(part)
 
     return hook
 
 
-def take_step(runner: Runner, windows: Windows) -> int:
+def run_step(runner: Runner, windows: Windows) -> int:
     """One step as training takes it; returns how many samples of the first source it saw."""
     runner.lap("begin")
     window = next(windows)
@@ -94,7 +94,7 @@ def take_step(runner: Runner, windows: Windows) -> int:
     return sum(next(iter(batch[runner.plan.train_source].values())).shape[0] for batch in window)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -103,17 +103,17 @@ def synchronise(device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class Timed:
+class StepTimes:
     """Times of steps. whole: seconds of each, not taken apart. parts: seconds by part, in the order of a step, of those
     that were taken apart: each part's median over them, of `data` the mean. samples: of all steps that were not taken
     apart."""
 
-    whole: list[float]
-    parts: dict[str, float]
+    step_seconds: list[float]
+    section_seconds: dict[str, float]
     samples: int
 
 
-def time_whole(runner: Runner, windows: Windows, steps: int) -> Timed:
+def time_steps(runner: Runner, windows: Windows, steps: int) -> StepTimes:
     """Times steps as they run, from one end to the next: what the device does meanwhile is waited for at the end.
 
     On a device that runs behind the host, the steps are timed together, in up to ten equal groups, so that waiting
@@ -123,28 +123,28 @@ def time_whole(runner: Runner, windows: Windows, steps: int) -> Timed:
     whole, samples, left = [], 0, steps
     while left > 0:
         count = min(group, left)
-        synchronise(runner.device)
+        synchronize(runner.device)
         began = time.perf_counter()
-        samples += sum(take_step(runner, windows) for _ in range(count))
-        synchronise(runner.device)
+        samples += sum(run_step(runner, windows) for _ in range(count))
+        synchronize(runner.device)
         whole += [(time.perf_counter() - began) / count] * count
         left -= count
-    return Timed(whole, {}, samples)
+    return StepTimes(whole, {}, samples)
 
 
-def time_parts(runner: Runner, windows: Windows, steps: int) -> Timed:
+def time_sections(runner: Runner, windows: Windows, steps: int) -> StepTimes:
     """Times `steps` steps whole and as many taken apart, in turn, so that whatever disturbs them falls on both."""
     whole, apart, samples = [], [], 0
     stamp, between = _device_clock(runner.device)
     for _ in range(steps):
-        one = time_whole(runner, windows, 1)
-        whole += one.whole
+        one = time_steps(runner, windows, 1)
+        whole += one.step_seconds
         samples += one.samples
-        with taken_apart(runner, Laps(stamp)) as laps:
-            take_step(runner, windows)
-        synchronise(runner.device)
+        with record_sections(runner, SectionRecorder(stamp)) as laps:
+            run_step(runner, windows)
+        synchronize(runner.device)
         apart.append(laps.costs(between))
-    return Timed(whole, _typical(apart), samples)
+    return StepTimes(whole, _typical(apart), samples)
 
 
 def _typical(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
@@ -181,7 +181,7 @@ def _device_clock(device: torch.device) -> tuple[Callable[[str], Any], Callable[
     return event, lambda before, after: before.elapsed_time(after) / 1000
 
 
-class Operations(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts what reaches the dispatcher below autograd: about one kernel each, views aside."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ class Operations(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Counted:
+class StepCounts:
     """operations, flops: of one step, by part. A multiply-add is two FLOPs; only convolutions, products of matrices and
     attention count."""
 
@@ -202,17 +202,17 @@ class Counted:
     flops: dict[str, int]
 
 
-def count(runner: Runner, windows: Windows) -> Counted:
+def count_step(runner: Runner, windows: Windows) -> StepCounts:
     """Counts in two steps, one for the operations and one for the FLOPs (torch's own counter)."""
-    with Operations() as operations:
+    with OperationCounter() as operations:
         counted = _differences(runner, windows, lambda: operations.total)
     with FlopCounterMode(display=False) as flops:
-        return Counted(counted, _differences(runner, windows, flops.get_total_flops))
+        return StepCounts(counted, _differences(runner, windows, flops.get_total_flops))
 
 
 def _differences(runner: Runner, windows: Windows, total: Callable[[], int]) -> dict[str, int]:
-    with taken_apart(runner, Laps(lambda _: total())) as laps:
-        take_step(runner, windows)
+    with record_sections(runner, SectionRecorder(lambda _: total())) as laps:
+        run_step(runner, windows)
     found: Counter[str] = Counter()
     for part, difference in laps.costs(lambda before, after: after - before):
         found[part] += difference
@@ -220,7 +220,7 @@ def _differences(runner: Runner, windows: Windows, total: Callable[[], int]) -> 
 
 
 @dataclass(frozen=True)
-class Traced:
+class StepProfile:
     """What torch's profiler saw, per step. Times are seconds.
 
     busy: in which the device worked: kernels and copies on CUDA, operations on the CPU. kernels: on CUDA, copies and
@@ -230,14 +230,14 @@ class Traced:
     """
 
     steps: int
-    busy: float
+    busy_seconds: float
     kernels: float | None
     copies: float | None
-    backward: dict[str, float] = field(default_factory=dict)
-    slowest: list[tuple[str, float, float]] = field(default_factory=list)
+    backward_fractions: dict[str, float] = field(default_factory=dict)
+    slowest_operations: list[tuple[str, float, float]] = field(default_factory=list)
 
 
-def trace(runner: Runner, windows: Windows, steps: int, *, apart: bool) -> tuple[Traced, Any]:
+def profile_steps(runner: Runner, windows: Windows, steps: int, *, mark_sections: bool) -> tuple[StepProfile, Any]:
     """Profiles a few steps with torch's profiler; returns what it saw, and the profiler, to export its trace.
 
     Args:
@@ -247,23 +247,23 @@ def trace(runner: Runner, windows: Windows, steps: int, *, apart: bool) -> tuple
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
 
     def mark(part: str) -> None:
-        with record_function(f"{MARK}{part}"):
+        with record_function(f"{MARK_PREFIX}{part}"):
             pass
 
-    synchronise(runner.device)
+    synchronize(runner.device)
     with torch.profiler.profile(activities=activities) as profiler:
-        if apart:
-            with taken_apart(runner, Laps(mark)):
+        if mark_sections:
+            with record_sections(runner, SectionRecorder(mark)):
                 for _ in range(steps):
-                    take_step(runner, windows)
+                    run_step(runner, windows)
         else:
             for _ in range(steps):
-                take_step(runner, windows)
-        synchronise(runner.device)
+                run_step(runner, windows)
+        synchronize(runner.device)
     return _read(list(profiler.events() or []), profiler.key_averages(), steps, cuda), profiler
 
 
-def _read(events: list[Any], averages: Iterable[Any], steps: int, cuda: bool) -> Traced:
+def _read(events: list[Any], averages: Iterable[Any], steps: int, cuda: bool) -> StepProfile:
     worked = [e for e in events if not _is_note(e)]
     on_device = [e for e in worked if "CUDA" in str(e.device_type)]
     on_host = [e for e in worked if "CPU" in str(e.device_type)]
@@ -272,20 +272,20 @@ def _read(events: list[Any], averages: Iterable[Any], steps: int, cuda: bool) ->
     itself = "self_device_time_total" if cuda else "self_cpu_time_total"
     rows = [(row.key, getattr(row, itself) / 1e6 / steps, row.count / steps) for row in averages if not _is_note(row)]
     rows = sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
-    return Traced(
+    return StepProfile(
         steps=steps,
-        busy=_covered((e.time_range.start, e.time_range.end) for e in kept) / 1e6 / steps,
+        busy_seconds=_covered((e.time_range.start, e.time_range.end) for e in kept) / 1e6 / steps,
         kernels=(len(on_device) - len(copies)) / steps if cuda else None,
         copies=len(copies) / steps if cuda else None,
-        backward=_backward(on_host, _intervals(events), cuda),
-        slowest=rows[:12],
+        backward_fractions=_backward(on_host, _intervals(events), cuda),
+        slowest_operations=rows[:12],
     )
 
 
 def _is_note(event: Any) -> bool:
     """Whether an event is somebody's mark (ours, an optimiser's) and no work."""
     name = getattr(event, "name", None) or event.key
-    return bool(getattr(event, "is_user_annotation", False)) or name.startswith((MARK, "Optimizer.", "ProfilerStep"))
+    return bool(getattr(event, "is_user_annotation", False)) or name.startswith((MARK_PREFIX, "Optimizer.", "ProfilerStep"))
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:
@@ -299,10 +299,10 @@ def _covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 def _intervals(events: Iterable[Any]) -> list[tuple[float, float, str]]:
     """(begin, end, part) on the host's clock, in order."""
-    marks = sorted((e for e in events if e.name.startswith(MARK) and "CPU" in str(e.device_type)), key=_start)
+    marks = sorted((e for e in events if e.name.startswith(MARK_PREFIX) and "CPU" in str(e.device_type)), key=_start)
     pairs = itertools.pairwise(marks)
     return [
-        (a.time_range.end, b.time_range.start, b.name[len(MARK) :]) for a, b in pairs if not b.name.endswith("begin")
+        (a.time_range.end, b.time_range.start, b.name[len(MARK_PREFIX) :]) for a, b in pairs if not b.name.endswith("begin")
     ]
 
 
@@ -335,14 +335,14 @@ def _backward(events: Iterable[Any], parts: list[tuple[float, float, str]], cuda
     return {part: time / total for part, time in spent.items()} if total else {}
 
 
-def with_parts(chrome: Mapping[str, Any]) -> dict[str, Any]:
+def add_section_row(chrome: Mapping[str, Any]) -> dict[str, Any]:
     """Adds a row of its own with the parts of the steps to a Chrome trace, read from the marks in it."""
     events = list(chrome["traceEvents"])
-    marks = [e for e in events if e.get("cat") == "user_annotation" and e.get("name", "").startswith(MARK)]
+    marks = [e for e in events if e.get("cat") == "user_annotation" and e.get("name", "").startswith(MARK_PREFIX)]
     marks.sort(key=lambda e: e["ts"])
     row = {"ph": "X", "cat": "part", "pid": "parts of the step", "tid": "step"}
     for before, after in itertools.pairwise(marks):
-        name, begin = after["name"][len(MARK) :], before["ts"] + before["dur"]
+        name, begin = after["name"][len(MARK_PREFIX) :], before["ts"] + before["dur"]
         if name != "begin":
             events.append({**row, "name": name, "ts": begin, "dur": max(after["ts"] - begin, 0)})
     return {**chrome, "traceEvents": events}

@@ -2,7 +2,7 @@
 
 A table has a row for each variant of each sample of a split (a crop padded by 4 and a flip: 162 images of a sample).
 Rows are filled as runs need them, and shared by all runs whose networks, data and numbers are the same: the folder's
-name is a hash of everything that a row depends on, which `table.json` spells out.
+name is a hash of everything that a row depends on, which `cache.json` spells out.
 
 A row is written and synced before it is marked as filled, so that a run may be killed at any moment: what is marked is
 whole, and what is not is computed again.
@@ -42,12 +42,12 @@ PENDING_BYTES, PENDING_SECONDS = 2**26, 5.0
 """How much, and for how long, is held back before it is written to the disk in one go."""
 
 
-class Refused(Exception):
+class CacheUnavailable(Exception):
     """A table cannot be used; the text says why, in words that follow "no table: "."""
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowLayout:
     """Where each feature stands in a row. One type holds them all exactly: the widest of theirs."""
 
     features: tuple[Feature, ...]
@@ -72,18 +72,18 @@ class Columns:
         told = zip(self.features, parts, self.shapes, self.dtypes, strict=True)
         return {feature: part.reshape(len(rows), *shape).to(dtype) for feature, part, shape, dtype in told}
 
-    def facts(self) -> list[list[Any]]:
+    def manifest_entry(self) -> list[list[Any]]:
         told = zip(self.features, self.shapes, self.dtypes, strict=True)
         return [[str(feature), list(shape), str(dtype)] for feature, shape, dtype in told]
 
 
-def key_of(content: Mapping[str, Any]) -> str:
+def cache_key(dependencies: Mapping[str, Any]) -> str:
     """The name of a table: a hash of everything that its rows depend on."""
-    text = json.dumps(to_strict_json(content), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(to_strict_json(dependencies), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Table:
+class CacheFile:
     """One table, opened: created where it is missing, taken as it is where another run has begun it.
 
     Args:
@@ -101,47 +101,47 @@ class Table:
         Refused: it does not fit the disk, cannot be written, or is not what its name says.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], columns: Columns, rows: int) -> None:
-        content = to_strict_json({"format": FORMAT, **content, "columns": columns.facts(), "rows": rows})
-        self.path = folder / key_of(content)
+    def __init__(self, folder: Path, dependencies: Mapping[str, Any], row_layout: RowLayout, num_rows: int) -> None:
+        dependencies = to_strict_json({"format": FORMAT, **dependencies, "columns": row_layout.manifest_entry(), "rows": num_rows})
+        self.path = folder / cache_key(dependencies)
         self.name = f"{folder.name}/{self.path.name}"
-        self.columns, self.size = columns, rows
-        self.elements = sum(columns.widths)
-        self.computed = 0
-        self.fault = ""
+        self.row_layout, self.num_rows = row_layout, num_rows
+        self.row_elements = sum(row_layout.widths)
+        self.rows_computed = 0
+        self.write_error = ""
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._since = time.monotonic()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self._lock, needed=True):
-                self._create(content)
-            self._rows_map = _mapped(self.path / "rows.bin", self.bytes)
-            self._filled_map = _mapped(self.path / "filled.bin", rows)
+                self._create(dependencies)
+            self._rows_map = _mapped(self.path / "rows.bin", self.row_bytes)
+            self._filled_map = _mapped(self.path / "filled.bin", num_rows)
         except (OSError, ValueError, UserError) as error:
-            raise Refused(f"{self.name} cannot be used ({getattr(error, 'strerror', None) or error})") from None
-        self.rows = torch.frombuffer(self._rows_map, dtype=columns.dtype).view(rows, self.elements)
+            raise CacheUnavailable(f"{self.name} cannot be used ({getattr(error, 'strerror', None) or error})") from None
+        self.rows = torch.frombuffer(self._rows_map, dtype=row_layout.dtype).view(num_rows, self.row_elements)
         self.filled = torch.frombuffer(self._filled_map, dtype=torch.bool)
 
     @property
-    def bytes(self) -> int:
-        return self.size * self.elements * self.columns.dtype.itemsize
+    def row_bytes(self) -> int:
+        return self.num_rows * self.row_elements * self.row_layout.dtype.itemsize
 
     @property
     def _lock(self) -> Path:
         return self.path / "lock"
 
     def _create(self, content: Mapping[str, Any]) -> None:
-        """Makes the files. `table.json` comes last: without it a creation was interrupted, and is begun again."""
-        told, sizes = self.path / "table.json", {"rows.bin": self.bytes, "filled.bin": self.size}
+        """Makes the files. `cache.json` comes last: without it a creation was interrupted, and is begun again."""
+        told, sizes = self.path / "cache.json", {"rows.bin": self.row_bytes, "filled.bin": self.num_rows}
         if told.exists():
             if read_json(told) != content:
-                raise Refused(f"{self.name} says of itself that it is another one; delete the folder")
+                raise CacheUnavailable(f"{self.name} says of itself that it is another one; delete the folder")
             if any((self.path / name).stat().st_size != size for name, size in sizes.items()):
-                raise Refused(f"{self.name} is damaged; delete the folder")
+                raise CacheUnavailable(f"{self.name} is damaged; delete the folder")
             return
         free = shutil.disk_usage(self.path).free
-        if self.bytes + self.size + SPARE_BYTES > free:
-            raise Refused(f"it would take {size_words(self.bytes)} of disk, and {size_words(free)} are free")
+        if self.row_bytes + self.num_rows + SPARE_BYTES > free:
+            raise CacheUnavailable(f"it would take {format_bytes(self.row_bytes)} of disk, and {format_bytes(free)} are free")
         try:
             for name, size in sizes.items():
                 _reserve(self.path / name, size)
@@ -151,23 +151,23 @@ class Table:
                 (self.path / name).unlink(missing_ok=True)
             raise
 
-    def missing(self, places: Tensor) -> Tensor:
+    def missing_rows(self, indices: Tensor) -> Tensor:
         """Which of these rows are not filled yet, bool (places,)."""
-        return ~self.filled.index_select(0, places)
+        return ~self.filled.index_select(0, indices)
 
-    def read(self, places: Tensor) -> Tensor:
+    def read_rows(self, indices: Tensor) -> Tensor:
         """Returns rows (places, elements), on the CPU."""
-        return self.rows.index_select(0, places)
+        return self.rows.index_select(0, indices)
 
-    def add(self, places: Tensor, rows: Tensor) -> None:
+    def add_rows(self, indices: Tensor, rows: Tensor) -> None:
         """Takes computed rows; they are in the table at the latest after `write`."""
-        self.computed += len(places)
-        self._pending.append((places, rows))
+        self.rows_computed += len(indices)
+        self._pending.append((indices, rows))
         held = sum(rows.nbytes for _, rows in self._pending)
         if held >= PENDING_BYTES or time.monotonic() - self._since >= PENDING_SECONDS:
-            self.write()
+            self.flush()
 
-    def write(self) -> None:
+    def flush(self) -> None:
         """Writes what was added, syncs it, and only then marks it as filled. A row that another run filled stays."""
         pending, self._pending = self._pending, []
         self._since = time.monotonic()
@@ -175,7 +175,7 @@ class Table:
             return
         places, rows = torch.cat([p for p, _ in pending]), torch.cat([r for _, r in pending])
         with locked(self._lock, needed=True):
-            new = self.missing(places)
+            new = self.missing_rows(places)
             places = places[new]
             self.rows[places] = rows[new]
             try:
@@ -183,7 +183,7 @@ class Table:
                 self.filled[places] = True
                 _sync(self._filled_map)
             except OSError as error:
-                self.fault = error.strerror or str(error)
+                self.write_error = error.strerror or str(error)
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -205,7 +205,7 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def size_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes in words."""
     unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
     return f"{count / size:,.1f} {unit}"

@@ -15,29 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.config.identity import part_facts
-from kdbench.data.augment.view import spelled_out
+from kdbench.config.identity import part_identity
+from kdbench.data.augment.view import resolve_views
 from kdbench.data.loading.source import ResidentSource, Source
 from kdbench.engine.device import describe_device
 from kdbench.engine.network.operands import given_key
 from kdbench.engine.network.resolved_stage import architecture
-from kdbench.engine.network.roles import root_of
+from kdbench.engine.network.roles import root_role
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.state.weights import state_hash
 from kdbench.engine.train.runner import Runner
 from kdbench.registry import AUGMENTATIONS, MODELS, WEIGHT_TRANSFORMS
-from kdbench.speed.teacher_cache.cache_file import Columns, Refused, Table, size_words
-from kdbench.speed.teacher_cache.prefetch import coupled, joined, near
+from kdbench.speed.teacher_cache.cache_file import CacheFile, CacheUnavailable, RowLayout, format_bytes
+from kdbench.speed.teacher_cache.prefetch import concat_padded, equal_up_to_rounding, find_coupled_roles
 
-MEMORY_SHARE = 0.25
+MEMORY_FRACTION = 0.25
 """How much of the memory an epoch's rows may take."""
 
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+CACHE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 """How far a row of a table may be from what the network gives now, as a share of the largest value, by precision."""
 
 
-def extent(plan: StagePlan, name: str) -> tuple[int, int, int]:
+def cache_size(plan: StagePlan, name: str) -> tuple[int, int, int]:
     """Samples, variants of each, and bytes in about of the table of a role.
 
     Raises:
@@ -45,45 +45,45 @@ def extent(plan: StagePlan, name: str) -> tuple[int, int, int]:
     """
     config, stage = plan.stage.roles[name], plan.stage
     if ":" in config.input or config.extra_inputs:
-        raise Refused("it sees more than an image of its source")
+        raise CacheUnavailable("it sees more than an image of its source")
     source, field = config.input.split(".", 1)
     spec = plan.specs[source]
     variants = spec.variants.get(field)
     if variants is None:
-        raise Refused(f"{config.input} is no image of a dataset")
+        raise CacheUnavailable(f"{config.input} is no image of a dataset")
     if variants.count is None:
-        raise Refused(variants.why)
+        raise CacheUnavailable(variants.reason)
     samples = spec.population or spec.samples
     if samples is None:
-        raise Refused(f"the samples of source {source!r} are not counted yet")
+        raise CacheUnavailable(f"the samples of source {source!r} are not counted yet")
     elements = sum(torch.Size(shape).numel() for shape in plan.roles[name].features.values())
     size = {"float64": 8, "bf16": 2, "fp16": 2}.get(stage.precision, 4)
     return samples, variants.count, samples * variants.count * elements * size
 
 
-class Forward:
+class RoleForward:
     """Runs one role on chosen variants of samples, always at the same number of rows."""
 
-    def __init__(self, runner: Runner, name: str, origin: ResidentSource, field: str, rows: int) -> None:
-        self.runner, self.name, self.origin, self.rows = runner, name, origin, rows
-        self.field, self.view = field, origin.views[field]
+    def __init__(self, runner: Runner, name: str, source: ResidentSource, field: str, batch_size: int) -> None:
+        self.runner, self.name, self.source, self.batch_size = runner, name, source, batch_size
+        self.field, self.view = field, source.views[field]
         self.features = runner.network.role(name).features
 
-    def block(self, samples: Tensor, draws: Tensor) -> dict[str, dict[str, Tensor]]:
+    def padded_batch(self, samples: Tensor, draws: Tensor) -> dict[str, dict[str, Tensor]]:
         """A batch of `rows` rows: the samples' images, and the first one again where there are fewer."""
-        device = self.origin.images.device
-        at = joined([samples.to(device)], self.rows)
-        image = self.view.augmented(self.origin.images, at, draws.index_select(0, at))
-        return {self.origin.name: {self.field: image}}
+        device = self.source.images.device
+        at = concat_padded([samples.to(device)], self.batch_size)
+        image = self.view.augment(self.source.images, at, draws.index_select(0, at))
+        return {self.source.name: {self.field: image}}
 
     def __call__(self, samples: Tensor, draws: Tensor) -> dict[Any, Tensor]:
         """Returns what the role gives for the samples, by feature."""
         with self.runner.autocast():
-            values = self.runner.network.run_fixed(self.block(samples, draws), [self.name])
+            values = self.runner.network.run_frozen(self.padded_batch(samples, draws), [self.name])
         return {feature: values[self.name, feature][: len(samples)] for feature in self.features}
 
 
-class Tabled(Source):
+class CachedSource(Source):
     """The batches of a source, with the rows of one role.
 
     Args:
@@ -93,66 +93,66 @@ class Tabled(Source):
         say: is told once when the disk takes no more rows.
     """
 
-    def __init__(self, inner: Source, forward: Forward, table: Table, say: Callable[[str], None]) -> None:
-        super().__init__(inner.config, inner.setting)
+    def __init__(self, inner: Source, forward: RoleForward, cache: CacheFile, notice: Callable[[str], None]) -> None:
+        super().__init__(inner.config, inner.options)
         self.classes, self.num_samples, self.population = inner.classes, inner.num_samples, inner.population
         self.positions, self.checksum = inner.positions, inner.checksum
-        self.inner, self.forward, self.table, self.say = inner, forward, table, say
-        self.read = 0
+        self.inner, self.forward, self.cache, self.notice = inner, forward, cache, notice
+        self.rows_read = 0
         self._told = False
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         rows, slots = self._epoch(epoch)
         for batch in self.inner.batches(epoch, start):
             own = rows.index_select(0, slots.index_select(0, batch["index"]))
-            values = self.table.columns.unpack(own)
+            values = self.cache.row_layout.unpack(own)
             yield batch | {given_key(self.forward.name, feature): value for feature, value in values.items()}
 
-    def in_order(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        return self.inner.in_order(batch_size)
+    def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        return self.inner.evaluation_batches(batch_size)
 
-    def sample_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        return self.inner.sample_spec()
+    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return self.inner.field_specs()
 
     def close(self) -> None:
         self.inner.close()
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The epoch's rows on the device, ordered by sample, and the row of each sample."""
-        device = self.setting.device
-        samples, places, draws = shown(self.forward, epoch)
+        device = self.options.device
+        samples, places, draws = epoch_rows(self.forward, epoch)
         self._fill(samples, places, draws)
-        self.read += len(places)
+        self.rows_read += len(places)
         slots = torch.zeros(self.population, dtype=torch.int64)
         slots[samples] = torch.arange(len(samples))
-        return self.table.read(places).to(device), slots.to(device)
+        return self.cache.read_rows(places).to(device), slots.to(device)
 
     def _fill(self, samples: Tensor, places: Tensor, draws: Tensor) -> None:
-        table, rows = self.table, self.forward.rows
-        missing = table.missing(places)
+        table, rows = self.cache, self.forward.batch_size
+        missing = table.missing_rows(places)
         samples, places = samples[missing], places[missing]
         for start in range(0, len(samples), rows):
             part = samples[start : start + rows]
-            table.add(places[start : start + rows], table.columns.pack(self.forward(part, draws)).cpu())
-        table.write()
-        if table.fault and not self._told:
-            self.say(f"{table.name}: new rows are not kept ({table.fault}); the run goes on.")
+            table.add_rows(places[start : start + rows], table.row_layout.pack(self.forward(part, draws)).cpu())
+        table.flush()
+        if table.write_error and not self._told:
+            self.notice(f"{table.name}: new rows are not kept ({table.write_error}); the run goes on.")
             self._told = True
 
 
-def shown(forward: Forward, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+def epoch_rows(forward: RoleForward, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
     """What this process sees in an epoch: samples, sorted; their places in the table; all draws, on the device."""
-    draws = forward.origin.draws(forward.field, epoch)
-    samples = forward.origin.visited(epoch)
-    codes = forward.view.codes(draws).cpu()  # on the device, whose arithmetic makes the images
-    count = forward.view.variants.count
+    draws = forward.source.epoch_params(forward.field, epoch)
+    samples = forward.source.epoch_positions(epoch)
+    codes = forward.view.variant_ids(draws).cpu()  # on the device, whose arithmetic makes the images
+    count = forward.view.variant_count.count
     assert count is not None
     return samples, samples * count + codes[samples], draws
 
 
-def open_table(
-    runner: Runner, name: str, inner: Source, *, epoch: int, rows: int, folder: Path, say: Callable[[str], None]
-) -> Tabled:
+def open_cached_source(
+    runner: Runner, name: str, inner: Source, *, epoch: int, batch_size: int, folder: Path, notice: Callable[[str], None]
+) -> CachedSource:
     """Finds or makes the table of a role, and checks that it holds what the role gives.
 
     Args:
@@ -165,59 +165,59 @@ def open_table(
         Refused: there can be no table, with the reason.
     """
     plan = runner.plan
-    samples, variants, _ = extent(plan, name)
+    samples, variants, _ = cache_size(plan, name)
     origin = inner
-    while isinstance(origin, Tabled):
+    while isinstance(origin, CachedSource):
         origin = origin.inner
     if not isinstance(origin, ResidentSource):
-        raise Refused(f"the images of source {origin.name!r} are read from files")
+        raise CacheUnavailable(f"the images of source {origin.name!r} are read from files")
     field = plan.stage.roles[name].input.split(".", 1)[1]
-    forward = Forward(runner, name, origin, field, rows)
-    seen, places, draws = shown(forward, epoch)
-    probe, at = seen[:rows], places[:rows]
+    forward = RoleForward(runner, name, origin, field, batch_size)
+    seen, places, draws = epoch_rows(forward, epoch)
+    probe, at = seen[:batch_size], places[:batch_size]
     parts = {origin.name: slice(0, max(1, min(origin.batch_size, len(probe) // 2)))}
-    refused = coupled(runner.network, forward.block(probe, draws), parts, [name])
+    refused = find_coupled_roles(runner.network, forward.padded_batch(probe, draws), parts, [name])
     if refused:
-        raise Refused(refused[name])
+        raise CacheUnavailable(refused[name])
     values = forward(probe, draws)
-    columns = Columns(
+    columns = RowLayout(
         forward.features,
         tuple(tuple(values[feature].shape[1:]) for feature in forward.features),
         tuple(values[feature].dtype for feature in forward.features),
     )
     needed = len(seen) * sum(columns.widths) * columns.dtype.itemsize
-    free = memory(origin.images.device)
-    if needed > MEMORY_SHARE * free:
-        raise Refused(f"the rows of an epoch would take {size_words(needed)} of {size_words(free)} of memory")
-    table = Table(folder, _content(runner, name, forward), columns, samples * variants)
-    _compare(table, at, values, TOLERANCE.get(plan.stage.precision, 0.05))
-    return Tabled(inner, forward, table, say)
+    free = available_memory(origin.images.device)
+    if needed > MEMORY_FRACTION * free:
+        raise CacheUnavailable(f"the rows of an epoch would take {format_bytes(needed)} of {format_bytes(free)} of memory")
+    table = CacheFile(folder, _content(runner, name, forward), columns, samples * variants)
+    _compare(table, at, values, CACHE_TOLERANCE.get(plan.stage.precision, 0.05))
+    return CachedSource(inner, forward, table, notice)
 
 
-def _compare(table: Table, places: Tensor, values: dict[Any, Tensor], tolerance: float) -> None:
+def _compare(table: CacheFile, places: Tensor, values: dict[Any, Tensor], tolerance: float) -> None:
     """Compares what is in a table with what its role gives now."""
-    known = ~table.missing(places)
-    kept = table.columns.unpack(table.read(places[known]))
+    known = ~table.missing_rows(places)
+    kept = table.row_layout.unpack(table.read_rows(places[known]))
     for feature, value in kept.items():
-        if not near(values[feature].cpu()[known], value, tolerance):
-            raise Refused(f"{table.name} holds other values than the network gives; delete the folder")
+        if not equal_up_to_rounding(values[feature].cpu()[known], value, tolerance):
+            raise CacheUnavailable(f"{table.name} holds other values than the network gives; delete the folder")
 
 
-def _content(runner: Runner, name: str, forward: Forward) -> dict[str, Any]:
+def _content(runner: Runner, name: str, forward: RoleForward) -> dict[str, Any]:
     """Everything that a row depends on."""
-    stage, origin, view = runner.stage, forward.origin, forward.view
-    config, root = stage.roles[name], stage.roles[root_of(name, stage.roles)]
-    augments = [part_facts(named, AUGMENTATIONS) for named, _ in spelled_out(origin.config.views)[forward.field]]
+    stage, origin, view = runner.stage, forward.source, forward.view
+    config, root = stage.roles[name], stage.roles[root_role(name, stage.roles)]
+    augments = [part_identity(named, AUGMENTATIONS) for named, _ in resolve_views(origin.config.views)[forward.field]]
     return {
-        "model": part_facts(architecture(root, stage.roles), MODELS),
-        "transforms": [part_facts(named, WEIGHT_TRANSFORMS) for named in root.transforms],
+        "model": part_identity(architecture(root, stage.roles), MODELS),
+        "transforms": [part_identity(named, WEIGHT_TRANSFORMS) for named in root.transforms],
         "part": config.module_path,
         "weights": state_hash(runner.network.role(root.name).model),
         "precision": stage.precision,
         "device": describe_device(runner.device),
         "torch": torch.__version__,
-        "at_once": forward.rows,
-        "data": {"checksum": origin.checksum, "population": origin.population, "stored": list(view.stored)},
+        "at_once": forward.batch_size,
+        "data": {"checksum": origin.checksum, "population": origin.population, "stored": list(view.stored_shape)},
         "view": {
             "augments": augments,
             "mean": None if view.mean is None else view.mean.flatten().tolist(),
@@ -228,7 +228,7 @@ def _content(runner: Runner, name: str, forward: Forward) -> dict[str, Any]:
     }
 
 
-def memory(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes of memory: what is free on a GPU, what there is on the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

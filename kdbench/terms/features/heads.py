@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_classes, require
+from kdbench.terms.base import Number, Term, check_equal_classes, check_parameters
 from kdbench.terms.numerics import at_least_float32
 
 
@@ -52,7 +52,7 @@ def dhkd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
 
 
 @TERMS.register("ofa", space="row", version=1, paper="arXiv:2310.19444")
-class AdaptiveTarget(Term):
+class AdaptiveTargetEnhancement(Term):
     """OFA-KD: soft targets of another kind of network, with the label's class raised by a power.
 
     loss = -sum_k ((q_k + [k = y])^power - [k = y]) * log p_k, q and p the softmaxes of teacher and student at
@@ -67,19 +67,19 @@ class AdaptiveTarget(Term):
 
     def __init__(self, power: Number = 1.0, temperature: Number = 1.0) -> None:
         super().__init__()
-        require("ofa", "above 0", power=power, temperature=temperature)
+        check_parameters("ofa", "above 0", power=power, temperature=temperature)
         self.power = power
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         return ofa_loss(student, teacher, label, self.power, self.temperature)
 
 
 @TERMS.register("dhkd", space="row", version=1, paper="arXiv:2411.08937")
-class DualHead(Term):
+class DualHeadKD(Term):
     """Dual-head KD: an auxiliary head matches the teacher's logits class by class, so that the classifier need not.
 
     loss = T^2 * sum_k KL(Bernoulli(1/2) || Bernoulli(sigmoid((h_k - z_k) / T))), h the logits of a second linear head
@@ -94,11 +94,11 @@ class DualHead(Term):
 
     def __init__(self, temperature: Number = 2.0) -> None:
         super().__init__()
-        require("dhkd", "above 0", temperature=temperature)
+        check_parameters("dhkd", "above 0", temperature=temperature)
         self.temperature = temperature
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_classes(shapes["student"], shapes["teacher"])
+        check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return dhkd_loss(student, teacher, self.temperature)

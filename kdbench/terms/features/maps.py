@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Number, Term, equal_shapes, require
-from kdbench.terms.numerics import at_least_float32, full_precision, ratio, safe_sqrt
+from kdbench.terms.base import Number, Term, check_equal_shapes, check_parameters
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_divide, safe_sqrt
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Hint(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("features", shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return hint_loss(student, teacher)
@@ -52,7 +52,7 @@ def ab_loss(student: Tensor, teacher: Tensor, margin: Number = 1.0) -> Tensor:
 
 
 @TERMS.register("ab", space="row", version=1, features=True, paper="arXiv:1811.03233")
-class ActivationBoundaries(Term):
+class ActivationBoundaryTransfer(Term):
     """Activation boundaries: each of the student's neurons is active where the teacher's is, with a margin.
 
     loss = sum over neurons of (m - s)_+^2 where t > 0, and of (m + s)_+^2 elsewhere; s and t are features BEFORE the
@@ -69,11 +69,11 @@ class ActivationBoundaries(Term):
 
     def __init__(self, margin: Number = 1.0) -> None:
         super().__init__()
-        require("ab", "at least 0", margin=margin)
+        check_parameters("ab", "at least 0", margin=margin)
         self.margin = margin
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("pre-activations", shapes["student"], shapes["teacher"])
+        check_equal_shapes("pre-activations", shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return ab_loss(student, teacher, self.margin)
@@ -82,7 +82,7 @@ class ActivationBoundaries(Term):
 def unit_length(features: Tensor) -> Tensor:
     """Features (batch, ...) as vectors (batch, elements) of length 1, at least float32; zeros stay zeros."""
     flat = at_least_float32(features).flatten(1)
-    return ratio(flat, safe_sqrt(flat.square().sum(1, keepdim=True)))
+    return safe_divide(flat, safe_sqrt(flat.square().sum(1, keepdim=True)))
 
 
 def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class FactorTransfer(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("factors", shapes["student"], shapes["teacher"])
+        check_equal_shapes("factors", shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return ft_loss(student, teacher)
@@ -126,13 +126,13 @@ class Reconstruction(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("an output and its target", shapes["student"], shapes["teacher"])
+        check_equal_shapes("an output and its target", shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return hint_loss(student, teacher)
 
 
-LEAST_VARIANCE = 1e-5
+MIN_VARIANCE = 1e-5
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
 
 
 @TERMS.register("vid", space="row", version=1, features=True, injected=("shapes",), paper="arXiv:1904.05835")
-class VariationalInformation(Term):
+class VariationalInformationDistillation(Term):
     """Variational information distillation: the student's feature tells as much as it can of the teacher's.
 
     loss = mean over elements of ((t - mu(s))^2 / v_c + log v_c) / 2: the negative log-likelihood of the teacher's
@@ -162,7 +162,7 @@ class VariationalInformation(Term):
 
     def __init__(self, shapes: dict, variance: float = 5.0) -> None:
         super().__init__()
-        require("vid", "above 0", variance=variance)
+        check_parameters("vid", "above 0", variance=variance)
         inside, outside = shapes["student"][0], shapes["teacher"][0]
         self.mean = nn.Sequential(
             nn.Conv2d(inside, outside, 1, bias=False),
@@ -182,23 +182,23 @@ class VariationalInformation(Term):
                 )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with full_precision(student):
-            student, teacher = _maps(student), _maps(teacher)
+        with autocast_disabled(student):
+            student, teacher = _as_maps(student), _as_maps(teacher)
             size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
             student, teacher = (
                 values if values.shape[2:] == size else F.adaptive_avg_pool2d(values, size)
                 for values in (student, teacher)
             )
-            variance = F.softplus(self.scale) + LEAST_VARIANCE
+            variance = F.softplus(self.scale) + MIN_VARIANCE
             return gaussian_nll(self.mean(student), teacher, variance.view(1, -1, 1, 1))
 
 
-def _maps(features: Tensor) -> Tensor:
+def _as_maps(features: Tensor) -> Tensor:
     features = at_least_float32(features)
     return features if features.dim() == 4 else features[:, :, None, None]
 
 
-SCALES = (4, 2, 1)
+PYRAMID_SIZES = (4, 2, 1)
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     loss, share, shares = hint_loss(student, teacher), 1.0, 1.0
-    for size in SCALES if student.dim() == 4 else ():
+    for size in PYRAMID_SIZES if student.dim() == 4 else ():
         if size >= student.shape[2]:
             continue
         share /= 2
@@ -240,7 +240,7 @@ class HierarchicalContext(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("features", shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return hcl_loss(student, teacher)

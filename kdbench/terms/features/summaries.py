@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, feature_maps, require
-from kdbench.terms.numerics import at_least_float32, full_precision, ratio, safe_sqrt
+from kdbench.terms.base import Term, check_feature_maps, check_parameters
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_divide, safe_sqrt
 
 
 def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
@@ -22,7 +22,7 @@ def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
     """
     strength = features.square() if p == 2 else features.abs().pow(p)
     flat = strength.mean(1).flatten(1)
-    return ratio(flat, safe_sqrt(flat.square().sum(1, keepdim=True)))
+    return safe_divide(flat, safe_sqrt(flat.square().sum(1, keepdim=True)))
 
 
 def at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
@@ -58,17 +58,17 @@ class AttentionTransfer(Term):
 
     def __init__(self, p: float = 2.0) -> None:
         super().__init__()
-        require("at", "at least 1", p=p)
+        check_parameters("at", "at least 1", p=p)
         self.p = p
 
     def check_shapes(self, **shapes: Size) -> None:
-        feature_maps(student=shapes["student"], teacher=shapes["teacher"])
+        check_feature_maps(student=shapes["student"], teacher=shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return at_loss(student, teacher, self.p)
 
 
-def flow_matrix(first: Tensor, second: Tensor) -> Tensor:
+def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     """Inner products of the channels of two layers, averaged over the places.
 
     Args:
@@ -89,10 +89,10 @@ def flow_matrix(first: Tensor, second: Tensor) -> Tensor:
 
 def fsp_loss(student: Tensor, teacher: Tensor, student_from: Tensor, teacher_from: Tensor) -> Tensor:
     """Squared difference of the two flow matrices, averaged over their entries: (batch,). See `Flow`."""
-    with full_precision(student):
+    with autocast_disabled(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         student_from, teacher_from = at_least_float32(student_from), at_least_float32(teacher_from)
-        return (flow_matrix(student_from, student) - flow_matrix(teacher_from, teacher)).square().mean((1, 2))
+        return (fsp_matrix(student_from, student) - fsp_matrix(teacher_from, teacher)).square().mean((1, 2))
 
 
 @TERMS.register(
@@ -103,7 +103,7 @@ def fsp_loss(student: Tensor, teacher: Tensor, student_from: Tensor, teacher_fro
     operands=("student_from", "teacher_from"),
     paper="CVPR 2017",
 )
-class Flow(Term):
+class FSPMatrix(Term):
     """Flow of solution procedure: the student goes from one layer to a later one as the teacher does.
 
     loss = mean over entries of (G_s - G_t)^2, with G[i, j] = mean over places of from_i * to_j: the inner product of
@@ -119,7 +119,7 @@ class Flow(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        feature_maps(**shapes)
+        check_feature_maps(**shapes)
         for ours, theirs in (("student", "teacher"), ("student_from", "teacher_from")):
             if ours in shapes and theirs in shapes and shapes[ours][1] != shapes[theirs][1]:
                 raise ValueError(

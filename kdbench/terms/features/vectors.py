@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, equal_shapes
-from kdbench.terms.numerics import at_least_float32, ratio, safe_sqrt
+from kdbench.terms.base import Term, check_equal_shapes
+from kdbench.terms.numerics import at_least_float32, safe_divide, safe_sqrt
 
 
-def channels_last(features: Tensor) -> Tensor:
+def to_channel_vectors(features: Tensor) -> Tensor:
     """Features as vectors in the last dimension, at least float32: maps (batch, channels, h, w) become (batch, h, w,
     channels); tokens (batch, length, width) and vectors (batch, width) are so already."""
     features = at_least_float32(features)
@@ -22,7 +22,7 @@ def channels_last(features: Tensor) -> Tensor:
 
 def scaled_to_length(vectors: Tensor) -> Tensor:
     """Vectors of the last dimension at length 1; zeros stay zeros."""
-    return ratio(vectors, safe_sqrt(vectors.square().sum(-1, keepdim=True)))
+    return safe_divide(vectors, safe_sqrt(vectors.square().sum(-1, keepdim=True)))
 
 
 def mean_over_tokens(loss: Tensor, tokens: Tensor | None) -> Tensor:
@@ -33,7 +33,7 @@ def mean_over_tokens(loss: Tensor, tokens: Tensor | None) -> Tensor:
     if tokens is None:
         return loss.reshape(len(loss), -1).mean(1)
     counts = tokens.to(torch.bool)
-    return ratio(torch.where(counts, loss, 0).sum(1), counts.sum(1).to(loss.dtype))
+    return safe_divide(torch.where(counts, loss, 0).sum(1), counts.sum(1).to(loss.dtype))
 
 
 def feature_distance_loss(
@@ -45,7 +45,7 @@ def feature_distance_loss(
     scale: Literal["none", "length", "layer_norm"] = "none",
 ) -> Tensor:
     """Distance of scaled features, averaged over a sample's elements: (batch,). See `FeatureDistance`."""
-    pair = [channels_last(student), channels_last(teacher)]
+    pair = [to_channel_vectors(student), to_channel_vectors(teacher)]
     if scale == "length":
         pair = [scaled_to_length(values) for values in pair]
     elif scale == "layer_norm":
@@ -56,7 +56,7 @@ def feature_distance_loss(
 
 def cosine_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
     """1 - cosine of the angle between the vectors of student and teacher, averaged over the places: (batch,)."""
-    cosines = (scaled_to_length(channels_last(student)) * scaled_to_length(channels_last(teacher))).sum(-1)
+    cosines = (scaled_to_length(to_channel_vectors(student)) * scaled_to_length(to_channel_vectors(teacher))).sum(-1)
     return mean_over_tokens(1 - cosines, tokens)
 
 
@@ -100,7 +100,7 @@ class FeatureDistance(Term):
         self.scale: Literal["none", "length", "layer_norm"] = scale
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("features", shapes["student"], shapes["teacher"])
         check_tokens(shapes)
 
     def forward(self, student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class FeatureDistance(Term):
 
 
 @TERMS.register("cosine", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:1910.01108")
-class Cosine(Term):
+class CosineDistance(Term):
     """Cosine distance: the student's feature points where the teacher's points, whatever its length.
 
     loss = mean over places of 1 - <s, t> / (|s| |t|), one vector per sample, per token or per place of a map.
@@ -121,7 +121,7 @@ class Cosine(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("directions of features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("directions of features", shapes["student"], shapes["teacher"])
         check_tokens(shapes)
 
     def forward(self, student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -143,12 +143,12 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor, label: Tensor) -> T
     """
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
     centres = means.to(student.dtype).flatten(1)[label.clamp(min=0)]
-    directions = ratio(centres, _length(centres).unsqueeze(1))
+    directions = safe_divide(centres, _row_norms(centres).unsqueeze(1))
     along = (student * directions).sum(1)
-    return torch.where(label < 0, 0, 1 - ratio(along, torch.maximum(_length(student), _length(teacher))))
+    return torch.where(label < 0, 0, 1 - safe_divide(along, torch.maximum(_row_norms(student), _row_norms(teacher))))
 
 
-def _length(rows: Tensor) -> Tensor:
+def _row_norms(rows: Tensor) -> Tensor:
     return safe_sqrt(rows.square().sum(1))
 
 
@@ -170,7 +170,7 @@ class NormAndDirection(Term):
     """
 
     def check_shapes(self, **shapes: Size) -> None:
-        equal_shapes("features", shapes["student"], shapes["teacher"])
+        check_equal_shapes("features", shapes["student"], shapes["teacher"])
         means = shapes.get("means")
         if means is not None and means[-1] != shapes["teacher"][1:].numel():
             raise ValueError(

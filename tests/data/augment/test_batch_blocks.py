@@ -26,8 +26,8 @@ class Operations(TorchDispatchMode):
 
 def source(source_of, make, part, names: str, block: int, **options):
     views = {"image": tuple(part(name, **params) for name, params in LISTS[names])}
-    found = source_of(make(params={"samples": 103}, batch_size=8, views=views, labels=0.5), **options)
-    found.block = block
+    found = source_of(make(params={"samples": 103}, batch_size=8, views=views, label_fraction=0.5), **options)
+    found.block_size = block
     return found
 
 
@@ -38,7 +38,7 @@ def equal(one, other) -> bool:
 
 
 @pytest.mark.parametrize("names", LISTS)
-@pytest.mark.parametrize("options", [{}, {"rank": 1, "world": 3}, {"channels_last": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 3}, {"channels_last": True}], ids=str)
 def test_blocks_give_the_batches_of_single_steps(source_of, make, part, names, options):
     """Whatever their size: one that divides nothing, and one larger than the epoch."""
     single = list(source(source_of, make, part, names, 1, **options).batches(2))
@@ -73,7 +73,7 @@ def test_a_block_takes_the_operations_of_one_batch(source_of, make, part):
     counts = {}
     for block in (1, 8):
         own = source(source_of, make, part, "crop, flip", block)
-        tables = {name: own.draws(name, 0) for name in own.views}
+        tables = {name: own.epoch_params(name, 0) for name in own.views}
         own.draws = lambda name, epoch, tables=tables: tables[name]
         with Operations() as operations:
             assert len(list(own.batches(0))) == 13

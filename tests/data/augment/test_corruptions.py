@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from kdbench.data.augment.color import Color
-from kdbench.data.augment.corruptions import Blur, Half, LowResolution, Noise, Occlude, normal_draws
+from kdbench.data.augment.corruptions import Blur, GaussianNoise, Half, LowResolution, Occlude, hashed_normals
 from kdbench.data.augment.geometric import Rotate90
 from kdbench.data.augment.mixing import Mixup
 from kdbench.data.augment.view import View
@@ -26,7 +26,7 @@ def random_images(rows, *shape, seed=0):
 
 def test_noise_is_standard_normal_and_independent():
     """Moments, tails, neighbouring pixels, the same pixel of neighbouring samples."""
-    drawn = normal_draws(uniform(400, 2), 3072).double()
+    drawn = hashed_normals(uniform(400, 2), 3072).double()
     assert abs(drawn.mean()) < 0.004 and abs(drawn.std() - 1) < 0.004
     assert abs((drawn**3).mean()) < 0.02 and abs((drawn**4).mean() - 3) < 0.05
     for edge, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
@@ -40,17 +40,17 @@ def test_noise_is_standard_normal_and_independent():
 
 def test_noise_differs_with_the_least_change_of_a_draw():
     close = torch.tensor([[0.5, 0.25], [0.5 + 2**-24, 0.25], [0.5, 0.25 + 2**-24], [0.25, 0.5]])
-    drawn = normal_draws(close, 3072)
+    drawn = hashed_normals(close, 3072)
     correlation = torch.corrcoef(drawn) - torch.eye(4)
     assert correlation.abs().max() < 0.08
 
 
 def test_noise_is_scaled_and_added():
     image, draws = random_images(4, 3, 8, 8), uniform(4, 2)
-    expected = image + 0.3 * normal_draws(draws, 192).view(4, 3, 8, 8)
-    assert_close(Noise(0.3).apply(image, draws), expected)
-    assert Noise(0.3).apply(image.double(), draws).dtype == torch.float64
-    assert torch.equal(Noise(0.0).apply(image, draws), image)
+    expected = image + 0.3 * hashed_normals(draws, 192).view(4, 3, 8, 8)
+    assert_close(GaussianNoise(0.3).apply(image, draws), expected)
+    assert GaussianNoise(0.3).apply(image.double(), draws).dtype == torch.float64
+    assert torch.equal(GaussianNoise(0.0).apply(image, draws), image)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
@@ -107,7 +107,7 @@ def test_turns_are_quarters_counterclockwise(turns):
     assert torch.equal(Rotate90(turns).apply(image, uniform(3, 0)), expected)
     draws = torch.full((3, 1), turns / 4 + 0.1)
     assert torch.equal(Rotate90().apply(image, draws), expected)
-    assert Rotate90().told(draws).tolist() == [turns] * 3
+    assert Rotate90().extra_field_values(draws).tolist() == [turns] * 3
 
 
 def test_colours_are_torchvisions():
@@ -126,15 +126,15 @@ def test_colours_are_torchvisions():
 
 
 def test_partial_mixup_mixes_a_share_of_the_samples():
-    whole, partial = Mixup(1.0).table(20_000, 3), Mixup(1.0, share=0.3).table(20_000, 3)
+    whole, partial = Mixup(1.0).sample_params(20_000, 3), Mixup(1.0, fraction=0.3).sample_params(20_000, 3)
     mixed = partial[:, 0] < 1
     assert abs(mixed.double().mean() - 0.3) < 0.01
     assert torch.equal(partial[mixed], whole[mixed])
     assert abs(partial[mixed].double().mean() - 0.5) < 0.02  # what is mixed is mixed as ever: the draws are apart
-    assert torch.equal(Mixup(1.0, share=1.0).table(50, 3), Mixup(1.0).table(50, 3))
+    assert torch.equal(Mixup(1.0, fraction=1.0).sample_params(50, 3), Mixup(1.0).sample_params(50, 3))
     image = random_images(4, 1, 3, 3)
     draws = torch.tensor([[1.0], [0.5], [1.0], [0.2]])
-    got, share = Mixup(1.0, share=0.5).mix(image, image.roll(1, 0), draws)
+    got, share = Mixup(1.0, fraction=0.5).mix(image, image.roll(1, 0), draws)
     assert torch.equal(got[[0, 2]], image[[0, 2]]) and torch.equal(share, draws[:, 0])
 
 
@@ -142,11 +142,11 @@ CORRUPTIONS = [
     ("noise", {"std": 0.3}),
     ("blur", {"sigma": 0.7, "p": 0.5}),
     ("low_resolution", {"factor": 2}),
-    ("occlude", {"share": 0.3}),
+    ("occlude", {"fraction": 0.3}),
     ("rotate90", {}),
     ("rotate90", {"turns": 1}),
     ("color", {}),
-    ("mixup", {"share": 0.5}),
+    ("mixup", {"fraction": 0.5}),
 ]
 
 
@@ -161,7 +161,7 @@ def test_a_sample_looks_the_same_whatever_the_batch_and_the_ranks(source_of, mak
     assert not torch.equal(whole["image"][whole["index"].argsort()], other["image"][other["index"].argsort()])
     keys = [key for key in ("image", "turns", "mix") if key in whole]
     for rank in range(2):
-        half = next(source_of(make(batch_size=12, **options), rank=rank, world=2).batches(2))
+        half = next(source_of(make(batch_size=12, **options), rank=rank, world_size=2).batches(2))
         for key in keys:
             assert_close(half[key], whole[key][rank::2], rtol=1e-6, atol=1e-6)
     if name != "mixup":
@@ -177,12 +177,12 @@ def test_a_sample_looks_the_same_whatever_the_batch_and_the_ranks(source_of, mak
 def test_evaluation_is_corrupted_only_where_that_is_asked_for(source_of, make, part, name, params, always):
     views = {"image": (part(name, always=always, **params),), "raw": ()}
     source = source_of(make(views=views, params={"samples": 40, "shape": [3, 8, 8]}))
-    first = list(source.in_order(16))
-    for batch, again in zip(first, source.in_order(16), strict=True):
+    first = list(source.evaluation_batches(16))
+    for batch, again in zip(first, source.evaluation_batches(16), strict=True):
         assert torch.equal(batch["image"], again["image"])  # the same every time
         assert torch.equal(batch["image"], batch["raw"]) == (not always)
     ranks = [
-        source_of(make(views=views, params={"samples": 40, "shape": [3, 8, 8]}), rank=r, world=2).in_order(8)
+        source_of(make(views=views, params={"samples": 40, "shape": [3, 8, 8]}), rank=r, world_size=2).evaluation_batches(8)
         for r in range(2)
     ]
     whole = {i: image for batch in first for i, image in zip(batch["index"].tolist(), batch["image"], strict=True)}
@@ -195,7 +195,7 @@ def test_what_a_view_is_holds_in_evaluation_too(source_of, make, part):
     views = {"image": (), "low": (part("low_resolution", factor=4),), "turned": (part("rotate90", turns=1),)}
     views["random"] = (part("rotate90"),)
     source = source_of(make(views=views, params={"samples": 16, "shape": [3, 8, 8]}))
-    batch = next(source.in_order(16))
+    batch = next(source.evaluation_batches(16))
     assert torch.equal(batch["low"], LowResolution(4).apply(batch["image"], torch.empty(16, 0)))
     assert torch.equal(batch["turned"], torch.rot90(batch["image"], 1, (2, 3)))
     assert torch.equal(batch["random"], batch["image"])
@@ -210,7 +210,7 @@ def test_random_turns_are_told(source_of, make, part):
             assert torch.equal(batch[view][k], torch.rot90(batch["raw"][k], turns, (1, 2)))
         assert set(batch[field].tolist()) == {0, 1, 2, 3}
     assert not torch.equal(batch["turns"], batch["other_turns"])
-    assert set(source.sample_spec()) == set(batch)
+    assert set(source.field_specs()) == set(batch)
 
 
 def test_what_stands_after_the_mixing_comes_after_it(part):
@@ -218,9 +218,9 @@ def test_what_stands_after_the_mixing_comes_after_it(part):
     before = View("image", [part("cutout", size=4), part("mixup")], (1, 8, 8))
     after = View("image", [part("mixup"), part("cutout", size=4)], (1, 8, 8))
     for view in (before, after):
-        draws = view.table(6, 1, "train", 0)
-        image = view.augmented(stored, torch.arange(6), draws)
-        mixed, _ = view.mixed(image, image.roll(1, 0), draws)
+        draws = view.sample_params(6, 1, "train", 0)
+        image = view.augment(stored, torch.arange(6), draws)
+        mixed, _ = view.mix(image, image.roll(1, 0), draws)
         holes = (mixed == 0).sum((1, 2, 3))
         assert (holes > 0).all() == (view is after)
         assert torch.equal(image, stored) == (view is after)
@@ -231,9 +231,9 @@ def test_no_corruption_reads_a_value(part, name, params):
     view = View("image", [part("crop"), part(name, **params)], (3, 8, 8), [0.5] * 3, [0.2] * 3, channels_last=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         stored, rows = torch.empty(20, 3, 8, 8, dtype=torch.uint8), torch.empty(8, dtype=torch.int64)
-        draws = torch.empty(8, view.columns)
-        image = view.augmented(stored, rows, draws)
-        told = view.told(draws)
+        draws = torch.empty(8, view.num_params)
+        image = view.augment(stored, rows, draws)
+        told = view.extra_fields(draws)
     assert image.shape == (8, 3, 8, 8)
     assert all(value.shape == (8,) for value in told.values())
 
@@ -245,12 +245,12 @@ def test_no_corruption_reads_a_value(part, name, params):
         ("blur", {"sigma": 0.0}, "sigma must be above 0"),
         ("blur", {"p": 2.0}, r"p must be in \[0, 1\]"),
         ("low_resolution", {"factor": 3}, "factor 3 does not divide images of 8x10"),
-        ("occlude", {"share": 0.0}, "share must be above 0"),
+        ("occlude", {"fraction": 0.0}, "fraction must be above 0"),
         ("occlude", {"ratio": 0.5}, "ratio must be at least 1"),
         ("rotate90", {}, "only square images .* these are 8x10"),
         ("rotate90", {"turns": 4}, "turns must be 0, 1, 2, 3 or null"),
         ("color", {"contrast": -0.1}, "contrast must not be negative"),
-        ("mixup", {"share": 1.5}, r"share must be in \[0, 1\]"),
+        ("mixup", {"fraction": 1.5}, r"fraction must be in \[0, 1\]"),
     ],
 )
 def test_mistakes_are_told_with_their_place(part, name, params, message):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from kdbench.data.augment.geometric import Crop, Flip, RandomResizedCrop, whole
+from kdbench.data.augment.geometric import Crop, Flip, RandomResizedCrop, uniform_integers
 from kdbench.data.augment.mixing import Cutmix, Cutout, Mixup
 from kdbench.data.augment.view import View, gather_pixels
 from kdbench.errors import ConfigError
@@ -30,8 +30,8 @@ def offsets(draws, places):
 def test_crop_and_flip_equal_torchvision_at_the_same_offsets(part, padding, size):
     view = View("image", [part("crop", padding=padding, size=size), part("flip")], (3, 32, 32), MEAN, STD)
     stored, rows = images(), torch.tensor([3, 3, 0, 19, 7])
-    draws = view.table(20, seed=5, source="train", epoch=2)[rows]
-    got = view.augmented(stored, rows, draws)
+    draws = view.sample_params(20, seed=5, source="train", epoch=2)[rows]
+    got = view.augment(stored, rows, draws)
     side = size or 32
     tops, lefts = (offsets(draws[:, k], 32 + 2 * padding - side + 1) for k in (0, 1))
     for k, row in enumerate(rows.tolist()):
@@ -46,8 +46,8 @@ def test_crop_and_flip_equal_torchvision_at_the_same_offsets(part, padding, size
 def test_crop_and_flip_equal_the_pil_pipeline_exactly(part):
     view = View("image", [part("crop"), part("flip", p=1.0)], (3, 32, 32))
     stored = images()
-    draws = view.table(20, 1, "train", 0)
-    got = (view.augmented(stored, torch.arange(20), draws) * 255).round().to(torch.uint8)
+    draws = view.sample_params(20, 1, "train", 0)
+    got = (view.augment(stored, torch.arange(20), draws) * 255).round().to(torch.uint8)
     for k, (top, left) in enumerate(zip(offsets(draws[:, 0], 9), offsets(draws[:, 1], 9), strict=True)):
         canvas = Image.new("RGB", (40, 40))
         canvas.paste(Image.fromarray(stored[k].permute(1, 2, 0).numpy()), (4, 4))
@@ -60,16 +60,16 @@ def test_moves_are_composed_in_the_order_of_the_recipe(part):
     draws = torch.tensor([[0.99, 0.0]])
     last_rows = Crop(padding=0, size=4)
     ys, xs = torch.arange(6)[None], torch.arange(9)[None]
-    flipped_first = last_rows.maps(*Flip(1.0).maps(ys, xs, draws), draws)
-    flipped_last = Flip(1.0).maps(*last_rows.maps(ys, xs, draws), draws)
+    flipped_first = last_rows.map_coordinates(*Flip(1.0).map_coordinates(ys, xs, draws), draws)
+    flipped_last = Flip(1.0).map_coordinates(*last_rows.map_coordinates(ys, xs, draws), draws)
     assert_close(gather_pixels(stored, rows, *flipped_first), stored.flip(3)[:, :, 2:6, 0:4])
     assert_close(gather_pixels(stored, rows, *flipped_last), stored[:, :, 2:6, 0:4].flip(3))
 
 
 def test_crop_offsets_and_flips_are_uniform(part):
     view = View("image", [part("crop"), part("flip", p=0.3)], (3, 32, 32))
-    draws = view.table(81_000, 3, "train", 0)
-    both = whole(draws[:, 0], 9) * 9 + whole(draws[:, 1], 9)
+    draws = view.sample_params(81_000, 3, "train", 0)
+    both = uniform_integers(draws[:, 0], 9) * 9 + uniform_integers(draws[:, 1], 9)
     counts = torch.bincount(both, minlength=81).double()
     chi_square = ((counts - 1000) ** 2 / 1000).sum()  # 80 degrees of freedom: 99.99 % lie below 136
     assert 40 < chi_square < 136
@@ -79,14 +79,14 @@ def test_crop_offsets_and_flips_are_uniform(part):
 def test_padding_is_black_before_normalisation(part):
     view = View("image", [part("crop", padding=8)], (3, 8, 8), MEAN, STD)
     outside = torch.zeros(1, 2)  # the corner of the padding
-    got = view.augmented(images(1, (3, 8, 8)), torch.tensor([0]), outside)
+    got = view.augment(images(1, (3, 8, 8)), torch.tensor([0]), outside)
     expected = -torch.tensor(MEAN) / torch.tensor(STD)
     assert_close(got, expected.view(1, 3, 1, 1).expand_as(got))
 
 
 def test_draws_depend_on_seed_source_view_epoch_and_sample_only(part):
     def table(view="image", samples=50, seed=1, source="train", epoch=0, augments=("crop", "flip")):
-        return View(view, [part(name) for name in augments], (3, 32, 32)).table(samples, seed, source, epoch)
+        return View(view, [part(name) for name in augments], (3, 32, 32)).sample_params(samples, seed, source, epoch)
 
     same = table()
     assert torch.equal(same, table())
@@ -95,13 +95,13 @@ def test_draws_depend_on_seed_source_view_epoch_and_sample_only(part):
 
 
 def test_another_augmentation_leaves_the_draws_of_the_others(part):
-    crops = View("image", [part("crop"), part("flip")], (3, 32, 32)).table(9, 1, "train", 0)
-    more = View("image", [part("cutout", size=8), part("crop"), part("flip")], (3, 32, 32)).table(9, 1, "train", 0)
+    crops = View("image", [part("crop"), part("flip")], (3, 32, 32)).sample_params(9, 1, "train", 0)
+    more = View("image", [part("cutout", size=8), part("crop"), part("flip")], (3, 32, 32)).sample_params(9, 1, "train", 0)
     assert torch.equal(crops, more[:, 2:])
 
 
 def test_two_crops_in_one_view_draw_apart(part):
-    twice = View("image", [part("crop"), part("crop")], (3, 32, 32)).table(9, 1, "train", 0)
+    twice = View("image", [part("crop"), part("crop")], (3, 32, 32)).sample_params(9, 1, "train", 0)
     assert not torch.isclose(twice[:, :2], twice[:, 2:]).any()
 
 
@@ -128,14 +128,14 @@ def test_mixup_is_the_convex_blend_of_rows_and_partners():
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_mixing_draws_follow_the_beta_distribution(alpha):
     for augment in (Mixup(alpha), Cutmix(alpha)):
-        drawn = augment.table(40_000, 7)[:, 0].double()
+        drawn = augment.sample_params(40_000, 7)[:, 0].double()
         assert abs(drawn.mean() - 0.5) < 0.01
         assert abs(drawn.var() - 1 / (4 * (2 * alpha + 1))) < 0.005  # of Beta(a, a)
 
 
 def test_cutmix_pastes_the_box_of_the_paper_and_counts_its_pixels():
     image, partner = torch.zeros(300, 1, 12, 20), torch.ones(300, 1, 12, 20)
-    draws = Cutmix(1.0).table(300, 3)
+    draws = Cutmix(1.0).sample_params(300, 3)
     mixed, share = Cutmix(1.0).mix(image, partner, draws)
     assert_close(share, 1 - mixed.mean((1, 2, 3)))
     for k in range(300):
@@ -150,15 +150,15 @@ def test_cutmix_pastes_the_box_of_the_paper_and_counts_its_pixels():
 def test_evaluation_takes_the_centre_and_draws_nothing(part):
     view = View("image", [part("crop", padding=2, size=6), part("flip", p=1.0)], (3, 9, 10))
     stored = images(4, (3, 9, 10))
-    assert_close(view.plain(stored, torch.arange(4)), tv.center_crop(stored, [6, 6]).float() / 255)
+    assert_close(view.evaluation_images(stored, torch.arange(4)), tv.center_crop(stored, [6, 6]).float() / 255)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_and_layout_are_those_asked_for(part, dtype):
     view = View("image", [part("crop"), part("mixup")], (3, 32, 32), MEAN, STD, dtype=dtype, channels_last=True)
-    draws = view.table(20, 1, "train", 0)
-    image = view.augmented(images(), torch.arange(20), draws)
-    mixed, share = view.mixed(image, image.roll(1, 0), draws)
+    draws = view.sample_params(20, 1, "train", 0)
+    image = view.augment(images(), torch.arange(20), draws)
+    mixed, share = view.mix(image, image.roll(1, 0), draws)
     assert image.dtype == mixed.dtype == share.dtype == dtype
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
@@ -172,10 +172,10 @@ def test_no_augmentation_reads_a_value(part, mixing):
     with FakeTensorMode(allow_non_fake_inputs=True):
         stored = torch.empty(20, 3, 32, 32, dtype=torch.uint8)
         rows = torch.empty(8, dtype=torch.int64)
-        draws = torch.empty(8, view.columns)
-        image = view.augmented(stored, rows, draws)
-        mixed, share = view.mixed(image, image.roll(1, 0), draws)
-        plain = view.plain(stored, rows)
+        draws = torch.empty(8, view.num_params)
+        image = view.augment(stored, rows, draws)
+        mixed, share = view.mix(image, image.roll(1, 0), draws)
+        plain = view.evaluation_images(stored, rows)
     assert mixed.shape == plain.shape == (8, 3, 28, 28)
     assert share.shape == (8,)
 

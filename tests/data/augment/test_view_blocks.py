@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kdbench.data.augment.corruptions import normal_draws
+from kdbench.data.augment.corruptions import hashed_normals
 from kdbench.errors import ConfigError
 
 PARAMS = {"samples": 40, "shape": [3, 8, 8]}
@@ -31,8 +31,8 @@ def test_a_view_that_continues_another_differs_only_by_what_follows(source_of, m
         assert torch.equal(batch["image"], batch["equal"])
         assert not torch.equal(batch["image"], batch["apart"])  # the negative control: views that draw apart
         noise = (batch["noisy"] - batch["image"]) / 0.3
-        table = source.views["noisy"].table(40, 1, "train", 1)[batch["index"]]
-        assert_close(noise.flatten(1), normal_draws(table[:, -2:], 192), rtol=1e-3, atol=1e-4)
+        table = source.views["noisy"].sample_params(40, 1, "train", 1)[batch["index"]]
+        assert_close(noise.flatten(1), hashed_normals(table[:, -2:], 192), rtol=1e-3, atol=1e-4)
         assert batch["index"].shape == batch["label"].shape == (len(noise),)
 
 
@@ -40,7 +40,7 @@ def test_every_view_is_of_the_same_sample(source_of, make, part, same):
     """Without augmentation all views are the image of `index`; with it each is a move of that image's pixels."""
     views = {"image": (part("flip"),), "other": (part("flip"),), "more": (same("other"),), "raw": ()}
     source = source_of(make(views=views, params=PARAMS))
-    plain = next(source.in_order(40))["image"]
+    plain = next(source.evaluation_batches(40))["image"]
     for batch in source.batches(0):
         assert torch.equal(batch["raw"], plain[batch["index"]])
         for name in ("image", "other", "more"):
@@ -71,13 +71,13 @@ def test_further_draws_of_the_same_kind_are_the_views_own(source_of, make, part,
 @pytest.mark.parametrize("world", [1, 2])
 def test_mixed_views_share_partner_and_share(source_of, make, part, same, world):
     views = {
-        "image": (part("crop"), part("mixup", share=0.7)),
+        "image": (part("crop"), part("mixup", fraction=0.7)),
         "noisy": (same(), part("noise", std=0.1)),
         "equal": (same(),),
     }
     alone = source_of(make(batch_size=20, views=views, params=PARAMS))
     for rank in range(world):
-        source = source_of(make(batch_size=20 // world, views=views, params=PARAMS), rank=rank, world=world)
+        source = source_of(make(batch_size=20 // world, views=views, params=PARAMS), rank=rank, world_size=world)
         for batch, whole in zip(source.batches(0), alone.batches(0), strict=True):
             assert torch.equal(batch["image"], batch["equal"])
             noise = (batch["noisy"] - batch["image"]) / 0.1

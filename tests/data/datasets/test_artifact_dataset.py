@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kdbench.config.schema import ArtifactConfig, PartConfig, PartWithOperands, SourceConfig, StageConfig
-from kdbench.data.datasets.artifact import expected
-from kdbench.data.describe import describe, describe_all
+from kdbench.data.datasets.artifact import expected_spec
+from kdbench.data.describe import describe_source, describe_sources
 from kdbench.data.loading.build import build_sources
 from kdbench.data.source_spec import SourceSpec
 from kdbench.errors import ConfigError, DataError, Location
@@ -54,7 +54,7 @@ def stored(tmp_path):
 def source(name="train", made="paint@2.pool", **rest):
     return SourceConfig(
         name=name,
-        dataset=PartConfig(type="made", location=Location(f"data.{name}.made", "recipe.yaml", 4)),
+        dataset=PartConfig(type="artifact", location=Location(f"data.{name}.artifact", "recipe.yaml", 4)),
         artifact=made,
         batch_size=rest.pop("batch_size", 8),
         location=Location(f"data.{name}", "recipe.yaml", 3),
@@ -64,7 +64,7 @@ def source(name="train", made="paint@2.pool", **rest):
 
 def opened(config, files, **options):
     options = {"validation": None, "seed": 1, "device": "cpu", "data_root": "data"} | options
-    return build_sources({config.name: config}, made=files, **options)[config.name]
+    return build_sources({config.name: config}, artifact_files=files, **options)[config.name]
 
 
 def collect(batches):
@@ -74,8 +74,8 @@ def collect(batches):
 
 def test_a_made_dataset_is_a_dataset_like_any_other(stored):
     made = content()
-    found = opened(source(subset=0.5, labels=6), stored())
-    batch = collect(found.in_order(5))
+    found = opened(source(subset=0.5, label_fraction=6), stored())
+    batch = collect(found.evaluation_batches(5))
     assert (found.classes, found.population, found.num_samples) == (CLASSES, SAMPLES, 12)
     mean, std = (torch.tensor(made[key]).view(3, 1, 1) for key in ("mean", "std"))
     torch.testing.assert_close(batch["image"], (made["images"][batch["index"]] / 255 - mean) / std)
@@ -89,20 +89,20 @@ def test_its_further_fields_are_fields_of_the_batch_whatever_the_order(stored):
     for world in (1, 2):
         for rank in range(world):
             for dtype in (torch.float32, torch.float64):
-                found = opened(source(), files, rank=rank, world=world, dtype=dtype)
+                found = opened(source(), files, rank=rank, world_size=world, dtype=dtype)
                 for batch in found.batches(1):
                     for name, value in made["fields"].items():
                         wanted = value[batch["index"]]
                         wanted = wanted.to(dtype) if wanted.is_floating_point() else wanted
                         assert batch[name].dtype == wanted.dtype and torch.equal(batch[name], wanted)
                     shapes = {name: (tuple(v.shape[1:]), str(v.dtype)[6:]) for name, v in batch.items()}
-                    assert shapes == found.sample_spec()
+                    assert shapes == found.field_specs()
 
 
 def test_images_without_a_mean_are_normalised_already(stored):
     images = torch.randn(SAMPLES, 1, 4, 4)
     files = stored(value=content(images=images, mean=None, std=None))
-    batch = collect(opened(source(), files).in_order(8))
+    batch = collect(opened(source(), files).evaluation_batches(8))
     assert torch.equal(batch["image"], images)
     views = {"image": (PartConfig(type="color", location=Location("augment", "recipe.yaml", 9)),)}
     with pytest.raises(ConfigError, match=r"recipe.yaml:9 augment: color changes colours .* stored normalised"):
@@ -117,8 +117,8 @@ def test_labels_that_the_maker_marked_as_unknown_are_hidden(stored):
         batch = collect(found.batches(0))
         assert torch.equal(batch["labelled"], known[batch["index"]])
         assert torch.equal(batch["label"] == -100, ~batch["labelled"])
-        assert set(found.sample_spec()) == set(batch)
-    fewer = collect(opened(source(labels=6), files).batches(0))
+        assert set(found.field_specs()) == set(batch)
+    fewer = collect(opened(source(label_fraction=6), files).batches(0))
     assert int(fewer["labelled"].sum()) == 6 and known[fewer["index"][fewer["labelled"]]].all()
 
 
@@ -126,7 +126,7 @@ def test_labels_below_zero_stay_unknown(stored):
     labels = torch.where(torch.arange(SAMPLES) < 12, torch.arange(SAMPLES) % 3, -100)
     files = stored(value=content(labels=labels))
     batch = collect(
-        opened(source(subset=0.5, relabel=PartConfig(type="symmetric_noise", params={"rate": 1.0})), files).in_order(8)
+        opened(source(subset=0.5, relabel=PartConfig(type="symmetric_noise", params={"rate": 1.0})), files).evaluation_batches(8)
     )
     assert int((batch["label"] == -100).sum()) == 6  # they count as a class of their own
     assert (batch["label"][batch["label_true"] >= 0] != batch["label_true"][batch["label_true"] >= 0]).all()
@@ -138,10 +138,10 @@ def test_a_made_choice_names_positions_of_the_split(stored, make):
     config = make(params={"samples": 100}, subset="query@1.picked", batch_size=2)
     found = opened(config, files)
     assert torch.equal(found.positions, index)
-    assert describe(config, "data", made=files).samples == 4
-    assert describe(config, "data").samples is None
-    config = make(params={"samples": 100}, labels="query@1.picked")
-    batch = collect(opened(config, files).in_order(32))
+    assert describe_source(config, "data", artifact_files=files).samples == 4
+    assert describe_source(config, "data").samples is None
+    config = make(params={"samples": 100}, label_fraction="query@1.picked")
+    batch = collect(opened(config, files).evaluation_batches(32))
     assert torch.equal(batch["labelled"].nonzero()[:, 0], index)
     shard = PartConfig(type="shard", params={"of": 2})
     both = opened(make(params={"samples": 100}, subset=(shard, "query@1.picked"), batch_size=1), files).positions
@@ -152,10 +152,10 @@ def test_a_made_choice_names_positions_of_the_split(stored, make):
 def test_validation_is_held_out_of_a_made_dataset_too(stored):
     files = stored()
     data = {"train": source(), "eval": source("eval")}
-    sources = build_sources(data, validation=6, seed=1, device="cpu", data_root="data", made=files)
+    sources = build_sources(data, validation=6, seed=1, device="cpu", data_root="data", artifact_files=files)
     rest = {*sources["train"].positions.tolist(), *sources["eval"].positions.tolist()}
     assert not rest & set(sources["validation"].positions.tolist())
-    assert describe_all(data, 6, "data", made=files)["train"].samples == sources["train"].num_samples == SAMPLES - 6
+    assert describe_sources(data, 6, "data", artifact_files=files)["train"].samples == sources["train"].num_samples == SAMPLES - 6
 
 
 def test_the_same_content_has_the_same_checksum(stored):
@@ -205,9 +205,9 @@ def test_a_view_may_not_be_called_like_a_field(stored):
 
 def test_before_it_is_made_its_fields_are_those_of_what_it_is_made_from(stored, make, monkeypatch):
     monkeypatch.setitem(
-        ARTIFACTS._extra,
+        ARTIFACTS._plugin_entries,
         "paints",
-        Entry("paints", "m", "s", "", {}, {"makes": "dataset", "fields": ("soft", "weight")}),
+        Entry("paints", "m", "s", "", {}, {"produces": "dataset", "fields": ("soft", "weight")}),
     )
     first = StageConfig(
         name="paint",
@@ -234,14 +234,14 @@ def test_before_it_is_made_its_fields_are_those_of_what_it_is_made_from(stored, 
 
 
 def test_a_maker_without_images_takes_those_of_evaluation(monkeypatch):
-    monkeypatch.setitem(ARTIFACTS._extra, "paints", Entry("paints", "m", "s", "", {}, {"makes": "dataset"}))
+    monkeypatch.setitem(ARTIFACTS._plugin_entries, "paints", Entry("paints", "m", "s", "", {}, {"produces": "dataset"}))
     noise = SourceSpec({"z": ((64,), "float32"), "index": ((), "int64")})
     evaluation = SourceSpec({"image": ((1, 8, 8), "float32")}, 10)
-    spec = expected("paints", noise, evaluation)
+    spec = expected_spec("paints", noise, evaluation)
     assert spec.fields == {"image": ((1, 8, 8), "float32")} and spec.classes == 10
 
 
 def test_another_source_stands_in_where_nothing_is_known(make):
     data = {"train": source(), "eval": make(name="eval", split="test", params={"shape": [1, 8, 8]})}
-    spec = describe_all(data, None, "data")["train"]
+    spec = describe_sources(data, None, "data")["train"]
     assert spec.fields["image"] == ((1, 8, 8), "float32") and spec.classes == 10

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.cifar import Cifar10, Cifar100
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.errors import DataError
 
 
@@ -95,7 +95,7 @@ def test_the_facts_are_torchvisions():
 
 def test_is_described_without_files(tmp_path):
     config = SourceConfig(name="train", dataset=PartConfig(type="cifar100"))
-    spec = describe(config, str(tmp_path / "data"))
+    spec = describe_source(config, str(tmp_path / "data"))
     assert spec.fields["image"] == ((3, 32, 32), "float32")
     assert (spec.classes, spec.samples) == (100, 50000)
     assert spec.problem == f"cifar100 is not under {tmp_path / 'data'}/; it will be downloaded"

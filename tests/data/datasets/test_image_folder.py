@@ -13,7 +13,7 @@ from PIL import Image
 from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.image_files import resize_and_crop
 from kdbench.data.datasets.image_folder import ImageFolder, ImageNet
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.errors import ConfigError, DataError
 
 
@@ -68,7 +68,7 @@ def test_own_statistics_and_raw_values(tmp_path, write_folders, source_of, make)
     write_folders(tmp_path / "pets", {"train": {"a": 2, "b": 2}})
     raw, own = (
         next(
-            source_of(make(dataset="image_folder", batch_size=4, params={"root": "pets", "size": 8} | extra)).in_order(
+            source_of(make(dataset="image_folder", batch_size=4, params={"root": "pets", "size": 8} | extra)).evaluation_batches(
                 4
             )
         )
@@ -99,14 +99,14 @@ def test_small_folders_are_resident_and_large_ones_stream(tmp_path, write_folder
 
 def test_is_described_as_far_as_the_files_allow(tmp_path, write_folders):
     config = SourceConfig(name="train", dataset=PartConfig(type="image_folder", params={"root": "pets", "size": 8}))
-    missing = describe(config, "data")
+    missing = describe_source(config, "data")
     assert missing.fields["image"] == ((3, 8, 8), "float32")
     assert (missing.classes, missing.samples) == (None, None)
     assert f"no folder {Path('data/pets').absolute()} or {Path('pets').absolute()}" in str(missing.problem)
     write_folders(tmp_path / "pets", {"train": {"a": 2, "b": 3}})
-    found = describe(config, "data")
+    found = describe_source(config, "data")
     assert (found.classes, found.samples, found.problem) == (2, 5, None)
-    imagenet = describe(SourceConfig(name="train", dataset=PartConfig(type="imagenet")), "data")
+    imagenet = describe_source(SourceConfig(name="train", dataset=PartConfig(type="imagenet")), "data")
     assert imagenet.fields["image"] == ((3, 224, 224), "float32")
     assert (imagenet.classes, imagenet.samples) == (1000, 1281167)
     assert "imagenet/train/<class>" in str(imagenet.problem)

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.digits import Digits
 from kdbench.data.datasets.synthetic import Synthetic
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.errors import ConfigError
 
 
@@ -35,10 +35,10 @@ def test_digits_never_change():
 
 
 def test_digits_are_normalised_to_zero_mean_and_unit_deviation(source_of, make):
-    batch = next(source_of(make(dataset="digits", batch_size=901)).in_order(901))
+    batch = next(source_of(make(dataset="digits", batch_size=901)).evaluation_batches(901))
     assert abs(batch["image"].mean()) < 0.02
     assert abs(batch["image"].std() - 1) < 0.02
-    raw = next(source_of(make(dataset="digits", params={"normalize": False})).in_order(901))["image"]
+    raw = next(source_of(make(dataset="digits", params={"normalize": False})).evaluation_batches(901))["image"]
     assert (raw.min(), raw.max()) == (0, 1)
 
 
@@ -64,12 +64,12 @@ def test_synthetic_classes_can_be_learned(shape):
 
 def test_description_agrees_with_the_sources(source_of, make, part):
     for one in (
-        make(dataset="digits", labels=50, views={"image": (part("crop", size=6), part("cutmix")), "strong": ()}),
+        make(dataset="digits", label_fraction=50, views={"image": (part("crop", size=6), part("cutmix")), "strong": ()}),
         make(params={"shape": [1, 9, 9], "samples": 40, "classes": 4}, subset=20),
         make(name="noise", dataset="gaussian", params={"shape": [3, 2]}),
     ):
-        spec, source = describe(one, "data"), source_of(one)
-        assert spec.fields == source.sample_spec()
+        spec, source = describe_source(one, "data"), source_of(one)
+        assert spec.fields == source.field_specs()
         assert spec.samples == source.num_samples
         assert spec.classes == (len(source.classes) or None)
         assert spec.problem is None
@@ -77,11 +77,11 @@ def test_description_agrees_with_the_sources(source_of, make, part):
 
 def test_description_refuses_what_cannot_be_built(make, part):
     with pytest.raises(ConfigError, match=r"recipe.yaml:3 data.train: dataset 'digits' has no split 'valid'"):
-        describe(make(dataset="digits", split="valid"), "data")
+        describe_source(make(dataset="digits", split="valid"), "data")
     with pytest.raises(ConfigError, match=r"no augmentation 'flop'"):
-        describe(make(dataset="digits", views={"image": (part("flop"),)}), "data")
+        describe_source(make(dataset="digits", views={"image": (part("flop"),)}), "data")
     with pytest.raises(ConfigError, match=r"gaussian: shape must be"):
-        describe(SourceConfig(name="n", dataset=PartConfig(type="gaussian", params={"shape": [0]})), "data")
+        describe_source(SourceConfig(name="n", dataset=PartConfig(type="gaussian", params={"shape": [0]})), "data")
 
 
 def test_registrations_state_the_facts():

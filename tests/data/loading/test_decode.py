@@ -12,7 +12,7 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 
 from kdbench.data.augment.geometric import RandomResizedCrop
-from kdbench.data.loading.resample import Region, _groups, resample, weights
+from kdbench.data.loading.resample import CropRegion, _padding_groups, filter_weights, resample_crops
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import derive
 
@@ -76,7 +76,7 @@ def said():
 
 def opened(source_of, config, said, **options):
     source = source_of(config, **options)
-    source.say = said.append
+    source.notice = said.append
     return source
 
 
@@ -104,7 +104,7 @@ def test_a_random_part_is_torchvisions_of_the_same_box(odd, folder, source_of, s
 
 @pytest.mark.parametrize(("decode", "levels"), [(None, 0), ("torchvision", LEVELS)])
 def test_evaluation_is_torchvisions_resize_and_center_crop(odd, folder, source_of, said, decode, levels):
-    (batch,) = opened(source_of, folder(decode, name="eval"), said).in_order(64)
+    (batch,) = opened(source_of, folder(decode, name="eval"), said).evaluation_batches(64)
     for path, image in zip(odd, batch["image"], strict=True):
         with Image.open(str(path).replace("/train/", "/val/")) as file:
             expected = tv.pil_to_tensor(tv.center_crop(tv.resize(file.convert("RGB"), 20), [20, 20]))
@@ -116,9 +116,9 @@ def test_a_box_one_pixel_away_is_farther_than_the_tolerance():
     image = smooth(53, 37, 0)
     pixels = tv.pil_to_tensor(image)
     expected = tv.pil_to_tensor(tv.resized_crop(image, 3, 5, 30, 41, [20, 20]))
-    right, wrong = Region(3, 5, 30, 41, 20, 20), Region(3, 6, 30, 41, 20, 20)
-    assert distance(resample([pixels], [right], 20)[0], expected) <= LEVELS
-    assert distance(resample([pixels], [wrong], 20)[0], expected) > 10 * LEVELS
+    right, wrong = CropRegion(3, 5, 30, 41, 20, 20), CropRegion(3, 6, 30, 41, 20, 20)
+    assert distance(resample_crops([pixels], [right], 20)[0], expected) <= LEVELS
+    assert distance(resample_crops([pixels], [wrong], 20)[0], expected) > 10 * LEVELS
     blunt = tv.resize(pixels[:, 3:33, 5:46], [20, 20], antialias=False)
     assert distance(blunt, expected) > 5 * LEVELS
 
@@ -128,33 +128,33 @@ def test_resampling_is_pils_for_shrinking_and_growing(size):
     image = smooth(*size, seed=4)
     width, height = size
     expected = tv.pil_to_tensor(image.resize((20, 20), Image.Resampling.BILINEAR))
-    read = resample([tv.pil_to_tensor(image)], [Region(0, 0, height, width, 20, 20)], 20)
+    read = resample_crops([tv.pil_to_tensor(image)], [CropRegion(0, 0, height, width, 20, 20)], 20)
     assert distance(read[0], expected) <= 1
 
 
 def test_an_image_that_has_the_size_is_read_as_it_is():
     pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    read = resample([pixels], [Region(0, 0, 20, 30, 20, 30, 0, 5)], 20)
+    read = resample_crops([pixels], [CropRegion(0, 0, 20, 30, 20, 30, 0, 5)], 20)
     assert torch.equal(read[0], pixels[:, :, 5:25])
 
 
 def test_weights_sum_to_one_and_leave_the_padding_out():
-    found = weights(torch.tensor([5, 9]), torch.tensor([4, 4]), torch.tensor([0, 1]), 3, 12)
+    found = filter_weights(torch.tensor([5, 9]), torch.tensor([4, 4]), torch.tensor([0, 1]), 3, 12)
     torch.testing.assert_close(found.sum(2), torch.ones(2, 3))
     assert not found[0, :, 5:].any() and not found[1, :, 9:].any()
 
 
 def test_a_very_large_image_does_not_pad_the_others(monkeypatch):
     sizes = [(10, 12), (4000, 3000), (11, 9), (12, 12)]
-    regions = [Region(0, 0, height, width, 8, 8) for height, width in sizes]
+    regions = [CropRegion(0, 0, height, width, 8, 8) for height, width in sizes]
     monkeypatch.setattr("kdbench.data.loading.resample.GROUP_ELEMENTS", 3 * 3 * 12 * 12)
-    assert sorted(map(sorted, _groups(regions))) == [[0, 2, 3], [1]]
+    assert sorted(map(sorted, _padding_groups(regions))) == [[0, 2, 3], [1]]
     images = [tv.pil_to_tensor(smooth(width, height, 1)) for height, width in ((10, 12), (90, 80), (11, 9), (12, 12))]
-    regions = [Region(0, 0, *image.shape[1:], 8, 8) for image in images]
-    together = resample(images, regions, 8)
-    alone = [resample([image], [region], 8)[0] for image, region in zip(images, regions, strict=True)]
+    regions = [CropRegion(0, 0, *image.shape[1:], 8, 8) for image in images]
+    together = resample_crops(images, regions, 8)
+    alone = [resample_crops([image], [region], 8)[0] for image, region in zip(images, regions, strict=True)]
     assert distance(together, torch.stack(alone)) <= 1  # a longer sum rounds otherwise; mostly 0
-    assert len(_groups(regions)) > 1
+    assert len(_padding_groups(regions)) > 1
 
 
 def test_what_torchvision_does_not_decode_is_told_once(odd, folder, source_of, said):
@@ -190,7 +190,7 @@ def test_ranks_together_read_the_global_batch(odd, folder, source_of, said, deco
     augments = ("random_resized_crop", "flip", "cutmix")
     whole = list(opened(source_of, folder(decode, augments, batch_size=8), said).batches(1))
     ranks = [
-        opened(source_of, folder(decode, augments, batch_size=8 // world), said, rank=rank, world=world).batches(1)
+        opened(source_of, folder(decode, augments, batch_size=8 // world), said, rank=rank, world_size=world).batches(1)
         for rank in range(world)
     ]
     for batch, *shards in zip(whole, *ranks, strict=True):
@@ -224,7 +224,7 @@ def test_workers_last_from_epoch_to_epoch_and_none_is_left(odd, folder, source_o
     left = source.batches(1)
     next(left)
     assert len(first) == 2 and working() == first
-    evaluation = source.in_order(3)
+    evaluation = source.evaluation_batches(3)
     next(evaluation)
     assert len(working()) == 4
     source.close()  # while `left` and `evaluation` still stand in the middle
@@ -253,13 +253,13 @@ def test_bad_values_of_decode_are_refused(odd, folder, source_of, make, said):
 
 
 def test_decoding_is_part_of_a_runs_identity(odd):
-    from helpers.recipes import recipe
+    from helpers.recipes import recipe_from_text
     from kdbench.config.identity import identity
 
     text = "student: {model: resnet20}\nterms: {ce: cross_entropy}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"
     data = "dataset: {type: image_folder, root: odd, size: 20, resident: false}\n"
-    plain = identity(recipe(text, data=data))
-    assert identity(recipe(text, data=data.replace("false}", "false, decode: torchvision}"))) != plain
+    plain = identity(recipe_from_text(text, data=data))
+    assert identity(recipe_from_text(text, data=data.replace("false}", "false, decode: torchvision}"))) != plain
 
 
 @pytest.mark.gpu

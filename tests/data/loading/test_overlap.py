@@ -73,7 +73,7 @@ def test_ranks_together_give_the_global_batch(source_of, part, make, world):
     params = {"samples": 4 * world * 3 + 1}
     alone = source_of(make(batch_size=4 * world, params=params, views=augments, overlap=True))
     ranks = [
-        source_of(make(batch_size=4, params=params, views=augments, overlap=True), rank=rank, world=world)
+        source_of(make(batch_size=4, params=params, views=augments, overlap=True), rank=rank, world_size=world)
         for rank in range(world)
     ]
     for whole, *shards in zip(alone.batches(1), *(rank.batches(1) for rank in ranks), strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdbench.data.datasets.base import content_checksum
-from kdbench.data.loading.packed_cache import Cache, locked
+from kdbench.data.loading.packed_cache import PackedCache, locked
 
 CLASSES = ["cat", "dog"]
 
@@ -31,7 +31,7 @@ class Decoder:
 
 
 def cache(folder, fingerprint="f", identity=("x",), classes=CLASSES):
-    return Cache(folder, "pets-train", list(identity), fingerprint, classes)
+    return PackedCache(folder, "pets-train", list(identity), fingerprint, classes)
 
 
 def load(folder, decode, **changes):

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdbench.data.loading.build import build_sources
-from kdbench.data.sampling.order import Shard, epoch_order, shard, steps
+from kdbench.data.sampling.order import RankShard, epoch_order, num_steps, rank_shard
 from kdbench.errors import ConfigError, DataError
 
 
@@ -51,12 +51,12 @@ def test_order_does_not_depend_on_what_ran_before(source_of, part, make):
 
 def test_building_and_reading_leave_the_global_generator_alone(source_of, part, make):
     state = torch.get_rng_state()
-    list(source_of(make(views=views(part, "crop", "cutmix"), labels=0.5), validation=0.2).batches(0))
+    list(source_of(make(views=views(part, "crop", "cutmix"), label_fraction=0.5), validation=0.2).batches(0))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_starting_in_the_middle_gives_the_same_batches(source_of, part, make):
-    source = source_of(make(views=views(part, "crop", "flip", "cutmix"), labels=0.5, params={"samples": 100}))
+    source = source_of(make(views=views(part, "crop", "flip", "cutmix"), label_fraction=0.5, params={"samples": 100}))
     whole, rest = list(source.batches(4)), list(source.batches(4, start=3))
     assert len(rest) == len(whole) - 3
     assert all(itertools.starmap(same, zip(whole[3:], rest, strict=True)))
@@ -69,7 +69,7 @@ def test_ranks_together_give_the_global_batch(source_of, part, make, world, mixi
     augments = {"image": (part("crop"), part("flip"), part("cutout", size=6), part(mixing))}
     alone = source_of(make(batch_size=4 * world, params={"samples": 4 * world * 3}, views=augments))
     ranks = [
-        source_of(make(batch_size=4, params={"samples": 4 * world * 3}, views=augments), rank=rank, world=world)
+        source_of(make(batch_size=4, params={"samples": 4 * world * 3}, views=augments), rank=rank, world_size=world)
         for rank in range(world)
     ]
     for whole, *shards in zip(alone.batches(1), *(rank.batches(1) for rank in ranks), strict=True):
@@ -80,7 +80,7 @@ def test_ranks_together_give_the_global_batch(source_of, part, make, world, mixi
 
 
 def test_padded_rows_are_marked_and_every_sample_is_valid_once(source_of, make):
-    ranks = [source_of(make(batch_size=4, params={"samples": 25}), rank=r, world=3) for r in range(3)]
+    ranks = [source_of(make(batch_size=4, params={"samples": 25}), rank=r, world_size=3) for r in range(3)]
     seen = []
     for shards in zip(*(rank.batches(0) for rank in ranks), strict=True):
         assert len({len(one["index"]) for one in shards}) == 1
@@ -94,7 +94,7 @@ def test_padded_rows_are_marked_and_every_sample_is_valid_once(source_of, make):
 
 def test_a_last_batch_smaller_than_the_world_gives_every_rank_a_row():
     order = torch.arange(9)
-    parts = [shard(order, 1, 2, rank, 4) for rank in range(4)]
+    parts = [rank_shard(order, 1, 2, rank, 4) for rank in range(4)]
     assert [part.index.tolist() for part in parts] == [[8], [8], [8], [8]]
     assert [part.valid.tolist() for part in parts if part.valid is not None] == [[True], [False], [False], [False]]
 
@@ -102,8 +102,8 @@ def test_a_last_batch_smaller_than_the_world_gives_every_rank_a_row():
 def test_order_keeps_to_the_positions_it_was_given():
     positions = torch.tensor([2, 5, 11, 12])
     assert sorted(epoch_order(positions, 1, "train", 0).tolist()) == positions.tolist()
-    assert steps(10, 4, 1) == 3
-    assert steps(10, 2, 2) == 3
+    assert num_steps(10, 4, 1) == 3
+    assert num_steps(10, 2, 2) == 3
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(7, 1), (64, 1), (3, 2), (5, 3)])
@@ -117,7 +117,7 @@ def test_a_sample_looks_the_same_whatever_the_batch(source_of, part, make, batch
         source = source_of(
             make(name=name, batch_size=min(batch_size, 40 // world), params=params, views=augments),
             rank=rank,
-            world=world,
+            world_size=world,
         )
         for batch in source.batches(2):
             for index, image in zip(batch["index"].tolist(), batch["image"], strict=True):
@@ -130,7 +130,7 @@ def test_views_of_a_sample_have_their_own_draws(source_of, part, make):
     )
     batch = next(source.batches(0))
     assert not torch.equal(batch["image"], batch["image_strong"])
-    plain = collect(source.in_order(512))
+    plain = collect(source.evaluation_batches(512))
     assert torch.equal(batch["raw"], plain["raw"][batch["index"]])
     assert torch.equal(plain["image"], plain["raw"])  # evaluation augments nothing
     assert torch.equal(plain["image_strong"], plain["raw"])
@@ -145,19 +145,19 @@ def test_mixing_gives_the_partner_and_the_share(source_of, part, make):
 
 
 def test_evaluation_gives_every_sample_once_in_order(source_of, make):
-    whole = collect(source_of(make(params={"samples": 45})).in_order(8))
+    whole = collect(source_of(make(params={"samples": 45})).evaluation_batches(8))
     assert whole["index"].tolist() == list(range(45))
-    ranks = [list(source_of(make(params={"samples": 45}, batch_size=8), rank=r, world=4).in_order(8)) for r in range(4)]
+    ranks = [list(source_of(make(params={"samples": 45}, batch_size=8), rank=r, world_size=4).evaluation_batches(8)) for r in range(4)]
     assert [[len(batch["index"]) for batch in rank] for rank in ranks] == [[8, 4]] * 4  # 45 = 4 * 11 + 1
     told = [batch["index"][batch["valid"]] if "valid" in batch else batch["index"] for rank in ranks for batch in rank]
     assert sorted(torch.cat(told).tolist()) == list(range(45))
 
 
 def test_hidden_labels_never_leak(source_of, part, make):
-    source = source_of(make(labels=20, params={"samples": 100}, views=views(part, "crop", "mixup")))
-    shown = source_of(make(params={"samples": 100})).in_order(100)
+    source = source_of(make(label_fraction=20, params={"samples": 100}, views=views(part, "crop", "mixup")))
+    shown = source_of(make(params={"samples": 100})).evaluation_batches(100)
     truth = next(shown)["label"]
-    for batch in (collect(source.batches(0)), collect(source.in_order(30))):
+    for batch in (collect(source.batches(0)), collect(source.evaluation_batches(30))):
         assert torch.equal(batch["labelled"], batch["label"] != -100)
         assert torch.equal(batch["label"][batch["labelled"]], truth[batch["index"]][batch["labelled"]])
         assert torch.bincount(batch["label"][batch["labelled"]]).tolist() == [2] * 10
@@ -167,7 +167,7 @@ def test_hidden_labels_never_leak(source_of, part, make):
 
 def test_kept_labels_depend_on_the_seed_alone(source_of, make):
     def kept(**options):
-        batch = collect(source_of(make(labels=0.2, batch_size=8), **options).in_order(64))
+        batch = collect(source_of(make(label_fraction=0.2, batch_size=8), **options).evaluation_batches(64))
         return batch["index"][batch["labelled"]].tolist()
 
     assert kept() == kept(dtype=torch.float64)
@@ -176,23 +176,23 @@ def test_kept_labels_depend_on_the_seed_alone(source_of, make):
 
 def test_subset_is_balanced_and_keeps_the_positions_of_the_split(source_of, make):
     source = source_of(make(subset=30, params={"samples": 200}))
-    batch = collect(source.in_order(64))
+    batch = collect(source.evaluation_batches(64))
     assert source.num_samples == 30
     assert source.population == 200
     assert torch.bincount(batch["label"]).tolist() == [3] * 10
     assert batch["index"].max() >= 30
-    everything = next(source_of(make(params={"samples": 200})).in_order(200))
+    everything = next(source_of(make(params={"samples": 200})).evaluation_batches(200))
     assert torch.equal(batch["image"], everything["image"][batch["index"]])
 
 
 def test_validation_is_held_out_of_every_source_of_the_same_split(make, part):
     data = {
-        "train": make(labels=20, params={"samples": 100}, views=views(part, "crop")),
+        "train": make(label_fraction=20, params={"samples": 100}, views=views(part, "crop")),
         "unlabelled": make(name="unlabelled", params={"samples": 100}),
         "eval": make(name="eval", split="test", params={"samples": 100}),
     }
     sources = build_sources(data, validation=0.2, seed=1, device="cpu", data_root="data")
-    held_out = collect(sources["validation"].in_order(64))
+    held_out = collect(sources["validation"].evaluation_batches(64))
     assert torch.bincount(held_out["label"]).tolist() == [2] * 10
     assert "labelled" not in held_out
     for name in ("train", "unlabelled"):
@@ -203,7 +203,7 @@ def test_validation_is_held_out_of_every_source_of_the_same_split(make, part):
     plain = build_sources(
         {"train": make(params={"samples": 100})}, validation=None, seed=1, device="cpu", data_root="d"
     )
-    images = next(plain["train"].in_order(100))["image"]
+    images = next(plain["train"].evaluation_batches(100))["image"]
     assert torch.equal(held_out["image"], images[held_out["index"]])
 
 
@@ -215,16 +215,16 @@ def test_validation_shows_the_views_of_evaluation(make, part):
         "eval": make(name="eval", split="test", params={"samples": 40}, views=halves),
     }
     sources = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")
-    held_out = collect(sources["validation"].in_order(64))
+    held_out = collect(sources["validation"].evaluation_batches(64))
     half = held_out["image"].shape[3] // 2
     assert torch.equal(held_out["left"][..., :half], held_out["image"][..., :half])
     assert not held_out["left"][..., half:].any() and held_out["image"][..., half:].any()
 
 
 def test_labels_are_drawn_from_what_validation_leaves(make):
-    data = {"train": make(labels=20, params={"samples": 40})}
+    data = {"train": make(label_fraction=20, params={"samples": 40})}
     source = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")["train"]
-    assert collect(source.in_order(64))["labelled"].tolist() == [True] * 20
+    assert collect(source.evaluation_batches(64))["labelled"].tolist() == [True] * 20
 
 
 def test_noise_is_whole_and_a_function_of_the_step(source_of, make):
@@ -236,7 +236,7 @@ def test_noise_is_whole_and_a_function_of_the_step(source_of, make):
     assert not torch.equal(batches[0]["z"], next(source.batches(3))["z"])
     ranks = [
         source_of(
-            make(name="noise", dataset="gaussian", batch_size=3, params={"shape": [5], "samples": 20}), rank=r, world=2
+            make(name="noise", dataset="gaussian", batch_size=3, params={"shape": [5], "samples": 20}), rank=r, world_size=2
         )
         for r in range(2)
     ]
@@ -251,7 +251,7 @@ def test_noise_is_whole_and_a_function_of_the_step(source_of, make):
 
 def test_the_spec_is_what_the_batches_are(source_of, part, make):
     configs = [
-        make(labels=0.5, views={"image": (part("crop", size=24), part("mixup")), "other": ()}),
+        make(label_fraction=0.5, views={"image": (part("crop", size=24), part("mixup")), "other": ()}),
         make(name="noise", dataset="gaussian"),
         make(dataset="digits", split="test"),
     ]
@@ -260,18 +260,18 @@ def test_the_spec_is_what_the_batches_are(source_of, part, make):
             source = source_of(one, dtype=dtype)
             batch = next(source.batches(0))
             found = {name: (tuple(value.shape[1:]), str(value.dtype)[6:]) for name, value in batch.items()}
-            assert found == source.sample_spec()
+            assert found == source.field_specs()
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
         ({"batch_size": 600}, {}, r"recipe.yaml:3 data.train: batch_size: 600 is more than the 512 samples"),
-        ({"batch_size": 300}, {"world": 2}, r"300 on each of 2 processes is more than the 512"),
-        ({"labels": 5}, {}, r"data.train: labels: 5 leaves 'class5', .* without any label"),
-        ({"labels": 0.001}, {}, r"labels: 0.001 leaves .* without any label"),
-        ({"labels": 9999}, {}, r"data.train: labels: 9999 samples were asked for, but there are only 512"),
-        ({"labels": 1.5}, {}, r"labels must be a share in \(0, 1\] or a whole number of at least 2, got 1.5"),
+        ({"batch_size": 300}, {"world_size": 2}, r"300 on each of 2 processes is more than the 512"),
+        ({"label_fraction": 5}, {}, r"data.train: labels: 5 leaves 'class5', .* without any label"),
+        ({"label_fraction": 0.001}, {}, r"labels: 0.001 leaves .* without any label"),
+        ({"label_fraction": 9999}, {}, r"data.train: labels: 9999 samples were asked for, but there are only 512"),
+        ({"label_fraction": 1.5}, {}, r"labels must be a share in \(0, 1\] or a whole number of at least 2, got 1.5"),
         ({"subset": -1}, {}, r"subset must be a share"),
         ({}, {"validation": 5}, r"recipe.yaml:3 data.train: validation: 5 has no sample of 'class5'"),
         ({}, {"validation": 512}, r"512 leaves train no sample of 'class0'"),
@@ -314,11 +314,11 @@ def test_an_empty_split_is_refused(source_of, make, monkeypatch):
 
 def test_making_a_batch_reads_no_value(source_of, part, make):
     """Under FakeTensorMode every host read raises."""
-    source = source_of(make(labels=0.5, views={"image": (part("crop"), part("flip"), part("cutmix")), "raw": ()}))
+    source = source_of(make(label_fraction=0.5, views={"image": (part("crop"), part("flip"), part("cutmix")), "raw": ()}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         index = torch.empty(8, dtype=torch.int64)
         stored = {name: (torch.empty(512, 3, 32, 32, dtype=torch.uint8), index) for name in source.views}
-        tables = {name: torch.empty(512, view.columns) for name, view in source.views.items()}
-        batch = source.augmented(Shard(index, index), stored, None, tables)
+        tables = {name: torch.empty(512, view.num_params) for name, view in source.views.items()}
+        batch = source.augment(RankShard(index, index), stored, None, tables)
     assert batch["image"].shape == (8, 3, 32, 32)
     assert {"label", "label_other", "mix", "labelled", "index", "raw"} < batch.keys()

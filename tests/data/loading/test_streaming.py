@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.functional as tv
 
 from kdbench.data.augment.geometric import RandomResizedCrop
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import derive
 
@@ -39,19 +39,19 @@ def folder(make, part):
 @quiet_fork
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_and_resident_give_the_same_batches(pets, folder, source_of, workers):
-    resident = source_of(folder(True, labels=4))
-    streaming = source_of(folder(False, labels=4), workers=workers)
+    resident = source_of(folder(True, label_fraction=4))
+    streaming = source_of(folder(False, label_fraction=4), workers=workers)
     assert type(streaming) is not type(resident)
     for epoch, start in ((0, 0), (1, 2), (0, 3)):
         pairs = zip(resident.batches(epoch, start), streaming.batches(epoch, start), strict=True)
         assert all(itertools.starmap(same, pairs))
-    assert all(itertools.starmap(same, zip(resident.in_order(5), streaming.in_order(5), strict=True)))
+    assert all(itertools.starmap(same, zip(resident.evaluation_batches(5), streaming.evaluation_batches(5), strict=True)))
     streaming.close()
 
 
 def test_ranks_together_give_the_global_batch(pets, folder, source_of):
     whole = list(source_of(folder(False, batch_size=6)).batches(2))
-    ranks = [source_of(folder(False, batch_size=3), rank=rank, world=2) for rank in range(2)]
+    ranks = [source_of(folder(False, batch_size=3), rank=rank, world_size=2) for rank in range(2)]
     for batch, *shards in zip(whole[:2], *(itertools.islice(rank.batches(2), 2) for rank in ranks), strict=True):
         for rank, one in enumerate(shards):
             assert same(one, {key: value[rank::2] for key, value in batch.items()})
@@ -65,7 +65,7 @@ def test_an_iteration_that_was_left_does_not_disturb_the_next(pets, folder, sour
     assert all(itertools.starmap(same, zip(expected, source.batches(0), strict=True)))
     iterator = source.batches(0)
     first = next(iterator)
-    list(source.in_order(4))  # an evaluation in between
+    list(source.evaluation_batches(4))  # an evaluation in between
     assert all(itertools.starmap(same, zip(expected, [first, *iterator], strict=True)))
     source.close()
 
@@ -113,7 +113,7 @@ def test_random_resized_crop_on_images_in_memory_is_refused(pets, make, part, so
 def test_random_resized_crop_on_images_in_memory_is_refused_before_they_are_there(make, part, dataset):
     source = make(dataset=dataset, views={"image": (part("random_resized_crop"),)})
     with pytest.raises(ConfigError, match=f"but {dataset} is held in memory"):
-        describe(source, "nowhere")
+        describe_source(source, "nowhere")
 
 
 def test_imagenet_on_a_small_folder(tmp_path, write_folders, make, part, source_of):
@@ -127,7 +127,7 @@ def test_imagenet_on_a_small_folder(tmp_path, write_folders, make, part, source_
     assert train.classes == ["n01", "n02"]
     for name in ("test", "val"):
         evaluation = source_of(make(name="eval", dataset="imagenet", split=name, params=params))
-        (batch,) = evaluation.in_order(64)
+        (batch,) = evaluation.evaluation_batches(64)
         assert batch["label"].tolist() == [0, 0, 1]
         from PIL import Image
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdbench.data.sampling.split import balanced, quotas, share
+from kdbench.data.sampling.split import amount_to_count, balanced_positions, class_quotas
 from kdbench.errors import ConfigError
 from kdbench.randomness import generator
 
 
 def draw(labels, amount, classes, seed=1, positions=None):
     positions = torch.arange(len(labels)) if positions is None else positions
-    return balanced(labels, positions, amount, classes, generator(seed, "split", "x"), "train.yaml:1 labels")
+    return balanced_positions(labels, positions, amount, classes, generator(seed, "split", "x"), "train.yaml:1 labels")
 
 
 def test_a_number_takes_equally_many_of_every_class():
-    assert quotas([100, 100, 100], 30) == [10, 10, 10]
-    assert quotas([100, 100, 100], 31) == [11, 10, 10]
-    assert quotas([2, 100, 100], 30) == [2, 14, 14]
-    assert quotas([5, 5], 10) == [5, 5]
+    assert class_quotas([100, 100, 100], 30) == [10, 10, 10]
+    assert class_quotas([100, 100, 100], 31) == [11, 10, 10]
+    assert class_quotas([2, 100, 100], 30) == [2, 14, 14]
+    assert class_quotas([5, 5], 10) == [5, 5]
 
 
 def test_a_share_takes_the_same_share_of_every_class():
-    assert quotas([100, 50, 10], 0.1) == [10, 5, 1]
-    assert sum(quotas([33, 33, 34], 0.1)) == share(100, 0.1) == 10
-    assert quotas([7, 3], 1.0) == [7, 3]
+    assert class_quotas([100, 50, 10], 0.1) == [10, 5, 1]
+    assert sum(class_quotas([33, 33, 34], 0.1)) == amount_to_count(100, 0.1) == 10
+    assert class_quotas([7, 3], 1.0) == [7, 3]
 
 
 def test_only_the_given_positions_are_chosen_once_and_sorted():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdbench.config.schema import PartConfig
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.data.loading.build import build_sources
 from kdbench.errors import ConfigError
 
@@ -24,7 +24,7 @@ def collect(batches):
 
 
 def in_order(source_of, make, relabel, seed=1, **changes):
-    return collect(source_of(make(params=PARAMS, relabel=relabel, **changes), seed=seed).in_order(512))
+    return collect(source_of(make(params=PARAMS, relabel=relabel, **changes), seed=seed).evaluation_batches(512))
 
 
 def confusion(batch):
@@ -80,7 +80,7 @@ def test_labels_depend_on_seed_and_sample_alone(source_of, make):
 
     assert same(source_of(make(params=PARAMS, relabel=noise, batch_size=7)))
     assert same(source_of(make(name="other", params=PARAMS, relabel=noise, subset=part("random", amount=0.3))))
-    assert all(same(source_of(make(params=PARAMS, relabel=noise), rank=rank, world=2)) for rank in range(2))
+    assert all(same(source_of(make(params=PARAMS, relabel=noise), rank=rank, world_size=2)) for rank in range(2))
     assert not torch.equal(by_index, in_order(source_of, make, noise, seed=2)["label"])
 
 
@@ -92,7 +92,7 @@ def test_the_truth_and_other_sources_stay(make):
     }
     sources = build_sources(data, validation=0.1, seed=1, device="cpu", data_root="data")
     for name in ("validation", "other", "eval"):
-        batch = collect(sources[name].in_order(512))
+        batch = collect(sources[name].evaluation_batches(512))
         assert torch.equal(batch["label"], batch["index"] % 10)
         assert "label_true" not in batch
     batch = collect(sources["train"].batches(0))
@@ -101,7 +101,7 @@ def test_the_truth_and_other_sources_stay(make):
 
 
 def test_choices_are_made_by_the_truth(source_of, make):
-    batch = in_order(source_of, make, part("random_labels"), subset=50, labels=20)
+    batch = in_order(source_of, make, part("random_labels"), subset=50, label_fraction=20)
     assert torch.bincount(batch["index"] % 10).tolist() == [5] * 10
     hidden = ~batch["labelled"]
     assert (batch["label"][hidden] == -100).all() and (batch["label_true"][hidden] == -100).all()
@@ -112,8 +112,8 @@ def test_partners_have_the_changed_label(source_of, make):
     source = source_of(make(params=PARAMS, relabel=part("random_labels"), views={"image": (part("mixup"),)}))
     batch = next(source.batches(0))
     assert torch.equal(batch["label_other"], batch["label"].roll(1))
-    assert {name for name in source.sample_spec()} == set(batch)
-    assert set(describe(source.config, "data").fields) == set(batch)
+    assert {name for name in source.field_specs()} == set(batch)
+    assert set(describe_source(source.config, "data").fields) == set(batch)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_partners_have_the_changed_label(source_of, make):
 )
 def test_mistakes_are_told_before_training(make, relabel, message):
     with pytest.raises(ConfigError, match=message):
-        describe(make(params=PARAMS, relabel=relabel), "data")
+        describe_source(make(params=PARAMS, relabel=relabel), "data")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kdbench.config.schema import PartConfig
-from kdbench.data.describe import describe
+from kdbench.data.describe import describe_source
 from kdbench.data.loading.build import build_sources
-from kdbench.data.sampling.subsets import LongTail, Shard
+from kdbench.data.sampling.subsets import ClientShard, LongTailSubset
 from kdbench.errors import ConfigError
 from kdbench.randomness import generator
 
@@ -80,7 +80,7 @@ def test_a_long_tail_is_exponential(source_of, make):
 
 def test_a_long_tail_takes_no_more_than_a_class_has():
     labels = torch.tensor([0] * 3 + [1] * 30 + [2] * 30)
-    chosen = LongTail(0.5).choose(labels, torch.arange(63), 3, generator(1, "split"))
+    chosen = LongTailSubset(0.5).select(labels, torch.arange(63), 3, generator(1, "split"))
     assert torch.bincount(labels[chosen]).tolist() == [3, math.floor(21 * 0.5**0.5), 10]
 
 
@@ -100,7 +100,7 @@ def test_iid_shards_are_of_equal_size(source_of, make):
     sizes = [len(kept(source_of, make, part("shard", of=7, number=k))) for k in range(7)]
     assert max(sizes) - min(sizes) <= 1
     for number, size in enumerate(sizes):
-        assert Shard(7, number).size(SAMPLES) == size
+        assert ClientShard(7, number).size(SAMPLES) == size
 
 
 def test_shards_by_class_see_few_classes(source_of, make):
@@ -114,7 +114,7 @@ def test_a_small_alpha_gives_clients_few_classes_and_a_large_one_all():
     labels = torch.arange(2000) % 10
 
     def entropy(alpha):
-        owners = Shard(5, 0, "dirichlet", alpha).owners(labels, 10, generator(1, "split"))
+        owners = ClientShard(5, 0, "dirichlet", alpha).client_ids(labels, 10, generator(1, "split"))
         found = 0.0
         for client in range(5):
             share = torch.bincount(labels[owners == client], minlength=10).double()
@@ -171,7 +171,7 @@ def test_ranks_and_the_name_of_the_source_change_nothing(source_of, make):
         part("long_tail", ratio=0.2),
     ):
         expected = kept(source_of, make, step)
-        assert all(kept(source_of, make, step, world=2, rank=rank) == expected for rank in range(2))
+        assert all(kept(source_of, make, step, world_size=2, rank=rank) == expected for rank in range(2))
         other = source_of(make(name="other", batch_size=1, params={"samples": SAMPLES}, subset=step))
         assert other.positions.tolist() == expected
 
@@ -197,10 +197,10 @@ def test_the_size_is_known_before_labels_are_where_it_can_be(source_of, make):
     )
     for subset in known:
         config = make(batch_size=1, params={"samples": SAMPLES}, subset=subset)
-        spec = describe(config, "data")
+        spec = describe_source(config, "data")
         assert (spec.samples, spec.population) == (source_of(config).num_samples, SAMPLES)
     for subset in (part("classes", keep=[1]), part("shard", of=2, scheme="dirichlet"), part("long_tail", ratio=0.1)):
-        assert describe(make(params={"samples": SAMPLES}, subset=subset), "data").samples is None
+        assert describe_source(make(params={"samples": SAMPLES}, subset=subset), "data").samples is None
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_the_size_is_known_before_labels_are_where_it_can_be(source_of, make):
 def test_mistakes_are_told_before_training(make, subset, message):
     config = make(params={"samples": SAMPLES}, subset=subset)
     for call in (
-        lambda: describe(config, "data"),
+        lambda: describe_source(config, "data"),
         lambda: build_sources({"train": config}, validation=None, seed=1, device="cpu", data_root="data"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -8,28 +8,28 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.models import resnet18
 
-from helpers.plugin_parts import CALLS, Layers, Twice
-from helpers.recipes import bench, parts, plan_of, recipe  # noqa: F401
-from kdbench.engine.network.features import Capture, Feature, find_module, model_output
-from kdbench.engine.plan.trace import trace
+from helpers.plugin_parts import CALLS, Layers, RepeatedLayer
+from helpers.recipes import build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from kdbench.engine.network.features import Feature, FeatureExtractor, find_module, model_output
+from kdbench.engine.plan.trace import trace_modules
 from kdbench.errors import ConfigError
 
 IMAGE = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def stem_of(model: Twice):
+def stem_of(model: RepeatedLayer):
     return model.stem(IMAGE.flatten(1))
 
 
 def test_a_path_gives_what_the_module_gave():
     model = Layers()
-    kept = Capture(model, [Feature("layer1"), Feature("logits")])(IMAGE)
+    kept = FeatureExtractor(model, [Feature("layer1"), Feature("logits")])(IMAGE)
     assert_close(kept[Feature("layer1")], model.layer1(IMAGE.flatten(1)), rtol=0, atol=0)
     assert_close(kept[Feature("logits")], model(IMAGE), rtol=0, atol=0)
 
 
 def test_negative_indices_count_from_the_end():
-    model = Twice()
+    model = RepeatedLayer()
     assert find_module(model, "blocks.-1") == ("blocks.1", model.blocks[1])
     assert find_module(model, "blocks.-2") == ("blocks.0", model.blocks[0])
     with pytest.raises(ConfigError, match=r"blocks\.-3"):
@@ -37,9 +37,9 @@ def test_negative_indices_count_from_the_end():
 
 
 def test_the_kth_call_is_the_kth():
-    model = Twice()
+    model = RepeatedLayer()
     first = model.shared(stem_of(model))
-    kept = Capture(model, [Feature("shared"), Feature("shared", 2)], overwritten=frozenset([Feature("shared", 2)]))(
+    kept = FeatureExtractor(model, [Feature("shared"), Feature("shared", 2)], overwritten=frozenset([Feature("shared", 2)]))(
         IMAGE
     )
     assert_close(kept[Feature("shared")], first, rtol=0, atol=0)
@@ -48,28 +48,28 @@ def test_the_kth_call_is_the_kth():
 
 
 def test_the_counts_of_calls_begin_anew_in_every_forward():
-    model = Twice()
-    capture = Capture(model, [Feature("shared", 2), Feature("logits")])
+    model = RepeatedLayer()
+    capture = FeatureExtractor(model, [Feature("shared", 2), Feature("logits")])
     one, two = capture(IMAGE), capture(IMAGE)
     assert_close(one[Feature("shared", 2)], two[Feature("shared", 2)], rtol=0, atol=0)
 
 
 def test_an_input_is_taken_before_an_in_place_module_runs():
-    model = Twice()
+    model = RepeatedLayer()
     before = model.shared(model.shared(stem_of(model)))
     assert (before < 0).any(), "the ReLU must have something to change"
     feature = Feature("act", side="in")
     spoiled = frozenset([feature])
-    kept = Capture(model, [feature], overwritten=spoiled)(IMAGE)
+    kept = FeatureExtractor(model, [feature], overwritten=spoiled)(IMAGE)
     assert_close(kept[feature], before, rtol=0, atol=0)
-    unguarded = Capture(model, [feature])(IMAGE)  # negative control: without the clone the value is lost
+    unguarded = FeatureExtractor(model, [feature])(IMAGE)  # negative control: without the clone the value is lost
     assert torch.equal(unguarded[feature], before.relu())
 
 
 def test_the_input_of_a_module_that_is_called_by_keyword_is_found():
-    model = Twice()
+    model = RepeatedLayer()
     before = model.shared(model.shared(stem_of(model))).relu()
-    kept = Capture(model, [Feature("blocks.0", side="in")])(IMAGE)
+    kept = FeatureExtractor(model, [Feature("blocks.0", side="in")])(IMAGE)
     assert_close(kept[Feature("blocks.0", side="in")], before, rtol=0, atol=0)
 
 
@@ -78,21 +78,21 @@ def test_a_feature_that_later_operations_overwrite_keeps_its_value():
     torch.manual_seed(0)
     model = resnet18(num_classes=5).eval()
     image = torch.randn(2, 3, 32, 32)
-    overwritten = {c.path for c in trace(model, image) if c.output is not None and c.output.overwritten}
+    overwritten = {c.path for c in trace_modules(model, image) if c.output is not None and c.output.overwritten}
     assert "layer1.0.bn2" in overwritten
     block = model.layer1[0]
     with torch.no_grad():
         x = model.maxpool(model.relu(model.bn1(model.conv1(image))))
         true = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
         feature = Feature("layer1.0.bn2")
-        kept = Capture(model, [feature, Feature("logits")], overwritten=frozenset([feature]))(image)
+        kept = FeatureExtractor(model, [feature, Feature("logits")], overwritten=frozenset([feature]))(image)
         assert_close(kept[feature], true, rtol=0, atol=0)
-        spoiled = Capture(model, [feature, Feature("logits")])(image)[feature]  # negative control
+        spoiled = FeatureExtractor(model, [feature, Feature("logits")])(image)[feature]  # negative control
         assert_close(spoiled, torch.relu(true + x), rtol=0, atol=0)
 
 
 def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
-    loaded = recipe(
+    loaded = recipe_from_text(
         """
         student: torchvision/resnet18
         teacher: torchvision/resnet18
@@ -103,8 +103,8 @@ def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
         """,
         data="dataset: {type: synthetic, shape: [3, 32, 32], classes: 4, samples: 8}\n",
     )
-    run = bench(loaded)
-    assert run.plan.roles["teacher"].overwritten == {Feature("layer1.0.bn2")}
+    run = build_stage(loaded)
+    assert run.plan.roles["teacher"].overwritten_features == {Feature("layer1.0.bn2")}
     batch = next(run.windows())[0]
     model = run.model("teacher")
     features = run.network.run_roles(batch, ["at"], [])
@@ -116,16 +116,16 @@ def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
 
 
 def test_a_clone_passes_the_gradient_on():
-    model = Twice()
+    model = RepeatedLayer()
     feature = Feature("blocks.0")
-    kept = Capture(model, [feature], overwritten=frozenset([feature]))(IMAGE)
+    kept = FeatureExtractor(model, [feature], overwritten=frozenset([feature]))(IMAGE)
     kept[feature].sum().backward()
     assert model.blocks[0].weight.grad is not None and model.stem.weight.grad is not None
 
 
 def test_a_captured_feature_does_not_outlive_its_forward():
     model = Layers()
-    capture = Capture(model, [Feature("layer1")])
+    capture = FeatureExtractor(model, [Feature("layer1")])
     capture(IMAGE)
     assert capture.kept == {}
 
@@ -141,7 +141,7 @@ epochs: 1
 
 
 def calls_of_a_step(student: str, teacher: str) -> list[str]:
-    run = bench(STOPPING.replace("STUDENT", student).replace("TEACHER", teacher))
+    run = build_stage(STOPPING.replace("STUDENT", student).replace("TEACHER", teacher))
     CALLS.clear()
     run.step()
     return list(CALLS)
@@ -156,13 +156,13 @@ def test_models_run_to_the_end_when_the_output_is_wanted():
 
 
 def test_a_model_that_stopped_early_is_still_evaluated_whole():
-    run = bench(STOPPING.replace("STUDENT", "layer1").replace("TEACHER", "layer2")).step()
+    run = build_stage(STOPPING.replace("STUDENT", "layer1").replace("TEACHER", "layer2")).step()
     assert run.model()(IMAGE).shape == (3, 4)
 
 
 def test_hooks_do_nothing_outside_of_a_captured_forward():
     model = Layers()
-    capture = Capture(model, [Feature("layer1")], stop=True)
+    capture = FeatureExtractor(model, [Feature("layer1")], stop=True)
     assert model(IMAGE).shape == (3, 4)
     assert capture.kept == {}
 
@@ -170,7 +170,7 @@ def test_hooks_do_nothing_outside_of_a_captured_forward():
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_removed_hooks_are_gone(side):
     model = Layers()
-    capture = Capture(model, [Feature("layer1", side=side)])
+    capture = FeatureExtractor(model, [Feature("layer1", side=side)])
     capture.remove()
     capture.active = True
     model(IMAGE)
@@ -187,7 +187,7 @@ def test_an_output_is_found_by_its_name():
 
 
 def test_a_role_that_sees_another_ones_output_sees_the_entry_that_it_names():
-    run = bench(
+    run = build_stage(
         """
         models: {generator: {model: t_generator, input: noise.z}}
         student: {model: t_layers, input: "generator:image"}
@@ -209,7 +209,7 @@ def test_a_role_that_sees_another_ones_output_sees_the_entry_that_it_names():
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = Twice()
+        self.inner = RepeatedLayer()
 
     def forward(self, image):
         return self.inner(image)

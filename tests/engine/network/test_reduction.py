@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from helpers.plugin_parts import CALLS
-from helpers.recipes import bench, parts, plan_of, recipe, same  # noqa: F401
+from helpers.recipes import build_stage, equal_weights, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 from kdbench.engine.distributed.world import World
 from kdbench.errors import ConfigError
 
@@ -34,8 +34,8 @@ def loss_of(run, batch, terms=None, share=1.0) -> Tensor:
 
 @pytest.mark.parametrize("labels", ["", "label_fraction: 20\n"], ids=["all labels", "20 labels"])
 def test_accumulation_equals_the_whole_batch(labels):
-    whole = bench(BASE + labels)
-    parts_of = bench(BASE.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\n" + labels)
+    whole = build_stage(BASE + labels)
+    parts_of = build_stage(BASE.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\n" + labels)
     assert whole.runner.steps_per_epoch == parts_of.runner.steps_per_epoch == 2
     whole.step(6)
     parts_of.step(6)
@@ -47,7 +47,7 @@ def test_accumulation_equals_the_whole_batch(labels):
 
 def test_a_mean_of_means_would_give_other_weights():
     """Negative control: with few labels, micro-batches have different numbers of them."""
-    run = bench(BASE.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\nlabel_fraction: 20\n")
+    run = build_stage(BASE.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\nlabel_fraction: 20\n")
     window = next(run.windows())
     term = run.network.term("ce")
     counts = [int(term.count([batch["train"]], World())) for batch in window]
@@ -55,15 +55,15 @@ def test_a_mean_of_means_would_give_other_weights():
 
 
 def test_the_last_window_of_an_epoch_is_divided_by_what_it_holds():
-    run = bench(BASE.replace("batch_size: 32", "batch_size: 12") + "accumulate: 4\n")  # 64 = 48 + 12 + 4
+    run = build_stage(BASE.replace("batch_size: 32", "batch_size: 12") + "accumulate: 4\n")  # 64 = 48 + 12 + 4
     first, last = itertools.islice(run.windows(), 2)
     assert [len(b["train"]["label"]) for b in first] == [12] * 4
     assert [len(b["train"]["label"]) for b in last] == [12, 4]
-    assert run.network.counts(last, ["kd"]) == {"kd": 16}
+    assert run.network.valid_counts(last, ["kd"]) == {"kd": 16}
 
 
 def test_hidden_labels_equal_left_out_rows():
-    run = bench(BASE + "label_fraction: 20\n")
+    run = build_stage(BASE + "label_fraction: 20\n")
     batch = next(run.windows())[0]
     fields = batch["train"]
     kept = fields["labelled"]
@@ -73,22 +73,22 @@ def test_hidden_labels_equal_left_out_rows():
 
 
 def test_where_masks_a_term_like_left_out_rows():
-    run = bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labelled,") + "label_fraction: 20\n")
+    run = build_stage(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labelled,") + "label_fraction: 20\n")
     batch = next(run.windows())[0]
     fields = batch["train"]
     few = {"train": {name: value[fields["labelled"]] for name, value in fields.items()}}
     assert_close(loss_of(run, batch, ["kd"]), loss_of(run, few, ["kd"]), rtol=1e-12, atol=0)
-    everywhere = bench(BASE + "label_fraction: 20\n")
+    everywhere = build_stage(BASE + "label_fraction: 20\n")
     assert abs(loss_of(everywhere, batch, ["kd"]) - loss_of(run, batch, ["kd"])) > 1e-8
 
 
 def test_where_names_a_field_that_exists():
     with pytest.raises(ConfigError, match=r"own.yaml:.*'kd'.*labeled"):
-        bench(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labeled,") + "label_fraction: 20\n")
+        build_stage(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labeled,") + "label_fraction: 20\n")
 
 
 def test_padded_rows_count_nowhere_even_when_their_loss_is_not_finite():
-    run = bench(BASE)
+    run = build_stage(BASE)
     batch = next(run.windows())[0]
     fields = {name: value.clone() for name, value in batch["train"].items()}
     fields["valid"] = torch.arange(len(fields["label"])) < 20
@@ -99,14 +99,14 @@ def test_padded_rows_count_nowhere_even_when_their_loss_is_not_finite():
 
 
 def test_no_valid_row_gives_zero_and_not_nan():
-    run = bench(BASE + "label_fraction: 20\n")
+    run = build_stage(BASE + "label_fraction: 20\n")
     batch = next(run.windows())[0]
     batch["train"]["labelled"] = torch.zeros_like(batch["train"]["labelled"])
     assert loss_of(run, batch, ["ce"]).item() == 0
 
 
 def test_row_weights_multiply_and_the_count_stays():
-    run = bench(BASE)
+    run = build_stage(BASE)
     batch = next(run.windows())[0]
     plain = loss_of(run, batch, ["kd"])
     batch["train"]["weight"] = torch.full((32,), 0.25, dtype=torch.float64)
@@ -114,8 +114,8 @@ def test_row_weights_multiply_and_the_count_stays():
 
 
 def test_several_edges_are_summed():
-    run = bench(BASE.replace("kd: {type: kd, weight: 0.7}", "kd: {type: kd, weight: 0.7, student: [student, student]}"))
-    single = bench(BASE)
+    run = build_stage(BASE.replace("kd: {type: kd, weight: 0.7}", "kd: {type: kd, weight: 0.7, student: [student, student]}"))
+    single = build_stage(BASE)
     batch = next(run.windows())[0]
     assert_close(loss_of(run, batch, ["kd"]), 2 * loss_of(single, batch, ["kd"]))
 
@@ -123,23 +123,23 @@ def test_several_edges_are_summed():
 def test_a_term_of_constant_weight_zero_is_not_run():
     text = BASE.replace("terms: {", "terms: {counted: {type: t_counted, weight: WEIGHT}, ")
     CALLS.clear()
-    off = bench(text.replace("WEIGHT", "0")).step()
-    assert "term" not in CALLS and "counted" not in off.plan.layout.terms
-    plain = bench(BASE).step()
-    assert same(off.weights(), plain.weights())
+    off = build_stage(text.replace("WEIGHT", "0")).step()
+    assert "term" not in CALLS and "counted" not in off.plan.resolved_stage.terms
+    plain = build_stage(BASE).step()
+    assert equal_weights(off.weights(), plain.weights())
     CALLS.clear()
-    bench(text.replace("WEIGHT", "1.0e-9")).step()
+    build_stage(text.replace("WEIGHT", "1.0e-9")).step()
     assert "term" in CALLS  # negative control
 
 
 def test_a_teacher_of_weight_zero_terms_is_not_run():
     text = BASE.replace("teacher: t_layers", "teacher: {model: {type: t_layers, label: teacher}}")
     CALLS.clear()
-    run = bench(text.replace("weight: 0.7", "weight: 0"))
+    run = build_stage(text.replace("weight: 0.7", "weight: 0"))
     CALLS.clear()
     run.step()
     assert not any(call.startswith("teacher") for call in CALLS)
-    run = bench(text)
+    run = build_stage(text)
     CALLS.clear()
     run.step()
     assert any(call.startswith("teacher") for call in CALLS)
@@ -148,7 +148,7 @@ def test_a_teacher_of_weight_zero_terms_is_not_run():
 @pytest.mark.parametrize("flag", [False, True])
 def test_a_teacher_operand_gets_a_gradient_only_when_asked(flag):
     extra = ", teacher_grad: true" if flag else ""
-    run = bench(
+    run = build_stage(
         f"""
         student: t_layers
         teacher: {{model: t_layers, trainable: true}}
@@ -166,13 +166,13 @@ def test_a_teacher_operand_gets_a_gradient_only_when_asked(flag):
 def test_a_term_coupled_over_the_batch_refuses_accumulation_in_words():
     text = BASE.replace("kd: {type: kd,", "kd: {type: dist,")
     with pytest.raises(ConfigError, match=r"own.yaml:5 terms.kd.*couples the rows.*accumulate: 2"):
-        bench(text + "accumulate: 2\n")
-    bench(text)
+        build_stage(text + "accumulate: 2\n")
+    build_stage(text)
 
 
 def test_a_term_over_no_rows_counts_once_per_step_however_it_is_accumulated():
     text = BASE.replace("terms: {", "terms: {own: t_model, ")
-    whole, split = bench(text), bench(text.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\n")
+    whole, split = build_stage(text), build_stage(text.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\n")
     for run in (whole, split):
         run.step(2)
     assert_close(
@@ -181,7 +181,7 @@ def test_a_term_over_no_rows_counts_once_per_step_however_it_is_accumulated():
 
 
 def test_the_logged_total_is_the_sum_of_the_weighted_losses_over_the_interval():
-    run = bench(BASE)
+    run = build_stage(BASE)
     expected = []
     for window in itertools.islice(run.windows(), 3):
         run.runner.begin_step()
@@ -194,7 +194,7 @@ def test_the_logged_total_is_the_sum_of_the_weighted_losses_over_the_interval():
 
 
 def test_clip_limits_the_norm_and_reports_the_one_before():
-    free, clipped = bench(BASE + "log_every: 1\n"), bench(BASE + "clip: 0.01\nlog_every: 1\n")
+    free, clipped = build_stage(BASE + "log_every: 1\n"), build_stage(BASE + "clip: 0.01\nlog_every: 1\n")
     before = clipped.weights()
     free.step()
     clipped.step()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.recipes import bench, parts, plan_of, recipe, same  # noqa: F401
+from helpers.recipes import build_stage, equal_weights, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.build import build_network
-from kdbench.engine.state.weight_loader import Preparation
+from kdbench.engine.state.weight_loader import WeightLoader
 from kdbench.errors import ConfigError
 
 FROZEN = """
@@ -30,33 +30,33 @@ def freezing(path: str) -> str:
 
 
 def test_a_frozen_role_keeps_its_bits_its_mode_and_no_gradient():
-    run = bench(FROZEN)
+    run = build_stage(FROZEN)
     before, student = run.weights("teacher"), run.weights()
     run.network.train()
     run.network.role("teacher").train(True)
     run.step(6)
     role = run.network.role("teacher")
     assert not any(module.training for module in role.modules())
-    assert same(before, run.weights("teacher"))
+    assert equal_weights(before, run.weights("teacher"))
     assert all(p.grad is None and not p.requires_grad for p in role.parameters())
-    assert not same(student, run.weights()), "the student has to move, or the test shows nothing"
+    assert not equal_weights(student, run.weights()), "the student has to move, or the test shows nothing"
 
 
 def test_a_frozen_role_with_dropout_gives_the_same_targets_in_every_step():
-    run = bench(FROZEN)
+    run = build_stage(FROZEN)
     batch = next(run.windows())[0]
-    key = ("teacher", run.plan.layout.features["teacher"][0])
+    key = ("teacher", run.plan.resolved_stage.features["teacher"][0])
     one = run.network.run_roles(batch, ["kd"], ["student"])[key]
     two = run.network.run_roles(batch, ["kd"], ["student"])[key]
     assert torch.equal(one, two)
-    student = ("student", run.plan.layout.features["student"][0])  # negative control: train mode, other statistics
+    student = ("student", run.plan.resolved_stage.features["student"][0])  # negative control: train mode, other statistics
     assert not torch.equal(
         run.network.run_roles(batch, ["kd"], ["student"])[student], run.model().eval()(batch["train"]["image"])
     )
 
 
 def test_frozen_paths_keep_parameters_and_statistics():
-    run = bench(freezing("layer1"))
+    run = build_stage(freezing("layer1"))
     before = run.weights()
     run.network.train()
     run.step(4)
@@ -64,7 +64,7 @@ def test_frozen_paths_keep_parameters_and_statistics():
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith("layer1.") for name in moved)
     assert "layer1.1.running_mean" in after
-    control = bench(FROZEN)  # negative control: without `freeze` all of it moves
+    control = build_stage(FROZEN)  # negative control: without `freeze` all of it moves
     before = control.weights()
     control.step(4)
     assert not torch.equal(before["layer1.1.running_mean"], control.weights()["layer1.1.running_mean"])
@@ -72,13 +72,13 @@ def test_frozen_paths_keep_parameters_and_statistics():
 
 
 def test_a_frozen_path_may_count_from_the_end():
-    run = bench(freezing("layer1.-5"))
+    run = build_stage(freezing("layer1.-5"))
     assert not run.model().layer1[0].weight.requires_grad and run.model().layer2[0].weight.requires_grad
 
 
 def test_a_frozen_path_that_does_not_exist_is_told_with_its_place():
     with pytest.raises(ConfigError, match=r"own.yaml:3.*layer9.*Did you mean 'layer"):
-        bench(freezing("layer9"))
+        build_stage(freezing("layer9"))
 
 
 UNREACHED = """
@@ -92,13 +92,13 @@ batch_size: 16
 
 
 def test_parameters_that_no_term_reaches_are_in_no_optimiser_and_keep_their_bits():
-    run = bench(UNREACHED)
+    run = build_stage(UNREACHED)
     update = run.runner.updates[0]
     held = {id(p) for group in update.optimizer.param_groups for p in group["params"]}
     names = {name for name, p in run.model().named_parameters() if id(p) in held}
     assert names == {"layer1.0.weight", "layer1.0.bias"}
     assert any(name.startswith("terms.hint.") for name in run.plan.updates[0].parameters), "the adapter trains too"
-    assert "student.fc.weight" in run.plan.updates[0].unreached
+    assert "student.fc.weight" in run.plan.updates[0].unreached_parameters
     before = run.weights()
     run.step(5)
     after = run.weights()
@@ -106,7 +106,7 @@ def test_parameters_that_no_term_reaches_are_in_no_optimiser_and_keep_their_bits
 
 
 def test_a_terms_own_parameters_train_and_those_of_a_term_of_weight_zero_do_not_exist():
-    run = bench(
+    run = build_stage(
         """
         student: t_layers
         terms: {own: t_owner, unused: {type: t_owner, weight: 0}}
@@ -122,15 +122,15 @@ def test_a_terms_own_parameters_train_and_those_of_a_term_of_weight_zero_do_not_
 
 def test_the_same_seed_builds_the_same_models_whatever_was_built_before():
     torch.manual_seed(5)
-    one = bench(FROZEN).weights()
+    one = build_stage(FROZEN).weights()
     torch.manual_seed(6)
-    assert same(one, bench(FROZEN).weights())
-    assert not same(one, bench(FROZEN + "seed: 2\n").weights())
+    assert equal_weights(one, build_stage(FROZEN).weights())
+    assert not equal_weights(one, build_stage(FROZEN + "seed: 2\n").weights())
 
 
 def test_another_role_or_term_does_not_change_a_models_initial_weights():
-    one = bench(FROZEN).weights()
-    assert same(one, bench(FROZEN.replace(", kd: kd", "").replace(TEACHER, "")).weights())
+    one = build_stage(FROZEN).weights()
+    assert equal_weights(one, build_stage(FROZEN.replace(", kd: kd", "").replace(TEACHER, "")).weights())
 
 
 def test_roles_and_terms_may_have_the_names_of_a_modules_own_methods():
@@ -141,10 +141,10 @@ def test_roles_and_terms_may_have_the_names_of_a_modules_own_methods():
     optimizer: {type: SGD, lr: 0.1}
     epochs: 1
     """
-    run = bench(text)
+    run = build_stage(text)
     before = run.weights()
     run.step(2)
-    assert not same(before, run.weights()) and same(run.weights("train"), bench(text).weights("train"))
+    assert not equal_weights(before, run.weights()) and equal_weights(run.weights("train"), build_stage(text).weights("train"))
     assert set(run.runner.state_dict()["terms"]) == {"forward", "values", "keys"}
 
 
@@ -159,11 +159,11 @@ def test_a_part_of_a_frozen_network_answers_alone_as_it_is():
     epochs: 1
     batch_size: 16
     """
-    loaded = recipe(text)
-    plan = plan_of(loaded)
-    prepared = Preparation(loaded, loaded.stages[0], plan, World(), artefacts={}, produced={})
-    network = build_network(plan.stage, plan.layout, seed=1, device=torch.device("cpu"), prepare=prepared)
-    plain = build_network(plan.stage, plan.layout, seed=1, device=torch.device("cpu"))
+    loaded = recipe_from_text(text)
+    plan = stage_plan(loaded)
+    prepared = WeightLoader(loaded, loaded.stages[0], plan, World(), stage_files={}, teacher_files={})
+    network = build_network(plan.stage, plan.resolved_stage, seed=1, device=torch.device("cpu"), prepare=prepared)
+    plain = build_network(plan.stage, plan.resolved_stage, seed=1, device=torch.device("cpu"))
     for bare in (plain.role("teacher").model, network.role("teacher").model):
         assert isinstance(bare.norm1, nn.BatchNorm2d)
     assert isinstance(network.role("teacher").model.norm2, nn.Identity), "the other one is folded"
@@ -181,5 +181,5 @@ def test_an_adapter_of_a_further_operand_is_used():
     epochs: 1
     batch_size: 16
     """
-    names = [name for name, _ in bench(text).network.named_parameters()]
+    names = [name for name, _ in build_stage(text).network.named_parameters()]
     assert any("route.named.read.adapter" in name for name in names)

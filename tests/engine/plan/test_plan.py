@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from helpers.recipes import DATA, bench, parts, plan_of, recipe  # noqa: F401
+from helpers.recipes import SYNTHETIC_DATA, build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 from kdbench.engine.network.features import Feature
 from kdbench.errors import ConfigError
 
@@ -23,11 +23,11 @@ batch_size: 16
 """
 
 
-def planned(text: str, *overrides: str, data: str = DATA, world_size: int = 1):
-    return plan_of(recipe(text, *overrides, data=data), world_size=world_size)
+def planned(text: str, *overrides: str, data: str = SYNTHETIC_DATA, world_size: int = 1):
+    return stage_plan(recipe_from_text(text, *overrides, data=data), world_size=world_size)
 
 
-def told(text: str, *overrides: str, data: str = DATA, world_size: int = 1) -> str:
+def told(text: str, *overrides: str, data: str = SYNTHETIC_DATA, world_size: int = 1) -> str:
     with pytest.raises(ConfigError) as caught:
         planned(text, *overrides, data=data, world_size=world_size)
     return str(caught.value)
@@ -39,7 +39,7 @@ def test_features_get_shapes_and_adapters_their_sizes():
     assert plan.roles["teacher"].features == {Feature("layer2"): (14,)}
     assert plan.term_parameters == {"ce": 0, "hint": 10 * 14 + 14}
     assert plan.adapters["hint"] == ("Linear on student:layer1 (154 parameters)",) or "154" in plan.adapters["hint"][0]
-    assert plan.roles["teacher"].stops_after == "layer2" and plan.roles["student"].stops_after is None
+    assert plan.roles["teacher"].stop_module == "layer2" and plan.roles["student"].stop_module is None
 
 
 def test_parameters_and_flops_are_those_of_the_layers():
@@ -47,16 +47,16 @@ def test_parameters_and_flops_are_those_of_the_layers():
     weights = [64 * 10, 10 * 10, 10 * 10, 10 * 4]
     assert plan.roles["student"].parameters == sum(weights) + 10 + 10 + 10 + 4
     assert plan.roles["student"].flops == 2 * sum(weights)
-    assert plan.roles["student"].trainable == plan.roles["student"].parameters and plan.roles["teacher"].trainable == 0
+    assert plan.roles["student"].trainable_parameters == plan.roles["student"].parameters and plan.roles["teacher"].trainable_parameters == 0
 
 
 def test_flops_of_a_role_that_stops_early_are_of_what_it_runs():
     """The teacher's last feature is layer2: layer3 and the classifier never run, and what goes out is the whole."""
     run, whole = [64 * 14, 14 * 14], [14 * 14, 14 * 4]
     teacher = planned(BASE).roles["teacher"]
-    assert teacher.flops == 2 * sum(run) and teacher.whole_flops == 2 * sum(run + whole)
+    assert teacher.flops == 2 * sum(run) and teacher.full_forward_flops == 2 * sum(run + whole)
     read = planned(BASE.replace("teacher: layer2", "teacher: logits")).roles["teacher"]
-    assert read.flops == read.whole_flops == teacher.whole_flops
+    assert read.flops == read.full_forward_flops == teacher.full_forward_flops
     before = planned(BASE.replace("teacher: layer2", "teacher: layer2/in")).roles["teacher"]
     assert before.flops == 2 * 64 * 14
 
@@ -84,7 +84,7 @@ def test_memory_does_not_multiply_the_weights_with_the_batch():
     wide = BASE.replace("hidden: 10", "hidden: 600")
     plan = planned(wide, "batch_size=64")
     own = plan.roles["student"].parameters + plan.roles["teacher"].parameters + plan.term_parameters["hint"]
-    trained = plan.roles["student"].trainable + plan.term_parameters["hint"]
+    trained = plan.roles["student"].trainable_parameters + plan.term_parameters["hint"]
     activations = 64 * 4 * (64 + 3 * 600) * 4
     assert plan.memory_bytes <= 4 * own + 8 * trained + activations
 
@@ -205,10 +205,10 @@ NORMED = BASE.replace("hidden: 10", "hidden: 10, norm: batch")
     ],
 )
 def test_a_batch_of_one_row_under_batchnorm(text, samples, extra, world):
-    data = DATA.replace("64", str(samples))
+    data = SYNTHETIC_DATA.replace("64", str(samples))
     if "validation" in extra:
         planned(text + extra, data=data)
-        extra, data = "validation: 8\n", DATA.replace("64", "73")  # 65 are left
+        extra, data = "validation: 8\n", SYNTHETIC_DATA.replace("64", "73")  # 65 are left
     said = told(text + extra, data=data, world_size=world)
     assert "own.yaml" in said and "batch of one row" in said and "BatchNorm" in said
 
@@ -224,14 +224,14 @@ def test_a_batch_of_one_row_under_batchnorm(text, samples, extra, world):
     ],
 )
 def test_other_remainders_are_no_mistake(text, samples, extra, world):
-    assert planned(text + extra, data=DATA.replace("64", str(samples)), world_size=world).updates
+    assert planned(text + extra, data=SYNTHETIC_DATA.replace("64", str(samples)), world_size=world).updates
 
 
 def test_the_network_that_is_planned_is_the_one_that_is_built():
-    run = bench(BASE)
+    run = build_stage(BASE)
     assert {f"student.{n}" for n, _ in run.model().named_parameters()} | {
         f"terms.hint.{n}" for n, _ in run.network.term("hint").named_parameters()
-    } == set(run.plan.updates[0].parameters) | set(run.plan.updates[0].unreached)
+    } == set(run.plan.updates[0].parameters) | set(run.plan.updates[0].unreached_parameters)
     assert isinstance(run.network.term("hint").edges[0].adapter, nn.Module)
     assert_close(sum(p.numel() for p in run.model().parameters()), run.plan.roles["student"].parameters)
 
@@ -240,13 +240,13 @@ def test_the_network_that_is_planned_is_the_one_that_is_built():
 @pytest.mark.parametrize("validation", ["", "validation: 8\n", "validation: 0.25\n"])
 def test_the_plan_knows_how_many_samples_training_will_have(subset, validation):
     text = BASE.replace("batch_size: 16\n", "batch_size: 4\n" + validation)
-    loaded = recipe(text + (f"data: {{train: {{{subset}}}}}\n" if subset else ""))
-    assert plan_of(loaded).specs["train"].samples == bench(loaded).sources["train"].num_samples
+    loaded = recipe_from_text(text + (f"data: {{train: {{{subset}}}}}\n" if subset else ""))
+    assert stage_plan(loaded).specs["train"].samples == build_stage(loaded).sources["train"].num_samples
 
 
 def test_a_parameter_that_no_network_can_have_is_told_with_its_place():
     with pytest.raises(ConfigError, match=r"own\.yaml:2 student\.model: the model cannot be built .*negative"):
-        plan_of(recipe("student: {model: {type: t_layers, hidden: -4}}\nterms: {ce: cross_entropy}\n" + END))
+        stage_plan(recipe_from_text("student: {model: {type: t_layers, hidden: -4}}\nterms: {ce: cross_entropy}\n" + END))
 
 
 END = "optimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"

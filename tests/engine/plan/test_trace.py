@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.plan.trace import first_tensor, trace
+from kdbench.engine.plan.trace import first_tensor, trace_modules
 
 
 class Residual(nn.Module):
@@ -21,7 +21,7 @@ class Residual(nn.Module):
 
 def test_lists_calls_in_the_order_of_their_start_with_shapes():
     with torch.device("meta"):
-        calls = trace(nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 2)), nn.Flatten()), torch.zeros(2, 3, 4, 4))
+        calls = trace_modules(nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 2)), nn.Flatten()), torch.zeros(2, 3, 4, 4))
     assert [(c.path, c.type) for c in calls] == [
         ("", "Sequential"), ("0", "Sequential"), ("0.0", "Conv2d"), ("1", "Flatten")
     ]  # fmt: skip
@@ -32,7 +32,7 @@ def test_lists_calls_in_the_order_of_their_start_with_shapes():
 def test_sees_what_is_overwritten_in_place_on_meta_and_on_cpu():
     for device in ("meta", "cpu"):
         with torch.device(device):
-            calls = {call.path: call for call in trace(Residual().eval(), torch.zeros(2, 3, 4, 4))}
+            calls = {call.path: call for call in trace_modules(Residual().eval(), torch.zeros(2, 3, 4, 4))}
         assert calls["bn"].output.overwritten  # by the addition and the ReLU
         assert calls["act"].input.overwritten and not calls["act"].output.overwritten
         assert not calls["bn"].input.overwritten
@@ -43,7 +43,7 @@ def test_sees_what_is_overwritten_in_place_on_meta_and_on_cpu():
 def test_numbers_the_calls_of_a_module_that_is_used_again():
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    assert [(c.path, c.call) for c in trace(model, torch.zeros(2, 4))] == [("", 1), ("0", 1), ("1", 1), ("0", 2)]
+    assert [(c.path, c.call) for c in trace_modules(model, torch.zeros(2, 4))] == [("", 1), ("0", 1), ("1", 1), ("0", 2)]
 
 
 def test_a_module_that_calls_itself_keeps_its_calls_apart():
@@ -51,7 +51,7 @@ def test_a_module_that_calls_itself_keeps_its_calls_apart():
         def forward(self, x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else self(x[1:])
 
-    calls = trace(Recursive(), torch.zeros(3, 2))
+    calls = trace_modules(Recursive(), torch.zeros(3, 2))
     assert [(c.call, c.input.shape[0], c.output.shape[0]) for c in calls] == [(1, 3, 1), (2, 2, 1), (3, 1, 1)]
 
 
@@ -68,7 +68,7 @@ def test_takes_keyword_arguments_and_outputs_without_tensors():
         def forward(self, x: Tensor) -> int:
             return self.inner(x=x)[0]
 
-    outer, inner = trace(Outer(), torch.zeros(5, 2))
+    outer, inner = trace_modules(Outer(), torch.zeros(5, 2))
     assert outer.output is None
     assert (inner.input.shape, inner.output.shape) == ((5, 2), (1, 2))
 
@@ -77,7 +77,7 @@ def test_leaves_no_hooks_even_when_the_model_fails():
     model = nn.Sequential(nn.Linear(4, 4))
     for image in (torch.zeros(2, 4), torch.zeros(2, 5)):
         try:
-            trace(model, image)
+            trace_modules(model, image)
         except RuntimeError:
             assert image.shape[1] == 5
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.network.features import Capture, Feature
+from kdbench.engine.network.features import Feature, FeatureExtractor
 from kdbench.engine.state.fold_batchnorm import fold_batchnorm
 from kdbench.registry import MODELS
 
@@ -64,7 +64,7 @@ def test_features_keep_their_addresses_and_values():
     folded, count = fold_batchnorm(model, image, FEATURES)
     assert count == 21 - 2  # conv1 of layer1.0, and the input of bn1 of layer1.1, stay what they are
     with torch.no_grad():
-        expected, got = Capture(model, FEATURES)(image), Capture(folded, FEATURES)(image)
+        expected, got = FeatureExtractor(model, FEATURES)(image), FeatureExtractor(folded, FEATURES)(image)
     for feature in FEATURES:
         torch.testing.assert_close(got[feature], expected[feature], rtol=1e-10, atol=1e-10)
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from helpers.plugin_parts import Layers
-from helpers.recipes import DATA, Quiet, bench, differences, parts, recipe, result_of, same, train  # noqa: F401
+from helpers.recipes import (  # noqa: F401
+    SYNTHETIC_DATA,
+    QuietConsole,
+    build_stage,
+    comparable_results,
+    differing_keys,
+    equal_weights,
+    plugin_registration,
+    recipe_from_text,
+    train_recipe_text,
+)
 from kdbench.config.schema import WeightsConfig
 from kdbench.engine.state.weights import load_state, read_checkpoint, select_state, state_hash
 from kdbench.errors import CheckpointError, Location, UserError
@@ -34,7 +44,7 @@ def loaded_from(content, **options) -> dict[str, torch.Tensor]:
 
 def test_a_bare_state_dict_is_taken_as_it_is():
     state = layers().state_dict()
-    assert same(loaded_from(state), state)
+    assert equal_weights(loaded_from(state), state)
 
 
 def test_key_strip_and_rename_find_their_way_into_foreign_checkpoints():
@@ -42,7 +52,7 @@ def test_key_strip_and_rename_find_their_way_into_foreign_checkpoints():
     foreign = {f"module.{name.replace('fc.', 'head.')}": value for name, value in state.items()}
     content = {"epoch": 3, "net": {"ema": foreign}}
     found = loaded_from(content, key="net.ema", strip="module.", rename={"head.": "fc."})
-    assert same(found, state)
+    assert equal_weights(found, state)
 
 
 def test_a_wrong_key_names_the_entries():
@@ -72,7 +82,7 @@ def test_a_refused_state_changes_nothing():
     state.pop("fc.bias")
     with pytest.raises(CheckpointError):
         load_state(model, state, "here")
-    assert same(before, model.state_dict())
+    assert equal_weights(before, model.state_dict())
 
 
 def test_a_prefix_that_was_forgotten_is_suggested():
@@ -172,7 +182,7 @@ out: OUT
 
 
 def pupil(weights: str = "{recipe: teacher.yaml}", out: str = "run") -> str:
-    Path("teacher.yaml").write_text(DATA + TEACHER)
+    Path("teacher.yaml").write_text(SYNTHETIC_DATA + TEACHER)
     return PUPIL.replace("WEIGHTS", weights).replace("OUT", out)
 
 
@@ -196,56 +206,56 @@ def teacher_folder() -> Path:
 
 
 def test_a_recipes_student_is_trained_once_and_taken_whole(networks):
-    train(pupil(), "epochs=1")
+    train_recipe_text(pupil(), "epochs=1")
     assert len(networks) == 2
     produced = torch.load(teacher_folder() / "checkpoints/last.pt", weights_only=True)
     assert produced["step"] == 3 * 4, "`epochs=1` of the referring command line does not shorten the teacher"
-    assert same(produced["models"]["student"], networks[1].role("teacher").model.state_dict())
+    assert equal_weights(produced["models"]["student"], networks[1].role("teacher").model.state_dict())
     assert "teacher.yaml" in read_json("run/manifest.json")["roles"]["teacher"]["weights"]["source"]
     stamp = (teacher_folder() / "checkpoints/last.pt").stat().st_mtime_ns
-    train(pupil(out="second"), "seed=2", "epochs=2")
+    train_recipe_text(pupil(out="second"), "seed=2", "epochs=2")
     assert len(networks) == 3, "the second run finds the teacher"
     assert (teacher_folder() / "checkpoints/last.pt").stat().st_mtime_ns == stamp
 
 
 def test_the_teacher_is_the_one_that_its_own_command_trains():
-    train(pupil(), "seed=5")
-    own = recipe(TEACHER, "out=own", name="teacher")
-    experiment.run(own, console=Quiet())
-    assert differences(result_of("own"), result_of(teacher_folder())) == []
+    train_recipe_text(pupil(), "seed=5")
+    own = recipe_from_text(TEACHER, "out=own", name="teacher")
+    experiment.run(own, console=QuietConsole())
+    assert differing_keys(comparable_results("own"), comparable_results(teacher_folder())) == []
 
 
 def test_another_model_for_the_teachers_recipe(networks):
     text = pupil("{recipe: teacher.yaml, model: {type: t_layers, hidden: 20}}")
-    train(text.replace("hidden: 16}, w", "hidden: 20}, w"))
+    train_recipe_text(text.replace("hidden: 16}, w", "hidden: 20}, w"))
     assert networks[1].role("teacher").model.layer1[0].out_features == 20
 
 
 def test_a_named_epoch_is_that_epochs_checkpoint(networks):
-    train(pupil("{recipe: teacher.yaml, epoch: 2}"))
+    train_recipe_text(pupil("{recipe: teacher.yaml, epoch: 2}"))
     kept = torch.load(teacher_folder() / "checkpoints/epoch_0002.pt", weights_only=True)
     last = torch.load(teacher_folder() / "checkpoints/last.pt", weights_only=True)
     state = networks[1].role("teacher").model.state_dict()
-    assert same(kept["models"]["student"], state) and not same(last["models"]["student"], state)
+    assert equal_weights(kept["models"]["student"], state) and not equal_weights(last["models"]["student"], state)
 
 
 def test_an_epoch_that_was_not_kept_is_told():
-    train(pupil())
+    train_recipe_text(pupil())
     with pytest.raises(UserError, match=r"own.yaml:4 .*epoch_0002\.pt.*keep_epochs=\[2\].*fresh=true"):
-        train(pupil("{recipe: teacher.yaml, epoch: 2}", out="other"))
+        train_recipe_text(pupil("{recipe: teacher.yaml, epoch: 2}", out="other"))
 
 
 def test_weights_from_a_file_are_part_of_the_identity_and_of_the_manifest(networks):
     torch.save({"state": {f"module.{n}": v for n, v in layers(3, hidden=16).state_dict().items()}}, "foreign.pt")
     text = pupil("{path: foreign.pt, key: state, strip: module.}")
-    first = train(text)
-    assert same(networks[0].role("teacher").model.state_dict(), layers(3, hidden=16).state_dict())
+    first = train_recipe_text(text)
+    assert equal_weights(networks[0].role("teacher").model.state_dict(), layers(3, hidden=16).state_dict())
     told = read_json("run/manifest.json")["roles"]["teacher"]["weights"]
     assert told["source"] == "foreign.pt" and told["sha256"] == state_hash(layers(3, hidden=16))
     torch.save({"state": {f"module.{n}": v for n, v in layers(4, hidden=16).state_dict().items()}}, "foreign.pt")
     with pytest.raises(UserError, match="holds another run"):
-        train(text)
-    assert first.summary["identity"] != train(text, "out=other").summary["identity"]
+        train_recipe_text(text)
+    assert first.summary["identity"] != train_recipe_text(text, "out=other").summary["identity"]
 
 
 def test_what_a_file_lacks_is_a_notice_when_that_is_allowed():
@@ -253,15 +263,15 @@ def test_what_a_file_lacks_is_a_notice_when_that_is_allowed():
     state.pop("fc.bias")
     torch.save(state, "foreign.pt")
     with pytest.raises(CheckpointError, match=r"own.yaml:4 teacher\.weights: foreign\.pt: .*missing \(1\): fc\.bias"):
-        train(pupil("{path: foreign.pt}"))
-    console = Quiet()
-    train(pupil("{path: foreign.pt, strict: false}", out="loose"), console=console)
+        train_recipe_text(pupil("{path: foreign.pt}"))
+    console = QuietConsole()
+    train_recipe_text(pupil("{path: foreign.pt, strict: false}", out="loose"), console=console)
     assert any("teacher" in text and "missing (1): fc.bias" in text for text in console.notices)
     assert read_json("loose/manifest.json")["roles"]["teacher"]["weights"]["unmatched"] == ["missing (1): fc.bias"]
 
 
 def test_a_checkpoint_of_kdbench_is_read_by_its_path(networks):
-    train(pupil())
+    train_recipe_text(pupil())
     file = teacher_folder() / "checkpoints/last.pt"
-    train(pupil(f"{{path: {file}}}", out="by_path"))
-    assert same(networks[-1].role("teacher").model.state_dict(), networks[1].role("teacher").model.state_dict())
+    train_recipe_text(pupil(f"{{path: {file}}}", out="by_path"))
+    assert equal_weights(networks[-1].role("teacher").model.state_dict(), networks[1].role("teacher").model.state_dict())

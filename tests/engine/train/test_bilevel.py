@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from helpers.recipes import Bench, bench, parts, same  # noqa: F401
+from helpers.recipes import StageHarness, build_stage, equal_weights, plugin_registration  # noqa: F401
 from kdbench.engine.network.operands import Batch
-from kdbench.engine.train.bilevel import instead
+from kdbench.engine.train.bilevel import swapped_parameters
 
 T, RATE = 2.0, 0.3
 
@@ -44,23 +44,23 @@ batch_size: 16
 """
 
 
-def gated(*overrides: str, norm: str = "batch", text: str = GATED) -> Bench:
-    run = bench(text.replace("NORM", norm), *overrides)
+def gated(*overrides: str, norm: str = "batch", text: str = GATED) -> StageHarness:
+    run = build_stage(text.replace("NORM", norm), *overrides)
     with torch.no_grad():  # a gate whose shares differ from sample to sample
         for parameter in run.model("gate").parameters():
             parameter.mul_(4)
     return run
 
 
-def gradients(run: Bench, number: int = 0, window: list[Batch] | None = None) -> dict[str, Tensor]:
+def gradients(run: StageHarness, number: int = 0, window: list[Batch] | None = None) -> dict[str, Tensor]:
     """What an update leaves in its parameters."""
     update = run.runner.updates[number]
     run.runner.begin_step()
-    run.runner.gradients_of(update, window or next(run.windows()))
+    run.runner.compute_gradients(update, window or next(run.windows()))
     return {name: p.grad.clone() for name, p in zip(update.names, update.parameters, strict=True) if p.grad is not None}
 
 
-def inner(student: Callable[[Tensor], Tensor], run: Bench, batch: Batch, gate: nn.Module) -> Tensor:
+def inner(student: Callable[[Tensor], Tensor], run: StageHarness, batch: Batch, gate: nn.Module) -> Tensor:
     """share * T^2 KL + (1 - share) * CE, written out; the share is no way to the student."""
     image, label = batch["train"]["image"], batch["train"]["label"]
     ours = student(image)
@@ -77,7 +77,7 @@ def held_loss(student: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
     return F.cross_entropy(student(batch["held"]["image"]), batch["held"]["label"])
 
 
-def unrolled(run: Bench, batch: Batch, wanted: list[nn.Parameter], rate: float = RATE) -> tuple[Tensor, ...]:
+def unrolled(run: StageHarness, batch: Batch, wanted: list[nn.Parameter], rate: float = RATE) -> tuple[Tensor, ...]:
     """The gradient of the held-out loss after one step, by torch.func on copies of the networks."""
     student, gate = copy.deepcopy(run.model()), copy.deepcopy(run.model("gate"))
     own = dict(run.model().named_parameters())
@@ -135,8 +135,8 @@ def test_the_gradient_of_the_gate_is_that_of_real_steps_taken_with_a_little_more
 
 def test_without_the_step_or_without_a_way_through_it_the_gate_gets_nothing():
     run = gated()
-    run.runner.updates[0].virtual.source = None  # type: ignore[union-attr]
-    run.runner.updates[0].virtual.rates.zero_()  # type: ignore[union-attr]
+    run.runner.updates[0].inner_step.source = None  # type: ignore[union-attr]
+    run.runner.updates[0].inner_step.rates.zero_()  # type: ignore[union-attr]
     assert all(not gradient.any() for gradient in gradients(run).values())
     run = gated()
     kept = run.network.term("soft").weigh, run.network.term("hard").weigh
@@ -153,7 +153,7 @@ def test_nobody_notices_the_virtual_step():
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
     own = {name: id(tensor) for name, tensor in [*run.network.named_parameters(), *run.network.named_buffers()]}
     gradients(run, window=batch)
-    assert same(before, run.network.state_dict()), "no weight, no statistic of a BatchNorm and no mean of a class"
+    assert equal_weights(before, run.network.state_dict()), "no weight, no statistic of a BatchNorm and no mean of a class"
     assert own == {n: id(t) for n, t in [*run.network.named_parameters(), *run.network.named_buffers()]}
     gradients(run, 1, window=batch)
     moved = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -164,7 +164,7 @@ def test_tensors_are_back_in_their_places_after_a_failure_inside():
     run = gated()
     state = dict(run.network.state_dict(keep_vars=True))
     weight = run.model().fc.weight
-    with pytest.raises(ZeroDivisionError), instead(run.network, {weight: torch.zeros_like(weight)}):
+    with pytest.raises(ZeroDivisionError), swapped_parameters(run.network, {weight: torch.zeros_like(weight)}):
         assert not run.model().fc.weight.any() and not run.network.role("judge").model.fc.weight.any()
         raise ZeroDivisionError
     assert all(value is state[name] for name, value in run.network.state_dict(keep_vars=True).items())
@@ -209,7 +209,7 @@ log_every: 1
 
 def test_an_update_may_learn_where_its_own_models_begin_and_what_they_are_led_to():
     """MAML's form: the outer loss moves the student from which the step begins, and the network that leads it."""
-    run = bench(META.replace("LR", "0.5"))
+    run = build_stage(META.replace("LR", "0.5"))
     batch = next(run.windows())[0]
     student, target = run.model(), run.model("target")
     own = dict(student.named_parameters())
@@ -228,7 +228,7 @@ def test_an_update_may_learn_where_its_own_models_begin_and_what_they_are_led_to
 
 
 def test_a_loss_that_only_a_virtual_step_takes_is_logged():
-    run = bench(META.replace("LR", "0.5"))
+    run = build_stage(META.replace("LR", "0.5"))
     batch = next(run.windows())[0]
     image = batch["train"]["image"]
     expected = float((run.model()(image) - run.model("target")(image)).square().mean().detach())
@@ -236,19 +236,19 @@ def test_a_loss_that_only_a_virtual_step_takes_is_logged():
     assert run.runner.read()[0].losses["near"] == pytest.approx(expected, rel=1e-6)
 
 
-def rates(run: Bench, steps: int) -> list[list[float]]:
+def rates(run: StageHarness, steps: int) -> list[list[float]]:
     """The rates of the virtual step, at every step."""
     found = []
     for window in itertools.islice(run.windows(), steps):
         run.runner.begin_step()
-        found.append(run.runner.updates[0].virtual.rates.tolist())  # type: ignore[union-attr]
+        found.append(run.runner.updates[0].inner_step.rates.tolist())  # type: ignore[union-attr]
         run.runner.step(window)
     return found
 
 
 def test_the_rate_is_what_the_recipe_says_or_that_of_the_update_that_moves_the_model():
     assert rates(gated(), 2) == [[0.3], [0.3]]
-    scheduled = bench(META.replace("LR", "{type: linear, start: 1, end: 0, by: step}"))
+    scheduled = build_stage(META.replace("LR", "{type: linear, start: 1, end: 0, by: step}"))
     assert [rate for [rate] in rates(scheduled, 3)] == pytest.approx(
         [1 - i / scheduled.runner.total_steps for i in range(3)]
     )
@@ -263,10 +263,10 @@ def test_a_virtual_step_at_the_models_own_rates_is_the_step_that_plain_descent_t
     run = gated("optimizer={type: SGD, lr: 0.3, groups: [{path: student.fc, lr: 0.03}]}", text=text)
     batch = next(run.windows())
     run.runner.begin_step()
-    virtual = run.runner.updates[0].virtual
+    virtual = run.runner.updates[0].inner_step
     assert virtual is not None
     losses, _ = virtual.losses_after(run.network, batch, 1.0, run.runner.autocast)
-    counts = run.network.counts(batch, ["held"])
+    counts = run.network.valid_counts(batch, ["held"])
     ahead = losses(batch[0], counts, ["held"], ["gate"], 1.0)[0]
     here = run.network(batch[0], counts, ["held"], ["gate"], 1.0)[0]
     gradients(run, 1, window=batch)
@@ -289,7 +289,7 @@ batch_size: 16
 
 
 def test_a_virtual_step_moves_the_adapters_of_its_terms_as_well():
-    run = bench(ADAPTED)
+    run = build_stage(ADAPTED)
     batch = next(run.windows())[0]
     image = batch["train"]["image"]
     first, adapter = run.model().layer1, run.network.term("near").edges[0].adapter

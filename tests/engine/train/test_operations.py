@@ -18,10 +18,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # when it runs as a script
 
-from helpers.recipes import Bench, bench, parts, small  # noqa: F401
+from helpers.recipes import StageHarness, build_stage, plugin_registration, with_synthetic_data  # noqa: F401
 from kdbench.config.load import load_recipe, recipe_names
-from kdbench.experiment.artifacts import reads_made
-from kdbench.speed.profiling.profiler import Operations
+from kdbench.experiment.artifacts import reads_artifacts
+from kdbench.speed.profiling.profiler import OperationCounter
 
 FILE = Path(__file__).with_name("operations.json")
 RENEW = (
@@ -40,24 +40,24 @@ def counted() -> dict[str, dict[str, int]]:
     return told["recipes"]
 
 
-def benches(name: str) -> dict[str, Bench]:
+def benches(name: str) -> dict[str, StageHarness]:
     """The stages that read nothing that an earlier one makes, by name; of the rounds of a loop the first."""
-    loaded = small(load_recipe(name, ["log_every=1000"]), samples=960, batch_size=4)
-    found: dict[str, Bench] = {}
+    loaded = with_synthetic_data(load_recipe(name, ["log_every=1000"]), samples=960, batch_size=4)
+    found: dict[str, StageHarness] = {}
     for number, stage in enumerate(loaded.stages):
         plain = stage.name.partition("@")[0]
-        if stage.epochs != 0 and stage.steps != 0 and not reads_made(stage) and plain not in found:
-            found[plain] = bench(loaded, stage=number)
+        if stage.epochs != 0 and stage.steps != 0 and not reads_artifacts(stage) and plain not in found:
+            found[plain] = build_stage(loaded, stage=number)
     return found
 
 
-def operations(run: Bench) -> int:
+def operations(run: StageHarness) -> int:
     """Of the second step: the optimiser has its state, and nothing is logged."""
     run.step(1)
     window = next(itertools.islice(run.windows(), 1))
     run.runner.begin_step()
-    assert not run.runner.logs_at(run.runner.done + 1)
-    with Operations() as found:
+    assert not run.runner.logs_at(run.runner.steps_done + 1)
+    with OperationCounter() as found:
         run.runner.step(window)
     return found.total
 
@@ -89,9 +89,9 @@ def test_one_operation_more_would_be_noticed():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from helpers.recipes import use_plugin
+    from helpers.recipes import register_plugin_parts
 
-    use_plugin()
+    register_plugin_parts()
     new = {name: {stage: operations(run) for stage, run in benches(name).items()} for name in recipe_names()}
     FILE.write_text(json.dumps({"torch": version(), "recipes": new}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(new)} recipes counted in {FILE.name}")

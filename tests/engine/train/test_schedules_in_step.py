@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from helpers.plugin_parts import Scaled
-from helpers.recipes import bench, parts, plan_of, recipe  # noqa: F401
+from helpers.recipes import build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 
 TEXT = """
 student: t_linear
@@ -51,7 +51,7 @@ def found(run) -> dict[str, float]:
 
 
 def test_every_step_has_the_values_of_the_formula():
-    run = bench(TEXT)
+    run = build_stage(TEXT)
     windows = run.windows()
     for step in range(TOTAL):
         run.runner.begin_step()
@@ -61,8 +61,8 @@ def test_every_step_has_the_values_of_the_formula():
 
 
 def test_a_resumed_run_has_the_values_of_its_place():
-    first = bench(TEXT).step(10)
-    second = bench(TEXT)
+    first = build_stage(TEXT).step(10)
+    second = build_stage(TEXT)
     second.runner.load_state_dict(first.runner.state_dict())
     second.runner.begin_step()
     for key, value in expected(10).items():
@@ -72,7 +72,7 @@ def test_a_resumed_run_has_the_values_of_its_place():
 
 def test_the_scheduled_values_are_the_ones_that_the_step_uses():
     """The loss of a step is the formula's, and a term reads the tensor that moves."""
-    run = bench(TEXT)
+    run = build_stage(TEXT)
     assert isinstance(run.network.term("own").edges[0].term, Scaled)
     windows = run.windows()
     for step in range(6):
@@ -102,7 +102,7 @@ def test_the_scheduled_values_are_the_ones_that_the_step_uses():
 
 
 def test_a_rate_by_epoch_holds_for_the_whole_epoch():
-    run = bench(
+    run = build_stage(
         TEXT.replace("{type: cosine, by: step}\nepochs", "{type: step, milestones: [1, 3], gamma: 0.1}\nepochs")
     )
     rates = []
@@ -115,7 +115,7 @@ def test_a_rate_by_epoch_holds_for_the_whole_epoch():
 
 
 def test_an_update_of_its_own_optimiser_follows_the_schedule_from_its_own_rate():
-    run = bench(
+    run = build_stage(
         """
         models: {a: t_linear, b: t_linear}
         terms: {ca: {type: cross_entropy, student: a}, cb: {type: cross_entropy, student: b}}

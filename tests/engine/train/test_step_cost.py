@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.recipes import Bench, bench, parts, small  # noqa: F401
+from helpers.recipes import StageHarness, build_stage, plugin_registration, with_synthetic_data  # noqa: F401
 from kdbench.config.load import load_recipe
-from kdbench.engine.network.operands import feature_of
+from kdbench.engine.network.operands import operand_feature
 
 MORE_THAN_BARE = {"digits/kd": 45, "cifar100/kd": 35}
 """Operations beyond those of a hand-written loop over the same networks: reduction by valid samples, the weighted sum,
@@ -48,7 +48,7 @@ def operations(work: Callable[[], None]) -> Operations:
     return counted
 
 
-def one_step(run: Bench) -> Callable[[], None]:
+def one_step(run: StageHarness) -> Callable[[], None]:
     """The second step: the first one makes the optimiser's state."""
     run.step(1)
     window = next(itertools.islice(run.windows(), 1))
@@ -60,7 +60,7 @@ def one_step(run: Bench) -> Callable[[], None]:
     return work
 
 
-def bare_step(run: Bench) -> Callable[[], None]:
+def bare_step(run: StageHarness) -> Callable[[], None]:
     """The same networks, losses and optimiser as a person would write them down."""
     student, teacher = run.network.role("student").model, run.network.role("teacher").model
     terms = run.plan.stage.terms
@@ -84,19 +84,19 @@ def bare_step(run: Bench) -> Callable[[], None]:
 
 @pytest.mark.parametrize("name", MORE_THAN_BARE)
 def test_the_plain_step_costs_what_it_did(name):
-    run = bench(small(load_recipe(name, [])))
+    run = build_stage(with_synthetic_data(load_recipe(name, [])))
     ours, bare = operations(one_step(run)), operations(bare_step(run))
     assert ours.reads == bare.reads == 0
     assert 0 < ours.total - bare.total <= MORE_THAN_BARE[name]
 
 
 def test_more_work_would_be_noticed():
-    run = bench(small(load_recipe("digits/kd", ["terms.kd.weigh={type: focal}"])))
+    run = build_stage(with_synthetic_data(load_recipe("digits/kd", ["terms.kd.weigh={type: focal}"])))
     assert operations(one_step(run)).total - operations(bare_step(run)).total > MORE_THAN_BARE["digits/kd"]
 
 
 def test_a_read_would_be_noticed():
-    run = bench(small(load_recipe("digits/kd", [])))
+    run = build_stage(with_synthetic_data(load_recipe("digits/kd", [])))
     work = one_step(run)
 
     def reading() -> None:
@@ -107,9 +107,9 @@ def test_a_read_would_be_noticed():
 
 
 def test_what_a_plain_term_reads_is_looked_up_and_nothing_else():
-    run = bench(small(load_recipe("digits/kd", [])))
+    run = build_stage(with_synthetic_data(load_recipe("digits/kd", [])))
     edge = run.network.term("kd").edges[0]
     value = torch.randn(2, 10)
-    key = (edge.student.operand.role, feature_of(edge.student.operand))
+    key = (edge.student.operand.role, operand_feature(edge.student.operand))
     counted = operations(lambda: edge.student({key: value}, {}))
     assert counted.total == 0

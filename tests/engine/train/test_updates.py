@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from helpers.recipes import Bench, bench, parts, plan_of, recipe, same  # noqa: F401
+from helpers.recipes import StageHarness, build_stage, equal_weights, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
 from kdbench.engine.network.features import Feature
 from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.averages import copy_state
@@ -33,13 +33,13 @@ batch_size: 16
 
 
 def game(repeat: int = 1):
-    return bench(GAME.replace("REPEAT", str(repeat)))
+    return build_stage(GAME.replace("REPEAT", str(repeat)))
 
 
-def move(run: Bench, number: int, window: list[Batch]) -> None:
+def move(run: StageHarness, number: int, window: list[Batch]) -> None:
     """One update alone."""
     update = run.runner.updates[number]
-    run.runner.gradients_of(update, window)
+    run.runner.compute_gradients(update, window)
     run.runner._move(update)
 
 
@@ -49,11 +49,11 @@ def test_each_update_moves_its_own_models_only():
     run.runner.begin_step()
     teacher, student, generator = run.weights("teacher"), run.weights(), run.weights("generator")
     move(run, 0, window)
-    assert same(student, run.weights()) and not same(generator, run.weights("generator"))
+    assert equal_weights(student, run.weights()) and not equal_weights(generator, run.weights("generator"))
     generator = run.weights("generator")
     move(run, 1, window)
-    assert same(generator, run.weights("generator")) and not same(student, run.weights())
-    assert same(teacher, run.weights("teacher"))
+    assert equal_weights(generator, run.weights("generator")) and not equal_weights(student, run.weights())
+    assert equal_weights(teacher, run.weights("teacher"))
 
 
 def test_the_generators_gradient_comes_through_the_frozen_teacher_and_the_student():
@@ -157,7 +157,7 @@ batch_size: 16
 
 
 def dml():
-    return bench(DML.replace("FIRST", "a").replace("SECOND", "b").replace("EXPORT", "a"))
+    return build_stage(DML.replace("FIRST", "a").replace("SECOND", "b").replace("EXPORT", "a"))
 
 
 def test_mutual_learning_equals_two_hand_written_simultaneous_updates():
@@ -195,16 +195,16 @@ def test_one_peer_after_the_other_would_be_something_else():
         "  ka: {type: kd, temperature: 1, student: a, teacher: b}\n"
         "  kb: {type: kd, temperature: 1, student: b, teacher: a}\n",
     )
-    ordered = bench(text + "updates: [{models: [a], terms: [ce, ka]}, {models: [b], terms: [cf, kb]}]\n").step(6)
+    ordered = build_stage(text + "updates: [{models: [a], terms: [ce, ka]}, {models: [b], terms: [cf, kb]}]\n").step(6)
     together = dml().step(6)
-    split = bench(text).step(6)
+    split = build_stage(text).step(6)
     assert_close(split.model("b").fc.weight, together.model("b").fc.weight, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(ordered.model("b").fc.weight, together.model("b").fc.weight, rtol=1e-6)
 
 
 def test_swapping_the_order_and_the_names_of_peers_changes_nothing():
     run = dml().step(0)
-    other = bench(
+    other = build_stage(
         DML.replace(
             "models: {FIRST: {model: t_layers}, SECOND: {model: {type: t_layers, hidden: 9}}}",
             "models: {y: {model: {type: t_layers, hidden: 9}}, x: {model: t_layers}}",
@@ -239,9 +239,9 @@ batch_size: 32
 
 
 def test_averages_and_snapshots_follow_their_formulas():
-    run = bench(FOLLOWERS)
+    run = build_stage(FOLLOWERS)
     start = run.weights()
-    assert all(same(start, run.weights(role)) for role in ("shadow", "old", "first"))
+    assert all(equal_weights(start, run.weights(role)) for role in ("shadow", "old", "first"))
     shadow, average = run.weights("shadow"), run.weights()
     snapshots = {0: start}
     per_epoch = run.runner.steps_per_epoch
@@ -261,13 +261,13 @@ def test_averages_and_snapshots_follow_their_formulas():
         if step % (2 * per_epoch) == 0:
             snapshots[step] = student
         renewed = (step - 1) // (2 * per_epoch) * (2 * per_epoch)
-        assert same(run.weights("old"), snapshots[renewed]), step
-    assert same(run.weights("first"), start)
-    assert not same(run.weights("old"), start) and "layer1.1.running_mean" in shadow
+        assert equal_weights(run.weights("old"), snapshots[renewed]), step
+    assert equal_weights(run.weights("first"), start)
+    assert not equal_weights(run.weights("old"), start) and "layer1.1.running_mean" in shadow
 
 
 def test_roles_that_follow_get_no_gradient_and_stay_in_eval_mode():
-    run = bench(FOLLOWERS).step(2)
+    run = build_stage(FOLLOWERS).step(2)
     run.network.train()
     for role in ("shadow", "old", "first"):
         assert not any(module.training for module in run.network.role(role).modules())
@@ -279,7 +279,7 @@ def test_the_average_captures_nothing_and_keeps_the_hooks_of_the_models_own():
     text = FOLLOWERS.replace(
         "terms:", "terms:\n  hint: {type: hint, student: {path: layer1, adapter: linear}, teacher: shadow:layer2}"
     )
-    run = bench(text.replace("t_layers, norm", "t_hooked, norm"))
+    run = build_stage(text.replace("t_layers, norm", "t_hooked, norm"))
     own, average = run.model(), run.runner.average
     assert len(own.layer1._forward_hooks) == 1 and not average.layer1._forward_hooks
     assert len(average.fc._forward_pre_hooks) == 1
@@ -290,14 +290,14 @@ def test_the_average_captures_nothing_and_keeps_the_hooks_of_the_models_own():
 def test_peers_that_move_together_are_unscaled_by_the_scale_that_their_losses_had():
     """fp16: the scale may grow or shrink after every step, but not between the moves of one."""
 
-    def peers(interval: int) -> Bench:
+    def peers(interval: int) -> StageHarness:
         text = (
             "models: {a: {model: t_layers}, b: {model: {type: t_layers, hidden: 9}}}\nexport: a\n"
             "terms: {ce: {type: cross_entropy, student: a}, cf: {type: cross_entropy, student: b}}\n"
             "updates: [[{models: [a], terms: [ce]}, {models: [b], terms: [cf]}]]\n"
             "optimizer: {type: SGD, lr: 0.2}\nprecision: fp16\nepochs: 2\nbatch_size: 16\n"
         )
-        run = bench(text)
+        run = build_stage(text)
         run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=interval)
         return run.step(4)
 
@@ -311,12 +311,12 @@ def test_peers_that_move_together_are_unscaled_by_the_scale_that_their_losses_ha
 def test_a_limit_on_the_gradients_holds_for_them_as_they_are_without_the_scale():
     """fp16: a gradient that was still scaled would be cut down however small it is."""
 
-    def limited(scale: float, clip: float) -> Bench:
+    def limited(scale: float, clip: float) -> StageHarness:
         text = (
             "student: t_layers\nterms: {ce: cross_entropy}\noptimizer: {type: SGD, lr: 0.2}\n"
             f"precision: fp16\nclip: {clip}\nepochs: 2\nbatch_size: 16\n"
         )
-        run = bench(text)
+        run = build_stage(text)
         run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return run.step(4)
 
@@ -329,16 +329,16 @@ def test_a_limit_on_the_gradients_holds_for_them_as_they_are_without_the_scale()
 
 def test_every_step_of_a_stage_draws_for_itself():
     """The same numbers in every log interval, say, would resume to the same bits and still be no dropout."""
-    run = bench("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF)
+    run = build_stage("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF)
     seeds = []
     for window in itertools.islice(run.windows(), 9):
         run.runner.begin_step()
         seeds.append(torch.initial_seed())
         run.runner.step(window)
-        if run.runner.logs_at(run.runner.done):
+        if run.runner.logs_at(run.runner.steps_done):
             run.runner.read()
     assert len(set(seeds)) == 9
-    other = bench("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF, "seed=7")
+    other = build_stage("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF, "seed=7")
     other.runner.begin_step()
     assert torch.initial_seed() not in seeds
 

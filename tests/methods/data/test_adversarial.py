@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.recipes import Bench, bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.data.datasets.digits import Digits
 
 DATA_FREE = ("dafl", "zskt", "dfad", "deepinversion")
 
 
-def built(name: str, *overrides: str, stage: int = 0) -> Bench:
-    return bench(shortened(f"digits/{name}", *overrides, steps=50), stage=stage)
+def built(name: str, *overrides: str, stage: int = 0) -> StageHarness:
+    return build_stage(short_recipe(f"digits/{name}", *overrides, steps=50), stage=stage)
 
 
 def kl(teacher: Tensor, student: Tensor) -> float:
@@ -33,20 +33,20 @@ def kl(teacher: Tensor, student: Tensor) -> float:
     return float((p * (p.log() - q.log())).sum(1).mean())
 
 
-def on(run: Bench, role: str, images: Tensor, *, training: bool = False) -> Tensor:
+def on(run: StageHarness, role: str, images: Tensor, *, training: bool = False) -> Tensor:
     """What a role says, by a copy: neither statistics nor gradients of the run change."""
     with torch.no_grad():
         return copy.deepcopy(run.model(role)).train(training)(images)
 
 
-def made(run: Bench, maker: str, seen: Tensor) -> Tensor:
+def made(run: StageHarness, maker: str, seen: Tensor) -> Tensor:
     return on(run, maker, seen, training=True)
 
 
 # A game of two: the maximiser against a frozen student
 
 
-def rises(run: Bench, maker: str, seen: Tensor, measure: object, steps: int = 15) -> float:
+def rises(run: StageHarness, maker: str, seen: Tensor, measure: object, steps: int = 15) -> float:
     """By how much the maker's objective has risen after some steps in which the student stands still."""
     student = run.weights("student")
 
@@ -69,7 +69,7 @@ GAMES = {"zskt": ("disagree", "agree", kl), "dfad": ("apart", "near", absolute)}
 NOISE = torch.randn(64, 100, generator=torch.Generator().manual_seed(5))
 
 
-def one_player(name: str, player: str, term: str, weight: int) -> Bench:
+def one_player(name: str, player: str, term: str, weight: int) -> StageHarness:
     """The recipe with one of the two players alone, and how its term counts."""
     others = [f"terms.{other}=null" for other in load_recipe(f"digits/{name}").stages[0].terms if other != term]
     move = f"updates=[{{models: [{player}], terms: [{term}], optimizer: {{type: Adam, lr: 0.005}}}}]"
@@ -105,7 +105,7 @@ def test_the_student_closes_the_gap_while_the_generator_stands_still(name):
 DAFL = {"sure": 1, "varied": 2.171, "excited": 0.1}
 
 
-def dafl_objective(run: Bench, noise: Tensor) -> float:
+def dafl_objective(run: StageHarness, noise: Tensor) -> float:
     """One-hot + 5 x information entropy (log10) + 0.1 x activation of the authors' code, in float64."""
     teacher = copy.deepcopy(run.model("teacher"))
     kept: list[Tensor] = []
@@ -149,7 +149,7 @@ def test_dafl_moves_both_players_at_once():
     ]
     swapped, ordered = f"updates=[[{moves[1]}, {moves[0]}]]", f"updates=[{moves[0]}, {moves[1]}]"
 
-    def differ(one: Bench, other: Bench) -> bool:
+    def differ(one: StageHarness, other: StageHarness) -> bool:
         a, b = one.step(2).weights(), other.step(2).weights()
         return any(not torch.allclose(a[key], b[key], rtol=1e-5, atol=1e-7) for key in a)
 
@@ -164,19 +164,19 @@ def splits_opened(recipe, folder: Path, monkeypatch) -> set[str]:
     opened: set[str] = set()
     load = Digits.load
     monkeypatch.setattr(Digits, "load", lambda self: (opened.add(self.split), load(self))[1])
-    play(recipe, folder)
+    run_recipe(recipe, folder)
     return opened
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_a_run_without_data_opens_the_test_split_alone(name, tmp_path, monkeypatch):
-    recipe = shortened(f"digits/{name}")
+    recipe = short_recipe(f"digits/{name}")
     assert splits_opened(recipe, tmp_path / "own", monkeypatch) == {"test"}
 
 
 def test_a_run_that_reads_training_data_is_noticed(tmp_path, monkeypatch):
     """Negative control: the same student, taught on images of the training split."""
-    with_data = shortened("digits/hard")
+    with_data = short_recipe("digits/hard")
     assert splits_opened(with_data, tmp_path / "own", monkeypatch) == {"train", "test"}
 
 
@@ -197,7 +197,7 @@ def test_the_augmentation_of_hard_ascends_while_the_student_stands_still():
 
 
 def test_the_augmentation_of_hard_starts_as_the_identity_and_leaves_it():
-    def moved(run: Bench) -> float:
+    def moved(run: StageHarness) -> float:
         images = next(run.windows())[0]["train"]["image"]
         return float((made(run, "augmentor", images) - images).abs().max())
 
@@ -253,14 +253,14 @@ def test_the_reversal_of_ctkd_sets_in_along_a_cosine():
 # DeepInversion
 
 
-def remembering(run: Bench) -> nn.Module:
+def remembering(run: StageHarness) -> nn.Module:
     """Lets the teacher's BatchNorms remember the test images; returns a copy of it in eval mode."""
     teacher = copy.deepcopy(run.model("teacher")).train()
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        teacher(next(iter(run.sources["eval"].in_order(896)))["image"])
+        teacher(next(iter(run.sources["eval"].evaluation_batches(896)))["image"])
     run.model("teacher").load_state_dict(teacher.state_dict())
     return teacher.eval()
 
@@ -292,13 +292,13 @@ def test_the_images_of_deepinversion_fit_the_teachers_memory_and_its_classes():
 def test_who_sees_a_bank_of_images_is_measured_on_the_test_images(tmp_path):
     """The bank has fewer images than the test split, and the same position is another sample there."""
     few = ("data.targets.dataset.samples=20", "data.targets.batch_size=20", "stages.distil.data.train.batch_size=20")
-    outcome = play(
-        shortened("digits/deepinversion", *few, "stages.invert.models.bank.model.samples=20"), tmp_path / "run"
+    outcome = run_recipe(
+        short_recipe("digits/deepinversion", *few, "stages.invert.models.bank.model.samples=20"), tmp_path / "run"
     )
     run = built("deepinversion")
-    test = next(iter(run.sources["eval"].in_order(896)))
+    test = next(iter(run.sources["eval"].evaluation_batches(896)))
     right = float((on(run, "teacher", test["image"]).argmax(1) == test["label"]).float().mean())
-    assert scores(outcome, "teacher")[0] == pytest.approx(100 * right)
+    assert top1_scores(outcome, "teacher")[0] == pytest.approx(100 * right)
 
 
 # Kill and resume, and whole runs
@@ -306,11 +306,11 @@ def test_who_sees_a_bank_of_images_is_measured_on_the_test_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["dafl", "zskt", "hard"])
 def test_a_game_that_was_stopped_goes_on_as_if_it_had_not(name, tmp_path):
-    assert resume_differs(shortened(f"digits/{name}", steps=3), tmp_path, 2) == []
+    assert resume_differences(short_recipe(f"digits/{name}", steps=3), tmp_path, 2) == []
 
 
 def test_deepinversion_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/deepinversion", steps=2), tmp_path, 1, 3) == []
+    assert resume_differences(short_recipe("digits/deepinversion", steps=2), tmp_path, 1, 3) == []
 
 
 # Seen with seed 1: 66.2, 82.0, 70.7, 83.3, 96.8, 97.5.
@@ -320,5 +320,5 @@ BARS = {"dafl": 45, "zskt": 65, "dfad": 50, "deepinversion": 70, "hard": 94, "ct
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BARS)
 def test_the_student_learns(name, tmp_path):
-    outcome = play(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
-    assert scores(outcome)[-1] > BARS[name]
+    outcome = run_recipe(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
+    assert top1_scores(outcome)[-1] > BARS[name]

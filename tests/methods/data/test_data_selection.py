@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers.artifact_data import Spy, first_move, greedy_k_center, made, model, pool, top
-from helpers.recipes import bench
-from helpers.shipped_recipes import manifest, play, resume_differs, scores, shortened
-from kdbench.artifacts.selectors import Learnability
+from helpers.artifact_data import (
+    CallRecorder,
+    artifact_content,
+    first_step_error,
+    greedy_k_center,
+    load_role_model,
+    source_samples,
+    top_rows_by_score,
+)
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import resume_differences, run_manifest, run_recipe, short_recipe, top1_scores
+from kdbench.artifacts.selectors import LearnabilitySelector
 from kdbench.config.load import load_recipe
 from kdbench.errors import ConfigError
 from kdbench.experiment.run import Outcome
@@ -24,21 +32,21 @@ BY = "stages.active.stages.round.make.labels.by"
 
 def pcoreset(*overrides: str):
     """Two rounds, 55 labels in all: the second round gets 15 of the 20 that it asks for."""
-    return shortened("digits/pcoreset", "stages.active.rounds=2", f"{BUDGET}=55", *overrides)
+    return short_recipe("digits/pcoreset", "stages.active.rounds=2", f"{BUDGET}=55", *overrides)
 
 
 def chosen(outcome: Outcome) -> list[set[int]]:
-    return [set(made(outcome, f"round@{number}.labels")["index"].tolist()) for number in (1, 2)]
+    return [set(artifact_content(outcome, f"round@{number}.labels")["index"].tolist()) for number in (1, 2)]
 
 
 def by_the_formula(outcome: Outcome, recipe) -> bool:
     """Whether each round added the k-centers of 0.5 softmax(ce) + 0.5 softmax(kd), in double precision."""
-    seen = pool(recipe, "round@1")
+    seen = source_samples(recipe, "round@1")
     before = set(seen["index"][seen["labelled"]].tolist())
     place = {int(index): row for row, index in enumerate(seen["index"])}
     for number, now in enumerate(chosen(outcome), 1):
-        body = model(outcome, "body", f"round@{number}", "digits_mlp")
-        head = model(outcome, "student", f"round@{number}", "dual_head", input_shape=(48,))
+        body = load_role_model(outcome, "body", f"round@{number}", "digits_mlp")
+        head = load_role_model(outcome, "student", f"round@{number}", "dual_head", input_shape=(48,))
         with torch.no_grad():
             features = body.layer2(body.layer1(seen["image"].flatten(1)))
             p = (head.ce(features).softmax(-1) + head.kd(features).softmax(-1)) / 2
@@ -51,28 +59,28 @@ def by_the_formula(outcome: Outcome, recipe) -> bool:
 
 def test_pcoreset_asks_for_the_k_centers_of_the_predicted_probabilities_within_its_budget(tmp_path):
     recipe = pcoreset()
-    outcome = play(recipe, tmp_path / "run")
+    outcome = run_recipe(recipe, tmp_path / "run")
     assert by_the_formula(outcome, recipe)
     assert [len(index) for index in chosen(outcome)] == [40, 55]
-    told = manifest(outcome)["made"]["round@2.labels"]
-    assert told["maker"] == "choose" and told["previous"] == "round@1.labels" and told["told"]["new"] == 15
+    told = run_manifest(outcome)["made"]["round@2.labels"]
+    assert told["maker"] == "choose" and told["previous"] == "round@1.labels" and told["summary"]["new"] == 15
 
 
 def test_control_labels_by_chance_are_no_k_centers_and_without_the_budget_there_are_more(tmp_path):
     recipe = pcoreset(f"{BY}={{type: random}}", f"{BUDGET}=801")
-    outcome = play(recipe, tmp_path / "run")
+    outcome = run_recipe(recipe, tmp_path / "run")
     assert not by_the_formula(outcome, recipe)
     assert [len(index) for index in chosen(outcome)] == [40, 60]
 
 
 def test_a_budget_larger_than_the_pool_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has a budget of 802, but its source has only 801 samples"):
-        play(pcoreset(f"{BUDGET}=802"), tmp_path / "run")
+        run_recipe(pcoreset(f"{BUDGET}=802"), tmp_path / "run")
 
 
 def test_pcoreset_goes_on_in_the_round_in_which_it_was_stopped(tmp_path):
     """Steps 1 and 2 are the teacher's, 3 and 4 the first round's, 5 is the first of the second round."""
-    assert resume_differs(pcoreset(), tmp_path, 5) == []
+    assert resume_differences(pcoreset(), tmp_path, 5) == []
 
 
 # ACID
@@ -82,18 +90,18 @@ def learnable(batch: dict[str, Tensor], student, reference, share: float) -> Ten
     """The rows of the largest student minus reference loss."""
     with torch.no_grad():
         gap = [F.cross_entropy(m(batch["image"]), batch["label"], reduction="none") for m in (student, reference)]
-    return torch.tensor(sorted(top(gap[0] - gap[1], round(share * len(batch["label"])))))
+    return torch.tensor(sorted(top_rows_by_score(gap[0] - gap[1], round(share * len(batch["label"])))))
 
 
 def acid_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/acid", "precision=float64", *overrides))
+    found = build_stage(short_recipe("digits/acid", "precision=float64", *overrides))
     student, reference = found.model(), found.model("reference")
 
     def loss(batch):
         rows = learnable(batch, student, reference, 0.25)
         return F.cross_entropy(student(batch["image"][rows]), batch["label"][rows])
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 SELECT = "updates=[{models: [student], terms: [ce], select: {type: %s, keep: 0.25}}]"
@@ -113,20 +121,20 @@ def test_control_the_whole_batch_moves_the_student_elsewhere():
 
 
 def test_acid_goes_on_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/acid", steps=5), tmp_path, 3) == []
+    assert resume_differences(short_recipe("digits/acid", steps=5), tmp_path, 3) == []
 
 
 # MIX-KD
 
 
 def mixed_share(*overrides: str) -> float:
-    found = bench(shortened("digits/mix_kd", *overrides))
+    found = build_stage(short_recipe("digits/mix_kd", *overrides))
     mix = torch.cat([window[0]["train"]["mix"] for window, _ in zip(found.windows(), range(15), strict=False)])
     return float((mix < 1).float().mean())
 
 
 def mix_kd_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/mix_kd", "precision=float64", *overrides))
+    found = build_stage(short_recipe("digits/mix_kd", "precision=float64", *overrides))
     student, teacher = found.model(), found.model("teacher")
 
     def rescaled(logits):
@@ -140,7 +148,7 @@ def mix_kd_differs(*overrides: str) -> float:
         ce = -(target * ours).sum(1).mean()
         return ce + 4 * (theirs.exp() * (theirs - ours)).sum(1).mean()
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_mix_kd_mixes_a_tenth_and_takes_each_samples_spread_as_its_temperature():
@@ -158,14 +166,14 @@ def test_control_full_mixup_and_a_fixed_temperature_are_something_else():
 
 
 def noisy_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/noisy_labels", "precision=float64", *overrides), stage=1)
+    found = build_stage(short_recipe("digits/noisy_labels", "precision=float64", *overrides), stage=1)
     student, teacher = found.model(), found.model("teacher")
 
     def loss(batch):
         target = (F.one_hot(batch["label"], 10) + teacher(batch["image"]).detach().softmax(1)) / 2
         return -(target * student(batch["image"]).log_softmax(1)).sum(1).mean()
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_the_target_is_half_the_noisy_label_and_half_what_the_clean_network_says():
@@ -177,13 +185,13 @@ def test_control_the_noisy_label_alone_is_another_target():
 
 
 def test_the_first_network_sees_right_labels_and_the_student_other_samples_with_wrong_ones():
-    recipe = shortened("digits/noisy_labels")
-    clean, noisy = pool(recipe, "clean"), pool(recipe, "distil")
+    recipe = short_recipe("digits/noisy_labels")
+    clean, noisy = source_samples(recipe, "clean"), source_samples(recipe, "distil")
     assert not set(clean["index"].tolist()) & set(noisy["index"].tolist())
     assert "label_true" not in clean and len(clean["index"]) == 100
     wrong = (noisy["label"] != noisy["label_true"]).float().mean()
     assert 0.45 < wrong < 0.55
-    control = pool(shortened("digits/noisy_labels", "relabel.rate=0"), "distil")
+    control = source_samples(short_recipe("digits/noisy_labels", "relabel.rate=0"), "distil")
     assert (control["label"] == control["label_true"]).all()
 
 
@@ -192,9 +200,9 @@ def test_the_first_network_sees_right_labels_and_the_student_other_samples_with_
 
 def balanced_differs(recipe, tmp_path, patch: pytest.MonkeyPatch) -> float:
     """How far the term's values are from T^2 KL(q' || p), q' in proportion to q_c / E(n_c), in double precision."""
-    spy = Spy(patch, BalancedSoftTargets)
-    play(recipe, tmp_path / "run")
-    counts = torch.bincount(pool(recipe, "distil")["label"], minlength=10).double()
+    spy = CallRecorder(patch, BalancedSoftTargets)
+    run_recipe(recipe, tmp_path / "run")
+    counts = torch.bincount(source_samples(recipe, "distil")["label"], minlength=10).double()
     worst = 0.0
     for given, out in spy.calls:
         if given["student"].device.type == "meta":
@@ -207,14 +215,14 @@ def balanced_differs(recipe, tmp_path, patch: pytest.MonkeyPatch) -> float:
 
 
 def test_bkd_raises_rare_classes_by_the_counts_of_the_long_tail(tmp_path, monkeypatch):
-    recipe = shortened("digits/bkd")
-    counts = torch.bincount(pool(recipe, "distil")["label"], minlength=10)
+    recipe = short_recipe("digits/bkd")
+    counts = torch.bincount(source_samples(recipe, "distil")["label"], minlength=10)
     assert counts[0] > 15 * counts[9] > 0 and (counts.diff() <= 0).all()
     assert balanced_differs(recipe, tmp_path, monkeypatch) < 1e-5
 
 
 def test_control_plain_soft_targets_do_not_raise_them(tmp_path, monkeypatch):
-    assert balanced_differs(shortened("digits/bkd", "terms.bkd.beta=0"), tmp_path, monkeypatch) > 0.1
+    assert balanced_differs(short_recipe("digits/bkd", "terms.bkd.beta=0"), tmp_path, monkeypatch) > 0.1
 
 
 # Filtering by teacher and reference
@@ -222,28 +230,28 @@ def test_control_plain_soft_targets_do_not_raise_them(tmp_path, monkeypatch):
 
 def best_part(recipe, tmp_path, patch: pytest.MonkeyPatch) -> bool:
     """Whether the student's data are the 600 with the largest reference minus teacher loss, in double precision."""
-    spy = Spy(patch, Learnability)
-    outcome = play(recipe, tmp_path / "run")
-    seen = pool(recipe, "score")
-    kept = set(made(outcome, "score.best")["index"].tolist())
+    spy = CallRecorder(patch, LearnabilitySelector)
+    outcome = run_recipe(recipe, tmp_path / "run")
+    seen = source_samples(recipe, "score")
+    kept = set(artifact_content(outcome, "score.best")["index"].tolist())
     if not spy.calls:
         return False
     given, _ = spy.calls[-1]
-    net = model(outcome, "reference", "reference", "digits_mlp")
+    net = load_role_model(outcome, "reference", "reference", "digits_mlp")
     with torch.no_grad():
         logits = net(seen["image"])
     torch.testing.assert_close(given["student"].double(), logits, rtol=1e-4, atol=1e-4)
     losses = [F.cross_entropy(x.double(), seen["label"], reduction="none") for x in (logits, given["reference"])]
-    return kept == {int(seen["index"][row]) for row in top(losses[0] - losses[1], 600)}
+    return kept == {int(seen["index"][row]) for row in top_rows_by_score(losses[0] - losses[1], 600)}
 
 
 def test_the_student_gets_the_samples_on_which_the_teacher_is_better_by_most(tmp_path, monkeypatch):
-    recipe = shortened("digits/filtered")
+    recipe = short_recipe("digits/filtered")
     assert best_part(recipe, tmp_path, monkeypatch)
 
 
 def test_control_a_part_by_chance_is_not_that_part(tmp_path, monkeypatch):
-    recipe = shortened("digits/filtered", "stages.score.make.best.by={type: random}")
+    recipe = short_recipe("digits/filtered", "stages.score.make.best.by={type: random}")
     assert not best_part(recipe, tmp_path, monkeypatch)
 
 
@@ -263,7 +271,7 @@ def test_control_a_part_by_chance_is_not_that_part(tmp_path, monkeypatch):
     ],
 )
 def test_a_whole_run_learns_and_without_its_mechanism_learns_less(name, bar, control, worse, tmp_path):
-    best = scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1]
+    best = top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1]
     assert best > bar
     if worse is not None:
-        assert scores(play(load_recipe(f"digits/{name}", list(control)), tmp_path / "control"))[-1] < best - worse
+        assert top1_scores(run_recipe(load_recipe(f"digits/{name}", list(control)), tmp_path / "control"))[-1] < best - worse

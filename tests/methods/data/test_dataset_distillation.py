@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.artifact_data import first_move, made, pool
-from helpers.recipes import bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.artifact_data import artifact_content, first_step_error, source_samples
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 
 # CV-DD
@@ -46,7 +46,7 @@ def statistics_apart(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
 def images_differ(*overrides: str) -> float:
     """How far the images' first step is from the committee's, of the length of that step."""
-    found = bench(shortened("digits/cv_dd", "precision=float64", f"stages.recover.{SGD}", *overrides))
+    found = build_stage(short_recipe("digits/cv_dd", "precision=float64", f"stages.recover.{SGD}", *overrides))
     bank, before = found.model("bank"), found.weights("bank")["pixels"]
     votes = (PRIOR / 5).softmax(0)
 
@@ -57,7 +57,7 @@ def images_differ(*overrides: str) -> float:
             total = total + vote * (F.cross_entropy(said, batch["label"]) + 0.1 * apart)
         return total
 
-    apart = first_move(found, loss, role="bank", source="targets")
+    apart = first_step_error(found, loss, role="bank", source="targets")
     return apart / float((found.weights("bank")["pixels"] - before).abs().max())
 
 
@@ -76,7 +76,7 @@ LEARN = ("stages.learn.data.train.made=null", "stages.learn.data.train.dataset=d
 
 def labels_differ(*overrides: str) -> float:
     """How far the student's first step is from one towards the committee normalised by the batch itself."""
-    found = bench(shortened("digits/cv_dd", "precision=float64", *LEARN, *overrides), stage=1)
+    found = build_stage(short_recipe("digits/cv_dd", "precision=float64", *LEARN, *overrides), stage=1)
     student = found.model()
     committee = [copy.deepcopy(found.model(name)).train() for name in "abc"]
     shares = (PRIOR / 10).softmax(0)
@@ -88,7 +88,7 @@ def labels_differ(*overrides: str) -> float:
         return F.kl_div(log_p, (said / 20).softmax(1), reduction="batchmean")
 
     before = found.weights()
-    apart = first_move(found, loss)
+    apart = first_step_error(found, loss)
     after = found.weights()
     return apart / max(float((after[name] - before[name]).abs().max()) for name in before if "weight" in name)
 
@@ -102,14 +102,14 @@ def test_control_frozen_teachers_normalise_by_their_memory():
 
 
 def test_no_update_moves_the_committee():
-    found = bench(shortened("digits/cv_dd", *LEARN), stage=1)
+    found = build_stage(short_recipe("digits/cv_dd", *LEARN), stage=1)
     before, after = found.weights("a"), found.step().weights("a")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("running" in name or "tracked" in name for name in moved), "statistics, and nothing else"
 
 
 def test_cv_dd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/cv_dd", steps=2), tmp_path, 3) == []
+    assert resume_differences(short_recipe("digits/cv_dd", steps=2), tmp_path, 3) == []
 
 
 # INFER
@@ -117,14 +117,14 @@ def test_cv_dd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
 
 def pattern_differs(role: str, network: str, *overrides: str) -> float:
     """How far the first step of one network's pattern is from one by classes and statistics of all fifty images."""
-    found = bench(shortened("digits/infer", "precision=float64", f"stages.compensate.{SGD}", *overrides))
+    found = build_stage(short_recipe("digits/infer", "precision=float64", f"stages.compensate.{SGD}", *overrides))
     pattern = found.model(role).pattern
 
     def loss(batch):
         said, apart = statistics_apart(found.model(network), batch["image"] + pattern)
         return F.cross_entropy(said, batch["label"]) + apart
 
-    return first_move(found, loss, role=role)
+    return first_step_error(found, loss, role=role)
 
 
 @pytest.mark.parametrize(("role", "network"), [("with_a", "a"), ("with_b", "b")])
@@ -139,8 +139,8 @@ def test_control_without_statistics_or_for_another_network_it_moves_elsewhere():
 
 def spread_of_what_was_added(tmp_path, *overrides: str) -> tuple[float, float]:
     """How unlike the fifty images' additions are, and how large they are at most."""
-    recipe = shortened("digits/infer", *overrides, steps=3)
-    added = made(play(recipe, tmp_path), "compensate.images_a")["images"] - pool(recipe, "compensate")["image"]
+    recipe = short_recipe("digits/infer", *overrides, steps=3)
+    added = artifact_content(run_recipe(recipe, tmp_path), "compensate.images_a")["images"] - source_samples(recipe, "compensate")["image"]
     return float(added.std(0).max()), float(added.abs().max())
 
 
@@ -156,7 +156,7 @@ def mixtures_differ(*overrides: str) -> float:
     """How far the student's first step is from one towards both networks' mean logits on mixtures of three sets."""
     sources = [f"stages.learn.data.made_{name}.{key}" for name in "ab" for key in ("made=null", "dataset=digits")]
     quick = ("precision=float64", f"stages.learn.{SGD}", *sources)
-    found = bench(shortened("digits/infer", *quick, *overrides), stage=1)
+    found = build_stage(short_recipe("digits/infer", *quick, *overrides), stage=1)
     student, networks = found.model(), [found.model(name) for name in "ab"]
     window = next(found.windows())[0]
     shown = [window[source]["image"] for source in ("train", "made_a", "made_b")]
@@ -171,7 +171,7 @@ def mixtures_differ(*overrides: str) -> float:
         return total
 
     before = found.weights()
-    apart, after = first_move(found, loss), found.weights()
+    apart, after = first_step_error(found, loss), found.weights()
     return apart / max(float((after[name] - before[name]).abs().max()) for name in before if "weight" in name)
 
 
@@ -184,7 +184,7 @@ def test_control_one_network_for_each_set_moves_it_elsewhere():
 
 
 def test_infer_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/infer", steps=2), tmp_path, 3) == []
+    assert resume_differences(short_recipe("digits/infer", steps=2), tmp_path, 3) == []
 
 
 # Whole runs
@@ -193,4 +193,4 @@ def test_infer_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bar"), [("cv_dd", 96), ("infer", 93)])  # 98.4 and 96.4 with seed 1
 def test_a_whole_run_learns(name, bar, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar

@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.recipes import Bench, bench, same
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage, equal_weights
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 
 
-def built(name: str, *overrides: str, stage: int = 0) -> Bench:
-    return bench(shortened(f"digits/{name}", "precision=float64", *overrides), stage=stage)
+def built(name: str, *overrides: str, stage: int = 0) -> StageHarness:
+    return build_stage(short_recipe(f"digits/{name}", "precision=float64", *overrides), stage=stage)
 
 
-def batches(run: Bench, count: int = 1) -> list[dict[str, dict[str, Tensor]]]:
+def batches(run: StageHarness, count: int = 1) -> list[dict[str, dict[str, Tensor]]]:
     """The next batches, by source."""
     run.network.train()
     return [window[0] for window in islice(run.windows(), count)]
 
 
-def read(run: Bench) -> dict[str, float]:
+def read(run: StageHarness) -> dict[str, float]:
     """Every term's loss in the next step."""
     run.step(1)
     return dict(run.runner.read()[0].losses)
@@ -123,9 +123,9 @@ def follows(*overrides: str) -> dict[str, Tensor]:
 
 def test_the_student_of_seed_sees_no_label():
     wrong = "relabel={type: random_labels}"
-    assert same(follows(), follows(wrong))
+    assert equal_weights(follows(), follows(wrong))
     labels = "stages.follow.terms.ce=cross_entropy"
-    assert not same(follows(labels), follows(labels, wrong)), "control: where it sees them, they matter"
+    assert not equal_weights(follows(labels), follows(labels, wrong)), "control: where it sees them, they matter"
 
 
 # DisCo
@@ -230,19 +230,19 @@ def test_every_image_is_taught_by_what_was_said_of_it_in_the_epoch_before():
 
 @pytest.mark.parametrize(("name", "after"), [("dho", 1), ("seed_queue", 3), ("disco", 3), ("temporal_ensembling", 1)])
 def test_a_stopped_run_goes_on_with_its_queue_and_in_its_stage(name, after, tmp_path):
-    assert resume_differs(shortened(f"digits/{name}"), tmp_path, after) == []
+    assert resume_differences(short_recipe(f"digits/{name}"), tmp_path, after) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "role", "bar"), [("dho", "student", 93), ("seed_queue", "probe", 80)])
 def test_a_whole_run_learns_from_images_without_labels(name, role, bar, tmp_path):
     """Seen (seed 1): dho 96.9 with 50 labels; seed_queue's probe 86.2, and 77.2 on a student that followed nobody."""
-    assert scores(play(load_recipe(f"digits/{name}"), tmp_path / "run"), role)[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}"), tmp_path / "run"), role)[-1] > bar
 
 
 @pytest.mark.slow
 def test_the_store_of_temporal_ensembling_helps(tmp_path):
     """Seen (seed 1): 80.2 with the store, 68.5 from the 50 labels alone."""
-    helped = scores(play(load_recipe("digits/temporal_ensembling"), tmp_path / "run"))[-1]
-    alone = scores(play(load_recipe("digits/temporal_ensembling", ["terms.consistency=null"]), tmp_path / "alone"))[-1]
+    helped = top1_scores(run_recipe(load_recipe("digits/temporal_ensembling"), tmp_path / "run"))[-1]
+    alone = top1_scores(run_recipe(load_recipe("digits/temporal_ensembling", ["terms.consistency=null"]), tmp_path / "alone"))[-1]
     assert helped > alone + 4

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.recipes import Bench, bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.registry import MODELS
@@ -24,7 +24,7 @@ def only(*kept: str) -> tuple[str, ...]:
 
 def curve(block: str, *overrides: str, steps: int = 4) -> list[float]:
     """The loss of one block over the first steps."""
-    run = bench(shortened("digits/blockwise", *overrides))
+    run = build_stage(short_recipe("digits/blockwise", *overrides))
     found = []
     for _ in range(steps):
         run.step()
@@ -48,25 +48,25 @@ def test_each_blocks_loss_falls_alone(block):
     assert falling[-1] < falling[0]
 
 
-def moved(run: Bench) -> set[str]:
+def moved(run: StageHarness) -> set[str]:
     before = run.weights()
     after = run.step(2).weights()
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_no_gradient_crosses_the_border_of_a_block():
-    assert moved(bench(shortened("digits/blockwise", *only("block2")))) == {"layer2"}
-    assert moved(bench(shortened("digits/blockwise", *only("block2"), *CHAINED))) == {"layer1", "layer2"}, "control"
+    assert moved(build_stage(short_recipe("digits/blockwise", *only("block2")))) == {"layer2"}
+    assert moved(build_stage(short_recipe("digits/blockwise", *only("block2"), *CHAINED))) == {"layer1", "layer2"}, "control"
 
 
 def test_the_second_stage_starts_from_the_blocks_and_trains_them_together(tmp_path):
-    outcome = play(shortened("digits/blockwise"), tmp_path / "run")
+    outcome = run_recipe(short_recipe("digits/blockwise"), tmp_path / "run")
     tree = torch.load(outcome.folder.stage("blocks"), weights_only=True)["models"]["student"]
     still = "stages.whole.optimizer={type: SGD, lr: 0}"
-    held = play(shortened("digits/blockwise", still), tmp_path / "still")
+    held = run_recipe(short_recipe("digits/blockwise", still), tmp_path / "still")
     after = torch.load(held.folder.last, weights_only=True)["models"]["student"]
     assert all(torch.equal(after[name], tree[name]) for name in tree if name.endswith("weight"))
-    whole = moved(bench(shortened("digits/blockwise"), stage=1))
+    whole = moved(build_stage(short_recipe("digits/blockwise"), stage=1))
     assert whole == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
 
 
@@ -82,13 +82,13 @@ def stitched(folder, *, copied: bool = True) -> tuple[Recipe, dict[str, Tensor]]
         assert role.weights is not None
         weights = replace(role.weights, recipe=None, model=None, path=str(folder / "teacher.pt"))
         roles[name] = replace(role, weights=weights if copied or name == "teacher" else None)
-    return shortened(replace(recipe, stages=(replace(stage, roles=roles),)), steps=1), teacher
+    return short_recipe(replace(recipe, stages=(replace(stage, roles=roles),)), steps=1), teacher
 
 
 def copies(folder, *, copied: bool = True) -> bool:
     """Whether block i of the student is block 2i of the teacher."""
     recipe, teacher = stitched(folder, copied=copied)
-    student = torch.load(play(recipe, folder / f"run{copied}").folder.last, weights_only=True)["models"]["student"]
+    student = torch.load(run_recipe(recipe, folder / f"run{copied}").folder.last, weights_only=True)["models"]["student"]
     pairs = {}
     for name in student:
         stage, _, rest = name.partition(".")
@@ -107,16 +107,16 @@ def test_a_stitched_student_has_every_second_block_of_its_teacher(tmp_path):
 
 
 def test_a_stitched_student_trains_all_that_it_copied(tmp_path):
-    run = bench(shortened("digits/stitched"))
+    run = build_stage(short_recipe("digits/stitched"))
     assert moved(run) == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
 
 
 @pytest.mark.parametrize(("name", "after"), [("digits/blockwise", (1, 3)), ("digits/stitched", (1,))])
 def test_a_killed_run_ends_as_an_undisturbed_one(name, after, tmp_path):
-    assert resume_differs(shortened(name), tmp_path, *after) == []
+    assert resume_differences(short_recipe(name), tmp_path, *after) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bar"), [("digits/blockwise", 95.0), ("digits/stitched", 95.0)])  # 98.7, 98.8
 def test_the_student_learns(name, bar):
-    assert scores(play(load_recipe(name, []), "whole"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(name, []), "whole"))[-1] > bar

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.recipes import bench, same
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import build_stage, equal_weights
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 
@@ -18,7 +18,7 @@ LAYERS = ("layer1.0.weight", "layer2.0.weight", "fc.weight")  # of digits_mlp
 
 def exported(recipe: Recipe, out: Any) -> dict[str, Tensor]:
     """The weights that a run hands on."""
-    tree = torch.load(play(recipe, out).folder.last, weights_only=True)
+    tree = torch.load(run_recipe(recipe, out).folder.last, weights_only=True)
     return tree["baked"].get("student") or tree["models"]["student"]
 
 
@@ -27,7 +27,7 @@ def values_per_bucket(weight: Tensor, bucket: int = 256) -> int:
 
 
 def most_values(name: str, out: Any, *overrides: str) -> int:
-    state = exported(shortened(name, *overrides, steps=3), out)
+    state = exported(short_recipe(name, *overrides, steps=3), out)
     return max(values_per_bucket(state[layer]) for layer in LAYERS)
 
 
@@ -44,7 +44,7 @@ def test_without_its_transform_the_student_takes_any_value(tmp_path):
 
 
 def test_quantised_levels_are_evenly_spaced_between_the_extremes_of_their_bucket(tmp_path):
-    state = exported(shortened("digits/quantised_distillation", steps=3), tmp_path / "q")
+    state = exported(short_recipe("digits/quantised_distillation", steps=3), tmp_path / "q")
     for layer in LAYERS:
         for part in state[layer].flatten().double().split(256):
             steps = (part - part.min()) / (part.max() - part.min()) * 15
@@ -52,17 +52,17 @@ def test_quantised_levels_are_evenly_spaced_between_the_extremes_of_their_bucket
 
 
 def test_learnt_points_move_while_the_weights_behind_them_stay():
-    run = bench(shortened("digits/differentiable_quantisation"), stage=1)
+    run = build_stage(short_recipe("digits/differentiable_quantisation"), stage=1)
     before = run.weights()
     run.step(3)
     after = run.weights()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in changed if "points" in name} == {name for name in before if "points" in name} != set()
     assert not {name for name in changed if name.endswith("original")}
-    still = bench(
-        shortened("digits/differentiable_quantisation", "stages.points.optimizer={type: Adam, lr: 0}"), stage=1
+    still = build_stage(
+        short_recipe("digits/differentiable_quantisation", "stages.points.optimizer={type: Adam, lr: 0}"), stage=1
     )
-    assert same(still.weights(), still.step(3).weights()), "control: nothing learns"
+    assert equal_weights(still.weights(), still.step(3).weights()), "control: nothing learns"
 
 
 def test_learnt_quantisation_exports_four_values_per_bucket(tmp_path):
@@ -79,8 +79,8 @@ def ternary(state: dict[str, Tensor]) -> bool:
 
 
 def test_ternary_weights_are_minus_a_zero_or_a(tmp_path):
-    assert ternary(exported(shortened("digits/ternary", steps=3), tmp_path / "t"))
-    control = exported(shortened("digits/ternary", "stages.ternary.student.transform=null", steps=3), tmp_path / "c")
+    assert ternary(exported(short_recipe("digits/ternary", steps=3), tmp_path / "t"))
+    control = exported(short_recipe("digits/ternary", "stages.ternary.student.transform=null", steps=3), tmp_path / "c")
     assert not ternary(control)
 
 
@@ -91,13 +91,13 @@ def zero_channels(state: dict[str, Tensor]) -> list[float]:
 
 
 def test_half_of_the_channels_are_zero_and_stay_so(tmp_path):
-    assert zero_channels(exported(shortened("digits/pruned", steps=3), tmp_path / "p")) == [0.5, 0.5, 0.5]
-    control = exported(shortened("digits/pruned", "stages.pruned.student.transform=null", steps=3), tmp_path / "c")
+    assert zero_channels(exported(short_recipe("digits/pruned", steps=3), tmp_path / "p")) == [0.5, 0.5, 0.5]
+    control = exported(short_recipe("digits/pruned", "stages.pruned.student.transform=null", steps=3), tmp_path / "c")
     assert zero_channels(control) == [0, 0, 0]
 
 
 def test_the_pruned_channels_are_those_of_least_norm_in_the_dense_network(tmp_path):
-    outcome = play(shortened("digits/pruned", steps=3), tmp_path / "p")
+    outcome = run_recipe(short_recipe("digits/pruned", steps=3), tmp_path / "p")
     dense = torch.load(outcome.folder.stage("dense"), weights_only=True)["models"]["student"]
     left = torch.load(outcome.folder.last, weights_only=True)["baked"]["student"]
     for layer in ("layer1.0.weight", "layer2.0.weight", "layer3.0.weight"):
@@ -108,7 +108,7 @@ def test_the_pruned_channels_are_those_of_least_norm_in_the_dense_network(tmp_pa
 
 @pytest.mark.parametrize("name", ["digits/quantised_distillation", "digits/pruned"])
 def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
-    assert resume_differs(shortened(name), tmp_path, *((1,) if "quant" in name else (1, 3))) == []
+    assert resume_differences(short_recipe(name), tmp_path, *((1,) if "quant" in name else (1, 3))) == []
 
 
 @pytest.mark.slow
@@ -122,4 +122,4 @@ def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
     ],
 )
 def test_the_student_learns(name, bar):
-    assert scores(play(load_recipe(name, []), "whole"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(name, []), "whole"))[-1] > bar

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.artifact_data import first_move
-from helpers.recipes import bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.artifact_data import first_step_error
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 
 SGD = "optimizer={type: SGD, lr: 1, momentum: 0, nesterov: false, weight_decay: 0}"
@@ -26,7 +26,7 @@ SGD = "optimizer={type: SGD, lr: 1, momentum: 0, nesterov: false, weight_decay: 
 
 def heads_differ(*overrides: str) -> float:
     """How far the student's first step is from one by labels, turned logits and each of its heads on turned images."""
-    found = bench(shortened("digits/hsakd", "precision=float64", f"stages.distil.{SGD}", *overrides), stage=1)
+    found = build_stage(short_recipe("digits/hsakd", "precision=float64", f"stages.distil.{SGD}", *overrides), stage=1)
     student, teacher = found.model(), found.model("teacher")
 
     def staged(network: nn.Module, heads: str, image: Tensor) -> list[Tensor]:
@@ -46,7 +46,7 @@ def heads_differ(*overrides: str) -> float:
             total = total + 9 * kl
         return total
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_each_head_on_turned_images_follows_the_teachers_head_of_that_stage():
@@ -60,10 +60,10 @@ def test_control_upright_images_or_heads_of_other_stages_move_the_student_elsewh
 
 def share_of_pairs(*overrides: str) -> float:
     """How often the deepest of the teacher's heads says both class and turn of the images that it learnt from."""
-    found = bench(shortened("digits/hsakd", *overrides, steps=150)).step(150)
+    found = build_stage(short_recipe("digits/hsakd", *overrides, steps=150)).step(150)
     backbone, head, maps = found.model("teacher"), found.model("t3").eval(), []
     backbone.layer3.register_forward_hook(lambda *call: maps.append(call[2]))
-    batch = next(iter(found.sources["train"].in_order(300)))
+    batch = next(iter(found.sources["train"].evaluation_batches(300)))
     right = 0.0
     with torch.no_grad():
         for turns in range(4):
@@ -78,7 +78,7 @@ def test_the_teachers_heads_learn_class_and_turn_together():
 
 
 def test_hsakd_goes_on_in_the_stage_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/hsakd", steps=2), tmp_path, 3) == []
+    assert resume_differences(short_recipe("digits/hsakd", steps=2), tmp_path, 3) == []
 
 
 # ReviewKD
@@ -92,7 +92,7 @@ SHALLOW = (
 
 def layers_taught(*overrides: str) -> set[str]:
     """The layers of the student that the teacher's first layer alone moves."""
-    found = bench(shortened("digits/review", *SHALLOW, *overrides))
+    found = build_stage(short_recipe("digits/review", *SHALLOW, *overrides))
     before, after = found.weights(), found.step().weights()
     kernels = [name for name in before if before[name].dim() == 4]
     return {name.split(".")[0] for name in kernels if not torch.equal(before[name], after[name])}
@@ -110,7 +110,7 @@ def test_control_without_fusion_it_teaches_the_first_alone():
 def review_differs(*overrides: str) -> float:
     """How far the student's first step is from one by labels and all levels of the review."""
     quick = (SHALLOW[2], "terms.review.weight=5", "precision=float64")
-    found = bench(shortened("digits/review", *quick, *overrides))
+    found = build_stage(short_recipe("digits/review", *quick, *overrides))
     student, teacher = found.model(), found.model("teacher")
     layers = ("layer1", "layer2", "layer3", "pool")
 
@@ -146,7 +146,7 @@ def review_differs(*overrides: str) -> float:
             total = total + 5 * levels(out if level < 3 else out.flatten(1), wanted[level])
         return total
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_the_student_moves_by_every_level_of_the_review():
@@ -158,14 +158,14 @@ def test_control_another_order_of_levels_moves_it_elsewhere():
 
 
 def test_review_goes_on_where_it_was_stopped(tmp_path):
-    assert resume_differs(shortened("digits/review", steps=3), tmp_path, 2) == []
+    assert resume_differences(short_recipe("digits/review", steps=3), tmp_path, 2) == []
 
 
 # WSLD
 
 
 def wsld_differs(*overrides: str) -> float:
-    found = bench(shortened("digits/wsld", "precision=float64", SHALLOW[2], *overrides))
+    found = build_stage(short_recipe("digits/wsld", "precision=float64", SHALLOW[2], *overrides))
     student, teacher = found.model(), found.model("teacher")
 
     def loss(batch):
@@ -175,7 +175,7 @@ def wsld_differs(*overrides: str) -> float:
         soft = -((t / 2).softmax(1) * (z / 2).log_softmax(1)).sum(1)
         return hard.mean() + 2.5 * 4 * (counts * soft).mean()
 
-    return first_move(found, loss)
+    return first_step_error(found, loss)
 
 
 def test_soft_labels_count_by_what_the_student_lacks_of_the_hard_one():
@@ -193,4 +193,4 @@ def test_control_all_samples_alike_or_by_the_teachers_confidence_move_it_elsewhe
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bar"), [("hsakd", 94), ("review", 95), ("wsld", 95)])  # seed 1: 96.2, 97.2, 97.5
 def test_a_whole_run_learns(name, bar, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers.recipes import Bench, bench
-from helpers.shipped_recipes import losses, manifest, play, resume_differs, scores, shortened, weights
+from helpers.recipes import StageHarness, build_stage
+from helpers.shipped_recipes import (
+    logged_losses,
+    resume_differences,
+    run_manifest,
+    run_recipe,
+    saved_weights,
+    short_recipe,
+    top1_scores,
+)
 from kdbench.config.load import load_recipe
 from kdbench.experiment.run import Outcome
 from kdbench.registry import MODELS
@@ -21,25 +29,25 @@ SMALL = "data.train.subset=40"
 
 
 def quick(name: str, *overrides: str, steps: int = 2):
-    return shortened(f"digits/{name}", "eval_every=1000", *overrides, steps=steps)
+    return short_recipe(f"digits/{name}", "eval_every=1000", *overrides, steps=steps)
 
 
 def extra_parts(outcome: Outcome, model: str, stage_export: str = "student") -> set[str]:
     """What the exported role holds that a network of this kind by itself does not, and the other way round."""
     plain = {name: tuple(value.shape) for name, value in MODELS.build(model, {}).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights(outcome, stage_export).items()}
+    found = {name: tuple(value.shape) for name, value in saved_weights(outcome, stage_export).items()}
     return {name for name in {**plain, **found} if plain.get(name) != found.get(name)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_exported_student_is_the_plain_network(name, tmp_path):
-    outcome = play(quick(name, steps=1), tmp_path / "run")
+    outcome = run_recipe(quick(name, steps=1), tmp_path / "run")
     assert extra_parts(outcome, "digits_mlp" if name == "rco" else "digits_cnn") == set()
 
 
 def test_an_auxiliary_part_would_be_seen(tmp_path):
     """Negative control: the deepest exit handed out instead of the network."""
-    outcome = play(quick("byot", "export=exit1", steps=1), tmp_path / "run")
+    outcome = run_recipe(quick("byot", "export=exit1", steps=1), tmp_path / "run")
     assert extra_parts(outcome, "digits_cnn", "exit1")
 
 
@@ -47,13 +55,13 @@ def test_an_auxiliary_part_would_be_seen(tmp_path):
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(name, after, tmp_path):
     """PS-KD in its second epoch, where the store counts; born-again in the midst of its second generation."""
     recipe = quick(name, "batch_size=32", steps=8 if name == "ps_kd" else 4 if name == "dlb" else 2)
-    assert resume_differs(recipe, tmp_path, after) == []
+    assert resume_differences(recipe, tmp_path, after) == []
 
 
 # What each step's loss should be, by plain float64 sums over what the network said
 
 
-def watched(run: Bench, term: str, steps: int, expected: Callable[[int, Tensor, dict[str, Tensor]], float]) -> float:
+def watched(run: StageHarness, term: str, steps: int, expected: Callable[[int, Tensor, dict[str, Tensor]], float]) -> float:
     """The largest difference of a term's loss from `expected(step, logits, batch)`, over some steps."""
     said: list[Tensor] = []
     handle = run.model().register_forward_hook(lambda module, seen, out: said.append(out.detach().double()))
@@ -83,7 +91,7 @@ def ps_kd_departs(*overrides: str, epochs: int = 4) -> float:
             store[index] = p
         return total / len(logits)
 
-    return watched(bench(recipe), "targets", 2 * epochs, expected)
+    return watched(build_stage(recipe), "targets", 2 * epochs, expected)
 
 
 def test_ps_kd_mixes_the_label_with_what_it_said_an_epoch_ago():
@@ -109,7 +117,7 @@ def dlb_departs(*overrides: str) -> float:
         before.update({int(i): z for i, z in zip(batch["index"], logits, strict=True)})
         return total / len(logits)
 
-    return watched(bench(recipe), "last", 5, expected)
+    return watched(build_stage(recipe), "last", 5, expected)
 
 
 def test_dlb_compares_the_repeated_half_with_what_it_was_in_the_last_batch():
@@ -129,7 +137,7 @@ def tf_kd_departs(*overrides: str) -> float:
             total += float((u * (u.log() - torch.log_softmax(z, 0))).sum())
         return total / len(logits)
 
-    return watched(bench(recipe), "virtual", 2, expected)
+    return watched(build_stage(recipe), "virtual", 2, expected)
 
 
 def test_tf_kd_has_a_teacher_made_by_hand():
@@ -143,7 +151,7 @@ def test_tf_kd_has_a_teacher_made_by_hand():
 def moved_by_kd(*overrides: str) -> set[str]:
     """Which parts of BYOT's network and exits one step moves by the soft targets alone."""
     off = ["~terms.ce", "~terms.ce_exits", "~terms.hint", "optimizer.weight_decay=0", SMALL, "batch_size=20"]
-    run = bench(load_recipe("digits/byot", [*off, *overrides]))
+    run = build_stage(load_recipe("digits/byot", [*off, *overrides]))
     before = {f"{r}.{n}": p.clone() for r in ("student", "exit1", "exit2") for n, p in run.model(r).named_parameters()}
     run.step(1)
     after = {f"{r}.{n}": p for r in ("student", "exit1", "exit2") for n, p in run.model(r).named_parameters()}
@@ -160,12 +168,12 @@ def test_the_deepest_exit_teaches_and_is_not_taught():
 def test_each_generation_begins_anew_and_learns_from_the_one_before(tmp_path):
     def broken(*overrides: str) -> list[str]:
         name = f"run{len(list(tmp_path.iterdir()))}"
-        outcome = play(quick("born_again", "optimizer.lr=1e-9", *overrides, steps=1), tmp_path / name)
+        outcome = run_recipe(quick("born_again", "optimizer.lr=1e-9", *overrides, steps=1), tmp_path / name)
         stages = ["first", "generation@1", "generation@2"]
-        found = [weights(outcome, "student", stage)["layer1.0.weight"] for stage in stages[:2]]
-        found.append(weights(outcome, "student")["layer1.0.weight"])
+        found = [saved_weights(outcome, "student", stage)["layer1.0.weight"] for stage in stages[:2]]
+        found.append(saved_weights(outcome, "student")["layer1.0.weight"])
         same = [f"{a} and {b} begin alike" for a, b in ((0, 1), (0, 2), (1, 2)) if torch.allclose(found[a], found[b])]
-        origin = manifest(outcome)["roles"]["teacher"]["weights"]["source"]
+        origin = run_manifest(outcome)["roles"]["teacher"]["weights"]["source"]
         return same + ([] if "generation@1" in origin else [f"the last is taught by {origin}"])
 
     assert broken() == []
@@ -175,7 +183,7 @@ def test_each_generation_begins_anew_and_learns_from_the_one_before(tmp_path):
 
 def two_views(*overrides: str) -> tuple[float, float, bool]:
     """The loss of both directions, that of an independent sum, and whether both roles are one network."""
-    run = bench(load_recipe("digits/two_inputs", [SMALL, "batch_size=20", *overrides]))
+    run = build_stage(load_recipe("digits/two_inputs", [SMALL, "batch_size=20", *overrides]))
     said: list[Tensor] = []
     run.model().register_forward_hook(lambda module, seen, out: said.append(out.detach().double()))
     run.step(1)
@@ -208,7 +216,7 @@ def anchors(folder, *epochs: int) -> tuple[int, list[str]]:
     """How many different teachers RCO's student followed, by what they say of one batch; where it did not go on."""
     (folder / "teacher.yaml").write_text(TEACHER, encoding="utf-8")
     rounds = ", ".join(f"{{teacher: {{weights: {{epoch: {epoch}}}}}}}" for epoch in epochs)
-    recipe = shortened(
+    recipe = short_recipe(
         "digits/rco",
         f"teacher.weights.recipe={folder / 'teacher.yaml'}",
         f"stages.route.rounds=[{rounds}]",
@@ -218,12 +226,12 @@ def anchors(folder, *epochs: int) -> tuple[int, list[str]]:
         steps=1,
         teachers=True,
     )
-    outcome = play(recipe, folder / f"run{'-'.join(map(str, epochs))}")
+    outcome = run_recipe(recipe, folder / f"run{'-'.join(map(str, epochs))}")
     found = []
     for earlier, later in (("follow@1", "follow@2"), ("follow@2", None)):
-        one, other = weights(outcome, "student", earlier), weights(outcome, "student", later)
+        one, other = saved_weights(outcome, "student", earlier), saved_weights(outcome, "student", later)
         found += [f"{earlier} is not gone on from" for name in one if not torch.allclose(one[name], other[name])]
-    return len({round(loss, 5) for loss in losses(outcome, "kd")}), found
+    return len({round(loss, 5) for loss in logged_losses(outcome, "kd")}), found
 
 
 def test_rco_follows_the_teacher_on_its_way(tmp_path):
@@ -247,6 +255,6 @@ BARS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_whole_recipe_learns_in_less_than_a_minute(name, tmp_path):
-    outcome = play(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
-    assert scores(outcome)[-1] >= BARS[name]
+    outcome = run_recipe(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
+    assert top1_scores(outcome)[-1] >= BARS[name]
     assert outcome.summary["wall_seconds"] < 60

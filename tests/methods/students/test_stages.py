@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.recipes import bench
-from helpers.shipped_recipes import manifest, play, resume_differs, scores, shortened, weights
+from helpers.recipes import build_stage
+from helpers.shipped_recipes import (
+    resume_differences,
+    run_manifest,
+    run_recipe,
+    saved_weights,
+    short_recipe,
+    top1_scores,
+)
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.data.loading.build import build_sources
@@ -21,7 +28,7 @@ from kdbench.registry import MODELS
 
 
 def quick(name: str, *overrides: str, steps: int = 2) -> Recipe:
-    return shortened(f"digits/{name}", "eval_every=1000", "batch_size=16", *overrides, steps=steps)
+    return short_recipe(f"digits/{name}", "eval_every=1000", "batch_size=16", *overrides, steps=steps)
 
 
 # From stage to stage
@@ -30,15 +37,15 @@ def quick(name: str, *overrides: str, steps: int = 2) -> Recipe:
 def starts(recipe: Recipe, folder, monkeypatch) -> tuple[Outcome, dict[tuple[str, str], dict[str, Tensor]]]:
     """Plays a recipe; returns the weights with which each role began each stage."""
     seen: dict[tuple[str, str], dict[str, Tensor]] = {}
-    loading = prepare.Preparation._load
+    loading = prepare.WeightLoader._load
 
     def spied(self, config, given, model, origin):
         loading(self, config, given, model, origin)
         seen[self.stage.name, config.name] = {name: value.clone() for name, value in model.state_dict().items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.Preparation, "_load", spied)
-        outcome = play(recipe, folder)
+        patch.setattr(prepare.WeightLoader, "_load", spied)
+        outcome = run_recipe(recipe, folder)
     return outcome, seen
 
 
@@ -46,7 +53,7 @@ def broken_links(outcome: Outcome, seen, links: list[tuple[str, str, str, str]])
     """Which (stage, role) does not begin, bit for bit, with what (earlier stage, role) left."""
     found = []
     for stage, role, earlier, of in links:
-        left, began = weights(outcome, of, earlier), seen.get((stage, role))
+        left, began = saved_weights(outcome, of, earlier), seen.get((stage, role))
         if began is None or began.keys() != left.keys() or any(not torch.equal(left[k], began[k]) for k in left):
             found.append(f"{role} of {stage} does not begin as {of} of {earlier}")
     return found
@@ -92,7 +99,7 @@ def test_a_link_that_is_cut_is_noticed(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "after"), [("ft", 3), ("kd_plus_plus", 2), ("diswot", 2), ("ernie_tiny", 5)])
 def test_a_stopped_run_goes_on_in_the_right_stage(name, after, tmp_path):
     recipe = quick(name, steps=1 if name == "ernie_tiny" else 3 if name == "diswot" else 2)
-    assert resume_differs(recipe, tmp_path, after) == []
+    assert resume_differences(recipe, tmp_path, after) == []
 
 
 def changes(recipe: Recipe) -> list[set[str]]:
@@ -121,7 +128,7 @@ def test_ernie_tiny_changes_one_thing_at_a_time():
 def centres_depart(*overrides: str, folder) -> float:
     """How far KD++'s class means are from sums over the training set by one plain loop."""
     recipe = quick("kd_plus_plus", *overrides, steps=1)
-    outcome = play(recipe, folder)
+    outcome = run_recipe(recipe, folder)
     made = torch.load(folder / "stages" / "means.centres.pt", weights_only=True)["value"]
     stage = recipe.stages[0]
     whole = {**stage.data}
@@ -131,7 +138,7 @@ def centres_depart(*overrides: str, folder) -> float:
     teacher.load_state_dict(initial(recipe, "teacher"))
     teacher.eval()
     sums, counts = torch.zeros(10, 64, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.float64)
-    for batch in source.in_order(7):
+    for batch in source.evaluation_batches(7):
         features = teacher.pool(teacher.layer3(teacher.layer2(teacher.layer1(batch["image"])))).detach().double()
         for feature, label in zip(features, batch["label"].tolist(), strict=True):
             sums[label] += feature
@@ -142,7 +149,7 @@ def centres_depart(*overrides: str, folder) -> float:
 
 def initial(recipe: Recipe, role: str) -> dict[str, Tensor]:
     """A frozen role without weights, as the seed draws it (a bench does not fold its BatchNorm)."""
-    return bench(recipe).weights(role)
+    return build_stage(recipe).weights(role)
 
 
 def test_kd_plus_plus_takes_the_mean_feature_of_each_class(tmp_path):
@@ -152,19 +159,19 @@ def test_kd_plus_plus_takes_the_mean_feature_of_each_class(tmp_path):
 
 
 def candidates_scores(outcome: Outcome) -> tuple[str, dict[str, float]]:
-    told = manifest(outcome)["made"]["search.student"]["told"]
+    told = run_manifest(outcome)["made"]["search.student"]["summary"]
     return told["chosen"], told["scores"]
 
 
 def distils_the_best(recipe: Recipe, folder) -> bool:
     """Whether the network that was trained is the candidate with the highest score."""
-    outcome = play(recipe, folder)
+    outcome = run_recipe(recipe, folder)
     _, scored = candidates_scores(outcome)
     best = max(scored, key=lambda name: scored[name])
     params = dict(recipe.stages[0].artifacts["student"].part.params["candidates"][best])
     plain = MODELS.build(params.pop("type"), params)
     shapes = {name: value.shape for name, value in plain.state_dict().items()}
-    return shapes == {name: value.shape for name, value in weights(outcome, "student").items()}
+    return shapes == {name: value.shape for name, value in saved_weights(outcome, "student").items()}
 
 
 def test_diswot_distils_the_candidate_with_the_best_score(tmp_path):
@@ -179,25 +186,25 @@ def test_diswot_distils_the_candidate_with_the_best_score(tmp_path):
 def own_head(*overrides: str, folder) -> tuple[bool, float, float]:
     """Whether the exported head is the teacher's, bit for bit; its accuracy as measured, and by hand."""
     recipe = quick("simkd", *overrides, steps=3)
-    outcome = play(recipe, folder)
+    outcome = run_recipe(recipe, folder)
     teacher = initial(recipe, "teacher")
     tree = torch.load(outcome.folder.last, weights_only=True)
     head = {**tree["models"], **tree["baked"]}[tree["export"]]
     same = head.keys() == {"weight", "bias"} and all(torch.equal(head[k], teacher[f"fc.{k}"]) for k in head)
     student = MODELS.build("digits_resnet", {"width": 8}).eval()
-    student.load_state_dict(weights(outcome, "student"))
+    student.load_state_dict(saved_weights(outcome, "student"))
     projector = MODELS.build("projector", {"channels": 64, "input_shape": (16, 4, 4)}).eval()
-    projector.load_state_dict(weights(outcome, "projector"))
+    projector.load_state_dict(saved_weights(outcome, "projector"))
     source = build_sources(recipe.stages[0].data, validation=None, seed=1, device="cpu", data_root="data")["eval"]
     right = 0
-    for batch in source.in_order(128):
+    for batch in source.evaluation_batches(128):
         image = batch["image"]
         x = student.layer2(student.layer1(student.relu(student.bn1(student.conv1(image)))))
         pooled = projector(x).mean((2, 3))
         if not same:
             break
         right += int(((pooled @ head["weight"].T + head["bias"]).argmax(1) == batch["label"]).sum())
-    return same, scores(outcome, "classifier")[-1], 100 * right / source.num_samples
+    return same, top1_scores(outcome, "classifier")[-1], 100 * right / source.num_samples
 
 
 def test_simkd_reuses_the_teachers_head_behind_the_projector(tmp_path):
@@ -213,7 +220,7 @@ def test_simkd_reuses_the_teachers_head_behind_the_projector(tmp_path):
 
 def moved(recipe: Recipe, stage: int) -> set[str]:
     """The roles whose parameters a few steps of a stage change."""
-    run = bench(recipe, stage=stage)
+    run = build_stage(recipe, stage=stage)
     names = list(recipe.stages[stage].roles)
     before = {name: {k: v.clone() for k, v in run.model(name).named_parameters()} for name in names}
     run.step(1)
@@ -269,6 +276,6 @@ BARS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BARS)
 def test_the_whole_recipe_learns_in_less_than_a_minute(name, tmp_path):
-    outcome = play(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
-    assert scores(outcome, "classifier" if name == "simkd" else "student")[-1] >= BARS[name]
+    outcome = run_recipe(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
+    assert top1_scores(outcome, "classifier" if name == "simkd" else "student")[-1] >= BARS[name]
     assert outcome.summary["wall_seconds"] < 60

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.artifact_data import made
-from helpers.recipes import Bench, bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.artifact_data import artifact_content
+from helpers.recipes import StageHarness, build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 
 
-def built(name: str, *overrides: str, stage: int = 0) -> Bench:
-    return bench(shortened(f"digits/{name}", *overrides, steps=20), stage=stage)
+def built(name: str, *overrides: str, stage: int = 0) -> StageHarness:
+    return build_stage(short_recipe(f"digits/{name}", *overrides, steps=20), stage=stage)
 
 
-def seen(run: Bench, *roles: str) -> dict[str, list[Tensor]]:
+def seen(run: StageHarness, *roles: str) -> dict[str, list[Tensor]]:
     """What these roles are given in one step: all inputs of each, copied."""
     given: dict[str, list[Tensor]] = {}
     handles = [
@@ -78,13 +78,13 @@ def test_the_student_sees_a_coarse_copy_of_what_the_teacher_sees(name):
 @pytest.mark.parametrize("name", COARSE)
 def test_the_student_is_measured_on_coarse_images(name, tmp_path):
     run = built(name, stage=COARSE[name])
-    batch = next(iter(run.sources["eval"].in_order(64)))
+    batch = next(iter(run.sources["eval"].evaluation_batches(64)))
     torch.testing.assert_close(batch["coarse"], coarse(batch["image"]))
 
 
 def test_the_privileged_teacher_learns_from_sharp_images_and_then_stands_still():
     first, second = built("privileged"), built("privileged", stage=1)
-    assert "student" not in first.plan.layout.order
+    assert "student" not in first.plan.resolved_stage.order
     before = second.weights("teacher")
     after = second.step(2).weights("teacher")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -146,7 +146,7 @@ def test_dmae_compares_tokens_of_length_one_by_their_absolute_distance():
         block = run.model(role).blocks[2]  # type: ignore[index, union-attr]
         keep = lambda _, __, out, role=role: kept.__setitem__(role, out.detach().double())  # noqa: E731
         block.register_forward_hook(keep, prepend=True)  # before the one that ends the teacher's forward
-    projector = run.network.term("follow").edges[0].adapter.map  # type: ignore[index, union-attr]
+    projector = run.network.term("follow").edges[0].adapter.projection  # type: ignore[index, union-attr]
     matrix, bias = projector.weight.detach().double(), projector.bias.detach().double()
     weight_before = matrix.clone(), bias.clone()
     run.step()
@@ -169,29 +169,29 @@ def calibrated(content: dict[str, Any], high: float, smoothing: float = 0.1) -> 
 
 def ferkd(folder: Path, low: float = 0.0, high: float = 0.0) -> Any:
     thresholds = (f"stages.label.make.crops.low={low}", f"stages.label.make.crops.high={high}")
-    return play(shortened("digits/ferkd", "stages.label.make.crops.crops=2", *thresholds), folder)
+    return run_recipe(short_recipe("digits/ferkd", "stages.label.make.crops.crops=2", *thresholds), folder)
 
 
 def confidences() -> Tensor:
     """The 10th and 50th percentile of how sure the teacher is; here its weights are drawn, so that it is hardly."""
     run = built("ferkd")
-    images = next(iter(run.sources["train"].in_order(512)))["image"]
+    images = next(iter(run.sources["train"].evaluation_batches(512)))["image"]
     with torch.no_grad():
         return run.model("teacher").eval()(images).softmax(1).amax(1).quantile(torch.tensor([0.1, 0.5]))
 
 
 def test_ferkd_stores_crops_with_calibrated_labels(tmp_path):
     low, high = confidences().tolist()
-    content = made(ferkd(tmp_path / "own", low, high), "label.crops")
+    content = artifact_content(ferkd(tmp_path / "own", low, high), "label.crops")
     assert content["images"].shape[1:] == (1, 8, 8) and len(content["images"]) < 2 * 901, "the unsure are left out"
     assert calibrated(content, high)
-    plain = made(ferkd(tmp_path / "fkd"), "label.crops")
+    plain = artifact_content(ferkd(tmp_path / "fkd"), "label.crops")
     assert len(plain["images"]) == 2 * 901 and not calibrated(plain, high), "without thresholds, FKD keeps them all"
 
 
 def test_the_stored_label_is_the_teachers_of_the_very_crop(tmp_path):
     """Recomputed: the teacher on the stored image says what is stored; on another's image it does not."""
-    content = made(ferkd(tmp_path / "own"), "label.crops")
+    content = artifact_content(ferkd(tmp_path / "own"), "label.crops")
     teacher = built("ferkd").model("teacher").eval()
     with torch.no_grad():
         again = teacher(content["images"]).softmax(1)
@@ -261,7 +261,7 @@ LOW = ("stages.label.make.crops.low=0", "stages.label.make.crops.high=0.1138")
     "name, overrides, after", [("dmae", (), (3, 5)), ("privileged", (), (3,)), ("ferkd", LOW, (1,))]
 )
 def test_a_run_that_was_stopped_goes_on_in_its_stage(name, overrides, after, tmp_path):
-    assert resume_differs(shortened(f"digits/{name}", *overrides), tmp_path, *after) == []
+    assert resume_differences(short_recipe(f"digits/{name}", *overrides), tmp_path, *after) == []
 
 
 # Seen with seed 1: 92.0, 85.7, 73.0, 95.1, 94.1, 94.9.
@@ -271,5 +271,5 @@ BARS = {"clean_teacher": 85, "privileged": 78, "dmae": 60, "ferkd": 90, "functio
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BARS)
 def test_the_student_learns(name, tmp_path):
-    outcome = play(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
-    assert scores(outcome)[-1] > BARS[name]
+    outcome = run_recipe(load_recipe(f"digits/{name}", ["tensorboard=false"]), tmp_path / "run")
+    assert top1_scores(outcome)[-1] > BARS[name]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.shipped_recipes import play, resume_differs, scores, shortened, weights
+from helpers.shipped_recipes import resume_differences, run_recipe, saved_weights, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.data.loading.build import build_sources
@@ -57,7 +57,7 @@ def indices(recipe: Recipe, stage: str = "") -> Reached:
     config = next(s for s in recipe.stages if not stage or s.name == stage)
     opened = build_sources(config.data, validation=None, seed=recipe.seed, device=torch.device("cpu"), data_root="data")
     names = ("train", *HOMES)
-    return {n: {int(i) for row in opened[n].in_order(512) for i in row["index"]} for n in names if n in opened}
+    return {n: {int(i) for row in opened[n].evaluation_batches(512) for i in row["index"]} for n in names if n in opened}
 
 
 def leaks(recipe: Recipe, out: Path, owners: dict[str, str]) -> dict[str, int]:
@@ -68,7 +68,7 @@ def leaks(recipe: Recipe, out: Path, owners: dict[str, str]) -> dict[str, int]:
     """
     held = indices(recipe)
     with watching() as seen:
-        play(recipe, out)
+        run_recipe(recipe, out)
     assert owners.keys() <= seen.keys(), "every client ran"
     private = {source: held[source] for source in HOMES}
     found = {}
@@ -92,30 +92,30 @@ FEDMD = {"cnn": "home1", "mlp": "home2", "resnet": "home3"}
 
 
 def test_fedmd_keeps_private_samples_at_home(tmp_path):
-    found = leaks(shortened("digits/fedmd", "stages.agree.rounds=1"), tmp_path / "run", FEDMD)
+    found = leaks(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path / "run", FEDMD)
     assert set(found) == set(FEDMD) and not any(found.values())
 
 
 def test_negative_control_a_client_that_reads_anothers_images_is_found(tmp_path):
-    swapped = shortened("digits/fedmd", "stages.agree.rounds=1", "models.mlp.input=home1.image")
+    swapped = short_recipe("digits/fedmd", "stages.agree.rounds=1", "models.mlp.input=home1.image")
     assert leaks(swapped, tmp_path / "run", FEDMD)["mlp"] > 0
     told = ("stages.agree.stages.digest.models.cnn.input=home1.image",)
-    asked = shortened("digits/fedmd", "stages.agree.rounds=1", *told)
+    asked = short_recipe("digits/fedmd", "stages.agree.rounds=1", *told)
     # The server would ask about a client's own images; its scores would then go to all: the plan refuses the rows.
     with pytest.raises(Exception, match="compares row by row"):
         leaks(asked, tmp_path / "asked", FEDMD)
 
 
 def test_fedmd_learns_the_mean_of_what_all_clients_said(tmp_path):
-    recipe = shortened("digits/fedmd", "stages.agree.rounds=1", steps=1)
-    out = play(recipe, tmp_path / "run")
+    recipe = short_recipe("digits/fedmd", "stages.agree.rounds=1", steps=1)
+    out = run_recipe(recipe, tmp_path / "run")
     stage = next(s for s in recipe.stages if s.name == "digest@1")
     source = build_sources(stage.data, validation=None, seed=1, device=torch.device("cpu"), data_root="data")["train"]
     image = next(iter(source.batches(0)))["image"].double()
     models = {"cnn": DigitsCNN(), "mlp": DigitsMLP(), "resnet": DigitsResNet(width=8)}
     said, now = [], []
     for role, model in models.items():
-        model.double().load_state_dict(weights(out, role, "private"))
+        model.double().load_state_dict(saved_weights(out, role, "private"))
         with torch.no_grad():
             said.append(model.eval()(image))
             now.append(model.train()(image))
@@ -126,15 +126,15 @@ def test_fedmd_learns_the_mean_of_what_all_clients_said(tmp_path):
 
 
 def test_a_stopped_fedmd_goes_on_in_the_midst_of_a_round(tmp_path):
-    assert resume_differs(shortened("digits/fedmd", "stages.agree.rounds=1"), tmp_path, 5) == []
+    assert resume_differences(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path, 5) == []
 
 
 @pytest.mark.slow
 def test_fedmd_clients_gain_from_each_other(tmp_path):
     """Seen (seed 1): cnn 79.9 alone, 88.7 after the last digest and 85.9 after the last revisit."""
-    out = play(load_recipe("digits/fedmd"), tmp_path / "run")
-    cnn = scores(out, "cnn")
-    assert max(cnn) > 86 and max(scores(out, "resnet")) > 84
+    out = run_recipe(load_recipe("digits/fedmd"), tmp_path / "run")
+    cnn = top1_scores(out, "cnn")
+    assert max(cnn) > 86 and max(top1_scores(out, "resnet")) > 84
     assert cnn[-1] > cnn[1], "better than with its own images alone"
 
 
@@ -144,49 +144,49 @@ FEDDF = {"client1": "home1", "client2": "home2", "client3": "home3"}
 
 
 def test_feddf_keeps_private_samples_at_home(tmp_path):
-    found = leaks(shortened("digits/feddf", "stages.round.rounds=2"), tmp_path / "run", FEDDF)
+    found = leaks(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path / "run", FEDDF)
     assert set(found) == {*FEDDF, "server"} and not any(found.values())
 
 
 def test_negative_control_a_server_that_distils_on_private_images_is_found(tmp_path):
     private = [f"stages.round.stages.fuse.models.{role}.input=home1.image" for role in ("server", *FEDDF)]
-    found = leaks(shortened("digits/feddf", "stages.round.rounds=1", *private), tmp_path / "run", FEDDF)
+    found = leaks(short_recipe("digits/feddf", "stages.round.rounds=1", *private), tmp_path / "run", FEDDF)
     assert found["server"] > 0 and found["client2"] > 0
 
 
 def begins_at_the_mean(out: Any, first: str = "fuse@1") -> bool:
-    clients = [weights(out, f"client{n}", "local@1") for n in (1, 2, 3)]
-    server = weights(out, "server", first)
+    clients = [saved_weights(out, f"client{n}", "local@1") for n in (1, 2, 3)]
+    server = saved_weights(out, "server", first)
     means = {name: torch.stack([c[name].double() for c in clients]).mean(0) for name in clients[0]}
     return all(torch.allclose(means[name], server[name].double(), atol=1e-6) for name in means)
 
 
 def test_feddf_begins_fusion_at_the_mean_of_the_clients_weights(tmp_path):
     still = "stages.round.stages.fuse.epochs=0"
-    recipe = shortened("digits/feddf", "stages.round.rounds=1", still)
-    assert begins_at_the_mean(play(recipe, tmp_path / "mean"))
+    recipe = short_recipe("digits/feddf", "stages.round.rounds=1", still)
+    assert begins_at_the_mean(run_recipe(recipe, tmp_path / "mean"))
     one = "stages.round.stages.fuse.models.server.weights.role=[client1]"
     assert not begins_at_the_mean(
-        play(shortened("digits/feddf", "stages.round.rounds=1", still, one), tmp_path / "one")
+        run_recipe(short_recipe("digits/feddf", "stages.round.rounds=1", still, one), tmp_path / "one")
     )
 
 
 def test_feddf_clients_begin_where_the_server_stands(tmp_path):
-    out = play(shortened("digits/feddf", "stages.round.stages.local.epochs=0", "stages.round.rounds=2"), tmp_path / "r")
+    out = run_recipe(short_recipe("digits/feddf", "stages.round.stages.local.epochs=0", "stages.round.rounds=2"), tmp_path / "r")
     for stage, of in (("local@1", "begin"), ("local@2", "fuse@1")):
-        server = weights(out, "server", of)
+        server = saved_weights(out, "server", of)
         for client in FEDDF:
-            own = weights(out, client, stage)
+            own = saved_weights(out, client, stage)
             assert all(torch.equal(own[name], server[name]) for name in server)
 
 
 def test_a_stopped_feddf_goes_on_between_clients_and_server(tmp_path):
-    assert resume_differs(shortened("digits/feddf", "stages.round.rounds=2"), tmp_path, 3) == []
+    assert resume_differences(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path, 3) == []
 
 
 @pytest.mark.slow
 def test_feddf_server_beats_its_clients_and_the_mere_mean(tmp_path):
     """Seen (seed 1): server 92.1; the best client before the last fusion 85.8."""
-    out = play(load_recipe("digits/feddf"), tmp_path / "run")
-    assert scores(out, "server")[-1] > 86
-    assert scores(out, "server")[-1] > max(scores(out, f"client{n}")[-1] for n in (1, 2, 3))
+    out = run_recipe(load_recipe("digits/feddf"), tmp_path / "run")
+    assert top1_scores(out, "server")[-1] > 86
+    assert top1_scores(out, "server")[-1] > max(top1_scores(out, f"client{n}")[-1] for n in (1, 2, 3))

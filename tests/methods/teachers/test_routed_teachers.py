@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.recipes import Bench, bench
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.engine.distributed.world import World
 from kdbench.engine.network.operands import Batch, Values
@@ -19,12 +19,12 @@ MST, DISTIL = "digits/mst_distill", 2
 EXPERTS = ("both_by1", "both_by2", "other_by1", "other_by2")
 
 
-def values_of(run: Bench, *terms: str, seed: int = 0) -> tuple[Values, Batch, dict[str, Tensor]]:
+def values_of(run: StageHarness, *terms: str, seed: int = 0) -> tuple[Values, Batch, dict[str, Tensor]]:
     """What the roles and these terms say of the first batch, and each term's loss, with gradient."""
     batch = next(run.windows())[0]
     torch.manual_seed(seed)
     values = run.network.run_roles(batch, terms, run.runner.updates[0].config.models)
-    counts = run.network.counts([batch], terms)
+    counts = run.network.valid_counts([batch], terms)
     losses = {name: run.network.term(name)(values, batch, counts[name], 1.0, World()) for name in terms}
     return values, batch, losses
 
@@ -42,7 +42,7 @@ def divergences(student: Tensor, teachers: list[Tensor], temperature: float = 4.
 
 def gate_learns(name: str, *overrides: str, stage: int = 0) -> float:
     """The size of the gradient that the distillation loss alone leaves in the gate."""
-    run = bench(shortened(name, *overrides), stage=stage)
+    run = build_stage(short_recipe(name, *overrides), stage=stage)
     _, _, losses = values_of(run, "kd")
     route = run.network.term("kd").route
     assert route is not None
@@ -61,7 +61,7 @@ def test_the_distillation_loss_trains_the_gate():
 
 
 def test_the_gate_takes_the_two_likeliest_specialists_of_each_sample_and_weighs_them():
-    run = bench(shortened(MST, "precision=float64"), stage=DISTIL)
+    run = build_stage(short_recipe(MST, "precision=float64"), stage=DISTIL)
     part = run.network.term("kd").route
     assert part is not None
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_the_gate_takes_the_two_likeliest_specialists_of_each_sample_and_weighs_
 
 def most_used(*overrides: str) -> float:
     """The largest share that the gate gives one specialist over the batch, after it began with nearly all on one."""
-    run = bench(shortened(MST, "stages.distil.optimizer={type: Adam, lr: 0.05}", *overrides), stage=DISTIL)
+    run = build_stage(short_recipe(MST, "stages.distil.optimizer={type: Adam, lr: 0.05}", *overrides), stage=DISTIL)
     route = run.network.term("kd").route
     assert route is not None
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_the_balance_spreads_the_gate_over_all_specialists():
 
 def fit(*overrides: str) -> tuple[float, set[str]]:
     """By how much the specialists near the student while the masks learn, and which roles moved."""
-    run = bench(shortened(MST, *overrides), stage=1)
+    run = build_stage(short_recipe(MST, *overrides), stage=1)
     window = next(run.windows())
     before = {role: run.weights(role) for role in run.network.roles if run.network.configs[role].mode != "same"}
     found = []
@@ -123,7 +123,7 @@ def test_the_masks_alone_bring_the_teachers_near_the_student():
 
 
 def test_each_network_sees_its_own_half():
-    batch = next(bench(shortened(MST)).windows())[0]["train"]
+    batch = next(build_stage(short_recipe(MST)).windows())[0]["train"]
     assert torch.equal(batch["left"] + batch["right"], batch["image"])
     assert not ((batch["left"] != 0) & (batch["right"] != 0)).any()
     for stage in load_recipe(MST, []).stages:
@@ -133,7 +133,7 @@ def test_each_network_sees_its_own_half():
 
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_a_killed_mst_distill_ends_as_an_undisturbed_one(after, tmp_path):
-    assert resume_differs(shortened(MST), tmp_path, after) == []
+    assert resume_differences(short_recipe(MST), tmp_path, after) == []
 
 
 # RL-KD
@@ -142,7 +142,7 @@ def test_a_killed_mst_distill_ends_as_an_undisturbed_one(after, tmp_path):
 def preference(*overrides: str) -> float:
     """How much likelier the policy takes the teacher that is nearest to a student that stays than the farthest one."""
     settings = ("optimizer={type: SGD, lr: 0.3}", "student.freeze=[layer1, layer2, fc]", "terms.ce=null")
-    run = bench(shortened("digits/rl_kd", *settings, *overrides))
+    run = build_stage(short_recipe("digits/rl_kd", *settings, *overrides))
     with torch.no_grad():
         run.model("mlp").fc.weight.mul_(30)  # a teacher that says much, and else than the student
     run.step(40)
@@ -158,7 +158,7 @@ def test_the_policy_learns_to_take_the_teachers_that_are_rewarded():
 
 def test_the_policy_learns_from_the_value_of_the_loss_and_not_through_the_draw():
     """As the notes say: no gradient of the distillation loss reaches it; REINFORCE carries the loss's value."""
-    run = bench(shortened("digits/rl_kd", "precision=float64"))
+    run = build_stage(short_recipe("digits/rl_kd", "precision=float64"))
     values, _, losses = values_of(run, "kd", "reward")
     route = run.network.term("kd").route
     assert route is not None
@@ -179,9 +179,9 @@ def test_the_policy_learns_from_the_value_of_the_loss_and_not_through_the_draw()
 
 
 def test_the_policy_always_takes_somebody():
-    values, _, _ = values_of(bench(shortened("digits/rl_kd")), "kd")
+    values, _, _ = values_of(build_stage(short_recipe("digits/rl_kd")), "kd")
     assert (values["term:kd", "route"].sum(1) > 0.999).all()
-    free = bench(shortened("digits/rl_kd", "terms.kd.route.none=nobody"))
+    free = build_stage(short_recipe("digits/rl_kd", "terms.kd.route.none=nobody"))
     assert (values_of(free, "kd")[0]["term:kd", "route"].sum(1) == 0).any(), "control: nobody, at no loss"
 
 
@@ -190,7 +190,7 @@ def test_the_policy_always_takes_somebody():
 
 def off_confidence(term: str, heads: tuple[str, ...], *overrides: str) -> float:
     """How far the weights of the teachers are from (1 - softmax of their cross-entropies) / (teachers - 1)."""
-    run = bench(shortened("digits/ca_mkd", "label_fraction=null", "precision=float64", *overrides))
+    run = build_stage(short_recipe("digits/ca_mkd", "label_fraction=null", "precision=float64", *overrides))
     values, batch, _ = values_of(run, "kd", "maps")
     costs = [F.cross_entropy(said(values, head), batch["train"]["label"], reduction="none") for head in heads]
     expected = (1 - torch.stack(costs, 1).softmax(1)) / (len(heads) - 1)
@@ -214,8 +214,8 @@ def weight_gradient(*overrides: str) -> float:
     """How much of the projectors' gradient comes through the weights of the maps, and not through the maps."""
     found = []
     for gradient in ("true", "false"):
-        run = bench(
-            shortened("digits/ca_mkd", "label_fraction=null", f"terms.maps.route.gradient={gradient}", *overrides)
+        run = build_stage(
+            short_recipe("digits/ca_mkd", "label_fraction=null", f"terms.maps.route.gradient={gradient}", *overrides)
         )
         _, _, losses = values_of(run, "maps")
         found.append(torch.autograd.grad(losses["maps"], list(run.model("as_a").parameters())))
@@ -233,13 +233,13 @@ TGEO = "digits/tgeo_kd"
 
 def held_out_gradient(rate: float | None = None) -> float:
     """The size of what the loss on held-out samples leaves in the gate, by way of the student's virtual step."""
-    run = bench(shortened(TGEO, "precision=float64"))
-    gate, virtual = run.runner.updates[0], run.runner.updates[0].virtual
+    run = build_stage(short_recipe(TGEO, "precision=float64"))
+    gate, virtual = run.runner.updates[0], run.runner.updates[0].inner_step
     assert gate.config.models == ("gate",) and gate.config.terms == ("held",) and virtual is not None
     run.runner.begin_step()
     if rate is not None:
         virtual.rates.fill_(rate)
-    run.runner.gradients_of(gate, next(run.windows()))
+    run.runner.compute_gradients(gate, next(run.windows()))
     return sum(float(p.grad.abs().sum()) for p in run.model("gate").parameters() if p.grad is not None)
 
 
@@ -250,7 +250,7 @@ def test_the_gate_learns_from_held_out_samples_through_the_students_step():
 
 
 def test_only_held_out_samples_move_the_gate_and_only_the_others_the_student():
-    run = bench(shortened(TGEO))
+    run = build_stage(short_recipe(TGEO))
     train, held = (
         {int(i) for window in itertools.islice(run.feed.windows(0), 13) for i in window[0][source]["index"]}
         for source in ("train", "held")
@@ -260,7 +260,7 @@ def test_only_held_out_samples_move_the_gate_and_only_the_others_the_student():
     run.runner.begin_step()
     for number, (mine, other) in enumerate((("gate", "student"), ("student", "gate"))):
         before = {role: run.weights(role) for role in (mine, other)}
-        run.runner.gradients_of(run.runner.updates[number], window)
+        run.runner.compute_gradients(run.runner.updates[number], window)
         run.runner._move(run.runner.updates[number])
         moved = {role for role in before for n, p in run.model(role).named_parameters() if (p != before[role][n]).any()}
         assert moved == {mine}
@@ -268,7 +268,7 @@ def test_only_held_out_samples_move_the_gate_and_only_the_others_the_student():
 
 def share(*overrides: str, learns: bool = True) -> tuple[float, float]:
     """The mean share of the soft targets of an untrained teacher, before and after 40 steps."""
-    run = bench(shortened(TGEO, *overrides, steps=40))
+    run = build_stage(short_recipe(TGEO, *overrides, steps=40))
     for group in run.runner.updates[0].optimizer.param_groups if not learns else ():
         group["initial_lr"] = 0.0
     window = next(run.windows())
@@ -290,7 +290,7 @@ def test_the_gate_finds_out_that_a_teacher_knows_nothing():
 
 @pytest.mark.parametrize("name", ["digits/rl_kd", "digits/ca_mkd", TGEO])
 def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
-    assert resume_differs(shortened(name), tmp_path, 1) == []
+    assert resume_differences(short_recipe(name), tmp_path, 1) == []
 
 
 @pytest.mark.slow
@@ -304,4 +304,4 @@ def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
     ],
 )
 def test_the_student_learns(name, bar):
-    assert scores(play(load_recipe(name, []), "whole"))[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(name, []), "whole"))[-1] > bar

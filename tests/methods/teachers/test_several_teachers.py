@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.recipes import Bench, bench, same
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage, equal_weights
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 
 TEACHERS = ("cnn", "resnet", "mlp")
 
 
-def one_step(name: str, *overrides: str, stage: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], Bench]:
+def one_step(name: str, *overrides: str, stage: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], StageHarness]:
     """What each role says of the first batch, in float64 and before anything moves, and each term's loss of it."""
-    run = bench(shortened(name, "precision=float64", *overrides), stage=stage)
+    run = build_stage(short_recipe(name, "precision=float64", *overrides), stage=stage)
     window = next(run.windows())
     image = window[0]["train"]["image"]
     with torch.no_grad():
@@ -63,10 +63,10 @@ def test_the_target_of_an_ensemble_is_the_mean_that_the_recipe_names(mean):
 def moved_by_labels(*overrides: str) -> bool:
     """Whether wrong labels make another student."""
     told = [
-        bench(shortened("digits/meal_v2", *overrides, *labels)).step(2).weights()
+        build_stage(short_recipe("digits/meal_v2", *overrides, *labels)).step(2).weights()
         for labels in ((), ("relabel={type: symmetric_noise, rate: 0.9}",))
     ]
-    return not same(*told)
+    return not equal_weights(*told)
 
 
 def test_meal_v2_learns_from_no_label():
@@ -90,7 +90,7 @@ def test_meal_v2_compares_with_the_mean_distribution_and_shows_the_judge_the_mea
 
 def gain(role: str, terms: tuple[str, ...], *overrides: str) -> float:
     """By how much a player's own losses fall on one batch when it alone moves."""
-    run = bench(shortened("digits/meal_v2", *overrides))
+    run = build_stage(short_recipe("digits/meal_v2", *overrides))
     window = next(run.windows())
     found = []
     for _ in range(20):
@@ -140,7 +140,7 @@ def test_in_dgkd_each_network_learns_from_everything_above_it():
 
 
 def test_which_teacher_is_left_out_changes_from_step_to_step():
-    run = bench(shortened("digits/dgkd", "optimizer={type: SGD, lr: 0}"), stage=2)
+    run = build_stage(short_recipe("digits/dgkd", "optimizer={type: SGD, lr: 0}"), stage=2)
     window = next(run.windows())
     seen = set()
     for _ in range(12):
@@ -152,7 +152,7 @@ def test_which_teacher_is_left_out_changes_from_step_to_step():
 
 @pytest.mark.parametrize(("name", "after"), [("digits/dgkd", (1, 3, 5)), ("digits/meal_v2", (1,))])
 def test_a_killed_run_ends_as_an_undisturbed_one(name, after, tmp_path):
-    assert resume_differs(shortened(name), tmp_path, *after) == []
+    assert resume_differences(short_recipe(name), tmp_path, *after) == []
 
 
 @pytest.mark.slow
@@ -165,5 +165,5 @@ def test_a_killed_run_ends_as_an_undisturbed_one(name, after, tmp_path):
     ],
 )
 def test_the_student_learns(name, bar):
-    outcome = play(load_recipe(name, []), "whole")
-    assert scores(outcome)[-1] > bar
+    outcome = run_recipe(load_recipe(name, []), "whole")
+    assert top1_scores(outcome)[-1] > bar

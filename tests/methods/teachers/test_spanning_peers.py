@@ -14,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.recipes import Bench, bench, differences, result_of, same
-from helpers.shipped_recipes import Stopped, losses, play, resume_differs, scores, shortened, stopping, weights
+from helpers.recipes import StageHarness, build_stage, comparable_results, differing_keys, equal_weights
+from helpers.shipped_recipes import (
+    StopRun,
+    logged_losses,
+    resume_differences,
+    run_recipe,
+    saved_weights,
+    short_recipe,
+    stop_after_steps,
+    top1_scores,
+)
 from kdbench.config.load import load_recipe
 from kdbench.config.paths import find_recipe
 from kdbench.config.schema import PartConfig
@@ -24,8 +33,8 @@ from kdbench.engine.train.runner import Runner
 EXACT = "precision=float64"
 
 
-def peers(name: str, *overrides: str, stage: int = 0) -> Bench:
-    return bench(load_recipe(f"digits/{name}", [EXACT, *overrides]), stage=stage)
+def peers(name: str, *overrides: str, stage: int = 0) -> StageHarness:
+    return build_stage(load_recipe(f"digits/{name}", [EXACT, *overrides]), stage=stage)
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -96,8 +105,8 @@ def test_in_algorithm_1_the_second_sees_the_firsts_new_weights():
 
 
 def test_dml_is_the_same_after_a_kill(tmp_path):
-    assert resume_differs(shortened("digits/dml", steps=4), tmp_path, 2) == []
-    assert resume_differs(shortened("digits/dml", ORDERED, steps=4), tmp_path / "ordered", 3) == []
+    assert resume_differences(short_recipe("digits/dml", steps=4), tmp_path, 2) == []
+    assert resume_differences(short_recipe("digits/dml", ORDERED, steps=4), tmp_path / "ordered", 3) == []
 
 
 # FitNets
@@ -105,8 +114,8 @@ def test_dml_is_the_same_after_a_kill(tmp_path):
 
 def handed_on(tmp_path: Path, *overrides: str) -> float:
     """How far the weights by which the second stage begins are from those that the first one left."""
-    done = play(shortened("digits/fitnets", "stages.distil.epochs=0", *overrides, steps=3), tmp_path)
-    return apart(weights(done, "student", "hint"), weights(done, "student"))
+    done = run_recipe(short_recipe("digits/fitnets", "stages.distil.epochs=0", *overrides, steps=3), tmp_path)
+    return apart(saved_weights(done, "student", "hint"), saved_weights(done, "student"))
 
 
 def test_the_second_stage_begins_where_the_hint_left_the_student(tmp_path):
@@ -130,8 +139,8 @@ def test_the_hint_moves_the_guided_half_alone():
 
 def test_the_hint_is_learnt(tmp_path):
     def fall(name: str, *overrides: str) -> float:
-        done = play(shortened("digits/fitnets", "stages.distil.epochs=0", *overrides, steps=40), tmp_path / name)
-        found = losses(done, "hint")
+        done = run_recipe(short_recipe("digits/fitnets", "stages.distil.epochs=0", *overrides, steps=40), tmp_path / name)
+        found = logged_losses(done, "hint")
         return found[-1] / found[0]
 
     assert fall("learns") < 0.6  # 0.3 was seen
@@ -139,7 +148,7 @@ def test_the_hint_is_learnt(tmp_path):
 
 
 def test_fitnets_goes_on_in_the_stage_in_which_it_was_killed(tmp_path):
-    assert resume_differs(shortened("digits/fitnets", steps=3), tmp_path, 2, 4) == []
+    assert resume_differences(short_recipe("digits/fitnets", steps=3), tmp_path, 2, 4) == []
 
 
 # Mean teacher
@@ -152,7 +161,7 @@ def average_gap(*overrides: str) -> float:
     for _ in range(5):
         student = run.step().weights()
         average = {k: 0.98 * average[k] + 0.02 * v if v.is_floating_point() else v for k, v in student.items()}
-    assert not same(run.weights("teacher"), peers("mean_teacher").weights())
+    assert not equal_weights(run.weights("teacher"), peers("mean_teacher").weights())
     return apart(run.weights("teacher"), average)
 
 
@@ -197,13 +206,13 @@ def test_consistency_comes_in_slowly():
     top = float(schedule.params["value"])
     run.runner.begin_step()
     assert float(run.network.term("consistency").weight) == pytest.approx(top * 0.0067379, rel=1e-4)
-    run.runner.done = run.runner.steps_per_epoch * int(schedule.params["over"])
+    run.runner.steps_done = run.runner.steps_per_epoch * int(schedule.params["over"])
     run.runner.begin_step()
     assert float(run.network.term("consistency").weight) == top
 
 
 def test_mean_teacher_is_the_same_after_a_kill(tmp_path):
-    assert resume_differs(shortened("digits/mean_teacher", steps=4), tmp_path, 2) == []
+    assert resume_differences(short_recipe("digits/mean_teacher", steps=4), tmp_path, 2) == []
 
 
 # TAKD
@@ -239,7 +248,7 @@ def counted() -> Iterator[Counter[str]]:
 
 def trained(recipe: str, out: str, *overrides: str) -> set[str]:
     with counted() as found:
-        play(load_recipe(recipe, list(overrides)), out)
+        run_recipe(load_recipe(recipe, list(overrides)), out)
     return set(found)
 
 
@@ -253,37 +262,37 @@ def test_the_assistant_stands_between(chain):
     direct = ["teacher={model: digits_cnn, weights: {recipe: teacher.yaml}}"]
     assert trained(chain, "chain") == set(CHAIN)
     assert "takd_assistant" not in trained(chain, "direct", "runs=elsewhere", *direct)  # control
-    one, two = (result_of(out) for out in ("chain", "direct"))
-    assert any("models.student" in key for key in differences(one, two))
+    one, two = (comparable_results(out) for out in ("chain", "direct"))
+    assert any("models.student" in key for key in differing_keys(one, two))
 
 
 def test_the_student_learns_what_the_assistant_says_and_not_what_the_teacher_says(chain):
     def target_is(recipe: str, *overrides: str) -> bool:
         """Whether the first step's soft targets are the assistant's."""
-        done = play(load_recipe(recipe, ["epochs=null", "steps=1", "log_every=1", *overrides]), f"run{len(overrides)}")
-        student = bench(load_recipe(recipe, list(overrides)))
-        assistant = bench(load_recipe("takd_assistant.yaml"))
+        done = run_recipe(load_recipe(recipe, ["epochs=null", "steps=1", "log_every=1", *overrides]), f"run{len(overrides)}")
+        student = build_stage(load_recipe(recipe, list(overrides)))
+        assistant = build_stage(load_recipe("takd_assistant.yaml"))
         folders = [path.parent for path in Path("runs").rglob("resolved.yaml") if "takd_assistant" in str(path)]
-        assistant.model().load_state_dict(weights(folders[0], "student"))
+        assistant.model().load_state_dict(saved_weights(folders[0], "student"))
         batch = next(student.windows())[0]["train"]["image"]
         student.network.train()
         assistant.network.eval()
         q = (assistant.model()(batch).detach().double() / 4).softmax(1)
         p = (student.model()(batch).detach().double() / 4).softmax(1)
         loss = float(16 * (q * (q / p).log()).sum(1).mean())
-        return losses(done, "kd")[0] == pytest.approx(loss, rel=1e-4)
+        return logged_losses(done, "kd")[0] == pytest.approx(loss, rel=1e-4)
 
     assert target_is(chain)
     assert not target_is(chain, "teacher={model: digits_cnn, weights: {recipe: teacher.yaml}}")  # control
 
 
 def test_a_chain_that_is_killed_in_an_assistants_training_goes_on_there(chain):
-    play(load_recipe(chain, ["runs=whole"]), "whole_chain")
-    with pytest.raises(Stopped), stopping(20):  # 15 steps of the teacher, 5 of the assistant
-        play(load_recipe(chain, ["checkpoint_every={steps: 1}"]), "chain")
+    run_recipe(load_recipe(chain, ["runs=whole"]), "whole_chain")
+    with pytest.raises(StopRun), stop_after_steps(20):  # 15 steps of the teacher, 5 of the assistant
+        run_recipe(load_recipe(chain, ["checkpoint_every={steps: 1}"]), "chain")
     assert trained(chain, "chain") == {"takd_assistant", "takd"}
-    weights_of = [weights(out, "student") for out in ("whole_chain", "chain")]
-    assert same(*weights_of)
+    weights_of = [saved_weights(out, "student") for out in ("whole_chain", "chain")]
+    assert equal_weights(*weights_of)
 
 
 # Whole runs: seen with seed 1 were 97.3 (dml), 97.0 (fitnets), 88.0 (mean_teacher; 89.2 with seed 2), 95.8 (takd).
@@ -295,14 +304,14 @@ def test_a_chain_that_is_killed_in_an_assistants_training_goes_on_there(chain):
     [("dml", 95, "a"), ("fitnets", 93, "student"), ("mean_teacher", 84, "teacher"), ("takd", 91, "student")],
 )
 def test_the_whole_recipe_learns(name, bar, role, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}"), tmp_path / "run"), role)[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}"), tmp_path / "run"), role)[-1] > bar
 
 
 @pytest.mark.slow
 def test_mean_teacher_is_better_than_its_student_without_it(tmp_path):
     """Seen: 88.0 against 78 (seeds 1 and 2)."""
-    alone = play(load_recipe("digits/mean_teacher", ["terms.consistency=null"]), tmp_path / "alone")
+    alone = run_recipe(load_recipe("digits/mean_teacher", ["terms.consistency=null"]), tmp_path / "alone")
     assert (
-        scores(play(load_recipe("digits/mean_teacher"), tmp_path / "with"), "teacher")[-1]
-        > 3 + scores(alone, "teacher")[-1]
+        top1_scores(run_recipe(load_recipe("digits/mean_teacher"), tmp_path / "with"), "teacher")[-1]
+        > 3 + top1_scores(alone, "teacher")[-1]
     )

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.recipes import Bench, bench, same
-from helpers.shipped_recipes import play, resume_differs, scores, shortened
+from helpers.recipes import StageHarness, build_stage, equal_weights
+from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
-from kdbench.engine.network.network import Chain
+from kdbench.engine.network.network import RoleChain
 
 EXACT = "precision=float64"
 
 
-def learning(name: str, *overrides: str) -> Bench:
-    return bench(load_recipe(f"digits/{name}", [EXACT, *overrides]))
+def learning(name: str, *overrides: str) -> StageHarness:
+    return build_stage(load_recipe(f"digits/{name}", [EXACT, *overrides]))
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -42,13 +42,13 @@ def swap_gap(name: str, pair: tuple[str, str], alike: tuple[str, ...], swapped: 
     return max(apart(one.weights(mine), other.weights(theirs)) for mine, theirs in (pair, pair[::-1]))
 
 
-def first(run: Bench) -> dict[str, Tensor]:
+def first(run: StageHarness) -> dict[str, Tensor]:
     """The first batch of the source `train`, with every network in train mode."""
     run.network.train()
     return next(run.windows())[0]["train"]
 
 
-def read(run: Bench) -> dict[str, float]:
+def read(run: StageHarness) -> dict[str, float]:
     """Every term's loss in the first step."""
     run.step(1)
     return dict(run.runner.read()[0].losses)
@@ -133,7 +133,7 @@ def test_the_gate_learns_from_the_labels_of_the_ensemble_alone():
 def exported_needs(*scrambled: str) -> bool:
     """Whether what is evaluated and exported changes with the weights of these roles."""
     run = learning("one").step(1)
-    chain = Chain(run.network, run.recipe.stages[0].export).eval()
+    chain = RoleChain(run.network, run.recipe.stages[0].export).eval()
     image = first(run)["image"]
     run.network.eval()
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_trunk_and_one_branch_are_what_is_exported():
 # BD-KD
 
 
-def bd_kd(*overrides: str) -> Bench:
+def bd_kd(*overrides: str) -> StageHarness:
     """The pair after some steps, when neither is always the surer one."""
     run, trained = learning("bd_kd", *overrides), _trained_pair()
     for role, state in trained.items():
@@ -234,7 +234,7 @@ def ages(every: int, steps: int = 8) -> list[int]:
     past, found = [run.weights("b")], []
     for _ in range(steps):
         run.step()
-        found.append(next(age for age, old in enumerate(reversed(past)) if same(old, run.weights("old_b"))))
+        found.append(next(age for age, old in enumerate(reversed(past)) if equal_weights(old, run.weights("old_b"))))
         past.append(run.weights("b"))
     return found
 
@@ -289,7 +289,7 @@ def test_the_names_of_the_workers_do_not_matter():
     ],
 )
 def test_the_same_after_a_kill(name, overrides, tmp_path):
-    assert resume_differs(shortened(f"digits/{name}", *overrides, steps=5), tmp_path, 4) == []
+    assert resume_differences(short_recipe(f"digits/{name}", *overrides, steps=5), tmp_path, 4) == []
 
 
 # Whole runs: seen with seed 1 were 97.8 (kdcl), 98.0 (one), 97.1 (bd_kd), 95.8 (codistillation).
@@ -301,4 +301,4 @@ def test_the_same_after_a_kill(name, overrides, tmp_path):
     [("kdcl", 95, "student"), ("one", 95, "student"), ("bd_kd", 95, "student"), ("codistillation", 92, "a")],
 )
 def test_the_whole_recipe_learns(name, bar, role, tmp_path):
-    assert scores(play(load_recipe(f"digits/{name}"), tmp_path), role)[-1] > bar
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}"), tmp_path), role)[-1] > bar

@@ -11,7 +11,7 @@ from kdbench.registry import TERMS
 from kdbench.terms.distribution import nst_loss
 from kdbench.terms.features.heads import dhkd_loss, ofa_loss
 from kdbench.terms.features.maps import ab_loss, ft_loss, hcl_loss
-from kdbench.terms.features.summaries import flow_matrix, fsp_loss
+from kdbench.terms.features.summaries import fsp_loss, fsp_matrix
 from kdbench.terms.features.vectors import cosine_loss, feature_distance_loss, nd_loss
 from kdbench.terms.relations import attention_relation_loss, cc_loss, token_relation_loss
 
@@ -35,10 +35,10 @@ def shuffled_places(feature):
 
 def test_the_flow_is_linear_in_each_end_and_does_not_see_where_it_happens(maps):
     first, second = maps
-    assert_close(flow_matrix(3 * first, second), 3 * flow_matrix(first, second))
-    assert_close(flow_matrix(first, second), flow_matrix(second, first).transpose(1, 2))
+    assert_close(fsp_matrix(3 * first, second), 3 * fsp_matrix(first, second))
+    assert_close(fsp_matrix(first, second), fsp_matrix(second, first).transpose(1, 2))
     both = shuffled_places(torch.cat(maps, 1))
-    assert_close(flow_matrix(both[:, :4], both[:, 4:]), flow_matrix(first, second))
+    assert_close(fsp_matrix(both[:, :4], both[:, 4:]), fsp_matrix(first, second))
     assert (fsp_loss(second, second, first, first.flip(3)) > 1e-4).all()  # one end alone does see it
 
 
