@@ -1,6 +1,6 @@
-"""What the benchmarks share: contenders that take turns in one process, medians with quartiles, the machine, the JSON.
+"""Helpers of the benchmarks: trainings that alternate in one process, quartiles, machine description, JSON results.
 
-Run a benchmark as a script (`python benchmarks/step.py ...`); Python then finds this file beside it.
+Run a benchmark as a script (`python benchmarks/step.py ...`), so that Python finds this file in the same folder.
 """
 
 from __future__ import annotations
@@ -24,41 +24,47 @@ import torchvision
 import kdbench
 
 Training = Callable[[Callable[[], None]], None]
-"""Trains without end, and calls what it was given after every step."""
+"""A training without end that calls its argument after every step."""
 
 
 class TrainingEnd(BaseException):
-    """Ends a training that has no end."""
+    """Raised inside a training to end it."""
 
 
 class PacedTraining:
-    """A training in a thread of its own that goes on a number of steps at a time."""
+    """A training in a separate thread that runs a given number of steps at a time.
+
+    Args:
+        training: the training.
+        threads: intra-op threads of torch in this thread.
+    """
 
     def __init__(self, training: Training, threads: int) -> None:
         self.steps_left = 0
         self.stopped = False
         self.error: BaseException | None = None
-        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
+        self.resume, self.paused = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, args=(training, threads), daemon=True)
         self.thread.start()
 
     def run_steps(self, count: int) -> None:
-        """Returns after `count` more steps."""
+        """Runs `count` more steps and returns; raises the error of the training if it failed."""
         self.steps_left = count
-        self.go.release()
+        self.resume.release()
         self.paused.acquire()
         if self.error is not None:
             raise self.error
 
     def stop(self) -> None:
+        """Ends the training and its thread."""
         self.stopped = True
-        self.go.release()
+        self.resume.release()
         self.thread.join()
 
     def _run(self, training: Training, threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
+        torch.set_num_threads(threads)  # OpenMP stores this number per thread
         try:
-            self.go.acquire()
+            self.resume.acquire()
             training(self._tick)
         except TrainingEnd:
             pass
@@ -70,7 +76,7 @@ class PacedTraining:
         self.steps_left -= 1
         if self.steps_left == 0:
             self.paused.release()
-            self.go.acquire()
+            self.resume.acquire()
             if self.stopped:
                 raise TrainingEnd
 
@@ -78,15 +84,25 @@ class PacedTraining:
 def measure(
     contenders: dict[str, PacedTraining], rounds: int, steps: int, device: str, *, batch: int
 ) -> dict[str, list[float]]:
-    """Returns the images per second of every turn, by contender; the first round warms up and is left out.
+    """Measures the images per second of contenders that alternate in one process, in a new order each round.
 
-    The contenders take turns of `steps` steps of `batch` images, in a new order each round.
+    Alternating distributes the load of other processes over all contenders.
+
+    Args:
+        contenders: trainings by name.
+        rounds: number of measured rounds; one more round before them warms up.
+        steps: steps per turn.
+        device: cpu or cuda.
+        batch: images per step.
+
+    Returns:
+        Images per second of every turn, by contender.
     """
-    shuffled = random.Random(0)
+    generator = random.Random(0)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         order = list(contenders)
-        shuffled.shuffle(order)
+        generator.shuffle(order)
         for name in order:
             start = time.perf_counter()
             contenders[name].run_steps(steps)
@@ -100,11 +116,13 @@ def measure(
 
 
 def quartiles(values: list[float], digits: int) -> dict[str, float]:
+    """Returns median, q1 and q3, rounded to `digits` decimals."""
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": round(middle, digits), "q1": round(low, digits), "q3": round(high, digits)}
 
 
 def describe_machine(device: str) -> dict[str, Any]:
+    """Returns device, threads, load average and versions for the header of a result."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -130,7 +148,17 @@ def synchronise(device: str | torch.device) -> None:
 def time_calls(
     work: Callable[[], object], device: str | torch.device, *, samples: int, min_seconds: float = 0.005
 ) -> list[float]:
-    """Seconds of one call of `work`, `samples` times. Each is the mean over as many calls as take `least` seconds."""
+    """Measures the seconds of one call of `work`.
+
+    Args:
+        work: the function to time.
+        device: device to synchronise.
+        samples: number of measurements.
+        min_seconds: duration of one measurement; it is the mean over as many calls as this duration needs.
+
+    Returns:
+        Seconds per call of each measurement.
+    """
     calls = 1
     while True:
         synchronise(device)
@@ -138,46 +166,56 @@ def time_calls(
         for _ in range(calls):
             work()
         synchronise(device)
-        spent = time.perf_counter() - start
-        if spent >= min_seconds or calls >= 10_000:
+        duration = time.perf_counter() - start
+        if duration >= min_seconds or calls >= 10_000:
             break
-        calls = max(calls + 1, min(10_000, round(1.2 * calls * min_seconds / max(spent, 1e-9))))
-    found = []
+        calls = max(calls + 1, min(10_000, round(1.2 * calls * min_seconds / max(duration, 1e-9))))
+    durations = []
     for _ in range(samples):
         synchronise(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
         synchronise(device)
-        found.append((time.perf_counter() - start) / calls)
-    return found
+        durations.append((time.perf_counter() - start) / calls)
+    return durations
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+    """Builds an argument parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few samples: to see that it works")
-    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="intra-op threads of torch on the CPU"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes and few samples, to check that the benchmark runs"
+    )
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
     return parser
 
 
 def result_header(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The head of a result: what was measured, when, by which command (without paths), and on which machine."""
+    """Sets the number of threads and builds the header of a result: measurement, date, command and machine.
+
+    Args:
+        what: description of the measurement.
+        script: file of the benchmark.
+        args: its arguments; paths are left out of the command.
+    """
     torch.set_num_threads(args.threads)
-    told = {
+    arguments = {
         key: value
         for key, value in vars(args).items()
         if value is not None and value is not False and not _is_path(value)
     }
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in told.items()]
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in arguments.items()]
     command = " ".join([f"python benchmarks/{Path(script).name}", *flags])
     return {"what": what, "date": today(), "command": command, "machine": describe_machine(args.device)}
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(one, Path) for one in value))
+    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(item, Path) for item in value))
 
 
 def today() -> str:
@@ -185,7 +223,7 @@ def today() -> str:
 
 
 def write_result(result: dict[str, Any], out: Path | None) -> None:
-    """Writes a result as JSON; without `out` it has only been printed."""
+    """Writes a result as JSON if there is an output file."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,14 +1,16 @@
-"""How fast do batches come? kdbench's data against the loaders that people use, images per second.
+"""Throughput of data loading: kdbench's sources against DataLoader pipelines, in images per second.
 
-Resident: CIFAR-sized images in memory, as kdbench's `resident` source (on the device, a batch at a time) and as a
-torchvision dataset of the same images under a DataLoader (PIL, transforms, collate), for several lists of
-augmentation. Streaming: JPEG files in class folders, decoded in every epoch, as kdbench's source and as ImageFolder
-under a DataLoader, with the same number of worker processes. All contenders of a list take turns; one of streaming is
-a whole epoch, since a shorter one would begin with what workers have read while others had their turn. It is measured
-with one thread in the main process too: on a CPU that has no more cores than workers, every parallel operation of the
-main process (kdbench flips and normalises there, which on a GPU the device does) waits for a core that a worker holds.
+Resident: CIFAR-sized images in memory, as kdbench's `resident` source (batched augmentation on the device) and as a
+torchvision dataset of the same images with a DataLoader (PIL images, transforms, collate), for several augmentation
+lists. Streaming: JPEG files in class folders that are decoded in every epoch, as kdbench's source and as ImageFolder
+with a DataLoader, with the same number of worker processes.
 
-    python benchmarks/data.py --data DATA --workers 2 --out data.json      # DATA holds CIFAR-100; else random images
+The contenders of a list alternate. A turn of streaming is a whole epoch; a shorter one would start with batches that
+the workers decoded during the other contender's turn. Streaming is also measured with one thread in the main
+process: kdbench flips and normalises there (on a GPU the device does), and on a CPU without more cores than workers
+every parallel operation of the main process waits for a core of a worker.
+
+    python benchmarks/data.py --data DATA --workers 2 --out data.json      # without --data: random images
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from kdbench.registry import DATASETS
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 CROP, FLIP = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
-LISTS: dict[str, tuple[str, list[Any] | None]] = {
+AUGMENTATIONS: dict[str, tuple[str, list[Any] | None]] = {
     "none": ("[]", []),
     "crop, flip": ("[{type: crop, padding: 4}, flip]", [CROP, FLIP]),
     "crop, flip, colour": (
@@ -45,7 +47,7 @@ LISTS: dict[str, tuple[str, list[Any] | None]] = {
     "crop, flip, cutout": ("[{type: crop, padding: 4}, flip, {type: cutout, size: 8}]", None),
     "crop, flip, mixup": ("[{type: crop, padding: 4}, flip, mixup]", None),
 }
-"""Name -> kdbench's list, and torchvision's transforms before ToTensor and Normalize; None: it has no such one."""
+"""Name -> kdbench's list, and torchvision's transforms before ToTensor and Normalize (None: no equivalent)."""
 RECIPE = """
 dataset: {dataset}
 augment: {augment}
@@ -58,8 +60,8 @@ epochs: 1
 Batches = Iterator[Any]
 
 
-class Images(torch.utils.data.Dataset):
-    """Images in memory, each made a PIL image and transformed on its own, as torchvision's CIFAR does."""
+class InMemoryImages(torch.utils.data.Dataset):
+    """Images in memory that are converted to PIL and transformed one by one, as in torchvision's CIFAR."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.data, self.targets = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
@@ -72,8 +74,8 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.data[index])), self.targets[index]
 
 
-def ours(dataset: str, augment: str, args: argparse.Namespace, folder: Path) -> Batches:
-    """Batches of kdbench's source, epoch after epoch."""
+def kdbench_batches(dataset: str, augment: str, args: argparse.Namespace, folder: Path) -> Batches:
+    """Yields the batches of kdbench's source, epoch after epoch."""
     file = folder / "data.yaml"
     file.write_text(RECIPE.format(dataset=dataset, augment=augment, batch=args.batch), encoding="utf-8")
     settings = [f"device={args.device}", *([f"data_root={args.data.resolve()}"] if args.data else [])]
@@ -95,9 +97,9 @@ def ours(dataset: str, augment: str, args: argparse.Namespace, folder: Path) -> 
         sources["train"].close()
 
 
-def loader(dataset: Any, args: argparse.Namespace) -> Batches:
-    """Batches of a DataLoader, moved to the device, epoch after epoch."""
-    batches = DataLoader(
+def dataloader_batches(dataset: Any, args: argparse.Namespace) -> Batches:
+    """Yields the batches of a DataLoader on the device, epoch after epoch."""
+    loader = DataLoader(
         dataset,
         args.batch,
         shuffle=True,
@@ -106,35 +108,51 @@ def loader(dataset: Any, args: argparse.Namespace) -> Batches:
         persistent_workers=args.workers > 0,
     )
     while True:
-        for image, label in batches:
+        for image, label in loader:
             yield image.to(args.device, non_blocking=True), label.to(args.device, non_blocking=True)
 
 
-def race(contenders: dict[str, Batches], rounds: int, batches: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of each contender, in turns of some batches; the first round warms up. Ratios are by round."""
+def compare(contenders: dict[str, Batches], rounds: int, batches: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the images per second of contenders that alternate.
+
+    Args:
+        contenders: batch iterators by name, one of them `kdbench`.
+        rounds: measured rounds; one more round before them warms up.
+        batches: batches per turn.
+        args: arguments of the benchmark.
+
+    Returns:
+        Images per second of each contender, and the ratio of kdbench to the others within the rounds.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
-        for name, waiting in contenders.items():
+        for name, iterator in contenders.items():
             synchronise(args.device)
             start = time.perf_counter()
             for _ in range(batches):
-                next(waiting)
+                next(iterator)
             synchronise(args.device)
             if number:
                 speeds[name].append(batches * args.batch / (time.perf_counter() - start))
-    for waiting in contenders.values():
+    for iterator in contenders.values():
         with contextlib.suppress(AttributeError):
-            waiting.close()  # type: ignore[attr-defined]
-    first = speeds["kdbench"]
-    found: dict[str, Any] = {"images_per_second": {name: quartiles(values, 1) for name, values in speeds.items()}}
+            iterator.close()  # type: ignore[attr-defined]
+    result: dict[str, Any] = {"images_per_second": {name: quartiles(values, 1) for name, values in speeds.items()}}
     for name, values in speeds.items():
         if name != "kdbench":
-            ratios = [a / b for a, b in zip(first, values, strict=True)]
-            found["kdbench_over"] = {**found.get("kdbench_over", {}), name: quartiles(ratios, 3)}
-    return found
+            ratios = [a / b for a, b in zip(speeds["kdbench"], values, strict=True)]
+            result["kdbench_over"] = {**result.get("kdbench_over", {}), name: quartiles(ratios, 3)}
+    return result
+
+
+def speeds_text(result: dict[str, Any]) -> str:
+    """Formats the medians of a comparison for the terminal."""
+    medians = {name: values["median"] for name, values in result["images_per_second"].items()}
+    return ", ".join(f"{name} {median:,.0f}" for name, median in medians.items()) + " images/s"
 
 
 def resident(args: argparse.Namespace, rounds: int, batches: int, folder: Path) -> dict[str, Any]:
+    """Compares the contenders on images in memory, for every augmentation list."""
     if args.data is not None:
         dataset = "cifar100"
         split = DATASETS.build("cifar100", {}, split="train", data_root=str(args.data)).load()
@@ -143,63 +161,65 @@ def resident(args: argparse.Namespace, rounds: int, batches: int, folder: Path) 
         count = 4 * args.batch if args.quick else 20_000
         dataset = f"{{type: synthetic, shape: [3, 32, 32], classes: 10, samples: {count}}}"
         images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (count,))
-    found = {}
-    for name, (augment, theirs) in LISTS.items():
-        contenders = {"kdbench": ours(dataset, augment, args, folder)}
-        if theirs is not None:
-            steps = [*theirs, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-            contenders["PIL, DataLoader"] = loader(Images(images, labels, transforms.Compose(steps)), args)
-        found[name] = race(contenders, rounds, batches, args)
-        told = ", ".join(f"{who} {v['median']:,.0f}" for who, v in found[name]["images_per_second"].items())
-        print(f"resident, {name}: {told} images/s", flush=True)
-    return found
+    results = {}
+    for name, (augment, torchvision_transforms) in AUGMENTATIONS.items():
+        contenders = {"kdbench": kdbench_batches(dataset, augment, args, folder)}
+        if torchvision_transforms is not None:
+            steps = [*torchvision_transforms, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+            pil_dataset = InMemoryImages(images, labels, transforms.Compose(steps))
+            contenders["PIL, DataLoader"] = dataloader_batches(pil_dataset, args)
+        results[name] = compare(contenders, rounds, batches, args)
+        print(f"resident, {name}: {speeds_text(results[name])}", flush=True)
+    return results
 
 
-def photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Writes JPEG files of smooth random patterns, two classes, about as large as ImageNet's."""
+def write_jpeg_files(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Writes JPEG files of smooth random patterns in two classes, with about the file size of ImageNet's images."""
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "val"):
         for number in range(count if split == "train" else 2):
-            place = folder / split / f"class{number % 2}" / f"{number}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
+            file = folder / split / f"class{number % 2}" / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
             coarse = torch.randint(0, 256, (1, 3, 12, 16), generator=generator).float()
             fine = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 255)
             noise = 12 * torch.randn(fine.shape, generator=generator)
             pixels = (fine + noise).clamp(0, 255).byte()[0].permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(place, quality=90)
+            Image.fromarray(pixels).save(file, quality=90)
 
 
 def streaming(args: argparse.Namespace, rounds: int, batches: int, folder: Path) -> dict[str, Any]:
-    count, high, wide, size = (batches * args.batch, *((64, 80, 32) if args.quick else (375, 500, 224)))
-    photographs(folder / "photographs", count, (high, wide))
+    """Compares the contenders on JPEG files, with one and with all threads in the main process."""
+    count, height, width, size = (batches * args.batch, *((64, 80, 32) if args.quick else (375, 500, 224)))
+    images_folder = folder / "images"
+    write_jpeg_files(images_folder, count, (height, width))
     steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
-    dataset = f"{{type: image_folder, root: {folder / 'photographs'}, size: {size}, resident: false}}"
-    found: dict[str, Any] = {}
+    dataset = f"{{type: image_folder, root: {images_folder}, size: {size}, resident: false}}"
+    results: dict[str, Any] = {}
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
+        image_folder = datasets.ImageFolder(images_folder / "train", transform)
         contenders = {
-            "kdbench": ours(dataset, "[random_resized_crop, flip]", args, folder),
-            "ImageFolder, DataLoader": loader(datasets.ImageFolder(folder / "photographs" / "train", transform), args),
+            "kdbench": kdbench_batches(dataset, "[random_resized_crop, flip]", args, folder),
+            "ImageFolder, DataLoader": dataloader_batches(image_folder, args),
         }
-        found[f"threads {threads}"] = race(contenders, rounds, batches, args)
-        speeds = found[f"threads {threads}"]["images_per_second"]
-        told = ", ".join(f"{who} {v['median']:,.0f}" for who, v in speeds.items())
-        print(f"streaming, {high} x {wide} JPEG to {size}, threads {threads}: {told} images/s", flush=True)
-    return {"files": {"count": count, "height": high, "width": wide, "size": size}, **found}
+        result = results[f"threads {threads}"] = compare(contenders, rounds, batches, args)
+        description = f"streaming, {height} x {width} JPEG to {size}, threads {threads}"
+        print(f"{description}: {speeds_text(result)}", flush=True)
+    return {"files": {"count": count, "height": height, "width": width, "size": size}, **results}
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--data", type=Path, help="folder that holds CIFAR-100; without: random images")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode, of every loader")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-100; default: random images")
+    parser.add_argument("--batch", type=int, default=64, help="batch size")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of every loader")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds")
     args = parser.parse_args()
     batches = {"resident": 50, "streaming": 16}
     if args.quick:
         args.batch, args.rounds, batches = min(args.batch, 8), 2, {"resident": 3, "streaming": 2}
-    result = result_header("images per second of data paths", __file__, args)
+    result = result_header("images per second of data loading", __file__, args)
     with tempfile.TemporaryDirectory() as folder:
         result["resident"] = resident(args, args.rounds, batches["resident"], Path(folder))
         result["streaming"] = streaming(args, args.rounds, batches["streaming"], Path(folder))

@@ -1,9 +1,9 @@
-"""How does the cost of every term, weigher and router grow with the batch, the classes and the samples of the source?
+"""Scaling of every term, sample weight and router with the batch size, the classes and the samples of the source.
 
-For each part and each axis the size is raised step by step, and the exponent of the cost is fitted on the larger half:
-once for what is done (elements written and FLOPs: exact, the same on every machine), once for the time. What grows
-faster than it should is flagged: a term over samples has to be linear in the batch, one that couples rows may be
-quadratic, and nothing but a memory may see the samples at all. `EXPECTED` has those whose maths is steeper.
+Each part is measured at increasing sizes along each axis. The exponent of the cost is fitted on the larger half of the
+sizes, for the counted work (elements written and FLOPs, equal on every machine) and for the time. Parts that grow
+faster than allowed are flagged: a loss per row must be linear in the batch, a loss that couples rows may be quadratic,
+and only a memory may depend on the number of samples. `EXPECTED` lists parts with steeper mathematics.
 
     python benchmarks/scaling.py --out scaling.json
 """
@@ -32,12 +32,12 @@ EXPECTED = {
     ("cmi", "classes"): (2, "a mean prediction of each class"),
     ("crd", "samples"): (1, "one product with its bank of all samples, instead of a gather of thousands of rows"),
 }
-"""(part, axis) -> the exponent that its maths has, and why; beyond those of `usual`."""
+"""(part, axis) -> exponent of its mathematics and the reason, if it differs from `allowed_exponent`."""
 SLACK = 0.2
 
 
-def usual(kind: str, name: str, axis: str) -> float:
-    """The exponent that a part may have: of the batch 1 (2 where rows are coupled), of the classes 1, of samples 0."""
+def allowed_exponent(kind: str, name: str, axis: str) -> float:
+    """Returns the allowed exponent: 1 in the batch (2 if rows are coupled), 1 in the classes, 0 in the samples."""
     if (name, axis) in EXPECTED:
         return EXPECTED[name, axis][0]
     couples = kind == "term" and REGISTRIES[kind].entry(name).facts.get("space") == "batch"
@@ -45,16 +45,29 @@ def usual(kind: str, name: str, axis: str) -> float:
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
-    """The slope of log cost over log size on the larger half of the sizes, where constant parts weigh least."""
-    first = min(len(sizes) // 2, len(sizes) - 2)
-    xs, ys = ([math.log(max(value, 1e-12)) for value in values[first:]] for values in (sizes, costs))
+    """Fits the slope of log cost over log size on the larger half of the sizes, where constant costs matter least."""
+    start = min(len(sizes) // 2, len(sizes) - 2)
+    xs, ys = ([math.log(max(value, 1e-12)) for value in values[start:]] for values in (sizes, costs))
     return statistics.linear_regression(xs, ys).slope
 
 
 def measure(
     kind: str, name: str, axis: str, sizes: Sequence[int], base: Size, device: str, samples: int
 ) -> dict[str, Any]:
-    """One part along one axis. samples: timings of each size; 0 times nothing."""
+    """Measures one part along one axis.
+
+    Args:
+        kind: registry of the part.
+        name: name of the part.
+        axis: batch, classes or samples.
+        sizes: sizes along the axis.
+        base: sizes of the other axes.
+        device: cpu or cuda.
+        samples: timings of each size; 0 measures no times.
+
+    Returns:
+        Allowed exponent, counted work and its exponent, `flagged`, and times with their exponent if measured.
+    """
     work, time = [], []
     for value in sizes:
         part = build(kind, name, replace(base, **{axis: value}), device)
@@ -62,10 +75,10 @@ def measure(
         work.append(count(part.work).total)
         if samples:
             time.append(statistics.median(time_calls(part.work, device, samples=samples)))
-    allowed = usual(kind, name, axis)
-    found = exponent(sizes, work)
-    row: dict[str, Any] = {"allowed": allowed, "work_exponent": round(found, 3), "work": work}
-    row["surprise"] = found > allowed + SLACK
+    allowed = allowed_exponent(kind, name, axis)
+    work_exponent = exponent(sizes, work)
+    row: dict[str, Any] = {"allowed": allowed, "work_exponent": round(work_exponent, 3), "work": work}
+    row["flagged"] = work_exponent > allowed + SLACK
     if time:
         row |= {"time_exponent": round(exponent(sizes, time), 3), "ms": [round(1000 * value, 4) for value in time]}
     if (name, axis) in EXPECTED:
@@ -75,27 +88,27 @@ def measure(
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--samples", type=int, default=5, help="timings of each size")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these alone")
+    parser.add_argument("--samples", type=int, default=5, help="timings of each size; 0 only counts")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these parts")
     args = parser.parse_args()
     axes, base = AXES, Size()
     if args.quick:
         axes, base, args.samples = QUICK, Size(8, 10, 500), 0
-    result = result_header("how the cost of every term, weigher and router grows", __file__, args)
+    result = result_header("scaling of every term, sample weight and router", __file__, args)
     parts: dict[str, dict[str, Any]] = {}
     for kind, name in names():
         if not args.only or name in args.only:
             rows = {a: measure(kind, name, a, sizes, base, args.device, args.samples) for a, sizes in axes.items()}
             parts[f"{kind} {name}"] = rows
-            told = "  ".join(
+            exponents = "  ".join(
                 f"{axis} {row['work_exponent']:5.2f}" + (f" (time {row['time_exponent']:5.2f})" if args.samples else "")
                 for axis, row in rows.items()
             )
-            flagged = [axis for axis, row in rows.items() if row["surprise"]]
-            print(f"{kind + ' ' + name:28}{told}" + (f"  <- {', '.join(flagged)}" if flagged else ""), flush=True)
-    surprises = [f"{part}: {axis}" for part, rows in parts.items() for axis, row in rows.items() if row["surprise"]]
-    result |= {"sizes": {axis: list(sizes) for axis, sizes in axes.items()}, "surprises": surprises, "parts": parts}
-    print(f"steeper than they should be: {', '.join(surprises) or 'none'}")
+            flagged = [axis for axis, row in rows.items() if row["flagged"]]
+            print(f"{kind + ' ' + name:28}{exponents}" + (f"  <- {', '.join(flagged)}" if flagged else ""), flush=True)
+    flagged_parts = [f"{part}: {axis}" for part, rows in parts.items() for axis, row in rows.items() if row["flagged"]]
+    result |= {"sizes": {axis: list(sizes) for axis, sizes in axes.items()}, "flagged": flagged_parts, "parts": parts}
+    print(f"steeper than allowed: {', '.join(flagged_parts) or 'none'}")
     write_result(result, args.out)
     if args.out is None:
         print(json.dumps({key: result[key] for key in ("command", "machine")}))

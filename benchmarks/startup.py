@@ -1,9 +1,9 @@
-"""How long from the start of a process to the first training step of `digits/kd`?
+"""Startup time: from the start of a process to the first training step of `digits/kd`.
 
-Pairs of fresh processes, in turns: one that imports torch and builds an SGD, which is the least that any training does,
-and one that runs `kdbench train digits/kd` to the end of its first step (recipe, checks, plan, data, weights of the
-trained teacher, its measured accuracy, logs) and ends there. The teacher is trained once before. What is told is the
-difference within each pair: wall time, and the processor time of the process, which a busy machine changes less.
+Pairs of new processes, in alternating order: a minimal one, which imports torch and builds an SGD optimiser, and one
+that runs `kdbench train digits/kd` up to the end of its first step (recipe, checks, plan, data, weights of the trained
+teacher and its measured accuracy, logs) and exits there. The teacher is trained once before. The result is the
+difference within each pair, in wall time and in processor time; the latter depends less on the load of the machine.
 
     python benchmarks/startup.py --out benchmarks/results/startup.json
 """
@@ -22,17 +22,17 @@ from typing import Any
 
 from common import describe_machine, quartiles, today, write_result
 
-LEAST = """
+MINIMAL_CODE = """
 import os, torch
 torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 os._exit(0)
 """
-OURS = """
+KDBENCH_CODE = """
 import os, sys
 from kdbench.report.console import ConsoleReporter
 
-def progress(self, done, phase=""):
-    os._exit(0 if done == 1 else 1)
+def progress(self, steps_done, phase=""):
+    os._exit(0 if steps_done == 1 else 1)
 
 ConsoleReporter.progress = progress
 from kdbench.cli.main import main
@@ -42,44 +42,51 @@ os._exit(1)
 
 
 def environment() -> dict[str, str]:
-    """With compiled modules kept, as an installed package has them."""
+    """Returns the environment with .pyc files enabled, as for an installed package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def timed(code: str, *words: str) -> tuple[float, float]:
-    """Returns wall and processor seconds of a fresh process that runs `code` and must exit with 0."""
-    before = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment(), stdout=subprocess.DEVNULL)
+def time_process(code: str, *arguments: str) -> tuple[float, float]:
+    """Runs `code` in a new process and returns its wall and processor time in seconds.
+
+    Raises:
+        SystemExit: the process failed.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment(), stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - before
+    wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"a process ended with {process.returncode} before it was through")
+        raise SystemExit(f"a process exited with code {process.returncode}, expected 0")
     return wall, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of processes to measure")
-    parser.add_argument("--tensorboard", action="store_true", help="with event files, as a recipe does by itself")
-    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
+    parser.add_argument("--pairs", type=int, default=20, help="measured pairs of processes")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard event files, the default of a recipe"
+    )
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
     args = parser.parse_args()
     machine = describe_machine("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         settings = [f"runs={scratch}", "device=cpu", f"tensorboard={str(args.tensorboard).lower()}"]
-        words = ["train", "digits/kd", "fresh=true", *settings]
+        arguments = ["train", "digits/kd", "fresh=true", *settings]
         teacher = [sys.executable, "-m", "kdbench", "train", "digits/teacher", *settings]
         subprocess.run(teacher, env=environment(), check=True, stdout=subprocess.DEVNULL)
-        timed(LEAST)
-        timed(OURS, *words)  # both once, so that files are at hand and modules are compiled
+        # Warm-up: file cache and .pyc files.
+        time_process(MINIMAL_CODE)
+        time_process(KDBENCH_CODE, *arguments)
         pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
         for number in range(args.pairs):
-            if number % 2:
-                ours, least = timed(OURS, *words), timed(LEAST)
+            if number % 2:  # alternating order: the second process of a pair may profit from the file cache
+                recipe, minimal = time_process(KDBENCH_CODE, *arguments), time_process(MINIMAL_CODE)
             else:
-                least, ours = timed(LEAST), timed(OURS, *words)
-            pairs.append((least, ours))
-            print(f"pair {number + 1}: torch and an SGD {least[0]:.2f} s, digits/kd {ours[0]:.2f} s", flush=True)
+                minimal, recipe = time_process(MINIMAL_CODE), time_process(KDBENCH_CODE, *arguments)
+            pairs.append((minimal, recipe))
+            print(f"pair {number + 1}: torch and SGD {minimal[0]:.2f} s, digits/kd {recipe[0]:.2f} s", flush=True)
 
     result: dict[str, Any] = {
         "what": "seconds from the start of a process to the end of the first step of digits/kd, over a process that "
@@ -89,13 +96,13 @@ def main() -> None:
         "machine": machine,
     }
     for position, kind in enumerate(("wall", "processor")):
-        least, ours = ([pair[who][position] for pair in pairs] for who in (0, 1))
+        minimal, recipe = ([pair[process][position] for pair in pairs] for process in (0, 1))
         result[f"{kind}_seconds"] = {
-            "torch_and_sgd": quartiles(least, 3),
-            "digits_kd": quartiles(ours, 3),
-            "above": quartiles([b - a for a, b in zip(least, ours, strict=True)], 3),
+            "torch_and_sgd": quartiles(minimal, 3),
+            "digits_kd": quartiles(recipe, 3),
+            "above": quartiles([b - a for a, b in zip(minimal, recipe, strict=True)], 3),
         }
-    result["pairs"] = [[[round(value, 3) for value in one] for one in pair] for pair in pairs]
+    result["pairs"] = [[[round(value, 3) for value in process] for process in pair] for pair in pairs]
     print(json.dumps({kind: result[f"{kind}_seconds"] for kind in ("wall", "processor")}, indent=1))
     write_result(result, args.out)
 

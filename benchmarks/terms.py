@@ -1,8 +1,8 @@
-"""What does each term cost, as a share of a plain step?
+"""Cost of each term, sample weight and router as a fraction of a plain training step.
 
-The plain step is kdbench's own: a resnet20 on CIFAR-100 images, batch 64, cross-entropy, SGD. A term's cost is its
-forward and its backward into what the student gave, on operands of the sizes that it would have there: logits of 100
-classes, the last map (64 x 8 x 8) or its mean, tokens of a small transformer. Weighers and routers are measured alike.
+The plain step is kdbench's: a resnet20 on CIFAR-100 images, batch 64, cross-entropy, SGD. The cost of a part is its
+forward pass and its backward pass into the student operand, on operands of realistic size: logits of 100 classes, the
+last map (64 x 8 x 8) or its mean, tokens of a small transformer.
 
     python benchmarks/terms.py --out terms.json
 """
@@ -34,36 +34,37 @@ epochs: 240
 
 
 def plain_step(device: str, batch: int, classes: int, model: str, samples: int) -> list[float]:
-    """Seconds of plain steps, after three that warm up."""
+    """Measures the seconds of plain steps, after three steps of warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plain.yaml"
         text = RECIPE.format(classes=classes, samples=max(2048, 2 * classes), model=model, batch=batch)
         file.write_text(text, encoding="utf-8")
-        with open_stage(load_recipe(str(file), [f"device={device}", f"runs={folder}"])) as found:
-            windows = found.feed.windows(0)
+        with open_stage(load_recipe(str(file), [f"device={device}", f"runs={folder}"])) as stage:
+            windows = stage.feed.windows(0)
             for _ in range(3):
-                run_step(found.runner, windows)
-            return time_calls(lambda: run_step(found.runner, windows), device, samples=samples)
+                run_step(stage.runner, windows)
+            return time_calls(lambda: run_step(stage.runner, windows), device, samples=samples)
 
 
 def measure(device: str, size: Size, samples: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    """Measures time and counted work of every part, or of those in `only`."""
+    results: dict[str, dict[str, Any]] = {}
     for kind, name in names():
         if only and name not in only:
             continue
         part = build(kind, name, size, device)
-        part.work()  # what a first call makes is no part of the cost
-        counted = count(part.work)
-        spent = time_calls(part.work, device, samples=samples)
-        found[f"{kind} {name}"] = {
-            "ms": quartiles([1000 * value for value in spent], 4),
-            "operations": counted.operations,
-            "elements": counted.elements,
-            "flops": counted.flops,
-            "largest_tensor": list(counted.largest),
+        part.work()  # warm-up: leaves one-time allocations out
+        work = count(part.work)
+        seconds = time_calls(part.work, device, samples=samples)
+        results[f"{kind} {name}"] = {
+            "ms": quartiles([1000 * value for value in seconds], 4),
+            "operations": work.operations,
+            "elements": work.elements,
+            "flops": work.flops,
+            "largest_tensor": list(work.largest),
             "operands": part.shapes,
         }
-    return found
+    return results
 
 
 def main() -> None:
@@ -71,30 +72,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--samples", type=int, default=15, help="timings of each part")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these parts")
     args = parser.parse_args()
-    model, remembered = ("resnet20", 50_000)
+    model, source_size = ("resnet20", 50_000)
     if args.quick:
-        args.batch, args.samples, model, remembered = min(args.batch, 8), 3, "resnet8x4", 500
-    result = result_header("cost of every term, weigher and router as a share of a plain step", __file__, args)
+        args.batch, args.samples, model, source_size = min(args.batch, 8), 3, "resnet8x4", 500
+    result = result_header("cost of every term, sample weight and router as a fraction of a plain step", __file__, args)
+    # The plain step is measured before and after the parts, to average over changes of the machine's speed.
     before = plain_step(args.device, args.batch, args.classes, model, args.samples)
-    parts = measure(args.device, Size(args.batch, args.classes, remembered), args.samples, args.only)
+    parts = measure(args.device, Size(args.batch, args.classes, source_size), args.samples, args.only)
     after = plain_step(args.device, args.batch, args.classes, model, args.samples)
     step = statistics.median([*before, *after])
     for part in parts.values():
-        part["share_of_step"] = round(part["ms"]["median"] / 1000 / step, 5)
+        part["fraction_of_step"] = round(part["ms"]["median"] / 1000 / step, 5)
     result |= {
-        "size": {"batch": args.batch, "classes": args.classes, "samples": remembered, "student": model},
+        "size": {"batch": args.batch, "classes": args.classes, "samples": source_size, "student": model},
         "plain_step_ms": {
             "before": quartiles([1000 * value for value in before], 4),
             "after": quartiles([1000 * value for value in after], 4),
         },
-        "parts": dict(sorted(parts.items(), key=lambda item: -item[1]["share_of_step"])),
+        "parts": dict(sorted(parts.items(), key=lambda item: -item[1]["fraction_of_step"])),
     }
     print(f"plain step: {1000 * step:.3f} ms on {result['machine']['device']}")
     for name, part in result["parts"].items():
-        told = f"{100 * part['share_of_step']:8.2f} %  {part['ms']['median']:9.4f} ms"
-        print(f"{name:28}{told}  {part['operations']:5} operations")
+        cost = f"{100 * part['fraction_of_step']:8.2f} %  {part['ms']['median']:9.4f} ms"
+        print(f"{name:28}{cost}  {part['operations']:5} operations")
     write_result(result, args.out)
     if args.out is None:
         print(json.dumps({key: result[key] for key in ("command", "machine")}))

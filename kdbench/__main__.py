@@ -1,4 +1,4 @@
-"""`python -m kdbench` is the console script `kdbench`."""
+"""Runs the console script `kdbench` for `python -m kdbench`."""
 
 from __future__ import annotations
 

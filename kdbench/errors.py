@@ -1,4 +1,7 @@
-"""A user's mistake, said in one paragraph: what, where, what was expected, the nearest right name."""
+"""Exceptions for users' mistakes, and the parts of their messages.
+
+A message is one paragraph: the location, what is wrong, what was expected, and the nearest right name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Location:
-    """Where a value of the recipe was written: a line of a file, or an override of the command line."""
+    """The origin of a value of the recipe: a line of a file, or an override on the command line."""
 
     key: str = ""
     file: str | None = None
@@ -23,12 +26,12 @@ class Location:
             source = self.file if self.line is None else f"{self.file}:{self.line}"
         else:
             source = ""
-        told = self.override is not None and self.override.lstrip("+~").split("=", 1)[0] == self.key
-        return " ".join(part for part in (source, "" if told else self.key) if part)
+        override_has_key = self.override is not None and self.override.lstrip("+~").split("=", 1)[0] == self.key
+        return " ".join(part for part in (source, "" if override_has_key else self.key) if part)
 
 
 class UserError(Exception):
-    """Something that the user can mend. The command line prints it without a traceback and exits with 2."""
+    """An error that the user can fix. The command line prints it without a traceback and exits with 2."""
 
 
 class ConfigError(UserError):
@@ -44,27 +47,37 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on (a loss that is not finite, no space left); what was saved stays."""
+    """A condition that ends training, such as a loss that is not finite or a full disk. Saved files stay."""
 
 
 def escape_control_characters(text: str) -> str:
-    """The text with control characters spelled out: names of files and classes may hold commands to a terminal."""
-    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
+    """Escapes control characters, since names of files and classes may contain commands to a terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def suggest(name: str, names: Iterable[str], *, limit: int = 12) -> str:
-    """Returns " Did you mean 'x'? Known: ..." for a name that is not among `known`."""
+    """Returns a hint for a name that is not among `names`: " Did you mean 'x'? Known: ...".
+
+    Args:
+        limit: a longer list of names is cut to the nearest ones.
+    """
     names = sorted(names)
-    folded = {other.lower(): other for other in names}  # `Sgd` is nearer to `SGD` than its letters say
+    # Upper and lower case count alike: `Sgd` is nearer to `SGD` than a comparison of letters says.
+    names_by_lower_case = {known_name.lower(): known_name for known_name in names}
 
-    def matches(n: int, cutoff: float) -> list[str]:
-        return [folded[key] for key in difflib.get_close_matches(str(name).lower(), folded, n=n, cutoff=cutoff)]
+    def matches(count: int, cutoff: float) -> list[str]:
+        keys = difflib.get_close_matches(str(name).lower(), names_by_lower_case, n=count, cutoff=cutoff)
+        return [names_by_lower_case[key] for key in keys]
 
-    close = matches(1, 0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    closest = matches(1, 0.5)
+    hint = f" Did you mean {closest[0]!r}?" if closest else ""
     if not names:
         return hint
     if len(names) > limit:
-        close_ones = matches(limit, 0.3) or names[:limit]
-        return f"{hint} Near it: {', '.join(close_ones)} ({len(names)} in all)."
+        similar = matches(limit, 0.3)
+        examples = f"Similar: {', '.join(similar)}" if similar else f"Known: {', '.join(names[:limit])}, ..."
+        return f"{hint} {examples} ({len(names)} in all)."
     return f"{hint} Known: {', '.join(names)}."

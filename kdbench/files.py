@@ -1,55 +1,72 @@
-"""Writing that survives a kill, and says so in words when there is no space left."""
+"""Files that survive a kill: atomic writes, resumable logs, locks, and readers that report the path of a bad file."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from kdbench.errors import TrainingError
+from kdbench.errors import TrainingError, UserError
 
 
 @contextmanager
-def translate_disk_errors(path: Path | str) -> Iterator[None]:
-    """Turns a full disk or an exhausted quota into a TrainingError; every other OSError stays what it is."""
+def translate_disk_errors(path: Path | str) -> Generator[None, None, None]:
+    """Raises a TrainingError that names the path instead of an OSError.
+
+    Covers a full disk, an exhausted quota, a removed folder, a read-only file system and I/O errors.
+    """
+    path = Path(path)
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        advice = "Repeat the command afterwards: the run continues from its last checkpoint."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrainingError(
+                f"no space left on the device of {path.parent} (while writing {path.name}). Files that are already "
+                f"saved are intact. Free some space. {advice}"
+            ) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not path.parent.is_dir():
+            raise TrainingError(
+                f"{path} cannot be written: the folder {path.parent} does not exist (removed during the run?)."
+            ) from error
+        reason = error.strerror or str(error)
         raise TrainingError(
-            f"no space left on the device of {Path(path).parent} (while writing {Path(path).name}); what was saved "
-            "stays. Free some space and repeat the command: the run goes on from its last checkpoint."
-        ) from None
+            f"{path} cannot be written ({reason}). Files that are already saved are intact. Fix the folder or the "
+            f"disk. {advice}"
+        ) from error
 
 
 def to_strict_json(data: Any) -> Any:
-    """Returns `data` as strict JSON can hold it.
+    """Converts `data` to values that strict JSON can represent.
 
-    NaN and the infinities become the strings "nan", "inf" and "-inf", which `float()` reads back; everything else
-    round-trips exactly. Keys become strings, tuples lists, paths text.
+    NaN and the infinities become the strings "nan", "inf" and "-inf", which `float()` reads back; all other numbers
+    round-trip exactly. Keys become strings, tuples lists, paths text.
     """
     if isinstance(data, float):
         return float(data) if math.isfinite(data) else str(float(data))
     if isinstance(data, Mapping):
-        return {str(key): to_strict_json(value) for key, value in data.items()}
+        mapping = cast("Mapping[Any, Any]", data)
+        return {str(key): to_strict_json(value) for key, value in mapping.items()}
     if isinstance(data, list | tuple):
-        return [to_strict_json(value) for value in data]
+        return [to_strict_json(value) for value in cast("Sequence[Any]", data)]
     if isinstance(data, Path):
         return str(data)
     return data
 
 
 def write_atomic(path: Path | str, content: bytes) -> None:
-    """Replaces a file in one step: temporary file, fsync, rename, fsync of the folder. A kill leaves old or new.
+    """Replaces a file in one step: temporary file, fsync, rename, fsync of the folder.
+
+    A kill at any moment leaves either the old or the new file.
 
     Raises:
-        TrainingError: no space is left; the old file stays.
+        TrainingError: the file cannot be written; the old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -61,35 +78,72 @@ def write_atomic(path: Path | str, content: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
             raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path | str, data: Any) -> None:
-    """Writes strict JSON (see `strict`), indented, in one step.
+    """Writes strict JSON (see `to_strict_json`), indented, in one step.
 
     Raises:
-        TrainingError: no space is left; the old file stays.
+        TrainingError: the file cannot be written; the old file is unchanged.
     """
     text = json.dumps(to_strict_json(data), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads a file of `write_json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        UserError: the file is missing, a folder, unreadable or not JSON; the message names it.
+    """
+    return _parse_json(path, _read_text(path))
+
+
+def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
+    """Reads all complete lines of a JSON Lines file.
+
+    The incomplete last line of a run in progress is left out.
+
+    Raises:
+        UserError: the file is missing or unreadable, or a line is not JSON; the message names file and line.
+    """
+    lines = _read_text(path).split("\n")[:-1]
+    return [_parse_json(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _read_text(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is damaged (not UTF-8 text: byte {error.start} is {error.object[error.start]:#x})"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _parse_json(location: Path | str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands of levels deep
+        reason = "empty" if not text.strip() else str(error)
+        raise UserError(f"{location} is damaged (not JSON: {reason})") from None
 
 
 class ResumableLog:
-    """A log that a resumed run cuts off where its checkpoint stands, and goes on from there.
+    """An append-only log that a resumed run truncates at the offset of its checkpoint and continues.
 
-    The file is opened at the first write and cut to `offset` then: 0 for a new run, so that the lines of an attempt
-    that never reached a checkpoint go away. Every write reaches the operating system before `write` returns.
+    The file is opened at the first write and truncated to `offset` then. `offset` is 0 for a new run, which removes the
+    lines of an attempt that never reached a checkpoint. Every write reaches the operating system before `write`
+    returns.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -98,15 +152,15 @@ class ResumableLog:
         self._file: int | None = None
 
     def resume(self, offset: int) -> bool:
-        """Goes on at `offset`; False when the file has lost lines that the checkpoint knew."""
+        """Continues at `offset`; returns False when the file is shorter than that."""
         if self._file is not None:
             raise RuntimeError(f"{self.path.name} is already being written")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = self.path.stat().st_size if self.path.is_file() else 0
         self.offset = min(offset, size)
         return size >= offset
 
     def open(self) -> None:
-        """Opens the file and cuts it to `offset`; later calls do nothing."""
+        """Opens the file and truncates it to `offset`; later calls have no effect."""
         if self._file is None:
             with translate_disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,33 +172,34 @@ class ResumableLog:
         """Appends all of `content`.
 
         Raises:
-            TrainingError: no space is left; `offset` stays at the last whole write.
+            TrainingError: the disk is full or fails; `offset` stays at the last complete write.
         """
         self.open()
         assert self._file is not None
         with translate_disk_errors(self.path):
             try:
-                done = 0
-                while done < len(content):
-                    done += os.write(self._file, content[done:])
+                num_written = 0
+                while num_written < len(content):
+                    num_written += os.write(self._file, content[num_written:])
             except OSError:
-                os.ftruncate(self._file, self.offset)
-                os.lseek(self._file, self.offset, os.SEEK_SET)
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    os.ftruncate(self._file, self.offset)
+                    os.lseek(self._file, self.offset, os.SEEK_SET)
                 raise
         self.offset += len(content)
 
     def sync(self) -> int:
-        """Waits until everything is on the disk, and returns the offset for the checkpoint."""
+        """Flushes the file to the disk; returns the offset for the checkpoint."""
         if self._file is not None:
             with translate_disk_errors(self.path):
                 os.fsync(self._file)
         return self.offset
 
     def flush(self) -> None:
-        """Does nothing: `write` keeps nothing back. TensorBoard's RecordWriter calls it."""
+        """Does nothing: `write` buffers nothing. TensorBoard's RecordWriter calls it."""
 
     def close(self) -> None:
-        """Closes the file; a file that was never written to stays as it is."""
+        """Closes the file; a file that was never written to is unchanged."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -155,7 +210,7 @@ class ResumableLog:
 
 
 class JsonLinesLog:
-    """Appends records to a file; see `ResumableLog` for how a resumed run goes on."""
+    """Appends records to a JSON Lines file; resumes as a `ResumableLog`."""
 
     def __init__(self, path: Path | str) -> None:
         self.file = ResumableLog(path)
@@ -166,7 +221,75 @@ class JsonLinesLog:
         self.file.write((text + "\n").encode())
 
 
-def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """Reads all whole lines; the unfinished last line of a run that is being written is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+@contextmanager
+def file_lock(
+    path: Path, *, on_busy: Callable[[], object] | None = None, optional: bool = False, content: bytes = b""
+) -> Generator[None, None, None]:
+    """Holds an exclusive lock on a file while the block runs; waits while another process holds it.
+
+    The operating system releases the lock when this process dies. A forked child does not inherit it.
+
+    Args:
+        path: the lock file; it and its folder are created.
+        on_busy: called once before waiting; it may raise to give up.
+        optional: runs the block without a lock when the folder is not writable or the file system has no locks.
+        content: what the lock file contains while the lock is held, such as the process id.
+
+    Raises:
+        OSError: not `optional`, and the lock file cannot be created, locked or written.
+    """
+    try:
+        descriptor = _acquire_lock(path, on_busy, content)
+    except (ImportError, OSError):
+        if not optional:
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        # A forked child that leaves the block has closed its copy; the number may belong to another file there.
+        if descriptor in _LOCK_DESCRIPTORS:
+            _LOCK_DESCRIPTORS.discard(descriptor)
+            if content:
+                with contextlib.suppress(OSError):  # an error of the block is the one to report
+                    os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _acquire_lock(path: Path, on_busy: Callable[[], object] | None, content: bytes) -> int:
+    import fcntl  # absent on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _LOCK_DESCRIPTORS.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if on_busy is not None:
+                on_busy()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if content:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
+    except BaseException:
+        _LOCK_DESCRIPTORS.discard(descriptor)
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+_LOCK_DESCRIPTORS: set[int] = set()
+
+
+def _close_lock_descriptors() -> None:
+    """Closes inherited locks in a forked data worker; it would otherwise hold them after its parent was killed."""
+    for descriptor in _LOCK_DESCRIPTORS:
+        os.close(descriptor)
+    _LOCK_DESCRIPTORS.clear()
+
+
+os.register_at_fork(after_in_child=_close_lock_descriptors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,7 @@ def generator(seed: int, stream: Stream, *key: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int, stream: Stream, *key: int | str) -> Iterator[None]:
+def seeded(seed: int, stream: Stream, *key: int | str) -> Generator[None, None, None]:
     """Runs a block under torch's global CPU generator seeded for one stream, and puts the old state back."""
     import torch
 

@@ -1,13 +1,14 @@
-"""Names and signatures of everything that a recipe can name, known without importing torch.
+"""Registries: the parts that a recipe can name, with their signatures, read without importing torch.
 
-A part is declared once, where it is written:
+A part is declared once, with a decorator on its class or function:
 
     @TERMS.register("kd", space="row", version=1)
     class SoftTargets(Term): ...
 
-The registry reads these declarations (name, facts, constructor signature, docstring) off the syntax trees of its
-package, so that a recipe is checked in milliseconds; the module is imported when the part is first built.
-Plug-ins add modules with `Registry.scan`; whole foreign catalogues (torchvision, timm, torch.optim) add a `Family`.
+The registry reads the declarations (name, facts, constructor signature, docstring) from the syntax trees of its
+package. A recipe is therefore checked in milliseconds; the module of a part is imported when the part is first built.
+`Registry.add_plugin` adds the parts of a user's module; a `Family` adds a catalogue of another library (torchvision,
+timm, torch.optim).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kdbench.errors import ConfigError, Location, suggest
 
@@ -34,7 +35,7 @@ REQUIRED: Any = _Required()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a registered part. `annotation` is the source text of its type."""
+    """A parameter of a registered part. `annotation` is the source text of its type."""
 
     name: str
     annotation: str
@@ -42,7 +43,7 @@ class Parameter:
 
     @property
     def schedulable(self) -> bool:
-        """Whether a schedule may stand in place of the number."""
+        """True when the recipe may give a schedule instead of a number."""
         return "Number" in self.annotation
 
     def __str__(self) -> str:
@@ -52,37 +53,38 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered part as it stands in the source."""
+    """The declaration of a registered part, as read from its source."""
 
     name: str
     module: str
     symbol: str
     doc: str
     parameters: Mapping[str, Parameter]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[str, ...] = ()
-    """Parameters of `forward` (or `__call__`) after self: what the part reads when it runs."""
+    """Parameters of `forward` (or `__call__`) after self: the operands of the part."""
     optional_inputs: tuple[str, ...] = ()
-    """Those of `inputs` that have a default."""
+    """The names in `inputs` that have a default."""
     loader: Callable[[], Any] | None = field(default=None, compare=False)
     module_doc: str = ""
 
     @property
     def version(self) -> int:
-        """Raised by the author when the part's maths changes; it is part of a run's identity."""
+        """The version of the part's results, part of a run's identity. Its author raises it when results change."""
         return int(self.facts.get("version", 1))
 
     @property
     def summary(self) -> str:
+        """The first line of the docstring."""
         return self.doc.strip().split("\n", 1)[0] if self.doc.strip() else ""
 
     def signature(self) -> str:
-        """As a recipe may write it: without what the framework itself fills in."""
+        """Returns `name(parameter: type = default, ...)`, without the parameters that the framework injects."""
         injected = self.facts.get("injected", ())
         return f"{self.name}({', '.join(str(p) for p in self.parameters.values() if p.name not in injected)})"
 
     def load(self) -> Any:
-        """Imports the part and returns its class or function."""
+        """Imports the part; returns its class or function."""
         if self.loader is not None:
             return self.loader()
         return getattr(importlib.import_module(self.module), self.symbol)
@@ -90,12 +92,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Family:
-    """A foreign catalogue under a prefix, such as `torchvision/resnet18`; an empty prefix adds plain names.
+    """The parts of another library under a prefix, such as `torchvision/resnet18`; an empty prefix adds plain names.
 
     Attributes:
-        names: lists the names without importing the library; empty when it is not installed.
-        entry: describes one of them.
-        missing: what to tell the user when the library is not installed.
+        names: returns the names without importing the library; empty when the library is not installed.
+        entry: returns the declaration of one name.
+        install_hint: how to install the library, for the error message.
     """
 
     prefix: str
@@ -105,14 +107,14 @@ class Family:
 
 
 class Registry:
-    """The named parts of one kind.
+    """The parts of one kind, by name.
 
     Args:
-        variable: the name of the variable that holds this registry, as decorators spell it (`TERMS`).
-        kind: what messages call such a part (`term`).
-        package: the package whose modules declare the shipped parts.
-        given: parameters that the framework fills in wherever a signature has them; a recipe may say otherwise.
-        catalog: a module that adds families of third-party parts when it is imported.
+        variable: name of the variable that holds this registry, as decorators spell it (`TERMS`).
+        kind: the kind in messages (`term`).
+        package: package with the modules that declare the shipped parts.
+        injected: parameters that the framework sets where a signature has them; a recipe may override them.
+        catalog: module that adds families of other libraries' parts when it is imported.
     """
 
     def __init__(
@@ -127,7 +129,10 @@ class Registry:
         self._plugin_entries: dict[str, Entry] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
-        """Declares a class or function under `name`; the facts are literals that can be read without importing."""
+        """Returns a decorator that declares a class or function under `name`.
+
+        The facts must be literals, since they are read from the source without importing it.
+        """
 
         def decorate(part: Any) -> Any:
             part.registered_name = name
@@ -139,7 +144,7 @@ class Registry:
     @cached_property
     def _shipped_entries(self) -> dict[str, Entry]:
         if self.catalog:
-            importlib.import_module(self.catalog)  # adds families; it imports no torch
+            importlib.import_module(self.catalog)  # adds its families to this registry, without importing torch
         root = Path(__file__).parent
         entries: dict[str, Entry] = {}
         for path in sorted(root.joinpath(*self.package.split(".")[1:]).rglob("*.py")):
@@ -148,51 +153,58 @@ class Registry:
         return entries
 
     def add_plugin(self, module: str) -> None:
-        """Adds the declarations of a plug-in module. It is imported only when one of its parts is built."""
+        """Adds the parts of a plug-in module. The module itself is imported when one of its parts is built.
+
+        Raises:
+            ConfigError: there is no such module, or it declares a name that exists already.
+        """
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise ConfigError(f"plug-in {module!r}: no such module can be found.")
-        self._add_entries(self._plugin_entries, self._read_declarations(Path(spec.origin), module), reserved=self._shipped_entries)
+            raise ConfigError(f"plug-in {module!r}: no such module; it must be installed or in the current folder.")
+        entries = self._read_declarations(Path(spec.origin), module)
+        self._add_entries(self._plugin_entries, entries, reserved=self._shipped_entries)
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """All parts by name, those of the families left out."""
+        """All parts by name, without the families."""
         return {**self._shipped_entries, **self._plugin_entries}
 
     def names(self) -> list[str]:
-        """All names, those of the installed families included."""
-        own = list(self.entries)
-        return [*own, *(f"{f.prefix}{name}" for f in self.families for name in f.names())]
+        """Returns all names, including the families of installed libraries."""
+        names = list(self.entries)  # read first: this imports the catalog, which adds the families
+        return names + [f"{family.prefix}{name}" for family in self.families for name in family.names()]
 
     def entry(self, name: str, location: Location | str = "") -> Entry:
         """Returns the entry called `name`.
 
         Raises:
-            ConfigError: there is none; the message names the nearest.
+            ConfigError: there is no such name (the message suggests the nearest), or its library is not installed.
         """
-        found = self.entries.get(name)
-        if found is not None:
-            return found
-        known = list(self.entries)
+        entry = self.entries.get(name)
+        if entry is not None:
+            return entry
+        candidates = list(self.entries)
         for family in self.families:
             if not str(name).startswith(family.prefix):
                 continue
-            bare, names = str(name)[len(family.prefix) :], family.names()
-            if bare in names:
-                return family.entry(bare)
-            if family.prefix and not names:
+            family_names = family.names()
+            suffix = str(name)[len(family.prefix) :]
+            if suffix in family_names:
+                return family.entry(suffix)
+            if family.prefix and not family_names:
                 raise ConfigError(f"{location}: {name!r} needs another package: {family.install_hint}")
             if family.prefix:
-                known = [f"{family.prefix}{n}" for n in names]
+                # The prefix is right, so only names with it are worth suggesting.
+                candidates = [f"{family.prefix}{family_name}" for family_name in family_names]
                 break
-            known += names
-        raise ConfigError(f"{location}: no {self.kind} {name!r}.{suggest(name, known)}".lstrip(": "))
+            candidates += family_names
+        raise ConfigError(f"{location}: no {self.kind} {name!r}.{suggest(name, candidates)}".lstrip(": "))
 
     def check(self, name: str, params: Mapping[str, Any], location: Location | str = "") -> Entry:
-        """Checks the names and the types of parameters against the signature, without importing the part.
+        """Checks the names and types of parameters against the signature, without importing the part.
 
         Raises:
-            ConfigError: unknown name, unknown or missing parameter, or wrong type.
+            ConfigError: an unknown name, an unknown or missing parameter, or a value of another type.
         """
         entry = self.entry(name, location)
         for key, value in params.items():
@@ -202,18 +214,25 @@ class Registry:
                     f"{location}: {self.kind} {name!r} has no parameter {key!r}.{suggest(key, entry.parameters)} "
                     f"Write {entry.signature()}"
                 )
-            fault = type_mismatch(parameter.annotation, value)
-            if fault:
-                raise ConfigError(f"{location}: {self.kind} {name!r}: {key} must be {fault}, got {value!r}")
+            expected_type = type_mismatch(parameter.annotation, value)
+            if expected_type:
+                raise ConfigError(f"{location}: {self.kind} {name!r}: {key} must be {expected_type}, got {value!r}")
         self._check_required(entry, {*params, *entry.facts.get("injected", ()), *self.injected}, location)
         return entry
 
     def build(self, name: str, params: Mapping[str, Any], location: Location | str = "", **injected: Any) -> Any:
-        """Builds the part. `injected` values are passed only where the signature asks for them."""
+        """Checks the parameters and builds the part.
+
+        Args:
+            injected: values from the framework, passed only to a part whose signature has them.
+
+        Raises:
+            ConfigError: as `check`; also a missing parameter that nothing injects.
+        """
         entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, location)
-        given = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
-        self._check_required(entry, {*given, *params}, location)
-        return entry.load()(**{**given, **params})
+        defaults = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
+        self._check_required(entry, {*defaults, *params}, location)
+        return entry.load()(**{**defaults, **params})
 
     def _check_required(self, entry: Entry, names: Collection[str], location: Location | str) -> None:
         missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in names]
@@ -224,12 +243,14 @@ class Registry:
                 )
             )
 
-    def _add_entries(self, target: dict[str, Entry], entries: list[Entry], reserved: Mapping[str, Entry] | None = None) -> None:
+    def _add_entries(
+        self, target: dict[str, Entry], entries: list[Entry], reserved: Mapping[str, Entry] | None = None
+    ) -> None:
         for entry in entries:
-            other = target.get(entry.name) or (reserved or {}).get(entry.name)
-            if other is not None:
+            namesake = target.get(entry.name) or (reserved or {}).get(entry.name)
+            if namesake is not None:
                 raise ConfigError(
-                    f"two {self.kind}s are called {entry.name!r}: {other.module}.{other.symbol} "
+                    f"two {self.kind}s are called {entry.name!r}: {namesake.module}.{namesake.symbol} "
                     f"and {entry.module}.{entry.symbol}"
                 )
             target[entry.name] = entry
@@ -241,16 +262,16 @@ class Registry:
         tree = ast.parse(text, filename=str(path))
         classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         module_doc = ast.get_docstring(tree) or ""
-        found = []
+        entries: list[Entry] = []
         for node in tree.body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
             for decorator in node.decorator_list:
                 if self._is_registration(decorator):
-                    found.append(_build_entry(node, decorator, module, classes, module_doc))  # type: ignore[arg-type]
-        return found
+                    entries.append(_build_entry(node, decorator, module, classes, module_doc))
+        return entries
 
-    def _is_registration(self, node: ast.expr) -> bool:
+    def _is_registration(self, node: ast.expr) -> TypeGuard[ast.Call]:
         return (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -280,9 +301,9 @@ def _build_entry(
         parameters = read_parameters(init, skip_self=True) if init else {}
         forward = _find_method(node, "forward", classes) or _find_method(node, "__call__", classes)
         if forward is not None:
-            read = read_parameters(forward, skip_self=True)
-            inputs = tuple(read)
-            optional = tuple(key for key, parameter in read.items() if parameter.default is not REQUIRED)
+            operands = read_parameters(forward, skip_self=True)
+            inputs = tuple(operands)
+            optional = tuple(key for key, parameter in operands.items() if parameter.default is not REQUIRED)
     else:
         parameters = read_parameters(node, skip_self=False)
     doc = ast.get_docstring(node) or ""
@@ -290,29 +311,31 @@ def _build_entry(
 
 
 def _find_method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
-    """The method itself, or the one that a base class of the same file gives."""
+    """Finds a method in a class or in its base classes of the same file."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == name:
             return item
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id in classes:
-            found = _find_method(classes[base.id], name, classes)
-            if found is not None:
-                return found
+            method = _find_method(classes[base.id], name, classes)
+            if method is not None:
+                return method
     return None
 
 
 def read_parameters(node: ast.FunctionDef, *, skip_self: bool) -> dict[str, Parameter]:
-    """Reads the parameters of a function off its syntax tree; defaults that are no literals stay as source text."""
+    """Reads a function's parameters from its syntax tree. A default that is not a literal becomes its source text."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     pairs = list(zip(positional, defaults, strict=True))[1 if skip_self else 0 :]
     pairs += list(zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
-    result = {}
+    result: dict[str, Parameter] = {}
     for argument, default in pairs:
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-        result[argument.arg] = Parameter(argument.arg, annotation, REQUIRED if default is None else _literal_or_source(default))
+        result[argument.arg] = Parameter(
+            argument.arg, annotation, REQUIRED if default is None else _literal_or_source(default)
+        )
     return result
 
 
@@ -324,10 +347,10 @@ def _literal_or_source(node: ast.expr) -> Any:
 
 
 def type_mismatch(annotation: str, value: Any) -> str | None:
-    """Says in words what `value` should have been under the annotation, or None when it fits.
+    """Returns a description of the type that an annotation expects, or None when the value has that type.
 
-    Knows int, float, str, bool, None, list[...], tuple[...], dict, Literal[...], unions, and Number (a number
-    or a schedule). Annotations that it does not know accept anything.
+    Supports int, float, str, bool, None, list[...], tuple[...], dict[...], Literal[...], unions, and Number (a number or a
+    schedule). Any other annotation accepts every value.
     """
     if not annotation:
         return None
@@ -343,41 +366,61 @@ def _matches_type(node: ast.expr, value: Any) -> bool:
             return _matches_type(ast.parse(node.value, mode="eval").body, value)
         return value is node.value
     if isinstance(node, ast.Name):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        match node.id:
-            case "int":
-                return isinstance(value, int) and not isinstance(value, bool)
-            case "float":
-                return number
-            case "Number":
-                return number or (isinstance(value, Mapping) and "type" in value) or hasattr(value, "params")
-            case "str":
-                return isinstance(value, str)
-            case "bool":
-                return isinstance(value, bool)
-            case "list" | "tuple" | "Sequence":
-                return isinstance(value, list | tuple)
-            case "dict" | "Mapping":
-                return isinstance(value, Mapping)
-        return True
+        return _matches_name(node.id, value)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-        inner = node.slice
-        match node.value.id:
-            case "Literal":
-                options = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-                return any(isinstance(o, ast.Constant) and o.value == value for o in options)
-            case "list" | "Sequence":
-                return isinstance(value, list | tuple) and all(_matches_type(inner, v) for v in value)
-            case "tuple":
-                if not isinstance(value, list | tuple):
-                    return False
-                parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-                if len(parts) == 2 and isinstance(parts[1], ast.Constant) and parts[1].value is ...:
-                    return all(_matches_type(parts[0], v) for v in value)
-                return len(parts) == len(value) and all(_matches_type(p, v) for p, v in zip(parts, value, strict=True))
-            case "dict" | "Mapping":
-                return isinstance(value, Mapping)
+        return _matches_generic(node.value.id, node.slice, value)
     return True
+
+
+def _matches_name(name: str, value: Any) -> bool:
+    """Compares a value with a type without arguments."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)  # Python's bool is an int
+    match name:
+        case "int":
+            return isinstance(value, int) and is_number
+        case "float":
+            return is_number
+        case "Number":
+            return is_number or (_is_mapping(value) and "type" in value) or hasattr(value, "params")
+        case "str":
+            return isinstance(value, str)
+        case "bool":
+            return isinstance(value, bool)
+        case "list" | "tuple" | "Sequence":
+            return _is_list(value)
+        case "dict" | "Mapping":
+            return _is_mapping(value)
+        case _:
+            return True
+
+
+def _matches_generic(name: str, arguments: ast.expr, value: Any) -> bool:
+    """Compares a value with a type with arguments, such as `list[int]`."""
+    items = arguments.elts if isinstance(arguments, ast.Tuple) else [arguments]
+    match name:
+        case "Literal":
+            return any(isinstance(item, ast.Constant) and item.value == value for item in items)
+        case "list" | "Sequence":
+            return _is_list(value) and all(_matches_type(arguments, item) for item in value)
+        case "tuple":
+            if not _is_list(value):
+                return False
+            if len(items) == 2 and isinstance(items[1], ast.Constant) and items[1].value is ...:
+                return all(_matches_type(items[0], item) for item in value)
+            pairs = zip(items, value, strict=False)
+            return len(items) == len(value) and all(_matches_type(item_type, item) for item_type, item in pairs)
+        case "dict" | "Mapping":
+            return _is_mapping(value) and all(_matches_type(items[-1], item) for item in value.values())
+        case _:
+            return True
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping)
 
 
 def _describe_type(node: ast.expr) -> str:
@@ -396,6 +439,8 @@ def _describe_type(node: ast.expr) -> str:
             return "one of " + ", ".join(str(getattr(p, "value", "?")) for p in parts)
         if node.value.id in ("list", "tuple", "Sequence"):
             return "a list of " + " and ".join(_describe_type(p) for p in parts if ast.unparse(p) != "...")
+        if node.value.id in ("dict", "Mapping"):
+            return f"a mapping of names to {_describe_type(parts[-1])}"
     return ast.unparse(node)
 
 
@@ -406,54 +451,23 @@ MODELS = Registry(
     injected=("num_classes", "in_channels", "image_size", "input_shape", "image_shape"),
     catalog="kdbench.models.catalog",
 )
-
-
 DATASETS = Registry("DATASETS", "dataset", "kdbench.data.datasets")
-
-
 AUGMENTATIONS = Registry("AUGMENTATIONS", "augmentation", "kdbench.data.augment")
-
-
 TERMS = Registry("TERMS", "term", "kdbench.terms")
-
-
 ADAPTERS = Registry("ADAPTERS", "adapter", "kdbench.wiring")
-
-
 SAMPLE_WEIGHTS = Registry("SAMPLE_WEIGHTS", "sample weight", "kdbench.wiring")
-
-
 ROUTERS = Registry("ROUTERS", "router", "kdbench.wiring")
-
-
 COMBINERS = Registry("COMBINERS", "combiner", "kdbench.wiring")
-
-
 WEIGHT_TRANSFORMS = Registry("WEIGHT_TRANSFORMS", "weight transform", "kdbench.models")
-
-
 SUBSETS = Registry("SUBSETS", "subset", "kdbench.data.sampling")
-
-
 RELABELS = Registry("RELABELS", "relabelling", "kdbench.data.sampling")
-
-
 ARTIFACTS = Registry("ARTIFACTS", "artifact", "kdbench.artifacts")
-
-
 SELECTORS = Registry("SELECTORS", "selector", "kdbench.artifacts")
-
-
 METRICS = Registry("METRICS", "metric", "kdbench.engine.evaluation")
-
-
 SCHEDULES = Registry("SCHEDULES", "schedule", "kdbench.config")
-
-
 OPTIMIZERS = Registry(
     "OPTIMIZERS", "optimizer", "kdbench.engine.train", catalog="kdbench.engine.train.optimizer_catalog"
 )
-
 
 REGISTRIES = {
     "models": MODELS,

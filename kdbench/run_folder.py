@@ -1,23 +1,24 @@
-"""The folder of a run: where its files lie, who may write to it, and how far it has come."""
+"""The folder of a run: paths of its files, the lock for its one writer, and the status of the run."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from kdbench.entries import EntryError, read_entries
 from kdbench.errors import UserError
-from kdbench.files import read_json
+from kdbench.files import file_lock, read_json, translate_disk_errors
 
 RUN_FORMAT = "kdbench run"
-"""Stands in every manifest, and tells a run's folder from a folder of the user's own."""
+"""Value of `format` in every manifest. It distinguishes a run folder from a folder of the user."""
 
 
 LOCK_NAME = ".kdbench.lock"
@@ -38,13 +39,106 @@ RUN_FILES = (
     "stages/*.*.pt",
     "checkpoints/*.pt.previous",
 )
-"""Everything that kdbench itself writes into a run's folder, as glob patterns; `clear` deletes nothing else."""
+"""All files that kdbench writes into a run folder, as glob patterns; `clear` deletes nothing else."""
 
 
 RUN_SUBFOLDERS = ("tensorboard", "figures", "checkpoints", "stages")
 
 
 Status = Literal["new", "interrupted", "finished"]
+
+
+@dataclass(frozen=True)
+class ManifestEntries:
+    """The entries of manifest.json that kdbench reads back; the others are for people.
+
+    Attributes:
+        format: `RUN_FORMAT`.
+        status: of the last session.
+        identity: hash of everything that the results depend on.
+        started: time of the first session, ISO 8601.
+        roles: by role, merged over the sessions.
+        artifacts: by `STAGE.NAME`, merged over the sessions.
+        frozen_forward: by stage, merged over the sessions.
+        sessions: one mapping per start of the run.
+    """
+
+    format: Literal["kdbench run"]
+    status: Literal["running", "finished", "failed"]
+    identity: str
+    started: str = ""
+    roles: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    frozen_forward: Mapping[str, Any] = field(default_factory=dict)
+    sessions: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+Metrics = Mapping[str, float | str]
+"""Metric -> value; NaN and infinities are strings."""
+
+
+@dataclass(frozen=True)
+class EvaluationEntries:
+    """Metrics by role and split at one epoch.
+
+    Attributes:
+        metrics: role -> split -> metric -> value.
+        epoch: finished epochs; None when the run evaluated nothing.
+    """
+
+    metrics: Mapping[str, Mapping[str, Metrics]]
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class BestEntries:
+    """Metrics at the best epoch. `description` says how it was selected."""
+
+    metrics: Mapping[str, Mapping[str, Metrics]]
+    epoch: int
+    description: str
+
+
+@dataclass(frozen=True)
+class ModelEntries:
+    """Size, cost and weights of one role."""
+
+    model: str | None = None
+    parameters: int | None = None
+    flops: float | None = None
+    latency_ms: Mapping[str, float] | None = None
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class PublishedEntries:
+    """Comparison with the published score."""
+
+    description: str
+
+
+@dataclass(frozen=True)
+class SummaryEntries:
+    """The entries of summary.json that kdbench reads back.
+
+    Attributes:
+        frozen: role -> split -> metric -> value, of the frozen roles.
+        models: role -> entries.
+    """
+
+    recipe: str
+    seed: int
+    identity: str
+    export: str
+    last: EvaluationEntries
+    best: BestEntries | None
+    frozen: Mapping[str, Mapping[str, Metrics]]
+    models: Mapping[str, ModelEntries]
+    published: PublishedEntries | None
+    wall_seconds: float
+    device: str = ""
+    baseline: bool = False
+    baseline_removed: list[str] = field(default_factory=list)
 
 
 class RunFolder:
@@ -67,15 +161,15 @@ class RunFolder:
         self.best = self.checkpoints / "best.pt"
 
     def stage(self, name: str) -> Path:
-        """Where the roles lie as stage `name` left them."""
+        """Returns the path of the weights at the end of a stage."""
         return self.checkpoints / f"stage_{name}.pt"
 
     def artifact(self, stage: str, name: str) -> Path:
-        """Where the thing called `name` lies that a stage made."""
+        """Returns the path of an artifact that a stage builds."""
         return self.path / "stages" / f"{stage}.{name}.pt"
 
     def epoch(self, epoch: int) -> Path:
-        """Where the exported role of one epoch lies."""
+        """Returns the path of the weights after an epoch."""
         return self.checkpoints / f"epoch_{epoch:04d}.pt"
 
     def __str__(self) -> str:
@@ -83,34 +177,56 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether kdbench made this folder."""
+        """True if kdbench created this folder."""
         if (self.path / LOCK_NAME).exists():
             return True
         try:
             return read_json(self.manifest).get("format") == RUN_FORMAT
-        except (OSError, ValueError, AttributeError):
+        except (UserError, AttributeError):
             return False
 
     def status(self) -> Status:
-        """How far the run has come, by what lies in the folder.
+        """Returns the status of the run, read from the files in the folder.
+
+        A damaged manifest or summary counts as an interrupted run: the last checkpoint is complete, and the next start
+        writes both files again. `problems` reports the damage.
 
         Raises:
-            UserError: the folder belongs to something else.
+            UserError: the folder is not a run folder.
         """
         self._reject_foreign_folder()
+        if not os.path.lexists(self.manifest):
+            return "interrupted" if self.last.exists() else "new"
         try:
-            told = read_json(self.manifest).get("status")
-        except (OSError, ValueError, AttributeError):
-            return "new"
-        return "finished" if told == "finished" and self.summary.exists() else "interrupted"
+            finished = read_manifest(self.manifest)["status"] == "finished"
+            if finished:
+                read_summary(self.summary)
+        except UserError:
+            return "interrupted"
+        return "finished" if finished else "interrupted"
+
+    def problems(self) -> list[str]:
+        """Reports a damaged manifest and a damaged summary, one message each; a missing file is no damage."""
+        messages = []
+        for path, read in ((self.manifest, read_manifest), (self.summary, read_summary)):
+            if os.path.lexists(path):
+                try:
+                    read(path)
+                except UserError as error:
+                    messages.append(str(error))
+        return messages
 
     def create(self) -> None:
-        """Makes the folder and its parents; a folder of an earlier attempt is taken as it is.
+        """Creates the folder and its parents; reuses the folder of an earlier attempt.
 
         Raises:
-            UserError: there is a file of that name, the folder holds something else, or it cannot be written to.
+            UserError: the path is a file, the folder has other content or is not writable, or a folder has the name of
+                one of the run's files.
         """
         self._reject_foreign_folder()
+        for path in (self.recipe, self.manifest, self.metrics, self.summary, self.last, self.best):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; a run has a file of that name. Remove the folder.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK_NAME).touch()
@@ -122,94 +238,102 @@ class RunFolder:
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
-        """Keeps every other process out while the block runs; makes the folder when it is not there.
+        """Excludes every other process while the block runs; creates the folder.
 
-        The system drops the lock when this process dies, however it dies, so a killed run never blocks its successor.
+        The operating system releases the lock when this process dies, so a killed run never blocks its successor.
 
         Args:
-            wait: when another process holds the lock, this is told so in a sentence, and the lock is waited for.
+            on_wait: receives a notice before this process waits for the lock; None: raise instead of waiting.
 
         Raises:
-            UserError: another process is writing to the folder and `wait` is None; the message says which.
+            UserError: another process holds the lock and `on_wait` is None; the message names that process.
         """
         self.create()
         path = self.path / LOCK_NAME
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _LOCKS.add(file)
-        try:
+
+        def on_busy() -> None:
+            if on_wait is None:
+                raise UserError(
+                    f"{self.path} is in use by {_describe_holder(path)}. Wait for it or end it; the run then continues "
+                    "from its last checkpoint. For a second run, choose another folder with out=DIR."
+                )
+            on_wait(f"{self.path} is in use by {_describe_holder(path)}; waiting for it.")
+
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now})
+        with contextlib.ExitStack() as stack:
+            # Entered by hand: an OSError of the block itself must not read as one of the lock.
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(file_lock(path, on_busy=on_busy, content=holder.encode()))
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(
-                        f"the file system of {self.path} does not support locks ({error.strerror}). Choose another "
-                        "place with out=DIR or runs=DIR."
-                    ) from None
-                if on_wait is None:
-                    raise UserError(
-                        f"{self.path} is in use by {_describe_holder(path)}. Wait for it or end it; the run then goes on from "
-                        "its last checkpoint. For a run of its own, choose another folder with out=DIR."
-                    ) from None
-                on_wait(f"{self.path} is in use by {_describe_holder(path)}; waiting for it.")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            holder = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now})
-            os.ftruncate(file, 0)
-            os.pwrite(file, holder.encode(), 0)
-            try:
-                yield
-            finally:
-                if file in _LOCKS:
-                    os.ftruncate(file, 0)
-        finally:
-            if file in _LOCKS:  # not in a forked child that runs off the end of the block
-                _LOCKS.discard(file)
-                os.close(file)
+                raise UserError(
+                    f"the file system of {self.path} does not support locks ({error.strerror}). Choose another "
+                    "folder with out=DIR or runs=DIR."
+                ) from None
+            yield
 
     def clear(self) -> None:
-        """Deletes what kdbench wrote here, for `fresh=true`; every other file stays. Call it under `lock`.
+        """Deletes the files that kdbench wrote here, for `fresh=true`; keeps every other file. Call it under `lock`.
 
         Raises:
-            UserError: the folder belongs to something else.
+            UserError: the folder is not a run folder.
+            TrainingError: a file cannot be deleted.
         """
         self._reject_foreign_folder()
-        for pattern in RUN_FILES:
-            for found in [*self.path.glob(pattern), *self.path.glob(pattern + ".tmp")]:
-                found.unlink()
-        for name in RUN_SUBFOLDERS:
-            folder = self.path / name
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
-        self.checkpoints.mkdir(exist_ok=True)
+        with translate_disk_errors(self.path):
+            for pattern in RUN_FILES:
+                for path in [*self.path.glob(pattern), *self.path.glob(pattern + ".tmp")]:
+                    if path.is_dir() and not path.is_symlink():
+                        raise UserError(f"{path} is a folder, but a run has a file of that name. Remove the folder.")
+                    path.unlink()
+            for name in RUN_SUBFOLDERS:
+                folder = self.path / name
+                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                    folder.rmdir()
+            self.checkpoints.mkdir(exist_ok=True)
 
     def _reject_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder. Choose another with out=DIR.")
         if self.path.is_dir() and not self.is_run and any(self.path.iterdir()):
             raise UserError(
-                f"{self.path} is not empty and holds no run of kdbench, so nothing is written there. Choose another "
-                "folder with out=DIR."
+                f"{self.path} is not empty and is not a run folder of kdbench, so nothing is written there. Choose "
+                "another folder with out=DIR."
             )
 
 
-_LOCKS: set[int] = set()
+def read_manifest(path: Path) -> Mapping[str, Any]:
+    """Reads and checks a manifest.json; see `ManifestEntries`.
+
+    Raises:
+        UserError: the file is missing or damaged, or an entry is missing or has the wrong type; the message names both.
+    """
+    return _read_declared(ManifestEntries, path)
 
 
-def _close_locks() -> None:
-    """A forked data worker inherits the lock, and would hold it for a while after its parent was killed."""
-    for file in _LOCKS:
-        os.close(file)
-    _LOCKS.clear()
+def read_summary(path: Path) -> Mapping[str, Any]:
+    """Reads and checks a summary.json; see `SummaryEntries`.
+
+    Raises:
+        UserError: the file is missing or damaged, or an entry is missing or has the wrong type; the message names both.
+    """
+    return _read_declared(SummaryEntries, path)
 
 
-os.register_at_fork(after_in_child=_close_locks)
+def _read_declared(declaration: type[Any], path: Path) -> Mapping[str, Any]:
+    content = read_json(path)
+    try:
+        read_entries(declaration, content)
+        return content
+    except EntryError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _describe_holder(path: Path) -> str:
-    """Says who holds the lock; it may be just taking or leaving it."""
+    """Describes the process that holds the lock; it may be about to take or to release it."""
     try:
-        told = json.loads(path.read_text())
-        here = " on this machine" if told["host"] == platform.node() else f" on {told['host']}"
-        return f"process {told['pid']}{here} (since {told['since']})"
+        holder = json.loads(path.read_text())
+        machine = " on this machine" if holder["host"] == platform.node() else f" on {holder['host']}"
+        return f"process {holder['pid']}{machine} (since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

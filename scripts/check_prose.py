@@ -205,7 +205,7 @@ def assigned_names(node: ast.AST) -> Iterator[tuple[str, str]]:
 def check_prose(
     tree: ast.AST, docstrings: dict[ast.AST, ast.Constant], comments: dict[int, str], path: Path, report: Report
 ) -> None:
-    """Checks the words of docstrings, comments and messages; a message is a string of more than three words."""
+    """Checks the words of docstrings, comments and messages."""
     for constant in docstrings.values():
         text = str(constant.value).strip()
         headless = [text.splitlines()[0]] if HEADLESS.match(text) else []
@@ -213,11 +213,17 @@ def check_prose(
         report.add(DOCSTRINGS, path, constant.lineno, dialect(text))
     for line, text in comments.items():
         report.add(COMMENTS, path, line, dialect(text))
-    documentation = set(docstrings.values())
+    for line, text in find_messages(tree, docstrings):
+        report.add(MESSAGES, path, line, dialect(text))
+
+
+def find_messages(tree: ast.AST, docstrings: dict[ast.AST, ast.Constant]) -> Iterator[tuple[int, str]]:
+    """Yields line and text of every string of more than three words that is not a docstring."""
+    constants = set(docstrings.values())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation:
-            if len(node.value.split()) > 3:
-                report.add(MESSAGES, path, node.lineno, dialect(node.value))
+        text = node.value if isinstance(node, ast.Constant) and node not in constants else None
+        if isinstance(text, str) and len(text.split()) > 3:
+            yield getattr(node, "lineno", 1), text
 
 
 def dialect(text: str) -> list[str]:

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: finds a Python, makes `.venv` when there is none, installs kdbench into it.
-# Sets ROOT (the checkout) and changes into it. Every function stops the script with a message when it fails.
+# Functions for the other scripts: find a Python, create `.venv`, install kdbench into it. Sets ROOT (the checkout) and
+# changes into it. A function that fails prints a message and exits.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 1
@@ -12,7 +12,7 @@ fail() {
   exit 1
 }
 
-# The first interpreter that is 3.10 or newer; PYTHON=... chooses one.
+# Prints the path of the first interpreter of version 3.10 or newer; PYTHON=... comes first.
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
@@ -29,24 +29,24 @@ make_venv() {
     return 0
   fi
   local python
-  python="$(find_python)" || fail "no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python $0"
-  say "Making .venv with $("$python" --version)"
+  python="$(find_python)" || fail "no Python 3.10 or newer found; install one, or set its path: PYTHON=/path/to/python $0"
+  say "Creating .venv with $("$python" --version)"
   "$python" -m venv "$VENV" ||
-    fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)."
+    fail "$python cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)."
 }
 
-# install [EXTRA]: kdbench in editable mode. Nothing is done when pyproject.toml has not changed since the last time.
+# install [EXTRA]: installs kdbench in editable mode, unless pyproject.toml is unchanged since the last installation.
 install() {
-  local extra="${1:-}" want stamp began
-  want=".${extra:+[$extra]}"
+  local extra="${1:-}" requirement stamp start
+  requirement=".${extra:+[$extra]}"
   stamp="$VENV/installed${extra:+-$extra}"
   if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
     return 0
   fi
-  began=$SECONDS
+  start=$SECONDS
   say "Installing kdbench${extra:+ with the extra '$extra'} into .venv (the first time fetches PyTorch: several minutes) ..."
-  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --editable "$want" ||
-    fail "the installation failed, as told above."
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --editable "$requirement" ||
+    fail "the installation failed (errors above)."
   cp pyproject.toml "$stamp"
-  say "Installed in $((SECONDS - began)) s."
+  say "Installed in $((SECONDS - start)) s."
 }

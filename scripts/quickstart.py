@@ -1,7 +1,7 @@
 """Distils a small network on scikit-learn's handwritten digits over five seeds and prints the table of the README.
 
-Twenty short runs in one process, so that torch is imported once. All of them are ordinary runs of shipped recipes:
-what each row is made of can be repeated with `kdbench train` (the commands stand below the table).
+Twenty short runs share one process, so that torch is imported once. They are ordinary runs of shipped recipes: the
+commands below the table repeat them with `kdbench train`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kdbench.report.summary import score
 from kdbench.report.tables import RunGroup, SeedTable, aggregate
 
 THREADS = 1
-"""Networks of this size gain nothing by more, and lose much when the machine is busy."""
+"""More threads gain nothing for networks of this size, and lose much on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table: a recipe with overrides, run once per seed."""
+    """A row of the table: a recipe with overrides, trained once per seed."""
 
     label: str
     recipe: str
@@ -43,36 +43,39 @@ class Kind:
         return " ".join(["kdbench train", self.recipe, *self.overrides])
 
 
-# Weight 0 leaves the teacher out of the training, to the last bit like `baseline=true`; agreement is measured all the same.
-ALONE = "terms.kd.weight=0"
+# A term of weight 0 trains the student without teacher, to the last bit like `baseline=true`, but keeps the teacher
+# for the metric `agreement`.
+WITHOUT_TEACHER = "terms.kd.weight=0"
 KINDS = (
     Kind("teacher", "digits/teacher"),
-    Kind("student, 50 labels", "digits/kd", (ALONE,)),
-    Kind("student, all labels", "digits/kd", (ALONE, "label_fraction=null")),
+    Kind("student, 50 labels", "digits/kd", (WITHOUT_TEACHER,)),
+    Kind("student, all labels", "digits/kd", (WITHOUT_TEACHER, "label_fraction=null")),
     Kind("student, distilled", "digits/kd"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where the runs' folders go (default: runs)")
+    """Trains all rows, prints the table, and returns the exit code."""
+    description = "Distils a small network on handwritten digits."
+    parser = argparse.ArgumentParser(prog="scripts/quickstart", description=description)
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 1 to N (default: 5)")
-    parser.add_argument("--fresh", action="store_true", help="train anew what was trained before")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--fresh", action="store_true", help="train finished runs again")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
-    began = time.monotonic()
-    print("Four kinds of networks on 901 training images of handwritten digits; test accuracy in %, seed by seed:")
-    rows = [train(kind, given.seeds, given.runs, fresh=given.fresh) for kind in KINDS]
-    show(rows, given.seeds, Path(given.runs), time.monotonic() - began)
+    start = time.monotonic()
+    print("Four kinds of networks on 901 training images of handwritten digits; test accuracy in %, one per seed:")
+    rows = [train(kind, options.seeds, options.runs, fresh=options.fresh) for kind in KINDS]
+    show(rows, options.seeds, Path(options.runs), time.monotonic() - start)
     return 0
 
 
 def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> RunGroup:
-    """Runs one kind over the seeds; a finished run costs nothing."""
+    """Trains one row over the seeds and prints each accuracy; a finished run is not repeated."""
     print(f"  {kind.label:<21}", end="", flush=True)
     folders = []
     for seed in range(1, seeds + 1):
-        # Seed 1's teacher is the one that all students of digits/kd learn from: it is there before they begin.
+        # All students of digits/kd learn from the teacher of seed 1, which the first row trains.
         settings = [f"seed={seed}", f"runs={runs}", "device=cpu", *(["fresh=true"] if fresh else [])]
         outcome = run(load_recipe(kind.recipe, [*kind.overrides, *settings]), console=ConsoleReporter(quiet=True))
         folders.append(outcome.folder.path)
@@ -82,15 +85,13 @@ def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> RunGroup
 
 
 def show(rows: Sequence[RunGroup], seeds: int, runs: Path, seconds: float) -> None:
-    """Prints the table and keeps it beside the runs."""
+    """Prints the table with its explanation, and writes it to a folder beside the runs."""
     report = aggregate(rows)
     Console(highlight=False).print(compact(report))
-    print(
-        f"Mean ± deviation over {seeds} seeds, last epoch, on 896 test images that had no part in training or choices."
-    )
-    print("All labels: 811; the other 90 training images are for validation, on which every choice was made.")
-    print(f"The students learn from, and are compared with, the teacher of seed 1. Times: CPU, {THREADS} thread.")
-    print(f"\nThe same by hand, seed 1 (kdbench is in .venv/bin; OMP_NUM_THREADS={THREADS} gives the same bits):")
+    print(f"Mean ± deviation over {seeds} seeds, last epoch, on 896 test images that no training or choice used.")
+    print("All labels: 811 images; the remaining 90 training images are the validation set of every choice.")
+    print(f"The teacher of all students, also for agreement, is that of seed 1. Times: CPU, {THREADS} thread.")
+    print(f"\nThe same runs by hand, seed 1 (kdbench is in .venv/bin; OMP_NUM_THREADS={THREADS} gives equal bits):")
     for kind in KINDS:
         print(f"  {kind.command:<64} # {kind.label}")
     table = runs / "quickstart"
@@ -103,7 +104,7 @@ def show(rows: Sequence[RunGroup], seeds: int, runs: Path, seconds: float) -> No
 
 
 def compact(report: SeedTable) -> Table:
-    """The table in 80 columns: every row is over the same seeds, and FLOPs are left to table.md."""
+    """Returns the table in 80 columns, without the number of seeds and the FLOPs, which table.md contains."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     titles = ("", "test\naccuracy, %", "agreement with\nteacher, %", "parameters", "1 image\ntakes")
     for title in titles:
@@ -126,5 +127,5 @@ if __name__ == "__main__":
         print(f"\nquickstart: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nquickstart: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        print("\nquickstart: interrupted. Repeat the command to continue.", file=sys.stderr)
         sys.exit(130)

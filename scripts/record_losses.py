@@ -28,7 +28,7 @@ STEPS = 20
 LONGER = {"digits/consensus": 200}
 """Recipes in which a later stage needs networks that agree on enough samples."""
 CIFAR = "dataset={type: synthetic, shape: [3, 32, 32], classes: 100, samples: 256}"
-LEFT_OUT = ("images_per_s", "seconds", "shares", "epoch", "lr", "event")
+LEFT_OUT = ("images_per_s", "seconds", "time_fractions", "epoch", "lr", "event")
 
 
 def shorten(recipe: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Prints what a log should say of the machine: processor, cores, Python and the versions that decide the numbers."""
+"""Prints the header of a log: processor, cores, Python, and the versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+    """Returns the processor's name from Linux, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -19,6 +19,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str:
+    """Returns the version of an installed package, or `absent`."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

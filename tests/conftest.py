@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (results do not depend on the machine), and no leftovers between tests."""
+"""Isolates tests from each other: one thread (results do not depend on the machine), an empty folder, no old calls."""
 
 import sys
 
@@ -9,15 +9,18 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Each test runs in its own folder, so that `runs/` and `data/` of one never meet another's."""
+def _working_folder(tmp_path, monkeypatch):
+    """Runs each test in a new folder, so that tests share neither `runs/` nor `data/`."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
-def _own_calls():
-    """The parts of `helpers.plugin_parts` note their calls in one list. The compiler builds a list that a step appends
-    to anew for each form of the step: with the calls of all tests before, that took it minutes."""
-    parts = sys.modules.get("helpers.plugin_parts")
-    if parts is not None:
-        parts.CALLS.clear()
+def _empty_call_list():
+    """Clears the call list of `helpers.plugin_parts`.
+
+    The compiler traces a list to which a step appends once for each length. With the calls of all earlier tests, that
+    took minutes.
+    """
+    plugin_parts = sys.modules.get("helpers.plugin_parts")
+    if plugin_parts is not None:
+        plugin_parts.CALLS.clear()

@@ -1,4 +1,4 @@
-"""The benchmarks run, at toy size, and what they say of growth and of what is left to do is right."""
+"""The benchmarks run at small size; counted work, growth exponents and the bookkeeping of the GPU parts are right."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _quick(monkeypatch):
     monkeypatch.setattr(peaks, "PROBE_SECONDS", 0.0)
 
 
-def result_of(main, monkeypatch, *words: str) -> dict:
-    monkeypatch.setattr(
-        sys, "argv", [f"{main.__module__}.py", "--device", "cpu", "--quick", "--out", "out.json", *words]
-    )
+def run_benchmark(main, monkeypatch, *arguments: str) -> dict:
+    """Runs a benchmark at small size on the CPU and returns its result."""
+    command = [f"{main.__module__}.py", "--device", "cpu", "--quick", "--out", "out.json", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
     main()
     result = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert {"what", "date", "command", "machine"} <= set(result) and "out.json" not in result["command"]
@@ -45,51 +45,51 @@ def result_of(main, monkeypatch, *words: str) -> dict:
     return result
 
 
-# Every part, and how its cost grows
+# Every part, and the growth of its cost
 
 
-def test_every_registered_part_can_be_built_and_fed():
-    every = {("term", n) for n in TERMS.entries} | {("weigher", n) for n in SAMPLE_WEIGHTS.entries}
-    assert set(operands.names()) == every | {("router", n) for n in ROUTERS.entries}
+def test_every_registered_part_can_be_built_and_run():
+    registries = {"term": TERMS, "sample weight": SAMPLE_WEIGHTS, "router": ROUTERS}
+    assert set(operands.names()) == {(kind, n) for kind, registry in registries.items() for n in registry.entries}
     for kind, name in operands.names():
         part = operands.build(kind, name, SMALL, "cpu")
         part.work()
-        assert operands.count(part.work).operations > 0, f"{kind} {name}: say in OPERANDS what it reads"
+        assert operands.count(part.work).operations > 0
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_no_part_grows_faster_than_it_should(axis):
+def test_no_part_grows_faster_than_allowed(axis):
     """Counted, not timed: elements written and FLOPs."""
     steep = {}
     for kind, name in operands.names():
         row = scaling.measure(kind, name, axis, AXES[axis], SMALL, "cpu", 0)
-        if row["surprise"]:
+        if row["flagged"]:
             steep[f"{kind} {name}"] = (row["work_exponent"], row["allowed"])
-    assert not steep, f"cost against {axis}, measured and allowed; EXPECTED in benchmarks/scaling.py has known ones"
+    assert not steep, f"exponents along {axis}, measured and allowed; EXPECTED in benchmarks/scaling.py has exceptions"
 
 
-def test_a_part_that_grows_too_fast_is_flagged(monkeypatch):
-    """Negative control: a term over samples that compares all rows with all."""
+def test_part_that_grows_too_fast_is_flagged(monkeypatch):
+    """Control: a loss per row that compares all rows with all."""
 
-    class Pairs(torch.nn.Module):
+    class AllPairs(torch.nn.Module):
         def forward(self, student):
             return (student[:, None] - student[None]).square().sum((1, 2))
 
-    def pairs(kind, name, size, device):
+    def build_all_pairs(kind, name, size, device):
         student = torch.randn(size.batch, 10, requires_grad=True)
-        return operands.Built(kind, name, Pairs(), {"student": student}, [student])
+        return operands.BuiltPart(kind, name, AllPairs(), {"student": student}, [student])
 
-    monkeypatch.setattr(scaling, "build", pairs)
-    assert scaling.measure("term", "kd", "batch", AXES["batch"], SMALL, "cpu", 0)["surprise"]
+    monkeypatch.setattr(scaling, "build", build_all_pairs)
+    assert scaling.measure("term", "kd", "batch", AXES["batch"], SMALL, "cpu", 0)["flagged"]
 
 
-def test_an_exponent_is_that_of_the_larger_sizes():
+def test_exponent_is_fitted_on_the_larger_sizes():
     sizes = (1, 10, 100, 1000)
     assert scaling.exponent(sizes, [500 + 3 * x**2 for x in sizes]) == pytest.approx(2, abs=0.02)
     assert scaling.exponent(sizes, [7.0] * 4) == pytest.approx(0)
 
 
-def test_a_view_is_no_work_and_a_bank_costs_the_rows_that_are_written():
+def test_view_is_no_work_and_a_bank_update_counts_the_written_rows():
     bank, rows = torch.zeros(1000, 4), torch.ones(3, 4)
     assert operands.count(lambda: rows.t()).elements == 0
     index = torch.tensor([1, 5, 7])
@@ -104,65 +104,65 @@ def test_a_view_is_no_work_and_a_bank_costs_the_rows_that_are_written():
 # The scripts
 
 
-def test_terms_are_shares_of_a_plain_step(monkeypatch, capsys):
-    result = result_of(terms.main, monkeypatch, "--only", "kd", "crd", "--samples", "3")
+def test_terms_reports_fractions_of_a_plain_step(monkeypatch, capsys):
+    result = run_benchmark(terms.main, monkeypatch, "--only", "kd", "crd", "--samples", "3")
     assert set(result["parts"]) == {"term kd", "term crd"}
     step = (result["plain_step_ms"]["before"]["median"] + result["plain_step_ms"]["after"]["median"]) / 2
     for part in result["parts"].values():
-        assert part["share_of_step"] > 0 and part["ms"]["median"] < 50 * step
+        assert part["fraction_of_step"] > 0 and part["ms"]["median"] < 50 * step
 
 
-def test_scaling_writes_exponents(monkeypatch, capsys):
-    result = result_of(scaling.main, monkeypatch, "--only", "rkd", "kd")
-    assert result["surprises"] == [] and result["parts"]["term rkd"]["batch"]["allowed"] == 3
+def test_scaling_reports_exponents(monkeypatch, capsys):
+    result = run_benchmark(scaling.main, monkeypatch, "--only", "rkd", "kd")
+    assert result["flagged"] == [] and result["parts"]["term rkd"]["batch"]["allowed"] == 3
     assert result["parts"]["term kd"]["batch"]["work_exponent"] == pytest.approx(1, abs=0.1)
 
 
-def test_data_paths_race(monkeypatch, capsys):
-    result = result_of(data.main, monkeypatch, "--workers", "0", "--batch", "4")
-    assert set(result["resident"]) == set(data.LISTS)
+def test_data_compares_kdbench_with_other_loaders(monkeypatch, capsys):
+    result = run_benchmark(data.main, monkeypatch, "--workers", "0", "--batch", "4")
+    assert set(result["resident"]) == set(data.AUGMENTATIONS)
     assert set(result["resident"]["crop, flip"]["images_per_second"]) == {"kdbench", "PIL, DataLoader"}
     assert result["streaming"]["threads 1"]["kdbench_over"]["ImageFolder, DataLoader"]["median"] > 0
 
 
-def test_seconds_are_of_one_call():
+def test_time_calls_returns_the_seconds_of_one_call():
     calls = []
-    found = common.time_calls(lambda: calls.append(1), "cpu", samples=3, min_seconds=0.0005)
-    assert len(found) == 3 and max(found) < 0.0005 < len(calls) * max(found) * 10
+    seconds = common.time_calls(lambda: calls.append(1), "cpu", samples=3, min_seconds=0.0005)
+    assert len(seconds) == 3 and max(seconds) < 0.0005 < len(calls) * max(seconds) * 10
 
 
 # gpu.py
 
 
-def go(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--out", "gpu", *words])
+def run_gpu(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--out", "gpu", *arguments])
     return gpu.main()
 
 
-def state() -> dict:
+def read_state() -> dict:
     return json.loads(Path("gpu/state.json").read_text(encoding="utf-8"))
 
 
-QUICK = ["kernels", "teacher forward", "step captured bf16", "epochs", "accuracy float32 eager 1", "mdistiller"]
+QUICK = ["kernels", "teacher forward", "step cuda_graph bf16", "epochs", "accuracy float32 eager 1", "mdistiller"]
 
 
-def test_what_a_part_had_started_ends_with_it():
+def test_child_processes_of_a_part_are_killed_with_it():
     with pytest.raises(subprocess.TimeoutExpired):
-        gpu.finished(["sh", "-c", "sleep 60 & echo $! > pid; wait"], 1.0)
-    started = int(Path("pid").read_text())
-    for _ in range(50):  # whoever adopts it has to notice
-        state = Path(f"/proc/{started}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+        gpu.run_command(["sh", "-c", "sleep 60 & echo $! > pid; wait"], 1.0)
+    pid = int(Path("pid").read_text())
+    for _ in range(50):  # the process that adopts the child needs a moment to reap it
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             break
         time.sleep(0.1)
     else:
-        pytest.fail("it goes on")
-    assert gpu.finished(["sh", "-c", "echo why >&2; exit 3"], 9.0) == (3, "why\n")
+        pytest.fail("the child process is still running")
+    assert gpu.run_command(["sh", "-c", "echo why >&2; exit 3"], 9.0) == (3, "why\n")
 
 
-def test_the_gpu_parts_run_at_toy_size_and_are_not_run_again(monkeypatch, capsys):
-    assert go(monkeypatch, "--only", *QUICK) == 0
-    assert {name: entry["status"] for name, entry in state().items()} == {
+def test_gpu_parts_run_at_small_size_and_are_not_run_again(monkeypatch, capsys):
+    assert run_gpu(monkeypatch, "--only", *QUICK) == 0
+    assert {name: entry["status"] for name, entry in read_state().items()} == {
         name: "skipped" if name == "mdistiller" else "done" for name in QUICK
     }
     for name in QUICK:
@@ -173,69 +173,67 @@ def test_the_gpu_parts_run_at_toy_size_and_are_not_run_again(monkeypatch, capsys
     assert len(epochs["epoch_seconds"]) >= 3
     mean = sum(epochs["epoch_seconds"]) / len(epochs["epoch_seconds"])
     assert epochs["projected_minutes"] == pytest.approx(240 * mean / 60, rel=0.01)
-    monkeypatch.setattr(gpu, "measured", lambda *_: pytest.fail("it was done"))
-    assert go(monkeypatch, "--only", *QUICK) == 0
-    assert "nothing is left" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "measure_part", lambda *_: pytest.fail("a complete part is measured again"))
+    assert run_gpu(monkeypatch, "--only", *QUICK) == 0
+    assert "all parts are complete" in capsys.readouterr().out
 
 
-def part(measure, minutes: float = 0.1, resumes: bool = False) -> gpu_parts.BenchmarkPart:
+def make_part(measure, minutes: float = 0.1, resumes: bool = False) -> gpu_parts.BenchmarkPart:
     return gpu_parts.BenchmarkPart("a part", measure, minutes, resumes=resumes)
 
 
-def test_a_part_that_a_kill_cut_off_is_measured_again(monkeypatch, capsys):
-    def killed(context):
+def test_interrupted_part_is_measured_again(monkeypatch, capsys):
+    def interrupt(context):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu, "PARTS", {"one": part(killed), "two": part(lambda context: {"value": 2})})
+    first_call = {"interrupted": make_part(interrupt), "next": make_part(lambda context: {"value": 2})}
+    monkeypatch.setattr(gpu, "PARTS", first_call)
     with pytest.raises(KeyboardInterrupt):
-        go(monkeypatch, "--only", "one", "two")
-    assert state()["one"]["status"] == "running" and "two" not in state()
-    monkeypatch.setattr(gpu, "PARTS", {n: part(lambda context: {"value": 1}) for n in ("one", "two")})
-    assert go(monkeypatch, "--only", "one", "two") == 0
-    assert [entry["status"] for entry in state().values()] == ["done", "done"] and state()["one"]["attempts"] == 2
+        run_gpu(monkeypatch, "--only", *first_call)
+    assert read_state()["interrupted"]["status"] == "running" and "next" not in read_state()
+    monkeypatch.setattr(gpu, "PARTS", {name: make_part(lambda context: {"value": 1}) for name in first_call})
+    assert run_gpu(monkeypatch, "--only", *first_call) == 0
+    assert [entry["status"] for entry in read_state().values()] == ["done", "done"]
+    assert read_state()["interrupted"]["attempts"] == 2
 
 
-def test_what_does_not_fit_into_the_minutes_waits_and_what_fails_does_not_stop_the_rest(monkeypatch, capsys):
-    went = []
+def test_long_part_waits_for_a_later_call_and_a_failed_part_does_not_stop_the_rest(monkeypatch, capsys):
+    attempted = []
 
     def attempt(name, args, seconds):
-        went.append(name)
-        return {"bad": ("failed", "no memory"), "long run": ("interrupted", "the minutes were over")}.get(
-            name, ("done", "")
-        )
+        attempted.append(name)
+        outcomes = {"bad": ("failed", "no memory"), "resumable": ("interrupted", "time limit reached")}
+        return outcomes.get(name, ("done", ""))
 
-    def nothing(context):
+    def measure_nothing(context):
         return {}
 
-    parts = {"bad": part(nothing), "good": part(nothing), "large": part(nothing, minutes=30)}
-    monkeypatch.setattr(gpu, "PARTS", parts | {"long run": part(nothing, resumes=True)})
+    parts = {"bad": make_part(measure_nothing), "good": make_part(measure_nothing)}
+    parts |= {"long": make_part(measure_nothing, minutes=30), "resumable": make_part(measure_nothing, resumes=True)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "attempt", attempt)
-    real = ["gpu.py", "--device", "cpu", "--out", "gpu", "--minutes", "9"]
-    monkeypatch.setattr(sys, "argv", real)
+    command = ["gpu.py", "--device", "cpu", "--out", "gpu", "--minutes", "9"]
+    monkeypatch.setattr(sys, "argv", command)
     assert gpu.main() == 1
-    assert went == ["bad", "good"] and state()["bad"]["error"] == "no memory"
-    monkeypatch.setattr(sys, "argv", [*real, "--only", "long run"])
-    for _ in range(5):  # however often it is cut off, it comes on
+    assert attempted == ["bad", "good"] and read_state()["bad"]["error"] == "no memory"
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "resumable"])
+    for _ in range(5):  # an interrupted part that resumes may use any number of calls
         assert gpu.main() == 1
-    assert state()["long run"] == {
-        "attempts": 0,
-        "status": "interrupted",
-        "seconds": 0.0,
-        "error": "the minutes were over",
-    }
-    monkeypatch.setattr(sys, "argv", [*real, "--only", "bad"])
-    assert gpu.main() == 1 and gpu.main() == 0, "after three attempts it is left alone"
-    assert state()["bad"]["attempts"] == 3
+    expected = {"attempts": 0, "status": "interrupted", "seconds": 0.0, "error": "time limit reached"}
+    assert read_state()["resumable"] == expected
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "bad"])
+    assert gpu.main() == 1 and gpu.main() == 0, "a part is abandoned after three failed attempts"
+    assert read_state()["bad"]["attempts"] == 3
 
 
-def test_a_part_that_is_not_there_is_told(monkeypatch, capsys):
+def test_unknown_part_reports_the_known_parts(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        go(monkeypatch, "--only", "kernel")
-    assert "there are: kernels" in capsys.readouterr().err
+        run_gpu(monkeypatch, "--only", "kernel")
+    assert "the parts are: kernels" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_every_gpu_part_runs_at_toy_size(monkeypatch, capsys):
-    assert go(monkeypatch) == 0
-    assert {entry["status"] for entry in state().values()} <= {"done", "skipped"}
-    assert set(state()) == set(gpu_parts.PARTS)
+def test_every_gpu_part_runs_at_small_size(monkeypatch, capsys):
+    assert run_gpu(monkeypatch) == 0
+    assert {entry["status"] for entry in read_state().values()} <= {"done", "skipped"}
+    assert set(read_state()) == set(gpu_parts.PARTS)

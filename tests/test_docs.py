@@ -1,4 +1,4 @@
-"""What the pages say holds: their snippets run, their links lead somewhere, imports go the way that is drawn."""
+"""Tests the documentation: snippets run, links and file names resolve, imports follow the documented layers."""
 
 from __future__ import annotations
 
@@ -33,47 +33,50 @@ LAYERS = (
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+    """Returns the code blocks of one language."""
+    return [text for name, text in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
 def layer(module: str) -> int | None:
+    """Returns the index of a module's layer in `LAYERS`; None for `kdbench` itself."""
     part = [*module.split("."), ""][1]
     return next((number for number, names in enumerate(LAYERS) if part in names), None)
 
 
 def imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    """Returns the modules of kdbench that a file imports."""
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module)
+            modules.add(node.module)
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "kdbench"}
+            modules |= {alias.name for alias in node.names}
+    return {name for name in modules if name.split(".")[0] == "kdbench"}
 
 
-def test_imports_go_one_way():
+def test_imports_do_not_go_to_higher_layers():
     files = list((ROOT / "kdbench").rglob("*.py"))
     assert len(files) > 50
     wrong = []
     for path in files:
-        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        here = layer(own)
-        if here is None:  # the package itself and __main__
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module_layer = layer(module)
+        if module_layer is None:  # the package itself and __main__
             continue
-        for other in imports(path):
-            there = layer(other)
-            if there is not None and there > here:
-                wrong.append(f"{own} imports {other}")
+        for imported in imports(path):
+            imported_layer = layer(imported)
+            if imported_layer is not None and imported_layer > module_layer:
+                wrong.append(f"{module} imports {imported}")
     assert not wrong, wrong
 
 
-def test_every_layer_of_the_drawing_has_its_packages():
+def test_layers_contain_every_package():
     parts = {path.stem for path in (ROOT / "kdbench").iterdir() if not path.name.startswith("_")}
     assert parts == set().union(*LAYERS)
 
 
-def test_the_parts_of_the_architecture_page_train(tmp_path):
-    """The term, the model and the dataset as they stand there, in a module of the user's own."""
+def test_parts_of_the_architecture_page_train(tmp_path):
+    """Trains with the page's term, model and dataset in a user's module."""
     page = ROOT / "docs" / "architecture.md"
     source = blocks(page, "python")
     assert len(source) == 3
@@ -81,16 +84,16 @@ def test_the_parts_of_the_architecture_page_train(tmp_path):
     (tmp_path / "bars.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
     command = [sys.executable, "-m", "kdbench", "train", "bars.yaml", "--plugin", "my_parts", "out=run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["last"]["metrics"]["student"]["test"]["top1"] > 80
 
 
-def test_the_term_of_the_architecture_page_is_a_divergence(tmp_path):
+def test_term_of_the_architecture_page_is_a_divergence(tmp_path):
     source = blocks(ROOT / "docs" / "architecture.md", "python")[0]
     path = tmp_path / "my_term.py"
-    path.write_text(re.sub(r"^@TERMS.*$", "", source, flags=re.MULTILINE), encoding="utf-8")  # declares nothing here
+    path.write_text(re.sub(r"^@TERMS.*$", "", source, flags=re.MULTILINE), encoding="utf-8")  # registers nothing here
     spec = importlib.util.spec_from_file_location("my_term", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -105,7 +108,7 @@ def test_the_term_of_the_architecture_page_is_a_divergence(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path):
+def test_links_resolve(page: Path):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     headings = {
         re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
@@ -123,15 +126,15 @@ def test_links_lead_somewhere(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_a_page_names_exist(page: Path):
-    """Paths in backticks that begin in a folder of the checkout."""
+def test_files_in_backticks_exist(page: Path):
+    """Checks paths that start with a folder of the checkout."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
-    named = re.findall(r"`((?:kdbench|configs|recipes|benchmarks|scripts|tests|docs|examples)/[\w./-]+)`", text)
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    names = re.findall(r"`((?:kdbench|configs|recipes|benchmarks|scripts|tests|docs|examples)/[\w./-]+)`", text)
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_no_file_of_the_engine_knows_a_method():
-    """Neither by the name of a part nor by a method's: what a recipe wires, the engine only runs."""
+def test_engine_and_speed_name_no_method():
+    """Checks that no file contains the name of a registered part as a constant, or of a method as a word."""
     kinds = (TERMS, ROUTERS, SAMPLE_WEIGHTS, COMBINERS, ARTIFACTS, SELECTORS, WEIGHT_TRANSFORMS)
     parts = {name for registry in kinds for name in registry.entries}
     methods = {word for recipe in recipe_names() if recipe.startswith("digits/") for word in [recipe.split("/")[1]]}
@@ -139,10 +142,10 @@ def test_no_file_of_the_engine_knows_a_method():
     parts -= {"confidence", "weighted"}  # a metric's column, a key of the log
     files = sorted(path for folder in ("engine", "speed") for path in (ROOT / "kdbench" / folder).glob("*.py"))
     assert len(files) > 15 and len(methods) > 40 and len(parts) > 60
-    found = []
+    problems = []
     for path in files:
         text = path.read_text(encoding="utf-8")
         words = set(re.findall(r"[a-z_0-9]+", text.lower()))
         constants = {n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)}
-        found += [f"{path.name}: {name}" for name in sorted((parts & constants) | (methods & words))]
-    assert found == []
+        problems += [f"{path.name}: {name}" for name in sorted((parts & constants) | (methods & words))]
+    assert problems == []

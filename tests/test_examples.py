@@ -1,4 +1,4 @@
-"""The example for one's own class folders, as a user would copy it, on small drawn images and without a network."""
+"""Tests the example for a user's own class folders, on small generated images and without a network connection."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_data"
 SMALL = ["dataset.size=32", "epochs=1", "batch_size=8"]
 
 
-def draw(root: Path) -> None:
-    """Bright squares and dark squares on noise, of changing size."""
+def write_images(root: Path) -> None:
+    """Writes images of two classes, bright and dark squares on noise, with different sizes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
         for name, level in (("bright", 220), ("dark", 20)):
@@ -30,9 +30,9 @@ def draw(root: Path) -> None:
 
 
 @pytest.fixture
-def copied(tmp_path) -> Path:
-    """The two recipes beside `photos/`; smaller, and from random weights, which needs no network."""
-    draw(tmp_path / "photos")
+def example_folder(tmp_path) -> Path:
+    """Copies the two recipes next to `photos/`, with smaller models and random weights, which need no download."""
+    write_images(tmp_path / "photos")
     for name in ("teacher", "student"):
         text = (EXAMPLE / f"{name}.yaml").read_text(encoding="utf-8")
         text = text.replace(", weights: DEFAULT", "").replace("torchvision/resnet50", "torchvision/resnet18")
@@ -45,21 +45,21 @@ def copied(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_recipes_of_the_example_pass_the_check(copied, capsys):
+def test_recipes_of_the_example_pass_the_check(example_folder, capsys):
     assert main(["check", "teacher.yaml"]) == 0
     assert (
         main(["check", "student.yaml", "terms.hint={type: hint, student: features.-1, teacher: layer4, weight: 10}"])
         == 0
     )
-    said = capsys.readouterr().out
-    assert "torchvision/mobilenet_v3_small" in said and "36 samples, 2 classes" in said
+    out = capsys.readouterr().out
+    assert "torchvision/mobilenet_v3_small" in out and "36 samples, 2 classes" in out
 
 
 @pytest.mark.slow
-def test_a_sweep_over_seeds_trains_the_teacher_once(copied, capsys):
+def test_sweep_over_seeds_trains_the_teacher_once(example_folder, capsys):
     assert main(["train", "student.yaml", *SMALL[1:], "-m", "seed=1,2,3"]) == 0
-    teachers = list(copied.glob("runs/teacher/*/summary.json"))
-    students = [json.loads(path.read_text()) for path in copied.glob("runs/student/*/summary.json")]
+    teachers = list(example_folder.glob("runs/teacher/*/summary.json"))
+    students = [json.loads(path.read_text()) for path in example_folder.glob("runs/student/*/summary.json")]
     assert len(teachers) == 1
     assert sorted(student["seed"] for student in students) == [1, 2, 3]
     assert all("teacher" in student["frozen"] for student in students)

@@ -107,7 +107,7 @@ def test_a_step_does_not_wait_for_the_device(text, precision):
             for window in windows:
                 run.runner.begin_step()
                 run.runner.step(window)
-    assert not run.runner.read()[0].not_finite
+    assert not run.runner.read_log()[0].not_finite
 
 
 def test_a_step_that_waits_would_be_noticed():
@@ -127,7 +127,7 @@ def test_a_captured_run_is_the_run(text, how):
         pytest.skip("compiled dropout draws other numbers")
     torch.backends.cudnn.deterministic = True
     plain = on_gpu(text)
-    total = plain.runner.total_steps
+    total = plain.runner.progress.total_steps
     steps(plain, total)
     run, said = on_gpu(text, f"compile={how}"), []
     run.runner.say = said.append
@@ -142,9 +142,9 @@ def test_a_captured_run_is_the_run(text, how):
 def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
     run = on_gpu(PLAIN, "compile=cuda_graph", "precision=fp16")
     captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
-    steps(run, run.runner.total_steps)
+    steps(run, run.runner.progress.total_steps)
     assert captured.whole and captured.recorded
-    assert not run.runner.read()[0].not_finite
+    assert not run.runner.read_log()[0].not_finite
 
 
 def test_a_replay_does_not_wait_for_the_device():

@@ -1,3 +1,3 @@
-"""What a stage leaves for later stages: datasets, subsets, statistics, searched models; and selectors of samples.
+"""Artifact builders (datasets, subsets, tensors and models for later stages) and selectors of rows.
 
-Computing an artifact is done here; writing it into the run folder is done by `kdbench.experiment.artifacts`."""
+The builders compute an artifact; `kdbench.experiment.artifacts` stores it in the run folder and loads it again."""

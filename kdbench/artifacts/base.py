@@ -1,4 +1,4 @@
-"""What a stage makes for later stages, and what chooses among samples."""
+"""Base classes of artifact builders and selectors, and the inputs of a builder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ BatchIterator = Iterator[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class ArtifactContext:
-    """What is known before anything is made.
+    """Metadata of a builder's inputs, available to the dry run before any data is loaded.
 
-    classes: names of the evaluation source's classes. samples: how many the maker's source gives; population: how many
-    its whole split has; both None where only files could tell. shapes: per sample, of each operand by name.
-    injected: num_classes, in_channels, image_size, for makers that build models. labelled: how many of the source's
-    samples keep their label; None: all, or not known yet.
+    Attributes:
+        classes: class names of the evaluation source.
+        samples: number of samples in the builder's source; None if only the files contain it.
+        population: number of samples in the source's whole split; None if only the files contain it.
+        shapes: shape of each operand per sample, by operand name.
+        injected: num_classes, in_channels and image_size, for builders that construct models.
+        labelled_samples: number of samples of the source with a visible label; None if all have one or the number is
+            not known yet.
     """
 
     classes: tuple[str, ...] = ()
@@ -38,12 +42,18 @@ class ArtifactContext:
 
 @dataclass
 class SampleOutputs:
-    """What a maker works on: the samples of one source, and what the roles say of them.
+    """Input of an artifact builder: the samples of one source and the roles' outputs on them.
 
-    seed: of this maker in this stage.
-    previous: the content that the round before made under the same name; None in the first round, or outside a loop.
-    modules: the roles' models by name, in eval mode. operands: the addresses of what `rows` gives.
-    batches: yields a pass over the source, as `rows` does.
+    Attributes:
+        source: the source that the builder reads.
+        seed: seed of this builder in this stage.
+        device: device of the roles' models and of the batches.
+        context: metadata of the source.
+        previous: content of the artifact of the same name from the previous round; None in the first round and outside
+            a loop.
+        modules: models of the roles by name, in eval mode.
+        operands: configurations of the operands in each batch, by operand name.
+        make_batches: iterates once over the source; the argument is the `epoch` of `batches`.
     """
 
     source: Source
@@ -56,95 +66,134 @@ class SampleOutputs:
     make_batches: Callable[[int | None], BatchIterator] = lambda epoch: iter(())
 
     def batches(self, epoch: int | None = None) -> BatchIterator:
-        """Yields, batch by batch and without gradient, the declared operands by name and the fields of the source
-        (`image`, `label`, `index`, `labelled`).
+        """Yields batches with the declared operands and the source's fields, computed without gradients.
 
         Args:
-            epoch: None: every sample once, in the order of the split, as evaluation sees it; a number: shuffled and
-                augmented as training sees it in that epoch.
+            epoch: None iterates over every sample once, in the order of the split, with evaluation views. A number
+                shuffles and augments as training does in that epoch.
+
+        Yields:
+            Operand or field name -> tensor (batch, ...). Fields are `image`, `label`, `index` and `labelled`, as far as
+            the source has them.
         """
         with torch.no_grad():
             yield from self.make_batches(epoch)
 
     def gather(self, *names: str, epoch: int | None = None) -> dict[str, Tensor]:
-        """Returns the named values of all samples, (samples, ...), on the CPU; names that no row has are left out."""
+        """Concatenates operands or fields over all samples, on the CPU.
+
+        Args:
+            names: operands or fields to gather.
+            epoch: see `batches`.
+
+        Returns:
+            Name -> (samples, ...). A name that no batch contains is omitted.
+        """
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for row in self.batches(epoch):
+        for batch in self.batches(epoch):
             for name in parts:
-                if name in row:
-                    parts[name].append(row[name].cpu())
+                if name in batch:
+                    parts[name].append(batch[name].cpu())
         return {name: torch.cat(values) for name, values in parts.items() if values}
 
     def operand_names(self, name: str) -> list[str]:
-        """The names of an operand for which the recipe may give a list: `teacher`, `teacher_1`, ..."""
-        return [name, *(other for other in self.operands if other.startswith(f"{name}_"))]
+        """Returns the operand names of a list in the recipe: `teacher`, `teacher_1`, ..."""
+        return [name, *(operand for operand in self.operands if operand.startswith(f"{name}_"))]
 
     def image_entries(self, index: Tensor, evaluation_images: Tensor) -> dict[str, Any]:
-        """The entries `images`, `mean` and `std` of a made dataset: as stored, where the source holds them in memory.
+        """Returns the entries `images`, `mean` and `std` of a dataset artifact.
+
+        The images are the stored 8-bit ones if the source holds them in memory at the resolution of its view, otherwise
+        the normalised evaluation images with mean and std None.
 
         Args:
-            index: int64 (samples,), which samples of the split.
-            seen: (samples, ...), the same images as evaluation sees them.
+            index: int64 (samples,), positions in the split.
+            evaluation_images: (samples, ...), the same images in the evaluation view.
         """
+        normalised = {"images": evaluation_images.contiguous(), "mean": None, "std": None}
         source = self.source
         view = source.views.get("image") if isinstance(source, ImageSource) else None
-        if not isinstance(source, ResidentSource) or view is None or not view.in_unit_range or view.shape != view.stored_shape:
-            return {"images": evaluation_images.contiguous(), "mean": None, "std": None}
+        if not isinstance(source, ResidentSource) or view is None:
+            return normalised
+        if not view.in_unit_range or view.shape != view.stored_shape:
+            return normalised
         images = source.images.cpu().index_select(0, index)
         mean, std = view.mean, view.std
-        if mean is None or std is None:  # kept as they are; an 8-bit image would be divided by 255 without them
-            return {"images": evaluation_images.contiguous(), "mean": None, "std": None}
+        if mean is None or std is None:  # without them a dataset of 8-bit images would be divided by 255
+            return normalised
         return {"images": images, "mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
 
 
 class ArtifactBuilder:
-    """Base of all makers. A subclass is registered with the kind of what it makes and the operands that it reads:
+    """Base class of artifact builders.
 
-        @MAKERS.register("class_means", produces="tensor", operands=("features",))
+    Register a subclass with the kind of artifact that it produces and the operands that it reads:
 
-    makes: what `__call__` returns.
-        dataset: {"images": (samples, ...), uint8 or float, "labels": int64 (samples,), "fields": {name: (samples,
-            ...)}, "classes": names, "mean", "std": per channel or None where the images are normalised already}. The
-            fact `fields` names its fields.
-        choice: {"index": int64, sorted positions in the source's split}.
+        @ARTIFACTS.register("class_means", produces="tensor", operands=("features",))
+
+    `__call__` returns the content of the artifact, by kind:
+
+        dataset: {"images": (samples, ...) uint8 or float, "labels": int64 (samples,), "fields": {name: (samples, ...)},
+            "classes": names, "mean": per channel, "std": per channel}. Mean and std are None if the images are
+            normalised already. The declared fact `fields` lists the names of the fields.
+        subset: {"index": int64, sorted positions in the source's split}.
         tensor: {"value": Tensor}.
-        model: {"type": name, "params": {...}}, one of the candidates that the recipe lists under the parameter which
-            the fact `candidates` names.
-    Every content may have "summary": a mapping of plain values for the manifest (how many, which threshold...).
-    selects: a fact, the key under which the recipe gives a selector; its operands are the maker's too.
-    several: a fact, operands for which the recipe may give a list. labels: a fact, whether it reads the field `label`.
+        model: {"type": name, "params": {...}}, one of the candidates in the recipe. The declared fact `candidates`
+            names the parameter that contains them.
+
+    Any content may have the entry "summary", a mapping of plain values for the manifest.
+
+    Further declared facts:
+
+        selector: name of the parameter that contains a selector; its operands become operands of the builder.
+        operand_list: name of an operand for which the recipe may give a list.
+        labels: True if the builder reads the field `label`.
     """
 
     def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        """Computes the content of the artifact."""
         raise NotImplementedError
 
     def check(self, context: ArtifactContext) -> None:
-        """Raises ValueError, in words, when this cannot be made of that. Called by the plan."""
+        """Raises ValueError if the artifact cannot be computed from these inputs. The dry run calls it."""
 
     def shape(self, context: ArtifactContext) -> tuple[int, ...]:
-        """The shape of what a maker of tensors will make; what is not known yet counts as 1."""
+        """Returns the shape of a tensor artifact; a size that is not known yet counts as 1."""
         raise NotImplementedError
 
 
 class Selector(nn.Module):
-    """Base of all selectors: which rows are chosen, in a step (an update's `select`) or over a pool (`choose`).
+    """Base class of selectors, which select rows of a batch (`select` of an update) or of a source (`choose`).
 
         @SELECTORS.register("k_center", operands=("student",))
 
-    `forward(count, taken, ...)` takes how many rows to choose, `taken` (bool, rows: not to be chosen again; None:
-    none), the operands that the fact declares, fields of the batch such as `label`, and `seed` where it names it. It
-    returns the chosen rows, int64 (count,), rising. Its shapes must not depend on values: it may stand in a step.
+    `forward` also receives the declared operands, the fields of the batch that it names (such as `label`), and `seed`
+    if it names it. The output shape must not depend on values, because a selector can run inside a training step.
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, **operands: Tensor) -> Tensor:
+        """Selects rows.
+
+        Args:
+            count: number of rows to select.
+            excluded: bool (rows,), rows that must not be selected; None excludes none.
+            operands: declared operands and fields, (rows, ...) each.
+
+        Returns:
+            int64 (count,), row numbers in ascending order.
+        """
         raise NotImplementedError
 
 
 def top_rows(scores: Tensor, count: int, excluded: Tensor | None) -> Tensor:
-    """The rows of the highest scores, rising; of equal scores the first rows. Rows in `taken` come last.
+    """Returns the rows with the highest scores, in ascending order of the row number.
+
+    Equal scores prefer the lower row number. Excluded rows rank last.
 
     Args:
         scores: (rows,).
+        count: number of rows to return.
+        excluded: bool (rows,), or None.
 
     Returns:
         int64 (count,).

@@ -1,4 +1,4 @@
-"""Datasets that a stage makes: labels of a teacher, stored crops with soft labels, images of a generator."""
+"""Builders of dataset artifacts: pseudo-labels, stored crops with soft labels, generated images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, SampleOutputs
 from kdbench.errors import ConfigError
@@ -13,33 +14,46 @@ from kdbench.registry import ARTIFACTS
 from kdbench.terms.base import check_parameters
 
 
-def artifact_class_names(pool: SampleOutputs, classes: int) -> list[str]:
-    """The names of the evaluation source's classes, where the logits are over them; else numbers."""
-    names = list(pool.context.classes)
+def artifact_class_names(context: ArtifactContext, classes: int) -> list[str]:
+    """Returns the evaluation source's class names if there are `classes` of them, otherwise numbers."""
+    names = list(context.classes)
     return names if len(names) == classes else [str(number) for number in range(classes)]
 
 
-def check_logits(facts: ArtifactContext, name: str) -> None:
-    """Raises ValueError when an operand is not one vector of classes per sample."""
-    shape = facts.shapes.get(name)
+def check_logits_operand(context: ArtifactContext, name: str) -> None:
+    """Raises ValueError if an operand is not one vector of classes per sample."""
+    shape = context.shapes.get(name)
     if shape is not None and len(shape) != 1:
         raise ValueError(f"reads logits, one vector of classes per sample, but {name} is {list(shape)} per sample")
+
+
+def rows_by_confidence(keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> list[Tensor]:
+    """Returns the kept rows of each class, int64, in descending order of confidence (stable)."""
+    order = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
+    order = order[keep[order]]
+    return [order[label[order] == number] for number in range(classes)]
 
 
 @ARTIFACTS.register(
     "pseudo_labels", produces="dataset", operands=("teacher",), operand_list="teacher", fields=("soft",), labels=True
 )
 class PseudoLabels(ArtifactBuilder):
-    """The samples that a teacher (or several) labels with confidence, labelled so.
+    """Samples with confident pseudo-labels from one or several teachers.
 
-    label = argmax of the teachers' mean softmax. A sample is kept when its probability is at least `threshold`
-    (Lee, Pseudo-Label, ICML workshop 2013; the threshold as in FixMatch, arXiv:2001.07685), and with `agreement: true`
-    only when every teacher's argmax is that label. The field `soft` keeps the probabilities.
+    label = argmax p, confidence = max p, where p is the mean softmax of the teachers. A sample is kept if its
+    confidence is at least `threshold` (Lee, Pseudo-Label, ICML workshop 2013; the threshold follows FixMatch,
+    arXiv:2001.07685). The field `soft` contains p.
 
-    teacher: logits (samples, classes), or a list of such operands. keep_labels: samples that the source has a label of
-    keep it, whatever the teachers say, with a one-hot `soft`. per_class: this many pseudo-labelled samples of every
-    class, the most certain ones first, again from the first where there are too few: the balance of Noisy Student
-    (Xie et al., CVPR 2020, arXiv:1911.04252). A class that no sample passes for stays empty.
+    Operands:
+        teacher: logits (samples, classes), or a list of such operands.
+
+    Args:
+        threshold: minimum confidence, in [0, 1].
+        agreement: also require that the argmax of every teacher is the label; needs several teachers.
+        keep_labels: samples with a visible label are always kept, with this label and a one-hot `soft`.
+        per_class: number of pseudo-labelled samples of every class, in descending order of confidence. A class with
+            fewer samples repeats them in the same order; a class without samples stays empty. This is the balancing of
+            Noisy Student (Xie et al., CVPR 2020, arXiv:1911.04252). Null keeps each sample once.
     """
 
     def __init__(
@@ -55,71 +69,79 @@ class PseudoLabels(ArtifactBuilder):
         self.threshold, self.agreement, self.keep_labels = threshold, agreement, keep_labels
         self.per_class = per_class
 
-    def check(self, facts: ArtifactContext) -> None:
-        teachers = [name for name in facts.shapes if name.startswith("teacher")]
+    def check(self, context: ArtifactContext) -> None:
+        teachers = [name for name in context.shapes if name.startswith("teacher")]
         for name in teachers:
-            check_logits(facts, name)
+            check_logits_operand(context, name)
         if self.agreement and len(teachers) < 2:
-            raise ValueError("asks for agreement, which one teacher always has; give a list of teachers")
+            raise ValueError("has agreement: true, which needs at least two teachers; give a list of teachers")
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        teachers = pool.operand_names("teacher")
-        found = pool.gather(*teachers, "image", "label", "index", "labelled")
-        each = torch.stack([found[name].float().softmax(-1) for name in teachers])
-        soft = each.mean(0)
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        teachers = outputs.operand_names("teacher")
+        values = outputs.gather(*teachers, "image", "label", "index", "labelled")
+        probabilities = torch.stack([values[name].float().softmax(-1) for name in teachers])
+        soft = probabilities.mean(0)
         confidence, label = soft.max(-1)
         keep = confidence >= self.threshold
         if self.agreement:
-            keep &= (each.argmax(-1) == label).all(0)
-        own = found["label"] >= 0
-        own &= found.get("labelled", torch.ones_like(own))
+            keep &= (probabilities.argmax(-1) == label).all(0)
+        has_label = values["label"] >= 0
+        has_label &= values.get("labelled", torch.ones_like(has_label))
         if self.keep_labels:
-            label = torch.where(own, found["label"], label)
-            certain = torch.nn.functional.one_hot(label, soft.shape[-1]).to(soft.dtype)
-            soft = torch.where(own[:, None], certain, soft)
-            keep |= own
+            label = torch.where(has_label, values["label"], label)
+            one_hot = F.one_hot(label, soft.shape[-1]).to(soft.dtype)
+            soft = torch.where(has_label[:, None], one_hot, soft)
+            keep |= has_label
         if not keep.any():
-            raise ConfigError(f"pseudo_labels: none of {len(keep)} samples passes (threshold {self.threshold})")
+            raise ConfigError(f"pseudo_labels: none of {len(keep)} samples passes the threshold {self.threshold}")
         rows = keep.nonzero().flatten()
-        told = {"kept": len(rows), "of": len(keep), "threshold": self.threshold}
+        summary = {"kept": len(rows), "candidates": len(keep), "threshold": self.threshold}
         if self.per_class is not None:
-            known = own if self.keep_labels else torch.zeros_like(own)
-            rows = self._balance_classes(keep & ~known, confidence, label, soft.shape[-1])
-            told["samples"] = len(rows) + int(known.sum())
-            rows = torch.cat([known.nonzero().flatten(), rows])
+            # Labelled samples come first and once each; only pseudo-labelled ones are balanced.
+            labelled = has_label if self.keep_labels else torch.zeros_like(has_label)
+            rows = self._balance_classes(rows_by_confidence(keep & ~labelled, confidence, label, soft.shape[-1]))
+            summary["samples"] = len(rows) + int(labelled.sum())
+            rows = torch.cat([labelled.nonzero().flatten(), rows])
         return {
-            **pool.image_entries(found["index"][rows], found["image"][rows]),
+            **outputs.image_entries(values["index"][rows], values["image"][rows]),
             "labels": label[rows],
             "fields": {"soft": soft[rows]},
-            "classes": artifact_class_names(pool, soft.shape[-1]),
-            "summary": told,
+            "classes": artifact_class_names(outputs.context, soft.shape[-1]),
+            "summary": summary,
         }
 
-    def _balance_classes(self, keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> Tensor:
-        """Rows among `keep`, `per_class` of every class that is there, the most certain first and over again."""
+    def _balance_classes(self, class_rows: list[Tensor]) -> Tensor:
+        """Returns `per_class` rows of every class that has any; repeats the rows of a class with fewer."""
         assert self.per_class is not None
-        order = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
-        order = order[keep[order]]
-        own = [order[label[order] == c] for c in range(classes)]
-        parts = [rows.repeat(-(-self.per_class // len(rows)))[: self.per_class] for rows in own if len(rows)]
-        return torch.cat(parts) if parts else order
+        parts = [rows.repeat(-(-self.per_class // len(rows)))[: self.per_class] for rows in class_rows if len(rows)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 @ARTIFACTS.register("soft_labels", produces="dataset", operands=("teacher",), fields=("soft",), labels=True)
 class SoftLabels(ArtifactBuilder):
-    """Crops stored with the teacher's probabilities, so that later training needs no teacher: FKD and FerKD.
+    """Augmented crops stored with the teacher's probabilities, so that later stages need no teacher (FKD, FerKD).
 
-    Each image gives `crops` samples, augmented as the source's training view augments it in epochs 0, 1, ... (0: one
-    sample, as evaluation sees it); the images are stored as the network saw them. FKD: Shen and Xing, A Fast Knowledge
-    Distillation Framework for Visual Recognition, ECCV 2022, arXiv:2112.01528.
+    FKD: Shen and Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022, arXiv:2112.01528.
+    The images are stored as the network saw them. The field `soft` contains softmax(teacher / temperature).
 
-    FerKD (Shen, ICCV 2023, arXiv:2312.17473) recalibrates by the teacher's confidence p, its largest probability: below
-    `low` the crop shows nothing of its class and is left out; from `low` to `high` it is hard, and its soft label is
-    the true label, smoothed: (1 - smoothing) one-hot + smoothing / classes; from `high` on the teacher's own soft label
-    stays. A hard crop of a sample without a label is left out. The released code has only soft labels that were
-    processed already, so this follows the text. SelfMix is an augmentation, no part of this.
+    FerKD (Shen, ICCV 2023, arXiv:2312.17473) calibrates by the teacher's confidence p = max softmax(teacher):
 
-    teacher: logits (samples, classes). temperature: of the stored softmax.
+        p < low            the crop is dropped, because it shows too little of its class
+        low <= p < high    hard crop: soft = (1 - smoothing) * one-hot label + smoothing / classes
+        p >= high          soft = softmax(teacher / temperature)
+
+    A hard crop of a sample without a label is dropped. The released code contains only processed soft labels, so this
+    follows the paper's text. SelfMix is an augmentation and not included.
+
+    Operands:
+        teacher: logits (samples, classes).
+
+    Args:
+        crops: crops per image, augmented as in the training epochs 0, 1, ...; 0 stores one evaluation view.
+        low: confidence below which a crop is dropped.
+        high: confidence from which the teacher's soft label is stored; at least `low`.
+        smoothing: label smoothing of hard crops, in [0, 1].
+        temperature: temperature of the stored softmax, above 0.
     """
 
     def __init__(
@@ -138,90 +160,107 @@ class SoftLabels(ArtifactBuilder):
         self.crops, self.low, self.high = crops, low, high
         self.smoothing, self.temperature = smoothing, temperature
 
-    def check(self, facts: ArtifactContext) -> None:
-        check_logits(facts, "teacher")
+    def check(self, context: ArtifactContext) -> None:
+        check_logits_operand(context, "teacher")
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
         parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "soft": []}
-        told = {"soft": 0, "hard": 0, "left out": 0}
+        summary = {"soft": 0, "hard": 0, "dropped": 0}
         for epoch in range(self.crops) if self.crops else [None]:
-            found = pool.gather("teacher", "image", "label", "index", "valid", epoch=epoch)
-            real = found.get("valid", torch.ones(len(found["index"]), dtype=torch.bool))
-            order = found["index"].sort(stable=True).indices
-            order = order[real[order]]
-            logits, image, label = (found[name][order] for name in ("teacher", "image", "label"))
+            values = outputs.gather("teacher", "image", "label", "index", "valid", epoch=epoch)
+            valid = values.get("valid", torch.ones(len(values["index"]), dtype=torch.bool))
+            # Training epochs are shuffled; sorting by index stores every epoch in the same order.
+            order = values["index"].sort(stable=True).indices
+            order = order[valid[order]]
+            logits, image, label = (values[name][order] for name in ("teacher", "image", "label"))
             soft, keep, hard = self.calibrate(logits, label)
-            told["hard"] += int((keep & hard).sum())
-            told["soft"] += int((keep & ~hard).sum())
-            told["left out"] += int((~keep).sum())
+            summary["hard"] += int((keep & hard).sum())
+            summary["soft"] += int((keep & ~hard).sum())
+            summary["dropped"] += int((~keep).sum())
             for name, value in (("images", image), ("labels", label), ("soft", soft)):
                 parts[name].append(value[keep])
         images, labels, soft = (torch.cat(parts[name]) for name in ("images", "labels", "soft"))
         if not len(images):
-            raise ConfigError(f"soft_labels: no crop is left (low {self.low}, high {self.high})")
+            raise ConfigError(f"soft_labels: every crop is dropped (low {self.low}, high {self.high})")
         return {
             "images": images,
             "labels": torch.where(labels >= 0, labels, soft.argmax(-1)),
             "fields": {"soft": soft},
-            "classes": artifact_class_names(pool, soft.shape[-1]),
+            "classes": artifact_class_names(outputs.context, soft.shape[-1]),
             "mean": None,
             "std": None,
-            "summary": told,
+            "summary": summary,
         }
 
     def calibrate(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The soft labels (samples, classes), which samples stay, and which of them have their true label instead."""
+        """Computes the soft labels of FerKD.
+
+        Args:
+            logits: teacher logits (samples, classes).
+            label: int64 (samples,); negative without a label.
+
+        Returns:
+            Soft labels (samples, classes); bool (samples,), samples to store; bool (samples,), hard samples, whose soft
+            label is the smoothed true label.
+        """
         confidence = logits.float().softmax(-1).amax(-1)
         soft = (logits.float() / self.temperature).softmax(-1)
         hard = confidence < self.high
         classes = soft.shape[-1]
-        smooth = torch.nn.functional.one_hot(label.clamp(min=0), classes) * (1 - self.smoothing)
+        smooth = F.one_hot(label.clamp(min=0), classes) * (1 - self.smoothing)
         soft = torch.where(hard[:, None], smooth + self.smoothing / classes, soft)
         keep = (confidence >= self.low) & ~(hard & (label < 0))
         return soft, keep, hard
 
 
 @ARTIFACTS.register("generate", produces="dataset", operands=("image", "teacher"), fields=("soft",))
-class GeneratedDataset(ArtifactBuilder):
-    """What a generator makes of noise becomes a dataset, labelled by a teacher.
+class GeneratedImages(ArtifactBuilder):
+    """Generated images with the teacher's pseudo-labels.
 
-    label = argmax of the teacher's softmax, which the field `soft` keeps. The source is what the generator sees: noise,
-    which gives as many samples as its dataset says, or images, each of which is made into one. `threshold` leaves out
-    what the teacher is less sure of, and `balanced: true` keeps equally many of every class that comes at all, the most
-    certain ones.
+    label = argmax p with p = softmax(teacher); the field `soft` contains p. The source is the generator's input: a
+    noise source, whose dataset sets the number of samples, or images, one output per image.
 
-    image: what is stored, such as generator:image. teacher: logits (samples, classes) of it.
+    Operands:
+        image: images to store, such as generator:image.
+        teacher: logits (samples, classes) on these images.
+
+    Args:
+        threshold: minimum confidence max p, in [0, 1].
+        balanced: keep the same number of images of every class that occurs, in descending order of confidence.
     """
 
     def __init__(self, threshold: float = 0.0, balanced: bool = False) -> None:
         check_parameters("generate", "in [0, 1]", threshold=threshold)
         self.threshold, self.balanced = threshold, balanced
 
-    def check(self, facts: ArtifactContext) -> None:
-        check_logits(facts, "teacher")
+    def check(self, context: ArtifactContext) -> None:
+        check_logits_operand(context, "teacher")
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        found = pool.gather("image", "teacher")
-        soft = found["teacher"].float().softmax(-1)
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        values = outputs.gather("image", "teacher")
+        soft = values["teacher"].float().softmax(-1)
         confidence, label = soft.max(-1)
         keep = confidence >= self.threshold
         if not keep.any():
-            raise ConfigError(f"generate: none of {len(keep)} images passes (threshold {self.threshold})")
+            raise ConfigError(f"generate: none of {len(keep)} images passes the threshold {self.threshold}")
         counts = torch.bincount(label[keep], minlength=soft.shape[-1])
         if self.balanced:
-            each = int(counts[counts > 0].min())
-            sure = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
-            kept = [sure[label[sure] == c][: min(each, int(counts[c]))] for c in range(soft.shape[-1])]
-            rows = torch.cat(kept).sort().values
+            per_class = int(counts[counts > 0].min())
+            class_rows = rows_by_confidence(keep, confidence, label, soft.shape[-1])
+            rows = torch.cat([rows[:per_class] for rows in class_rows]).sort().values
         else:
             rows = keep.nonzero().flatten()
-        told = {"kept": len(rows), "of": len(keep), "classes": int((counts > 0).sum()), "threshold": self.threshold}
         return {
-            "images": found["image"][rows].contiguous(),
+            "images": values["image"][rows].contiguous(),
             "labels": label[rows],
             "fields": {"soft": soft[rows]},
-            "classes": artifact_class_names(pool, soft.shape[-1]),
+            "classes": artifact_class_names(outputs.context, soft.shape[-1]),
             "mean": None,
             "std": None,
-            "summary": told,
+            "summary": {
+                "kept": len(rows),
+                "candidates": len(keep),
+                "classes": int((counts > 0).sum()),
+                "threshold": self.threshold,
+            },
         }

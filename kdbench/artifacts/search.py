@@ -1,4 +1,4 @@
-"""Which student suits a teacher, found without training any."""
+"""Training-free search for a student architecture (DisWOT)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,41 @@ SimilarityScore = Literal["diswot", "semantic", "relation"]
 
 @ARTIFACTS.register("search", produces="model", operands=("teacher",), candidates="candidates")
 class StudentSearch(ArtifactBuilder):
-    """The candidate whose untrained network is most like the teacher on one batch: DisWOT.
+    r"""The candidate whose untrained network is most similar to the teacher on one batch (DisWOT).
 
     Dong, Li and Wei, DisWOT: Student Architecture Search for Distillation WithOut Training, CVPR 2023,
-    arXiv:2303.15678. The measure is that of the authors' code (README.md, exps/parse_nb201_distill.py and
-    distiller_zoo of lilujunai/DisWOT-CVPR2023). With feature maps F (batch, values) before the classifier, and the
-    gradient g_c (channels) of the batch's mean cross-entropy in the classifier's row of class c, their Grad-CAM:
+    arXiv:2303.15678; formulas of the authors' code (README.md, exps/parse_nb201_distill.py and distiller_zoo of
+    lilujunai/DisWOT-CVPR2023). F (batch, values) is the feature map before the classifier, and g_c (channels) the
+    gradient of the mean cross-entropy of the batch with respect to the classifier's row of class c (the Grad-CAM):
 
-        relation: -(1 / batch^2) || n(F_T F_T') - n(F_S F_S') ||^2, over the samples of the batch;
-        semantic: -(1 / (classes * channels)) sum over c of || n(g_T g_T') - n(g_S g_S') ||^2, over the channels;
-        diswot: their sum. n divides each row by its length; || || is the Frobenius norm.
+        relation: -(1 / batch^2) || n(F_T F_T') - n(F_S F_S') ||^2, similarity of the samples of the batch
+        semantic: -(1 / (classes * channels)) sum_c || n(g_T g_T') - n(g_S g_S') ||^2, similarity of the channels
+        diswot: relation + semantic
 
-    The channels of teacher and candidates have to agree for `semantic` and `diswot`; `relation` takes any. Two things
-    differ from the code: networks keep their own initialisation (there: standard normal) and are in eval mode. There
-    the teacher is untrained too: give the role no `weights`; a trained one works as well.
-    The file predictor/pruners/measures/diswot.py of that code holds another measure.
+    where n divides each row by its length and || || is the Frobenius norm. `semantic` and `diswot` need the same number
+    of channels in the teacher and the candidates; `relation` does not.
 
-    Exhaustive by default. With `evaluations: N` at most N candidates are scored, by evolution: `population` of them are
-    drawn, then again and again one of the best half is changed to a candidate that differs from it in one parameter (in
-    any, where there is none) and the worst is dropped.
+    Differences from the code: networks keep their own initialisation (there: standard normal) and are in eval mode.
+    There the teacher is untrained too: give the role no `weights`. A trained teacher also works. The file
+    predictor/pruners/measures/diswot.py of the code contains a different formula.
 
-    teacher: the feature of the teacher, such as teacher:layer3. feature: the module path of it in the candidates.
-    classifier: the module path of the last linear layer, the same in teacher and candidates.
-    candidates: a mapping of names to models. score: see above. batch: how many samples (the first that have a label).
-    max_parameters: larger candidates do not count. draws: how many initial weights the score is averaged over.
+    By default all candidates are scored. `evaluations: N` scores at most N of them by evolution: `population` random
+    candidates; then repeatedly a parent from the better half is mutated in one parameter (if no unscored candidate
+    differs in one, any candidate is drawn) and the worst candidate is removed.
+
+    Operands:
+        teacher: feature of the teacher (batch, channels, ...), such as teacher:layer3.
+
+    Args:
+        candidates: mapping of names to models.
+        feature: module path of the feature in the candidates.
+        classifier: module path of the last linear layer, the same in the teacher and the candidates.
+        score: relation, semantic or diswot.
+        batch: number of samples, the first labelled ones of the source.
+        max_parameters: candidates with more parameters are not scored; null scores all.
+        evaluations: maximum number of scored candidates; null scores all.
+        population: population size of the evolution.
+        draws: number of initialisations over which a score is averaged.
     """
 
     def __init__(
@@ -59,91 +70,100 @@ class StudentSearch(ArtifactBuilder):
     ) -> None:
         for name, value in (("batch", batch), ("population", population), ("draws", draws)):
             if value < 1:
-                raise ConfigError(f"search: {name} must be 1 or more, got {value}")
+                raise ConfigError(f"search: {name} must be at least 1, got {value}")
         if evaluations is not None and evaluations < 1:
-            raise ConfigError(f"search: evaluations must be 1 or more, got {evaluations}")
+            raise ConfigError(f"search: evaluations must be at least 1, got {evaluations}")
         self.candidates: dict[str, dict[str, Any]] = candidates
         self.feature, self.classifier, self.score = feature, classifier, score
         self.batch, self.max_parameters = batch, max_parameters
         self.evaluations, self.population, self.draws = evaluations, population, draws
 
-    def check(self, facts: ArtifactContext) -> None:
-        if len(facts.shapes.get("teacher", (1, 1))) < 2:
+    def check(self, context: ArtifactContext) -> None:
+        if len(context.shapes.get("teacher", (1, 1))) < 2:
             raise ValueError("compares feature maps, but the teacher's operand is one vector per sample")
-        sizes = {name: self._count_parameters(name, facts) for name in self.candidates}
+        sizes = {name: self._count_parameters(name, context) for name in self.candidates}
         if self.max_parameters is not None and min(sizes.values()) > self.max_parameters:
-            least = min(sizes, key=lambda name: sizes[name])
+            smallest = min(sizes, key=lambda name: sizes[name])
             raise ValueError(
-                f"allows {self.max_parameters:,} parameters, but the smallest candidate, {least!r}, has "
-                f"{sizes[least]:,}"
+                f"allows {self.max_parameters:,} parameters, but the smallest candidate, {smallest!r}, has "
+                f"{sizes[smallest]:,}"
             )
 
-    def _build(self, name: str, facts: ArtifactContext) -> nn.Module:
+    def _build(self, name: str, context: ArtifactContext) -> nn.Module:
         params = dict(self.candidates[name])
-        return MODELS.build(params.pop("type"), params, f"candidate {name!r}", **facts.injected)
+        return MODELS.build(params.pop("type"), params, f"candidate {name!r}", **context.injected)
 
-    def _count_parameters(self, name: str, facts: ArtifactContext) -> int:
+    def _count_parameters(self, name: str, context: ArtifactContext) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in self._build(name, facts).parameters())
+            return sum(p.numel() for p in self._build(name, context).parameters())
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        rows = pool.gather("image", "label")
-        known = (rows["label"] >= 0).nonzero().flatten()[: self.batch]
-        if not len(known):
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        values = outputs.gather("image", "label")
+        rows = (values["label"] >= 0).nonzero().flatten()[: self.batch]
+        if not len(rows):
             raise ConfigError("search: compares networks on labelled samples, but the source has none")
-        shown = rows["image"][known].to(pool.device), rows["label"][known].to(pool.device)
-        operand = pool.operands["teacher"]
-        teacher = similarity_matrices(pool.modules[operand.role], operand.path, self.classifier, *shown)
-        sizes = {name: self._count_parameters(name, pool.context) for name in self.candidates}
+        images, labels = (values[name][rows].to(outputs.device) for name in ("image", "label"))
+        operand = outputs.operands["teacher"]
+        teacher_model = outputs.modules[operand.role]
+        teacher = similarity_matrices(teacher_model, operand.path, self.classifier, images, labels)
+        sizes = {name: self._count_parameters(name, outputs.context) for name in self.candidates}
         names = [n for n in self.candidates if self.max_parameters is None or sizes[n] <= self.max_parameters]
 
-        def scored(name: str) -> float:
+        def mean_score(name: str) -> float:
             total = 0.0
             for draw in range(self.draws):
-                with seeded(pool.seed, "init", name, draw):
-                    model = self._build(name, pool.context).to(pool.device).eval()
-                total += self._similarity(teacher, similarity_matrices(model, self.feature, self.classifier, *shown))
+                # The key words seed the random stream; other words would give other initial weights.
+                with seeded(outputs.seed, "init", name, draw):
+                    model = self._build(name, outputs.context).to(outputs.device).eval()
+                student = similarity_matrices(model, self.feature, self.classifier, images, labels)
+                total += self._similarity(teacher, student)
             return total / self.draws
 
-        scores = self._evolve(names, scored, pool.seed) if self.evaluations else {n: scored(n) for n in names}
+        scores = (
+            self._evolve(names, mean_score, outputs.seed) if self.evaluations else {n: mean_score(n) for n in names}
+        )
         best = max(scores, key=lambda name: scores[name])
         params = dict(self.candidates[best])
-        told = {"chosen": best, "score": self.score, "scores": scores, "parameters": sizes[best]}
-        return {"type": params.pop("type"), "params": params, "summary": told}
+        summary = {"selected": best, "score": self.score, "scores": scores, "parameters": sizes[best]}
+        return {"type": params.pop("type"), "params": params, "summary": summary}
 
     def _similarity(self, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> float:
-        """Minus how far two networks are apart, by what `looks` says of each."""
+        """Computes the score from the `similarity_matrices` of both networks; 0 is the maximum."""
         relation = -float((teacher[1] - student[1]).square().mean())
         if self.score == "relation":
             return relation
         if teacher[0].shape != student[0].shape:
             raise ConfigError(
-                "search: semantic similarity compares the channels that the classifier reads, class by class, but the "
-                f"teacher has {list(teacher[0].shape)} (classes, channels) and a candidate {list(student[0].shape)}; "
-                "give all of them equal channels there, or write score: relation"
+                "search: semantic similarity needs the same number of classifier input channels in all networks, but "
+                f"the teacher has {list(teacher[0].shape)} (classes, channels) and a candidate "
+                f"{list(student[0].shape)}; use candidates with the teacher's channels, or score: relation"
             )
         semantic = -outer_product_distance(teacher[0], student[0])
         return semantic if self.score == "semantic" else semantic + relation
 
-    def _evolve(self, names: list[str], scored: Callable[[str], float], seed: int) -> dict[str, float]:
-        """Scores at most `evaluations` candidates; returns all scores that were taken."""
-        drawn = torch.Generator().manual_seed(seed)
+    def _evolve(self, names: list[str], score: Callable[[str], float], seed: int) -> dict[str, float]:
+        """Scores at most `evaluations` candidates by evolution; returns all computed scores by name."""
+        generator = torch.Generator().manual_seed(seed)
 
-        def pick(among: list[str]) -> str:
-            return among[int(torch.randint(len(among), (), generator=drawn))]
+        def pick(pool: list[str]) -> str:
+            return pool[int(torch.randint(len(pool), (), generator=generator))]
 
         assert self.evaluations is not None
-        order = [names[i] for i in torch.randperm(len(names), generator=drawn).tolist()]
-        scores = {name: scored(name) for name in order[: min(self.population, self.evaluations)]}
-        living = list(scores)
+        order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        scores = {name: score(name) for name in order[: min(self.population, self.evaluations)]}
+        population = list(scores)
         while len(scores) < min(self.evaluations, len(names)):
-            living.sort(key=lambda name: -scores[name])
-            parent = pick(living[: (len(living) + 1) // 2])
-            fresh = [name for name in names if name not in scores]
-            near = [n for n in fresh if _count_differing_params(self.candidates[n], self.candidates[parent]) == 1]
-            child = pick(near or fresh)
-            scores[child] = scored(child)
-            living = sorted([*living, child], key=lambda name: -scores[name])[: self.population]
+            population.sort(key=lambda name: -scores[name])
+            parent = pick(population[: (len(population) + 1) // 2])
+            unscored = [name for name in names if name not in scores]
+            mutations = [
+                name
+                for name in unscored
+                if _count_differing_params(self.candidates[name], self.candidates[parent]) == 1
+            ]
+            child = pick(mutations or unscored)
+            scores[child] = score(child)
+            population = sorted([*population, child], key=lambda name: -scores[name])[: self.population]
         return scores
 
 
@@ -151,27 +171,35 @@ def _count_differing_params(first: Mapping[str, Any], second: Mapping[str, Any])
     return sum(first.get(key) != second.get(key) for key in {**first, **second})
 
 
-def similarity_matrices(model: nn.Module, path: str, classifier: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What two networks are compared by: the Grad-CAM of each class, and how alike the samples of the batch are.
+def similarity_matrices(
+    model: nn.Module, path: str, classifier: str, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes the Grad-CAM of each class and the similarity of the samples of a batch.
 
     Args:
-        path: the module whose output is the feature (batch, channels, ...).
-        classifier: the module path of the last linear layer.
+        model: a classifier in eval mode.
+        path: module path whose output is the feature (batch, channels, ...).
+        classifier: module path of the last linear layer.
+        images: (batch, ...).
+        labels: int64 (batch,).
 
     Returns:
-        The gradient of the mean cross-entropy in the classifier's weight (classes, channels), and the row-normalised
-        Gram matrix of the samples' features (batch, batch).
+        Gradient of the mean cross-entropy with respect to the classifier's weight (classes, channels), and the Gram
+        matrix of the samples' features with rows of unit length (batch, batch); float64.
+
+    Raises:
+        ConfigError: a module path does not exist, or the classifier is not linear.
     """
-    kept: list[Tensor] = []
     try:
-        module, last = model.get_submodule(path), model.get_submodule(classifier)
+        feature_module, linear = model.get_submodule(path), model.get_submodule(classifier)
     except AttributeError as error:
         raise ConfigError(f"search: {type(model).__name__}: {error}") from None
-    if not isinstance(last, nn.Linear):
-        raise ConfigError(f"search: classifier {classifier!r} of {type(model).__name__} is no linear layer")
+    if not isinstance(linear, nn.Linear):
+        raise ConfigError(f"search: classifier {classifier!r} of {type(model).__name__} is not an nn.Linear")
+    hooked: list[Tensor] = []
     handles = [
-        module.register_forward_hook(lambda *call: kept.append(call[2])),
-        last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0])),
+        feature_module.register_forward_hook(lambda *call: hooked.append(call[2])),
+        linear.register_forward_pre_hook(lambda module, inputs: hooked.append(inputs[0])),
     ]
     try:
         with torch.no_grad():
@@ -180,21 +208,23 @@ def similarity_matrices(model: nn.Module, path: str, classifier: str, images: Te
         for handle in handles:
             handle.remove()
     logits: Tensor = output if isinstance(output, Tensor) else next(iter(output.values()))
-    maps, read = (values.double().flatten(1) for values in kept)
-    # d mean(CE) / dW = (softmax - onehot)' x / batch: no backward pass is needed behind a linear layer
-    wrong = logits.double().softmax(1) - F.one_hot(labels, logits.shape[1])
-    return wrong.T @ read / len(images), F.normalize(maps @ maps.T, dim=-1)
+    # The feature module runs before the classifier, so that its output was appended first.
+    maps, classifier_input = (values.double().flatten(1) for values in hooked)
+    # d mean(CE) / dW = (softmax - onehot)' x / batch: no backward pass is needed for a linear layer
+    logit_gradient = logits.double().softmax(1) - F.one_hot(labels, logits.shape[1])
+    return logit_gradient.T @ classifier_input / len(images), F.normalize(maps @ maps.T, dim=-1)
 
 
 def outer_product_distance(first: Tensor, second: Tensor) -> float:
-    """sum over classes of || n(g g') - n(h h') ||^2 / (classes * channels), n dividing each row by its length.
+    """Computes sum_c || n(g_c g_c') - n(h_c h_c') ||^2 / (classes * channels), where n divides each row by its length.
 
-    The rows of n(g g') are sign(g_i) g / |g|, so that no matrix over the channels is formed.
+    Row i of n(g g') is sign(g_i) g / |g|, so that no matrix over the channels is formed.
 
     Args:
-        one, other: g and h, (classes, channels).
+        first: g, (classes, channels).
+        second: h, (classes, channels).
     """
-    signs, lines = zip(*((g.sign(), F.normalize(g, dim=-1)) for g in (first, second)), strict=True)
-    own = sum(s.square().sum(-1) * u.square().sum(-1) for s, u in zip(signs, lines, strict=True))
-    both = (signs[0] * signs[1]).sum(-1) * (lines[0] * lines[1]).sum(-1)
-    return float((own - 2 * both).mean() / first.shape[1])
+    signs, units = zip(*((g.sign(), F.normalize(g, dim=-1)) for g in (first, second)), strict=True)
+    squares = sum(s.square().sum(-1) * u.square().sum(-1) for s, u in zip(signs, units, strict=True))
+    product = (signs[0] * signs[1]).sum(-1) * (units[0] * units[1]).sum(-1)
+    return float((squares - 2 * product).mean() / first.shape[1])

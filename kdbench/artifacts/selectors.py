@@ -1,4 +1,4 @@
-"""Which samples are worth it: scores of one sample at a time, and coverage of the whole pool."""
+"""Selectors of rows: scores of single rows, and coverage of the whole source."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from kdbench.artifacts.base import Selector, top_rows
 from kdbench.registry import SELECTORS
 
 CENTRE_BLOCK = 1024
-"""How many chosen rows distances are computed to at once."""
+"""Number of centres per block of distances; bounds the memory of `k_center`."""
 
 
 @SELECTORS.register("random")
 class RandomSelector(Selector):
-    """Rows drawn uniformly: what every other selector is compared with.
+    """Uniformly random rows, the baseline of all selectors.
 
-    In a step the draw is the step's; over a pool it is a function of the recipe's seed, the stage and the maker.
+    In a training step the rows depend on the random state of the step; over a source they are a function of the
+    recipe's seed, the stage and the artifact.
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, *, index: Tensor, seed: int | None = None) -> Tensor:  # type: ignore[override]
-        drawn = None if seed is None else torch.Generator().manual_seed(seed)
-        return top_rows(torch.rand(index.shape, generator=drawn).to(index.device), count, excluded)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return top_rows(torch.rand(index.shape, generator=generator).to(index.device), count, excluded)
 
 
 @SELECTORS.register("entropy", operands=("student",))
 class EntropySelector(Selector):
-    """The rows of which the student is least certain: largest entropy of its softmax.
+    """Rows with the highest entropy of the student's softmax, the least certain ones.
 
-    student: logits (rows, classes).
+    Operands:
+        student: logits (rows, classes).
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
@@ -40,21 +42,26 @@ class EntropySelector(Selector):
 
 @SELECTORS.register("margin", operands=("student",))
 class MarginSelector(Selector):
-    """The rows near a border: smallest distance between the student's two largest probabilities.
+    """Rows with the smallest difference between the student's two largest probabilities.
 
-    student: logits (rows, classes).
+    Operands:
+        student: logits (rows, classes).
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
-        best = student.float().softmax(-1).topk(2, -1).values
-        return top_rows(best[:, 1] - best[:, 0], count, excluded)
+        largest = student.float().softmax(-1).topk(2, -1).values
+        return top_rows(largest[:, 1] - largest[:, 0], count, excluded)
 
 
 @SELECTORS.register("confidence", operands=("student",))
 class ConfidenceSelector(Selector):
-    """The rows of which a network is most certain: largest probability (`least: true`: smallest).
+    """Rows with the highest maximum probability, the most certain ones.
 
-    student: logits (rows, classes), of whichever role is asked.
+    Operands:
+        student: logits (rows, classes) of any role.
+
+    Args:
+        least: select the rows with the lowest maximum probability instead.
     """
 
     def __init__(self, least: bool = False) -> None:
@@ -62,8 +69,8 @@ class ConfidenceSelector(Selector):
         self.least = least
 
     def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
-        best = student.float().softmax(-1).amax(-1)
-        return top_rows(-best if self.least else best, count, excluded)
+        confidence = student.float().softmax(-1).amax(-1)
+        return top_rows(-confidence if self.least else confidence, count, excluded)
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -71,16 +78,18 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _unlabelled_last(scores: Tensor, label: Tensor) -> Tensor:
-    """Puts rows without a label behind all others that are free."""
+    """Ranks rows without a label after all labelled ones, but before excluded rows."""
     return torch.where(label < 0, torch.finfo(scores.dtype).min, scores)
 
 
 @SELECTORS.register("low_loss", operands=("student",))
 class LowLossSelector(Selector):
-    """The rows that look rightly labelled: smallest cross-entropy, as co-teaching keeps them.
+    """Rows with the smallest cross-entropy, whose labels are probably correct (co-teaching).
 
-    Han et al., Co-teaching, NeurIPS 2018, arXiv:1804.06872. student: logits (rows, classes), of the peer that chooses.
-    Rows without a label come last.
+    Han et al., Co-teaching, NeurIPS 2018, arXiv:1804.06872. Rows without a label rank last.
+
+    Operands:
+        student: logits (rows, classes) of the peer that selects.
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
@@ -89,33 +98,42 @@ class LowLossSelector(Selector):
 
 @SELECTORS.register("learnability", operands=("student", "reference"))
 class LearnabilitySelector(Selector):
-    """What the student can still learn from a reference that knows it: CE(student) - CE(reference), the largest.
+    """Rows with the largest CE(student) - CE(reference): learnable, because the reference predicts them better.
 
     Udandarao et al., Active Data Curation Effectively Distills Large-Scale Multimodal Models (ACID), CVPR 2025,
-    arXiv:2411.18674, for labels instead of pairs of image and text: the score of a row depends on no other row here,
-    while the paper's contrastive losses score a batch jointly. student, reference: logits (rows, classes). Rows without
-    a label come last.
+    arXiv:2411.18674, for labels instead of image-text pairs: here the score of a row depends on no other row, while the
+    paper's contrastive losses score a batch jointly. Rows without a label rank last.
+
+    Operands:
+        student: logits (rows, classes).
+        reference: logits (rows, classes).
     """
 
     def forward(  # type: ignore[override]
         self, count: int, excluded: Tensor | None = None, *, student: Tensor, reference: Tensor, label: Tensor
     ) -> Tensor:
-        return top_rows(_unlabelled_last(_cross_entropy(student, label) - _cross_entropy(reference, label), label), count, excluded)
+        score = _cross_entropy(student, label) - _cross_entropy(reference, label)
+        return top_rows(_unlabelled_last(score, label), count, excluded)
 
 
 @SELECTORS.register("k_center", operands=("student",))
 class KCenterSelector(Selector):
-    """Greedy coverage: again and again the row that is farthest from all that are chosen or taken.
+    r"""Greedy k-center: repeatedly the row with the largest distance to its nearest centre.
 
-    x* = argmax_x min_{c chosen} d(x, c). Sener and Savarese, Active Learning for Convolutional Neural Networks: A
-    Core-Set Approach, ICLR 2018, arXiv:1708.00489. With `space: probabilities` it is PCoreSet (arXiv:2506.00910), which
-    measures in the space of predictions, as its released code does (strategies.py: Euclidean distance of softmaxes; its
-    mean over two heads is a combined operand with `space: raw`).
+    .. math:: x^* = \arg\max_x \min_{c \in C} d(x, c)
 
-    Where nothing is taken yet, the first row is the one farthest from the mean of all; the papers draw it.
+    where the centres C are the excluded and the already selected rows. Sener and Savarese, Active Learning for
+    Convolutional Neural Networks: A Core-Set Approach, ICLR 2018, arXiv:1708.00489. With `space: probabilities` it is
+    PCoreSet (arXiv:2506.00910), which measures the Euclidean distance of softmaxes, as its released code does
+    (strategies.py; its mean over two heads is a combined operand with `space: raw`).
 
-    student: what distances are measured in, (rows, ...). space: `raw` takes it as it is, `probabilities` its softmax,
-    `directions` its direction (unit length).
+    Without excluded rows the first centre is the row farthest from the mean of all rows; the papers draw it at random.
+
+    Operands:
+        student: points (rows, ...).
+
+    Args:
+        space: `raw` uses the operand, `probabilities` its softmax, `directions` the operand at unit length.
     """
 
     def __init__(self, space: Literal["raw", "probabilities", "directions"] = "raw") -> None:
@@ -128,22 +146,30 @@ class KCenterSelector(Selector):
             points = points.softmax(-1)
         elif self.space == "directions":
             points = F.normalize(points, dim=-1)
-        nearest = torch.linalg.vector_norm(points - points.mean(0), dim=-1)
-        chosen = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+        # Distance of each row to its nearest centre; to the mean of all rows while there is no centre.
+        distances = torch.linalg.vector_norm(points - points.mean(0), dim=-1)
+        selected = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+        has_centre = torch.zeros((), dtype=torch.bool, device=points.device)
         if excluded is not None:
-            chosen = excluded.clone()
-            covered = torch.full_like(nearest, torch.inf)
-            for own, kept in zip(points.split(CENTRE_BLOCK), excluded.split(CENTRE_BLOCK), strict=True):
-                apart = torch.cdist(points, own, compute_mode="donot_use_mm_for_euclid_dist")
-                covered = covered.minimum(torch.where(kept, apart, torch.inf).amin(-1))
-            nearest = torch.where(excluded.any(), covered, nearest)
-        started = excluded.any() if excluded is not None else torch.zeros((), dtype=torch.bool, device=points.device)
-        found = []
+            selected, has_centre = excluded.clone(), excluded.any()
+            distances = torch.where(has_centre, _distances_to_centres(points, excluded), distances)
+        rows = []
         for _ in range(count):
-            row = torch.where(chosen, -torch.inf, nearest).argmax()
-            found.append(row)
-            chosen = chosen.index_fill(0, row, True)
-            apart = torch.linalg.vector_norm(points - points.index_select(0, row.reshape(1)), dim=-1)
-            nearest = torch.where(started, nearest.minimum(apart), apart)
-            started = torch.ones_like(started)
-        return torch.stack(found).sort().values
+            # Everything stays on the device: `has_centre` is a tensor, so that no step waits for a value.
+            row = torch.where(selected, -torch.inf, distances).argmax()
+            rows.append(row)
+            selected = selected.index_fill(0, row, True)
+            to_row = torch.linalg.vector_norm(points - points.index_select(0, row.reshape(1)), dim=-1)
+            distances = torch.where(has_centre, distances.minimum(to_row), to_row)
+            has_centre = torch.ones_like(has_centre)
+        return torch.stack(rows).sort().values
+
+
+def _distances_to_centres(points: Tensor, is_centre: Tensor) -> Tensor:
+    """Computes the distance of each point (rows, values) to the nearest centre (rows,); infinite without a centre."""
+    nearest = torch.full_like(points[:, 0], torch.inf)
+    for block, centre_block in zip(points.split(CENTRE_BLOCK), is_centre.split(CENTRE_BLOCK), strict=True):
+        # The matrix-multiplication form of cdist would lose precision between close points.
+        block_distances = torch.cdist(points, block, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = nearest.minimum(torch.where(centre_block, block_distances, torch.inf).amin(-1))
+    return nearest

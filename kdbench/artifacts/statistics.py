@@ -1,4 +1,4 @@
-"""Tensors that a stage leaves: class means and counts, outputs, Fisher information, nearest-mean heads."""
+"""Builders of tensor artifacts (class statistics, stored outputs, Fisher information) and nearest-mean classifiers."""
 
 from __future__ import annotations
 
@@ -15,66 +15,93 @@ from kdbench.engine.network.operands import operand_feature
 from kdbench.errors import ConfigError
 from kdbench.registry import ARTIFACTS
 
+MASKED_LOGIT = -1e4
+"""Logit of a class outside `keep`, as in the model `task_logits`."""
+
 
 class _ClassFeatureStatistic(ArtifactBuilder):
-    """What is known of each class's features, raised to a power (Tukey's transformation)."""
+    """Base of statistics of each class's features, raised to a power (Tukey's transformation)."""
+
+    min_samples = 1
+    """Number of labelled samples that every class must have."""
 
     def __init__(self, power: float = 0.5) -> None:
         if power <= 0:
             raise ConfigError(f"power must be above 0, got {power}")
         self.power = power
 
-    def check(self, facts: ArtifactContext) -> None:
-        shape = facts.shapes.get("features", (1,))
-        if len(shape) != 1:
-            raise ValueError(f"reads a feature vector per sample, but the operand is {list(shape)}")
+    def check(self, context: ArtifactContext) -> None:
+        _check_feature_vector(context)
 
-    def features_by_class(self, pool: SampleOutputs) -> tuple[list[Tensor], dict[str, Any]]:
-        """The features of each class, float64 (samples of the class, elements), and what is told of them."""
-        found = pool.gather("features", "label")
-        features = found["features"].double().clamp(min=0) ** self.power
-        label = found["label"]
-        classes = [features[label == number] for number in range(len(pool.context.classes))]
-        names = pool.context.classes
-        few = [names[number] for number, own in enumerate(classes) if len(own) < self.min_samples]
-        if few:
+    def features_by_class(self, outputs: SampleOutputs) -> tuple[list[Tensor], dict[str, Any]]:
+        """Computes max(features, 0) ** power of the samples of each class.
+
+        Returns:
+            One float64 tensor (samples of the class, elements) per class, and the artifact's summary.
+
+        Raises:
+            ConfigError: a class has fewer than `min_samples` labelled samples.
+        """
+        values = outputs.gather("features", "label")
+        features = values["features"].double().clamp(min=0) ** self.power
+        names = outputs.context.classes
+        classes = [features[values["label"] == number] for number in range(len(names))]
+        too_few = [name for name, rows in zip(names, classes, strict=True) if len(rows) < self.min_samples]
+        if too_few:
             raise ConfigError(
-                f"needs at least {self.min_samples} labelled samples of every class; too few of {', '.join(few)}"
+                f"needs at least {self.min_samples} labelled samples of every class; too few of {', '.join(too_few)}"
             )
-        return classes, {"samples": sum(len(own) for own in classes)}
+        return classes, {"samples": sum(len(rows) for rows in classes)}
 
-    min_samples = 1
+
+def _check_feature_vector(context: ArtifactContext) -> None:
+    """Raises ValueError if the operand `features` is not one vector per sample."""
+    shape = context.shapes.get("features", (1,))
+    if len(shape) != 1:
+        raise ValueError(f"reads a feature vector per sample, but the operand is {list(shape)}")
 
 
 @ARTIFACTS.register("feature_means", produces="tensor", operands=("features",), labels=True)
 class FeatureMeans(_ClassFeatureStatistic):
-    """The mean over each class of the features to a power, [classes, elements]: `means` of the term `scar`.
+    """Mean of the power-transformed features of each class, [classes, elements]; `means` of the term `scar`.
 
     value_c = mean over class c of max(x, 0) ** power, as in the authors' code. Bonato, Cotogni and Sabetta, Is Retain
     Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
 
-    features: (samples, elements), behind a ReLU. power: the term's.
+    Operands:
+        features: (samples, elements), after a ReLU.
+
+    Args:
+        power: exponent, above 0; the same as in the term.
     """
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        classes, told = self.features_by_class(pool)
-        return {"value": torch.stack([own.mean(0) for own in classes]).float(), "summary": told}
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        classes, summary = self.features_by_class(outputs)
+        return {"value": torch.stack([features.mean(0) for features in classes]).float(), "summary": summary}
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        return (len(facts.classes), *facts.shapes["features"])
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        return (len(context.classes), *context.shapes["features"])
 
 
 @ARTIFACTS.register("feature_precision", produces="tensor", operands=("features",), labels=True)
 class FeaturePrecision(_ClassFeatureStatistic):
-    """The inverse of each class's shrunk, normalised covariance, [classes, elements, elements]: `precision` of `scar`.
+    """Inverse of each class's shrunk, normalised covariance, [classes, elements, elements]; `precision` of `scar`.
 
-    value_c = pinv(N(H(H(S_c)))), S_c the covariance over class c of max(x, 0) ** power;
-    H(S) = S + shrink * mean(diagonal of S) * I + shrink * mean(off-diagonal of S) * (1 - I), where only entries other
-    than 0 count for the second mean; N(S)_ij = S_ij / sqrt(S_ii S_jj). As in the authors' code, where shrink is 3 (the
-    text has two factors, gamma1 and gamma2). Bonato, Cotogni and Sabetta, Is Retain Set All You Need in Machine
-    Unlearning?, ECCV 2024, arXiv:2404.12922.
+    value_c = pinv(N(H(H(S_c)))), where
 
-    features: (samples, elements), behind a ReLU; at least two of each class. power: the term's.
+        S_c: covariance of max(x, 0) ** power over class c
+        H(S) = S + shrink * mean(diagonal of S) * I + shrink * mean(non-zero off-diagonal of S) * (1 - I)
+        N(S)_ij = S_ij / sqrt(S_ii S_jj)
+
+    as in the authors' code, where shrink is 3 (the text has two factors, gamma1 and gamma2). Bonato, Cotogni and
+    Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
+
+    Operands:
+        features: (samples, elements), after a ReLU; at least two samples of each class.
+
+    Args:
+        power: exponent, above 0; the same as in the term.
+        shrink: shrinkage factor, at least 0.
     """
 
     min_samples = 2
@@ -85,199 +112,222 @@ class FeaturePrecision(_ClassFeatureStatistic):
             raise ConfigError(f"shrink must be at least 0, got {shrink}")
         self.shrink = shrink
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        classes, told = self.features_by_class(pool)
-        return {"value": torch.stack([self._precision_matrix(own) for own in classes]).float(), "summary": told}
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        classes, summary = self.features_by_class(outputs)
+        value = torch.stack([self._precision_matrix(features) for features in classes]).float()
+        return {"value": value, "summary": summary}
 
     def _precision_matrix(self, features: Tensor) -> Tensor:
-        # From the first sample on, so that what never varies has a variance of exactly 0, not one of rounding.
+        # Subtracting the first sample gives a constant element a variance of exactly 0 instead of rounding noise.
         covariance = self._shrink_covariance(self._shrink_covariance(torch.cov((features - features[0]).t())))
         deviation = covariance.diagonal().sqrt()
         scale = torch.outer(deviation, deviation)
-        # An element that never varies while none does would divide 0 by 0; it says nothing of the class.
+        # Without shrinkage the scale of a constant element is 0; its row and column become 0 instead of NaN.
         return torch.linalg.pinv(torch.where(scale > 0, covariance / scale.where(scale > 0, torch.ones_like(scale)), 0))
 
     def _shrink_covariance(self, covariance: Tensor) -> Tensor:
         eye = torch.eye(len(covariance), dtype=covariance.dtype)
-        apart = covariance * (1 - eye)
-        off = apart.sum() / (apart != 0).sum().clamp(min=1)
-        return covariance + self.shrink * (covariance.diagonal().mean() * eye + off * (1 - eye))
+        off_diagonal = covariance * (1 - eye)
+        mean = off_diagonal.sum() / (off_diagonal != 0).sum().clamp(min=1)
+        return covariance + self.shrink * (covariance.diagonal().mean() * eye + mean * (1 - eye))
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        elements = facts.shapes["features"][0]
-        return (len(facts.classes), elements, elements)
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        elements = context.shapes["features"][0]
+        return (len(context.classes), elements, elements)
 
 
 @ARTIFACTS.register("nearest_mean", produces="model", operands=("features",), candidates="candidates", labels=True)
 class NearestMeanBuilder(ArtifactBuilder):
-    """The classifier of iCaRL: each class's mean of features of length 1, itself at length 1.
+    """Nearest-mean classifier with the normalised class means of normalised features (iCaRL).
 
-    Over a source of exemplars it is the nearest mean of exemplars. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725,
-    algorithm 1 and section 2.1. A later stage takes it as `model: {artifact: STAGE.NAME}`, on the same features.
+    On a source of exemplars it is the nearest-mean-of-exemplars classifier. Rebuffi et al., iCaRL, CVPR 2017,
+    arXiv:1611.07725, algorithm 1 and section 2.1. A later stage uses it as `model: {artifact: STAGE.NAME}` on the same
+    features. A class without samples has mean 0.
 
-    features: (samples, values). candidates: {nearest: nearest_mean}, the model that is given the means.
+    Operands:
+        features: (samples, values).
+
+    Args:
+        candidates: {nearest: nearest_mean}, the model that receives the means.
     """
 
     def __init__(self, candidates: dict) -> None:  # type: ignore[type-arg]
         if len(candidates) != 1:
-            raise ConfigError(f"nearest_mean: there is one candidate, the model of the means, got {len(candidates)}")
+            raise ConfigError(
+                f"nearest_mean: candidates must contain one candidate, the model that receives the means, "
+                f"got {len(candidates)}"
+            )
         self.candidates = candidates
 
-    def check(self, facts: ArtifactContext) -> None:
-        shape = facts.shapes.get("features", (1,))
-        if len(shape) != 1:
-            raise ValueError(f"reads a feature vector per sample, but the operand is {list(shape)}")
+    def check(self, context: ArtifactContext) -> None:
+        _check_feature_vector(context)
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        found = pool.gather("features", "label")
-        features = torch.nn.functional.normalize(found["features"].double(), dim=1)
-        label, classes = found["label"], len(pool.context.classes)
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        values = outputs.gather("features", "label")
+        features = F.normalize(values["features"].double(), dim=1)
+        label, classes = values["label"], len(outputs.context.classes)
         means = torch.zeros(classes, features.shape[1], dtype=features.dtype)
         for number in range(classes):
             if (label == number).any():
                 means[number] = features[label == number].mean(0)
-        means = torch.nn.functional.normalize(means, dim=1)
+        means = F.normalize(means, dim=1)
         params = dict(next(iter(self.candidates.values())))
-        kind = params.pop("type")
-        told = {"samples": int((label >= 0).sum()), "classes": int((means != 0).any(1).sum())}
-        return {"type": kind, "params": {**params, "means": means.tolist()}, "summary": told}
+        model_type = params.pop("type")
+        summary = {"samples": int((label >= 0).sum()), "classes": int((means != 0).any(1).sum())}
+        return {"type": model_type, "params": {**params, "means": means.tolist()}, "summary": summary}
 
 
 @ARTIFACTS.register("fisher", produces="tensor", operands=("weights",), labels=True)
 class FisherInformation(ArtifactBuilder):
-    """The diagonal of the Fisher information of a network's parameters, [parameters]: `fisher` of the term `ewc`.
+    r"""Diagonal of the Fisher information of a network's parameters, [parameters]; `fisher` of the term `ewc`.
 
-    value_i = mean over the samples of (d log p(label) / d w_i)^2, one gradient per sample, the network in eval mode,
-    its parameters in the order of ROLE:/weights. With `labels: drawn` the label is drawn from the network's own
-    prediction, which is the Fisher information; `own` takes that of the sample (the empirical Fisher of most released
-    code). In a loop the value of the round before is added: one penalty per task, all of them around the newest
-    weights, as in online EWC (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370, with factor 1).
+    .. math:: F_i = \frac{1}{N} \sum_n \left( \frac{\partial \log p(y_n \mid x_n)}{\partial w_i} \right)^2
+
+    with one gradient per sample, the network in eval mode, and the parameters in the order of ROLE:/weights. In a loop
+    the value of the previous round is added: one penalty per task, all centred at the newest weights, as in online EWC
+    (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370, with factor 1).
 
     Kirkpatrick, Pascanu, Rabinowitz et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017,
     arXiv:1612.00796.
 
-    weights: of the network, student:/weights. It sees the field `image`, and gives logits. keep: the classes among
-    which the task decides; null: all. labels: see above.
+    Operands:
+        weights: parameters of the network, student:/weights. The network reads the field `image` and returns logits.
+
+    Args:
+        keep: class numbers of the softmax; null uses all classes.
+        labels: `drawn` samples y from the network's prediction, which gives the Fisher information. `own` uses the
+            labels of the samples (the empirical Fisher of most released code); samples without a label are skipped.
     """
 
     def __init__(self, keep: list[int] | None = None, labels: Literal["own", "drawn"] = "drawn") -> None:
         if keep is not None and (not keep or min(keep) < 0):
-            raise ConfigError(f"fisher: keep lists class numbers, got {keep}")
+            raise ConfigError(f"fisher: keep must be a list of class numbers, got {keep}")
         self.keep, self.labels = keep, labels
 
-    def check(self, facts: ArtifactContext) -> None:
-        if self.keep is not None and max(self.keep) >= len(facts.classes):
-            raise ValueError(f"keeps class {max(self.keep)}, but there are {len(facts.classes)} classes from 0 on")
-
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        operand = pool.operands["weights"]
-        if operand.side != "weights" or not operand_feature(operand).is_output:
-            raise ConfigError(
-                f"fisher: weights must be those of a whole network, such as student:/weights, got {operand}"
+    def check(self, context: ArtifactContext) -> None:
+        if self.keep is not None and max(self.keep) >= len(context.classes):
+            raise ValueError(
+                f"has class {max(self.keep)} in `keep`, but the classes are 0 to {len(context.classes) - 1}"
             )
-        model = pool.modules[operand.role]
+
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        operand = outputs.operands["weights"]
+        if operand.side != "weights" or not operand_feature(operand).is_output:
+            raise ConfigError(f"fisher: weights must address a whole network, such as student:/weights, got {operand}")
+        model = outputs.modules[operand.role]
         training = model.training
         model.eval()
+        total, samples = self._sum_squared_gradients(model, outputs)
+        model.train(training)
+        value = torch.cat([total[name].reshape(-1) for name in total]).float().cpu() / max(samples, 1)
+        if outputs.previous is not None:
+            value = value + outputs.previous["value"]
+        return {"value": value, "summary": {"samples": samples, "mean": float(value.mean())}}
+
+    def _sum_squared_gradients(self, model: nn.Module, outputs: SampleOutputs) -> tuple[dict[str, Tensor], int]:
+        """Sums the squared per-sample gradients in float64; returns them by parameter name, and the sample count."""
         parameters = {name: value.detach().double() for name, value in model.named_parameters()}
         buffers = {n: b.double() if b.is_floating_point() else b for n, b in model.named_buffers()}
-        draws = torch.Generator().manual_seed(pool.seed)
+        generator = torch.Generator().manual_seed(outputs.seed)
         total = {name: torch.zeros_like(value) for name, value in parameters.items()}
         samples = 0
 
-        def surprise(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        def negative_log_likelihood(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
             log_p = self._log_probabilities(model, parameters, buffers, image.unsqueeze(0))
             return F.nll_loss(log_p, label.unsqueeze(0))
 
-        each = vmap(grad(surprise), in_dims=(None, 0, 0))
-        for row in pool.batches():
-            images = row["image"].double()
-            known = row["label"] >= 0
+        sample_gradients = vmap(grad(negative_log_likelihood), in_dims=(None, 0, 0))
+        for batch in outputs.batches():
+            images = batch["image"].double()
+            has_label = batch["label"] >= 0
             if self.labels == "drawn":
+                # Sampling on the CPU gives the same labels on every device.
                 p = self._log_probabilities(model, parameters, buffers, images).exp().cpu()
-                label = torch.multinomial(p, 1, generator=draws).squeeze(1).to(images.device)
+                label = torch.multinomial(p, 1, generator=generator).squeeze(1).to(images.device)
             else:
-                images, label = images[known], row["label"][known]
-            for part, own in zip(images.split(32), label.split(32), strict=True):
-                for name, gradient in each(parameters, part, own).items():
+                images, label = images[has_label], batch["label"][has_label]
+            # Blocks of 32 bound the memory of the per-sample gradients.
+            for image_block, label_block in zip(images.split(32), label.split(32), strict=True):
+                for name, gradient in sample_gradients(parameters, image_block, label_block).items():
                     total[name] += gradient.square().sum(0)
             samples += len(images)
-        model.train(training)
-        value = torch.cat([total[name].reshape(-1) for name in parameters]).float().cpu() / max(samples, 1)
-        if pool.previous is not None:
-            value = value + pool.previous["value"]
-        return {"value": value, "summary": {"samples": samples, "mean": float(value.mean())}}
+        return total, samples
 
     def _log_probabilities(self, model: nn.Module, parameters: Any, buffers: Any, images: Tensor) -> Tensor:
         logits = model_output(functional_call(model, (parameters, buffers), (images,)))
         if self.keep is not None:
-            inside = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            inside[torch.tensor(self.keep)] = True
-            logits = torch.where(inside, logits, -1e4)
+            in_keep = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            in_keep[torch.tensor(self.keep)] = True
+            logits = torch.where(in_keep, logits, MASKED_LOGIT)
         return F.log_softmax(logits, dim=1)
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        return facts.shapes["weights"]
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        return context.shapes["weights"]
 
 
 @ARTIFACTS.register("class_means", produces="tensor", operands=("features",), labels=True)
 class ClassMeans(ArtifactBuilder):
-    """The mean of an operand over the samples of each class, [classes, ...].
+    """Mean of an operand over the samples of each class, [classes, ...].
 
-    features: (samples, ...), such as a teacher's penultimate layer. KD++ takes its class means as the directions in
-    which a student's features should grow (Wang et al., Improving Knowledge Distillation via Regularizing Feature
-    Direction and Norm, ECCV 2024, arXiv:2305.17007). Samples without a label do not count; a class without samples has
-    mean 0.
+    KD++ uses the class means of the teacher as target directions of the student's features (Wang et al., Improving
+    Knowledge Distillation via Regularizing Feature Direction and Norm, ECCV 2024, arXiv:2305.17007). Samples without a
+    label are ignored; a class without samples has mean 0.
+
+    Operands:
+        features: (samples, ...), such as a teacher's penultimate layer.
     """
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        classes = len(pool.context.classes)
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        classes = len(outputs.context.classes)
         sums: Tensor | None = None
         counts = torch.zeros(classes)
-        for row in pool.batches():
-            features, label = row["features"].double().cpu(), row["label"].cpu()
-            known = label >= 0
+        for batch in outputs.batches():
+            features, label = batch["features"].double().cpu(), batch["label"].cpu()
+            has_label = label >= 0
             if sums is None:
                 sums = torch.zeros(classes, *features.shape[1:], dtype=torch.float64)
-            sums.index_add_(0, label[known], features[known])
-            counts += torch.bincount(label[known], minlength=classes)
+            sums.index_add_(0, label[has_label], features[has_label])
+            counts += torch.bincount(label[has_label], minlength=classes)
         assert sums is not None
         means = sums / counts.clamp(min=1).view(-1, *([1] * (sums.dim() - 1)))
-        empty = [pool.context.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
+        empty = [outputs.context.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         return {"value": means.float(), "summary": {"samples": int(counts.sum()), "classes without samples": empty}}
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        return (len(facts.classes), *facts.shapes["features"])
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        return (len(context.classes), *context.shapes["features"])
 
 
 @ARTIFACTS.register("class_counts", produces="tensor", labels=True)
 class ClassCounts(ArtifactBuilder):
-    """How many samples of each class the source gives, [classes]: what long-tailed losses weigh classes by.
+    """Number of samples of each class, [classes], for the class weights of long-tailed losses.
 
-    Samples without a label do not count.
+    Samples without a label are ignored.
     """
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        label = pool.gather("label")["label"]
-        counts = torch.bincount(label[label >= 0], minlength=len(pool.context.classes))
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        label = outputs.gather("label")["label"]
+        counts = torch.bincount(label[label >= 0], minlength=len(outputs.context.classes))
         return {"value": counts.float(), "summary": {"samples": int(counts.sum()), "by class": counts.tolist()}}
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        return (len(facts.classes),)
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        return (len(context.classes),)
 
 
 @ARTIFACTS.register("outputs", produces="tensor", operands=("value",))
 class StoredOutputs(ArtifactBuilder):
-    """What a role says of every sample, [samples of the whole split, ...], addressed by the batch's `index`.
+    """An operand on every sample, [samples of the split, ...], indexed by the batch's field `index`.
 
-    value: (samples, ...), such as a teacher's logits, which then need no teacher any more. Rows of samples that the
-    source does not give are 0.
+    Rows of samples outside the source are 0.
+
+    Operands:
+        value: (samples, ...), such as a teacher's logits; later stages then do not run the teacher.
     """
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        found = pool.gather("value", "index")
-        value = torch.zeros(pool.source.population, *found["value"].shape[1:], dtype=found["value"].dtype)
-        value[found["index"]] = found["value"]
-        return {"value": value, "summary": {"samples": len(found["index"])}}
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        values = outputs.gather("value", "index")
+        value = torch.zeros(outputs.source.population, *values["value"].shape[1:], dtype=values["value"].dtype)
+        value[values["index"]] = values["value"]
+        return {"value": value, "summary": {"samples": len(values["index"])}}
 
-    def shape(self, facts: ArtifactContext) -> tuple[int, ...]:
-        return (facts.population or 1, *facts.shapes["value"])
+    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+        return (context.population or 1, *context.shapes["value"])

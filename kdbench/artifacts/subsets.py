@@ -1,4 +1,4 @@
-"""Choices among the samples of a split: what to label next, and what to remember of a stream."""
+"""Builders of subset artifacts: samples to label next (active learning), and replay memories."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, SampleOutputs
 from kdbench.errors import ConfigError
@@ -15,152 +16,176 @@ from kdbench.registry import ARTIFACTS, SELECTORS
 
 @ARTIFACTS.register("choose", produces="subset", selector="by", injected=("by",))
 class BudgetedSubset(ArtifactBuilder):
-    """Adds the samples that a selector finds most useful, never more than a budget in all.
+    """Samples selected by a selector, round after round, up to a total budget.
 
-    What is chosen is what was chosen before (in earlier rounds, and the samples whose label the source keeps) and up to
-    `count` more, as long as the budget lasts. So a later `label_fraction: {artifact: STAGE.NAME, initial: N}` labels at most
+    The subset contains the samples selected in earlier rounds, the samples with a visible label, and up to `count` new
+    ones while the budget lasts. A later `label_fraction: {artifact: STAGE.NAME, initial: N}` therefore labels at most
     `budget` samples.
 
-    by: a part of `kdbench list selectors` with its operands, {type: entropy, student: student}. budget: how many
-    samples may be chosen in all. count: how many in this round; without it, as many as the budget leaves.
+    Args:
+        by: a part of `kdbench list selectors` with its operands, such as {type: entropy, student: student}.
+        budget: maximum number of selected samples over all rounds.
+        count: number of new samples in this round; null uses the whole remaining budget.
     """
 
     def __init__(self, by: dict, budget: int, count: int | None = None) -> None:  # type: ignore[type-arg]
         if budget < 1 or (count is not None and count < 1):
-            raise ConfigError(f"choose: budget and count must be 1 or more, got budget {budget} and count {count}")
+            raise ConfigError(f"choose: budget and count must be at least 1, got budget {budget} and count {count}")
         if count is not None and count > budget:
-            raise ConfigError(f"choose: count ({count}) is more than the budget ({budget})")
+            raise ConfigError(f"choose: count ({count}) must not be above the budget ({budget})")
         self.by, self.budget, self.count = by, budget, count
 
-    def check(self, facts: ArtifactContext) -> None:
-        if facts.samples is not None and self.budget > facts.samples:
-            raise ValueError(f"has a budget of {self.budget}, but its source has only {facts.samples} samples")
-        if facts.labelled_samples is not None and facts.labelled_samples > self.budget:
-            raise ValueError(f"has a budget of {self.budget}, but its source begins with {facts.labelled_samples} labels")
-
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        entry = SELECTORS.entry(self.by["type"])
-        read = [name for name in entry.inputs if name not in ("count", "excluded", "seed")]
-        found = pool.gather(*read, "index", "labelled")
-        index = found["index"]
-        taken = found.get("labelled", torch.zeros(len(index), dtype=torch.bool))
-        if pool.previous is not None:
-            taken = taken | torch.isin(index, pool.previous["index"])
-        outside = torch.zeros(0, dtype=torch.int64)  # chosen before among samples that this source does not give
-        if pool.previous is not None:
-            earlier = pool.previous["index"]
-            outside = earlier[~torch.isin(earlier, index)]
-        before = int(taken.sum()) + len(outside)
-        if before > self.budget:
-            raise ConfigError(
-                f"choose: the source has {before} labels to begin with, more than the budget of {self.budget}"
+    def check(self, context: ArtifactContext) -> None:
+        if context.samples is not None and self.budget > context.samples:
+            raise ValueError(f"has a budget of {self.budget}, but its source has only {context.samples} samples")
+        if context.labelled_samples is not None and context.labelled_samples > self.budget:
+            raise ValueError(
+                f"has a budget of {self.budget}, but its source already has {context.labelled_samples} labels"
             )
-        wanted = self.budget - before if self.count is None else min(self.count, self.budget - before)
-        wanted = min(wanted, int((~taken).sum()))
-        chosen = taken.clone()
-        if wanted:
+
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        entry = SELECTORS.entry(self.by["type"])
+        input_names = [name for name in entry.inputs if name not in ("count", "excluded", "seed")]
+        values = outputs.gather(*input_names, "index", "labelled")
+        index = values["index"]
+        selected = values.get("labelled", torch.zeros(len(index), dtype=torch.bool))
+        # Earlier rounds may have read another part of the split; their samples stay and count against the budget.
+        outside = torch.zeros(0, dtype=torch.int64)
+        if outputs.previous is not None:
+            earlier = outputs.previous["index"]
+            selected = selected | torch.isin(index, earlier)
+            outside = earlier[~torch.isin(earlier, index)]
+        used = int(selected.sum()) + len(outside)
+        if used > self.budget:
+            raise ConfigError(f"choose: the source already has {used} labels, more than the budget of {self.budget}")
+        count = self.budget - used if self.count is None else min(self.count, self.budget - used)
+        count = min(count, int((~selected).sum()))
+        if count:
             selector = SELECTORS.build(self.by["type"], {k: v for k, v in self.by.items() if k != "type"})
-            given: dict[str, Any] = {name: found[name] for name in read}
+            inputs: dict[str, Any] = {name: values[name] for name in input_names}
             if "seed" in entry.inputs:
-                given["seed"] = pool.seed
-            chosen[selector(wanted, taken, **given)] = True
-        found_now = torch.cat([outside, index[chosen]]).sort().values
-        return {"index": found_now, "summary": {"chosen": len(found_now), "new": wanted, "budget": self.budget}}
+                inputs["seed"] = outputs.seed
+            rows = selector(count, selected, **inputs)
+            selected = selected.index_fill(0, rows, True)
+        subset = torch.cat([outside, index[selected]]).sort().values
+        return {"index": subset, "summary": {"selected": len(subset), "new": count, "budget": self.budget}}
 
 
 def _check_memory(name: str, memory: int) -> int:
+    """Returns a valid memory size.
+
+    Raises:
+        ConfigError: the size is below 1.
+    """
     if memory < 1:
-        raise ConfigError(f"{name}: memory must be 1 or more, got {memory}")
+        raise ConfigError(f"{name}: memory must be at least 1, got {memory}")
     return memory
 
 
 @ARTIFACTS.register("reservoir", produces="subset")
 class Reservoir(ArtifactBuilder):
-    """A replay memory: a uniform sample of everything that the stream has shown so far.
+    """Replay memory with a uniform random sample of the stream.
 
     Vitter, Random Sampling with a Reservoir, 1985; the memory of experience replay (Chaudhry et al. 2019,
-    arXiv:1902.10486). Every sample draws a number in [0, 1) in the stage in which it is first seen; the memory holds
-    the smallest. That is the same law as Vitter's algorithm R, for samples that come in stages.
+    arXiv:1902.10486). Each sample draws a key from [0, 1) in the stage in which it first occurs; the memory contains
+    the samples with the smallest keys. For samples that arrive in stages this has the distribution of Vitter's
+    algorithm R.
 
-    memory: how many samples are remembered at most, over all rounds.
+    The content also contains `keys`, the keys of the stored samples, and `stream`, the positions of all samples so far.
+
+    Args:
+        memory: maximum number of stored samples over all rounds.
     """
 
     def __init__(self, memory: int) -> None:
         self.memory = _check_memory("reservoir", memory)
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        seen = pool.gather("index")["index"]
-        keys = torch.rand(len(seen), generator=torch.Generator().manual_seed(pool.seed), dtype=torch.float64)
-        before, known = 0, torch.zeros(0, dtype=torch.int64)
-        if pool.previous is not None:
-            known, before = pool.previous["seen"], len(pool.previous["index"])
-            new = ~torch.isin(seen, known)  # what was shown before has had its chance
-            seen, keys = seen[new], keys[new]
-            known = torch.cat([known, seen])
-            seen, keys = torch.cat([pool.previous["index"], seen]), torch.cat([pool.previous["keys"], keys])
-        else:
-            known = seen
-        kept = keys.sort(stable=True).indices[: self.memory]
-        kept = kept[seen[kept].sort(stable=True).indices]
-        told = {"remembered": len(kept), "of": len(known), "memory": self.memory, "before": before}
-        return {"index": seen[kept], "keys": keys[kept], "seen": known.sort().values, "summary": told}
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        index = outputs.gather("index")["index"]
+        keys = torch.rand(len(index), generator=torch.Generator().manual_seed(outputs.seed), dtype=torch.float64)
+        stream, stored_before = index, 0
+        if outputs.previous is not None:
+            stored_before = len(outputs.previous["index"])
+            # A sample draws one key only: samples of earlier rounds keep theirs or stay out.
+            is_new = ~torch.isin(index, outputs.previous["stream"])
+            stream = torch.cat([outputs.previous["stream"], index[is_new]])
+            index = torch.cat([outputs.previous["index"], index[is_new]])
+            keys = torch.cat([outputs.previous["keys"], keys[is_new]])
+        rows = keys.sort(stable=True).indices[: self.memory]
+        rows = rows[index[rows].sort(stable=True).indices]
+        summary = {
+            "stored": len(rows),
+            "stream": len(stream),
+            "memory": self.memory,
+            "stored before": stored_before,
+        }
+        return {"index": index[rows], "keys": keys[rows], "stream": stream.sort().values, "summary": summary}
 
 
 @ARTIFACTS.register("exemplars", produces="subset", operands=("features",), labels=True)
 class Exemplars(ArtifactBuilder):
-    """A replay memory of the samples whose mean feature stays nearest to their class's mean: iCaRL's herding.
+    r"""Replay memory of samples whose mean feature is closest to the class mean (herding of iCaRL).
 
-    p_k = argmin_x || mu - (phi(x) + sum_{j<k} phi(p_j)) / k ||, with features phi of unit length and mu their mean over
-    the class. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725, algorithms 4 and 5: each of the C classes seen so far
-    gets floor(memory / C) exemplars; classes of earlier rounds keep the first of theirs, in the order in which they
-    were chosen. Samples of a known class that come later do not compete with its exemplars.
+    .. math:: p_k = \arg\min_x \| \mu - \tfrac{1}{k} (\phi(x) + \sum_{j<k} \phi(p_j)) \|
 
-    features: (samples, ...) of the network as the stage left it. memory: how many samples are remembered at most.
+    with features phi of unit length and their class mean mu. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725,
+    algorithms 4 and 5: each of the C classes seen so far gets floor(memory / C) exemplars; classes of earlier rounds
+    keep their first ones in herding order. New samples of an earlier class do not replace its exemplars.
+
+    The content also contains `label` and `rank` (position in the herding order) of each exemplar.
+
+    Operands:
+        features: (samples, ...) of the network at the end of the stage.
+
+    Args:
+        memory: maximum number of stored samples over all rounds.
     """
 
     def __init__(self, memory: int) -> None:
         self.memory = _check_memory("exemplars", memory)
 
-    def __call__(self, pool: SampleOutputs) -> dict[str, Any]:
-        found = pool.gather("features", "label", "index")
-        features = torch.nn.functional.normalize(found["features"].flatten(1).double(), dim=-1)
-        before: Mapping[str, Tensor] = pool.previous or {}
-        old = before["label"].unique().tolist() if before else []
-        new = [c for c in found["label"].unique().tolist() if c >= 0 and c not in old]
-        each = self.memory // max(len(old) + len(new), 1)
-        if each == 0:
-            raise ConfigError(f"exemplars: a memory of {self.memory} is too small for {len(old) + len(new)} classes")
+    def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
+        values = outputs.gather("features", "label", "index")
+        features = F.normalize(values["features"].flatten(1).double(), dim=-1)
+        previous: Mapping[str, Tensor] = outputs.previous or {}
+        old_classes = previous["label"].unique().tolist() if previous else []
+        new_classes = [c for c in values["label"].unique().tolist() if c >= 0 and c not in old_classes]
+        num_classes = len(old_classes) + len(new_classes)
+        per_class = self.memory // max(num_classes, 1)
+        if per_class == 0:
+            raise ConfigError(f"exemplars: a memory of {self.memory} is too small for {num_classes} classes")
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        if before:
-            kept = before["rank"] < each
-            parts.append((before["index"][kept], before["label"][kept], before["rank"][kept]))
-        for own in new:
-            rows = (found["label"] == own).nonzero().flatten()
-            order = rows[herding_order(features[rows], min(each, len(rows)))]
-            parts.append((found["index"][order], torch.full_like(order, own), torch.arange(len(order))))
+        if previous:
+            keep = previous["rank"] < per_class
+            parts.append((previous["index"][keep], previous["label"][keep], previous["rank"][keep]))
+        for number in new_classes:
+            rows = (values["label"] == number).nonzero().flatten()
+            order = rows[herding_order(features[rows], min(per_class, len(rows)))]
+            parts.append((values["index"][order], torch.full_like(order, number), torch.arange(len(order))))
         if not parts:
-            raise ConfigError("exemplars: the source has no sample with a label")
+            raise ConfigError("exemplars: the source has no labelled sample")
         index, label, rank = (torch.cat(values) for values in zip(*parts, strict=True))
         order = index.sort(stable=True).indices
-        told = {"remembered": len(index), "memory": self.memory, "classes": len(old) + len(new)}
-        return {"index": index[order], "label": label[order], "rank": rank[order], "summary": told}
+        summary = {"stored": len(index), "memory": self.memory, "classes": num_classes}
+        return {"index": index[order], "label": label[order], "rank": rank[order], "summary": summary}
 
 
 def herding_order(features: Tensor, count: int) -> Tensor:
-    """Orders rows so that the mean of the first k is near the mean of all, for every k.
+    """Orders rows greedily such that the mean of the first k rows is close to the mean of all rows, for every k.
 
     Args:
         features: (rows, dimensions).
+        count: number of rows to return.
 
     Returns:
-        int64 (count,), the first of them.
+        int64 (count,), the first rows of the order.
     """
     mean, total = features.mean(0), torch.zeros_like(features[0])
-    free = torch.zeros(len(features), dtype=features.dtype)
+    penalty = torch.zeros(len(features), dtype=features.dtype)  # infinite for selected rows
     order = []
     for k in range(1, count + 1):
-        row = int((torch.linalg.vector_norm(mean - (features + total) / k, dim=-1) + free).argmin())
-        free[row] = torch.inf
+        row = int((torch.linalg.vector_norm(mean - (features + total) / k, dim=-1) + penalty).argmin())
+        penalty[row] = torch.inf
         total = total + features[row]
         order.append(row)
     return torch.tensor(order, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Splits the words of a command line into recipe and overrides."""
+"""Splits the words of a command line into a recipe and overrides."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from kdbench.errors import ConfigError
 
 
 def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes the recipe out of words in any order: it is the one that is no override."""
-    words = [word for word in arguments if word and "=" not in word and not word.startswith("~")]
-    overrides = [word for word in arguments if word and word not in words]
-    if not words:
-        from kdbench.config.paths import recipe_names
+    """Returns the recipe and the overrides of a command line, in any order. The recipe is the word without `=` or `~`.
 
-        known = ", ".join(recipe_names()) or "none are shipped"
-        raise ConfigError(f"which recipe? Give the path of a YAML file, or one of: {known}.")
-    if len(words) > 1:
-        raise ConfigError(f"one recipe at a time, got {', '.join(words)}; an override is written key=value.")
-    return words[0], overrides
+    Raises:
+        ConfigError: there is no recipe, or more than one.
+    """
+    recipes = [word for word in arguments if word and "=" not in word and not word.startswith("~")]
+    overrides = [word for word in arguments if word and word not in recipes]
+    if not recipes:
+        raise ConfigError("no recipe: expected a name of `kdbench list recipes`, or the path of a YAML file.")
+    if len(recipes) > 1:
+        raise ConfigError(f"expected one recipe, got {', '.join(recipes)}. An override is written key=value.")
+    return recipes[0], overrides

@@ -1,9 +1,10 @@
-"""`kdbench check`: everything but training, in seconds: who sees what, who teaches whom, what it costs."""
+"""`kdbench check`: plans every stage of a recipe and prints diagrams, tables and estimates; nothing is trained."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,165 +13,233 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from kdbench.cli.descriptions import describe_stage, shape_text, value_text
+from kdbench.cli.descriptions import (
+    dataset_text,
+    describe_stage,
+    mode_text,
+    part_text,
+    shape_text,
+    source_options_text,
+    value_text,
+)
 from kdbench.cli.diagram import draw_stage, stage_sequence
-from kdbench.config.schema import PartConfig, Recipe, RoleConfig, StageConfig
+from kdbench.config.schema import PartConfig, Recipe, StageConfig
 from kdbench.registry import TERMS
 
 if TYPE_CHECKING:
-    from kdbench.engine.plan.plan import StagePlan
+    from kdbench.engine.plan.plan import RolePlan, StagePlan
+
+PIPE_WIDTH = 160
+"""Columns of a table that goes to a pipe or a file, which has no width; 80 would fold the tables."""
+
+NUMBER_HEADINGS = ("samples", "classes", "batch size", "parameters", "trainable", "FLOPs/sample")
+"""Columns that are aligned to the right."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: its title, the headings of its columns, and the cells row by row."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def check_recipe(recipe: Recipe, *, brief: bool = False) -> int:
-    """Plans every stage and prints what would happen; `brief` prints one line (`check --all`).
+    """Plans every stage and prints the result; returns the exit code, 0.
+
+    Args:
+        brief: print one line (`kdbench check --all`).
 
     Raises:
-        ConfigError: anything that training would have failed at before its first step.
+        ConfigError: any error of the recipe that training would raise before its first step.
     """
+    # Imported here because they import torch, which `kdbench --help` and errors in a recipe must not.
     from kdbench.engine.device import describe_device, resolve_device
     from kdbench.experiment.artifacts import plan_stages
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a pipe has no width; 80 would fold the tables
+        console.width = max(console.width, PIPE_WIDTH)
     device = resolve_device(recipe.device)
     plans = plan_stages(recipe)
     if brief:
         notes = [note for plan in plans for note in plan.notes]
-        console.print(Text(f"{recipe.name}: good" + (f" ({notes[0]})" if notes else "")), soft_wrap=True)
+        console.print(Text(f"{recipe.name}: ok" + (f" ({notes[0]})" if notes else "")), soft_wrap=True)
         return 0
-    console.print(Text(recipe.name, style="bold"), Text(recipe.title))
-    if recipe.paper:
-        console.print(Text(f"paper: {recipe.paper}"))
-    console.print(Text(f"file: {recipe.file}"), Text(f"device: {describe_device(device)}"), sep="\n")
-    for text in recipe.baseline_removed:
-        console.print(Text(f"twin: {text}"))
-    if recipe.notes is not None:
-        notes = recipe.notes
-        console.print(
-            Text(f"basis: {notes.basis} ({'; '.join(notes.source)})" if notes.source else f"basis: {notes.basis}")
-        )
-        for label, items in (("differs", notes.differs), ("scaled down", notes.scaled_down)):
-            for item in items:
-                console.print(Text(f"{label}: {item}"))
-    if len(plans) > 1:
-        console.print(Text(f"\ncourse: {stage_sequence(recipe.stages)}", style="bold"))
-    told: dict[str, str] = {}
+    _print_header(console, recipe, describe_device(device))
+    printed_stages: dict[str, str] = {}
     for number, plan in enumerate(plans):
-        later = recipe.stages[number + 1 :]
-        same = _identical_stage(plan, told)
-        if same is not None:
-            console.print(Text(f"stage {plan.stage.name}: as {same}, in a later round\n"))
+        twin = _equal_stage(plan, printed_stages)
+        if twin is not None:
+            console.print(Text(f"stage {plan.stage.name}: as {twin}, in a later round\n"))
             continue
-        _print_stage(console, plan, later, several=len(plans) > 1)
+        _print_stage(console, plan, recipe.stages[number + 1 :], title=len(plans) > 1)
     if recipe.published:
         figure = recipe.published
-        console.print(Text(f"\npublished: {figure.top1} % top-1, {figure.source} (epoch: {figure.epoch})"))
+        console.print(Text(f"published: {figure.top1} % top-1 ({figure.source}; epoch: {figure.epoch})\n"))
     _print_recipe(console, recipe)
     return 0
 
 
-def _identical_stage(plan: StagePlan, told: dict[str, str]) -> str | None:
-    """The name of a stage that was told already and says the same, the numbers of rounds aside."""
-    rows = [*describe_stage(plan), *draw_stage(plan), *(_weights_cell(role) for role in plan.stage.roles.values())]
-    text = re.sub(r"@\d+", "@", "\n".join([plan.stage.name, *rows]))
-    before = told.get(text)
-    told.setdefault(text, plan.stage.name)
-    return before
-
-
-def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig], *, several: bool) -> None:
-    stage = plan.stage
+def _print_header(console: Console, recipe: Recipe, device: str) -> None:
+    title = f": {recipe.title}" if recipe.title else ""
+    console.print(Text.assemble((recipe.name, "bold"), title), soft_wrap=True)
+    lines = [("paper", recipe.paper), ("file", recipe.file), ("device", device)]
+    lines += [("baseline", text) for text in recipe.baseline_removed]
+    if recipe.notes is not None:
+        source = f" ({'; '.join(recipe.notes.source)})" if recipe.notes.source else ""
+        lines.append(("basis", recipe.notes.basis + source))
+        lines += [("differs", text) for text in recipe.notes.differs]
+        lines += [("scaled down", text) for text in recipe.notes.scaled_down]
+    if len(recipe.stages) > 1:
+        lines.append(("stages", stage_sequence(recipe.stages)))
+    for label, text in lines:
+        if text:
+            _print_sentence(console, f"{label}: {text}")
     console.print()
-    if several:
-        console.print(Text(f"stage {stage.name}", style="bold underline"))
+
+
+def _print_sentence(console: Console, text: str, indent: int = 0) -> None:
+    """Prints one sentence: wrapped on a terminal, on one line otherwise."""
+    if console.is_terminal:
+        console.print(Padding(Text(text), (0, 0, 0, indent)))
+    else:
+        console.print(Text(" " * indent + text), soft_wrap=True)
+
+
+def _equal_stage(plan: StagePlan, printed_stages: dict[str, str]) -> str | None:
+    """Returns the name of an earlier stage that prints the same except for the number of the round; adds this stage."""
+    rows = [line for section in stage_sections(plan) for row in section.rows for line in row]
+    lines = [plan.stage.name, *describe_stage(plan), *draw_stage(plan), *rows]
+    text = re.sub(r"@\d+", "@", "\n".join(lines))
+    earlier = printed_stages.get(text)
+    printed_stages.setdefault(text, plan.stage.name)
+    return earlier
+
+
+def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig], *, title: bool) -> None:
+    if title:
+        console.print(Text(f"stage {plan.stage.name}", style="bold underline"))
     for line in draw_stage(plan, later):
         console.print(Text(line), soft_wrap=True)
     console.print()
-    console.print(_roles_table(plan))
-    console.print()
-    console.print(_terms_table(plan))
-    console.print()
-    if any(not feature.is_output for role in plan.roles.values() for feature in role.features):
-        console.print(_features_table(plan))
-        console.print()
-    console.print(Text("in words", style="bold"))
+    for section in stage_sections(plan):
+        if section.rows:
+            console.print(_table(section))
+            console.print()
+    console.print(Text("details", style="bold"))
     for sentence in describe_stage(plan):
-        if console.is_terminal:
-            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-        else:
-            console.print(Text(f"  {sentence}"), soft_wrap=True)
+        _print_sentence(console, sentence, indent=2)
     console.print()
 
 
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+def stage_sections(plan: StagePlan) -> list[Section]:
+    """Returns the tables of a stage: data, roles, terms, and the features that are read, if any is not an output."""
+    sections = [_sources_section(plan), _roles_section(plan), _terms_section(plan)]
+    if any(not feature.is_output for role in plan.roles.values() for feature in role.features):
+        sections.append(_features_section(plan))
+    return sections
+
+
+def _table(section: Section) -> Table:
+    """Lays out a table, without the columns that are empty."""
+    table = Table(
+        title=section.title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    columns = [number for number in range(len(section.headings)) if any(row[number] for row in section.rows)]
+    for number in columns:
+        heading = section.headings[number]
+        table.add_column(heading, justify="right" if heading in NUMBER_HEADINGS else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*(Text(row[number]) for number in columns))
     return table
 
 
-def _roles_table(plan: StagePlan) -> Table:
-    numbers = ("parameters", "trainable", "FLOPs/sample")
-    table = _table("roles", "role", "model", "sees", "lives", *numbers, "weights", right=numbers)
-    for name, role in plan.roles.items():
-        config = role.config
-        lives = config.mode if config.source_role is None else f"{config.mode} of {config.source_role}"
-        stops = f" (runs as far as {role.stop_module})" if role.stop_module else ""
-        table.add_row(
-            name,
-            role.model,
-            config.input,
-            lives + stops,
-            f"{role.parameters:,}",
-            f"{role.trainable_parameters:,}",
-            _number_cell(role.flops),
-            _weights_cell(config),
-        )
-    return table
-
-
-def _terms_table(plan: StagePlan) -> Table:
-    table = _table("terms", "term", "type", "space", "weight", "student", "teacher", "parameters", "adapter")
-    for name in plan.stage.terms:
-        config = plan.stage.terms[name]
-        space = TERMS.entry(config.type).facts.get("space", "row")
-        for number, edge in enumerate(config.edges):
-            first = number == 0
-            adapters = plan.adapters.get(name, ())
-            table.add_row(
-                name if first else "",
-                config.type if first else "",
-                str(space) if first else "",
-                value_text(config.weight) if first else "",
-                str(edge.student),
-                str(edge.teacher) if edge.teacher else "-",
-                ", ".join(f"{k} {value_text(v)}" for k, v in config.params.items()) if first else "",
-                adapters[number] if number < len(adapters) else "",
+def _sources_section(plan: StagePlan) -> Section:
+    rows = []
+    for name, spec in plan.specs.items():
+        config = plan.stage.data[name]
+        is_stepped = name in plan.resolved_stage.step_sources(plan.stage)
+        rows.append(
+            (
+                name,
+                dataset_text(config, has_split=bool(spec.classes)),
+                "not counted yet" if spec.samples is None else f"{spec.samples:,}",
+                str(spec.classes or ""),
+                ", ".join(f"{field} {shape_text(shape)}" for field, (shape, _) in spec.fields.items() if shape),
+                str(config.batch_size) if is_stepped else "",
+                source_options_text(config),
             )
-    return table
+        )
+    return Section("data", ("source", "dataset", "samples", "classes", "fields", "batch size", "options"), tuple(rows))
 
 
-def _features_table(plan: StagePlan) -> Table:
-    table = _table("features that the terms read", "role", "path", "shape of one sample", "note")
+def _roles_section(plan: StagePlan) -> Section:
+    rows = []
+    for name, role in plan.roles.items():
+        stop = f" (stops after {role.stop_module})" if role.stop_module else ""
+        rows.append(
+            (
+                name,
+                role.model,
+                ", ".join([role.config.input, *role.config.extra_inputs]),
+                mode_text(role.config) + stop,
+                f"{role.parameters:,}",
+                f"{role.trainable_parameters:,}",
+                _count_cell(role.flops),
+                _weights_cell(role),
+            )
+        )
+    headings = ("role", "model", "input", "mode", "parameters", "trainable", "FLOPs/sample", "weights")
+    return Section("roles", headings, tuple(rows))
+
+
+def _terms_section(plan: StagePlan) -> Section:
+    rows: list[tuple[str, ...]] = []
+    for name, config in plan.stage.terms.items():
+        entry = TERMS.entry(config.type)
+        space, target = str(entry.facts.get("space", "row")), "labels" if "label" in entry.inputs else "-"
+        params = part_text(PartConfig(type="", params=config.params)).strip("()")
+        adapters = plan.adapters.get(name, ())
+        for number, edge in enumerate(config.edges):
+            common = (name, config.type, space, value_text(config.weight)) if number == 0 else ("",) * 4
+            operands = (str(edge.student), str(edge.teacher) if edge.teacher else target)
+            adapter = adapters[number] if number < len(adapters) else ""
+            rows.append((*common, *operands, params if number == 0 else "", adapter))
+    headings = ("term", "type", "space", "weight", "student", "teacher", "parameters", "adapter")
+    return Section("terms", headings, tuple(rows))
+
+
+def _features_section(plan: StagePlan) -> Section:
+    rows = []
     for name, role in plan.roles.items():
         for feature, shape in role.features.items():
-            note = "cloned: overwritten in place later in the forward" if feature in role.overwritten_features else ""
-            table.add_row(name, str(feature), shape_text(shape), note)
-    return table
+            note = "copied: a later layer overwrites it in place" if feature in role.overwritten_features else ""
+            rows.append((name, str(feature), shape_text(shape), note))
+    return Section("features", ("role", "path", "shape of one sample", "note"), tuple(rows))
 
 
-def _weights_cell(config: RoleConfig) -> str:
-    weights = config.weights
+def _weights_cell(role: RolePlan) -> str:
+    config, weights = role.config, role.config.weights
+    if config.artifact is not None:
+        return config.artifact
+    if config.source_role is not None:
+        return f"of {config.source_role}"
     if weights is None:
-        return "from the seed" if config.source_role is None else f"of {config.source_role}"
+        return "random" if role.parameters else "none"
     if weights.recipe:
         model = weights.model.type if isinstance(weights.model, PartConfig) else weights.model
         return f"recipe {weights.recipe}" + (f" ({model})" if model else "")
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
 
 
-def _number_cell(number: int) -> str:
+def _count_cell(number: int) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -178,12 +247,13 @@ def _number_cell(number: int) -> str:
 
 
 def _print_recipe(console: Console, recipe: Recipe) -> None:
-    from kdbench.config.load import dump_recipe
+    """Prints the composed recipe as YAML."""
+    from kdbench.config.load import dump_recipe  # imports OmegaConf, which only this command needs here
 
-    console.print(Text("\nthe recipe, composed", style="bold"))
+    console.print(Text("recipe, with groups and overrides merged", style="bold"))
     text = dump_recipe(recipe)
     if console.is_terminal:
-        # The terminal's own colours: rich's default theme cannot be read on a light ground.
+        # The terminal's own colours: rich's default theme is unreadable on a light background.
         console.print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))
     else:
         console.print(Text(text), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The launcher `hydra/launcher=gang`: the jobs of a sweep train in one process, taking turns by steps."""
+"""The launcher `hydra/launcher=concurrent`: trains the jobs of a sweep in one process, alternating step by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from omegaconf import open_dict
 
+from kdbench.cli import train
 from kdbench.cli.jobs import Job
 from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
@@ -24,21 +26,22 @@ if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
     from kdbench.speed.concurrent.dispatcher import ConcurrentRun
 
-
 NAME = "concurrent"
 
-
 PLUGIN_MODULE = "hydra_plugins.kdbench_concurrent"
-"""Hydra takes plug-ins from `hydra_plugins` only. The module is made when kdbench asks for it, so that no other program
-of Hydra's finds it installed and loads kdbench."""
+"""Hydra accepts plug-ins from the package `hydra_plugins` only.
+
+`register_launcher` creates this module at run time. If it were installed, every program that uses Hydra would load
+kdbench.
+"""
 
 
 @dataclass
 class ConcurrentLauncherConfig:
-    """What `hydra.launcher.KEY=...` sets.
+    """The settings `hydra.launcher.KEY=...`.
 
-    size: how many runs train at a time; None: all that fit together.
-    stack: whether runs of one architecture step as one stack of channels: auto (the faster form), true, false.
+    size: largest number of runs that train at a time; None: no limit.
+    stack: train runs of one architecture as one network of grouped layers: auto (when it is faster), true or false.
     """
 
     _target_: str = f"{PLUGIN_MODULE}.ConcurrentLauncher"
@@ -46,8 +49,21 @@ class ConcurrentLauncherConfig:
     stack: Any = "auto"
 
 
+@dataclass
+class _Group:
+    """Jobs that train concurrently: their common settings, the identities of their runs, and their positions."""
+
+    settings: dict[str, Any]
+    identities: set[str] = field(default_factory=set)
+    positions: list[int] = field(default_factory=list)
+
+    def accepts(self, settings: dict[str, Any], run: str, size: int | None) -> bool:
+        """True for a run with equal settings that is not in the group, while the group is not full."""
+        return self.settings == settings and run not in self.identities and (size is None or len(self.positions) < size)
+
+
 class ConcurrentLauncher(Launcher):
-    """Trains jobs that share device, number formats and data as a gang; the others in gangs of their own, or alone."""
+    """Trains jobs with equal device, precision and data concurrently, and the groups one after another."""
 
     def __init__(self, size: Any = None, stack: Any = "auto") -> None:
         self.size, self.stack = size, stack
@@ -58,63 +74,67 @@ class ConcurrentLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        self._check()
-        jobs = [self._compose_job(number, list(words)) for number, words in enumerate(job_overrides, initial_job_idx)]
+        """Trains the jobs; returns their results in order.
+
+        Raises:
+            ConfigError: a setting of the launcher is invalid.
+        """
+        self._check_settings()
+        jobs = [self._compose_job(number, list(texts)) for number, texts in enumerate(job_overrides, initial_job_idx)]
         for job in jobs:
             job.start()
-        ready = [job for job in jobs if job.recipe is not None]
-        labels = job_labels([job.overrides for job in ready])
-        for numbers in self._group_jobs([job.recipe for job in ready if job.recipe is not None]):
-            _train_jobs([ready[n] for n in numbers], [labels[n] for n in numbers], self.stack)
+        ready_jobs = [job for job in jobs if job.recipe is not None]
+        labels = job_labels([job.overrides for job in ready_jobs])
+        for positions in self._group_jobs([job.loaded_recipe() for job in ready_jobs]):
+            _train_jobs([ready_jobs[n] for n in positions], [labels[n] for n in positions], self.stack)
         return [_job_return(job) for job in jobs]
 
-    def _check(self) -> None:
+    def _check_settings(self) -> None:
         if self.size is not None and (type(self.size) is not int or self.size < 1):
-            place = Location(override=f"hydra.launcher.size={self.size}")
-            raise ConfigError(f"{place}: how many runs train at a time is a number from 1, or null for all.")
+            location = Location(override=f"hydra.launcher.size={self.size}")
+            raise ConfigError(f"{location}: expected a number from 1, or null for no limit.")
         if self.stack not in ("auto", True, False):
-            place = Location(override=f"hydra.launcher.stack={self.stack}")
-            raise ConfigError(f"{place}: expected auto, true or false.")
+            location = Location(override=f"hydra.launcher.stack={self.stack}")
+            raise ConfigError(f"{location}: expected auto, true or false.")
 
-    def _compose_job(self, number: int, words: list[str]) -> Job:
-        from omegaconf import open_dict
-
-        config = self.context.config_loader.load_sweep_config(self.config, words)
+    def _compose_job(self, number: int, overrides: list[str]) -> Job:
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-            node = config.pop("hydra")
-        return Job(config, node)
+            hydra_config = config.pop("hydra")
+        return Job(config, hydra_config)
 
     def _group_jobs(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """Which jobs train together, in the order in which the gangs do; says why not all of them."""
+        """Returns the positions of the jobs that train concurrently, group by group; prints why there are several."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _notice("several processes train each run (torchrun): the runs train one after another.")
-            return [[number] for number in range(len(recipes))]
-        gangs: list[tuple[dict[str, Any], set[str], list[int]]] = []
-        for number, recipe in enumerate(recipes):
-            facts, run = _shared_settings(recipe), identity(recipe)
-            fitting = (gang for gang in gangs if gang[0] == facts and run not in gang[1])
-            found = next((gang for gang in fitting if self.size is None or len(gang[2]) < self.size), None)
-            if found is None:
-                if gangs:
-                    self._notice_separation(number, facts, run, gangs)
-                gangs.append(found := (facts, set(), []))
-            found[1].add(run)
-            found[2].append(number)
-        return [numbers for _, _, numbers in gangs]
+            _notice("torchrun trains each run in several processes: the runs train one after another.")
+            return [[position] for position in range(len(recipes))]
+        groups: list[_Group] = []
+        for position, recipe in enumerate(recipes):
+            settings, run = _shared_settings(recipe), identity(recipe)
+            group = next((group for group in groups if group.accepts(settings, run, self.size)), None)
+            if group is None:
+                if groups:
+                    _notice_new_group(position, settings, run, groups[0])
+                group = _Group(settings)
+                groups.append(group)
+            group.identities.add(run)
+            group.positions.append(position)
+        return [group.positions for group in groups]
 
-    def _notice_separation(self, number: int, facts: dict[str, Any], run: str, gangs: Sequence[Any]) -> None:
-        first, runs, _ = gangs[0]
-        other = [what for what, value in facts.items() if first[what] != value]
-        if other:
-            _notice(f"job {number} has other {' and '.join(other)} than the first: it trains after it, not beside it.")
-        elif run in runs:
-            _notice(f"job {number} is the same run as an earlier one: it waits for that one's result.")
+
+def _notice_new_group(position: int, settings: dict[str, Any], run: str, first_group: _Group) -> None:
+    """Prints why a job cannot train with the first group, unless the group is full."""
+    differences = [name for name, value in settings.items() if first_group.settings[name] != value]
+    if differences:
+        _notice(f"job {position} differs from the first in {' and '.join(differences)}: it trains afterwards.")
+    elif run in first_group.identities:
+        _notice(f"job {position} is the same run as an earlier job: it waits for that result.")
 
 
 def register_launcher() -> None:
-    """Makes the launcher known to Hydra, in this process."""
-    plugins = Plugins.instance()  # by now it has looked for installed ones
+    """Registers the launcher with Hydra in this process."""
+    plugins = Plugins.instance()  # scans the installed plug-ins, before the module below exists
     try:
         importlib.import_module("hydra_plugins")
     except ImportError:
@@ -128,7 +148,7 @@ def register_launcher() -> None:
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
-    """What runs must share to train together, by what it is called."""
+    """Returns the settings that concurrent runs must have in common, by the name that messages use."""
     data = [
         [(name, source.dataset, source.split, source.artifact) for name, source in stage.data.items()]
         for stage in recipe.stages
@@ -141,20 +161,19 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What sets each job apart: its overrides that not all others have too."""
-    given = [[word.lstrip("+") for word in words] for words in jobs]
-    common = set.intersection(*(set(words) for words in given)) if given else set()
-    labels = [" ".join(word for word in words if word not in common) for words in given]
+    """Returns a label for each job: the overrides that not all jobs have."""
+    overrides_by_job = [[text.lstrip("+") for text in overrides] for overrides in jobs]
+    common = set.intersection(*(set(overrides) for overrides in overrides_by_job)) if overrides_by_job else set()
+    labels = [" ".join(text for text in overrides if text not in common) for overrides in overrides_by_job]
     return [label or f"job {number}" for number, label in enumerate(labels)]
 
 
 def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
-    """Trains a gang, or a job alone."""
-    from kdbench.cli.train import print_outcome, train_recipe
-
+    """Trains one group of jobs concurrently, or a single job as `kdbench train` does."""
     if len(jobs) == 1:
-        jobs[0].run_training(lambda: train_recipe(jobs[0].loaded_recipe()))
+        jobs[0].run_training(lambda: train.train_recipe(jobs[0].loaded_recipe()))
         return
+    # Imported here because they import torch, which a mistake in the recipe must not wait for.
     from kdbench.engine.device import resolve_device
     from kdbench.speed.concurrent.dispatcher import Dispatcher
 
@@ -164,32 +183,32 @@ def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
         for job in jobs:
             job.record_failure(error)
         return
-    gang: Dispatcher[None] = Dispatcher(labels, device, stack=stack, say=_notice)
-    for ended in gang.run([_task(job, label) for job, label in zip(jobs, labels, strict=True)]):
-        if ended is not None:
-            raise ended
+    dispatcher: Dispatcher[None] = Dispatcher(labels, device, stack=stack, notice=_notice)
+    for error in dispatcher.run_all([_task(job, label) for job, label in zip(jobs, labels, strict=True)]):
+        if error is not None:
+            raise error
     for job, label in zip(jobs, labels, strict=True):
         if job.outcome is not None:
             print(f"\n{label}", flush=True)
-            print_outcome(job.outcome)
+            train.print_outcome(job.outcome)
 
 
 def _task(job: Job, label: str) -> Callable[[ConcurrentRun], None]:
-    """Trains one job as a member; what fails is told at once, and the others go on."""
-    from kdbench.experiment.run import run
+    """Returns the function that trains one job in its concurrent run; a failure leaves the other runs alone."""
+    from kdbench.experiment.run import run as run_experiment
     from kdbench.report.console import ConsoleReporter
 
-    def trained(member: ConcurrentRun) -> Outcome:
-        return run(job.loaded_recipe(), console=ConsoleReporter(prefix=label, bar=False), on_stage_ready=member.attend)
+    def train_job(concurrent_run: ConcurrentRun) -> Outcome:
+        console = ConsoleReporter(prefix=label, bar=False)
+        return run_experiment(job.loaded_recipe(), console=console, on_stage_ready=concurrent_run.join)
 
-    return lambda member: job.run_training(lambda: trained(member))
+    return lambda concurrent_run: job.run_training(lambda: train_job(concurrent_run))
 
 
 def _job_return(job: Job) -> JobReturn:
-    """How a job ended, as a sweeper wants to know it."""
-    failed = job.failure is not None
-    value = job.failure if failed else job.objective()
-    status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+    """Returns the result of a job in the form that sweepers expect."""
+    value = job.objective() if job.failure is None else job.failure
+    status = JobStatus.COMPLETED if job.failure is None else JobStatus.FAILED
     return JobReturn(job.overrides, job.config, job.hydra_config, os.getcwd(), "kdbench", status, value)
 
 

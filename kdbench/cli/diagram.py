@@ -1,4 +1,4 @@
-"""A stage as a small drawing: who sees what, who teaches whom, who moves by what and when, what is handed on."""
+"""Draws a stage as text: inputs of roles, terms between roles, updates, artifacts, outputs for later stages."""
 
 from __future__ import annotations
 
@@ -13,36 +13,32 @@ if TYPE_CHECKING:
     from kdbench.engine.plan.dry_run import UpdatePlan
     from kdbench.engine.plan.plan import StagePlan
 
-
-LABELS = ("sees", "teaches", "moves", "makes", "hands on")
-
-
+LABELS = ("inputs", "terms", "updates", "artifacts", "outputs")
 INDENT = max(len(label) for label in LABELS) + 2
 
 
 def draw_stage(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
-    """Draws one stage, line by line.
+    """Draws one stage; returns the lines.
 
     Args:
-        later: the stages after it, of which some may start from what it leaves.
+        later: the stages after this one; `outputs` lists what they read from it.
     """
     stage = plan.stage
-    sections = {
-        "sees": list(_input_lines(plan)),
-        "teaches": list(_term_lines(stage, plan.resolved_stage.terms)),
-        "moves": list(_update_lines(plan.updates)),
-        "makes": list(_artifact_lines(stage)),
-        "hands on": list(_later_stage_lines(stage, later)),
-    }
-    lines = []
-    for label, body in sections.items():
-        for number, line in enumerate(body):
-            lines.append(f"{label if number == 0 else '':<{INDENT}}{line}")
+    sections = (
+        _input_lines(plan),
+        _term_lines(stage, plan.resolved_stage.terms),
+        _update_lines(plan.updates),
+        _artifact_lines(stage),
+        _output_lines(stage, later),
+    )
+    lines: list[str] = []
+    for label, section in zip(LABELS, sections, strict=True):
+        lines += [f"{'' if number else label:<{INDENT}}{line}" for number, line in enumerate(section)]
     return lines
 
 
 def stage_sequence(stages: Sequence[StageConfig]) -> str:
-    """The stages in their order, the rounds of a loop told once: `prepare -> 4 x (train -> query)`."""
+    """Returns the stages in order, with a loop written once: `prepare -> 4 x (train -> query)`."""
     parts: list[str] = []
     position = 0
     names = [stage.name for stage in stages]
@@ -52,115 +48,130 @@ def stage_sequence(stages: Sequence[StageConfig]) -> str:
             parts.append(base)
             position += 1
             continue
+        # A loop's rounds are expanded as `a@1 b@1 a@2 b@2`: the first round gives the body, the rest is counted.
         body = [base]
         while position + len(body) < len(names) and names[position + len(body)].endswith(f"@{number}"):
             body.append(names[position + len(body)].partition("@")[0])
         rounds = 0
-        expected = int(number)
-        while names[position : position + len(body)] == [f"{name}@{expected}" for name in body]:
+        while names[position : position + len(body)] == [f"{name}@{int(number) + rounds}" for name in body]:
             position += len(body)
             rounds += 1
-            expected += 1
         inner = " -> ".join(body)
         parts.append(f"{rounds} x ({inner})" if len(body) > 1 else f"{rounds} x {inner}")
     return " -> ".join(parts)
 
 
+def active_roles(plan: StagePlan) -> list[str]:
+    """Returns the roles that run in a stage: evaluated roles, roles that operands read, and the roles before them."""
+    stage = plan.stage
+    queue = [stage.export, *stage.evaluate]
+    queue += [leaf.role for leaf in stage.read_operands(plan.resolved_stage.terms) if leaf.kind == "role"]
+    active: set[str] = set()
+    while queue:
+        name = queue.pop()
+        if name not in active:
+            active.add(name)
+            queue += stage.roles[name].upstream_roles
+    return [name for name in plan.resolved_stage.order if name in active]
+
+
+def is_trained(stage: StageConfig) -> bool:
+    """False for a stage of 0 epochs or steps, which only evaluates or builds artifacts."""
+    return stage.epochs != 0 and stage.steps != 0
+
+
+def is_never_updated(role: RoleConfig, stage: StageConfig) -> bool:
+    """True for a trainable role that none of the stage's updates names."""
+    if role.mode != "trainable" or not stage.updates:
+        return False
+    updated = [stage.roles[name] for update in stage.updates for name in update.models]
+    # An update of a role that reuses this network updates this network.
+    return not any(role.name in (model.name, model.source_role if model.mode == "reuse" else None) for model in updated)
+
+
+def weights_text(role: RoleConfig) -> str:
+    """Returns the origin of a role's weights (`from digits/teacher at epoch 3`), or "" for random initial weights."""
+    weights = role.weights
+    if weights is None:
+        return ""
+    origin = f"stage {weights.stage}" if weights.stage else weights.recipe or weights.path
+    roles = ""
+    if len(weights.role) > 1:
+        roles = f", mean of {' and '.join(weights.role)}"
+    elif weights.role and weights.role[0] != role.name:
+        roles = f", role {weights.role[0]}"
+    return f"from {origin}{roles}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
+
+
+def updated_models(update: UpdatePlan) -> str:
+    """Returns the models of an update with a parameter that its terms reach."""
+    names = [
+        name
+        for name in update.config.models
+        if any(parameter.startswith(f"{name}.") for parameter in update.parameters)
+    ]
+    return ", ".join(names) or "the terms' own parameters"
+
+
 def _input_lines(plan: StagePlan) -> Iterator[str]:
-    """The fields of the sources, and below each the roles that see it, and those that see these."""
+    """Yields each field of a source that is read, and below it the tree of roles that read it."""
     stage = plan.stage
     children: dict[str, list[str]] = {}
     for name in active_roles(plan):
-        children.setdefault(_root_name(stage.roles[name].input), []).append(name)
+        children.setdefault(_parent(stage.roles[name].input), []).append(name)
     for address in (address for address in children if "." in address and ":" not in address):
         yield address
         yield from _branch_lines(stage, children, address, "")
 
 
-def active_roles(plan: StagePlan) -> list[str]:
-    """The roles that run in a stage: what terms and makers read, what is measured, and what those see."""
-    stage = plan.stage
-    waiting = [stage.export, *stage.evaluate]
-    waiting += [leaf.role for leaf in stage.read_operands(plan.resolved_stage.terms) if leaf.kind == "role"]
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            role = stage.roles[name]
-            waiting += [_root_name(address) for address in (role.input, *role.extra_inputs) if ":" in address]
-    return [name for name in plan.resolved_stage.order if name in found]
-
-
-def _root_name(address: str) -> str:
-    """The role that an address belongs to, or the field of a source itself."""
-    return address.split(":", 1)[0] if ":" in address else address
+def _parent(address: str) -> str:
+    """Returns the role of `ROLE:PATH`; an address of a source stays as it is."""
+    return address.split(":", 1)[0]
 
 
 def _branch_lines(stage: StageConfig, children: Mapping[str, Sequence[str]], parent: str, lead: str) -> Iterator[str]:
-    own = children.get(parent, ())
-    for number, name in enumerate(own):
-        last = number == len(own) - 1
+    names = children.get(parent, ())
+    for number, name in enumerate(names):
+        is_last = number == len(names) - 1
         role = stage.roles[name]
         path = role.input.split(":", 1)[1] if ":" in role.input else ""
-        at = f"{path} " if path not in ("", "logits", "image") else ""
-        besides = f" with {', '.join(role.extra_inputs)}" if role.extra_inputs else ""
-        yield f"{lead}{'└─' if last else '├─'} {at}{'» ' if at else ''}{name}{besides} ({_role_text(role, stage)})"
-        yield from _branch_lines(stage, children, name, f"{lead}{'   ' if last else '│  '}")
-
-
-def is_never_updated(role: RoleConfig, stage: StageConfig) -> bool:
-    """Whether a role could learn, but the stage has updates and none of them names it."""
-    if role.mode != "trainable" or not stage.updates:
-        return False
-    named = [stage.roles[name] for update in stage.updates for name in update.models]
-    return all(role.name not in (one.name, one.source_role if one.mode == "reuse" else None) for one in named)
+        feature = f"{path} » " if path not in ("", "logits", "image") else ""
+        extra_inputs = f" with {', '.join(role.extra_inputs)}" if role.extra_inputs else ""
+        yield f"{lead}{'└─' if is_last else '├─'} {feature}{name}{extra_inputs} ({_role_text(role, stage)})"
+        yield from _branch_lines(stage, children, name, f"{lead}{'   ' if is_last else '│  '}")
 
 
 def _role_text(role: RoleConfig, stage: StageConfig) -> str:
-    words = {
+    trainable = "train mode, not updated" if is_never_updated(role, stage) else "trained"
+    mode = {
         "frozen": "frozen",
-        "trainable": "in train mode, moved by nothing" if is_never_updated(role, stage) else "learns",
-        "ema": f"average of {role.source_role}",
-        "snapshot": f"copy of {role.source_role}",
-        "reuse": f"{role.source_role}{':' + role.module_path if role.module_path else ''} itself",
+        "trainable": trainable if is_trained(stage) else "not trained",
+        "ema": f"EMA of {role.source_role}",
+        "snapshot": f"snapshot of {role.source_role}",
+        "reuse": f"reuses {role.source_role}{':' + role.module_path if role.module_path else ''}",
     }[role.mode]
-    where = weights_text(role)
-    return words + (f", {where}" if where else "") + (", the result" if role.name == stage.export else "")
-
-
-def weights_text(role: RoleConfig) -> str:
-    """Where a role's weights come from, in words; empty where they are drawn from the seed."""
-    weights = role.weights
-    if weights is None:
-        return ""
-    where = f"stage {weights.stage}" if weights.stage else weights.recipe or weights.path
-    own = ""
-    if len(weights.role) > 1:
-        own = f", the mean of {' and '.join(weights.role)}"
-    elif weights.role and weights.role[0] != role.name:
-        own = f", its {weights.role[0]}"
-    return f"from {where}{own}" + (f" at epoch {weights.epoch}" if weights.epoch is not None else "")
+    exported = "exported" if role.name == stage.export else ""
+    artifact = f"artifact {role.artifact}" if role.artifact else ""
+    return ", ".join(text for text in (mode, artifact, weights_text(role), exported) if text)
 
 
 def _term_lines(stage: StageConfig, terms: Sequence[str]) -> Iterator[str]:
     configs = [stage.terms[name] for name in terms]
-    drawn = [(_teacher_label(edge, config), config, edge) for config in configs for edge in config.edges]
-    width = max((len(teacher) for teacher, _, _ in drawn), default=0)
-    for teacher, config, edge in drawn:
-        away = isinstance(config.weight, int | float) and config.weight < 0
-        name = f"{config.name}, away" if away else config.name
-        how = [
-            f"{word} by {part.type}"
-            for word, part in (("routed", config.route), ("weighed", config.sample_weight))
-            if part
-        ]
-        how += [f"where {config.mask}"] if config.mask else []
-        named = [f"{name} {_operand_label(operand)}" for name, operand in config.operands.items()]
-        how += [f"with {', '.join(named)}"] if named else []
-        both = config.teacher_grad and edge.teacher is not None
-        told = f"  ({', '.join(how)})" if how else ""
-        yield f"{teacher:>{width}} {'<' if both else '─'}─ {name} ─> {_operand_label(edge.student)}{told}"
+    edges = [(_teacher_label(edge, config), config, edge) for config in configs for edge in config.edges]
+    width = max((len(teacher) for teacher, _, _ in edges), default=0)
+    for teacher, config, edge in edges:
+        is_maximized = isinstance(config.weight, int | float) and config.weight < 0
+        name = f"{config.name}, maximized" if is_maximized else config.name
+        parts = (("router", config.route), ("sample weight", config.sample_weight))
+        options = [f"{kind} {part.type}" for kind, part in parts if part]
+        options += [f"mask {config.mask}"] if config.mask else []
+        operands = [f"{name} = {_operand_label(operand)}" for name, operand in config.operands.items()]
+        options += [f"with {', '.join(operands)}"] if operands else []
+        # An arrow at both ends: the term has a gradient to the teacher too.
+        has_teacher_gradient = config.teacher_grad and edge.teacher is not None
+        suffix = f"  ({', '.join(options)})" if options else ""
+        arrow = f"{'<' if has_teacher_gradient else '─'}─ {name} ─>"
+        yield f"{teacher:>{width}} {arrow} {_operand_label(edge.student)}{suffix}"
 
 
 def _teacher_label(edge: EdgeConfig, config: TermConfig) -> str:
@@ -170,73 +181,72 @@ def _teacher_label(edge: EdgeConfig, config: TermConfig) -> str:
 
 
 def _operand_label(operand: OperandConfig) -> str:
-    """An address without what goes without saying."""
+    """Returns an operand's address without the default `:logits`."""
     if operand.combiner is not None:
         return f"{operand.combiner.type}({', '.join(_operand_label(part) for part in operand.parts)})"
     return re.sub(r":logits$", "", str(operand))
 
 
-def updated_models(update: UpdatePlan) -> str:
-    """The models that an update really moves: those with a parameter that its terms reach."""
-    found = [name for name in update.config.models if any(p.startswith(f"{name}.") for p in update.parameters)]
-    return ", ".join(found) or "the terms' own parameters"
-
-
 def _update_lines(updates: Sequence[UpdatePlan]) -> Iterator[str]:
     number = 0
-    before: int | None = None
+    previous_group: int | None = None
     for plan in updates:
         update = plan.config
-        together = update.group is not None and update.group == before
-        before = update.group
-        number += not together
-        how = f", {update.repeat} times" if update.repeat > 1 else ""
+        # The updates of a group compute gradients at the same weights, so they share a number (`&` from the second on).
+        is_joined = update.group is not None and update.group == previous_group
+        previous_group = update.group
+        number += not is_joined
+        options = f", {update.repeat} times" if update.repeat > 1 else ""
         if update.select is not None and update.keep is not None:
-            how += f", on {update.keep:g} of the rows, chosen by {update.select.type}"
+            options += f", on {update.keep:g} of the rows, selected by {update.select.type}"
         if update.inner_step is not None:
-            how += f", after a virtual step of {', '.join(update.inner_step.models)} by {', '.join(update.inner_step.terms)}"
-        label = f"{number}." if not together else "&".rjust(len(f"{number}."))
-        yield f"{label + ' ' if len(updates) > 1 else ''}{updated_models(plan)} by {', '.join(update.terms)}{how}"
+            inner = update.inner_step
+            options += f", through an inner step of {', '.join(inner.models)} on {', '.join(inner.terms)}"
+        label = "&".rjust(len(f"{number}.")) if is_joined else f"{number}."
+        prefix = f"{label} " if len(updates) > 1 else ""
+        yield f"{prefix}{updated_models(plan)} on {', '.join(update.terms)}{options}"
 
 
 def _artifact_lines(stage: StageConfig) -> Iterator[str]:
-    for name, make in stage.artifacts.items():
-        kind = ARTIFACTS.entry(make.part.type).facts.get("produces", "thing")
-        source = f" over {make.source}" if make.source else ""
-        read = ", ".join(_operand_label(operand) for operand in make.part.operands.values())
-        yield f"{stage.name}.{name}, a {kind}, by {make.part.type}{source}{' from ' + read if read else ''}"
+    for name, artifact in stage.artifacts.items():
+        part = artifact.part
+        product = ARTIFACTS.entry(part.type).facts.get("produces", "artifact")
+        source = f" over source {artifact.source}" if artifact.source else ""
+        operands = ", ".join(_operand_label(operand) for operand in part.operands.values())
+        yield f"{stage.name}.{name}: {product}, by {part.type}{source}{' from ' + operands if operands else ''}"
 
 
-def _later_stage_lines(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[str]:
-    """What later stages start from, each with all the stages that do."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for other in later:
-        for what, becomes in _dependencies(stage, other):
-            found.setdefault((what, becomes), []).append(other.name)
-    for (what, becomes), names in found.items():
-        shown = f"stages {names[0]} to {names[-1]}" if len(names) > 2 else f"stage {' and '.join(names)}"
-        yield f"{what} ─> {becomes} {shown}"
+def _output_lines(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[str]:
+    """Yields what later stages read from this one, with the stages that read it."""
+    readers: dict[tuple[str, str], list[str]] = {}
+    for reader in later:
+        for output, purpose in _dependencies(stage, reader):
+            readers.setdefault((output, purpose), []).append(reader.name)
+    for (output, purpose), names in readers.items():
+        stages = f"stages {names[0]} to {names[-1]}" if len(names) > 2 else f"stage {' and '.join(names)}"
+        yield f"{output} ─> {purpose} {stages}"
 
 
-def _dependencies(stage: StageConfig, other: StageConfig) -> Iterator[tuple[str, str]]:
-    """What another stage takes from this one, and what becomes of it there."""
-    for role in other.roles.values():
+def _dependencies(stage: StageConfig, reader: StageConfig) -> Iterator[tuple[str, str]]:
+    """Yields the outputs of a stage that another stage reads, each with its purpose there."""
+    for role in reader.roles.values():
         if role.weights is not None and role.weights.stage == stage.name:
-            own = " and ".join(role.weights.role) or role.name
-            yield f"{'the mean of ' if len(role.weights.role) > 1 else ''}{own}", f"{role.name} of"
+            origin = " and ".join(role.weights.role) or role.name
+            yield f"{'mean of ' if len(role.weights.role) > 1 else ''}{origin}", f"{role.name} of"
         if role.artifact is not None and _artifact_stage(role.artifact) == stage.name:
-            yield role.artifact, f"the model of {role.name} in"
-    for source in other.data.values():
-        for made, what in ((source.artifact, "samples"), (source.subset, "choice"), (source.label_fraction, "labels")):
-            for text in made if isinstance(made, tuple) else (made,):
+            yield role.artifact, f"model of {role.name} in"
+    for source in reader.data.values():
+        uses = ((source.artifact, "samples"), (source.subset, "subset"), (source.label_fraction, "labels"))
+        for value, purpose in uses:
+            for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and _artifact_stage(text) == stage.name:
-                    yield text, f"the {what} of source {source.name} in"
-    for term in other.terms.values():
+                    yield text, f"{purpose} of source {source.name} in"
+    for term in reader.terms.values():
         for leaf in term.read_operands():
             if leaf.kind == "artifact" and leaf.role == stage.name:
                 yield f"{leaf.role}.{leaf.path}", f"term {term.name} of"
 
 
-def _artifact_stage(made: str) -> str:
-    """The stage that makes `STAGE.NAME`."""
-    return made.rsplit(".", 1)[0]
+def _artifact_stage(artifact: str) -> str:
+    """Returns the stage of `STAGE.NAME`."""
+    return artifact.rsplit(".", 1)[0]

@@ -1,4 +1,4 @@
-"""`kdbench evaluate`: a finished run's roles, measured again from what lies in its folder."""
+"""`kdbench evaluate`: evaluates the roles of a finished run again, from the checkpoint in its folder."""
 
 from __future__ import annotations
 
@@ -11,26 +11,39 @@ from kdbench.errors import UserError
 
 
 def evaluate_run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
-    """Measures the roles of a run from its last checkpoint, and says where that differs from its summary."""
+    """Evaluates the roles of a run from its last checkpoint; prints the metrics beside the metrics in its summary.
+
+    Args:
+        folder: the run's folder.
+        device: device to evaluate on; None: the device of the recipe.
+        data_root: folder of the datasets; None: the folder of the recipe.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: the folder is not a run's, or contains no checkpoint.
+    """
+    # Imported here because they import torch, which `kdbench evaluate --help` must not.
     from kdbench.experiment.reopened import reevaluate
-    from kdbench.files import read_json
-    from kdbench.run_folder import RunFolder
+    from kdbench.run_folder import RunFolder, read_summary
 
     run_folder = RunFolder(Path(folder))
     if not run_folder.is_run:
-        raise UserError(f"{folder} is no run's folder (it has no manifest.json of kdbench).")
+        raise UserError(f"{folder} is not the folder of a run: it contains no manifest.json of kdbench.")
     if not run_folder.last.exists():
-        raise UserError(f"{folder} holds no checkpoint yet; the run has not come that far.")
+        raise UserError(f"{folder} contains no checkpoint yet: the run stopped before its first one.")
+    summary = read_summary(run_folder.summary) if run_folder.summary.exists() else {}
     scores = reevaluate(run_folder, device=device, data_root=data_root)
-    told = read_json(run_folder.summary) if run_folder.summary.exists() else {}
-    before = {**told.get("frozen", {}), **told.get("last", {}).get("metrics", {})}
-    table = Table(title=f"{folder}, measured again", title_justify="left", box=None, pad_edge=False)
+    summary_scores = {**summary.get("frozen", {}), **summary.get("last", {}).get("metrics", {})}
+    table = Table(title=f"{folder}, evaluated again", title_justify="left", box=None, pad_edge=False)
     for heading in ("role", "split", "metric", "now", "in the summary"):
         table.add_column(heading, justify="right" if heading in ("now", "in the summary") else "left")
     for role, splits in scores.items():
         for split, metrics in splits.items():
             for metric, value in metrics.items():
-                old = before.get(role, {}).get(split, {}).get(metric)
-                table.add_row(role, split, metric, f"{value:.4f}", "" if old is None else f"{float(old):.4f}")
+                summary_value = summary_scores.get(role, {}).get(split, {}).get(metric)
+                summary_text = "" if summary_value is None else f"{float(summary_value):.4f}"
+                table.add_row(role, split, metric, f"{value:.4f}", summary_text)
     Console().print(table)
     return 0

@@ -1,4 +1,4 @@
-"""One job of Hydra's run or multirun: its recipe, its outcome, and the note that it leaves for the sweep."""
+"""A job of Hydra's multirun: its recipe, its outcome, and the record that the sweep's table is made from."""
 
 from __future__ import annotations
 
@@ -12,96 +12,104 @@ from kdbench.config.compose.hydra import job_overrides
 from kdbench.config.load import load_job
 from kdbench.errors import UserError, escape_control_characters
 from kdbench.files import write_json
+from kdbench.plugins import load_plugins
 
 if TYPE_CHECKING:
     from kdbench.config.schema import Recipe
     from kdbench.experiment.run import Outcome
 
-
 JOBS_FOLDER = "jobs"
-"""Where the notes of a multirun's finished jobs lie, beside its configs."""
+"""Folder with one record per job, in the folder of the multirun's configs."""
 
 
 class JobFailed(Exception):
-    """A job of a multirun that ended with this exit code and has said why."""
+    """A job of a multirun failed. Its error has been printed; `code` is its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
 
 
-def _write_job_note(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
-    """Leaves a note of a job, which a launcher may run in another process or on another machine.
-
-    Before the job it says what was asked for; after it (with the outcome), where the result lies.
-    """
-    note = {"label": " ".join(word for text in overrides if not (word := text.lstrip("+")).startswith("seed="))}
-    if outcome is not None:
-        if not outcome.is_main:
-            return
-        note |= {"folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
-    (folder / JOBS_FOLDER).mkdir(exist_ok=True)
-    write_json(folder / JOBS_FOLDER / f"{number}.json", note)
-
-
 class Job:
-    """One job of Hydra's, from its composed config to what it leaves.
+    """One job of Hydra's run or multirun.
 
     Args:
-        config: without Hydra's node.
-        node: Hydra's own node.
+        config: the composed config without Hydra's node.
+        hydra_config: Hydra's node.
     """
 
     def __init__(self, config: Any, hydra_config: Any) -> None:
         self.config, self.hydra_config = config, hydra_config
         self.overrides = job_overrides(hydra_config)
-        self.folder = next(Path(source.path) for source in hydra_config.runtime.config_sources if source.provider == "main")
+        sources = hydra_config.runtime.config_sources
+        self.folder = next(Path(source.path) for source in sources if source.provider == "main")
         self.recipe: Recipe | None = None
         self.outcome: Outcome | None = None
         self.failure: JobFailed | None = None
 
     @property
     def number(self) -> int:
-        """Its place in the sweep."""
+        """The index of the job in the sweep."""
         return self.hydra_config.job.num
 
     def start(self) -> None:
-        """Says what was asked for, and loads it."""
+        """Prints the overrides of the job and loads its recipe; records a failure."""
         print(f"job {self.number}: {' '.join(text.lstrip('+') for text in self.overrides)}", flush=True)
-        _write_job_note(self.folder, self.number, self.overrides, None)
+        # Written before training too: a job that fails or is killed then has a row in the sweep's table.
+        _write_record(self.folder, self.number, self.overrides, None)
         try:
             self.recipe = self.load()
         except Exception as error:
             self.record_failure(error)
 
     def load(self) -> Recipe:
-        from kdbench.plugins import load_plugins
+        """Returns the job's recipe.
 
-        load_plugins()
+        Raises:
+            ConfigError: a mistake in the recipe or an override.
+        """
+        load_plugins()  # a launcher may run the job in another process
         return load_job(self.config, self.folder, self.hydra_config)
 
     def loaded_recipe(self) -> Recipe:
+        """Returns the recipe of a job that started without failure."""
         assert self.recipe is not None
         return self.recipe
 
     def run_training(self, train: Callable[[], Outcome]) -> None:
-        """Trains, and notes where the result lies; an error is told, and kept for the sweep's end."""
+        """Trains the job and records its outcome, or its failure."""
         try:
             self.outcome = train()
-            _write_job_note(self.folder, self.number, self.overrides, self.outcome)
+            _write_record(self.folder, self.number, self.overrides, self.outcome)
         except Exception as error:
             self.record_failure(error)
 
     def record_failure(self, error: Exception) -> None:
-        mistake = isinstance(error, UserError)
-        if mistake:
+        """Prints an error (a bug with its traceback) and keeps its exit code, so that the other jobs still run."""
+        is_user_error = isinstance(error, UserError)
+        if is_user_error:
             print(f"kdbench: job {self.number}: {escape_control_characters(str(error))}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-        self.failure = JobFailed(2 if mistake else 1)
+        self.failure = JobFailed(2 if is_user_error else 1)
 
     def objective(self) -> float | None:
-        """The accuracy that a sweeper may maximise: top-1 on the validation part when there is one, else on test."""
-        from kdbench.report.summary import headline_accuracy
+        """Returns the value that a sweeper maximizes: top-1 on the validation split if there is one, else on test."""
+        from kdbench.report.summary import headline_accuracy  # imports rich's tables, which other commands do not need
 
         return None if self.outcome is None else headline_accuracy(self.outcome.summary)
+
+
+def _write_record(folder: Path, number: int, overrides: Sequence[str], outcome: Outcome | None) -> None:
+    """Writes the record of a job: its label, and after training the run's folder and the exported role.
+
+    The record is a file because a launcher may run the job in another process or on another machine.
+    """
+    texts = [text.lstrip("+") for text in overrides]
+    record = {"label": " ".join(text for text in texts if not text.startswith("seed="))}
+    if outcome is not None:
+        if not outcome.is_main:
+            return
+        record |= {"folder": str(outcome.folder.path.resolve()), "role": outcome.summary["export"]}
+    (folder / JOBS_FOLDER).mkdir(exist_ok=True)
+    write_json(folder / JOBS_FOLDER / f"{number}.json", record)

@@ -1,4 +1,4 @@
-"""`kdbench train`: a recipe and overrides go through Hydra's own run, multirun, launchers and sweepers."""
+"""`kdbench train`: composes a recipe and its overrides with Hydra, and runs one job or a multirun."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kdbench.cli import train
+from kdbench.cli.arguments import split_recipe
+from kdbench.cli.jobs import JOBS_FOLDER, Job, JobFailed
 from kdbench.config.compose.hydra import job_composer, translate_hydra_errors
 from kdbench.config.compose.layers import CONFIG_NAME, ConfigLayers, read_layers
 from kdbench.config.compose.overrides import hydra_overrides, is_hydra_override, override_value, sweep_jobs
@@ -21,76 +24,62 @@ from kdbench.config.paths import find_recipe
 from kdbench.errors import ConfigError
 from kdbench.files import read_json
 
-if TYPE_CHECKING:
-    pass
-from kdbench.cli.jobs import JOBS_FOLDER, Job, JobFailed
-
 _PRINT_FLAGS = ("cfg", "info", "hydra_help", "shell_completion")
-"""Flags that print something instead of running."""
-
-
-class _SingleRun:
-    """A run of one job: where its temporary configs lie, and how it ended."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.error: BaseException | None = None
-
-
-_single_run: _SingleRun | None = None
+"""Hydra's flags that print something instead of training."""
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Runs the jobs of a command line; returns the exit code.
 
     Raises:
-        UserError: a mistake in the recipe or an override, also in a later job of a multirun, before any job begins.
+        UserError: a mistake in the recipe or an override; in a multirun also in a later job, before any job starts.
     """
-    from kdbench.cli.arguments import split_recipe
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and leaving with 1
-    if any(is_hydra_override(text) for text in arguments if "=" in text):  # a launcher may be ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them and exiting with 1
+    if any(is_hydra_override(text) for text in arguments if "=" in text):
+        # Imported here because it imports Hydra's plug-in classes (0.2 s), which only `hydra/launcher=...` needs.
         from kdbench.cli.concurrent_launcher import register_launcher
 
         register_launcher()
     flags, words = _parse_flags(arguments)
     recipe, overrides = split_recipe(words)
     name, path = find_recipe(recipe)
-    given = hydra_overrides(overrides)
-    prepared = read_layers(name, path, overrides)
-    sweeping = flags.multirun or _hydra_setting(overrides, "hydra.mode") == "MULTIRUN"
+    hydra_arguments = hydra_overrides(overrides)
+    layers = read_layers(name, path, overrides)
+    is_sweep = flags.multirun or _hydra_setting(overrides, "hydra.mode") == "MULTIRUN"
     if not any(getattr(flags, flag) for flag in _PRINT_FLAGS):
-        _check_jobs(prepared, overrides, sweeping)
+        _check_jobs(layers, overrides, is_sweep)
     with translate_hydra_errors(overrides):
-        return _run_multirun(prepared, overrides, flags, given) if sweeping else _run_single(prepared, flags, given)
+        if is_sweep:
+            return _run_multirun(layers, overrides, flags, hydra_arguments)
+        return _run_single(layers, flags, hydra_arguments)
 
 
 def _parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's flags and the other words, in whatever order they came."""
-    from hydra._internal.utils import get_args_parser
+    """Splits the command line into Hydra's flags and all other words, in any order."""
+    from hydra._internal.utils import get_args_parser  # keeps Hydra out of the start-up of other commands
 
     parser = get_args_parser()
 
-    def mistake(message: str) -> Any:
-        raise ConfigError(f"kdbench train: {message}. See `kdbench train --help`.")
+    def raise_error(message: str) -> Any:
+        raise ConfigError(f"train: {message}. See `kdbench train --help`.")
 
-    parser.error = mistake  # type: ignore[method-assign]
+    parser.error = raise_error
     flags = parser.parse_intermixed_args(list(arguments))
     for flag in ("config_path", "config_name", "experimental_rerun"):
         if getattr(flags, flag) is not None:
-            raise ConfigError(f"kdbench train: --{flag.replace('_', '-')} has no use here; the recipe is the config.")
-    asked = [f"--{flag.replace('_', '-')}" for flag in (*_PRINT_FLAGS, "multirun", "run") if getattr(flags, flag)]
-    if len(asked) > 1:
-        raise ConfigError(f"kdbench train: {' and '.join(asked)} exclude each other.")
+            raise ConfigError(f"train: --{flag.replace('_', '-')} is not supported; the recipe is the config.")
+    modes = [f"--{flag.replace('_', '-')}" for flag in (*_PRINT_FLAGS, "multirun", "run") if getattr(flags, flag)]
+    if len(modes) > 1:
+        raise ConfigError(f"train: {' and '.join(modes)} exclude each other.")
     if flags.resolve and not flags.cfg:
-        raise ConfigError("kdbench train: --resolve belongs to --cfg.")
+        raise ConfigError("train: --resolve needs --cfg.")
     return flags, flags.overrides
 
 
-def _check_jobs(prepared: ConfigLayers, overrides: Sequence[str], sweeping: bool) -> None:
-    """Composes and checks every job, so that a mistake in the seventh is found before the first begins."""
-    with job_composer(prepared) as compose:
-        if not sweeping:
+def _check_jobs(layers: ConfigLayers, overrides: Sequence[str], is_sweep: bool) -> None:
+    """Composes and validates every job, so that a mistake in a late job is reported before the first one trains."""
+    with job_composer(layers) as compose:
+        if not is_sweep:
             validate(compose(overrides))
         elif _hydra_setting(overrides, "hydra/sweeper") in (None, "basic"):
             with translate_hydra_errors(overrides):
@@ -100,99 +89,111 @@ def _check_jobs(prepared: ConfigLayers, overrides: Sequence[str], sweeping: bool
 
 
 def _hydra_setting(overrides: Sequence[str], key: str) -> str | None:
-    """The value of an override of Hydra's own, as text."""
-    found = [override_value(text) for text in overrides if is_hydra_override(text) and text.lstrip("+").startswith(f"{key}=")]
-    return str(found[-1]) if found else None
+    """Returns the last value that the overrides give to a key of Hydra's node."""
+    texts = [text for text in overrides if is_hydra_override(text) and text.lstrip("+").startswith(f"{key}=")]
+    return str(override_value(texts[-1])) if texts else None
 
 
-def _run_single(prepared: ConfigLayers, flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> int:
-    global _single_run
-    with tempfile.TemporaryDirectory(prefix="kdbench-", ignore_cleanup_errors=True) as folder:
-        prepared.write(Path(folder))
-        _single_run = _SingleRun(Path(folder).resolve())
+class _SingleRun:
+    """The task of a run that is not a multirun. Keeps its error, because Hydra would add a line of its own to it."""
+
+    def __init__(self, config_folder: Path) -> None:
+        self.config_folder = config_folder
+        self.error: Exception | None = None
+
+    def run(self, config: Any) -> float | None:
+        """Trains the job; Hydra calls this with the composed config."""
+        from hydra.core.hydra_config import HydraConfig  # keeps Hydra out of the start-up of other commands
+
+        job = Job(config, HydraConfig.get())
         try:
-            _run_hydra(Path(folder).resolve(), flags, hydra_overrides)
-            outcome = _single_run
-        finally:
-            _single_run = None
-    if outcome.error is not None:
-        raise outcome.error
+            job.recipe = job.load()
+            # Deleted before training, so that a killed run leaves no temporary folder.
+            shutil.rmtree(self.config_folder, ignore_errors=True)
+            job.outcome = train.train_recipe(job.recipe)
+            return job.objective()
+        except Exception as error:
+            self.error = error
+            return None
+
+
+def _run_single(layers: ConfigLayers, flags: argparse.Namespace, hydra_arguments: Sequence[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="kdbench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        layers.write(folder)
+        task = _SingleRun(folder)
+        _run_hydra(folder, flags, hydra_arguments, task.run)
+    if task.error is not None:
+        raise task.error
     return 0
 
 
-def _run_multirun(prepared: ConfigLayers, overrides: Sequence[str], flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> int:
-    """The configs stay in the sweep's folder: joblib and submitit compose again from them, in other processes."""
-    digest = hashlib.sha256("\n".join([prepared.digest(), *overrides]).encode()).hexdigest()[:8]
-    chosen = _hydra_setting(overrides, "hydra.sweep.dir")
-    if chosen is not None and "${" not in chosen:
-        sweep = Path(chosen).resolve()
+def _run_multirun(
+    layers: ConfigLayers, overrides: Sequence[str], flags: argparse.Namespace, hydra_arguments: Sequence[str]
+) -> int:
+    """Runs all jobs of a sweep and prints a table of their results; returns the exit code.
+
+    The configs stay in the sweep's folder: joblib and submitit compose the jobs from them in other processes.
+    """
+    digest = hashlib.sha256("\n".join([layers.digest(), *overrides]).encode()).hexdigest()[:8]
+    sweep_dir = _hydra_setting(overrides, "hydra.sweep.dir")
+    if sweep_dir is not None and "${" not in sweep_dir:
+        sweep_folder = Path(sweep_dir).resolve()
     else:
-        sweep = Path(prepared.runs, prepared.name, "multirun", digest).resolve()
-    folder = sweep / f"config-{digest}"
+        sweep_folder = Path(layers.runs, layers.name, "multirun", digest).resolve()
+    folder = sweep_folder / f"config-{digest}"
     shutil.rmtree(folder / JOBS_FOLDER, ignore_errors=True)
-    prepared.write(folder, {"sweep": {"dir": str(sweep), "subdir": "."}})
+    layers.write(folder, {"sweep": {"dir": str(sweep_folder), "subdir": "."}})
     code = 0
     try:
-        _run_hydra(folder, flags, hydra_overrides)
-    except JobFailed as failed:
-        print("kdbench: some jobs failed, as told above; the results of the others stay.", file=sys.stderr)
-        code = failed.code
-    found = [read_json(path) for path in sorted((folder / JOBS_FOLDER).glob("*.json"), key=lambda path: int(path.stem))]
-    if len(found) > 1 and any("folder" in note for note in found):
-        from kdbench.cli.train import print_jobs
-
-        print_jobs(found)
+        _run_hydra(folder, flags, hydra_arguments, run_job)
+    except JobFailed as failure:
+        print("kdbench: some jobs failed (errors above); the other jobs are complete.", file=sys.stderr)
+        code = failure.code
+    paths = sorted((folder / JOBS_FOLDER).glob("*.json"), key=lambda path: int(path.stem))
+    records = [read_json(path) for path in paths]
+    if len(records) > 1 and any("folder" in record for record in records):
+        train.print_jobs(records)
     return code
 
 
-def _run_hydra(folder: Path, flags: argparse.Namespace, hydra_overrides: Sequence[str]) -> None:
-    import hydra
+def _run_hydra(
+    folder: Path, flags: argparse.Namespace, hydra_arguments: Sequence[str], task: Callable[[Any], float | None]
+) -> None:
+    """Runs a task through Hydra's own `main`, with the configs of a folder."""
+    import hydra  # keeps Hydra out of the start-up of other commands
 
     words: list[str] = []
     for flag, value in vars(flags).items():
-        if flag == "overrides" or value in (None, False):
-            continue
-        words += [f"--{flag.replace('_', '-')}", *([] if value is True else [value])]
-    with _replace_argv([*words, *hydra_overrides]):
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=CONFIG_NAME)(run_job)()
+        if flag != "overrides" and value not in (None, False):
+            words += [f"--{flag.replace('_', '-')}", *([] if value is True else [value])]
+    with _replace_argv([*words, *hydra_arguments]):
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=CONFIG_NAME)(task)()
 
 
 @contextmanager
 def _replace_argv(words: Sequence[str]) -> Iterator[None]:
-    before = sys.argv
+    """Sets `sys.argv`, the only place where Hydra's `main` reads its arguments."""
+    argv = sys.argv
     sys.argv = ["kdbench", *words]
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv = argv
 
 
 def run_job(config: Any) -> float | None:
-    """One job, in this process or in a launcher's worker; Hydra calls it with the composed config."""
-    from hydra.core.hydra_config import HydraConfig
+    """Runs one job of a multirun, in this process or in a launcher's worker; Hydra calls it with the composed config.
 
-    from kdbench.cli import train
+    Raises:
+        JobFailed: after the job's error has been printed.
+    """
+    from hydra.core.hydra_config import HydraConfig  # keeps Hydra out of the start-up of other commands
 
-    told = Job(config, HydraConfig.get())
-    if _single_run is not None:
-        return _run_single_job(told, _single_run)
-    told.start()
-    if told.failure is None:
-        told.run_training(lambda: train.train_recipe(told.loaded_recipe()))
-    if told.failure is not None:
-        raise told.failure
-    return told.objective()
-
-
-def _run_single_job(told: Job, single: _SingleRun) -> float | None:
-    """The only job of a run that is no multirun."""
-    from kdbench.cli import train
-
-    try:
-        told.recipe = told.load()
-        shutil.rmtree(single.folder, ignore_errors=True)  # nothing is left behind by a run that is killed
-        told.outcome = train.train_recipe(told.recipe)
-        return told.objective()
-    except Exception as error:
-        single.error = error  # told by `main`; Hydra would add a line of its own
-        return None
+    job = Job(config, HydraConfig.get())
+    job.start()
+    if job.failure is None:
+        job.run_training(lambda: train.train_recipe(job.loaded_recipe()))
+    if job.failure is not None:
+        raise job.failure
+    return job.objective()

@@ -1,8 +1,13 @@
-"""The console script `kdbench`: reads the command, answers a user's mistake in one paragraph, loads torch late."""
+"""The console script `kdbench`: parses the command line, runs one command, and turns errors into exit codes.
+
+Commands are imported when they run. `kdbench list` therefore starts without torch, Hydra and rich, and a mistake in a
+recipe is reported without torch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -12,43 +17,58 @@ from typing import NoReturn
 from kdbench import __version__
 from kdbench.cli.arguments import split_recipe
 from kdbench.errors import ConfigError, UserError, escape_control_characters, suggest
+from kdbench.plugins import load_plugins
 
 EXIT_OK, EXIT_INTERNAL_ERROR, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes
 
-HELP = f"""kdbench {__version__}: knowledge distillation from YAML recipes.
+commands:
+  kdbench train RECIPE [key=value ...] [flags]   train a recipe: a shipped name (digits/kd) or the path of a YAML file
+  kdbench check RECIPE [key=value ...]           check a recipe without training: diagram, shapes, sizes, memory
+  kdbench list [KIND ...]                        list models, datasets, terms, recipes, methods, ...
+  kdbench show NAME                              print a part or a recipe: formula, paper, parameters, example
+  kdbench inspect MODEL                          print the module paths of a model with their output shapes
+  kdbench evaluate RUN                           evaluate the student and the teacher of a finished run again
+  kdbench profile RECIPE [key=value ...]         measure a training step: time, operations, FLOPs, memory
+  kdbench schema                                 print the JSON schema of a recipe, for editors
 
-  kdbench train RECIPE [key=value ...] [-m]   run a recipe: a shipped name (digits/kd) or the path of your own YAML
-  kdbench check RECIPE [key=value ...]        everything but training: models, features, terms, memory, in words
-  kdbench list [KIND ...]                     what there is, one line each: models, terms, recipes, methods, ...
-  kdbench show NAME                           one of them in full: formula, paper, parameters, an example
-  kdbench inspect MODEL                       module paths of a model with output shapes, to copy into a recipe
-  kdbench evaluate RUN                        evaluate a finished run's student and teacher again, from its folder
-  kdbench profile RECIPE [key=value ...]      where a step's time goes: parts, operations, FLOPs, memory, a trace
+options of every command:
+  --help            print the help of the command
+  --plugin MODULE   add the parts that a Python module registers
+  --debug           print the traceback of a user error
+  --version         print the version
 
-  --debug            tracebacks of mistakes too      --plugin MODULE    add the parts that a module declares
-  --help             also after a command            --version
+examples:
+  kdbench check digits/kd
+  kdbench train digits/kd seed=2 terms.kd.temperature=2
+  kdbench list terms schedules
 
-Exit codes: 0 done, 2 a mistake in what was asked for, 1 a fault of kdbench, 130 interrupted."""
+exit codes: 0 success, 1 bug in kdbench, 2 user error, 130 interrupted"""
 
+TRAIN_HELP = """usage: kdbench train RECIPE [key=value ...] [flags]
 
-TRAIN_HELP = """kdbench train RECIPE [key=value ...] [flags]
+Trains a recipe: a name of `kdbench list recipes`, or the path of a YAML file. When the command is repeated, an
+interrupted run continues from its last checkpoint, and a finished run prints its summary.
 
-RECIPE is a shipped name (`kdbench list recipes`) or the path of a YAML file. Repeating a command goes on where it was
-interrupted, and prints the summary when it had finished.
+overrides, one for each key of the recipe:
+  seed=2 terms.kd.temperature=2   set keys
+  ~terms.kd  or  terms.kd=null    remove a key
+  pair=resnet56_resnet20          select a file of a group (protocol, pair)
+  out=DIR                         folder of the run
+  fresh=true                      train again from the start
 
-  seed=2 terms.kd.temperature=2      override any key of the recipe
-  ~terms.kd  or  terms.kd=null       remove one
-  pair=resnet56_resnet20             choose from a group (protocol, pair)
-  out=DIR  fresh=true                the run's folder; begin anew
+flags, which are Hydra's, in any order with the overrides:
+  -m, --multirun                  train every combination of values: -m seed=1,2,3 pair=resnet56_resnet20,vgg13_vgg8
+  -c, --cfg {job,hydra,all}       print the composed recipe instead of training; --resolve replaces its references
+  -p, --package PACKAGE           print only one key of the composed recipe
+  -i, --info [TOPIC]              print how the recipe was composed
+  --hydra-help                    print Hydra's help
+  hydra/launcher=concurrent ...   launchers, sweepers and other settings of Hydra
 
-Hydra's flags, in any order with the overrides:
-  -m, --multirun                     one job for each combination: -m seed=1,2,3 pair=resnet56_resnet20,vgg13_vgg8
-  -c, --cfg {job,hydra,all}          print the composed recipe instead of running; --resolve fills in references
-  -p, --package PACKAGE              print one part of it
-  -i, --info [WHAT]                  how it was composed
-  hydra/launcher=joblib ...          launchers, sweepers and every other setting of Hydra
-  --hydra-help                       Hydra's own help"""
+examples:
+  kdbench train digits/kd
+  kdbench train digits/kd -m seed=1,2,3 terms.kd.temperature=2,4 hydra/launcher=concurrent"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,37 +84,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kdbench: {escape_control_characters(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("\nkdbench: interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nkdbench: interrupted. Repeat the command to continue from the last checkpoint.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `kdbench list | head`
+        # Python flushes standard output once more at its end, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # rich's way to say it; standard output leads nowhere now
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich exits so after a broken pipe
             return EXIT_OK
-        return stop.code if isinstance(stop.code, int) else EXIT_OK if stop.code is None else EXIT_INTERNAL_ERROR
+        return error.code if isinstance(error.code, int) else EXIT_OK if error.code is None else EXIT_INTERNAL_ERROR
     except Exception:
         traceback.print_exc()
-        print("kdbench: this is a fault of kdbench, not yours; please report it with the lines above.", file=sys.stderr)
+        print("kdbench: this is a bug in kdbench. Please report it with the traceback above.", file=sys.stderr)
         return EXIT_INTERNAL_ERROR
 
 
 def _split_global_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes out `--debug` and `--plugin MODULE`, which may stand anywhere."""
-    rest: list[str] = []
+    """Removes `--debug` and `--plugin MODULE`, at any position; returns the other arguments and the modules.
+
+    Raises:
+        ConfigError: `--plugin` without a module.
+    """
+    remaining: list[str] = []
     plugins: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
+    iterator = iter(arguments)
+    for argument in iterator:
         if argument == "--debug":
             continue
         if argument == "--plugin" or argument.startswith("--plugin="):
-            name = argument[len("--plugin=") :] if "=" in argument else next(waiting, "")
+            name = argument[len("--plugin=") :] if "=" in argument else next(iterator, "")
             if not name:
                 raise ConfigError("--plugin needs the name of a module, such as `--plugin my_terms`.")
             plugins.append(name)
         else:
-            rest.append(argument)
-    return rest, plugins
+            remaining.append(argument)
+    return remaining, plugins
 
 
 def _run_command(arguments: list[str], plugins: list[str]) -> int:
@@ -104,21 +129,29 @@ def _run_command(arguments: list[str], plugins: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"kdbench {__version__}")
         return EXIT_OK
-    name, rest = arguments[0], arguments[1:]
-    command = COMMANDS.get(name)
+    command = COMMANDS.get(arguments[0])
     if command is None:
-        raise ConfigError(f"no command {name!r}.{suggest(name, COMMANDS)}")
-    from kdbench.plugins import load_plugins
-
+        raise ConfigError(f"no command {arguments[0]!r}.{suggest(arguments[0], COMMANDS)}")
     load_plugins(plugins)
-    return command(rest)
+    return command(arguments[1:])
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says mistakes as one paragraph."""
+    """The parser of one command. An error is a `ConfigError` of one paragraph."""
+
+    def __init__(self, command: str, description: str, *examples: str) -> None:
+        epilog = "\n".join(["examples:", *(f"  kdbench {command} {example}" for example in examples)])
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"kdbench {command}", description=description, epilog=epilog, formatter_class=formatter)
+        self.command = command
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")
+        raise ConfigError(f"{self.command}: {message}. See `{self.prog} --help`.")
+
+    def add_recipe_arguments(self) -> None:
+        """Adds the recipe and its overrides, which may come in any order."""
+        self.add_argument("recipe", nargs="?", help="a name of `kdbench list recipes`, or the path of a YAML file")
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to override")
 
 
 def _train_command(arguments: list[str]) -> int:
@@ -131,67 +164,64 @@ def _train_command(arguments: list[str]) -> int:
 
 
 def _check_command(arguments: list[str]) -> int:
-    parser = _Parser("kdbench check", description="Everything but training: the recipe, resolved and in words.")
-    parser.add_argument("recipe", nargs="?", help="a shipped name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `kdbench train`")
-    parser.add_argument("--all", action="store_true", help="check every shipped recipe")
-    given = parser.parse_intermixed_args(arguments)
+    description = "Checks a recipe without training; prints the diagram, tables and estimates of every stage."
+    parser = _Parser("check", description, "digits/kd terms.kd.temperature=2", "--all data_root=DIR")
+    parser.add_recipe_arguments()
+    parser.add_argument("--all", action="store_true", help="check every shipped recipe; print one line for each")
+    options = parser.parse_intermixed_args(arguments)
+    words = [word for word in (options.recipe, *options.overrides) if word]
+    from kdbench.cli.check import check_recipe
     from kdbench.config.load import load_recipe, recipe_names
 
-    if not given.all:
-        recipe, overrides = split_recipe([given.recipe or "", *given.overrides])
-        loaded = load_recipe(recipe, overrides)
-        from kdbench.cli.check import check_recipe
-
-        return check_recipe(loaded)
-    overrides = [text for text in (given.recipe, *given.overrides) if text]
-    if any("=" not in text and not text.startswith("~") for text in overrides):
-        raise ConfigError("kdbench check --all takes no recipe, only overrides such as `data_root=DIR`.")
-    return _check_all(recipe_names(), overrides)
+    if not options.all:
+        recipe, overrides = split_recipe(words)
+        return check_recipe(load_recipe(recipe, overrides))
+    if any("=" not in word and not word.startswith("~") for word in words):
+        raise ConfigError("check: --all takes no recipe, only overrides such as `data_root=DIR`.")
+    return _check_all(recipe_names(), words)
 
 
 def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
+    from kdbench.cli.check import check_recipe
     from kdbench.config.load import load_recipe
 
-    mistakes = 0
+    failures = 0
     for name in names:
         try:
-            loaded = load_recipe(name, overrides)
-            from kdbench.cli.check import check_recipe
-
-            mistakes += check_recipe(loaded, brief=True) != EXIT_OK
+            check_recipe(load_recipe(name, overrides), brief=True)
         except UserError as error:
-            mistakes += 1
+            failures += 1
             print(f"kdbench: {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-    print(f"{len(names) - mistakes} of {len(names)} recipes are right.")
-    return EXIT_USER_ERROR if mistakes else EXIT_OK
+    print(f"{len(names) - failures} of {len(names)} recipes pass.")
+    return EXIT_USER_ERROR if failures else EXIT_OK
 
 
 def _list_command(arguments: list[str]) -> int:
     from kdbench.cli.show import KINDS, list_kinds
 
-    parser = _Parser("kdbench list", description="What there is, one line each.")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"any of: {', '.join(KINDS)}")
-    parser.add_argument("--status", help="of methods: only those that are runs, 'runs as', 'not yet' or 'not stated'")
-    parser.add_argument("--markdown", action="store_true", help="of methods: the page docs/methods.md")
-    given = parser.parse_intermixed_args(arguments)
-    kinds = [kind for word in given.kinds for kind in word.split(",") if kind]
-    if given.status is None and not given.markdown:
+    description = "Lists names with a summary, one line each."
+    parser = _Parser("list", description, "terms schedules", "methods --status 'not yet'")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"default: all of {', '.join(KINDS)}")
+    parser.add_argument("--status", help="with `methods`: only rows with this status: runs, 'runs as', ...")
+    parser.add_argument("--markdown", action="store_true", help="with `methods`: print the page docs/methods.md")
+    options = parser.parse_intermixed_args(arguments)
+    kinds = [kind for word in options.kinds for kind in word.split(",") if kind]
+    if options.status is None and not options.markdown:
         return list_kinds(kinds)
     if kinds != ["methods"]:
-        raise ConfigError("kdbench list: --status and --markdown are for `kdbench list methods` alone.")
-    return _list_methods(given.status or "", given.markdown)
+        raise ConfigError("list: --status and --markdown need the kind `methods`, and no other.")
+    return _list_methods(options.status or "", options.markdown)
 
 
 def _list_methods(status: str, markdown: bool) -> int:
     from kdbench.cli import methods
 
     if status and status not in methods.STATUSES:
-        raise ConfigError(f"kdbench list methods: no status {status!r}.{suggest(status, methods.STATUSES)}")
+        raise ConfigError(f"list: no status {status!r}.{suggest(status, methods.STATUSES)}")
     if not markdown:
         return methods.list_methods(status)
     if status:
-        raise ConfigError("kdbench list methods: --markdown writes the whole page; leave --status out.")
+        raise ConfigError("list: --markdown prints all methods; omit --status.")
     print(methods.methods_page(), end="")
     return EXIT_OK
 
@@ -199,73 +229,88 @@ def _list_methods(status: str, markdown: bool) -> int:
 def _show_command(arguments: list[str]) -> int:
     from kdbench.cli.show import show
 
-    parser = _Parser("kdbench show", description="A part or a recipe in full.")
-    parser.add_argument("name", help="a name of `kdbench list`, or KIND/NAME, such as schedules/linear")
+    description = "Prints a registered part, a recipe, a group file or a method in full."
+    parser = _Parser("show", description, "kd", "schedules/linear", "digits/kd")
+    parser.add_argument("name", help="a name of `kdbench list`; KIND/NAME when several kinds have it")
     return show(parser.parse_args(arguments).name)
 
 
 def _inspect_command(arguments: list[str]) -> int:
-    parser = _Parser("kdbench inspect", description="The module paths of a model, to copy into a recipe.")
+    description = "Prints the module paths of a model with types, output shapes and parameters, for use in a recipe."
+    parser = _Parser("inspect", description, "resnet20 --depth 1", "digits_mlp --param hidden=64")
     parser.add_argument("model", help="a name of `kdbench list models`")
-    parser.add_argument("params", nargs="*", metavar="key=value", help="parameters of the model")
-    parser.add_argument("--image", type=_parse_image_shape, metavar="C,H,W", help="shape of an image, such as 3,32,32")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="size of the classifier")
-    parser.add_argument("--depth", type=int, metavar="N", help="only paths of at most N parts")
-    given = parser.parse_intermixed_args(arguments)
-    import yaml
-
-    from kdbench.config.yaml_reader import parse_yaml
-    from kdbench.registry import MODELS
-
-    params = {}
-    for text in given.params:
-        key, found, value = text.partition("=")
-        if not found:
-            raise ConfigError(f"kdbench inspect: {text!r} is no parameter such as `width=2`.")
-        params |= parse_yaml(yaml.safe_dump({key: None}).replace("null", value), f"inspect {text}").data
-    MODELS.check(given.model, params, "inspect")
+    parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the model")
+    parser.add_argument("--image", type=_parse_image_shape, metavar="C,H,W", help="image shape, such as 3,32,32")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes")
+    parser.add_argument("--depth", type=int, metavar="N", help="print only paths of at most N parts")
+    options = parser.parse_args(arguments)
     from kdbench.cli.inspect import inspect_model
+    from kdbench.config.yaml_reader import parse_yaml
 
-    return inspect_model(given.model, params, num_classes=given.num_classes, image=given.image, depth=given.depth)
+    params: dict[str, object] = {}
+    for text in options.param:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"inspect: expected KEY=VALUE after --param, such as `--param width=2`; got {text!r}.")
+        params |= parse_yaml(f"{json.dumps(key)}: {value}", f"inspect --param {text}").data
+    return inspect_model(
+        options.model, params, num_classes=options.num_classes, image=options.image, depth=options.depth
+    )
 
 
 def _parse_image_shape(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.replace("x", ",").split(","))
+    return tuple(int(size) for size in text.replace("x", ",").split(","))
 
 
 def _evaluate_command(arguments: list[str]) -> int:
-    parser = _Parser("kdbench evaluate", description="Evaluates a finished run again, from its folder.")
-    parser.add_argument("run", help="the folder of a run, such as runs/digits/kd/1a2b3c4d")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="device=cpu, data_root=DIR")
-    given = parser.parse_intermixed_args(arguments)
-    settings: dict[str, str] = {}
-    for text in given.settings:
-        key, found, value = text.partition("=")
-        if not found or key not in ("device", "data_root"):
-            raise ConfigError(f"kdbench evaluate: {text!r} is no setting.{suggest(key, ('device', 'data_root'))}")
-        settings[key] = value
+    description = "Evaluates the roles of a finished run again, from the checkpoint in its folder."
+    parser = _Parser("evaluate", description, "runs/digits/kd/1a2b3c4d device=cpu")
+    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="device=DEVICE or data_root=DIR")
+    options = parser.parse_intermixed_args(arguments)
+    overrides: dict[str, str] = {}
+    for text in options.overrides:
+        key, separator, value = text.partition("=")
+        if not separator or key not in ("device", "data_root"):
+            hint = suggest(key, ("device", "data_root"))
+            raise ConfigError(f"evaluate: {text!r} is not an override of device or data_root.{hint}")
+        overrides[key] = value
     from kdbench.cli.evaluate import evaluate_run
 
-    return evaluate_run(given.run, device=settings.get("device"), data_root=settings.get("data_root"))
+    return evaluate_run(options.run, device=overrides.get("device"), data_root=overrides.get("data_root"))
 
 
 def _profile_command(arguments: list[str]) -> int:
-    parser = _Parser("kdbench profile", description="Where the time of a training step goes.")
-    parser.add_argument("recipe", nargs="?", help="a shipped name or the path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `kdbench train`")
-    parser.add_argument("--stage", metavar="NAME", help="of a recipe with stages; else the last one that trains")
-    parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="steps to time (20), and as many taken apart"
+    description = (
+        "Measures the training step of a stage; prints time, operations, FLOPs and memory, and writes a trace."
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of the files; else runs/RECIPE/profile")
-    given = parser.parse_intermixed_args(arguments)
+    parser = _Parser("profile", description, "digits/kd --steps 50", "cifar100/kd compile=true device=cuda")
+    parser.add_recipe_arguments()
+    parser.add_argument("--stage", metavar="NAME", help="the stage to profile (default: the last one that trains)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="number of timed steps (default: 20)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the result (default: runs/RECIPE/profile)")
+    options = parser.parse_intermixed_args(arguments)
+    from kdbench.cli.profile import profile_recipe
     from kdbench.config.load import load_recipe
 
-    recipe, overrides = split_recipe([given.recipe or "", *given.overrides])
-    loaded = load_recipe(recipe, overrides)
-    from kdbench.cli.profile import profile_recipe
+    recipe, overrides = split_recipe([options.recipe or "", *options.overrides])
+    return profile_recipe(load_recipe(recipe, overrides), stage=options.stage, steps=options.steps, out=options.out)
 
-    return profile_recipe(loaded, stage=given.stage, steps=given.steps, out=given.out)
+
+def _schema_command(arguments: list[str]) -> int:
+    description = "Prints the JSON schema (draft 2020-12) of a recipe, with which an editor completes and checks keys."
+    parser = _Parser("schema", description, "> recipe.schema.json", "--markdown docs/recipe.md")
+    parser.add_argument("--markdown", metavar="FILE", help="update the key tables of a Markdown page instead")
+    options = parser.parse_args(arguments)
+    if options.markdown is None:
+        from kdbench.config.json_schema import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
+        return EXIT_OK
+    from kdbench.config.key_tables import update_file
+
+    update_file(options.markdown)
+    return EXIT_OK
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -276,4 +321,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": _inspect_command,
     "evaluate": _evaluate_command,
     "profile": _profile_command,
+    "schema": _schema_command,
 }

@@ -1,9 +1,9 @@
-"""`kdbench list` and `kdbench show`: what there is, read off the sources without importing torch."""
+"""`kdbench list` and `kdbench show`: prints registered parts, recipes, groups and methods without importing torch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,30 @@ from kdbench.config.method_list import Method, read_methods
 from kdbench.config.parse.data import DATASET_INJECTED
 from kdbench.config.paths import GROUPS, find_recipe, group_files, recipe_names, shared_folder
 from kdbench.errors import ConfigError, suggest
-from kdbench.registry import MODELS, REGISTRIES, REQUIRED, Entry, Parameter
+from kdbench.registry import MODELS, REGISTRIES, REQUIRED, Entry, Family, Parameter
 
 KINDS = (*REGISTRIES, "recipes", *GROUPS, "methods")
 
-
 _INJECTED = {"models": MODELS.injected, "datasets": DATASET_INJECTED, "adapters": ("source", "target")}
 
-
-_WRAP_WIDTH = 95  # a line of a docstring longer than this goes on in the next
-
+_WRAP_WIDTH = 95
+"""A docstring's line of more characters continues in the next line."""
 
 Row = tuple[str, str]
 
 
 def list_kinds(kinds: Sequence[str]) -> int:
-    """Prints one line for each part of the kinds; without any, of all kinds, foreign catalogues only counted."""
+    """Prints one line per name and returns the exit code, 0.
+
+    Args:
+        kinds: names from `KINDS`; empty: all kinds, with only the size of other libraries' catalogues.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
     for kind in kinds:
         if kind not in KINDS:
-            raise ConfigError(f"kdbench list: no kind {kind!r}.{suggest(kind, KINDS, limit=len(KINDS))}")
+            raise ConfigError(f"list: no kind {kind!r}.{suggest(kind, KINDS, limit=len(KINDS))}")
     if list(kinds) == ["methods"]:
         return list_methods()
     sections = [(kind, _kind_rows(kind, full=bool(kinds))) for kind in kinds or KINDS]
@@ -47,6 +52,7 @@ def list_kinds(kinds: Sequence[str]) -> int:
 
 
 def _print_tables(sections: Sequence[tuple[str, list[Row]]]) -> None:
+    # rich is imported for terminals only: a pipe is served faster without it.
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -68,50 +74,51 @@ def _kind_rows(kind: str, full: bool) -> list[Row]:
     if kind in GROUPS:
         return [(name, _file_title(path)) for name, path in group_files(kind, Path.cwd()).items()]
     if kind == "methods":
-        listed = read_methods(strict=False)
+        methods = read_methods(strict=False)
         if not full:
-            return [("...", f"{counts_text(listed)} `kdbench list methods` lists them")]
-        return [(method.id, f"{method.method}; {method.status}: {status_detail(method)}") for method in listed.methods]
+            return [("...", f"{counts_text(methods)} `kdbench list methods` lists them")]
+        return [(method.id, f"{method.method}; {method.status}: {status_detail(method)}") for method in methods.methods]
     registry = REGISTRIES[kind]
     rows = [(name, entry.summary) for name, entry in sorted(registry.entries.items())]
     for family in registry.families:
-        names = family.names()
-        prefix = family.prefix or "torch.optim: "
-        if not names:
-            rows.append((f"{prefix}...", family.install_hint))
-        elif full:
-            rows += [(f"{family.prefix}{name}", "") for name in names]
-        else:
-            shown = ", ".join(names) if len(names) <= 20 else f"{len(names)} in all; `kdbench list {kind}` lists them"
-            rows.append((prefix.rstrip(": ") if not family.prefix else f"{prefix}...", shown))
+        rows += _family_rows(family, kind, full)
     return rows
 
 
+def _family_rows(family: Family, kind: str, full: bool) -> list[Row]:
+    names = family.names()
+    if not names:
+        return [(f"{family.prefix}...", family.install_hint)]
+    if full:
+        return [(f"{family.prefix}{name}", "") for name in names]
+    summary = ", ".join(names) if len(names) <= 20 else f"{len(names)} names; `kdbench list {kind}` lists them"
+    return [(f"{family.prefix}..." if family.prefix else "torch.optim", summary)]
+
+
 def _file_title(path: Path) -> str:
-    """The `title` of a recipe, or the comment on the first line of a file."""
-    text = path.read_text(encoding="utf-8")
-    for line in text.splitlines():
+    """Returns the `title` of a recipe, or the comment on the first line of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
         if line.startswith("title:"):
             return line.removeprefix("title:").strip().strip("'\"")
-    first = text.splitlines()[0] if text else ""
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    return lines[0].lstrip("# ").strip() if lines and lines[0].startswith("#") else ""
 
 
 def show(name: str) -> int:
-    """Prints everything that `name` is; a name of several kinds is shown once for each.
+    """Prints everything about a name, once for each kind that has it; returns the exit code, 0.
 
     Raises:
-        ConfigError: there is no such part, recipe or group file.
+        ConfigError: there is no such part, recipe, group file or method.
     """
-    found = list(_find_items(name))
-    if not found:
-        known = {*recipe_names(), *(n for registry in REGISTRIES.values() for n in registry.entries)}
-        raise ConfigError(f"kdbench show: nothing is called {name!r}.{suggest(name, known)}")
-    if len(found) > 1:
-        exact = ", ".join(f"{kind}/{name}" for kind, _ in found)
-        print(f"{name!r} is the name of {len(found)} parts ({exact}).\n")
-    texts = [_item_text(kind, item) for kind, item in found]
-    _print_texts(texts, [kind for kind, _ in found])
+    items = list(_find_items(name))
+    if not items:
+        names = {*recipe_names(), *(name for registry in REGISTRIES.values() for name in registry.entries)}
+        raise ConfigError(f"show: no part, recipe or method is called {name!r}.{suggest(name, names)}")
+    if len(items) > 1:
+        full_names = ", ".join(f"{kind}/{name}" for kind, _ in items)
+        print(f"{name!r} is the name of {len(items)} parts ({full_names}).\n")
+    texts = [_item_text(kind, item) for kind, item in items]
+    _print_texts(texts, [kind for kind, _ in items])
     return 0
 
 
@@ -122,13 +129,14 @@ def _item_text(kind: str, item: Entry | Path | Method) -> str:
 
 
 def _find_items(name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
-    kind, _, rest = name.partition("/")
-    only = {"term": "terms", "model": "models"}.get(kind, kind) if rest else None
-    if only in KINDS:
-        yield from _find_in_kind(str(only), rest)
+    """Yields the items called `name` or `KIND/NAME`, each with its kind."""
+    prefix, _, name_in_kind = name.partition("/")
+    kind = prefix if prefix in KINDS else f"{prefix}s"  # accepts `term/kd` too
+    if name_in_kind and kind in KINDS:
+        yield from _find_in_kind(kind, name_in_kind)
         return
-    for each in KINDS:
-        yield from _find_in_kind(each, name)
+    for kind in KINDS:
+        yield from _find_in_kind(kind, name)
 
 
 def _find_in_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
@@ -148,32 +156,35 @@ def _find_in_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Me
     try:
         yield kind, registry.entry(name)
     except ConfigError:
-        # A foreign name may lack its catalogue; then the registry says what to install.
-        if any(f.prefix and name.startswith(f.prefix) for f in registry.families):
+        # A name with a family's prefix fails when its library is not installed; that error says what to install.
+        if any(family.prefix and name.startswith(family.prefix) for family in registry.families):
             raise
 
 
 def describe_entry(kind: str, entry: Entry) -> str:
+    """Returns the docstring of a part, its operands, its parameters with defaults, an example, and its source."""
+    facts = entry.facts
     lines = [f"{entry.name} ({REGISTRIES[kind].kind})", "", entry.doc.strip() or "(no description)"]
-    if entry.facts.get("paper") and str(entry.facts["paper"]).removeprefix("arXiv:") not in entry.doc:
-        lines += ["", f"Paper: {entry.facts['paper']}"]
+    if facts.get("paper") and str(facts["paper"]).removeprefix("arXiv:") not in entry.doc:
+        lines += ["", f"Paper: {facts['paper']}"]
     if entry.inputs and kind == "terms":
-        reads = [f"{name}{' (where there is one)' if name in entry.optional_inputs else ''}" for name in entry.inputs]
-        lines += ["", f"Reads: {', '.join(reads)}. Space of the loss: {entry.facts.get('space', 'row')}."]
-    own = [p for p in entry.parameters.values() if p.name not in _injected_names(kind, entry)]
-    lines += ["", "Parameters:" if own else "It has no parameters."]
-    width = max((len(p.name) for p in own), default=0)
-    lines += [f"  {p.name:<{width}}  {_type_text(p)}{_default_text(p)}" for p in own]
-    example = _example_lines(kind, entry, own)
-    if example:
-        lines += ["", "Example:", *(f"  {line}" for line in example)]
-    facts = [f"{key} {value}" for key, value in entry.facts.items() if key not in ("injected", "paper", "space")]
-    lines += ["", f"Source: {entry.module}.{entry.symbol}" + (f" ({', '.join(facts)})" if facts else "")]
+        inputs = [f"{name} (optional)" if name in entry.optional_inputs else name for name in entry.inputs]
+        lines += ["", f"Operands: {', '.join(inputs)}.", f"Space of the loss: {facts.get('space', 'row')}."]
+    injected = _injected_names(kind, entry)
+    parameters = [parameter for parameter in entry.parameters.values() if parameter.name not in injected]
+    lines += ["", "Parameters:" if parameters else "Parameters: none."]
+    width = max((len(parameter.name) for parameter in parameters), default=0)
+    lines += [f"  {p.name:<{width}}  {_type_text(p)}{_default_text(p)}" for p in parameters]
+    example = _example_lines(kind, entry, parameters)
+    if example and "Example" not in entry.doc:
+        lines += ["", "Example (recipe):", *(f"  {line}" for line in example)]
+    details = [f"{key} {value}" for key, value in facts.items() if key not in ("injected", "paper", "space")]
+    lines += ["", f"Source: {entry.module}.{entry.symbol}" + (f" ({', '.join(details)})" if details else "")]
     return "\n".join(lines)
 
 
 def _injected_names(kind: str, entry: Entry) -> set[str]:
-    """Parameters that the engine gives. A model's are shown: a recipe may set them."""
+    """Returns the parameters that a recipe does not set. A model's are not among them, since a recipe may set them."""
     injected = set(entry.facts.get("injected", ()))
     return injected if kind == "models" else injected | set(_INJECTED.get(kind, ()))
 
@@ -194,17 +205,19 @@ def _yaml_text(value: Any) -> str:
     return str(value)
 
 
-def _example_lines(kind: str, entry: Entry, own: Sequence[Parameter]) -> list[str]:
-    # The default of a term's number is worth showing; an optimiser's twelve switches are not.
-    shown = [p for p in own if p.default is REQUIRED or (kind in ("terms", "augmentations") and p.default is not None)]
-    params: Mapping[str, str] = {p.name: "..." if p.default is REQUIRED else _yaml_text(p.default) for p in shown[:5]}
+def _example_lines(kind: str, entry: Entry, parameters: Sequence[Parameter]) -> list[str]:
+    """Returns an example of the part in a recipe; empty for kinds whose docstrings contain one."""
+    # Defaults of terms and augmentations are worth showing; an optimizer's twelve switches are not.
+    has_defaults = kind in ("terms", "augmentations")
+    example_parameters = [p for p in parameters if p.default is REQUIRED or (has_defaults and p.default is not None)]
+    params = {p.name: "..." if p.default is REQUIRED else _yaml_text(p.default) for p in example_parameters[:5]}
     flow = ", ".join([f"type: {entry.name}", *(f"{key}: {value}" for key, value in params.items())])
     short = f"{{{flow}}}" if params else entry.name
     match kind:
         case "terms":
             features = "student: layer3, teacher: layer3, " if entry.facts.get("features") else ""
-            rest = flow.removeprefix(f"type: {entry.name}").removeprefix(", ")
-            options = f"{features}weight: 1{', ' + rest if rest else ''}"
+            term_params = "".join(f", {key}: {value}" for key, value in params.items())
+            options = f"{features}weight: 1{term_params}"
             return ["terms:", f"  {entry.name}: {{type: {entry.name}, {options}}}"]
         case "models":
             return [f"student: {{model: {short}}}"]
@@ -219,13 +232,14 @@ def _example_lines(kind: str, entry: Entry, own: Sequence[Parameter]) -> list[st
         case "optimizers":
             rate = ", lr: 0.1" if "lr" in entry.parameters else ""
             return [f"optimizer: {{{flow}{rate}}}"]
-    return []  # the description of a schedule has its own
+    return []
 
 
 def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
     if not sys.stdout.isatty():
         print("\n\n".join(text.rstrip() for text in texts))
         return
+    # rich is imported for terminals only: a pipe is served faster without it.
     from rich.console import Console
     from rich.syntax import Syntax
     from rich.text import Text
@@ -241,9 +255,9 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
 
 
 def _join_wrapped_lines(text: str) -> str:
-    """Joins the lines of wrapped prose, so that a narrow terminal wraps them anew."""
+    """Joins the lines of wrapped paragraphs, so that a narrow terminal can wrap them again."""
     lines = [""]
     for line in text.splitlines():
-        wrapped = len(lines[-1]) > _WRAP_WIDTH and line and not line.startswith((" ", "-"))
-        lines[-1:] = [f"{lines[-1]} {line}"] if wrapped else [lines[-1], line]
+        is_continuation = len(lines[-1]) > _WRAP_WIDTH and line and not line.startswith((" ", "-"))
+        lines[-1:] = [f"{lines[-1]} {line}"] if is_continuation else [lines[-1], line]
     return "\n".join(lines[1:])

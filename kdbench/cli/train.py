@@ -1,4 +1,4 @@
-"""`kdbench train`: one run, and what it prints at its end."""
+"""Trains one recipe for `kdbench train`, and prints the results of runs and sweeps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def train_recipe(recipe: Recipe) -> Outcome:
-    """Trains a recipe to its end; a finished one only prints its summary again."""
+    """Trains a recipe and prints its summary; a finished run only prints its summary again."""
     _import_engine()
     _retain_freed_memory()
-    from kdbench.experiment.run import run as run_experiment
+    from kdbench.experiment.run import run as run_experiment  # imports torch
 
     outcome = run_experiment(recipe)
     print_outcome(outcome)
@@ -28,38 +28,38 @@ def train_recipe(recipe: Recipe) -> Outcome:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Prints how a run ended."""
-    from kdbench.report.summary import print_summary
+    """Prints the summary of a run and its folder, on the main process."""
+    from kdbench.report.summary import print_summary  # imports rich's tables, which other commands do not need
 
     if outcome.is_main:
         if outcome.already_finished:
-            print(f"{outcome.folder} is finished; this is its summary (fresh=true trains anew).")
+            print(f"{outcome.folder} is finished; this is its summary (fresh=true trains it again).")
         print_summary(outcome.summary)
         print(f"Everything is in {outcome.folder}")
 
 
 def _import_engine() -> None:
-    """Imports what every training needs while the garbage collector rests.
+    """Imports torch and the engine with garbage collection disabled, and excludes their objects from later collections.
 
-    Torch's modules are half a million objects without any garbage. To search them over and over while they come takes a
-    quarter of the time of their import; and they are left out of all later searches, which saves 0.2 s each.
+    The modules are half a million objects without any garbage. Collections during the import take a quarter of its
+    time, and every later full collection would search the objects for 0.2 s.
     """
     if "torch._dynamo" in sys.modules or not gc.isenabled():
         return
     gc.disable()
     try:
         importlib.import_module("kdbench.experiment.run")
-        importlib.import_module("torch._dynamo")  # the first optimiser that is built imports it
+        importlib.import_module("torch._dynamo")  # the first optimizer imports it
         gc.freeze()
     finally:
         gc.enable()
 
 
 def _retain_freed_memory() -> None:
-    """Lets glibc's malloc keep what a step frees for the next step, where nobody has set it up otherwise.
+    """Configures glibc's malloc to keep freed blocks for the next step, unless the environment configures it.
 
-    By itself it gives blocks of some megabytes, such as feature maps on a CPU, back to the system as soon as they are
-    free; the next step then gets them as fresh pages, each of which the system has to clear and to map at first touch.
+    By default malloc returns blocks of some megabytes, such as feature maps on a CPU, to the system as soon as they are
+    freed. The next step then gets new pages, and the system has to clear and map each of them at the first access.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -69,38 +69,39 @@ def _retain_freed_memory() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     mallopt(trim_threshold, 1 << 30)
-    if not mallopt(mmap_threshold, 1 << 30):  # older ones take no more than half of a thread's heap
+    if not mallopt(mmap_threshold, 1 << 30):  # older versions accept at most half of a thread's heap
         mallopt(mmap_threshold, 1 << 25)
 
 
 def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
-    """Prints the jobs of a multirun as one table: mean and deviation over the seeds of otherwise equal jobs.
+    """Prints the results of a multirun as one table: mean and deviation over the seeds of otherwise equal jobs.
 
     Args:
-        jobs: of each job its `label` (the overrides less the seed) and, where it finished, the run's `folder` and the
-            exported `role`.
+        jobs: the record of each job: its `label` (the overrides without the seed) and, if it finished, the run's
+            `folder` and the exported `role`.
     """
-    from rich.console import Console
+    from rich.console import Console  # rich's tables are not needed by other commands
 
     from kdbench.report.tables import RunGroup, aggregate
 
-    by_label: dict[str, list[Mapping[str, str]]] = {}
+    jobs_by_label: dict[str, list[Mapping[str, str]]] = {}
     for job in jobs:
-        by_label.setdefault(job["label"], []).append(job)
-    rows, missing = [], []
-    for label, group in by_label.items():
-        done = [job for job in group if "folder" in job]
-        lost = len(group) - len(done)
-        if done:
-            name = (label or "all jobs") + (f" ({len(done)} of {len(group)} finished)" if lost else "")
-            rows.append(RunGroup(name, [job["folder"] for job in done], role=done[0]["role"]))
-        else:
-            missing.append(label or "all jobs")
+        jobs_by_label.setdefault(job["label"], []).append(job)
+    rows: list[RunGroup] = []
+    failed_labels: list[str] = []
+    for label, group in jobs_by_label.items():
+        finished = [job for job in group if "folder" in job]
+        if not finished:
+            failed_labels.append(label or "all jobs")
+            continue
+        count = f" ({len(finished)} of {len(group)} finished)" if len(finished) < len(group) else ""
+        folders = [job["folder"] for job in finished]
+        rows.append(RunGroup((label or "all jobs") + count, folders, role=finished[0]["role"]))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print()
     console.print(aggregate(rows).table())
     print("Test accuracy of the last epoch; mean and deviation over seeds.")
-    for label in missing:
+    for label in failed_labels:
         print(f"{label}: no job finished.")

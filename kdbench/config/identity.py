@@ -1,4 +1,4 @@
-"""What makes a run this run: everything of its recipe that can change its result, and nothing else."""
+"""Computes the identity of a run from everything in its recipe that can change the result."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kdbench.config.schema import OptimizerConfig, PartConfig, PartWithOperands, Recipe, TermConfig, WeightsConfig
+from kdbench.config.schema import (
+    OptimizerConfig,
+    PartConfig,
+    PartWithOperands,
+    Recipe,
+    TermConfig,
+    WeightsConfig,
+    declared_keys,
+)
 from kdbench.registry import (
     ADAPTERS,
     ARTIFACTS,
@@ -30,11 +39,7 @@ from kdbench.registry import (
     Registry,
 )
 
-LOGGING = ("log_every", "checkpoint_every")
-"""Keys of a stage that say how often something is written, not what is computed."""
-
-
-_REGISTRIES = {
+_REGISTRY_OF_FIELD = {
     "model": MODELS,
     "dataset": DATASETS,
     "views": AUGMENTATIONS,
@@ -49,30 +54,32 @@ _REGISTRIES = {
     "select": SELECTORS,
     "part": ARTIFACTS,
 }
-"""Which kind of part a field of the schema holds; any other named part is a schedule."""
+"""Field of the schema -> registry of its part. A part in any other field is a schedule."""
 
 
 def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int = 8) -> str:
-    """A short hexadecimal name for what a recipe computes; the folder of a run is `runs/<recipe>/<identity>`.
+    """Returns a short hexadecimal identity of a run's result; the run's folder is `runs/<recipe>/<identity>`.
 
-    It covers every stage as it was understood (so that `teacher:` and `models.teacher:`, 4 and 4.0, or the order of
-    keys make no difference), the parameters that were left at their default, the `version` of each part, the seed, and
-    `extra`. It leaves out where and how a run is executed (device, compile, frozen_forward, frozen_batch_size, shard,
-    workers, out, runs, data_root, fresh, tensorboard), what is only told (title, paper, published) and how often
-    something is logged or saved.
+    The identity covers every stage with shorthands expanded and defaults filled in, the `version` of each part, the
+    seed and `extra`. `teacher:` and `models.teacher:`, 4 and 4.0, or another order of keys give the same identity. It
+    leaves out the keys that the schema declares with `in_identity=False` (device, compile, runs, title, log_every,
+    ...).
 
     Args:
         recipe: a loaded recipe.
-        extra: what the recipe alone does not fix, such as checksums of the data and identities of teachers.
-        length: how many hexadecimal digits.
+        extra: facts outside the recipe, such as checksums of the data and identities of teachers.
+        length: number of hexadecimal digits.
     """
-    content = {"stages": [_plain(stage) for stage in recipe.stages], "seed": recipe.seed, "extra": _plain(extra or {})}
+    fields_of_result = {key.field for key in declared_keys(Recipe).values() if key.in_identity}
+    content = {name: _plain(getattr(recipe, name)) for name in sorted(fields_of_result)} | {
+        "extra": _plain(extra or {})
+    }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
-    """Plain data in one canonical form; what stands at its default in the schema is left out."""
+    """Converts a config to canonical plain data; leaves out fields at their default."""
     if isinstance(value, PartConfig):
         return _part(value.type, value.params, registry)
     if isinstance(value, PartWithOperands):
@@ -82,10 +89,10 @@ def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
     if isinstance(value, TermConfig):
         return {**_dataclass(value, ("params", "type")), **_part(value.type, value.params, TERMS)}
     if isinstance(value, WeightsConfig) and value.recipe is not None:
-        # Where the teacher's recipe lies is no matter; what it produced is told in `extra`.
+        # The path of the teacher's recipe does not matter: `extra` contains the identity of its result.
         return {**_dataclass(value, ("recipe",)), "recipe": Path(value.recipe).stem}
     if is_dataclass(value):
-        return _dataclass(value, LOGGING)
+        return _dataclass(value, _fields_without_effect(type(value)))
     if isinstance(value, Mapping):
         return {str(key): _plain(item, registry) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,21 +102,29 @@ def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _dataclass(value: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
+@cache
+def _fields_without_effect(config_class: type) -> tuple[str, ...]:
+    """Returns the fields whose keys are all declared with `in_identity=False`."""
+    keys = declared_keys(config_class).values()
+    with_effect = {key.field for key in keys if key.in_identity}
+    return tuple({key.field for key in keys} - with_effect)
+
+
+def _dataclass(config: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
     result = {}
-    for item in fields(value):
-        own = getattr(value, item.name)
-        if item.name in leave_out or not item.compare:  # places are no part of what a recipe says
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in leave_out or not item.compare:  # locations are not compared
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        if own != default:
-            result[item.name] = _plain(own, _REGISTRIES.get(item.name, SCHEDULES))
+        if value != default:
+            result[item.name] = _plain(value, _REGISTRY_OF_FIELD.get(item.name, SCHEDULES))
     return result
 
 
-def part_identity(named: PartConfig, registry: Registry) -> dict[str, Any]:
-    """What a part computes, as plain data: its name, its parameters with defaults filled in, and its version."""
-    return _part(named.type, named.params, registry)
+def part_identity(part: PartConfig, registry: Registry) -> dict[str, Any]:
+    """Returns a part as plain data: its name, its parameters with defaults filled in, and its version."""
+    return _part(part.type, part.params, registry)
 
 
 def _part(kind: str, params: Mapping[str, Any], registry: Registry) -> dict[str, Any]:

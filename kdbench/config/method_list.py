@@ -1,7 +1,7 @@
-"""The list of methods: `configs/methods.yaml`, and what the shipped recipes say they are.
+"""Reads the list of methods: `configs/methods.yaml`, and the `methods` and `notes` of the shipped recipes.
 
-A status is computed. A recipe that names a row under its key `methods` makes it *runs*; without one, the row's own
-facts decide: `same_as` (runs as another recipe with keys), `unstated`, else *not yet*, with what is missing.
+The status of a method is computed. It is *runs* if a recipe names the method under its key `methods`. Otherwise the row
+decides: `variant_of` (runs as another recipe with overrides), `unstated` (not stated), else *not yet*.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from kdbench.config.paths import recipe_names, shared_folder
+from kdbench.config.schema import Notes
 from kdbench.config.yaml_reader import read_yaml
 from kdbench.errors import ConfigError, suggest
 
@@ -23,18 +24,21 @@ RUNS, RUNS_AS, NOT_YET, NOT_STATED = "runs", "runs as", "not yet", "not stated"
 STATUSES = (RUNS, RUNS_AS, NOT_YET, NOT_STATED)
 
 
-_FACTS = ("same_as", "missing", "unstated")
+_EXCLUSIVE_KEYS = ("variant_of", "missing", "unstated")
 
 
-_TEXTS = ("title", "paper", "field", "mechanism")
+_TEXT_KEYS = ("title", "paper", "field", "mechanism")
 
 
-_KEYS = ("method", *_TEXTS, *_FACTS)
+_ROW_KEYS = ("method", *_TEXT_KEYS, *_EXCLUSIVE_KEYS)
+
+
+_NOTE_LISTS = ("source", "differs", "scaled_down")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Another recipe's wiring: `recipe` with the overrides `keys` is this method."""
+    """The recipe and the overrides that turn it into another method."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -44,9 +48,18 @@ class Variant:
 class Method:
     """One published method.
 
-    id: its row, such as `m058`, or `x-kd` for a method beyond the catalogue (`beyond`). method: how the field calls it.
-    paper: an arXiv id (`arXiv:1503.02531`) or a venue; empty where none was found. mechanism: one line of what it does.
-    recipes: the shipped recipes that are this method. unstated: what the abstract does not tell and was not found.
+    Args:
+        id: the row's key, such as `m058`, or `x-kd` for a method beyond the catalogue.
+        method: the usual name of the method.
+        title: the title of the paper.
+        paper: an arXiv id (`arXiv:1503.02531`) or a venue; empty if none was found.
+        field: the field of application.
+        mechanism: a summary of the method in one line.
+        recipes: names of the shipped recipes that implement the method.
+        variant_of: another recipe that implements the method with overrides.
+        missing: the features that kdbench lacks for this method.
+        unstated: the details that the abstract does not state and that were found nowhere else.
+        beyond: True for a method that the catalogue does not count.
     """
 
     id: str
@@ -63,6 +76,7 @@ class Method:
 
     @property
     def status(self) -> str:
+        """One of `STATUSES`."""
         if self.recipes:
             return RUNS
         if self.variant_of is not None:
@@ -71,33 +85,34 @@ class Method:
 
     @property
     def link(self) -> str:
-        """Where the paper is; empty where only its venue is known."""
+        """The paper's address on arXiv; empty if only the venue is known."""
         return f"https://arxiv.org/abs/{self.paper.removeprefix('arXiv:')}" if self.paper.startswith("arXiv:") else ""
 
 
 @dataclass(frozen=True)
 class MethodList:
-    """Every row, in the order of the file, and the rows that need a language model: id -> name."""
+    """All methods in the order of the file, and the methods that need a language model: id -> name."""
 
     methods: tuple[Method, ...]
     language_model: Mapping[str, str]
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each status."""
+        """Counts the methods of each status."""
         return {status: sum(method.status == status for method in self.methods) for status in STATUSES}
 
 
 def read_methods(
     path: Path | None = None, claims: Mapping[str, Sequence[str]] | None = None, *, strict: bool = True
 ) -> MethodList:
-    """Reads the list and gives each row the recipes that claim it.
+    """Reads the list and assigns to each method the recipes that claim it.
 
     Args:
         path: another file than the shipped `configs/methods.yaml`.
-        claims: id -> recipes; those of the shipped recipes by default.
+        claims: id -> recipes; by default the claims of the shipped recipes.
+        strict: False ignores claims of ids that the list does not contain.
 
     Raises:
-        ConfigError: a row lacks its name, has a key or a fact too many, or a recipe claims a row that there is not.
+        ConfigError: a row lacks `method`, has an unknown key or two exclusive keys, or a recipe claims an unknown id.
     """
     source = read_yaml(path or shared_folder("configs") / "methods.yaml")
     claims = recipe_claims() if claims is None else claims
@@ -105,51 +120,62 @@ def read_methods(
     for section in ("methods", "beyond"):
         for name, row in (source.data.get(section) or {}).items():
             rows[name] = _method(name, row, section == "beyond", tuple(claims.get(name, ())))
-    language = dict(source.data.get("language_model") or {})
+    language_model = dict(source.data.get("language_model") or {})
     for name, recipes in claims.items():
         if strict and name not in rows:
-            known = "it needs a language model there" if name in language else suggest(name, rows).strip()
-            raise ConfigError(f"{recipes[0]}: methods: no row {name!r} in the list of methods. {known}".rstrip())
-    return MethodList(tuple(rows.values()), language)
+            hint = "This method needs a language model." if name in language_model else suggest(name, rows).strip()
+            raise ConfigError(f"{recipes[0]}: methods: no method {name!r} in configs/methods.yaml. {hint}".rstrip())
+    return MethodList(tuple(rows.values()), language_model)
 
 
 def recipe_claims() -> dict[str, list[str]]:
-    """Which shipped recipes say that they are which method: id -> names of recipes."""
-    found: dict[str, list[str]] = {}
+    """Reads which methods the shipped recipes implement: method id -> names of recipes."""
+    claims: dict[str, list[str]] = {}
     for recipe in recipe_names():
-        for name in _claims_of(shared_folder("recipes") / f"{recipe}.yaml"):
-            found.setdefault(name, []).append(recipe)
-    return found
+        value = _top_level_value(shared_folder("recipes") / f"{recipe}.yaml", "methods") or []
+        for method_id in value if isinstance(value, list) else [value]:
+            claims.setdefault(str(method_id), []).append(recipe)
+    return claims
 
 
-def _claims_of(path: Path) -> list[str]:
-    """The key `methods` of a recipe, without reading the rest of it: all recipes are read for one list."""
-    own: list[str] = []
+def recipe_notes(recipe: str) -> Notes | None:
+    """Reads the `notes` of a shipped recipe; None if it has none."""
+    notes = _top_level_value(shared_folder("recipes") / f"{recipe}.yaml", "notes")
+    if notes is None:
+        return None
+    return Notes(basis=notes["basis"], **{key: tuple(notes.get(key, ())) for key in _NOTE_LISTS})
+
+
+def _top_level_value(path: Path, key: str) -> Any:
+    """Parses one top-level key of a recipe; None if the file lacks it."""
+    # The list reads all recipes: parsing their whole files takes a second.
+    lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("methods:") or (own and (not line or line[0] in " -#")):
-            own.append(line)
-        elif own:
+        if line.startswith(f"{key}:") or (lines and (not line or line[0] in " -#")):
+            lines.append(line)
+        elif lines:
             break
-    named = yaml.safe_load("\n".join(own))["methods"] if own else []
-    return [str(name) for name in (named if isinstance(named, list) else [named])]
+    return yaml.safe_load("\n".join(lines))[key] if lines else None
 
 
 def _method(name: str, row: Any, beyond: bool, recipes: tuple[str, ...]) -> Method:
-    where = f"configs/methods.yaml: {name}"
+    location = f"configs/methods.yaml: {name}"
     if not isinstance(row, dict) or not row.get("method"):
-        raise ConfigError(f"{where}: a mapping with the key `method` was expected.")
+        raise ConfigError(f"{location}: expected a mapping with the key `method`.")
     for key in row:
-        if key not in _KEYS:
-            raise ConfigError(f"{where}: no key {key!r}.{suggest(key, _KEYS)}")
-    facts = [fact for fact in _FACTS if row.get(fact)]
-    if len(facts) > 1:
-        raise ConfigError(f"{where}: {' and '.join(facts)} exclude each other.")
-    texts: dict[str, Any] = {key: str(row[key]) for key in ("method", *_TEXTS, "missing", "unstated") if row.get(key)}
-    same = _same_as(row["same_as"], where) if row.get("same_as") else None
-    return Method(id=name, recipes=recipes, variant_of=same, beyond=beyond, **texts)
+        if key not in _ROW_KEYS:
+            raise ConfigError(f"{location}: no key {key!r}.{suggest(key, _ROW_KEYS)}")
+    present = [key for key in _EXCLUSIVE_KEYS if row.get(key)]
+    if len(present) > 1:
+        raise ConfigError(f"{location}: {' and '.join(present)} exclude each other.")
+    texts: dict[str, Any] = {
+        key: str(row[key]) for key in ("method", *_TEXT_KEYS, "missing", "unstated") if row.get(key)
+    }
+    variant = _variant(row["variant_of"], location) if row.get("variant_of") else None
+    return Method(id=name, recipes=recipes, variant_of=variant, beyond=beyond, **texts)
 
 
-def _same_as(value: Any, where: str) -> Variant:
-    if not isinstance(value, dict) or set(value) != {"recipe", "keys"} or not isinstance(value["keys"], list):
-        raise ConfigError(f"{where}: same_as: {{recipe: NAME, keys: [key=value, ...]}} was expected.")
-    return Variant(str(value["recipe"]), tuple(str(key) for key in value["keys"]))
+def _variant(value: Any, location: str) -> Variant:
+    if not isinstance(value, dict) or set(value) != {"recipe", "overrides"} or not isinstance(value["overrides"], list):
+        raise ConfigError(f"{location}: expected variant_of: {{recipe: NAME, overrides: [key=value, ...]}}.")
+    return Variant(str(value["recipe"]), tuple(str(override) for override in value["overrides"]))

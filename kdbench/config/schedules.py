@@ -1,7 +1,7 @@
-"""Numbers that move during training: of an optimiser's rate, a term's weight or a term's parameter.
+"""Schedules: values that change during training, of a learning rate, a term's weight or a term's parameter.
 
-A schedule is called as `schedule(position, length)`. By epoch, the position is the whole epoch (0-based) and lengths
-are in epochs; by step, the position is the optimiser step (0-based) and lengths are in steps.
+A schedule is called as `schedule(position, length)`. With `by: epoch` the position is the 0-based epoch and lengths are
+in epochs; with `by: step` the position is the 0-based optimiser step and lengths are in steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ By = Literal["epoch", "step"]
 
 
 class Schedule(Protocol):
-    """What `build_schedule` returns."""
+    """Maps a position and the length of the stage to a value."""
 
     by: By
 
@@ -27,9 +27,10 @@ class Schedule(Protocol):
 
 @SCHEDULES.register("constant")
 class Constant:
-    """The same value throughout.
+    """Constant value.
 
-    Example: `weight: 0.9` is short for `weight: {type: constant, value: 0.9}`.
+    Example (recipe):
+        weight: {type: constant, value: 0.9}    # the same as weight: 0.9
     """
 
     def __init__(self, value: float = 1.0, by: Literal["epoch", "step"] = "epoch") -> None:
@@ -42,10 +43,15 @@ class Constant:
 
 @SCHEDULES.register("linear")
 class Linear:
-    """A straight line from `start` to `end` over `over` epochs (or steps), then `end`.
+    r"""Linear interpolation from `start` to `end`, then constant.
 
-    Value at position p: start + (end - start) * min(p / over, 1). Without `over` it takes the whole stage.
-    Example: `weight: {type: linear, start: 0, end: 1, over: 20}`.
+    .. math:: v(p) = start + (end - start) \min(p / over, 1)
+
+    Args:
+        over: number of epochs or steps; the length of the stage by default.
+
+    Example (recipe):
+        weight: {type: linear, start: 0, end: 1, over: 20}
     """
 
     def __init__(
@@ -62,10 +68,15 @@ class Linear:
 
 @SCHEDULES.register("cosine")
 class Cosine:
-    """Half a cosine wave from `start` to `end` over `over` epochs (or steps), then `end`.
+    r"""Cosine annealing from `start` to `end`, then constant: one period of SGDR (arXiv:1608.03983).
 
-    Value at position p: end + (start - end) * (1 + cos(pi * min(p / over, 1))) / 2, one period of SGDR
-    (arXiv:1608.03983). Without `over` it takes the whole stage. Example: `scheduler: {type: cosine, warmup: 5}`.
+    .. math:: v(p) = end + (start - end) (1 + \cos(\pi \min(p / over, 1))) / 2
+
+    Args:
+        over: number of epochs or steps; the length of the stage by default.
+
+    Example (recipe):
+        scheduler: {type: cosine, warmup: 5}
     """
 
     def __init__(
@@ -77,15 +88,21 @@ class Cosine:
         self.by: By = by
 
     def __call__(self, position: float, length: float) -> float:
-        turn = math.cos(math.pi * _progress(position, self.over or length))
-        return self.end + (self.start - self.end) * (1 + turn) / 2
+        cosine = math.cos(math.pi * _progress(position, self.over or length))
+        return self.end + (self.start - self.end) * (1 + cosine) / 2
 
 
 @SCHEDULES.register("step")
 class Step:
-    """`start`, multiplied by `gamma` at each milestone (an epoch or a step, 0-based).
+    r"""Step decay: `start` times `gamma` for each milestone reached.
 
-    Example: `scheduler: {type: step, milestones: [150, 180, 210], gamma: 0.1}`: the epochs 150 to 179 run at 0.1.
+    .. math:: v(p) = start \cdot gamma^{|\{m : m \le p\}|}
+
+    Args:
+        milestones: 0-based epochs or steps, in ascending order.
+
+    Example (recipe):
+        scheduler: {type: step, milestones: [150, 180, 210], gamma: 0.1}    # 0.1 in the epochs 150 to 179
     """
 
     def __init__(
@@ -102,10 +119,17 @@ class Step:
 
 @SCHEDULES.register("warmup")
 class Warmup:
-    """Rises linearly to `value` over the first `over` epochs (or steps), then holds it.
+    r"""Linear warm-up to `value`, then constant: the weight's warm-up in the released code of DKD (arXiv:2203.08679).
 
-    Value at position p: value * min((p + 1) / over, 1), so that the first epoch is not lost at zero; this is the
-    warm-up of the weight in the released code of DKD (arXiv:2203.08679). Example: `weight: {type: warmup, over: 20}`.
+    .. math:: v(p) = value \min((p + 1) / over, 1)
+
+    The first position is not 0, so that the first epoch has an effect.
+
+    Args:
+        over: number of epochs or steps.
+
+    Example (recipe):
+        weight: {type: warmup, over: 20}
     """
 
     def __init__(self, over: float, value: float = 1.0, by: Literal["epoch", "step"] = "epoch") -> None:
@@ -119,11 +143,18 @@ class Warmup:
 
 @SCHEDULES.register("ramp_up")
 class RampUp:
-    """Rises to `value` like half a bell over the first `over` epochs (or steps), then holds it.
+    r"""Gaussian ramp-up to `value`, then constant.
 
-    Value at position p: value * exp(-5 (1 - min(p / over, 1))^2), so that it begins at value * 0.0067: the weight of
-    what networks say while they know little, as in temporal ensembling (arXiv:1610.02242) and mean teacher
-    (arXiv:1703.01780). Example: `weight: {type: ramp_up, over: 20, value: 10}`.
+    .. math:: v(p) = value \exp(-5 (1 - \min(p / over, 1))^2)
+
+    It begins at 0.0067 times `value`: the weight of consistency losses in temporal ensembling (arXiv:1610.02242) and
+    mean teacher (arXiv:1703.01780).
+
+    Args:
+        over: number of epochs or steps.
+
+    Example (recipe):
+        weight: {type: ramp_up, over: 20, value: 10}
     """
 
     def __init__(self, over: float, value: float = 1.0, by: Literal["epoch", "step"] = "epoch") -> None:
@@ -137,39 +168,44 @@ class RampUp:
 
 @SCHEDULES.register("chain")
 class Chain:
-    """Schedules one after the other; each part has a `length`, and the last may take what is left.
+    """Sequence of schedules, each with its own `length`.
 
-    Example: `scheduler: {type: chain, parts: [{type: warmup, over: 5, length: 5}, {type: cosine}]}`.
+    Args:
+        parts: schedules with a `length` beside their parameters. The last one may omit it: it takes the remaining
+            epochs or steps.
+
+    Example (recipe):
+        scheduler: {type: chain, parts: [{type: warmup, over: 5, length: 5}, {type: cosine}]}
     """
 
     def __init__(self, parts: list[dict | str], by: Literal["epoch", "step"] = "epoch") -> None:
         self.by: By = by
         self.parts: list[tuple[Schedule, float | None]] = []
-        spelled: list[dict[str, Any]] = [{"type": part} if isinstance(part, str) else part for part in parts]
-        for part in spelled:
+        configs: list[dict[str, Any]] = [{"type": part} if isinstance(part, str) else part for part in parts]
+        for part in configs:
             params = {key: value for key, value in part.items() if key not in ("type", "length")}
             self.parts.append((SCHEDULES.build(part["type"], {**params, "by": by}), part.get("length")))
 
     def __call__(self, position: float, length: float) -> float:
         begin = 0.0
-        for index, (part, given) in enumerate(self.parts):
-            own = length - begin if given is None else given
-            if position < begin + own or index == len(self.parts) - 1:
-                return part(position - begin, own)
-            begin += own
+        for index, (part, fixed_length) in enumerate(self.parts):
+            part_length = length - begin if fixed_length is None else fixed_length
+            if position < begin + part_length or index == len(self.parts) - 1:
+                return part(position - begin, part_length)
+            begin += part_length
         raise AssertionError("a chain has at least one part")
 
 
 class WithWarmup:
-    """Another schedule times a linear rise over the first `warmup` epochs (or steps); milestones stay put."""
+    """Product of a schedule and a linear warm-up; does not shift the schedule's milestones."""
 
     def __init__(self, schedule: Schedule, warmup: float) -> None:
         self.schedule = schedule
-        self.rise = Warmup(warmup)
+        self.warmup = Warmup(warmup)
         self.by: By = schedule.by
 
     def __call__(self, position: float, length: float) -> float:
-        return self.schedule(position, length) * self.rise(position, length)
+        return self.schedule(position, length) * self.warmup(position, length)
 
 
 def _progress(position: float, over: float) -> float:
@@ -177,9 +213,11 @@ def _progress(position: float, over: float) -> float:
 
 
 def build_schedule(value: float | PartConfig | Mapping[str, Any] | None) -> Schedule:
-    """Builds the schedule of a rate, a weight or a parameter.
+    """Builds the schedule of a learning rate, a weight or a parameter.
 
-    A number is constant, None is constant 1; a `warmup` beside an optimiser's schedule multiplies it (`Warmed`).
+    Args:
+        value: a number (constant), None (constant 1), or a schedule's config. A `warmup` beside its parameters
+            multiplies the schedule by a linear warm-up.
     """
     if value is None or isinstance(value, int | float):
         return Constant(1.0 if value is None else value)

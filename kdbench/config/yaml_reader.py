@@ -1,8 +1,8 @@
-"""Reads a YAML file of ours into plain data with the line of every key, and refuses what YAML or Hydra would misread.
+"""Reads a YAML file into plain data with the location of every key.
 
-Only mappings, lists and scalars get through: no tags, no `hydra:` or `_target_` node, no resolver such as
-`${oc.env:HOME}`, no key given twice, and none of YAML 1.1's surprises (`on` is true, `010` is 8, `1:30` is 90).
-All faults of a file are reported together.
+The result contains only mappings, lists and scalars. Rejected are tags, `hydra:` and `_target_` nodes, resolvers such
+as `${oc.env:HOME}`, duplicate keys, and the ambiguous scalars of YAML 1.1 (`on` is true, `010` is 8, `1:30` is 90). All
+errors of a file are reported together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from kdbench.config.error_list import ErrorList
 from kdbench.errors import ConfigError, Location
 
-_CORE = "tag:yaml.org,2002:"
+_CORE_TAG = "tag:yaml.org,2002:"
 
 
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -36,21 +36,21 @@ _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[\w-]+)*\}")
 _HYDRA_KEY = re.compile(r"_\w+_")
 
 
-_RESOLVER = yaml.SafeLoader("")
+_TAG_RESOLVER = yaml.SafeLoader("")
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-_MAX_WHOLE = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 
 
-_MAX_NODES = 100_000  # a file of nested aliases can stand for more nodes than there is memory
+_MAX_NODES = 100_000  # nested aliases of a small file can expand to more nodes than fit into memory
 
 
 @dataclass(frozen=True)
 class YamlSource:
-    """One YAML file: its data, and where each dotted key was written (`terms.kd.weight`, `augment.0`)."""
+    """One YAML file: its name in messages, its data, and dotted key (`terms.kd.weight`, `augment.0`) -> location."""
 
     file: str
     data: Mapping[str, Any]
@@ -58,7 +58,7 @@ class YamlSource:
 
 
 def display_path(path: Path) -> str:
-    """The path as messages give it: relative to the working folder when it lies inside."""
+    """Returns a path for messages, relative if it is inside the working directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> YamlSource:
     """Reads one file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML mapping, or holds something that is refused.
+        ConfigError: the file cannot be read, is not a YAML mapping, or contains a rejected value.
     """
     file = display_path(path)
     try:
@@ -82,174 +82,187 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def parse_yaml(text: str, file: str) -> YamlSource:
-    """Reads YAML text; `file` is its name in messages."""
+    """Reads YAML text.
+
+    Args:
+        file: its name in messages.
+
+    Raises:
+        ConfigError: the text is not a YAML mapping, or contains a rejected value.
+    """
     try:
-        return _parsed(text, file)
+        root = _compose_root(text, file)
+        reader = _NodeReader(file)
+        data = reader.read_node(root, "")
     except RecursionError:
-        raise ConfigError(f"{file}: lists and mappings stand within each other more deeply than can be read.") from None
+        raise ConfigError(f"{file}: lists and mappings are nested too deeply.") from None
+    reader.errors.raise_any(file)
+    return YamlSource(file, data, reader.locations)
 
 
-def _parsed(text: str, file: str) -> YamlSource:
+def _compose_root(text: str, file: str) -> yaml.MappingNode:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{Location(file=file, line=line)}: this is not valid YAML: {said}.") from None
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{Location(file=file, line=line)}: not valid YAML: {reason}.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: this is not valid YAML: {error}") from None
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
     if root is None:
-        raise ConfigError(f"{file}: the file is empty; a mapping of keys such as `dataset:` and `terms:` was expected.")
+        raise ConfigError(f"{file}: the file is empty; expected a mapping of keys such as `dataset:` and `terms:`.")
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{file}:{root.start_mark.line + 1}: a mapping such as `dataset: digits` was expected.")
-    reader = _NodeReader(file)
-    data = reader.value(root, "")
-    reader.faults.raise_any(file)
-    return YamlSource(file, data, reader.places)
+        raise ConfigError(f"{file}:{root.start_mark.line + 1}: expected a mapping such as `dataset: digits`.")
+    return root
 
 
 class _NodeReader:
+    """Converts YAML nodes to plain data; collects locations and errors."""
+
     def __init__(self, file: str) -> None:
         self.file = file
-        self.faults = ErrorList()
-        self.places: dict[str, Location] = {}
-        self.open: list[yaml.Node] = []
+        self.errors = ErrorList()
+        self.locations: dict[str, Location] = {}
+        self.open_nodes: list[yaml.Node] = []
         self.count = 0
 
-    def value(self, node: yaml.Node, key: str) -> Any:
-        place = self.places.get(key) or self.place(node, key)
-        self.places.setdefault(key, place)
+    def read_node(self, node: yaml.Node, key: str) -> Any:
+        location = self.locations.get(key) or self.locate(node, key)
+        self.locations.setdefault(key, location)
         self.count += 1
         if self.count > _MAX_NODES:
-            raise ConfigError(f"{place}: the file unfolds to more than {_MAX_NODES} values; use fewer aliases.")
-        if node in self.open:
-            raise ConfigError(f"{place}: an alias that contains itself is refused.")
+            raise ConfigError(f"{location}: the aliases expand to more than {_MAX_NODES} values; use fewer aliases.")
+        if node in self.open_nodes:
+            raise ConfigError(f"{location}: an alias that contains itself is rejected.")
         if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node, place)
-        expected = "map" if isinstance(node, yaml.MappingNode) else "seq"
-        if node.tag != f"{_CORE}{expected}":
-            self.tag(node, place)
+            return self.read_scalar(node, location)
+        expected_tag = "map" if isinstance(node, yaml.MappingNode) else "seq"
+        if node.tag != f"{_CORE_TAG}{expected_tag}":
+            self.reject_tag(node, location)
             return None
-        self.open.append(node)
+        self.open_nodes.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
-                return self.mapping(node, key)
-            return [self.value(child, f"{key}.{i}" if key else str(i)) for i, child in enumerate(node.value)]
+                return self.read_mapping(node, key)
+            return [self.read_node(child, f"{key}.{i}" if key else str(i)) for i, child in enumerate(node.value)]
         finally:
-            self.open.pop()
+            self.open_nodes.pop()
 
-    def mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
+    def read_mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name_node, value_node in node.value:
-            name = self.name(name_node, key)
+            name = self.read_name(name_node, key)
             if name is None:
                 continue
             dotted = f"{key}.{name}" if key else name
-            place = self.place(name_node, dotted)
+            location = self.locate(name_node, dotted)
             if name in result:
-                first = self.places[dotted].line
-                self.faults.add(place, f"the key {name!r} is given twice, first on line {first}; keep one of them.")
+                line = self.locations[dotted].line
+                self.errors.add(location, f"duplicate key {name!r}, first on line {line}; keep one of them.")
                 continue
             if (not key and name in ("hydra", "defaults")) or _HYDRA_KEY.fullmatch(name):
-                reach = "a recipe is data: it cannot reach Hydra's own node or call Python"
-                self.faults.add(place, f"the key {name!r} is refused; {reach}. Remove it.")
+                reason = "a recipe is data: it cannot reach Hydra's own node or call Python"
+                self.errors.add(location, f"the key {name!r} is rejected; {reason}. Remove it.")
                 continue
-            self.places[dotted] = place
-            result[name] = self.value(value_node, dotted)
+            self.locations[dotted] = location
+            result[name] = self.read_node(value_node, dotted)
         return result
 
-    def name(self, node: yaml.Node, parent: str) -> str | None:
-        place = self.place(node, parent)
+    def read_name(self, node: yaml.Node, parent: str) -> str | None:
+        location = self.locate(node, parent)
         if not isinstance(node, yaml.ScalarNode):
-            self.faults.add(place, "a key must be plain text.")
+            self.errors.add(location, "a key must be plain text.")
             return None
         if node.value == "<<":
-            self.faults.add(place, "merge keys (`<<`) are refused; write the keys out.")
+            self.errors.add(location, "merge keys (`<<`) are rejected; repeat the keys.")
             return None
-        value = self.scalar(node, place, what="the key")
+        value = self.read_scalar(node, location, subject="the key")
         if isinstance(value, str):
             return value
-        if value is not None or node.tag == f"{_CORE}null":
-            self.faults.add(place, f"the key {node.value!r} must be text, such as \"'{node.value}'\" in quotes.")
+        if value is not None or node.tag == f"{_CORE_TAG}null":
+            self.errors.add(location, f"the key {node.value!r} must be text, such as \"'{node.value}'\" in quotes.")
         return None
 
-    def scalar(self, node: yaml.ScalarNode, place: Location, what: str = "the value") -> Any:
-        text, kind = node.value, node.tag.removeprefix(_CORE)
-        if node.tag == "!":
-            self.tag(node, place)
-            return None
-        if node.style is not None:
+    def read_scalar(self, node: yaml.ScalarNode, location: Location, subject: str = "the value") -> Any:
+        """Reads a scalar as YAML 1.2 would; reports a scalar that YAML 1.1 resolves to something unexpected."""
+        text, kind = node.value, node.tag.removeprefix(_CORE_TAG)
+        if node.style is not None and node.tag != "!":
+            # Quoted text is text, whatever it looks like.
             if kind != "str":
-                self.tag(node, place)
-            return self.text(text, place)
-        if node.tag != _RESOLVER.resolve(yaml.ScalarNode, text, (True, False)):
-            self.tag(node, place)
+                self.reject_tag(node, location)
+            return self.read_text(text, location)
+        if node.tag == "!" or node.tag != _TAG_RESOLVER.resolve(yaml.ScalarNode, text, (True, False)):
+            # An explicit tag: the resolver would have given the plain scalar another one.
+            self.reject_tag(node, location)
             return None
-        fault = None
         if kind == "null":
             return None
-        if kind == "bool":
-            if text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            truth = "true" if text.lower() in ("on", "yes") else "false"
-            fault = f"YAML reads it as {truth}; write {truth}, or '{text}' in quotes for text."
-        elif kind == "int":
-            if _DECIMAL.fullmatch(text):
-                value = int(text.replace("_", "")[:30])
-                if abs(value) <= _MAX_WHOLE:
-                    return value
-                self.faults.add(place, f"{what} is a whole number of more than 64 bits.")
-                return None
-            meant = yaml.safe_load(text)
-            fault = f"YAML reads it as {meant}; write the decimal number, or '{text}' in quotes for text."
-        elif kind == "float":
-            if ":" not in text:
-                return float(yaml.safe_load(text))
-            fault = f"YAML reads it as {yaml.safe_load(text)}; write the number, or '{text}' in quotes for text."
-        elif kind == "timestamp":
-            fault = f"YAML reads it as a date; write '{text}' in quotes for text."
-        elif kind == "str":
-            return float(text.replace("_", "")) if _EXPONENT.fullmatch(text) else self.text(text, place)
-        else:
-            fault = "only numbers, text, true, false and null are values here; put it in quotes for text."
-        self.faults.add(place, f"{what} {text!r} is ambiguous: {fault}")
+        if kind == "bool" and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind == "int" and _DECIMAL.fullmatch(text):
+            value = int(text.replace("_", "")[:30])  # 30 digits decide; int() of thousands of digits would raise
+            if abs(value) <= _MAX_INTEGER:
+                return value
+            self.errors.add(location, f"{subject} is a whole number of more than 64 bits.")
+            return None
+        if kind == "float" and ":" not in text:
+            return float(yaml.safe_load(text))
+        if kind == "str":
+            # YAML 1.1 takes `1e-3` for text.
+            return float(text.replace("_", "")) if _EXPONENT.fullmatch(text) else self.read_text(text, location)
+        self.errors.add(location, f"{subject} {text!r} is ambiguous: {_ambiguity(kind, text)}")
         return None
 
-    def text(self, text: str, place: Location) -> str:
-        fault = interpolation_error(text)
-        if _CONTROLS.search(text):
-            fault = f"{text!r} holds control characters, which a terminal would take for commands; take them out."
-        if fault:
-            self.faults.add(place, fault)
+    def read_text(self, text: str, location: Location) -> str:
+        error = interpolation_error(text)
+        if _CONTROL_CHARACTERS.search(text):
+            error = f"{text!r} contains control characters, which a terminal would execute; remove them."
+        if error:
+            self.errors.add(location, error)
         return text
 
-    def tag(self, node: yaml.Node, place: Location) -> None:
-        name = node.tag.replace(_CORE, "!!")
-        self.faults.add(place, f"the YAML tag {name!r} is refused; a recipe holds only mappings, lists and values.")
+    def reject_tag(self, node: yaml.Node, location: Location) -> None:
+        name = node.tag.replace(_CORE_TAG, "!!")
+        self.errors.add(location, f"the YAML tag {name!r} is rejected; a recipe has only mappings, lists and values.")
 
-    def place(self, node: yaml.Node, key: str) -> Location:
+    def locate(self, node: yaml.Node, key: str) -> Location:
         return Location(key=key, file=self.file, line=node.start_mark.line + 1)
 
 
+def _ambiguity(kind: str, text: str) -> str:
+    """Describes what YAML 1.1 makes of a scalar, and how to write it instead."""
+    if kind == "bool":
+        truth = "true" if text.lower() in ("on", "yes") else "false"
+        return f"YAML reads it as {truth}; write {truth}, or '{text}' in quotes for text."
+    if kind == "int":
+        return f"YAML reads it as {yaml.safe_load(text)}; write the decimal number, or '{text}' in quotes for text."
+    if kind == "float":
+        return f"YAML reads it as {yaml.safe_load(text)}; write the number, or '{text}' in quotes for text."
+    if kind == "timestamp":
+        return f"YAML reads it as a date; write '{text}' in quotes for text."
+    return "values are numbers, text, true, false and null; put it in quotes for text."
+
+
 def interpolation_error(text: str) -> str | None:
-    """Says why an interpolation in `text` is refused; plain references such as `${vars.width}` are fine."""
+    """Returns the reason why an interpolation in `text` is rejected, or None. `${vars.width}` is valid."""
     for match in _INTERPOLATION.finditer(text):
-        found = match.group()
-        if not _REFERENCE.fullmatch(found) or found.startswith(("${hydra.", "${hydra}")):
+        interpolation = match.group()
+        if not _REFERENCE.fullmatch(interpolation) or interpolation.startswith(("${hydra.", "${hydra}")):
             return (
-                f"{found!r} is refused; only references to the recipe's own keys, such as ${{vars.width}}, are "
+                f"{interpolation!r} is rejected; only references to the recipe's own keys, such as ${{vars.width}}, "
+                f"are "
                 "resolved, never the environment, Hydra or another resolver."
             )
     return None
 
 
 def iterate_scalars(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar of nested data with its dotted key."""
+    """Yields the dotted key and the value of every scalar in nested data."""
     if isinstance(data, Mapping):
         for name, value in data.items():
             yield from iterate_scalars(value, f"{key}.{name}" if key else str(name))
     elif isinstance(data, list | tuple):
-        for position, value in enumerate(data):
-            yield from iterate_scalars(value, f"{key}.{position}" if key else str(position))
+        for index, value in enumerate(data):
+            yield from iterate_scalars(value, f"{key}.{index}" if key else str(index))
     else:
         yield key, data

@@ -1,3 +1,3 @@
 """Datasets, augmentation, sampling and loading: everything up to a batch of tensors.
 
-`describe` knows what a source will yield before its files are read. What the tensors are used for is not known here."""
+`describe` computes the spec of a source before its files are read. Nothing here knows what the batches are used for."""

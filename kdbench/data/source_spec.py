@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
+
+FieldSpec: TypeAlias = tuple[tuple[int, ...], str]
+"""Shape of one sample, without the batch dimension, and name of the dtype: `((3, 32, 32), "float32")`."""
 
 
 @dataclass(frozen=True)
 class VariantCount:
-    """How many images a view can show of one sample; `count` is None where they are not counted, and `why` says why."""
+    """Number of different images that a view can show of one sample.
+
+    count: None where there is no finite list of images; `reason` then says why.
+    """
 
     count: int | None
     reason: str = ""
@@ -16,16 +23,16 @@ class VariantCount:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What a source will give, known before its files are read.
+    """Fields, classes and sizes of a source.
 
-    fields: field -> (shape of one sample, dtype), such as `image -> ((3, 32, 32), 'float32')`; without the batch.
-    classes, samples: None where only the files could tell.
-    problem: what stands in the way of training, in words; None when nothing does.
-    population: samples of the whole split, of which the source may give a part: `index` is below it.
-    variants: view -> how many images it can show of one sample.
+    fields: field -> (shape of one sample, dtype).
+    classes, samples: None where they are unknown before the files are read.
+    problem: a sentence about what has to happen before training can start; None if nothing has to.
+    population: samples of the full split, before `subset`; `index` is below it.
+    variants: view -> number of different images of one sample.
     """
 
-    fields: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    fields: Mapping[str, FieldSpec] = field(default_factory=dict)
     classes: int | None = None
     samples: int | None = None
     problem: str | None = None

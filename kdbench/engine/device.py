@@ -1,4 +1,4 @@
-"""Which device a run uses, and the number formats that its matrix products take there."""
+"""Devices and number formats: resolves `device:`, checks `precision:`, and sets TF32."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from kdbench.errors import ConfigError, TrainingError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device that `device:` names; `auto` takes cuda, else mps, else cpu.
+    """Returns the device of `device:`; `auto` is cuda if available, otherwise mps, otherwise cpu.
 
     Raises:
-        ConfigError: it is not there. Nothing falls back silently to a slower device.
+        ConfigError: the device is unknown or not available. There is no silent fallback to a slower device.
     """
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if here[name]))
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: {name!r} is no device. Known: auto, cpu, cuda, cuda:N, mps.") from None
-    if not here.get(device.type, False):
-        why = ""
+        raise ConfigError(f"device: unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps.") from None
+    if not available.get(device.type, False):
+        reason = "not supported on this machine"
         if device.type == "cuda":
-            built = torch.version.cuda or torch.version.hip
-            why = "no driver or GPU was found" if built else "this torch was built without it"
-        found = ", ".join(name for name, there in here.items() if there)
+            has_cuda = torch.version.cuda or torch.version.hip
+            reason = "no driver or no GPU" if has_cuda else "this torch was built without CUDA"
+        alternatives = ", ".join(kind for kind, is_available in available.items() if is_available)
         raise ConfigError(
-            f"device: {name} was asked for, but it is not there ({why or 'not available on this machine'}). "
-            f"Here: {found}. Write device=auto to take what there is."
+            f"device: {name} is not available ({reason}). Available: {alternatives}. device=auto selects the fastest "
+            "available device."
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name} was asked for, but there are {torch.cuda.device_count()} GPUs (from cuda:0)."
+            f"device: {name} does not exist; this machine has {torch.cuda.device_count()} GPUs, numbered from cuda:0."
         )
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # what names no device, as `torch.cuda.manual_seed` does, means the current one
+        torch.cuda.set_device(device)  # functions without a device argument, such as torch.cuda.manual_seed, use it
     return device
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words, for people."""
+    """Returns the name of the hardware, such as `NVIDIA H200` or `CPU (x86_64, 8 threads)`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU" if device.type == "cpu" else "Apple GPU"
@@ -53,21 +53,28 @@ def describe_device(device: torch.device) -> str:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises ConfigError where the device cannot compute in this precision, before anything is spent."""
+    """Checks that the device supports a stage's `precision:`.
+
+    Raises:
+        ConfigError: it does not; the message suggests another precision.
+    """
     if precision == "float64" and device.type == "mps":
-        raise ConfigError("precision: float64 is not there on an Apple GPU. Write device=cpu, or precision=float32.")
+        raise ConfigError("precision: an Apple GPU does not support float64. Use device=cpu, or precision=float32.")
     if precision == "bf16" and device.type == "cuda" and torch.version.cuda is not None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             raise ConfigError(
                 f"precision: bf16 needs a GPU of compute capability 8.0 or more; {torch.cuda.get_device_name(device)} "
-                f"has {major}.{minor}. Write precision=fp16, or precision=float32."
+                f"has {major}.{minor}. Use precision=fp16, or precision=float32."
             )
 
 
 @contextlib.contextmanager
 def precision_settings(precision: str) -> Iterator[None]:
-    """Sets which products may round to TF32 on CUDA, and puts the settings back. float32 means float32."""
+    """Allows TF32 for matrix products and convolutions, except for float32 and float64; restores the settings.
+
+    `float32` therefore means float32 on CUDA too.
+    """
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision not in ("float32", "float64")
     try:
@@ -78,20 +85,22 @@ def precision_settings(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_as_training_error(device: torch.device) -> Iterator[None]:
-    """Says in words that memory ran out, on the device or beside it.
+    """Converts out-of-memory errors of the device and of the host.
 
     Raises:
-        TrainingError: instead of what torch raises.
+        TrainingError: the block ran out of memory; the message suggests settings that need less.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = " ".join(str(error).split())
-        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(word in told for word in words):
+        message = " ".join(str(error).split())
+        # cuDNN, the CPU allocator and MPS report it as a plain RuntimeError.
+        phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        is_typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_typed and not any(phrase in message for phrase in phrases):
             raise
         raise TrainingError(
-            f"memory ran out on {describe_device(device)} ({told[:200] or type(error).__name__}). A smaller "
+            f"memory ran out on {describe_device(device)} ({message[:200] or type(error).__name__}). A smaller "
             "`batch_size` needs less (`accumulate` keeps the effective batch), and so do smaller images and "
-            "`precision: bf16`. What was saved stays; with those keys changed it is another run."
+            "`precision: bf16`. Saved checkpoints remain; a run with these keys changed is a new run."
         ) from error

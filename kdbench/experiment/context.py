@@ -1,4 +1,4 @@
-"""What stands before a run's first step: its identity, folder, teachers and plans, and each stage put together."""
+"""Run context: identity, folder, teacher runs and plans of a run, and the construction of each stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdbench.config.identity import identity
+from kdbench.config.identity import identity as recipe_identity
 from kdbench.config.schema import Recipe, StageConfig
 from kdbench.data.loading.build import build_sources
 from kdbench.data.loading.source import Source
@@ -16,8 +16,10 @@ from kdbench.engine.distributed.world import World
 from kdbench.engine.network.build import build_network
 from kdbench.engine.network.network import Network
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.state.weight_loader import WeightLoader
+from kdbench.engine.state.weight_loader import RunFile, WeightLoader
+from kdbench.engine.timer import SectionTimer
 from kdbench.engine.train.loop import Feed
+from kdbench.engine.train.notices import Notices
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import UserError
 from kdbench.experiment.artifacts import (
@@ -29,24 +31,31 @@ from kdbench.experiment.artifacts import (
 )
 from kdbench.experiment.manifest import dataset_checksums, external_identity, uses_channels_last
 from kdbench.experiment.teacher_run import teacher_recipe
-from kdbench.files import read_json
-from kdbench.run_folder import RunFolder
-from kdbench.speed.cuda_graph import use_cuda_graph
+from kdbench.run_folder import RunFolder, read_manifest
+from kdbench.speed.cuda_graph import use_cuda_graphs
 from kdbench.speed.teacher_cache.frozen_forward import CACHE_FOLDER, FrozenForwardPlan, plan_frozen_forward
 
 
 class RunContext:
-    """A recipe on a device, ready to be run or looked into. Nothing here trains, and nothing writes into the folder.
+    """A recipe on a device, ready to train or to inspect. Nothing here trains or writes into the run folder.
 
     Args:
+        recipe: the checked recipe.
+        device: the device of all tensors.
         world: this process among all.
+        identity: of the run whose folder is read; None: computed from recipe, data, teachers and world size.
 
     Attributes:
-        teachers: the runs whose students are somebody's initial weights here, by stage and role.
-        plans: of all stages, once `plan` was called.
+        teachers: (stage, role) -> context of the run that trains the role's initial weights.
+        plans: plans of all stages, after `plan`.
+        checksums: `stage.source` -> digest of the dataset.
+
+    Raises:
+        ConfigError: the data does not fit the recipe.
+        DataError: a dataset is missing or damaged.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, world: World) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, world: World, *, identity: str | None = None) -> None:
         self.recipe, self.device, self.world = recipe, device, world
         self.plans: list[StagePlan] = []
         self.described_stages = describe_stages(recipe)
@@ -60,49 +69,70 @@ class RunContext:
         if any(spec.problem for stage in self.described_stages for spec in stage.specs.values()):
             self.plan()  # before anything is downloaded for a recipe that cannot run
         self.checksums = dataset_checksums(recipe)
-        made = {key: teacher.identity for key, teacher in self.teachers.items()}
-        self.identity = identity(recipe, external_identity(recipe, self.checksums, made, world.size))
+        self.identity = identity if identity is not None else self._compute_identity()
         self.folder = RunFolder(recipe.out or Path(recipe.runs) / recipe.name / self.identity)
         self._open_sources: list[Source] = []
 
-    # The run as a whole
+    def _compute_identity(self) -> str:
+        teacher_identities = {key: teacher.identity for key, teacher in self.teachers.items()}
+        external = external_identity(self.recipe, self.checksums, teacher_identities, self.world.size)
+        return recipe_identity(self.recipe, external)
+
+    # The run
 
     def status(self) -> str:
-        """How far this run has come.
+        """Returns new, interrupted or finished; the same on every rank.
 
         Raises:
-            UserError: the folder holds another run, or something that is no run.
+            UserError: the folder belongs to another run, or is not a run folder.
         """
         status = ""
         with self.world.sync_errors():
             if self.world.is_main:
                 status = self.folder.status()
-                told = read_json(self.folder.manifest).get("identity") if status != "new" else self.identity
-                if told != self.identity:
+                identity = self._manifest_identity()
+                if identity not in (None, self.identity):
                     raise UserError(
-                        f"{self.folder} holds another run (identity {told}, this one is {self.identity}). Choose "
-                        "another folder with out=DIR, or start anew with fresh=true."
+                        f"{self.folder} belongs to another run (identity {identity}, this run has {self.identity}). "
+                        "Choose another folder with out=DIR, or train again with fresh=true."
                     )
         return self.world.broadcast(status)
 
+    def _manifest_identity(self) -> str | None:
+        """Returns None when the manifest is missing or damaged; the checkpoint has the identity too."""
+        try:
+            return read_manifest(self.folder.manifest)["identity"]
+        except UserError:
+            return None
+
     def plan(self) -> None:
-        """Rehearses every stage: what is found here would otherwise be found after the teacher was trained."""
+        """Plans every stage, so that errors of a later stage are raised before a teacher is trained."""
         self.plans = self.plans or plan_stages(self.recipe, self.described_stages, world_size=self.world.size)
 
     # One stage
 
     def stage_plan(self, position: int) -> StagePlan:
-        """The plan of a stage at its begin, when everything that it reads has been made."""
+        """Returns the plan of a stage at its start, when all artifacts that it reads exist."""
         if reads_artifacts(self.recipe.stages[position]):
-            made = find_artifact_files(self.recipe, self.folder)
-            self.described_stages = describe_stages(self.recipe, made)
+            artifact_files = find_artifact_files(self.recipe, self.folder)
+            self.described_stages = describe_stages(self.recipe, artifact_files)
             self.plans = plan_stages(
-                self.recipe, self.described_stages, artifact_files=made, world_size=self.world.size, earlier_plans=self.plans
+                self.recipe,
+                self.described_stages,
+                artifact_files=artifact_files,
+                world_size=self.world.size,
+                earlier_plans=self.plans,
             )
         return self.plans[position]
 
-    def sources(self, stage: StageConfig, world: World | None = None) -> dict[str, Source]:
-        """Opens a stage's sources: this process's part of them, or that of another `world`."""
+    def sources(
+        self, stage: StageConfig, world: World | None = None, *, notice: Callable[[str], None] = print
+    ) -> dict[str, Source]:
+        """Opens a stage's sources.
+
+        Args:
+            world: reads the shard of this process in `world`; None: in the context's world.
+        """
         world = world or self.world
         sources = build_sources(
             stage.data,
@@ -116,6 +146,7 @@ class RunContext:
             dtype=torch.float64 if stage.precision == "float64" else torch.float32,
             channels_last=self.channels_last,
             artifact_files=find_artifact_files(self.recipe, self.folder),
+            notice=notice,
         )
         self._open_sources += sources.values()
         return sources
@@ -125,76 +156,85 @@ class RunContext:
         for source in self._open_sources:
             source.close()
 
-    def network(self, plan: StagePlan, notice: Callable[[str], None]) -> tuple[Network, WeightLoader]:
-        """Builds a stage's network on the device, with the weights that it starts from."""
+    def network(self, plan: StagePlan, notices: Notices) -> tuple[Network, WeightLoader]:
+        """Builds a stage's network on the device, with its initial weights.
+
+        Raises:
+            CheckpointError: initial weights cannot be read or do not match the model.
+        """
         stage = plan.stage
-        preparation = WeightLoader(
+        loader = WeightLoader(
             self.recipe,
             stage,
             plan,
             self.world,
-            stage_files={s.name: self.folder.stage(s.name) for s in self.recipe.stages},
+            stage_files={s.name: RunFile(self.folder.stage(s.name), self.identity) for s in self.recipe.stages},
             teacher_files=self._teacher_files(stage),
             channels_last=self.channels_last,
-            notice=notice,
+            notice=notices.notice,
         )
+        # Host time of a section means something only where the host waits for each operation: on the CPU, uncompiled.
+        sharded = bool(plan.sharded_roles) and self.world.size > 1
+        timed = self.device.type == "cpu" and (sharded or not self.recipe.uses_compiler)
         network = build_network(
             stage,
             plan.resolved_stage,
             seed=self.recipe.seed,
             device=self.device,
             world=self.world,
-            prepare=preparation,
+            prepare=loader,
             artifacts=artifact_tensors(stage, find_artifact_files(self.recipe, self.folder)),
+            timer=SectionTimer(timed),
         )
+        # The loader has converted the models; this converts terms and adapters.
         if stage.precision == "float64":
             network.double()
-        return network, preparation
+        return network, loader
 
-    def _teacher_files(self, stage: StageConfig) -> dict[str, Path]:
-        """Role -> the checkpoint of the recipe that its weights name."""
+    def _teacher_files(self, stage: StageConfig) -> dict[str, RunFile]:
+        """Returns, by role, the model file of the recipe that the role's weights name."""
         files = {}
         for (stage_name, name), teacher in self.teachers.items():
             weights = stage.roles[name].weights if stage_name == stage.name else None
             if weights is None:
                 continue
-            files[name] = teacher.folder.last if weights.epoch is None else teacher.folder.epoch(weights.epoch)
-            if not files[name].exists():
+            path = teacher.folder.last if weights.epoch is None else teacher.folder.epoch(weights.epoch)
+            if not path.exists():
+                keep_epoch = "" if weights.epoch is None else f" keep_epochs=[{weights.epoch}]"
                 raise UserError(
-                    f"{weights.location}: {teacher.folder} holds no {files[name].name}: it was trained without keeping "
-                    f"it. Train it anew: kdbench train {weights.recipe} keep_epochs=[{weights.epoch}] fresh=true"
+                    f"{weights.location}: {teacher.folder} has no {path.name}: the run did not keep it, or it was "
+                    f"removed. Train it again: kdbench train {weights.recipe}{keep_epoch} fresh=true"
                 )
+            files[name] = RunFile(path, teacher.identity)
         return files
 
-    def runner(
-        self, network: Network, plan: StagePlan, sources: Mapping[str, Source], notice: Callable[[str], None]
-    ) -> Runner:
-        """Whatever sums over the ranks begins here; before, one of them may have failed alone."""
+    def runner(self, network: Network, plan: StagePlan, sources: Mapping[str, Source], notices: Notices) -> Runner:
+        """Builds the runner of a stage, with sharded roles and the step strategy of the recipe.
+
+        All ranks call it: collectives begin here. Steps that may fail on one rank alone come before.
+        """
         if plan.sharded_roles and self.world.size > 1:
             shard_roles(network, plan.sharded_roles, self.device, self.world)
-            also = "; the step is not compiled" if self.recipe.uses_compiler else ""
-            notice(f"{' and '.join(plan.sharded_roles)} lie in {self.world.size} parts, one in each process{also}.")
+            compiler = "; the step is not compiled" if self.recipe.uses_compiler else ""
+            notices.notice(f"{' and '.join(plan.sharded_roles)} sharded over {self.world.size} processes{compiler}.")
         elif plan.sharded_roles:
-            notice("shard: there is one process only, so every network lies in it whole.")
-        for source in sources.values():
-            source.notice = notice
+            notices.notice("shard: has no effect with one process.")
         per_epoch = self.feed(plan, sources).steps_per_epoch
-        runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=per_epoch, world=self.world)
-        runner.say = notice
-        use_cuda_graph(runner)
+        runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=per_epoch, notices=notices)
+        use_cuda_graphs(runner)
         return runner
 
     def feed(self, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
-        """A stage's batches, with every role in the step."""
-        read = {name: sources[name] for name in plan.resolved_stage.step_sources(plan.stage)}
-        return Feed(read, plan.train_source, plan.stage.accumulate)
+        """Returns a stage's batches, for steps that run every role."""
+        step_sources = {name: sources[name] for name in plan.resolved_stage.step_sources(plan.stage)}
+        return Feed(step_sources, plan.train_source, plan.stage.accumulate)
 
     def frozen_forward_plan(
         self,
         runner: Runner,
         sources: Mapping[str, Source],
-        on_change: Callable[[FrozenForwardPlan], None] = lambda arrangement: None,
+        on_decision: Callable[[FrozenForwardPlan], None] = lambda plan: None,
     ) -> FrozenForwardPlan:
-        """A stage's batches as the recipe asks for them, with what runs outside the step in them."""
+        """Decides how frozen roles run (in the step, prefetched or from the cache); returns the feed for that."""
         feed = self.feed(runner.plan, sources)
-        return plan_frozen_forward(feed, runner, self.recipe, Path(self.recipe.runs) / CACHE_FOLDER, on_change)
+        return plan_frozen_forward(feed, runner, self.recipe, Path(self.recipe.runs) / CACHE_FOLDER, on_decision)

@@ -1,4 +1,8 @@
-"""manifest.json: everything needed to trust and repeat a run, and none of what names the person or the machine."""
+"""Builds manifest.json, and the part of a run's identity that is not in the recipe.
+
+The manifest has everything needed to repeat a run: recipe, versions, devices, data checksums, origin of weights. It has
+nothing that identifies the person or the host.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,16 @@ from kdbench.data.source_spec import SourceSpec
 from kdbench.engine.network.roles import root_role
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.state.weight_loader import WeightsOrigin, find_weights_file
-from kdbench.files import read_json, write_json
+from kdbench.errors import Location, UserError
+from kdbench.files import write_json
 from kdbench.registry import ARTIFACTS, MODELS, SELECTORS, TERMS
-from kdbench.run_folder import RUN_FORMAT
+from kdbench.run_folder import RUN_FORMAT, read_manifest
 
 PACKAGES = ("kdbench", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
 
 
 DETERMINISM_KEYS = ("device", "threads", "world_size", "versions", "frozen_forward")
-"""A resumed run ends with the same bits only when these are as they were."""
+"""Entries of a session that must be equal for a resumed run to end with the same bits."""
 
 
 def write_manifest(
@@ -46,23 +51,25 @@ def write_manifest(
     parts: Mapping[str, int] | None = None,
     command: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes the manifest when a run begins, or adds a session to it when an interrupted run goes on.
+    """Writes the manifest of a new run, or adds a session to the manifest of a resumed run.
+
+    A damaged manifest is written again without the entries of earlier sessions.
 
     Args:
         path: `RunFolder.manifest`.
-        identity: the hash of everything that the results depend on.
+        identity: hash of everything that the results depend on.
         device: `cpu`, `cuda:0`, `mps`.
-        training: such as effective_batch, lr, precision, batchnorm (in words), by stage.
-        data: by source: dataset, split, samples, checksum.
-        roles: by role: model, parameters, trainable, weights (source and sha256).
-        parts: versions of the models and terms in use.
-        command: the command line; this process's own when None.
+        training: stage -> effective batch, learning rate, precision, batchnorm and other settings.
+        data: `stage.source` -> dataset, split, samples, checksum.
+        roles: role -> model, parameters, mode, weights (source and sha256).
+        parts: versions of the models, terms and artifact builders in use.
+        command: the command line; None: of this process.
 
     Returns:
-        What differs from the last session and may change bits, one sentence each; empty for a new run.
+        One message for each difference from the previous session that may change bits; empty for a new run.
 
     Raises:
-        TrainingError: no space is left.
+        TrainingError: the file cannot be written.
     """
     session = {
         "started": _now(),
@@ -74,7 +81,7 @@ def write_manifest(
         "versions": package_versions(),
         "git": git_state(),
     }
-    earlier = read_json(path) if path.exists() else {}
+    earlier = _earlier_entries(path)
     sessions = earlier.get("sessions", [])
     write_json(
         path,
@@ -84,79 +91,99 @@ def write_manifest(
             "started": earlier.get("started", session["started"]),
             "finished": None,
             "identity": identity,
-            "recipe": {
-                "name": recipe.name,
-                "title": recipe.title,
-                "paper": recipe.paper,
-                "methods": list(recipe.methods),
-                "notes": None if recipe.notes is None else asdict(recipe.notes),
-                "overrides": list(recipe.overrides),
-                "choices": recipe.group_choices,
-                "baseline": recipe.baseline,
-                "dropped": list(recipe.baseline_removed),
-            },
+            "recipe": _recipe_entries(recipe),
             "seed": recipe.seed,
             "training": training or {},
             "data": data or {},
+            # Entries of finished stages are known only to earlier sessions.
             "roles": _merge(earlier.get("roles", {}), roles or {}),
             "artifacts": earlier.get("artifacts", {}),
             "frozen_forward": earlier.get("frozen_forward", {}),
             "parts": parts or {},
+            # Sessions accumulate: a resumed run may have used several machines and versions.
             "sessions": [*sessions, session],
         },
     )
     return _describe_changes(sessions[-1], session) if sessions else []
 
 
-def amend_manifest(path: Path, changes: Mapping[str, Any]) -> None:
-    """Merges facts that are known later, such as `{"roles": {"teacher": {"accuracy": {"test": 76.3}}}}`."""
-    write_json(path, _merge(read_json(path), changes))
+def _earlier_entries(path: Path) -> Mapping[str, Any]:
+    """Reads the manifest of earlier sessions; empty when it is missing or damaged."""
+    try:
+        return read_manifest(path)
+    except UserError:
+        return {}
 
 
-def amend_session(path: Path, changes: Mapping[str, Any]) -> None:
-    """Merges facts about how the last session computes, such as `{"concurrent": {"label": "seed=2"}}`."""
-    *earlier, last = read_json(path)["sessions"]
-    amend_manifest(path, {"sessions": [*earlier, _merge(last, changes)]})
+def _recipe_entries(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "title": recipe.title,
+        "paper": recipe.paper,
+        "methods": list(recipe.methods),
+        "notes": None if recipe.notes is None else asdict(recipe.notes),
+        "overrides": list(recipe.overrides),
+        "choices": recipe.group_choices,
+        "baseline": recipe.baseline,
+        "baseline_removed": list(recipe.baseline_removed),
+    }
+
+
+def amend_manifest(path: Path, entries: Mapping[str, Any]) -> None:
+    """Merges entries that are known later, such as `{"roles": {"teacher": {"scores": {"test": {"top1": 76.3}}}}}`.
+
+    Raises:
+        UserError: the manifest is damaged.
+        TrainingError: the file cannot be written.
+    """
+    write_json(path, _merge(read_manifest(path), entries))
+
+
+def amend_session(path: Path, entries: Mapping[str, Any]) -> None:
+    """Merges entries about the present session, such as `{"concurrent": {"label": "seed=2"}}`."""
+    *earlier, present = read_manifest(path).get("sessions") or [{}]
+    amend_manifest(path, {"sessions": [*earlier, _merge(present, entries)]})
 
 
 def finish_manifest(path: Path, status: Literal["finished", "failed"], reason: str = "") -> None:
-    """Says how the run ended and when; `reason` is why it failed."""
-    ended = {"status": status, "finished": _now() if status == "finished" else None}
-    amend_manifest(path, {**ended, **({"reason": reason} if reason else {})})
+    """Records the end of a run; `reason` is the error of a failed run."""
+    entries = {"status": status, "finished": _now() if status == "finished" else None}
+    amend_manifest(path, {**entries, **({"reason": reason} if reason else {})})
 
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:  # a checkout on the path, not installed
             if package == "kdbench":
                 import kdbench
 
-                found[package] = kdbench.__version__
-    return found
+                versions[package] = kdbench.__version__
+    return versions
 
 
 def git_state() -> dict[str, Any] | None:
-    """Returns commit and dirty of the checkout that this kdbench runs from; None when it is an installed copy."""
+    """Returns `commit` and `dirty` of the checkout that this kdbench runs from; None for an installed copy."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        asked = ["git", "-C", str(package), *arguments]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a virtual environment inside another repository is not ours
+        # Fails for a virtual environment inside the repository of another project.
+        git("ls-files", "--error-unmatch", "__init__.py")
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def device_name(device: str) -> str:
-    """Returns the device in words, without the name of the host: `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    """Describes the device without the name of the host: `cuda:0 (NVIDIA H100 80GB HBM3)`."""
     if device.startswith("cuda"):
         import torch
 
@@ -183,12 +210,12 @@ def _threads() -> int:
 
 
 def _command_line() -> list[str]:
-    """The command line as it was typed: Hydra puts its own words into sys.argv for the time of a job."""
-    words = sys.orig_argv
-    for number, word in enumerate(words):
-        if Path(word).name == "kdbench" or (word == "-m" and words[number + 1 : number + 2] == ["kdbench"]):
-            return ["kdbench", *words[number + (2 if word == "-m" else 1) :]]
-    return [Path(words[0]).name, *words[1:]]
+    """Returns the command line of the user; Hydra replaces sys.argv while a job runs."""
+    arguments = sys.orig_argv
+    for number, argument in enumerate(arguments):
+        if Path(argument).name == "kdbench" or (argument == "-m" and arguments[number + 1 : number + 2] == ["kdbench"]):
+            return ["kdbench", *arguments[number + (2 if argument == "-m" else 1) :]]
+    return [Path(arguments[0]).name, *arguments[1:]]
 
 
 def _now() -> str:
@@ -196,58 +223,66 @@ def _now() -> str:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Lays `new` over `old`; mappings are merged key by key, everything else is replaced."""
+    """Merges mappings key by key; every other value of `new` replaces the one of `old`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
     return new
 
 
 def _describe_changes(previous: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    found = []
+    """Describes the differences between two sessions that may change bits."""
+    changes = []
     for key in DETERMINISM_KEYS:
         old, new = previous.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted({*old, *new})
-            found += [f"{n} was {old.get(n)}, is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+            changes += [f"{n} was {old.get(n)}, is {new.get(n)}" for n in names if old.get(n) != new.get(n)]
         elif old != new and key in previous:
-            found.append(f"{key.replace('_', ' ')} was {old}, is {new}")
-    return [f"{text}: the run goes on, but not to the same bits." for text in found]
+            changes.append(f"{key.replace('_', ' ')} was {old}, is {new}")
+    return [f"{text}: the run continues, but its results may differ in the last bits." for text in changes]
 
 
 def dataset_checksums(recipe: Recipe) -> dict[str, str]:
-    """The content of every source's dataset, as `stage.source` -> digest; empty for noise."""
-    found = {}
+    """Returns the digest of every source's dataset by `stage.source`; empty for generated noise."""
+    digests = {}
     for stage in recipe.stages:
         for config in stage.data.values():
             dataset = open_dataset(config, recipe.data_root)
             with located_errors(config):
                 digest = dataset.checksum() if hasattr(dataset, "checksum") else ""
-            found[f"{stage.name}.{config.name}"] = digest
-    return found
+            digests[f"{stage.name}.{config.name}"] = digest
+    return digests
 
 
 def external_identity(
-    recipe: Recipe, data_checksums: Mapping[str, str], teacher_identities: Mapping[tuple[str, str], str], world_size: int
+    recipe: Recipe,
+    data_checksums: Mapping[str, str],
+    teacher_identities: Mapping[tuple[str, str], str],
+    world_size: int,
 ) -> dict[str, Any]:
-    """What a run's identity covers besides its recipe.
+    """Returns the entries of a run's identity that are not in the recipe.
 
     Args:
-        data: of `checksums`.
-        made: (stage, role) -> identity of the run whose student are the role's initial weights.
-        world_size: how many processes share a batch; the batch grows with it.
+        data_checksums: of `dataset_checksums`.
+        teacher_identities: (stage, role) -> identity of the run that trains the role's initial weights.
+        world_size: number of processes; the effective batch grows with it.
+
+    Raises:
+        UserError: a file of weights cannot be read.
     """
-    facts: dict[str, Any] = {"data": dict(data_checksums)}
-    facts |= {f"weights.{stage}.{role}": name for (stage, role), name in teacher_identities.items()}
+    entries: dict[str, Any] = {"data": dict(data_checksums)}
+    entries |= {f"weights.{stage}.{role}": name for (stage, role), name in teacher_identities.items()}
     for stage in recipe.stages:
         for name, role in stage.roles.items():
             if role.weights is not None and role.weights.path is not None:
-                facts[f"weights.{stage.name}.{name}"] = _file_hash(find_weights_file(role.weights, recipe))
-        facts |= artifact_versions(stage)
-    return facts | ({"world": world_size} if world_size > 1 else {})
+                file = find_weights_file(role.weights, recipe)
+                entries[f"weights.{stage.name}.{name}"] = _file_hash(file, role.weights.location)
+        entries |= artifact_versions(stage)
+    return entries | ({"world": world_size} if world_size > 1 else {})
 
 
 def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
-    """channels_last where the recipe says so; by itself for colour images, where convolutions gain by it."""
+    """Returns the recipe's `channels_last`; by default True for colour images, which makes convolutions faster."""
     if recipe.channels_last is not None:
         return recipe.channels_last
     shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
@@ -255,7 +290,7 @@ def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
 
 
 def training_entries(stage: StageConfig, world_size: int) -> dict[str, Any]:
-    """The effective batch and rate of a stage, and what BatchNorm normalises by."""
+    """Returns the effective batch, learning rate, length, precision and BatchNorm mode of a stage."""
     sizes = {name: config.batch_size * world_size * stage.accumulate for name, config in stage.data.items()}
     return {
         "effective_batch": {name: size for name, size in sizes.items() if name not in ("eval", "validation")},
@@ -279,22 +314,27 @@ def _batchnorm_text(stage: StageConfig, world_size: int) -> str:
 def data_entries(
     recipe: Recipe, specs: Sequence[Mapping[str, SourceSpec]], data_checksums: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Dataset, split, samples, labels and digest of every source."""
+    """Returns dataset, split, samples, labelled fraction and checksum of every source.
+
+    Args:
+        specs: source -> description, for each stage.
+        data_checksums: of `dataset_checksums`.
+    """
     return {
         f"{stage.name}.{name}": {
             "dataset": config.dataset.type,
             "split": config.split,
-            "samples": described[name].samples,
+            "samples": stage_specs[name].samples,
             "labels": config.label_fraction,
             "checksum": data_checksums[f"{stage.name}.{name}"],
         }
-        for stage, described in zip(recipe.stages, specs, strict=True)
+        for stage, stage_specs in zip(recipe.stages, specs, strict=True)
         for name, config in stage.data.items()
     }
 
 
 def source_entries(stage: StageConfig, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
-    """What is known of a stage's sources once they are open: of those that an earlier stage made, all that there is."""
+    """Returns samples and checksum of a stage's open sources; of artifacts they are not known earlier."""
     return {
         f"{stage.name}.{name}": {"samples": source.num_samples, "checksum": source.checksum}
         for name, source in sources.items()
@@ -303,7 +343,10 @@ def source_entries(stage: StageConfig, sources: Mapping[str, Source]) -> dict[st
 
 
 def part_versions(recipe: Recipe) -> dict[str, int]:
-    """The versions of the models and terms in use; their authors raise them when the maths changes."""
+    """Returns the versions of the models, terms and artifact builders in use.
+
+    Their authors raise a version when its maths changes.
+    """
     parts = {}
     for stage in recipe.stages:
         for role in stage.roles.values():
@@ -316,38 +359,48 @@ def part_versions(recipe: Recipe) -> dict[str, int]:
 
 
 def artifact_versions(stage: StageConfig) -> dict[str, int]:
-    """The versions of what makes a stage's things, and of the selectors that it uses."""
+    """Returns the versions of a stage's artifact builders and of their selectors."""
     parts = {}
-    for make in stage.artifacts.values():
-        entry = ARTIFACTS.entry(make.part.type)
-        parts[f"maker {entry.name}"] = entry.version
-        chooser = make.part.params.get(entry.facts.get("selector", ""))
-        if chooser:
-            parts[f"selector {chooser['type']}"] = SELECTORS.entry(chooser["type"]).version
+    for artifact in stage.artifacts.values():
+        entry = ARTIFACTS.entry(artifact.part.type)
+        parts[f"artifact {entry.name}"] = entry.version
+        selector = artifact.part.params.get(entry.facts.get("selector", ""))
+        if selector:
+            parts[f"selector {selector['type']}"] = SELECTORS.entry(selector["type"]).version
     return parts
 
 
-def role_entries(plan: StagePlan, origins: Mapping[str, WeightsOrigin], frozen_scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, size, weights and measured accuracy of every role."""
-    facts = {}
+def role_entries(
+    plan: StagePlan, origins: Mapping[str, WeightsOrigin], frozen_scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns model, size, mode, origin of the weights, and measured scores (frozen roles) of every role.
+
+    Args:
+        frozen_scores: role -> metric -> value on the test split.
+    """
+    entries = {}
     for name, role in plan.roles.items():
         root = root_role(name, plan.stage.roles)
         origin = origins[root] if root == name else replace(origins[root], source=f"the network of role {root}")
-        facts[name] = {
+        entries[name] = {
             "model": role.model,
             "parameters": role.parameters,
             "mode": role.config.mode,
-            "weights": {"source": origin.source, "sha256": origin.sha256, "unmatched": origin.mismatches},
-            **({"accuracy": frozen_scores[name]} if name in frozen_scores else {}),
+            "weights": {"source": origin.source, "sha256": origin.sha256, "mismatches": origin.mismatches},
+            **({"scores": frozen_scores[name]} if name in frozen_scores else {}),
         }
-    return facts
+    return entries
 
 
-def _file_hash(path: Path) -> str:
+def _file_hash(path: Path, location: Location) -> str:
+    """Returns the SHA-256 of a file; empty for a missing one, which is reported when it is loaded."""
     if not path.is_file():
         return ""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{location}: {path} cannot be read ({error.strerror or error})") from None
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""`kdbench profile`: a recipe's step measured whole and in parts, as JSON, a Chrome trace and a picture."""
+"""`kdbench profile`: measures a training step and its sections; writes JSON, a Chrome trace and a figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 
 import kdbench
 from kdbench.config.schema import Recipe
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.device import describe_device
-from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.loop import BatchFeed
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import ConfigError, UserError
@@ -29,37 +29,37 @@ from kdbench.report.figures import Picture, draw_bars
 from kdbench.speed.profiling import profiler as engine
 from kdbench.speed.profiling.peaks import device_peak
 
-WARM_UP, TRACED = 6, 3
+WARM_UP_STEPS, TRACED_STEPS = 6, 3
 
 
 PROFILE_FILES = ("profile.json", "trace.json", "profile.png")
 
 
-NO_PARTS_NOTICE = (
-    "a compiled or captured step has no parts, nor has one whose frozen networks run elsewhere: they are those of the "
-    "same step, run as it stands with all in it"
+NO_SECTIONS_NOTICE = (
+    "a compiled step, a step in a CUDA graph, and a step whose frozen roles run elsewhere have no sections: the "
+    "sections are those of the same step run eagerly with all roles in it"
 )
 
 
 NO_KERNELS_NOTICE = (
-    "torch's profiler saw nothing that ran on the GPU, so kernels and the device's time are missing; with "
-    "KINETO_LOG_LEVEL=1 in the environment it says why"
+    "torch's profiler recorded no GPU kernels, so kernels and device time are missing; set KINETO_LOG_LEVEL=1 in the "
+    "environment to see the reason"
 )
 
 
 def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: Path | None = None) -> dict[str, Any]:
-    """Measures a stage's steps and writes `profile.json`, `trace.json` and `profile.png`.
+    """Measures the steps of a stage and writes `profile.json`, `trace.json` and `profile.png`.
 
     Args:
-        stage: its name; None: the last that trains.
-        steps: timed whole, and as many taken apart.
+        stage: name of the stage; None: the last stage that trains.
+        steps: number of steps that are timed as a whole, and again section by section.
         out: folder of the files; None: `RUNS/RECIPE/profile`.
 
     Returns:
-        The content of profile.json, with `files` beside it: name -> path.
+        The content of profile.json, and `files`: name -> path.
 
     Raises:
-        UserError: bad input, in words.
+        UserError: a wrong argument, a folder that is not writable, or anything that `open_stage` raises.
     """
     if steps < 4:
         raise ConfigError(f"kdbench profile: --steps must be at least 4, got {steps}")
@@ -68,128 +68,180 @@ def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: P
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}). Choose another with --out DIR.") from None
-    with open_stage(recipe, stage) as found:
-        result, chrome = _measure(found, steps, folder)
+    with open_stage(recipe, stage) as opened_stage:
+        measurement = _measure(opened_stage, steps, folder)
+        result = _profile_entries(opened_stage, measurement, steps)
     write_json(folder / "profile.json", result)
-    write_atomic(folder / "trace.json", json.dumps(chrome).encode())
+    write_atomic(folder / "trace.json", json.dumps(measurement.chrome_trace).encode())
     write_atomic(folder / "profile.png", draw_profile(result).png)
     return {**result, "files": {name: str(folder / name) for name in PROFILE_FILES}}
 
 
-def _measure(open_stage: OpenStage, steps: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    runner, notes = open_stage.runner, list(open_stage.missing_weights)
-    device, precision = runner.device, runner.stage.precision
-    runner.say = notes.append
+@dataclass
+class _Measurement:
+    """Measured times and counts of a stage's steps.
+
+    Attributes:
+        step_times: of the step as the recipe runs it.
+        section_times: of the eager step with all roles in it.
+        counts: operations and FLOPs by section, of the eager step.
+        trace: of torch's profiler.
+        chrome_trace: content of trace.json.
+        peak_memory: of the step as the recipe runs it.
+        moved_roles: frozen role -> mode, of the roles that run outside the step.
+    """
+
+    step_times: engine.StepTimes
+    section_times: engine.StepTimes
+    counts: engine.StepCounts
+    trace: engine.StepProfile
+    chrome_trace: dict[str, Any]
+    peak_memory: dict[str, Any]
+    moved_roles: dict[str, str]
+
+
+def _measure(opened_stage: OpenStage, steps: int, folder: Path) -> _Measurement:
+    """Measures the step as the recipe runs it, and the sections of the same step run eagerly."""
+    runner, notes = opened_stage.runner, opened_stage.notices.texts
+    notes[:] = opened_stage.missing_weights  # notices about the steps below follow
+    device = runner.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    windows = _endless_windows(open_stage.frozen_forward.feed)
+    windows = _endless_windows(opened_stage.frozen_forward.feed)
     for _ in range(_warm_up_steps(runner, steps)):
         engine.run_step(runner, windows)
-    elsewhere = {name: mode for name, mode in open_stage.frozen_forward.modes.items() if mode != "inline"}
-    stands = _is_eager(runner) and not elsewhere
-    asked = None if stands else engine.time_steps(runner, windows, steps)
-    seen, profiler = engine.profile_steps(runner, windows, TRACED, mark_sections=stands)
-    if seen.kernels == 0:
+    moved_roles = {name: mode for name, mode in opened_stage.frozen_forward.modes.items() if mode != "inline"}
+    has_sections = _is_eager(runner) and not moved_roles
+    step_times = None if has_sections else engine.time_steps(runner, windows, steps)
+    trace, profiler = engine.profile_steps(runner, windows, TRACED_STEPS, mark_sections=has_sections)
+    if trace.kernels == 0:
         notes.append(NO_KERNELS_NOTICE)
-    chrome = _export_trace(profiler, folder)
-    memory = _peak_memory(device)
-    plain = runner
-    if not stands:
-        notes += [*filter(None, [open_stage.frozen_forward.describe()]), NO_PARTS_NOTICE]
-        windows = open_stage.feed.windows(0)
-        without = replace(open_stage.recipe, compile=False)
-        plain = Runner(runner.plan, without, runner.network, device, steps_per_epoch=runner.steps_per_epoch)
-        for _ in range(WARM_UP):
-            engine.run_step(plain, windows)
-    timed = engine.time_sections(plain, windows, steps)
-    counted = engine.count_step(plain, windows)
-    if plain is not runner:
-        apart, _ = engine.profile_steps(plain, windows, TRACED, mark_sections=True)
-        seen = replace(seen, backward_fractions=apart.backward_fractions)
-    whole = asked or timed
-    second = statistics.mean(whole.step_seconds)
-    limit = device_peak(device, precision)
-    read = sum(counted.flops.get(f"forward {name}", 0) for name, mode in elsewhere.items() if mode == "cache")
-    flops = sum(counted.flops.values())
-    executed = flops - read
-    machine = {"device": describe_device(device), "python": platform.python_version()}
-    machine |= {"torch": torch.__version__, "kdbench": kdbench.__version__}
-    result = {
-        "recipe": open_stage.recipe.name,
-        "overrides": list(open_stage.recipe.overrides),
+    chrome_trace = _export_trace(profiler, folder)
+    peak_memory = _peak_memory(device)  # before the eager step, which may need more
+    eager_runner = runner
+    if not has_sections:
+        notes += [*filter(None, [opened_stage.frozen_forward.describe()]), NO_SECTIONS_NOTICE]
+        windows = opened_stage.feed.windows(0)
+        eager_runner = _eager_runner(opened_stage)
+        for _ in range(WARM_UP_STEPS):
+            engine.run_step(eager_runner, windows)
+    section_times = engine.time_sections(eager_runner, windows, steps)
+    counts = engine.count_step(eager_runner, windows)
+    if eager_runner is not runner:  # the backward of a compiled step cannot be attributed to roles
+        eager_trace, _ = engine.profile_steps(eager_runner, windows, TRACED_STEPS, mark_sections=True)
+        trace = replace(trace, backward_fractions=eager_trace.backward_fractions)
+    return _Measurement(
+        step_times or section_times, section_times, counts, trace, chrome_trace, peak_memory, moved_roles
+    )
+
+
+def _eager_runner(opened_stage: OpenStage) -> Runner:
+    runner = opened_stage.runner
+    recipe = replace(opened_stage.recipe, compile=False)
+    steps_per_epoch = runner.progress.steps_per_epoch
+    return Runner(runner.plan, recipe, runner.network, runner.device, steps_per_epoch=steps_per_epoch)
+
+
+def _profile_entries(opened_stage: OpenStage, measurement: _Measurement, steps: int) -> dict[str, Any]:
+    """Returns the content of profile.json."""
+    runner, recipe = opened_stage.runner, opened_stage.recipe
+    step_times, trace, counts = measurement.step_times, measurement.trace, measurement.counts
+    mean_seconds = statistics.mean(step_times.step_seconds)
+    peak = device_peak(runner.device, runner.stage.precision)
+    flops = sum(counts.flops.values())
+    # Roles whose outputs come from the teacher cache are counted but not executed.
+    cached = [name for name, mode in measurement.moved_roles.items() if mode == "cache"]
+    executed = flops - sum(counts.flops.get(f"forward {name}", 0) for name in cached)
+    section_seconds = measurement.section_times.section_seconds
+    return {
+        "recipe": recipe.name,
+        "overrides": list(recipe.overrides),
         "stage": runner.stage.name,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        **machine,
-        "precision": precision,
-        "compile": open_stage.recipe.compile,
-        "frozen_forward": dict(open_stage.frozen_forward.modes),
+        "device": describe_device(runner.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kdbench": kdbench.__version__,
+        "precision": runner.stage.precision,
+        "compile": recipe.compile,
+        "frozen_forward": dict(opened_stage.frozen_forward.modes),
         "steps": steps,
-        "samples_per_step": whole.samples / len(whole.step_seconds),
-        "step": _quantiles_ms(whole.step_seconds),
-        "samples_per_second": round(whole.samples / sum(whole.step_seconds), 1),
-        "parts_of_a_step": {"taken_apart_ms": _ms(sum(timed.section_seconds.values())), "whole": _quantiles_ms(timed.step_seconds)},
-        "parts": _part_rows(timed.section_seconds, counted, seen.backward_fractions, limit.flops),
-        "operations": sum(counted.operations.values()),
+        "samples_per_step": step_times.samples / len(step_times.step_seconds),
+        "step": _quantiles_ms(step_times.step_seconds),
+        "samples_per_second": round(step_times.samples / sum(step_times.step_seconds), 1),
+        # The eager step: its sections, and its steps timed without recording sections.
+        "eager_step": {
+            "sections_ms": _ms(sum(section_seconds.values())),
+            "step": _quantiles_ms(measurement.section_times.step_seconds),
+        },
+        "sections": _section_rows(section_seconds, counts, trace.backward_fractions, peak.flops),
+        "operations": sum(counts.operations.values()),
         "flops": flops,
-        "kernels": seen.kernels,
-        "copies": seen.copies,
-        "busy_ms": _ms(seen.busy_seconds),
-        "idle_ms": _ms(max(0.0, second - seen.busy_seconds)),
-        "flops_per_second": executed / second,
-        "peak": {"flops_per_second": limit.flops, "source": limit.source},
-        "mfu": None if limit.flops is None else executed / second / limit.flops,
-        "peak_memory": memory,
+        "kernels": trace.kernels,
+        "copies": trace.copies,
+        "busy_ms": _ms(trace.busy_seconds),
+        "idle_ms": _ms(max(0.0, mean_seconds - trace.busy_seconds)),
+        "flops_per_second": executed / mean_seconds,
+        "peak": {"flops_per_second": peak.flops, "source": peak.source},
+        "mfu": None if peak.flops is None else executed / mean_seconds / peak.flops,
+        "peak_memory": measurement.peak_memory,
         "slowest_operations": [
-            {"operation": name, "ms": _ms(seconds), "calls": calls} for name, seconds, calls in seen.slowest_operations
+            {"operation": name, "ms": _ms(seconds), "calls": calls} for name, seconds, calls in trace.slowest_operations
         ],
-        "notes": notes,
+        "notes": opened_stage.notices.texts,
     }
-    return result, chrome
 
 
 def _warm_up_steps(runner: Runner, steps: int) -> int:
-    """How many steps come before the first that is timed.
+    """Returns the number of steps before the first that is timed.
 
-    A captured step is recorded anew for the first that is logged, which takes as long as hundreds of replays: it comes
-    before, unless no timed step is logged.
+    A CUDA graph is captured again for the first step that logs, which takes as long as hundreds of replays. That step
+    belongs to the warm-up, unless no timed step logs.
     """
-    logged = runner.stage.log_every
-    timed = runner.recipe.uses_cuda_graph(runner.device.type) and logged <= WARM_UP + steps + TRACED
-    return max(WARM_UP, logged) if timed else WARM_UP
+    log_every = runner.stage.log_every
+    logs = log_every <= WARM_UP_STEPS + steps + TRACED_STEPS
+    uses_graph = runner.recipe.uses_cuda_graph(runner.device.type)
+    return max(WARM_UP_STEPS, log_every) if uses_graph and logs else WARM_UP_STEPS
 
 
-def _endless_windows(windows: BatchFeed) -> Iterator[list[Batch]]:
-    """A stage's batches, from the begin again where it is shorter than what is measured."""
+def _endless_windows(feed: BatchFeed) -> Iterator[list[MicroBatch]]:
+    """Yields a stage's batches; starts again when the stage is shorter than the measurement."""
     while True:
-        yield from windows.windows(0)
+        yield from feed.windows(0)
 
 
 def _is_eager(runner: Runner) -> bool:
-    """Whether a step runs as it is written: neither compiled, nor recorded and replayed."""
-    taken_over = runner.perform != runner.execute or runner.differentiate != runner.compute_gradients
-    return not runner.compiling and not taken_over
+    """Returns whether a step is neither compiled nor a CUDA graph."""
+    return not runner.eager.compiled and runner.strategy is runner.eager
 
 
 def _export_trace(profiler: Any, folder: Path) -> dict[str, Any]:
-    """The profiler's Chrome trace, with the parts of the steps as a row of their own."""
+    """Returns the profiler's Chrome trace, with the sections of the steps as an additional row."""
     file = folder / "trace.json"
     with translate_disk_errors(file):
         profiler.export_chrome_trace(str(file))
     return engine.add_section_row(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _part_rows(
-    seconds: Mapping[str, float], counted: engine.StepCounts, backward: Mapping[str, float], limit: float | None
+def _section_rows(
+    seconds: Mapping[str, float],
+    counts: engine.StepCounts,
+    backward_fractions: Mapping[str, float],
+    peak_flops: float | None,
 ) -> list[dict[str, Any]]:
+    """Returns one row per section: time, fraction of the step, operations, FLOPs, fraction of the device's peak."""
     total = sum(seconds.values())
     rows = []
-    for part, spent in seconds.items():
-        flops = counted.flops.get(part, 0)
-        row: dict[str, Any] = {"part": part, "ms": _ms(spent), "share": round(spent / total, 4)}
-        row |= {"operations": counted.operations.get(part, 0), "flops": flops}
-        row["of_peak"] = None if limit is None or not flops else round(flops / spent / limit, 4)
-        if part == "backward":
-            row["through"] = {whose.removeprefix("forward "): _ms(share * spent) for whose, share in backward.items()}
+    for section, duration in seconds.items():
+        flops = counts.flops.get(section, 0)
+        row: dict[str, Any] = {"section": section, "ms": _ms(duration), "fraction": round(duration / total, 4)}
+        row |= {"operations": counts.operations.get(section, 0), "flops": flops}
+        row["of_peak"] = None if peak_flops is None or not flops else round(flops / duration / peak_flops, 4)
+        if section == "backward":
+            row["through"] = {
+                forward.removeprefix("forward "): _ms(fraction * duration)
+                for forward, fraction in backward_fractions.items()
+            }
         rows.append(row)
     return rows
 
@@ -213,12 +265,12 @@ def _peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def draw_profile(result: Mapping[str, Any]) -> Picture:
-    """Draws the parts as shares of a step's time, operations and FLOPs, one bar each."""
-    step, parts = result["parts_of_a_step"]["taken_apart_ms"], result["parts"]
+    """Draws the sections as fractions of a step's time, operations and FLOPs, one bar each."""
+    step_ms, sections = result["eager_step"]["sections_ms"], result["sections"]
     rows = [
-        (f"time\n{step:,.{1 if step < 100 else 0}f} ms", [part["ms"] for part in parts]),
-        (f"operations\n{result['operations']:,}", [part["operations"] for part in parts]),
-        (f"FLOPs\n{with_unit_prefix(result['flops'])}", [part["flops"] for part in parts]),
+        (f"time\n{step_ms:,.{1 if step_ms < 100 else 0}f} ms", [section["ms"] for section in sections]),
+        (f"operations\n{result['operations']:,}", [section["operations"] for section in sections]),
+        (f"FLOPs\n{with_unit_prefix(result['flops'])}", [section["flops"] for section in sections]),
     ]
     title = f"{result['recipe']}, stage {result['stage']}: one step on {result['device']}"
-    return draw_bars(title, [part["part"] for part in parts], rows)
+    return draw_bars(title, [section["section"] for section in sections], rows)

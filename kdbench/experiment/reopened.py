@@ -1,4 +1,4 @@
-"""A run opened without training it: its result measured again, or a stage built for whoever measures its steps."""
+"""Opens a run without training it: evaluates its result again, or builds one stage to measure its steps."""
 
 from __future__ import annotations
 
@@ -16,62 +16,78 @@ from kdbench.engine.device import precision_settings, resolve_device
 from kdbench.engine.distributed.world import World
 from kdbench.engine.evaluation.evaluator import Evaluator
 from kdbench.engine.state import checkpoint
-from kdbench.engine.train.loop import Feed, History
+from kdbench.engine.state.run_state import History
+from kdbench.engine.train.loop import Feed
+from kdbench.engine.train.notices import CollectedNotices
 from kdbench.engine.train.runner import Runner
-from kdbench.errors import ConfigError, UserError, suggest
+from kdbench.errors import CheckpointError, ConfigError, UserError, suggest
 from kdbench.experiment.artifacts import find_artifact_files, reads_artifacts
 from kdbench.experiment.context import RunContext
 from kdbench.report.tracking import Tracker
-from kdbench.run_folder import RunFolder
+from kdbench.run_folder import RunFolder, read_manifest
 from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan
 
 
 def reevaluate(
     folder: RunFolder, *, device: str | None = None, data_root: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Measures the exported role, its average and the frozen roles of a run on its evaluation splits.
+    """Evaluates the exported role, its average and the frozen roles of a run on its evaluation splits.
+
+    Args:
+        device: replaces the recipe's device.
+        data_root: replaces the recipe's folder of datasets.
 
     Returns:
         role -> split -> metric -> value.
 
     Raises:
-        UserError: the folder's checkpoint or the data cannot be read.
+        UserError: the run is not in its last stage, or its files or data cannot be read.
     """
     recipe = load_resolved(folder.recipe)
     changes: dict[str, Any] = {"out": str(folder.path)}
     changes |= {"device": device} if device else {}
     changes |= {"data_root": data_root} if data_root else {}
     recipe = replace(recipe, **changes)
-    chosen = resolve_device(recipe.device)
+    # The identity of the run itself: one trained with several processes, or on data elsewhere, would get another here.
+    identity = read_manifest(folder.manifest)["identity"]
+    torch_device = resolve_device(recipe.device)
     with (
         precision_settings(recipe.stages[0].precision),
-        contextlib.closing(RunContext(recipe, chosen, World())) as setup,
+        contextlib.closing(RunContext(recipe, torch_device, World(), identity=identity)) as context,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        setup.plan()
-        tree, _ = checkpoint.load(folder.last)
-        assert tree is not None
-        plan = setup.stage_plan(-1)
+        context.plan()
+        stages = [stage.name for stage in recipe.stages]
+        state, _ = checkpoint.load(folder.last, identity=identity, stages=stages)
+        if state is None:
+            raise CheckpointError(f"{folder.last} does not exist: the run has no checkpoint yet. Train it first.")
+        plan = context.stage_plan(-1)
         stage = plan.stage
-        if tree["stage"] != stage.name:
-            raise UserError(f"{folder} stands in stage {tree['stage']!r}; finish it before it is evaluated.")
+        if state.stage != stage.name:
+            raise UserError(f"{folder} is in stage {state.stage!r}; train it to its last stage before evaluating it.")
         tracker = Tracker(scratch, is_main=False)
-        sources = setup.sources(stage)
-        judge = Evaluator(recipe, stage, plan, sources, setup.world, chosen, tracker, History())
-        network, _ = setup.network(plan, tracker.notice)
-        runner = setup.runner(network, plan, sources, tracker.notice)
-        runner.load_state_dict(tree)
-        judge.evaluate_frozen_roles(runner.network, 0)
-        judge.evaluate_trained_roles(runner, 0, 0)
-        return {**judge.history.evaluations[-1]["metrics"], **judge.history.frozen}
+        notices = CollectedNotices()
+        sources = context.sources(stage, notice=notices.notice)
+        evaluator = Evaluator(recipe, stage, plan, sources, context.world, torch_device, tracker, History())
+        network, _ = context.network(plan, notices)
+        runner = context.runner(network, plan, sources, notices)
+        runner.load_training_state(state, folder.last)
+        evaluator.evaluate_frozen_roles(runner.network, 0)
+        evaluator.evaluate_trained_roles(runner, 0, 0)
+        return {**evaluator.history.evaluations[-1]["metrics"], **evaluator.history.frozen}
 
 
 @dataclass(frozen=True)
 class OpenStage:
-    """A stage that could begin to train.
+    """A stage that is ready for its first step.
 
-    arrangement: the batches as the recipe asks for them, with what runs outside the step in them. feed: those with
-    every role in the step. missing: whose weights are not there yet, in words.
+    Attributes:
+        recipe: without the weights that are missing.
+        runner: of the stage.
+        frozen_forward: the batches as the recipe asks for them; frozen roles may run outside the step.
+        feed: the batches for steps that run every role.
+        missing_weights: one message per role whose weights are not trained yet.
+        notices: of the engine.
     """
 
     recipe: Recipe
@@ -79,70 +95,76 @@ class OpenStage:
     frozen_forward: FrozenForwardPlan
     feed: Feed
     missing_weights: tuple[str, ...]
+    notices: CollectedNotices
 
 
 @contextlib.contextmanager
 def open_stage(recipe: Recipe, stage: str | None = None) -> Iterator[OpenStage]:
-    """Builds a stage as `run` does, for whoever measures its steps. Nothing is trained, and nothing is kept.
+    """Builds a stage as `run` does, to measure its steps. Trains nothing and writes nothing.
 
-    Weights that are still to be trained (a teacher's, an earlier stage's) stay as the seed gives them.
+    Weights that are not trained yet (of a teacher, of an earlier stage) keep their initial values.
 
     Args:
-        stage: its name; None: the last stage that has steps.
+        stage: name of the stage; None: the last stage that has steps.
 
     Raises:
-        UserError: there is no such stage, it reads what an earlier stage has not made yet, or what `run` would raise.
+        UserError: there is no such stage, it reads an artifact that does not exist yet, or anything that `run` raises.
     """
     device = resolve_device(recipe.device)
-    names = [one.name for one in recipe.stages if one.epochs != 0 and one.steps != 0]
+    names = [config.name for config in recipe.stages if config.epochs != 0 and config.steps != 0]
     if not names or (stage is not None and stage not in names):
-        wrong = f"no stage {stage!r} that trains.{suggest(stage or '', names)}" if stage else "no stage trains"
-        raise ConfigError(f"{recipe.name}: {wrong}")
-    position = [one.name for one in recipe.stages].index(stage or names[-1])
+        problem = f"no stage {stage!r} that trains.{suggest(stage or '', names)}" if stage else "no stage trains"
+        raise ConfigError(f"{recipe.name}: {problem}")
+    position = [config.name for config in recipe.stages].index(stage or names[-1])
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        setup = RunContext(recipe, device, World())
-        missing = _find_missing_weights(setup, position)
-        if missing:  # the same run, but for the weights that it would wait for
-            told = recipe.stages[position]
-            roles = {n: replace(r, weights=None) if n in missing else r for n, r in told.roles.items()}
-            stages = [replace(told, roles=roles) if one is told else one for one in recipe.stages]
-            recipe = replace(recipe, stages=tuple(stages), out=str(setup.folder))
-            setup = RunContext(recipe, device, World())
-        with precision_settings(recipe.stages[position].precision), contextlib.closing(setup):
-            setup.plan()
-            plan = setup.stage_plan(position)
-            sources = setup.sources(plan.stage)
-            network, _ = setup.network(plan, _ignore_notice)
-            runner = setup.runner(network, plan, sources, _ignore_notice)
-            arrangement, feed = setup.frozen_forward_plan(runner, sources), setup.feed(plan, sources)
-            yield OpenStage(recipe, runner, arrangement, feed, tuple(missing.values()))
+        context = RunContext(recipe, device, World())
+        missing_weights = _find_missing_weights(context, position)
+        if missing_weights:
+            # The same run without those weights. It reads the files of the original run, hence its folder and identity.
+            recipe = _without_weights(recipe, position, set(missing_weights), str(context.folder))
+            context = RunContext(recipe, device, World(), identity=context.identity)
+        with precision_settings(recipe.stages[position].precision), contextlib.closing(context):
+            context.plan()
+            plan = context.stage_plan(position)
+            notices = CollectedNotices()
+            sources = context.sources(plan.stage, notice=notices.notice)
+            network, _ = context.network(plan, notices)
+            runner = context.runner(network, plan, sources, notices)
+            frozen_forward, feed = context.frozen_forward_plan(runner, sources), context.feed(plan, sources)
+            yield OpenStage(recipe, runner, frozen_forward, feed, tuple(missing_weights.values()), notices)
 
 
-def _ignore_notice(text: str) -> None:
-    """What is told of a stage that is opened and not trained."""
+def _without_weights(recipe: Recipe, position: int, role_names: set[str], folder: str) -> Recipe:
+    stages = list(recipe.stages)
+    roles = {
+        name: replace(role, weights=None) if name in role_names else role
+        for name, role in stages[position].roles.items()
+    }
+    stages[position] = replace(stages[position], roles=roles)
+    return replace(recipe, stages=tuple(stages), out=folder)
 
 
-def _find_missing_weights(setup: RunContext, position: int) -> dict[str, str]:
-    """The roles of a stage whose weights are not there yet, with what is said of each.
+def _find_missing_weights(context: RunContext, position: int) -> dict[str, str]:
+    """Returns a message for each role of a stage whose weights are not trained yet.
 
     Raises:
-        UserError: something else is not there yet, without which the stage cannot begin.
+        UserError: an artifact is missing, without which the stage cannot be built.
     """
-    recipe, folder = setup.recipe, setup.folder
-    stage, earlier = recipe.stages[position], recipe.stages[:position]
-    made = find_artifact_files(recipe, folder)
-    wanted = [f"{one.name}.{name}" for one in earlier for name in one.artifacts]
-    if reads_artifacts(stage) and any(name not in made for name in wanted):
+    recipe, folder = context.recipe, context.folder
+    stage, earlier_stages = recipe.stages[position], recipe.stages[:position]
+    artifact_files = find_artifact_files(recipe, folder)
+    required = [f"{earlier.name}.{name}" for earlier in earlier_stages for name in earlier.artifacts]
+    if reads_artifacts(stage) and any(name not in artifact_files for name in required):
         raise UserError(
-            f"stage {stage.name!r} of {recipe.name} reads what earlier stages make, and {folder} does not hold it yet. "
-            "Train the recipe until that stage begins, or choose another one with --stage."
+            f"stage {stage.name!r} of {recipe.name} reads artifacts of earlier stages, which {folder} does not have "
+            "yet. Train the recipe until that stage begins, or choose another stage with --stage."
         )
-    found = {}
+    messages = {}
     for name, role in stage.roles.items():
-        teacher = setup.teachers.get((stage.name, name))
+        teacher = context.teachers.get((stage.name, name))
         if teacher is not None and teacher.status() != "finished":
-            found[name] = f"{name}: {teacher.recipe.name} is not trained yet; its initial weights stand in"
+            messages[name] = f"{name}: {teacher.recipe.name} is not trained yet; measured with initial weights"
         earlier_stage = role.weights.stage if role.weights is not None else None
         if earlier_stage is not None and not folder.stage(earlier_stage).exists():
-            found[name] = f"{name}: stage {earlier_stage!r} is not trained yet; its initial weights stand in"
-    return found
+            messages[name] = f"{name}: stage {earlier_stage!r} is not trained yet; measured with initial weights"
+    return messages

@@ -1,11 +1,12 @@
-"""One run of a recipe, from its folder to its summary: teachers first, then its stages, checkpoints and logs."""
+"""Runs a recipe from its folder to its summary: teacher runs first, then its stages, checkpoints and logs."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -26,11 +27,12 @@ from kdbench.engine.evaluation.evaluator import Evaluator
 from kdbench.engine.network.roles import upstream_role
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.state import checkpoint
+from kdbench.engine.state.run_state import History, ModelFile, RunState
 from kdbench.engine.state.weight_loader import WeightLoader, collect_stage_weights
-from kdbench.engine.state.weights import state_hash
-from kdbench.engine.train.loop import History, TrainingLoop
+from kdbench.engine.state.weights import read_checkpoint, state_hash
+from kdbench.engine.train.loop import TrainingLoop
 from kdbench.engine.train.runner import Runner
-from kdbench.errors import TrainingError, UserError
+from kdbench.errors import CheckpointError, UserError
 from kdbench.experiment.artifacts import build_artifacts
 from kdbench.experiment.context import RunContext
 from kdbench.experiment.manifest import (
@@ -44,11 +46,11 @@ from kdbench.experiment.manifest import (
     training_entries,
     write_manifest,
 )
-from kdbench.files import read_json, write_atomic, write_json
+from kdbench.files import write_atomic, write_json
 from kdbench.report.console import ConsoleReporter
 from kdbench.report.summary import build_summary
 from kdbench.report.tracking import Tracker
-from kdbench.run_folder import RunFolder
+from kdbench.run_folder import RunFolder, read_summary
 from kdbench.speed.profiling.latency import measure_latency
 from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan
 
@@ -57,25 +59,32 @@ StageReadyCallback: TypeAlias = Callable[[Runner], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: its folder, and the content of summary.json."""
+    """Result of a run.
+
+    Attributes:
+        folder: of the run.
+        summary: content of summary.json.
+        already_finished: the run had finished before; nothing was trained.
+        is_main: this process is rank 0, which prints.
+    """
 
     folder: RunFolder
     summary: Mapping[str, Any]
     already_finished: bool
-    """Whether it had been finished before and nothing was trained."""
     is_main: bool = True
-    """Whether this process is the one that speaks."""
 
 
-def run(recipe: Recipe, *, console: ConsoleReporter | None = None, on_stage_ready: StageReadyCallback | None = None) -> Outcome:
-    """Trains a recipe to its end, or goes on where an earlier attempt stopped.
+def run(
+    recipe: Recipe, *, console: ConsoleReporter | None = None, on_stage_ready: StageReadyCallback | None = None
+) -> Outcome:
+    """Trains a recipe to its end, or resumes an interrupted run from its last checkpoint.
 
     Args:
-        console: what the person sees.
-        attend: gets the runner of each stage when it is ready for its first step (not those of teachers).
+        console: shows the progress; None: a new one on standard output.
+        on_stage_ready: called with the runner of each stage before its first step; not for teacher runs.
 
     Raises:
-        UserError: anything that the user can mend; what was saved stays.
+        UserError: an error that the user can fix. Files that are already saved are intact.
     """
     device = resolve_device(recipe.device)
     for stage in recipe.stages:
@@ -83,27 +92,50 @@ def run(recipe: Recipe, *, console: ConsoleReporter | None = None, on_stage_read
     with out_of_memory_as_training_error(device), init_world(device.type) as world:
         if device.type == "cuda" and world.size > 1:
             device = set_local_gpu(world)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the caller's draws stay as they were
+        # The caller's random generators keep their state.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with world.sync_errors():
-                setup = RunContext(recipe, device, world)
-            return _Run(setup, console, on_stage_ready).run()
+                context = RunContext(recipe, device, world)
+            return _Run(context, console, on_stage_ready).run()
+
+
+class RunNotices:
+    """Shows notices of the engine through the tracker, and merges its entries into the manifest.
+
+    Args:
+        tracker: shows the notices.
+        manifest: None on a rank that writes no manifest.
+    """
+
+    def __init__(self, tracker: Tracker, manifest: Path | None = None) -> None:
+        self.tracker, self.manifest = tracker, manifest
+
+    def notice(self, text: str) -> None:
+        self.tracker.notice(text)
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        if self.manifest is not None:
+            amend_session(self.manifest, entries)
 
 
 class _Run:
-    """A run from where it stands to its end."""
+    """One run, from its present status to its end."""
 
-    def __init__(self, context: RunContext, console: ConsoleReporter | None, on_stage_ready: StageReadyCallback | None = None) -> None:
+    def __init__(
+        self, context: RunContext, console: ConsoleReporter | None, on_stage_ready: StageReadyCallback | None = None
+    ) -> None:
         self.context, self.console, self.on_stage_ready = context, console, on_stage_ready
-        self.recipe, self.device, self.world, self.folder = context.recipe, context.device, context.world, context.folder
+        self.recipe, self.device = context.recipe, context.device
+        self.world, self.folder = context.world, context.folder
         self.final_stage = context.recipe.stages[-1].name
         self.history = History()
         self.finished_stages: dict[str, int] = {}  # stage -> its steps
 
     def run(self, *, wait: bool = False) -> Outcome:
-        """Returns at once when the run is finished; else plans, sees to the teachers, and trains.
+        """Plans, runs the teachers, and trains; returns at once when the run is finished.
 
         Args:
-            wait: wait for another process that is training the same run, as for a teacher that two students share.
+            wait: waits for another process that trains the same run, such as a teacher that two students share.
         """
         if not self.recipe.fresh and self.context.status() == "finished":
             return self._finished_outcome()
@@ -111,14 +143,14 @@ class _Run:
             self.context.plan()
         for (_, name), teacher in self.context.teachers.items():
             _Run(teacher, ConsoleReporter(prefix=f"{name}: ") if self.world.is_main else None).run(wait=True)
-        told = (self.console or ConsoleReporter()).notice if wait else None
-        with contextlib.ExitStack() as held:
+        on_wait = (self.console or ConsoleReporter()).notice if wait else None
+        with contextlib.ExitStack() as stack:
             with self.world.sync_errors():
                 if self.world.is_main:
-                    held.enter_context(self.folder.lock(on_wait=told))
+                    stack.enter_context(self.folder.lock(on_wait=on_wait))
                     if self.recipe.fresh:
                         self.folder.clear()
-            status = self.context.status()  # another process may have finished it meanwhile
+            status = self.context.status()  # read again: another process may have finished the run before the lock
             if status == "finished":
                 return self._finished_outcome()
             tracker = Tracker(
@@ -129,7 +161,7 @@ class _Run:
                     return self._train(tracker, resumed=status == "interrupted")
             except UserError as error:
                 if self.world.is_main and self.folder.manifest.exists():
-                    with contextlib.suppress(TrainingError):  # no space to say so: the first message stands
+                    with contextlib.suppress(UserError):  # the disk failed: the first error is the one to report
                         finish_manifest(self.folder.manifest, "failed", str(error))
                 raise
             finally:
@@ -138,92 +170,98 @@ class _Run:
 
     @property
     def steps_before(self) -> int:
-        """Steps of the stages that are over."""
+        """Steps of the finished stages."""
         return sum(self.finished_stages.values())
 
     def _finished_outcome(self) -> Outcome:
-        return Outcome(self.folder, read_json(self.folder.summary), already_finished=True, is_main=self.world.is_main)
+        summary = read_summary(self.folder.summary)
+        return Outcome(self.folder, summary, already_finished=True, is_main=self.world.is_main)
 
     def _train(self, tracker: Tracker, *, resumed: bool) -> Outcome:
-        if self.device.type == "cuda":  # an earlier run of this process (a teacher) refers to itself, with its memory
+        if self.device.type == "cuda":  # reference cycles of an earlier run (a teacher) still hold GPU memory
             gc.collect()
-        tree, notice = self._load_checkpoint() if resumed else (None, "")
-        if tree is not None:
-            tracker.load_state_dict(tree["tracker"])
-            self.history = History(**tree["history"])
-            self.finished_stages = dict(tree["finished"])
+        state, notice = self._load_checkpoint() if resumed else (None, "")
+        if state is not None:
+            tracker.load_state_dict(state.tracker)
+            self.history = state.history
+            self.finished_stages = dict(state.finished_stages)
         with self.world.sync_errors():
-            self._start_logs(tracker, tree, notice)
-        last: tuple[Evaluator, Runner] | None = None
+            self._start_logs(tracker, state, notice)
+        trained: tuple[Evaluator, Runner] | None = None
         for position, stage in enumerate(self.recipe.stages):
             if stage.name in self.finished_stages and stage.name != self.final_stage:
                 continue
             with self.world.sync_errors():
                 plan = self.context.stage_plan(position)
             with precision_settings(stage.precision):
-                last = self._train_stage(plan, tree, tracker)
-        assert last is not None
-        with precision_settings(last[1].stage.precision):
-            return self._write_summary(*last, tracker)
+                trained = self._train_stage(plan, state, tracker)
+        assert trained is not None
+        evaluator, runner = trained
+        with precision_settings(runner.stage.precision):
+            return self._write_summary(evaluator, runner, tracker)
 
-    def _load_checkpoint(self) -> tuple[dict[str, Any] | None, str]:
-        """The newest checkpoint, which every process reads by itself.
+    def _load_checkpoint(self) -> tuple[RunState | None, str]:
+        """Reads the newest good checkpoint; every rank reads the file itself.
 
         Raises:
-            UserError: there are some but none is good, or a process reads another one than the first does.
+            UserError: no checkpoint is good, or the ranks read different checkpoints.
         """
+        stages = [stage.name for stage in self.recipe.stages]
         with self.world.sync_errors():
-            tree, notice = checkpoint.load(self.folder.last)
-        own = "none" if tree is None else f"stage {tree['stage']}, step {tree['step']}"
-        first = self.world.broadcast(own)
+            state, notice = checkpoint.load(self.folder.last, identity=self.context.identity, stages=stages)
+        position = "none" if state is None else f"stage {state.stage}, step {state.step}"
+        main_position = self.world.broadcast(position)
         with self.world.sync_errors():
-            if own != first:
+            if position != main_position:
                 raise UserError(
-                    f"{self.folder} holds another checkpoint here ({own}) than where the first process reads it "
-                    f"({first}). All machines must see one folder of runs: set runs=DIR on a disk that they share."
+                    f"{self.folder} has another checkpoint here ({position}) than on rank 0 ({main_position}). All "
+                    "machines must use one folder of runs: set runs=DIR on a disk that they share."
                 )
-        return tree, notice
+        return state, notice
 
-    def _train_stage(self, plan: StagePlan, tree: Mapping[str, Any] | None, tracker: Tracker) -> tuple[Evaluator, Runner]:
+    def _train_stage(self, plan: StagePlan, state: RunState | None, tracker: Tracker) -> tuple[Evaluator, Runner]:
         stage = plan.stage
+        notices = RunNotices(tracker, self.folder.manifest if self.world.is_main else None)
         with self.world.sync_errors():
-            sources = self.context.sources(stage)
-            judge = Evaluator(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
-            network, preparation = self.context.network(plan, tracker.notice)
-        runner = self.context.runner(network, plan, sources, tracker.notice)
-        if self.world.is_main:
-            runner.record = lambda facts: amend_session(self.folder.manifest, facts)
-        if tree is not None and tree["stage"] == stage.name:
-            runner.load_state_dict(tree)
+            sources = self.context.sources(stage, notice=notices.notice)
+            evaluator = Evaluator(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
+            network, loader = self.context.network(plan, notices)
+        runner = self.context.runner(network, plan, sources, notices)
+        if state is not None and state.stage == stage.name:
+            runner.load_training_state(state, self.folder.last)
         else:
-            measured = judge.evaluate_frozen_roles(runner.network, self.steps_before)
+            frozen_scores = evaluator.evaluate_frozen_roles(runner.network, self.steps_before)
             if self.world.is_main:
-                facts: dict[str, Any] = {"roles": role_entries(plan, preparation.origins, measured)}
-                amend_manifest(self.folder.manifest, facts | {"data": source_entries(stage, sources)})
-        self._run_stage(runner, sources, judge, tracker)
-        self._write_stage_outputs(runner, sources, preparation)
+                entries: dict[str, Any] = {"roles": role_entries(plan, loader.origins, frozen_scores)}
+                amend_manifest(self.folder.manifest, entries | {"data": source_entries(stage, sources)})
+        self._run_stage(runner, sources, evaluator, tracker)
+        self._write_stage_outputs(runner, sources, loader)
         if stage.name != self.final_stage:
-            self.finished_stages[stage.name] = runner.total_steps
-        return judge, runner
+            self.finished_stages[stage.name] = runner.progress.total_steps
+        return evaluator, runner
 
-    def _start_logs(self, tracker: Tracker, tree: Mapping[str, Any] | None, notice: str) -> None:
+    def _start_logs(self, tracker: Tracker, state: RunState | None, notice: str) -> None:
+        """Writes resolved recipe and manifest, and shows the head of the run with its notices."""
+        messages = [notice] if notice else []
         if self.world.is_main:
+            messages += [f"{problem}; the file is written again." for problem in self.folder.problems()]
+            messages += self._best_file_problems(state)
             write_atomic(self.folder.recipe, dump_recipe(self.recipe).encode())
-            changes = write_manifest(
+            specs = [stage.specs for stage in self.context.described_stages]
+            messages += write_manifest(
                 self.folder.manifest,
                 recipe=self.recipe,
                 identity=self.context.identity,
                 device=str(self.device),
                 world_size=self.world.size,
                 training={s.name: training_entries(s, self.world.size) for s in self.recipe.stages},
-                data=data_entries(self.recipe, [stage.specs for stage in self.context.described_stages], self.context.checksums),
+                data=data_entries(self.recipe, specs, self.context.checksums),
                 parts=part_versions(self.recipe),
             )
-        else:
-            changes = []
-        where = f"stage {tree['stage']}, step {tree['step']}" if tree is not None else ""
-        evaluation = self.recipe.stages[0].data.get("eval") or next(iter(self.recipe.stages[0].data.values()))
-        dataset = open_dataset(evaluation, self.recipe.data_root)
+        # Of the evaluation source where there is one: its classes label the figures.
+        data = self.recipe.stages[0].data
+        dataset = open_dataset(data.get("eval") or next(iter(data.values())), self.recipe.data_root)
+        position = "" if state is None else f"resuming from stage {state.stage}, step {state.step}"
         tracker.start(
             {
                 "name": self.recipe.name,
@@ -231,114 +269,111 @@ class _Run:
                 "device": describe_device(self.device),
                 "classes": getattr(dataset, "classes", None),
                 "recipe": dump_recipe(self.recipe),
-                **({"resumed": f"going on from {where}"} if where else {}),
+                **({"resumed": position} if position else {}),
             }
         )
-        for text in (*filter(None, [notice]), *changes, *self.recipe.baseline_removed):
+        for text in (*messages, *self.recipe.baseline_removed):
             tracker.notice(text)
 
-    def _run_stage(self, runner: Runner, sources: Mapping[str, Source], judge: Evaluator, tracker: Tracker) -> None:
+    def _best_file_problems(self, state: RunState | None) -> list[str]:
+        """Reports a best.pt that a resumed run needs but cannot read; only a better epoch writes it again."""
+        best = None if state is None else state.history.best.get(state.stage)
+        if best is None:
+            return []
+        try:
+            ModelFile.from_tree(read_checkpoint(self.folder.best), self.folder.best, identity=self.context.identity)
+            return []
+        except CheckpointError as error:
+            lost = f"the weights of epoch {best['epoch']} are lost; the file is written again after a better epoch."
+            return [f"{error}; {lost}"]
+
+    def _run_stage(self, runner: Runner, sources: Mapping[str, Source], evaluator: Evaluator, tracker: Tracker) -> None:
         stage = runner.stage
         if self.on_stage_ready is not None:
             self.on_stage_ready(runner)
-        tracker.stage(stage.name, stage.epochs, runner.total_steps, runner.steps_done)
+        tracker.stage(stage.name, stage.epochs, runner.progress.total_steps, runner.progress.steps_done)
 
-        def told(arrangement: FrozenForwardPlan) -> None:
-            if arrangement.describe():
-                tracker.notice(arrangement.describe())
-            self._record_frozen_forward(stage, arrangement)
+        def on_decision(frozen_forward: FrozenForwardPlan) -> None:
+            description = frozen_forward.describe()
+            if description:
+                tracker.notice(description)
+            self._record_frozen_forward(stage, frozen_forward)
 
-        arrangement = self.context.frozen_forward_plan(runner, sources, told)
+        frozen_forward = self.context.frozen_forward_plan(runner, sources, on_decision)
         TrainingLoop(
             runner,
-            arrangement.feed,
+            frozen_forward.feed,
             tracker,
             self.history,
-            evaluate=lambda epoch: self._evaluate(runner, judge, epoch),
+            evaluate=lambda epoch: self._evaluate(runner, evaluator, epoch),
             checkpoint=lambda: self._save_checkpoint(runner, tracker),
             steps_before=self.steps_before,
         ).run()
-        if arrangement.cached_sources:
-            self._record_frozen_forward(stage, arrangement)
-        if runner.total_steps == 0 and not judge.has_evaluated(stage.name):
-            self._evaluate(runner, judge, 0)
+        if frozen_forward.cached_sources:  # the numbers of rows are final now
+            self._record_frozen_forward(stage, frozen_forward)
+        if runner.progress.total_steps == 0 and not evaluator.has_evaluated(stage.name):
+            self._evaluate(runner, evaluator, 0)
             self._save_checkpoint(runner, tracker)
 
-    def _record_frozen_forward(self, stage: StageConfig, arrangement: FrozenForwardPlan) -> None:
-        """Writes down how roles that do not move are run: bits are the same only where this is the same."""
+    def _record_frozen_forward(self, stage: StageConfig, frozen_forward: FrozenForwardPlan) -> None:
+        """Writes to the manifest how frozen roles run; a resumed run has the same bits only if this is the same."""
         if self.world.is_main:
-            amend_manifest(self.folder.manifest, {"frozen_forward": {stage.name: arrangement.manifest_entries()}})
+            amend_manifest(self.folder.manifest, {"frozen_forward": {stage.name: frozen_forward.manifest_entries()}})
 
-    def _write_stage_outputs(self, runner: Runner, sources: Mapping[str, Source], preparation: WeightLoader) -> None:
-        """Leaves what later stages start from and read. One process writes it, the others wait and read the files."""
+    def _write_stage_outputs(self, runner: Runner, sources: Mapping[str, Source], loader: WeightLoader) -> None:
+        """Writes the weights and artifacts that later stages read. Rank 0 writes; the other ranks wait for it."""
         stage = runner.stage
-        state = self._exported_weights(runner)
+        model_file = runner.training_state().model_file(self.context.identity, stage.export)
         with self.world.sync_errors():
             if self.world.is_main and len(self.recipe.stages) > 1:
-                models = collect_stage_weights(self.recipe, stage, state["models"], preparation.frozen_states)
-                checkpoint.save(self.folder.stage(stage.name), {**state, "models": models})
+                models = collect_stage_weights(self.recipe, stage, model_file.models, loader.frozen_states)
+                checkpoint.save(self.folder.stage(stage.name), replace(model_file, models=models))
             if self.world.is_main and stage.artifacts:
-                whole = sources if self.world.size == 1 else self.context.sources(stage, World())
-                made = build_artifacts(self.recipe, runner, runner.plan, whole, self.folder, preparation.origins)
-                amend_manifest(self.folder.manifest, {"artifacts": made})
+                # An artifact is built from all samples, so rank 0 opens the sources without sharding.
+                all_sources = sources if self.world.size == 1 else self.context.sources(stage, World())
+                provenance = build_artifacts(
+                    self.recipe, runner, all_sources, self.folder, loader.origins, self.context.identity
+                )
+                amend_manifest(self.folder.manifest, {"artifacts": provenance})
 
-    def _evaluate(self, runner: Runner, judge: Evaluator, epoch: int) -> None:
-        best = judge.evaluate_trained_roles(runner, epoch, self.steps_before + runner.steps_done)
-        kept = epoch in self.recipe.keep_epochs and runner.stage.name == self.final_stage
-        if not best and not kept:
+    def _evaluate(self, runner: Runner, evaluator: Evaluator, epoch: int) -> None:
+        stage = runner.stage
+        is_best = evaluator.evaluate_trained_roles(runner, epoch, self.steps_before + runner.progress.steps_done)
+        keeps_epoch = epoch in self.recipe.keep_epochs and stage.name == self.final_stage
+        if not is_best and not keeps_epoch:
             return
-        tree = {**self._exported_weights(runner), "epoch": epoch}
+        model_file = runner.training_state().model_file(self.context.identity, stage.export, epoch)
         with self.world.sync_errors():
-            for wanted, file in ((best, self.folder.best), (kept, self.folder.epoch(epoch))):
-                if wanted and self.world.is_main:
-                    checkpoint.save(file, tree)
-
-    def _exported_weights(self, runner: Runner) -> dict[str, Any]:
-        state = runner.state_dict()
-        kept = {name: state[name] for name in ("models", "baked", "average")}
-        return {"export": runner.stage.export, **kept}
+            for writes, path in ((is_best, self.folder.best), (keeps_epoch, self.folder.epoch(epoch))):
+                if writes and self.world.is_main:
+                    checkpoint.save(path, model_file)
 
     def _save_checkpoint(self, runner: Runner, tracker: Tracker) -> None:
-        tree = {
-            **runner.state_dict(),
-            "export": runner.stage.export,
-            "identity": self.context.identity,
-            "stage": runner.stage.name,
-            "finished": self.finished_stages,
-            "history": vars(self.history),
-        }
+        training_state = runner.training_state()
         with self.world.sync_errors():
             if self.world.is_main:
-                tree["tracker"] = tracker.state_dict()
-                checkpoint.save(self.folder.last, tree, keep_previous=True)
+                state = RunState(
+                    **vars(training_state),
+                    identity=self.context.identity,
+                    stage=runner.stage.name,
+                    finished_stages=self.finished_stages,
+                    export=runner.stage.export,
+                    history=self.history,
+                    tracker=tracker.state_dict(),
+                )
+                checkpoint.save(self.folder.last, state, keep_previous=True)
 
-    def _write_summary(self, judge: Evaluator, runner: Runner, tracker: Tracker) -> Outcome:
-        plan = runner.plan
-        scores = judge.final_evaluation(runner, self.steps_before + runner.steps_done)
+    def _write_summary(self, evaluator: Evaluator, runner: Runner, tracker: Tracker) -> Outcome:
+        scores = evaluator.final_evaluation(runner, self.steps_before + runner.progress.steps_done)
         stage = runner.stage
-        models: dict[str, Any] = {}
-        for name, role in plan.roles.items():
-            module = runner.network.role(name).model
-            models[name] = {
-                "model": role.model,
-                "parameters": role.parameters,
-                "flops": role.full_forward_flops,
-                "weights_sha256": state_hash(module),
-            }
-            alone = upstream_role(role.config) is None and not role.config.extra_inputs
-            if (
-                alone
-                and name not in runner.network.sharded
-                and plan.specs[plan.resolved_stage.sources[name]].classes is not None
-            ):
-                models[name]["latency_ms"] = measure_latency(module, judge.example_input())
-        final = self.history.evaluations[-1] if self.history.evaluations else {}
+        evaluations = self.history.evaluations
+        last: dict[str, Any] = dict(evaluations[-1]) if evaluations else {}
         summary = build_summary(
             recipe=self.recipe,
-            last={**final, "metrics": scores["moving"]},
+            last={**last, "metrics": scores["trained"]},
             best=self.history.best.get(stage.name),
             frozen=scores["frozen"],
-            models=models,
+            models=_model_entries(runner, evaluator),
             wall_seconds=self.history.seconds,
             identity=self.context.identity,
             export=stage.export,
@@ -347,6 +382,29 @@ class _Run:
         with self.world.sync_errors():
             if self.world.is_main:
                 tracker.hparams({"seed": self.recipe.seed, **training_entries(stage, self.world.size)})
+                # The manifest last: a run is finished when it says so and the summary exists.
                 write_json(self.folder.summary, summary)
                 finish_manifest(self.folder.manifest, "finished")
         return Outcome(self.folder, summary, already_finished=False, is_main=self.world.is_main)
+
+
+def _model_entries(runner: Runner, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
+    """Returns size, FLOPs, weights hash and latency of each role, for the summary."""
+    plan = runner.plan
+    entries: dict[str, dict[str, Any]] = {}
+    for name, role in plan.roles.items():
+        module = runner.network.role(name).model
+        entries[name] = {
+            "model": role.model,
+            "parameters": role.parameters,
+            "flops": role.full_forward_flops,
+            "weights_sha256": state_hash(module),
+        }
+        sees_images_alone = (
+            upstream_role(role.config) is None
+            and not role.config.extra_inputs
+            and plan.specs[plan.resolved_stage.sources[name]].classes is not None
+        )
+        if sees_images_alone and name not in runner.network.sharded:
+            entries[name]["latency_ms"] = measure_latency(module, evaluator.example_input())
+    return entries

@@ -1,4 +1,4 @@
-"""The recipe that makes somebody's initial weights: how it is asked for, so that everybody asks for the same run."""
+"""Resolves `weights: {recipe: ...}` to one canonical recipe, so that all students share one teacher run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from kdbench.config.schema import PartConfig, Recipe, WeightsConfig
 
 
 def teacher_recipe(weights: WeightsConfig, recipe: Recipe) -> Recipe:
-    """The recipe whose student is wanted. It takes over where and how to run, nothing that changes results.
+    """Loads the recipe whose trained student provides initial weights.
 
-    It keeps every epoch that any role of any stage takes from it: whoever asks first, one run serves them all.
+    Settings that do not change results (device, folders, workers) come from `recipe`. The teacher run keeps every epoch
+    that any role of any stage of `recipe` loads from it, so that one run serves all roles.
     """
     assert weights.recipe is not None
-    overrides = []
-    if weights.model is not None:
-        overrides.append(f"student.model={_override_value(weights.model)}")
-    told = load_recipe(weights.recipe, overrides)
-    wanted = (role.weights for stage in recipe.stages for role in stage.roles.values() if role.weights is not None)
-    alike = (own for own in (weights, *wanted) if (own.recipe, own.model) == (weights.recipe, weights.model))
-    epochs = {*told.keep_epochs, *(own.epoch for own in alike if own.epoch is not None)}
+    values = {} if weights.model is None else {"student.model": _plain_value(weights.model)}
+    teacher = load_recipe(weights.recipe, values=values)
+    all_weights = [role.weights for stage in recipe.stages for role in stage.roles.values() if role.weights is not None]
+    same_teacher = [
+        item for item in (weights, *all_weights) if (item.recipe, item.model) == (weights.recipe, weights.model)
+    ]
+    epochs = {*teacher.keep_epochs, *(item.epoch for item in same_teacher if item.epoch is not None)}
     return replace(
-        told,
+        teacher,
         device=recipe.device,
         workers=recipe.workers,
         data_root=recipe.data_root,
@@ -34,11 +35,12 @@ def teacher_recipe(weights: WeightsConfig, recipe: Recipe) -> Recipe:
     )
 
 
-def _override_value(model: Any) -> str:
-    if isinstance(model, PartConfig):
-        model = {"type": model.type, **model.params}
-    if isinstance(model, Mapping):
-        return "{" + ",".join(f"{k}:{_override_value(v)}" for k, v in model.items()) + "}"
-    if isinstance(model, list | tuple):
-        return "[" + ",".join(_override_value(v) for v in model) + "]"
-    return "null" if model is None else str(model).lower() if isinstance(model, bool) else str(model)
+def _plain_value(value: Any) -> Any:
+    """Converts nested part configurations to plain mappings and lists."""
+    if isinstance(value, PartConfig):
+        return _plain_value({"type": value.type, **value.params})
+    if isinstance(value, Mapping):
+        return {key: _plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(item) for item in value]
+    return value

@@ -1,4 +1,6 @@
-"""Networks and parts of networks by name. A model here knows no role, term or recipe.
+"""Registered networks, and modules that work on another network's features or weights.
 
-`cifar` and `small` hold whole networks; the modules beside them hold parts (heads, gates, generators), functions of
-weights (quantization, pruning) and the builders of torchvision and timm models."""
+`cifar` and `small` contain whole networks. The modules in this folder contain heads, gates, generators and
+discriminators, weight transforms (quantization, pruning), and the models of torchvision and timm. A model knows no
+role, term or recipe.
+"""

@@ -1,4 +1,4 @@
-"""Networks. This file lists those of torchvision and timm off their sources, without importing either."""
+"""Registry entries of all torchvision and timm models, read from the source files without importing the libraries."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 from kdbench.registry import MODELS, Entry, Family, Parameter
 
 BUILDER_PATTERN = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-"""How both libraries declare a model. Those of `torchvision.models.detection` and so on lie in subfolders."""
+"""Declaration of a model in both libraries. Detection, segmentation and video models are in subfolders, not listed."""
 
 
 @cache
 def _builder_files(library: str) -> dict[str, Path]:
-    """Every model of an installed library -> the file that declares it, in alphabetical order."""
+    """Maps the models of an installed library, in alphabetical order, to their source files."""
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
         return {}
     folder = Path(spec.submodule_search_locations[0], "models")
-    found = {}
+    files = {}
     for path in sorted(folder.glob("*.py")):
         for name in BUILDER_PATTERN.findall(path.read_text(encoding="utf-8")):
-            found[name] = path
-    return dict(sorted(found.items()))
+            files[name] = path
+    return dict(sorted(files.items()))
 
 
 def _library_entry(library: str, name: str) -> Entry:
-    """Describes one model: how the library's docstring begins, and the parameters of the builder in `foreign.py`."""
+    """Builds the registry entry of one model: first paragraph of its docstring, parameters of the builder here."""
     tree = ast.parse(_builder_files(library)[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    about = " ".join((ast.get_docstring(node) or f"{name} of {library}").split("\n\n", 1)[0].split())
-    about = re.sub(r"`([^`<]+?)\s*<([^>]+)>`_*", r"\1 (\2)", about)  # a link of reStructuredText
+    summary = " ".join((ast.get_docstring(node) or f"{name} of {library}").split("\n\n", 1)[0].split())
+    summary = re.sub(r"`([^`<]+?)\s*<([^>]+)>`_*", r"\1 (\2)", summary)  # reStructuredText links
     parameters = {parameter.name: parameter for parameter in LIBRARY_PARAMETERS[library]}
     size = 299 if name.startswith("inception") else 224
     facts = {"version": 1, "image": (3, size, size)}
@@ -44,7 +44,7 @@ def _library_entry(library: str, name: str) -> Entry:
         f"{library}/{name}",
         "kdbench.models.external",
         library,
-        f"{about}\n\n{LIBRARY_DOCS[library]}",
+        f"{summary}\n\n{LIBRARY_DOCS[library]}",
         parameters,
         facts,
         loader=loader,
@@ -52,8 +52,8 @@ def _library_entry(library: str, name: str) -> Entry:
 
 
 def _load_builder(library: str, name: str) -> Any:
-    foreign = importlib.import_module("kdbench.models.external")
-    return partial(getattr(foreign, f"build_{library}"), name)
+    external = importlib.import_module("kdbench.models.external")
+    return partial(getattr(external, f"build_{library}"), name)
 
 
 LIBRARY_PARAMETERS = {
@@ -68,16 +68,18 @@ LIBRARY_PARAMETERS = {
 
 
 LIBRARY_DOCS = {
-    "torchvision": """Built by torchvision itself.
+    "torchvision": """Built by torchvision.
 
 Args:
-    num_classes: size of the classifier; the dataset gives it.
-    weights: a name of the model's pretrained weights, such as DEFAULT; torchvision downloads them once. A classifier of
-        another size than theirs keeps its random start.""",
-    "timm": """Built by timm itself.
+    num_classes: outputs of the classifier; injected.
+    weights: name of the model's pretrained weights, such as DEFAULT; torchvision downloads them once. If they have
+        another number of classes, the classifier keeps its random initialisation.""",
+    "timm": """Built by timm.
 
 Args:
-    num_classes, in_channels, image_size: the dataset gives them; only models of fixed size read the last.
+    num_classes: outputs of the classifier; injected.
+    in_channels: channels of the image; injected.
+    image_size: height and width of the image; injected, used only by models of fixed input size.
     pretrained: load timm's default weights; timm downloads them once.""",
 }
 

@@ -1,4 +1,4 @@
-"""What a network says of one task alone: for streams of tasks that share a network."""
+"""Heads of continual learning: the softmax over one task's classes, and the nearest-mean classifier."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ from kdbench.registry import MODELS
 
 @MODELS.register("task_logits", version=1, paper="https://arxiv.org/abs/1606.09282", image=(10,))
 class ContinualHead(nn.Module):
-    """The logits of one task's classes; those of all others are put out of reach, so that they have probability 0.
+    """Masks the logits of all classes outside one task, so that they have probability 0.
 
-    The rows of a linear classifier share nothing: one classifier over all classes, seen through such a mask for each
-    task, is one head per task (Li and Hoiem, Learning without Forgetting, ECCV 2016). Labels keep their numbers. No
-    gradient reaches the other classes.
+    The rows of a linear classifier are independent, so one classifier over all classes with such a mask per task equals
+    one head per task (Li and Hoiem, Learning without Forgetting, ECCV 2016). Class numbers do not change. Masked
+    classes get no gradient. No parameters.
 
-    Shapes: (batch, num_classes) -> the same.
+    Shape:
+        (batch, num_classes) -> the same.
 
     Args:
-        keep: the numbers of the task's classes.
-        input_shape: of one sample's logits; the engine gives it.
+        keep: class numbers of the task.
+        input_shape: shape of the logits per sample; injected.
     """
 
     class_mask: Tensor
-    MASKED_LOGIT = -1e4  # exp gives 0 in every precision, and it fits into half precision where -inf would make NaN of 0 * inf
+    # exp(-1e4) is 0 in every precision, -1e4 is finite in half precision, and -inf would give NaN in 0 * inf.
+    MASKED_LOGIT = -1e4
 
     def __init__(self, keep: list[int], input_shape: tuple[int, ...] = (10,)) -> None:
         super().__init__()
         if len(input_shape) != 1:
-            raise ConfigError(f"task_logits: reads one number per class, but what it sees is {list(input_shape)}")
-        wrong = [number for number in keep if not 0 <= number < input_shape[0]]
-        if wrong or not keep:
             raise ConfigError(
-                f"task_logits: keep lists class numbers from 0 to {input_shape[0] - 1}, got {wrong or keep}"
+                f"task_logits: expected logits, one number per class, got a feature of {list(input_shape)}"
             )
-        inside = torch.zeros(input_shape[0], dtype=torch.bool)
-        inside[torch.tensor(keep)] = True
-        self.register_buffer("class_mask", inside, persistent=False)
+        invalid = [number for number in keep if not 0 <= number < input_shape[0]]
+        if invalid or not keep:
+            raise ConfigError(
+                f"task_logits: keep must list class numbers from 0 to {input_shape[0] - 1}, got {invalid or keep}"
+            )
+        class_mask = torch.zeros(input_shape[0], dtype=torch.bool)
+        class_mask[torch.tensor(keep)] = True
+        self.register_buffer("class_mask", class_mask, persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
         return torch.where(self.class_mask, logits, self.MASKED_LOGIT)
@@ -47,17 +51,19 @@ class ContinualHead(nn.Module):
 
 @MODELS.register("nearest_mean", version=1, paper="https://arxiv.org/abs/1611.07725", image=(64,))
 class NearestMeanClassifier(nn.Module):
-    """A classifier without training: the class whose mean feature is nearest, both at length 1: iCaRL's.
+    """Nearest-mean classifier on normalised features (iCaRL).
 
-    Output: minus the Euclidean distance to each class's mean. The maker `nearest_mean` finds the means. A class without
-    samples has mean 0 and is never nearest to what points anywhere near another mean.
+    logit_c = - || f / |f| - mu_c / |mu_c| ||. The artifact `nearest_mean` computes the means. A class without samples
+    has mean 0, with distance 1; it loses against any mean within 60 degrees of the feature. No parameters; `means` is a
+    buffer.
 
-    Shapes: (batch, values) -> (batch, num_classes).
+    Shape:
+        (batch, values) -> (batch, num_classes), at most 0.
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the feature; the engine gives it.
-        means: of the classes, num_classes lists of as many values as the feature has; null: 0.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the feature per sample; injected.
+        means: class means, num_classes lists with as many values as the feature; null sets them to 0.
     """
 
     means: Tensor
@@ -67,7 +73,7 @@ class NearestMeanClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 1:
-            raise ConfigError(f"nearest_mean: reads one vector per sample, but what it sees is {list(input_shape)}")
+            raise ConfigError(f"nearest_mean: expected one vector per sample, got a feature of {list(input_shape)}")
         value = torch.zeros(num_classes, input_shape[0]) if means is None else torch.tensor(means)
         if tuple(value.shape) != (num_classes, input_shape[0]):
             raise ConfigError(

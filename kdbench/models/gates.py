@@ -1,4 +1,4 @@
-"""Networks that say of each sample how its losses are to be weighed."""
+"""Gates: networks that predict weights per sample, per teacher or per channel."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from kdbench.registry import MODELS
 
 @MODELS.register("fusion_gate", version=1, paper="https://arxiv.org/abs/2312.15112", image=(10,))
 class FusionGate(nn.Module):
-    """How far a sample's soft target counts, from the geometry of student, teacher, label and the class's teacher.
+    """Weight of the soft target per sample, from student, teacher, label and class-mean teacher (TGeo-KD).
 
-    TGeo-KD (Hu et al., ICLR 2024), in the form of the last released code: with S and T the softmax of student and
-    teacher, G the one-hot label and M the mean of T over the samples of the label's class, an MLP reads
-    [S, T, G, M, (M-S)^2, (G-S)^2, (T-S)^2, (T-G)^2, (M-G)^2], each a vector over the classes and each square taken
-    element by element, and a sigmoid gives the share of the soft target. The layers have a leaky ReLU between them.
+    Hu et al., ICLR 2024, in the form of the latest released code. With S and T the softmax of student and teacher, G
+    the one-hot label and M the mean of T over the samples of the label's class, an MLP with leaky ReLUs reads
 
-    M is the mean over all samples shown in training mode so far: after one epoch, with a teacher and samples that do
-    not change, the mean over the training set. Nothing upstream gets a gradient: no student lowers its loss by its
-    share. Hidden labels (negative) have G = M = 0.
+        [S, T, G, M, (M-S)^2, (G-S)^2, (T-S)^2, (T-G)^2, (M-G)^2]
 
-    Inputs: student's logits, teacher's logits (batch, classes), label (batch,). Shapes: -> (batch, 1), in (0, 1).
-    Feature: `net`, before the sigmoid.
+    (vectors over the classes, squares element by element), and a sigmoid gives the weight. M is the running mean over
+    all samples seen in training mode; after one epoch with a constant teacher it is the mean over the training set. The
+    inputs get no gradient, so that the student cannot lower its loss through its weight. Samples without a label
+    (negative label) have G = M = 0.
+
+    Feature: `net`, the value before the sigmoid.
+
+    Shape:
+        student logits (batch, classes), teacher logits (batch, classes), label (batch,) -> (batch, 1), in (0, 1).
 
     Args:
-        input_shape: of one sample of the student's logits; the engine gives it.
+        input_shape: shape of the student's logits per sample; injected.
         hidden: widths of the hidden layers.
     """
 
@@ -42,10 +45,10 @@ class FusionGate(nn.Module):
         super().__init__()
         if len(input_shape) != 1:
             raise ConfigError(
-                f"fusion_gate: reads logits, one number per class, but what it sees is {list(input_shape)}"
+                f"fusion_gate: expected logits, one number per class, got a feature of {list(input_shape)}"
             )
         if not hidden or min(hidden) < 1:
-            raise ConfigError(f"fusion_gate: hidden lists one or more widths, each at least 1, got {list(hidden)}")
+            raise ConfigError(f"fusion_gate: hidden must list one or more widths of at least 1, got {list(hidden)}")
         classes = input_shape[0]
         self.register_buffer("mean", torch.zeros(classes, classes))
         self.register_buffer("count", torch.zeros(classes))
@@ -67,36 +70,39 @@ class FusionGate(nn.Module):
 
     @torch.no_grad()
     def _update_class_means(self, t: Tensor, g: Tensor) -> None:
-        """Takes a batch into the means of the classes."""
-        rows = g.sum(0)
-        self.count += rows
-        self.mean += (g.T @ t - rows.unsqueeze(1) * self.mean) / self.count.clamp(min=1).unsqueeze(1)
+        """Updates the running class means with teacher probabilities t and one-hot labels g, (batch, classes) each."""
+        batch_count = g.sum(0)
+        self.count += batch_count
+        self.mean += (g.T @ t - batch_count.unsqueeze(1) * self.mean) / self.count.clamp(min=1).unsqueeze(1)
 
 
 @MODELS.register("feature_mask", version=1, paper="https://arxiv.org/abs/2507.07015", image=(64, 4, 4))
 class FeatureMask(nn.Module):
-    """Multiplies each channel of a feature by a mask in (0, 1) that attention among the channels predicts.
+    """Channel attention mask on a feature: multiplies each channel by a predicted value in (0, 1) (MST-Distill).
 
-    The MaskNet of MST-Distill (Li et al. 2025, https://arxiv.org/abs/2507.07015), as its released code has it: a map is
-    reduced by a depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all places;
-    a linear layer embeds the channels together, `hidden` values for each; multi-head attention runs over the channels;
-    a linear layer and a sigmoid give each its mask. The released code writes the masked feature into the teacher with a
-    hook. In a recipe the mask is a role on the teacher's feature, and the teacher's remaining modules are `reuse` roles
-    on it.
+    The MaskNet of Li et al. 2025 (https://arxiv.org/abs/2507.07015), as in the released code: a map is reduced by a
+    depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all positions; a linear
+    layer maps all channels to an embedding of `hidden` values per channel; multi-head attention runs over the channels;
+    a linear layer and a sigmoid give the mask. The released code writes the masked feature into the teacher with a
+    hook. In a recipe the mask is a role on the teacher's feature, and the remaining modules of the teacher follow as
+    `reuse` roles.
 
-    Shapes: (batch, channels) or (batch, channels, height, width) -> the same. Feature: `gate`, the mask (batch,
-    channels). Parameters grow with channels squared times `hidden`: 133 thousand for 64 channels, where `hidden` is 30.
+    Feature: `gate`, the mask (batch, channels). The number of parameters grows with channels^2 * hidden: 133 thousand
+    for 64 channels, where hidden is 30.
+
+    Shape:
+        (batch, channels) or (batch, channels, height, width) -> the same.
 
     Args:
-        input_shape: of one sample of the feature; the engine gives it.
-        heads: of the attention.
+        input_shape: shape of the feature per sample; injected.
+        heads: attention heads.
         factor: `hidden` is the largest multiple of `heads` that is at most channels / factor.
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), heads: int = 3, factor: int = 2) -> None:
         super().__init__()
         if len(input_shape) not in (1, 3):
-            raise ConfigError(f"feature_mask: masks vectors and maps, got a feature of {list(input_shape)}")
+            raise ConfigError(f"feature_mask: expected a vector or a map, got a feature of {list(input_shape)}")
         if heads < 1 or factor < 1:
             raise ConfigError(f"feature_mask: heads and factor must be at least 1, got {heads} and {factor}")
         channels = input_shape[0]
@@ -125,23 +131,24 @@ class FeatureMask(nn.Module):
 
 @MODELS.register("gate_mlp", version=1, image=(10,))
 class GateMLP(nn.Module):
-    """Scores for each of several ways (teachers, branches) from a sample's logits or features.
+    """Gate with one score per teacher or branch, from a sample's logits or features.
 
-    Two published gates: MST-Distill's is two linear layers with nothing between, from the student's logits
-    (`activation: none`, `hidden` twice the classes, its default here); ONE's (Lan, Zhu and Gong 2018,
-    https://arxiv.org/abs/1806.04606) is one linear layer, BatchNorm and ReLU on a shared feature (`hidden: 0,
-    batch_norm: true`). Both take a softmax over the ways afterwards, which routers and combiners do themselves;
-    `softmax: true` does it here. A map is averaged over its places, tokens over their number.
+    Two published gates: that of MST-Distill consists of two linear layers without activation on the student's logits
+    (`activation: none`, `hidden` twice the classes; the defaults); that of ONE (Lan, Zhu and Gong 2018,
+    https://arxiv.org/abs/1806.04606) of one linear layer, BatchNorm and ReLU on a shared feature (`hidden: 0,
+    batch_norm: true`). Routers and combiners apply the softmax themselves; `softmax: true` applies it here. A map is
+    averaged over its positions, tokens over their number.
 
-    Shapes: (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, ways).
+    Shape:
+        (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, ways).
 
     Args:
-        ways: how many scores.
-        input_shape: of one sample of what it reads; the engine gives it.
+        ways: number of teachers or branches, at least 2.
+        input_shape: shape of the input per sample; injected.
         hidden: width of the hidden layer; 0 for none, null for twice the input's.
-        activation: what stands between the two linear layers.
-        batch_norm: end with BatchNorm and ReLU, as ONE does.
-        softmax: give shares that sum to 1 in place of scores.
+        activation: activation between the two linear layers.
+        batch_norm: append BatchNorm and ReLU, as in ONE.
+        softmax: return weights that sum to 1 instead of scores.
     """
 
     def __init__(
@@ -155,9 +162,9 @@ class GateMLP(nn.Module):
     ) -> None:
         super().__init__()
         if ways < 2:
-            raise ConfigError(f"gate_mlp: needs at least two ways, got {ways}")
+            raise ConfigError(f"gate_mlp: ways must be at least 2, got {ways}")
         if hidden is not None and hidden < 0:
-            raise ConfigError(f"gate_mlp: hidden must not be negative, got {hidden}")
+            raise ConfigError(f"gate_mlp: hidden must be at least 0, got {hidden}")
         values = pooled_size(input_shape, "gate_mlp")
         width = 2 * values if hidden is None else hidden
         self.layers = nn.Sequential()

@@ -1,4 +1,4 @@
-"""Networks that make images: from noise, from an index, or from another image."""
+"""Image generators and augmentors: from noise, from an index, or from another image."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from kdbench.registry import MODELS
 
 @MODELS.register("latent_generator", version=1, paper="https://arxiv.org/abs/1904.01186")
 class LatentGenerator(nn.Module):
-    """Images from noise, for data-free distillation: two doublings by nearest neighbour between 3x3 convolutions.
+    """Convolutional image generator for data-free distillation (DAFL, ZSKT).
 
     DAFL (Chen et al. 2019, https://arxiv.org/abs/1904.01186) and ZSKT (Micaelli and Storkey 2019,
-    https://arxiv.org/abs/1905.09768) share this network; it follows both released codes. A linear layer gives a map of
-    a quarter of the image's height and width, `width` channels, then come BatchNorm, and twice: doubling, convolution
-    (to `width`, then to half of it), BatchNorm, leaky ReLU of slope 0.2. A last convolution gives the channels of the
-    image. The end differs: DAFL has tanh, then BatchNorm without affine parameters (the defaults here); ZSKT has no
-    tanh and BatchNorm with them (`tanh: false, affine: true`). Either BatchNorm keeps the images where a teacher's
-    normalised images are: mean 0, deviation 1 per channel.
+    https://arxiv.org/abs/1905.09768) share this network; it follows both released codes: a linear layer to a map of a
+    quarter of the image's height and width with `width` channels, BatchNorm, then twice nearest-neighbour upsampling by
+    2, a 3x3 convolution (to `width`, then to width / 2), BatchNorm and leaky ReLU of slope 0.2, and a last 3x3
+    convolution to the image's channels. DAFL ends with tanh and a BatchNorm without affine parameters (the defaults
+    here), ZSKT with an affine BatchNorm and no tanh (`tanh: false, affine: true`). The last BatchNorm gives images of
+    mean 0 and deviation 1 per channel, the range of a teacher's normalised images.
 
-    Shapes: (batch, latent) -> (batch, channels, height, width). Feature: `blocks` is the map before the last
-    convolution. 256 thousand parameters for 1x8x8 images from 64 numbers; 22 thousand with `width: 32`.
+    Feature: `blocks`, the map before the last convolution. 256 thousand parameters for 1x8x8 images from 64 numbers; 22
+    thousand with `width: 32`.
+
+    Shape:
+        (batch, latent) -> (batch, channels, height, width).
 
     Args:
-        input_shape: of one sample of the noise; the engine gives it.
-        image_shape: of the image to make; the engine gives that of the evaluation images.
-        width: channels of the first map; 128 in both papers.
+        input_shape: shape of the noise per sample; injected.
+        image_shape: shape of the generated image, height and width multiples of 4; injected from the evaluation images.
+        width: channels of the first map, even; 128 in both papers.
         tanh: bound the image before the last BatchNorm.
-        affine: let the last BatchNorm learn a scale and a shift.
-        eps: of the BatchNorms that follow the first two convolutions; DAFL's released code has 0.8, ZSKT's 1e-5.
+        affine: learn scale and shift of the last BatchNorm.
+        eps: eps of the two BatchNorms in `blocks`; 0.8 in DAFL's released code, 1e-5 in ZSKT's.
     """
 
     def __init__(
@@ -47,14 +50,15 @@ class LatentGenerator(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        channels, height, breadth = _check_image_shape(image_shape, "latent_generator")
-        if height % 4 or breadth % 4:
+        channels, image_height, image_width = _check_image_shape(image_shape, "latent_generator")
+        if image_height % 4 or image_width % 4:
             raise ConfigError(
-                f"latent_generator: the image's height and width must be multiples of 4, got {height}x{breadth}"
+                f"latent_generator: height and width of the image must be multiples of 4, "
+                f"got {image_height}x{image_width}"
             )
         if width < 2 or width % 2:
             raise ConfigError(f"latent_generator: width must be an even number of at least 2, got {width}")
-        self.first_map_shape = (width, height // 4, breadth // 4)
+        self.first_map_shape = (width, image_height // 4, image_width // 4)
         self.fc = nn.Linear(math.prod(input_shape), math.prod(self.first_map_shape))
         self.norm = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
@@ -72,23 +76,24 @@ class LatentGenerator(nn.Module):
         self.standard = nn.BatchNorm2d(channels, affine=affine)
 
     def forward(self, latent: Tensor) -> Tensor:
-        first = self.fc(latent.flatten(1)).unflatten(1, self.first_map_shape)
-        return self.standard(self.bound(self.conv(self.blocks(self.norm(first)))))
+        first_map = self.fc(latent.flatten(1)).unflatten(1, self.first_map_shape)
+        return self.standard(self.bound(self.conv(self.blocks(self.norm(first_map)))))
 
 
 @MODELS.register("image_bank", version=1, paper="https://arxiv.org/abs/1912.08795")
 class ImageBank(nn.Module):
-    """Images whose pixels are the parameters: DeepInversion (Yin et al. 2020, https://arxiv.org/abs/1912.08795).
+    """Images whose pixels are the parameters (DeepInversion, Yin et al. 2020, https://arxiv.org/abs/1912.08795).
 
-    What it sees is the position of each image (`noise.index`, say), and the gradient of whatever reads the images
-    moves their pixels. They live in the space of normalised images, and start from N(0, std^2).
+    The input is the position of each image, for example `noise.index`; losses on the images move their pixels. The
+    images are in normalised space and start from N(0, std^2). One parameter, `pixels`, (samples, *image_shape).
 
-    Shapes: int64 (batch,) -> (batch, *image_shape). One parameter, `pixels`, (samples, *image_shape).
+    Shape:
+        int64 (batch,) -> (batch, *image_shape).
 
     Args:
-        image_shape: of one image; the engine gives that of the evaluation images.
-        samples: how many images; every position must be below it.
-        std: deviation of the start.
+        image_shape: shape of one image; injected from the evaluation images.
+        samples: number of images; every position must be below it.
+        std: standard deviation of the initial pixels.
     """
 
     def __init__(self, image_shape: tuple[int, ...] = (1, 8, 8), samples: int = 256, std: float = 1.0) -> None:
@@ -96,7 +101,7 @@ class ImageBank(nn.Module):
         if samples < 1:
             raise ConfigError(f"image_bank: samples must be at least 1, got {samples}")
         if std < 0:
-            raise ConfigError(f"image_bank: std must not be negative, got {std}")
+            raise ConfigError(f"image_bank: std must be at least 0, got {std}")
         self.pixels = nn.Parameter(torch.empty(samples, *_check_image_shape(image_shape, "image_bank")))
         nn.init.normal_(self.pixels, std=std)
 
@@ -106,15 +111,17 @@ class ImageBank(nn.Module):
 
 @MODELS.register("shared_pattern", version=1, paper="https://arxiv.org/abs/2408.06927", image=(1, 8, 8))
 class SharedPattern(nn.Module):
-    """Adds one learnt pattern to every image, whatever its class: the compensator of INFER (Zhang et al. 2024).
+    """Adds one learnt pattern to every image of every class (the compensator of INFER, Zhang et al. 2024).
 
-    out = image + pattern, in the space of normalised images; the pattern starts at 0. Images of all classes move it
-    together, so that it holds what the classes share (https://arxiv.org/abs/2408.06927, ICLR 2025).
+    out = image + pattern, in normalised space; the pattern starts at 0. Images of all classes update it jointly, so
+    that it represents what the classes share (https://arxiv.org/abs/2408.06927, ICLR 2025). One parameter, `pattern`,
+    (1, *image_shape).
 
-    Shapes: (batch, *image_shape) -> the same. One parameter, `pattern`, (1, *image_shape).
+    Shape:
+        (batch, *image_shape) -> the same.
 
     Args:
-        input_shape: of one image; the engine gives it.
+        input_shape: shape of one image; injected.
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (1, 8, 8)) -> None:
@@ -127,25 +134,29 @@ class SharedPattern(nn.Module):
 
 @MODELS.register("affine_augmentor", version=1, paper="https://arxiv.org/abs/2305.14890", image=(1, 8, 8))
 class AffineAugmentor(nn.Module):
-    """A learnt, bounded augmentation of each image: an affine transform, brightness and contrast.
+    """Learnt augmentation of each image within bounds: affine transform, brightness and contrast.
 
-    For HARD (Nix, Burg and Sinz 2023, https://arxiv.org/abs/2305.14890), whose augmentors reach from spatial
-    transforms to a variational autoencoder. The paper's own networks are not reproduced: here a small convolutional
-    network predicts seven numbers per image, tanh bounds each by its parameter below, and the image is sampled at the
-    moved places (bilinear, border repeated; Jaderberg et al. 2015, https://arxiv.org/abs/1506.02025). The last layer
-    starts at zero: the augmentation starts as the identity, and with every bound at 0 stays it.
+    For HARD (Nix, Burg and Sinz 2023, https://arxiv.org/abs/2305.14890), whose augmentors range from spatial transforms
+    to a variational autoencoder. The paper's networks are not reproduced: here a small convolutional network predicts
+    seven numbers per image, tanh times the bounds below limits them, and the image is resampled (bilinear, border
+    padding; Jaderberg et al. 2015, https://arxiv.org/abs/1506.02025). The last layer starts at zero, so that the
+    initial augmentation is the identity; with all bounds at 0 it stays the identity.
 
-    Shapes: (batch, channels, height, width) -> the same. Feature: `settings`, (batch, 7), before tanh: rotation,
-    shift in x and y, log scale, shear, brightness, contrast.
+    Feature: `settings` (batch, 7), before tanh: rotation, shift in x and y, log scale, shear, brightness, contrast.
+    6 thousand parameters with one input channel.
+
+    Shape:
+        (batch, channels, height, width) -> the same.
 
     Args:
+        in_channels: channels of the image; injected.
         width: channels of the predicting network.
-        rotation: largest angle, in degrees.
-        shift: largest shift, as a share of the image's height and width.
-        scale: largest growth or shrinking: 0.2 allows factors from 1 / 1.2 to 1.2.
-        shear: largest shear, a tangent.
-        brightness: largest value added to all pixels, in units of the normalised image.
-        contrast: largest factor on the distance from the image's mean, as `scale`.
+        rotation: maximum angle in degrees.
+        shift: maximum shift, as a fraction of the image's height and width.
+        scale: maximum relative change of size: 0.2 allows factors from 1 / 1.2 to 1.2.
+        shear: maximum shear, a tangent.
+        brightness: maximum value added to all pixels, in units of the normalised image.
+        contrast: maximum relative change of the distance from the image's mean, as `scale`.
     """
 
     def __init__(
@@ -162,10 +173,11 @@ class AffineAugmentor(nn.Module):
         super().__init__()
         bounds = (rotation, shift, scale, shear, brightness, contrast)
         if min(bounds) < 0:
-            raise ConfigError(f"affine_augmentor: no bound may be negative, got {bounds}")
-        logs = (math.log1p(scale), math.log1p(contrast))
-        limits = (math.radians(rotation), 2 * shift, 2 * shift, logs[0], shear, brightness, logs[1])
-        self.limits = limits  # a shift counts the image as 2 wide, as `grid_sample` does
+            raise ConfigError(f"affine_augmentor: every bound must be at least 0, got {bounds}")
+        log_scale, log_contrast = math.log1p(scale), math.log1p(contrast)
+        # A shift is doubled, because the coordinates of `grid_sample` run from -1 to 1.
+        limits = (math.radians(rotation), 2 * shift, 2 * shift, log_scale, shear, brightness, log_contrast)
+        self.limits = limits
         self.body = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -181,19 +193,27 @@ class AffineAugmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         raw = torch.tanh(self.settings(self.body(image)))
-        angle, right, down, size, shear, light, contrast = (raw[:, i] * limit for i, limit in enumerate(self.limits))
-        # Where each output pixel reads: rotation x shear x scale, then the shift.
-        cos, sin, factor = angle.cos(), angle.sin(), size.exp()
-        top = torch.stack([cos * factor, (shear * cos - sin) * factor, right], dim=1)
-        bottom = torch.stack([sin * factor, (shear * sin + cos) * factor, down], dim=1)
-        matrix = torch.stack([top, bottom], dim=1)
+        angle, shift_x, shift_y, log_scale, shear, brightness, log_contrast = (
+            raw[:, i] * limit for i, limit in enumerate(self.limits)
+        )
+        # Source position of each output pixel: rotation x shear x scale, then the shift.
+        cos, sin, scale = angle.cos(), angle.sin(), log_scale.exp()
+        row_x = torch.stack([cos * scale, (shear * cos - sin) * scale, shift_x], dim=1)
+        row_y = torch.stack([sin * scale, (shear * sin + cos) * scale, shift_y], dim=1)
+        matrix = torch.stack([row_x, row_y], dim=1)
         grid = F.affine_grid(matrix, list(image.shape), align_corners=False)
-        moved = F.grid_sample(image, grid.to(image.dtype), padding_mode="border", align_corners=False)
-        mean = moved.mean(dim=(1, 2, 3), keepdim=True)
-        return mean + (moved - mean) * contrast.exp()[:, None, None, None] + light[:, None, None, None]
+        warped = F.grid_sample(image, grid.to(image.dtype), padding_mode="border", align_corners=False)
+        mean = warped.mean(dim=(1, 2, 3), keepdim=True)
+        contrast = log_contrast.exp()[:, None, None, None]
+        return mean + (warped - mean) * contrast + brightness[:, None, None, None]
 
 
 def _check_image_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """Returns channels, height and width.
+
+    Raises:
+        ConfigError: the shape is not that of an image.
+    """
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"{name}: image_shape must be channels, height and width, got {list(shape)}")
     channels, height, width = shape

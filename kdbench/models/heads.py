@@ -1,4 +1,4 @@
-"""Heads on another network's features: exits, classifiers, projectors. Each is a role of its own in a recipe."""
+"""Heads on another network's features: classifiers, early exits, projectors. A head is a separate role in a recipe."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from kdbench.registry import MODELS
 
 @MODELS.register("linear_head", version=1, image=(64, 4, 4))
 class LinearHead(nn.Module):
-    """A linear classifier on a feature; a map is averaged over its places first, tokens over their number.
+    """Linear classifier on a feature.
 
-    Shapes: (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
-    Feature: `fc`.
+    A map is averaged over its positions, tokens over their number. Feature: `fc`. 650 parameters for 64 channels and 10
+    classes.
+
+    Shape:
+        (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the feature; the engine gives it.
-        bias: whether the classifier has one.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the feature per sample; injected.
+        bias: add a bias.
     """
 
     def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (64, 4, 4), bias: bool = True) -> None:
@@ -37,17 +40,18 @@ class LinearHead(nn.Module):
 
 @MODELS.register("cosine_head", version=1, paper="https://arxiv.org/abs/2304.04408", image=(64, 4, 4))
 class CosineHead(nn.Module):
-    """A classifier by direction: each class is a proxy, and its logit the feature's cosine with it over a temperature.
+    """Cosine classifier with one proxy per class: logit_c = cos(f, w_c) / temperature (PCR, Lin et al., CVPR 2023).
 
-    logit_c = cos(f, w_c) / temperature. That of PCR (Lin et al., CVPR 2023), as in its code; there the temperature is
-    0.09. A map is averaged over its places first, tokens over their number.
-    Shapes: (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
-    Feature: `fc`, whose weight holds the proxies.
+    As in PCR's code, where the temperature is 0.09. A map is averaged over its positions, tokens over their number.
+    Feature: `fc`, whose weight contains the proxies. 640 parameters for 64 channels and 10 classes.
+
+    Shape:
+        (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the feature; the engine gives it.
-        temperature: what a cosine is divided by.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the feature per sample; injected.
+        temperature: divisor of the cosine, above 0.
     """
 
     def __init__(
@@ -66,21 +70,24 @@ class CosineHead(nn.Module):
 
 @MODELS.register("exit_head", version=1, paper="https://arxiv.org/abs/1905.08094", image=(32, 8, 8))
 class ExitHead(nn.Module):
-    """An early exit: bottleneck, mean over all places, classifier. Be Your Own Teacher (Zhang et al. 2019), BYOT.
+    """Early exit with bottleneck, global average pooling and classifier (Be Your Own Teacher, BYOT, Zhang et al. 2019).
 
     The bottleneck follows the public PyTorch code of the method: a 1x1 convolution to a quarter of `channels`, a
-    convolution of kernel and stride `reduce` (which takes the map to the size of the deepest one), and a 1x1
-    convolution to `channels`, each with BatchNorm and ReLU. With `channels` those of the deepest feature, `pool` can be
-    compared with it, as the method's hint loss does.
+    convolution with kernel and stride `reduce`, which gives the map the size of the deepest one, and a 1x1 convolution
+    to `channels`, each with BatchNorm and ReLU. With the channels of the deepest feature, `pool` can be compared with
+    it, as in the method's hint loss.
 
-    Shapes: (batch, channels in, height, width) -> (batch, num_classes). Features: `bottleneck` (channels, height /
-    reduce, width / reduce), `pool` (channels).
+    Features: `bottleneck` (channels, height / reduce, width / reduce), `pool` (channels). 3 thousand parameters for a
+    map of 32 channels.
+
+    Shape:
+        (batch, input channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the map; the engine gives it.
-        channels: of the bottleneck's output, a multiple of 4.
-        reduce: by how much the map shrinks: 8, 4 and 2 at the three exits of the paper's networks.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the map per sample; injected.
+        channels: output channels of the bottleneck, a multiple of 4.
+        reduce: downsampling factor: 8, 4 and 2 at the three exits of the paper's networks.
     """
 
     def __init__(
@@ -108,20 +115,23 @@ class ExitHead(nn.Module):
 
 @MODELS.register("projector", version=1, paper="https://arxiv.org/abs/2203.14001", image=(64, 4, 4))
 class Projector(nn.Module):
-    """Takes a student's last map to the shape of the teacher's: SimKD (Chen et al. 2022), whose head is the teacher's.
+    """Projector of a student's last map to the shape of the teacher's (SimKD, Chen et al. 2022).
 
-    As the released code has it: a map larger than `size` is averaged down to it; then a 1x1, a 3x3 and a 1x1
-    convolution without bias, `channels / factor` in between, each with BatchNorm and ReLU. Where the student's map is
-    smaller than the teacher's, the released code averages the teacher's; say `size: null` then, and compare with the
-    averaged map. The teacher's own pooling and classifier follow as `reuse` roles on this one.
+    As in the released code: a map larger than `size` is average-pooled to it; then a 1x1, a 3x3 and a 1x1 convolution
+    without bias and with channels / factor in between, each with BatchNorm and ReLU. If the student's map is smaller
+    than the teacher's, the released code pools the teacher's map; use `size: null` then, and compare with the pooled
+    map. The teacher's pooling and classifier follow as `reuse` roles on this one.
 
-    Shapes: (batch, channels in, height, width) -> (batch, channels, size, size). Feature: `transfer`.
+    Feature: `transfer`. 14 thousand parameters from 64 to 64 channels.
+
+    Shape:
+        (batch, input channels, height, width) -> (batch, channels, size, size).
 
     Args:
-        channels: of the teacher's map.
+        channels: channels of the teacher's map.
         size: height and width of the teacher's map; null keeps the student's.
-        input_shape: of one sample of the student's map; the engine gives it.
-        factor: how much narrower the middle is.
+        input_shape: shape of the student's map per sample; injected.
+        factor: ratio of `channels` to the inner channels.
     """
 
     def __init__(
@@ -137,8 +147,8 @@ class Projector(nn.Module):
             raise ConfigError(f"projector: factor must be from 1 to channels ({channels}), got {factor}")
         if size is not None and not 1 <= size <= min(height, width):
             raise ConfigError(
-                f"projector: the map is {height}x{width} and can only shrink, but size is {size}. Leave `size` out and "
-                "compare with the teacher's map averaged to this size"
+                f"projector: size must be from 1 to the map's size ({height}x{width}), got {size}. For a larger "
+                "teacher map, remove `size` and compare with the teacher's map pooled to the student's size"
             )
         self.size = size
         middle = channels // factor
@@ -154,23 +164,25 @@ class Projector(nn.Module):
 
 @MODELS.register("connector", version=1, paper="https://openreview.net/forum?id=ZzwDy_wiWv", image=(64,))
 class Connector(nn.Module):
-    """A linear map with BatchNorm and ReLU, from a student's feature to the width of the teacher's: SRRL.
+    """Linear map with BatchNorm and ReLU from a student's feature to the width of the teacher's (SRRL).
 
-    Yang, Martinez, Bulat and Tzimiropoulos 2021 (ICLR) put it between the student and the teacher's classifier. Where
-    the feature is a map it is a 1x1 convolution, else a linear layer, both without bias.
+    Yang, Martinez, Bulat and Tzimiropoulos (ICLR 2021) place it between the student and the teacher's classifier. It is
+    a 1x1 convolution on a map and a linear layer on a vector, both without bias. Feature: `transfer`.
 
-    Shapes: (batch, values) -> (batch, channels), or (batch, values, height, width) -> (batch, channels, height, width).
+    Shape:
+        (batch, values) -> (batch, channels), or (batch, values, height, width) -> (batch, channels, height, width).
 
     Args:
-        channels: of the teacher's feature.
-        input_shape: of one sample of the student's feature; the engine gives it.
+        channels: width of the teacher's feature.
+        input_shape: shape of the student's feature per sample; injected.
     """
 
     def __init__(self, channels: int = 64, input_shape: tuple[int, ...] = (64,)) -> None:
         super().__init__()
         if len(input_shape) not in (1, 3) or channels < 1:
             raise ConfigError(
-                f"connector: reads a vector or a map and gives at least 1 channel, got {list(input_shape)}, {channels}"
+                f"connector: expected a vector or a map and at least 1 output channel, got a feature of "
+                f"{list(input_shape)} and {channels} channels"
             )
         if len(input_shape) == 3:
             self.transfer = nn.Sequential(*conv_bn_relu(input_shape[0], channels, 1))
@@ -184,25 +196,28 @@ class Connector(nn.Module):
 
 @MODELS.register("dual_head", version=1, paper="https://arxiv.org/abs/2505.07675", image=(64, 4, 4))
 class DualHeadClassifier(nn.Module):
-    """Two linear classifiers on one feature, one for labels and one for the teacher, that predict together: DHO.
+    """Two linear classifiers on one feature, for the labels and for the teacher, that predict a mixture (DHO).
 
-    Kang et al. 2025 (https://arxiv.org/abs/2505.07675): `ce` learns from labels, `kd` from the teacher, so that their
-    gradients do not meet in one classifier. The prediction is the mixture of their distributions,
-    alpha softmax(ce) + (1 - alpha) softmax(kd / beta), and the output its logarithm: softmax gives the mixture back.
-    With `scale`, the teacher's head reads the feature divided by its Euclidean norm, times `scale` (100 in the released
-    code, for a teacher of the CLIP kind). PCoreSet (ActiveKD) uses the same student, with alpha 0.5 and beta 1.
+    Kang et al. 2025 (https://arxiv.org/abs/2505.07675): `ce` is trained on labels and `kd` on the teacher, so that
+    their gradients do not conflict in one classifier. The output is the logarithm of the mixture
 
-    DHKD (an auxiliary head that export drops) needs no such model: there the second head is a `linear_head` of its own.
+        p = alpha softmax(ce) + (1 - alpha) softmax(kd / beta)
 
-    Shapes: (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
-    Features: `ce`, `kd`, the logits of each head, for the terms to read.
+    whose softmax is p. With `scale`, the teacher's head reads scale * f / |f| (100 in the released code, for CLIP
+    teachers). PCoreSet (ActiveKD) uses the same student with alpha 0.5 and beta 1. DHKD, whose auxiliary head is
+    removed at export, does not need this model: its second head is a separate `linear_head`.
+
+    Features: `ce`, `kd`, the logits of each head. 1300 parameters for 64 channels and 10 classes.
+
+    Shape:
+        (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the feature; the engine gives it.
-        alpha: share of the label head in the prediction, from 0 to 1; the authors choose it on validation data.
-        beta: temperature of the teacher's head in the prediction.
-        scale: length of the feature that the teacher's head reads; null leaves it as it is.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the feature per sample; injected.
+        alpha: weight of the label head in the prediction, in [0, 1]; the authors select it on validation data.
+        beta: temperature of the teacher's head in the prediction, above 0.
+        scale: length of the feature in the teacher's head; null does not normalise.
     """
 
     def __init__(
@@ -227,30 +242,32 @@ class DualHeadClassifier(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         value = pool_to_vector(feature)
-        labels = self.ce(value)
-        taught = self.kd(value if self.scale is None else self.scale * F.normalize(value, dim=1))
-        if self.alpha in (0, 1):  # the logarithm of one share alone; that of the other is not finite
-            return F.log_softmax(labels if self.alpha == 1 else taught / self.beta, dim=1)
-        mine = F.log_softmax(labels, dim=1) + math.log(self.alpha)
-        theirs = F.log_softmax(taught / self.beta, dim=1) + math.log(1 - self.alpha)
-        return torch.logaddexp(mine, theirs)
+        label_logits = self.ce(value)
+        teacher_logits = self.kd(value if self.scale is None else self.scale * F.normalize(value, dim=1))
+        if self.alpha in (0, 1):  # the logarithm of the other head's weight, 0, is not defined
+            return F.log_softmax(label_logits if self.alpha == 1 else teacher_logits / self.beta, dim=1)
+        label_part = F.log_softmax(label_logits, dim=1) + math.log(self.alpha)
+        teacher_part = F.log_softmax(teacher_logits / self.beta, dim=1) + math.log(1 - self.alpha)
+        return torch.logaddexp(label_part, teacher_part)
 
 
 @MODELS.register("paraphraser", version=1, paper="https://arxiv.org/abs/1802.04977", image=(64, 4, 4))
 class Paraphraser(nn.Module):
-    """An autoencoder of a teacher's map, whose code is the factor: factor transfer, FT (Kim, Park and Kwak 2018).
+    """Autoencoder of a teacher's map whose code is the factor (factor transfer, FT, Kim, Park and Kwak 2018).
 
-    RepDistiller's form: three 3x3 convolutions narrow the map to `rate` times its channels, three transposed ones bring
-    them back, each with a leaky ReLU of slope 0.1 (the last one too) and, on request, BatchNorm before it. The map
-    keeps its height and width. It learns by the reconstruction of its input, first and alone.
+    As in RepDistiller: three 3x3 convolutions reduce the channels to `rate` times their number, three transposed ones
+    restore them, each with leaky ReLU of slope 0.1 (including the last) and optionally BatchNorm before it. Height and
+    width do not change. It is trained first and alone, by the reconstruction error of its input.
 
-    Shapes: (batch, channels, height, width) -> the same, the reconstruction. Feature: `encoder`, the factor (channels
-    times rate, height, width).
+    Feature: `encoder`, the factor (channels * rate, height, width). 129 thousand parameters for 64 channels.
+
+    Shape:
+        (batch, channels, height, width) -> the same, the reconstruction.
 
     Args:
-        input_shape: of one sample of the teacher's map; the engine gives it.
-        rate: channels of the factor over those of the map, above 0.
-        batch_norm: with BatchNorm; RepDistiller's default is without.
+        input_shape: shape of the teacher's map per sample; injected.
+        rate: channels of the factor relative to those of the map, above 0.
+        batch_norm: add BatchNorm; RepDistiller's default is false.
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), rate: float = 0.5, batch_norm: bool = False) -> None:
@@ -258,7 +275,7 @@ class Paraphraser(nn.Module):
         channels, _, _ = feature_map_shape(input_shape, "paraphraser")
         factor = int(channels * rate)
         if factor < 1:
-            raise ConfigError(f"paraphraser: rate {rate} leaves none of the {channels} channels")
+            raise ConfigError(f"paraphraser: rate {rate} of {channels} channels leaves no channel for the factor")
         self.encoder = _factor_encoder(channels, factor, batch_norm)
         self.decoder = _three_convolutions(nn.ConvTranspose2d, (factor, factor, channels, channels), batch_norm)
 
@@ -268,16 +285,18 @@ class Paraphraser(nn.Module):
 
 @MODELS.register("translator", version=1, paper="https://arxiv.org/abs/1802.04977", image=(64, 4, 4))
 class Translator(nn.Module):
-    """Three convolutions from a student's map to the teacher's factor: factor transfer, FT (Kim, Park and Kwak 2018).
+    """Three convolutions from a student's map to the teacher's factor (factor transfer, FT, Kim, Park and Kwak 2018).
 
-    RepDistiller's form, like the encoder of `paraphraser`, with BatchNorm. It learns together with the student.
+    As in RepDistiller: the encoder of `paraphraser`, with BatchNorm. It is trained together with the student. 65
+    thousand parameters from 64 to 32 channels.
 
-    Shapes: (batch, channels in, height, width) -> (batch, channels, height, width).
+    Shape:
+        (batch, input channels, height, width) -> (batch, channels, height, width).
 
     Args:
-        channels: of the factor: those of the teacher's map times the paraphraser's `rate`.
-        input_shape: of one sample of the student's map; the engine gives it.
-        batch_norm: with BatchNorm; RepDistiller's default.
+        channels: channels of the factor: those of the teacher's map times the paraphraser's `rate`.
+        input_shape: shape of the student's map per sample; injected.
+        batch_norm: add BatchNorm; RepDistiller's default is true.
     """
 
     def __init__(self, channels: int = 32, input_shape: tuple[int, ...] = (64, 4, 4), batch_norm: bool = True) -> None:
@@ -291,9 +310,13 @@ class Translator(nn.Module):
 
 
 def feature_map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """Channels, height and width of a map; anything else is refused."""
+    """Returns channels, height and width of a map.
+
+    Raises:
+        ConfigError: the shape is not that of a map.
+    """
     if len(shape) != 3:
-        raise ConfigError(f"{name}: reads a map of channels, height and width, got a feature of {list(shape)}")
+        raise ConfigError(f"{name}: expected a map (channels, height, width), got a feature of {list(shape)}")
     channels, height, width = shape
     return channels, height, width
 
@@ -301,7 +324,7 @@ def feature_map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]
 def conv_bn_relu(
     inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = False
 ) -> list[nn.Module]:
-    """A convolution with BatchNorm and ReLU."""
+    """Builds a convolution, BatchNorm and ReLU."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
@@ -310,11 +333,11 @@ def _factor_encoder(inputs: int, outputs: int, batch_norm: bool) -> nn.Sequentia
 
 
 def _three_convolutions(
-    kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], widths: tuple[int, int, int, int], batch_norm: bool
+    convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d], widths: tuple[int, int, int, int], batch_norm: bool
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers.append(kind(inputs, outputs, 3, padding=1))
+        layers.append(convolution(inputs, outputs, 3, padding=1))
         if batch_norm:
             layers.append(nn.BatchNorm2d(outputs))
         layers.append(nn.LeakyReLU(0.1))
@@ -323,12 +346,13 @@ def _three_convolutions(
 
 @MODELS.register("mean_output", version=1, image=(10,))
 class MeanOutput(nn.Module):
-    """The mean of what several networks give out: an ensemble as a role that others can see, and that can be measured.
+    """Mean of the outputs of several networks: an ensemble as a role that can be evaluated and used as an input.
 
-    `ensemble: {model: mean_output, input: ["a:logits", "b:logits"], frozen: true}`. It has no parameters. A term that
-    needs the mean only as its target takes `{combine: mean_logits, of: [a, b]}`, and no role.
+    `ensemble: {model: mean_output, input: ["a:logits", "b:logits"], frozen: true}`. No parameters. A term that needs
+    the mean only as its target uses `{combine: mean_logits, of: [a, b]}` without a role.
 
-    Shapes: any equal shapes (batch, ...) -> the same.
+    Shape:
+        any number of equal shapes (batch, ...) -> the same.
     """
 
     def forward(self, *outputs: Tensor) -> Tensor:
@@ -337,27 +361,35 @@ class MeanOutput(nn.Module):
 
 @MODELS.register("review_fusion", version=1, paper="https://arxiv.org/abs/2104.09044", image=(64, 4, 4))
 class ReviewFusion(nn.Module):
-    """Fuses a student's feature with what deeper layers say, and takes it to the teacher's width: the ABF of ReviewKD.
+    """Attention-based fusion (ABF) of a student feature with a deeper map, at the teacher's width (ReviewKD).
 
-    x = norm(conv1x1(feature)); with `fuse`, and y = the deeper map enlarged to x's size by nearest neighbour,
-    [a, b] = sigmoid(conv1x1([x, y])), one weight per place each, and fused = a x + b y, else fused = x;
-    output = norm(conv3x3(fused)). The chain begins at the deepest feature and goes up, each fusion reading the student
-    and the `fused` of the one below; each output is compared with the teacher's feature of that layer by `hcl`:
+    Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, https://arxiv.org/abs/2104.09044:
+
+        x = norm(conv1x1(feature)), y = the deeper map, upsampled to x's size by nearest neighbour
+        [a, b] = sigmoid(conv1x1([x, y])), one weight per position each
+        fused = a x + b y (x without `fuse`),  output = norm(conv3x3(fused))
+
+    The chain starts at the deepest feature; each fusion reads the student's feature and the `fused` map of the deeper
+    fusion, and the term `hcl` compares each output with the teacher's feature of that layer:
 
         r3: {model: {type: review_fusion, channels: 64}, input: "student:layer3"}
         r2: {model: {type: review_fusion, channels: 32, fuse: true}, input: ["student:layer2", "r3:fused"]}
 
-    Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, https://arxiv.org/abs/2104.09044. As
-    in the authors' code (dvlab-research/ReviewKD), with the weights' first draw; there a size of the teacher that
-    differs from the student's is met by one more enlargement, here the two must be equal.
-    Shapes: (batch, channels in, height, width) and, with `fuse`, (batch, width, any height, any width) -> (batch,
-    channels, height, width). A vector counts as a map of one place and gives a vector. Feature: `fused`, (width, ...).
+    The initialisation is that of the authors' code (dvlab-research/ReviewKD). There one more upsampling matches a
+    teacher's map of another size; here both sizes must be equal. A vector counts as a map of one position and gives a
+    vector.
+
+    Feature: `fused` (width, height, width).
+
+    Shape:
+        (batch, input channels, height, width) and, with `fuse`, (batch, `width`, any height, any width) -> (batch,
+        channels, height, width).
 
     Args:
-        channels: of the teacher's feature.
-        input_shape: of one sample of the student's feature; the engine gives it.
-        width: channels inside, the same along the chain; those of the student's last feature in the paper, at most 512.
-        fuse: whether there is a deeper map to fuse with.
+        channels: channels of the teacher's feature.
+        input_shape: shape of the student's feature per sample; injected.
+        width: inner channels, the same along the chain; in the paper those of the student's last feature, at most 512.
+        fuse: whether the second input, a deeper map, is given.
     """
 
     def __init__(
@@ -366,28 +398,28 @@ class ReviewFusion(nn.Module):
         super().__init__()
         if len(input_shape) not in (1, 3) or channels < 1 or width < 1:
             raise ConfigError(
-                f"review_fusion: reads a vector or a map, with at least 1 channel inside and out, got a feature of "
+                f"review_fusion: expected a vector or a map, and width and channels of at least 1, got a feature of "
                 f"{list(input_shape)}, width {width}, channels {channels}"
             )
-        inside = nn.Conv2d(input_shape[0], width, 1, bias=False)
-        outside = nn.Conv2d(width, channels, 3, padding=1, bias=False)
-        self.enter = nn.Sequential(inside, nn.BatchNorm2d(width))
+        input_conv = nn.Conv2d(input_shape[0], width, 1, bias=False)
+        output_conv = nn.Conv2d(width, channels, 3, padding=1, bias=False)
+        self.enter = nn.Sequential(input_conv, nn.BatchNorm2d(width))
         self.weights = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
         self.fused = nn.Identity()
-        self.leave = nn.Sequential(outside, nn.BatchNorm2d(channels))
-        for convolution in (inside, outside):
+        self.leave = nn.Sequential(output_conv, nn.BatchNorm2d(channels))
+        for convolution in (input_conv, output_conv):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None = None) -> Tensor:
         if (deeper is None) != (self.weights is None):
             raise ConfigError(
-                "review_fusion: with `fuse: true` it sees two things, the student's feature and the `fused` map of a "
-                "deeper one (`input: [student:layer2, r3:fused]`); without it the feature alone"
+                "review_fusion: with `fuse: true` the inputs are the student's feature and the `fused` map of a deeper "
+                "fusion (`input: [student:layer2, r3:fused]`); without it, the student's feature only"
             )
-        own = self.enter(feature if feature.dim() == 4 else feature[:, :, None, None])
+        fused = self.enter(feature if feature.dim() == 4 else feature[:, :, None, None])
         if deeper is not None and self.weights is not None:
-            deeper = F.interpolate(deeper, own.shape[2:], mode="nearest")
-            share = self.weights(torch.cat([own, deeper], dim=1))
-            own = own * share[:, :1] + deeper * share[:, 1:]
-        out = self.leave(self.fused(own))
-        return out if feature.dim() == 4 else out.flatten(1)
+            deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
+            weights = self.weights(torch.cat([fused, deeper], dim=1))
+            fused = fused * weights[:, :1] + deeper * weights[:, 1:]
+        output = self.leave(self.fused(fused))
+        return output if feature.dim() == 4 else output.flatten(1)

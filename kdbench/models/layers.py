@@ -1,4 +1,4 @@
-"""Small modules that several networks share."""
+"""Modules and functions that several networks share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from kdbench.errors import ConfigError
 
 
 class GlobalAveragePool(nn.Module):
-    """Mean over all places: (batch, channels, height, width) -> (batch, channels), for any height and width."""
+    """Mean over all positions: (batch, channels, height, width) -> (batch, channels), for any height and width."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Draws every convolution from N(0, 2 / fan_out) with zero bias (He et al. 2015); norms start as the identity."""
+    """Initialises convolutions from N(0, 2 / fan_out) with zero bias (He et al. 2015) and BatchNorms as the identity.
+
+    The random numbers are drawn in the order of `model.modules()`.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -28,24 +31,32 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def pooled_size(shape: tuple[int, ...], name: str) -> int:
-    """How many values `as_vector` leaves of one sample of this shape."""
+    """Returns the length of `pool_to_vector` for features of this shape per sample.
+
+    Raises:
+        ConfigError: the shape is not that of a vector, tokens or a map.
+    """
     if len(shape) not in (1, 2, 3):
-        raise ConfigError(f"{name}: reads vectors, tokens or maps, got a feature of {list(shape)}")
+        raise ConfigError(f"{name}: expected a vector, tokens or a map, got a feature of {list(shape)}")
     return shape[-1] if len(shape) == 2 else shape[0]
 
 
 def pool_to_vector(feature: Tensor) -> Tensor:
-    """One vector per sample: a map averaged over its places, tokens over their number, a vector as it is."""
+    """Averages a map over its positions or tokens over their number; returns a vector unchanged.
+
+    Shape:
+        (batch, channels, height, width) -> (batch, channels), (batch, tokens, dim) -> (batch, dim).
+    """
     if feature.dim() == 4:
         return feature.mean(dim=(2, 3))
     return feature.mean(dim=1) if feature.dim() == 3 else feature
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence to itself: (batch, tokens, dim) -> (batch, tokens, dim).
+    """Multi-head self-attention: (batch, tokens, dim) -> (batch, tokens, dim).
 
-    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Every weight belongs to an `nn.Linear` (`qkv`, `proj`), so
-    that transforms of weights reach it.
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. All weights belong to `nn.Linear` modules (`qkv`, `proj`), so
+    that weight transforms apply to them.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -56,13 +67,22 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         batch, length, dim = tokens.shape
-        parts = self.qkv(tokens).reshape(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+        qkv = self.qkv(tokens).reshape(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        values = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.proj(values.transpose(1, 2).reshape(batch, length, dim))
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm and attention, then LayerNorm and two linear layers, each added to what came in: a block of ViT."""
+    """Pre-norm block of ViT: self-attention and a two-layer MLP, each with LayerNorm and a residual connection.
+
+    Args:
+        dim: token dimension.
+        heads: attention heads.
+        ratio: hidden width of the MLP relative to `dim`.
+
+    Shape:
+        (batch, tokens, dim) -> the same.
+    """
 
     def __init__(self, dim: int, heads: int, ratio: float = 4.0) -> None:
         super().__init__()

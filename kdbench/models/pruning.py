@@ -1,4 +1,4 @@
-"""Pruned weights."""
+"""Weight transform for magnitude pruning."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdbench.errors import ConfigError
-from kdbench.models.weight_transform import WeightParametrization, WeightTransform, effective_weight, straight_through
+from kdbench.models.weight_transform import (
+    WeightParametrization,
+    WeightTransform,
+    effective_weight,
+    straight_through,
+)
 from kdbench.registry import WEIGHT_TRANSFORMS
 
 
 @WEIGHT_TRANSFORMS.register("prune", version=1, paper="https://arxiv.org/abs/1608.08710")
 class Pruning(WeightTransform):
-    """Sets a share of each layer's weights to 0: whole output channels by their L1 norm, or single weights by size.
+    """Magnitude pruning of a fraction of each layer: output channels by L1 norm, or single weights by magnitude.
 
-    Structured (`unit: channel`): the channels with the least sum of absolute weights (Li et al. 2017, "Pruning Filters
-    for Efficient ConvNets"), their bias with them; a BatchNorm behind the layer keeps its shift. Unstructured (`unit:
-    weight`): the weights of least magnitude (Han et al. 2015, https://arxiv.org/abs/1506.02626). The number is the
-    layer's share, rounded down.
+    `unit: channel` sets the output channels with the smallest sum of absolute weights and their bias to 0 (structured;
+    Li et al. 2017, "Pruning Filters for Efficient ConvNets"); the shift of a following BatchNorm stays. `unit: weight`
+    sets the weights of smallest magnitude to 0 (unstructured; Han et al. 2015, https://arxiv.org/abs/1506.02626). The
+    number of pruned units per layer is fraction * units, rounded down.
 
-    The mask is chosen once, by the weights at the time of `apply`, and what is pruned gets no gradient. With `renew` it
-    is chosen anew in every forward and the gradient goes straight through to what is pruned, so that it may return
-    (Lin et al. 2020, https://arxiv.org/abs/2006.07253). A share that grows with training is a sequence of stages, each
-    of which prunes what the one before left; stages bake their transforms.
+    The mask is computed once, from the weights at `apply`; pruned units get no gradient. With `renew` the mask is
+    recomputed in every forward and pruned units get a straight-through gradient, so that they can recover (Lin et al.
+    2020, https://arxiv.org/abs/2006.07253). For gradual pruning use a sequence of stages with increasing fractions;
+    each stage bakes its transforms.
 
     Args:
-        share: of the units of each layer, from 0 to below 1.
-        unit: what is pruned: output channels, or single weights.
-        renew: choose the mask in every forward.
-        modules, skip_first, skip_last: which layers; the last one is left out unless said, since its output channels
-            are the classes.
+        fraction: fraction of pruned units of each layer, in [0, 1).
+        unit: output channels or single weights.
+        renew: recompute the mask in every forward.
+        modules: paths of the layers; null selects every linear layer and convolution.
+        skip_first: leave the first layer unchanged.
+        skip_last: leave the last layer unchanged; the default is true because its output channels are the classes.
     """
 
     def __init__(
@@ -46,15 +52,21 @@ class Pruning(WeightTransform):
     ) -> None:
         super().__init__(modules, skip_first, skip_last)
         if not 0 <= fraction < 1:
-            raise ConfigError(f"prune: fraction must be from 0 to below 1, got {fraction}")
+            raise ConfigError(f"prune: fraction must be in [0, 1), got {fraction}")
         self.fraction, self.unit, self.renew = fraction, unit, renew
 
     def parametrization(self, weight: Tensor) -> nn.Module:
-        return _RecomputedMask(self.fraction, self.unit) if self.renew else _FixedMask(pruning_mask(weight, self.fraction, self.unit))
+        if self.renew:
+            return _RecomputedMask(self.fraction, self.unit)
+        return _FixedMask(pruning_mask(weight, self.fraction, self.unit))
 
     def apply(self, model: nn.Module) -> None:
-        """Puts the masks on the weights of the chosen layers, and on the bias of a layer whose channels are pruned."""
-        masks = [(layer, pruning_mask(effective_weight(layer), self.fraction, self.unit)) for _, layer in self.target_layers(model)]
+        """Registers the masks on the weights of the target layers, and on the bias of pruned channels."""
+        # Computed before the weights are parametrized, so that weight and bias get the same mask.
+        masks = [
+            (layer, pruning_mask(effective_weight(layer), self.fraction, self.unit))
+            for _, layer in self.target_layers(model)
+        ]
         super().apply(model)
         for layer, mask in masks:
             if self.unit == "channel" and not self.renew and layer.bias is not None:
@@ -83,8 +95,17 @@ class _RecomputedMask(WeightParametrization):
 
 
 def pruning_mask(weight: Tensor, fraction: float, unit: str) -> Tensor:
-    """True where a unit stays: all but the `share` of least norm. Shaped to multiply the weight."""
-    size = weight.abs().flatten(1).sum(dim=1) if unit == "channel" else weight.abs().flatten()
-    rank = size.argsort(stable=True).argsort()
-    kept = rank >= int(fraction * len(size))
-    return kept.reshape(-1, *[1] * (weight.dim() - 1)) if unit == "channel" else kept.reshape(weight.shape)
+    """Returns a boolean mask, True where a unit is kept: all but the `fraction` with the smallest norm.
+
+    Args:
+        weight: (outputs, ...).
+        fraction: fraction of pruned units.
+        unit: `channel` or `weight`.
+
+    Returns:
+        (outputs, 1, ...) for channels, otherwise the shape of the weight.
+    """
+    norm = weight.abs().flatten(1).sum(dim=1) if unit == "channel" else weight.abs().flatten()
+    rank = norm.argsort(stable=True).argsort()
+    keep = rank >= int(fraction * len(norm))
+    return keep.reshape(-1, *[1] * (weight.dim() - 1)) if unit == "channel" else keep.reshape(weight.shape)

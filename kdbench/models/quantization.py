@@ -1,4 +1,4 @@
-"""Quantised weights: uniform, learned points, ternary."""
+"""Weight transforms for quantisation: uniform levels, learned levels, ternary weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from kdbench.registry import WEIGHT_TRANSFORMS
 
 @WEIGHT_TRANSFORMS.register("quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
 class UniformQuantization(WeightTransform):
-    """Rounds weights to 2^bits evenly spaced levels per bucket, straight through: quantised distillation.
+    """Uniform quantisation of weights to 2^bits levels per bucket, with straight-through gradients.
 
-    Polino, Pascanu and Alistarh 2018 (ICLR), and their released code: the weights of a layer, flattened, are cut into
-    buckets (the last one filled up with its last value); each bucket is scaled to [0, 1] by its least and its largest
-    value (`linear`), rounded to the nearest of the levels k / (2^bits - 1), and scaled back. The forward and the
-    gradient use the rounded weights, the stored ones take the step. The released scripts take buckets of 256.
+    Quantised distillation of Polino, Pascanu and Alistarh (ICLR 2018) and their released code. The flattened weight of
+    a layer is split into buckets; the last bucket is padded with its last value. With `scaling: linear`
 
-    `symmetric` is the integer grid of hardware instead: a step k of size max|w| / (2^(bits - 1) - 1), k from
-    -(2^(bits - 1) - 1) to as much above 0, so that 0 stays 0 and 2 bits are three values.
+        level = round((2^bits - 1) * (w - min) / (max - min)),  effective = min + (max - min) * level / (2^bits - 1)
+
+    per bucket. The forward and the gradient use the effective weights; the optimiser updates the stored ones. The
+    released scripts use buckets of 256 weights.
+
+    With `scaling: symmetric` (the integer grid of hardware) the step size is s = max|w| / (2^(bits - 1) - 1) and the
+    effective weight s * round(w / s), so that 0 stays 0 and 2 bits give three values.
 
     Args:
-        bits: of a weight, from 1 to 16 (2 to 16 where symmetric).
-        bucket: weights that share a scale; null: all of a layer.
-        scaling: of a bucket.
-        modules, skip_first, skip_last: which layers; several released scripts leave out the first and the last.
+        bits: bits per weight, 1 to 16 (2 to 16 if symmetric).
+        bucket: number of weights with a common scale; null uses the whole layer.
+        scaling: linear or symmetric.
+        modules: paths of the layers; null selects every linear layer and convolution.
+        skip_first: leave the first layer unchanged, as several released scripts do.
+        skip_last: leave the last layer unchanged, as several released scripts do.
     """
 
     def __init__(
@@ -41,9 +46,9 @@ class UniformQuantization(WeightTransform):
         skip_last: bool = False,
     ) -> None:
         super().__init__(modules, skip_first, skip_last)
-        least = 2 if scaling == "symmetric" else 1
-        if not least <= bits <= 16:
-            raise ConfigError(f"quantize: bits must be from {least} to 16 where scaling is {scaling}, got {bits}")
+        min_bits = 2 if scaling == "symmetric" else 1
+        if not min_bits <= bits <= 16:
+            raise ConfigError(f"quantize: bits must be from {min_bits} to 16 with scaling: {scaling}, got {bits}")
         _check_bucket("quantize", bucket)
         self.bits, self.bucket, self.scaling = bits, bucket, scaling
 
@@ -61,29 +66,31 @@ class _UniformLevels(WeightParametrization):
         if self.scaling == "linear":
             scaled, low, span = scale_to_unit_range(rows)
             steps = 2**self.bits - 1
-            used = (scaled * steps).round() / steps * span + low
+            quantized = (scaled * steps).round() / steps * span + low
         else:
             steps = 2 ** (self.bits - 1) - 1
-            size = rows.abs().amax(dim=1, keepdim=True) / steps
-            used = (rows / torch.where(size == 0, 1, size)).round().clamp(-steps, steps) * size
-        return straight_through(merge_buckets(used, weight), weight)
+            step_size = rows.abs().amax(dim=1, keepdim=True) / steps
+            levels = (rows / torch.where(step_size == 0, 1, step_size)).round().clamp(-steps, steps)
+            quantized = levels * step_size
+        return straight_through(merge_buckets(quantized, weight), weight)
 
 
 @WEIGHT_TRANSFORMS.register("learned_quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
 class LearnedQuantization(WeightTransform):
-    """Rounds weights to the nearest of 2^bits points per layer, and learns the points: differentiable quantisation.
+    """Quantisation of weights to 2^bits learned points per layer (differentiable quantisation).
 
-    Polino, Pascanu and Alistarh 2018 (ICLR), section 4: buckets are scaled to [0, 1] as by `quantize`, each weight
-    takes the nearest point p_k of its layer, and the gradient of p_k is the sum, over the weights that took it, of
-    their gradients times their bucket's range. The stored weights stay as they are (they get no gradient). As in the
-    released code a weight looks for its nearest point anew in every forward, and the points start at quantiles of the
-    scaled weights.
+    Polino, Pascanu and Alistarh (ICLR 2018), section 4. Buckets are scaled to [0, 1] as in `quantize`, and each weight
+    takes the nearest point p_k of its layer. The gradient of p_k is the sum, over the weights that take it, of their
+    gradient times the range of their bucket. The stored weights get no gradient and stay constant. As in the released
+    code, the assignment is recomputed in every forward, and the points start at quantiles of the scaled weights.
 
     Args:
-        bits: 2^bits points, from 1 to 8 bits.
-        bucket: weights that share a scale; null: all of a layer.
-        start: where the points start: at quantiles of the scaled weights, or evenly spaced.
-        modules, skip_first, skip_last: which layers.
+        bits: 2^bits points, 1 to 8 bits.
+        bucket: number of weights with a common scale; null uses the whole layer.
+        start: initial points: quantiles of the scaled weights, or uniform.
+        modules: paths of the layers; null selects every linear layer and convolution.
+        skip_first: leave the first layer unchanged.
+        skip_last: leave the last layer unchanged.
     """
 
     def __init__(
@@ -110,34 +117,36 @@ class _LearnedPoints(WeightParametrization):
         super().__init__()
         self.bucket = bucket
         count = 2**bits
-        even = torch.arange(count, device=weight.device, dtype=weight.dtype) / (count - 1)
-        points = even
+        uniform = torch.arange(count, device=weight.device, dtype=weight.dtype) / (count - 1)
+        points = uniform
         if start == "quantiles":
             scaled = scale_to_unit_range(split_buckets(weight, bucket))[0].flatten().sort().values
-            points = scaled[(even * (len(scaled) - 1)).round().long()]
+            points = scaled[(uniform * (len(scaled) - 1)).round().long()]
         self.points = nn.Parameter(points)
 
     def forward(self, weight: Tensor) -> Tensor:
         scaled, low, span = scale_to_unit_range(split_buckets(weight.detach(), self.bucket))
-        points = self.points.sort().values  # they may pass each other as they learn
+        points = self.points.sort().values  # training can change their order
         borders = (points[1:] + points[:-1]).detach() / 2
-        used = points[torch.bucketize(scaled, borders)] * span + low
-        return merge_buckets(used, weight)
+        quantized = points[torch.bucketize(scaled, borders)] * span + low
+        return merge_buckets(quantized, weight)
 
 
 @WEIGHT_TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
 class TernaryQuantization(WeightTransform):
-    """Makes weights one of -a, 0 and a, straight through: ternary weight networks (Li et al. 2016).
+    """Ternary weights -a, 0 and a with straight-through gradients (ternary weight networks, Li et al. 2016).
 
-    A weight of size below `threshold` times the mean absolute weight becomes 0; a is the mean absolute value of the
-    others, which is the nearest to the stored weights that these places allow. 0.7 is the paper's approximation of the
-    best threshold. TernaryCLIP (https://arxiv.org/abs/2510.21879) trains weights {-a, 0, a} under distillation; its own
-    threshold could not be looked up.
+    A weight becomes 0 if |w| <= threshold * mean|w|; a is the mean |w| of the remaining weights, which minimises the
+    distance to the stored weights for this support. The threshold 0.7 is the paper's approximation of the optimum.
+    TernaryCLIP (https://arxiv.org/abs/2510.21879) trains weights {-a, 0, a} with distillation; its threshold could not
+    be verified.
 
     Args:
-        threshold: over the mean absolute weight; 0 leaves only exact zeros.
-        per: whether a layer has one a and one threshold, or each of its output channels.
-        modules, skip_first, skip_last: which layers.
+        threshold: relative to the mean absolute weight; 0 keeps only exact zeros at 0.
+        per: one a and one threshold per layer, or per output channel.
+        modules: paths of the layers; null selects every linear layer and convolution.
+        skip_first: leave the first layer unchanged.
+        skip_last: leave the last layer unchanged.
     """
 
     def __init__(
@@ -150,7 +159,7 @@ class TernaryQuantization(WeightTransform):
     ) -> None:
         super().__init__(modules, skip_first, skip_last)
         if threshold < 0:
-            raise ConfigError(f"ternary: threshold must not be negative, got {threshold}")
+            raise ConfigError(f"ternary: threshold must be at least 0, got {threshold}")
         self.threshold, self.per = threshold, per
 
     def parametrization(self, weight: Tensor) -> nn.Module:
@@ -165,29 +174,33 @@ class _TernaryLevels(WeightParametrization):
     def forward(self, weight: Tensor) -> Tensor:
         stored = weight.detach()
         rows = stored.flatten(1) if self.per == "channel" else stored.reshape(1, -1)
-        size = rows.abs()
-        large = size > self.threshold * size.mean(dim=1, keepdim=True)
-        mean = (size * large).sum(dim=1, keepdim=True) / large.sum(dim=1, keepdim=True).clamp(min=1)
-        used = (rows.sign() * large * mean).reshape(weight.shape)
-        return straight_through(used, weight)
+        magnitude = rows.abs()
+        nonzero = magnitude > self.threshold * magnitude.mean(dim=1, keepdim=True)
+        scale = (magnitude * nonzero).sum(dim=1, keepdim=True) / nonzero.sum(dim=1, keepdim=True).clamp(min=1)
+        ternary = (rows.sign() * nonzero * scale).reshape(weight.shape)
+        return straight_through(ternary, weight)
 
 
 def split_buckets(weight: Tensor, bucket: int | None) -> Tensor:
-    """Cuts a weight into rows of `bucket` values, (rows, bucket); the last row is filled up with its last value."""
+    """Splits a flattened weight into rows (rows, bucket); the last row is padded with its last value."""
     flat = weight.reshape(-1)
     if bucket is None or len(flat) <= bucket:
         return flat[None]
-    missing = -len(flat) % bucket
-    return torch.cat([flat, flat[-1:].expand(missing)]).reshape(-1, bucket)
+    padding = -len(flat) % bucket
+    return torch.cat([flat, flat[-1:].expand(padding)]).reshape(-1, bucket)
 
 
 def merge_buckets(rows: Tensor, reference: Tensor) -> Tensor:
-    """What `in_buckets` cut, in the shape of `like` again."""
+    """Inverts `split_buckets`: drops the padding and restores the shape of `reference`."""
     return rows.reshape(-1)[: reference.numel()].reshape(reference.shape)
 
 
 def scale_to_unit_range(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns each row scaled to [0, 1], its least value, and its range (1 where all its values are equal)."""
+    """Scales each row to [0, 1].
+
+    Returns:
+        Scaled rows, minimum of each row (rows, 1), range of each row (rows, 1), which is 1 for a constant row.
+    """
     low, high = rows.aminmax(dim=1, keepdim=True)
     span = high - low
     span = torch.where(span == 0, 1, span)
@@ -195,5 +208,6 @@ def scale_to_unit_range(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_bucket(name: str, bucket: int | None) -> None:
+    """Raises ConfigError if the bucket size is below 1."""
     if bucket is not None and bucket < 1:
         raise ConfigError(f"{name}: bucket must be at least 1, or null for the whole layer, got {bucket}")

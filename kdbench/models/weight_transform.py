@@ -1,9 +1,10 @@
-"""What is done to a network's weights in every forward: fewer bits, three values, fewer channels.
+"""Weight transforms: the effective weight of a layer is a function of its stored weight (quantised, ternary, pruned).
 
-A transform stands between a weight that is stored and the weight that the layer uses (a parametrisation of torch.nn).
-The stored one trains in full precision; where the function between them is flat, its gradient goes straight through.
-`bake` makes the used weights the stored ones and takes the transform away: the names of the state dict are again those
-of the plain network. Several transforms work on one weight in the order in which they were applied; baking bakes all.
+A transform registers a parametrization of torch.nn.utils.parametrize on the weights of the layers. The stored weight is
+trained in full precision; where the function is piecewise constant, its gradient is the straight-through estimate.
+`bake` replaces the stored weights by the effective ones and removes the parametrization, so that the state dict has the
+names of the plain network again. Several transforms of one weight are applied in the order of registration and are
+baked together.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from torch.nn.utils import parametrize
 from kdbench.errors import ConfigError, suggest
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""What has its weight changed. Output channels come first in all of them (in transposed convolutions they do not)."""
+"""Layers whose weight can be transformed. Output channels are dimension 0 (not so in transposed convolutions)."""
 
 
 class WeightTransform:
-    """Base of all transforms: chooses the layers, puts the parametrisation on their weights, bakes it in.
+    """Base class of weight transforms: selects layers, registers a parametrization on their weights, bakes it.
 
-        @TRANSFORMS.register("quantize", version=1)
+        @WEIGHT_TRANSFORMS.register("quantize", version=1)
 
-    Apply it to a network that has the weights to start from: some transforms choose their levels or masks by them.
+    Apply a transform after the initial weights are loaded: some transforms derive levels or masks from them.
 
     Args:
-        modules: paths of layers, or of modules whose layers are all meant; None: every linear layer and convolution
-            (transposed ones excepted).
-        skip_first, skip_last: leave out the first, the last of all the network's layers, in the order of their paths.
+        modules: paths of layers, or of modules that contain the layers; None selects every linear layer and convolution
+            (not transposed ones).
+        skip_first: leave out the first layer of the network, in the order of `named_modules`.
+        skip_last: leave out the last layer.
     """
 
     def __init__(self, modules: list[str] | None = None, skip_first: bool = False, skip_last: bool = False) -> None:
@@ -38,38 +40,52 @@ class WeightTransform:
         self.skip_last = skip_last
 
     def target_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Yields path and module of each layer whose weight the transform changes.
+        """Yields path and module of each layer whose weight is transformed.
 
         Raises:
-            ConfigError: a path that names no layer, or nothing left to change.
+            ConfigError: a path contains no layer, or no layer remains.
         """
-        every = [(path, module) for path, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
-        left_out = {path for path, _ in (every[:1] if self.skip_first else []) + (every[-1:] if self.skip_last else [])}
-        for wanted in self.modules or ():
-            if not any(_is_within(path, wanted) for path, _ in every):
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+        skipped = {
+            path for path, _ in (layers[:1] if self.skip_first else []) + (layers[-1:] if self.skip_last else [])
+        }
+        for ancestor in self.modules or ():
+            if not any(_is_within(path, ancestor) for path, _ in layers):
                 paths = [path for path, _ in model.named_modules() if path]
-                raise ConfigError(f"modules: {wanted!r} names no layer with weights.{suggest(wanted, paths)}")
-        chosen = [
+                raise ConfigError(
+                    f"modules: {ancestor!r} contains no linear or convolution layer.{suggest(ancestor, paths)}"
+                )
+        targets = [
             (path, module)
-            for path, module in every
-            if path not in left_out and (not self.modules or any(_is_within(path, wanted) for wanted in self.modules))
+            for path, module in layers
+            if path not in skipped
+            and (not self.modules or any(_is_within(path, ancestor) for ancestor in self.modules))
         ]
-        if not chosen:
-            raise ConfigError(f"no layer is left to change: the network has {len(every)}, all of them left out")
-        yield from chosen
+        if not targets:
+            raise ConfigError(
+                f"no layer remains to transform: the network has {len(layers)}, and skip_first, skip_last or modules "
+                "exclude all of them"
+            )
+        yield from targets
 
     def parametrization(self, weight: Tensor) -> nn.Module:
-        """Makes the module from the stored to the used weight, for a layer with this stored weight."""
+        """Builds the module that maps a stored weight to the effective weight.
+
+        Args:
+            weight: the layer's current weight.
+        """
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
-        """Puts the transform on the chosen layers of `model`, in place."""
+        """Registers the parametrization on the target layers, in place."""
         for _, layer in self.target_layers(model):
-            # `unsafe` leaves out torch's own trial of the function, which would cost a pass over every weight.
-            parametrize.register_parametrization(layer, "weight", self.parametrization(effective_weight(layer)), unsafe=True)
+            # `unsafe` skips torch's consistency check, which would compute the function of every weight once more.
+            parametrize.register_parametrization(
+                layer, "weight", self.parametrization(effective_weight(layer)), unsafe=True
+            )
 
     def bake(self, model: nn.Module) -> None:
-        """Stores the weights that the forward used, and takes this and every other transform off `model`, in place."""
+        """Stores the effective weights and removes all weight transforms of the model, in place."""
         for _, module in list(model.named_modules()):
             if not parametrize.is_parametrized(module):
                 continue
@@ -80,9 +96,10 @@ class WeightTransform:
 
 
 def effective_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `bake` would leave; the model stays as it is.
+    """Returns the state dict that the model would have after `bake`; the model is unchanged.
 
-    A copy cannot be baked in its place: torch gives both the same class, and takes the weight off that class.
+    Baking a deep copy is not possible: torch gives both models the same parametrized class, and removing the
+    parametrization deletes the property of that class.
     """
     state = dict(model.state_dict())
     for path, module in model.named_modules():
@@ -91,25 +108,25 @@ def effective_state_dict(model: nn.Module) -> dict[str, Tensor]:
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for name, functions in module.parametrizations.items():
             if any(isinstance(function, WeightParametrization) for function in functions.children()):
-                before = f"{path}.parametrizations.{name}.".lstrip(".")
-                state = {key: value for key, value in state.items() if not key.startswith(before)}
+                prefix = f"{path}.parametrizations.{name}.".lstrip(".")
+                state = {key: value for key, value in state.items() if not key.startswith(prefix)}
                 state[f"{path}.{name}".lstrip(".")] = getattr(module, name).detach().clone()
     return state
 
 
 class WeightParametrization(nn.Module):
-    """From a stored weight to the used one. The base marks what a transform put there: a model may have others."""
+    """Base class of the parametrizations of weight transforms; distinguishes them from a model's other ones."""
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """The weight that a layer uses, as it is now."""
+    """Returns the weight that the layer's forward uses now, detached."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
 def straight_through(effective: Tensor, stored: Tensor) -> Tensor:
-    """`used`, to the bit, with the gradient of `stored`."""
+    """Returns exactly `effective` in the forward, with the gradient of `stored` (straight-through estimator)."""
     return effective.detach() + (stored - stored.detach())
 
 

@@ -1,4 +1,4 @@
-"""What the person sees while a run goes on: a progress bar on a terminal, plain aligned lines in a file or a pipe."""
+"""Console output of a run: a progress bar on a terminal, plain aligned lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ from rich.text import Text
 from kdbench.errors import escape_control_characters
 
 REDRAW_SECONDS = 0.2
-"""Least time between two redraws of the bar; a step in between costs one look at the clock."""
+"""Minimum time between two redraws of the bar; a step in between only reads the clock."""
 
 
 QUIET_SECONDS = 30.0
-"""On a pipe, a log interval prints a line only when nothing was printed for so long; every evaluation prints one."""
+"""On a pipe, a log interval prints a line only after this time without output; every evaluation prints one."""
 
 
-METRIC_ABBREVIATIONS = {"top1": "top-1", "agreement": "agree", "nll": "nll", "ece": "ece", "top5": "top-5", "teacher_kl": "kl"}
+METRIC_ABBREVIATIONS = {
+    "top1": "top-1",
+    "agreement": "agree",
+    "nll": "nll",
+    "ece": "ece",
+    "top5": "top-5",
+    "teacher_kl": "kl",
+}
+"""Metric -> label on the console, in order of importance."""
 
 
 PERCENT_METRICS = ("top1", "top5", "ece", "agreement")
 
 
 class ConsoleReporter:
-    """Shows a run.
+    """Prints the progress of a run.
 
     Args:
-        console: where to; stdout when None.
-        prefix: stands before every line, such as "teacher" for a teacher that is trained on the way.
-        quiet: shows notices only.
-        bar: on a terminal, a bar that moves; without it, lines as on a pipe (several runs share the terminal).
+        console: the output; None: standard output.
+        prefix: begins every line, such as "teacher" for a teacher run.
+        quiet: prints notices only.
+        bar: shows a progress bar on a terminal; False: prints lines as on a pipe (several runs share the terminal).
     """
 
     def __init__(
@@ -56,7 +64,7 @@ class ConsoleReporter:
         self._pending: list[Mapping[str, Any]] = []
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Prints the head: what runs, where, on what."""
+        """Prints the head: recipe, device, folder, and the position of a resumed run."""
         if self.quiet:
             return
         head = " · ".join(str(info[key]) for key in ("name", "device") if info.get(key))
@@ -68,7 +76,7 @@ class ConsoleReporter:
             self._print(str(info["resumed"]), style="yellow")
 
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
-        """Begins a stage: a new bar."""
+        """Begins a stage with a new progress bar."""
         self._stop()
         self._stage, self._epochs, self._steps = name, epochs, max(steps, 1)
         self._start_time, self._first_step, self._steps_done = time.monotonic(), steps_done, steps_done
@@ -93,7 +101,7 @@ class ConsoleReporter:
             self._bar.start()
 
     def progress(self, steps_done: int, phase: str = "") -> None:
-        """Moves the bar, at most once per `REDRAW_SECONDS` and at the end of the stage."""
+        """Updates the bar, at most once per `REDRAW_SECONDS` and at the end of the stage."""
         if self._pending and not phase:
             self._flush()
         self._steps_done = steps_done
@@ -109,7 +117,7 @@ class ConsoleReporter:
         self._bar.update(self._task, completed=steps_done, description=self._position_text(), refresh=True, **fields)
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """Takes the numbers of a log interval; on a pipe, prints them when nothing was printed for long."""
+        """Stores the values of a log interval; on a pipe, prints them after `QUIET_SECONDS` without output."""
         self._flush()
         if record.get("total") is not None:
             self._latest["loss"] = f"loss {_loss_text(record['total'])}"
@@ -119,10 +127,10 @@ class ConsoleReporter:
             self._print_line([self._latest["loss"], self._latest["rate"], self._remaining_text(time.monotonic())])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Takes the metrics of one role on one split; those of one epoch share a line, printed when it is complete."""
+        """Stores the metrics of one role on one split. All metrics of an epoch are printed in one line."""
         role, split, metrics = record.get("role", "student"), record.get("split", ""), record.get("metrics", {})
         names = [name for name in METRIC_ABBREVIATIONS if name in metrics]
-        if not names:  # the classes one by one: for TensorBoard, not for a line
+        if not names:  # metrics per class are for TensorBoard only
             return
         if self._pending and self._pending[0].get("epoch") != record.get("epoch"):
             self._flush()
@@ -131,29 +139,29 @@ class ConsoleReporter:
             self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
 
     def notice(self, text: str) -> None:
-        """Prints a sentence above the bar, also when quiet."""
+        """Prints a sentence above the bar, also when `quiet`."""
         self._flush()
         self._print(escape_control_characters(text), style="yellow")
 
     def close(self) -> None:
-        """Takes the bar away; safe to call twice."""
+        """Removes the bar; safe to call twice."""
         self._stop()
 
     def _flush(self) -> None:
-        """Prints the line of an epoch: the first metric of every role and split, then more of the student's last."""
+        """Prints the line of an epoch: the first metric of every role and split, then others of the student."""
         records, self._pending = self._pending, []
         if not records:
             return
         parts, more = [], []
         for record in records:
             role, metrics = record.get("role", "student"), record["metrics"]
-            who = record.get("split", "") if role == "student" else f"{role} {record.get('split', '')}"
+            source = record.get("split", "") if role == "student" else f"{role} {record.get('split', '')}"
             names = [name for name in METRIC_ABBREVIATIONS if name in metrics]
             label = "" if names[0] == "top1" else f"{METRIC_ABBREVIATIONS[names[0]]} "
-            parts.append(f"{who} {label}{_metric_text(names[0], metrics[names[0]])}")
+            parts.append(f"{source} {label}{_metric_text(names[0], metrics[names[0]])}")
             if role != "teacher" and (record.get("split") != "train" or not more):
                 more = [f"{METRIC_ABBREVIATIONS[name]} {_metric_text(name, metrics[name])}" for name in names[1:]]
-        loss = [f"{self._latest['loss']:<11}"]  # a column of its own, but where a narrow terminal needs the room
+        loss = [f"{self._latest['loss']:<11}"]  # a fixed column, left out on a narrow terminal
         if not self._latest["loss"] and self.live:
             loss = []
         self._print_line([*loss, *parts, *more], epoch=records[0].get("epoch"))
@@ -165,35 +173,35 @@ class ConsoleReporter:
         self._bar = self._task = None
 
     def _position_text(self, epoch: int | None = None) -> str:
-        """`prefix stage  epoch 12/240`, or the step where a stage counts no epochs."""
+        """Returns `prefix stage  epoch 12/240`, or the step in a stage without epochs."""
         if not self._stage:
             return f"{self.prefix}before training"
         if self._epochs:
             width = len(str(self._epochs))
             current = min(self._steps_done * self._epochs // self._steps + 1, self._epochs) if epoch is None else epoch
-            place = f"epoch {current:>{width}}/{self._epochs}"
+            position = f"epoch {current:>{width}}/{self._epochs}"
         else:
-            place = f"step {self._steps_done:>{len(str(self._steps))}}/{self._steps}"
-        return f"{self.prefix}{self._stage}  {place}"
+            position = f"step {self._steps_done:>{len(str(self._steps))}}/{self._steps}"
+        return f"{self.prefix}{self._stage}  {position}"
 
     def _remaining_text(self, now: float) -> str:
-        done = self._steps_done - self._first_step
-        if done <= 0 or self._steps_done >= self._steps:
+        num_steps = self._steps_done - self._first_step
+        if num_steps <= 0 or self._steps_done >= self._steps:
             return ""
-        return f"{duration_text((now - self._start_time) / done * (self._steps - self._steps_done))} left"
+        return f"{duration_text((now - self._start_time) / num_steps * (self._steps - self._steps_done))} left"
 
     def _print_line(self, parts: list[str], epoch: int | None = None) -> None:
         if self.quiet:
             return
         self._last_print = time.monotonic()
         parts = [self._position_text(epoch).removeprefix(self.prefix), *filter(None, parts)]
-        if self.live:  # a terminal gets what fits into one line; metrics.jsonl has the rest
+        if self.live:  # a terminal shows one line at most; metrics.jsonl has all metrics
             while len(parts) > 2 and len(self.prefix) + len("  ".join(parts)) > self.console.width:
                 parts.pop()
         self._print("  ".join(parts).rstrip())
 
     def _print(self, text: str, style: str = "") -> None:
-        """Prints one line; a full disk behind a redirected output ends the view, not the run."""
+        """Prints one line; an error of the output, such as a full disk, stops the printing but not the run."""
         if self._mute:
             return
         try:
@@ -204,16 +212,16 @@ class ConsoleReporter:
 
 
 class StdoutConsole(Console):
-    """A console is only a view: when the pipe behind it closes (`| head`), the run goes on in silence."""
+    """Standard output; when its pipe closes (`| head`), the run continues without output."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with contextlib.suppress(OSError):  # whatever else is printed goes nowhere too, and ends no job of a multirun
+        with contextlib.suppress(OSError):  # later output of the process is dropped as well
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class _LatestColumn(ProgressColumn):
-    """A field of the task as text; rich's TextColumn would read its brackets as markup."""
+    """Shows a field of the task as plain text; rich's TextColumn would interpret brackets as markup."""
 
     def __init__(self, field: str, style: str = "") -> None:
         super().__init__()
@@ -224,17 +232,17 @@ class _LatestColumn(ProgressColumn):
 
 
 def duration_text(seconds: float) -> str:
-    """Returns 42s, 3m 07s or 5h 02m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    """Formats a duration: 42s, 3m 07s or 5h 02m."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m {rounded % 60:02d}s"
+    return f"{rounded // 3600}h {rounded % 3600 // 60:02d}m"
 
 
 def with_unit_prefix(number: float) -> str:
-    """A large number with the letter of its size: 12.3 G."""
+    """Formats a large number with a unit prefix: 12.3 G."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""A table over seeds: one row per kind of run, with mean and deviation over its folders."""
+"""Table over seeds: one row per group of runs, with mean and deviation over the runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ from rich import box
 from rich.table import Table
 
 from kdbench.errors import UserError
-from kdbench.files import read_json
 from kdbench.report.summary import compact_number, score
-from kdbench.run_folder import RunFolder
+from kdbench.run_folder import RunFolder, read_summary
 
-COLUMN_TITLES = ("", "seeds", "test accuracy, %", "agreement with teacher, %", "parameters", "FLOPs", "1 image takes")
+COLUMN_TITLES = (
+    "",
+    "seeds",
+    "test accuracy, %",
+    "agreement with teacher, %",
+    "parameters",
+    "FLOPs",
+    "latency, 1 image",
+)
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """What one row is made of.
+    """Finished runs that make one row of the table.
 
-    label: its name in the table. folders: finished runs, one per seed. role: whose numbers. which: `last` or `best`.
+    Attributes:
+        label: name of the row.
+        folders: of the runs, one per seed.
+        role: the role whose scores are shown.
+        epoch: `last` or `best`.
     """
 
     label: str
@@ -34,7 +45,7 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class MeanAndDeviation:
-    """Mean and sample deviation (n - 1) of several values; the deviation of one value is not known."""
+    """Mean and sample standard deviation (n - 1) of several values; the deviation of one value is None."""
 
     values: tuple[float, ...]
 
@@ -52,7 +63,7 @@ class MeanAndDeviation:
 
 @dataclass(frozen=True)
 class SeedTableRow:
-    """One aggregated row. `seeds` counts different results' sources: a teacher that all runs share counts once."""
+    """One row of the table. `seeds` counts different results: a teacher that all runs share counts once."""
 
     label: str
     seeds: int
@@ -66,98 +77,104 @@ class SeedTableRow:
 
 @dataclass(frozen=True)
 class SeedTable:
-    """The table, for a terminal, for a README and for a program."""
+    """The table over seeds, as a rich table, as Markdown and as JSON."""
 
     rows: tuple[SeedTableRow, ...]
 
     def table(self) -> Table:
-        """For rich."""
+        """Returns the table for a terminal."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in COLUMN_TITLES:
             table.add_column(title, justify="left" if not title else "right")
-        for line in self.rows:
-            table.add_row(*_row_cells(line))
+        for row in self.rows:
+            table.add_row(*_row_cells(row))
         return table
 
     def markdown(self) -> str:
-        """For a README."""
-        rows = [COLUMN_TITLES, ("---", *("---:",) * (len(COLUMN_TITLES) - 1)), *(_row_cells(line) for line in self.rows)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        """Returns the table as Markdown."""
+        alignment = ("---", *("---:",) * (len(COLUMN_TITLES) - 1))
+        lines = [COLUMN_TITLES, alignment, *(_row_cells(row) for row in self.rows)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
     def json(self) -> list[dict[str, Any]]:
-        """For `write_json`: every value of every seed besides mean and deviation."""
+        """Returns plain data for `write_json`, with the value of every seed."""
         return [
             {
-                "label": line.label,
-                "seeds": line.seeds,
-                "top1": _deviation_json(line.top1),
-                "agreement": _deviation_json(line.agreement),
-                "parameters": line.parameters,
-                "flops": line.flops,
-                "latency_ms": line.latency_ms,
-                "folders": list(line.folders),
+                "label": row.label,
+                "seeds": row.seeds,
+                "top1": _deviation_json(row.top1),
+                "agreement": _deviation_json(row.agreement),
+                "parameters": row.parameters,
+                "flops": row.flops,
+                "latency_ms": row.latency_ms,
+                "folders": list(row.folders),
             }
-            for line in self.rows
+            for row in self.rows
         ]
 
 
-def aggregate(rows: Iterable[RunGroup]) -> SeedTable:
-    """Reads the summaries of finished runs and puts one line together for each row.
+def aggregate(groups: Iterable[RunGroup]) -> SeedTable:
+    """Reads the summaries of finished runs and aggregates each group to one row.
 
     Raises:
-        UserError: a folder holds no finished run.
+        UserError: a folder has no finished run.
     """
-    return SeedTable(tuple(_aggregate_group(row) for row in rows))
+    return SeedTable(tuple(_aggregate_group(group) for group in groups))
 
 
-def _aggregate_group(row: RunGroup) -> SeedTableRow:
-    summaries = [_read_summary(Path(folder)) for folder in row.folders]
+def _aggregate_group(group: RunGroup) -> SeedTableRow:
+    summaries = [_read_summary(Path(folder)) for folder in group.folders]
     if not summaries:
-        raise UserError(f"no runs for the row {row.label!r}.")
-    facts = [summary.get("models", {}).get(row.role, {}) for summary in summaries]
-    marks = [fact.get("weights_sha256") for fact in facts]
-    shared = row.role not in summaries[0]["last"].get("metrics", {}) and None not in marks
-    keep = [i for i, mark in enumerate(marks) if mark not in marks[:i]] if shared else list(range(len(summaries)))
-    kept = [summaries[i] for i in keep]
-    times = [fact["latency_ms"]["batch_1"] for fact in facts if (fact.get("latency_ms") or {}).get("batch_1")]
+        raise UserError(f"no runs for the row {group.label!r}.")
+    models = [summary.get("models", {}).get(group.role, {}) for summary in summaries]
+    hashes = [model.get("weights_sha256") for model in models]
+    # A frozen role may be the same network in several runs; equal weights count once.
+    is_frozen = group.role not in summaries[0]["last"].get("metrics", {}) and None not in hashes
+    distinct = [
+        summary
+        for number, (summary, weights_hash) in enumerate(zip(summaries, hashes, strict=True))
+        if not is_frozen or weights_hash not in hashes[:number]
+    ]
+    latencies = [model["latency_ms"]["batch_1"] for model in models if (model.get("latency_ms") or {}).get("batch_1")]
     return SeedTableRow(
-        label=row.label,
-        seeds=len(kept),
-        top1=_metric_over_seeds(kept, row, "top1"),
-        agreement=_metric_over_seeds(kept, row, "agreement"),
-        parameters=facts[0].get("parameters"),
-        flops=facts[0].get("flops"),
-        latency_ms=min(times) if times else None,
-        folders=tuple(str(folder) for folder in row.folders),
+        label=group.label,
+        seeds=len(distinct),
+        top1=_metric_over_seeds(distinct, group, "top1"),
+        agreement=_metric_over_seeds(distinct, group, "agreement"),
+        parameters=models[0].get("parameters"),
+        flops=models[0].get("flops"),
+        latency_ms=min(latencies) if latencies else None,
+        folders=tuple(str(folder) for folder in group.folders),
     )
 
 
-def _metric_over_seeds(summaries: Sequence[Mapping[str, Any]], row: RunGroup, metric: str) -> MeanAndDeviation | None:
-    values = [score(summary, row.role, "test", metric, row.epoch) for summary in summaries]
-    known = tuple(value for value in values if value is not None)
-    return MeanAndDeviation(known) if len(known) == len(summaries) else None
+def _metric_over_seeds(summaries: Sequence[Mapping[str, Any]], group: RunGroup, metric: str) -> MeanAndDeviation | None:
+    """Returns None when a run has no such score."""
+    scores = [score(summary, group.role, "test", metric, group.epoch) for summary in summaries]
+    values = tuple(value for value in scores if value is not None)
+    return MeanAndDeviation(values) if len(values) == len(summaries) else None
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:
     folder = RunFolder(path)
     if not path.is_dir() or folder.status() != "finished":
-        raise UserError(f"{path} holds no finished run; run its recipe again and it goes on where it stopped.")
-    return read_json(folder.summary)
+        raise UserError(f"{path} has no finished run. Run its recipe again: it continues from its last checkpoint.")
+    return read_summary(folder.summary)
 
 
-def _row_cells(line: SeedTableRow) -> tuple[str, ...]:
+def _row_cells(row: SeedTableRow) -> tuple[str, ...]:
     return (
-        line.label,
-        str(line.seeds),
-        str(line.top1) if line.top1 else "",
-        str(line.agreement) if line.agreement else "",
-        f"{line.parameters:,}".replace(",", " ") if line.parameters is not None else "",
-        compact_number(line.flops),
-        f"{line.latency_ms:.2f} ms" if line.latency_ms is not None else "",
+        row.label,
+        str(row.seeds),
+        str(row.top1) if row.top1 else "",
+        str(row.agreement) if row.agreement else "",
+        f"{row.parameters:,}".replace(",", " ") if row.parameters is not None else "",
+        compact_number(row.flops),
+        f"{row.latency_ms:.2f} ms" if row.latency_ms is not None else "",
     )
 
 
-def _deviation_json(spread: MeanAndDeviation | None) -> dict[str, Any] | None:
-    if spread is None:
+def _deviation_json(values: MeanAndDeviation | None) -> dict[str, Any] | None:
+    if values is None:
         return None
-    return {"mean": spread.mean, "deviation": spread.deviation, "values": list(spread.values)}
+    return {"mean": values.mean, "deviation": values.deviation, "values": list(values.values)}

@@ -1,7 +1,7 @@
-"""TensorBoard event files that a resumed run can cut off and continue; tensorboard is imported at the first write.
+"""TensorBoard event files that a resumed run truncates and continues; imports tensorboard at the first write.
 
-Records go through TensorBoard's own RecordWriter into one file of a fixed name, so that the byte offset in a checkpoint
-says where to go on. (torch's SummaryWriter opens a new file per session, and steps would then be drawn twice.)
+TensorBoard's RecordWriter writes all records into one file with a fixed name, so that the checkpoint can store a byte
+offset. (torch's SummaryWriter opens a new file per session, which would show repeated steps twice.)
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ EVENT_FILE_NAME = "events.out.tfevents.0.kdbench"
 
 
 class EventFile:
-    """One event file in `folder`.
+    """One event file of TensorBoard.
 
     Args:
-        folder: where TensorBoard is pointed at; made at the first write.
+        folder: TensorBoard's log folder; created at the first write.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -28,26 +28,26 @@ class EventFile:
         self._writer: Any = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one value per tag; TensorBoard keeps them in single precision."""
+        """Writes one value per tag; TensorBoard stores single precision."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._write(step, Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]))
 
     def image(self, step: int, tag: str, png: bytes, width: int, height: int) -> None:
-        """Writes a picture that is already PNG."""
+        """Writes a PNG image."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._write(step, Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def text(self, step: int, tag: str, markdown: str) -> None:
-        """Writes a page for the Text tab."""
+        """Writes a page of the Text tab."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         self._write(step, text_pb(tag, markdown))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """Writes the row of this run in the HParams tab; values that are no number, bool or text become text."""
+        """Writes the row of this run in the HParams tab; values that are not numbers, bools or text become text."""
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in values.items()}
@@ -69,7 +69,7 @@ class EventFile:
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, with dotted keys; lists and None become text."""
+    """Flattens nested mappings to one with dotted keys; lists and None become text."""
     if not isinstance(data, Mapping):
         return {prefix: data if isinstance(data, bool | int | float | str) else str(data)}
     flat: dict[str, Any] = {}

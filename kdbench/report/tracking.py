@@ -1,7 +1,7 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard and the console, fed by one set of calls.
+"""Tracker of a run: writes metrics.jsonl and TensorBoard events and shows the progress on the console.
 
-The engine calls a `Tracker` and knows nothing of the three. Only rank 0 writes. No call reads a tensor except
-`figures`, so none of them waits for the device.
+The engine calls a `Tracker` and does not know its outputs. Only rank 0 writes. No call except `figures` reads a tensor,
+so none waits for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from kdbench.files import JsonLinesLog, write_atomic
+from kdbench.files import JsonLinesLog, translate_disk_errors, write_atomic
 from kdbench.report.console import ConsoleReporter
 from kdbench.report.tensorboard import EventFile, flatten
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from kdbench.engine.evaluation.records import EvaluationRecord, PredictionSamples
 
 
-TIMING_FIELDS = ("images_per_s", "seconds", "shares")
-"""The fields of metrics.jsonl that two equal runs may differ in; everything else is byte-equal after a resume."""
+TIMING_FIELDS = ("images_per_s", "seconds", "time_fractions")
+"""Fields of metrics.jsonl in which two equal runs may differ. All other fields are byte-equal, also after a resume."""
 
 
 class TermValues(TypedDict):
-    """One term over a log interval. `loss` is its mean, `weighted` the mean of weight * loss, `weight` the last."""
+    """One term over a log interval. `loss`: mean. `weighted`: mean of weight * loss. `weight`: at the last step."""
 
     loss: float
     weight: float
@@ -33,12 +33,13 @@ class TermValues(TypedDict):
 
 
 class TrainRecord(TypedDict, total=False):
-    """One log interval; every mean is over the steps since the last record.
+    """One log interval; means are over the steps since the last record.
 
-    stage, epoch: the stage and its epochs begun so far (1 in the first).
-    step: optimiser steps since the run began, all stages together: the axis of every curve.
-    total: the loss that was minimised. lr: of the first parameter group. grad_norm: of the last step, before clipping.
-    seconds: time in training steps since the run began. shares: of the interval's time, in [0, 1], by part.
+    stage: name. epoch: the current epoch of the stage, from 1.
+    step: optimiser steps since the run began, over all stages; the x axis of every curve.
+    total: the minimised loss. lr: of the first parameter group. grad_norm: of the last step, before clipping.
+    seconds: time in training steps since the run began. time_fractions: section of a step -> fraction of the interval's
+    time, in [0, 1].
     """
 
     stage: str
@@ -50,11 +51,11 @@ class TrainRecord(TypedDict, total=False):
     images_per_s: float
     seconds: float
     terms: Mapping[str, TermValues]
-    shares: Mapping[str, float]
+    time_fractions: Mapping[str, float]
 
 
 class ConsoleSink(Protocol):
-    """What the tracker needs of a console; tests pass their own."""
+    """The methods of a console that the tracker calls."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...
@@ -66,13 +67,13 @@ class ConsoleSink(Protocol):
 
 
 class Tracker:
-    """Fans every record out to the logs of a run's folder and to the console.
+    """Writes every record to the logs in the run folder and shows it on the console.
 
     Args:
-        folder: the run's folder; gets `metrics.jsonl`, `tensorboard/` and `figures/`.
-        main: whether this is rank 0; every call on another rank does nothing.
+        folder: the run folder; gets `metrics.jsonl`, `tensorboard/` and `figures/`.
+        is_main: whether this is rank 0; every call on another rank has no effect.
         tensorboard: whether event files are written.
-        console: what the person sees; a `ConsoleReporter` on stdout when None.
+        console: shows the progress; None: a `ConsoleReporter` on standard output.
     """
 
     def __init__(
@@ -84,20 +85,21 @@ class Tracker:
         self.event_file = EventFile(self.folder / "tensorboard") if tensorboard else None
         self.console: ConsoleSink = (console or ConsoleReporter()) if is_main else _SilentConsole()
         self.classes: Sequence[str] | None = None
+        self._has_hparams = False
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Says what begins.
+        """Shows the head of a run.
 
         Args:
-            info: `name` (of the recipe), `folder`, `device` (in words) for the console; `classes` (names of the
-                classes) for the pictures; `recipe` (the resolved recipe as YAML text) for TensorBoard's Text tab.
-                Each may be absent; `resumed` (a sentence) says where an interrupted run goes on.
+            info: `name` of the recipe, `folder` and `device` for the console; `classes` (names) for the figures;
+                `recipe` (the resolved recipe as YAML) for TensorBoard's Text tab; `resumed`, the sentence that says
+                where an interrupted run continues. Each may be absent.
         """
         self.classes = info.get("classes")
         self.console.start(info)
         if self.is_main and self.event_file and info.get("recipe") and not self.event_file.file.offset:
-            indented = "\n".join(f"    {line}" for line in str(info["recipe"]).splitlines())
-            self.event_file.text(0, "recipe", indented)
+            code_block = "\n".join(f"    {line}" for line in str(info["recipe"]).splitlines())
+            self.event_file.text(0, "recipe", code_block)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         """Writes the row of the HParams tab, once per run; nested mappings get dotted names."""
@@ -105,18 +107,22 @@ class Tracker:
             self.event_file.hparams(flatten(values))
             self._has_hparams = True
 
-    _has_hparams = False
-
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
-        """Begins a stage of `steps` steps in all, `done` of them before this process started."""
+        """Begins a stage.
+
+        Args:
+            epochs: of the stage; None when it counts steps.
+            steps: of the whole stage.
+            steps_done: steps of earlier sessions.
+        """
         self.console.stage(name, epochs, steps, steps_done)
 
     def progress(self, steps_done: int, phase: str = "") -> None:
-        """Moves the bar; called after every step.
+        """Updates the progress bar; called after every step.
 
         Args:
-            done: finished steps of this stage.
-            phase: what is going on when it is not training, such as "evaluating".
+            steps_done: finished steps of this stage.
+            phase: the present activity when it is not training, such as "evaluating".
         """
         self.console.progress(steps_done, phase)
 
@@ -140,18 +146,23 @@ class Tracker:
         self.console.evaluation(record)
 
     def notice(self, text: str) -> None:
-        """Tells the person something, above the bar; it is in no log."""
+        """Shows a sentence above the progress bar; no log gets it."""
         self.console.notice(text)
 
     def figures(
-        self, step: int, *, confusion: Tensor | None = None, samples: PredictionSamples | None = None, split: str = "test"
+        self,
+        step: int,
+        *,
+        confusion: Tensor | None = None,
+        samples: PredictionSamples | None = None,
+        split: str = "test",
     ) -> None:
-        """Draws pictures into TensorBoard and `figures/`; reads the tensors.
+        """Draws figures into TensorBoard and `figures/`. Reads the tensors.
 
         Args:
             confusion: (classes, classes) counts, row = label, column = prediction.
             samples: some inputs with labels and logits.
-            split: what they come from.
+            split: the split of the samples.
         """
         if not self.is_main:
             return
@@ -163,13 +174,15 @@ class Tracker:
         if samples is not None:
             pictures["predictions"] = figures.draw_predictions(samples, self.classes)
         for name, picture in pictures.items():
-            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "figures" / f"{name}_{split}.png", picture.png)
+            path = self.folder / "figures" / f"{name}_{split}.png"
+            with translate_disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, picture.png)
             if self.event_file:
                 self.event_file.image(step, f"{name}/{split}", picture.png, picture.width, picture.height)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the byte offset of each log, for the checkpoint; everything before it is on the disk by then."""
+        """Flushes the logs to the disk; returns the byte offset of each for the checkpoint."""
         state = {"metrics.jsonl": self.metrics_log.file.sync()}
         if self.event_file:
             state["tensorboard"] = self.event_file.file.sync()
@@ -177,18 +190,18 @@ class Tracker:
         return state
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Makes the logs go on at these offsets; before the first record. Later lines are cut off and come again."""
+        """Continues the logs at these offsets; call it before the first record. Later lines are cut off."""
         if not self.is_main:
             return
-        whole = self.metrics_log.file.resume(state.get("metrics.jsonl", 0))
+        is_complete = self.metrics_log.file.resume(state.get("metrics.jsonl", 0))
         if self.event_file:
-            whole &= self.event_file.file.resume(state.get("tensorboard", 0))
+            is_complete &= self.event_file.file.resume(state.get("tensorboard", 0))
             self._has_hparams = bool(state.get("hparams", 0))
-        if not whole:
+        if not is_complete:
             self.notice(f"Part of the logs in {self.folder} is missing: lines before this point were lost or removed.")
 
     def close(self) -> None:
-        """Takes the bar off the terminal and closes the files. Safe to call twice, and after an error."""
+        """Removes the progress bar and closes the files. Safe to call twice, and after an error."""
         self.console.close()
         self.metrics_log.file.close()
         if self.event_file:
@@ -196,7 +209,7 @@ class Tracker:
 
 
 class _SilentConsole:
-    """The console of every rank but the first."""
+    """The console of every rank except rank 0."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...
@@ -208,6 +221,7 @@ class _SilentConsole:
 
 
 def _train_scalars(record: TrainRecord) -> dict[str, float]:
+    """Returns tag -> value, with tags such as `loss/total`, `term/kd`, `optimizer/lr` and `time_fraction/backward`."""
     values = {}
     if "total" in record:
         values["loss/total"] = record["total"]
@@ -222,18 +236,18 @@ def _train_scalars(record: TrainRecord) -> dict[str, float]:
     ):
         if record.get(key) is not None:
             values[tag] = record[key]
-    for part, share in record.get("shares", {}).items():
-        values[f"time_share/{part}"] = share
+    for section, fraction in record.get("time_fractions", {}).items():
+        values[f"time_fraction/{section}"] = fraction
     values["progress/epoch"] = record.get("epoch", 0)
     return values
 
 
 def _evaluation_scalars(record: EvaluationRecord) -> dict[str, float]:
-    """Tags such as `eval/test/top1`, `eval_teacher/test/top1` and, in a group of its own, `per_class/test/3`."""
+    """Returns tag -> value, with tags such as `eval/test/top1`, `eval_teacher/test/top1` and `per_class/test/3`."""
     role, split = record.get("role", "student"), record.get("split", "test")
     suffix = "" if role == "student" else f"_{role}"
     values = {}
     for name, value in record.get("metrics", {}).items():
-        group, _, rest = name.rpartition("/")
-        values[f"{group or 'eval'}{suffix}/{split}/{rest}"] = value
+        group, _, metric = name.rpartition("/")
+        values[f"{group or 'eval'}{suffix}/{split}/{metric}"] = value
     return values

@@ -1,46 +1,47 @@
-"""A training step as a CUDA graph: recorded once for each shape of batch, then replayed without Python."""
+"""Training steps as CUDA graphs: recorded once for each shape of batch, then replayed without Python."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.network.operands import Batch
+from kdbench.data.loading.batch import Batch, Window
+from kdbench.engine.train.notices import Notices
 from kdbench.engine.train.optimizers import stays_on_device
 from kdbench.engine.train.runner import Runner
+from kdbench.engine.train.steps import EagerStep, StepStrategy
 from kdbench.engine.train.updates import Update
 
 WARM_UP = 3
-"""Steps that run as they stand before one is recorded: they compile, choose convolutions and make optimisers' state."""
+"""Eager steps before a recording: they compile, select convolution algorithms and create optimizer state."""
 
-
-Shape: TypeAlias = tuple[Any, ...]
+Key: TypeAlias = tuple[Hashable, ...]
 
 
 class GraphRecorder(Protocol):
-    """Records what the device does."""
+    """Records device work."""
 
-    def apart(self) -> contextlib.AbstractContextManager[None]:
-        """Where warm-up, recording and replay happen."""
+    def side_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which warm-up, recording and replay happen."""
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records the work without doing it; returns what does it, on the memory that it was recorded with."""
+        """Records work without executing it; returns a function that executes it on the recorded memory."""
         ...
 
-    def forget(self) -> None:
-        """Is told that nothing which was recorded will be replayed any more; further recordings may follow."""
+    def release(self) -> None:
+        """Releases the memory of all recordings: none of them will be replayed. Further recordings may follow."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory, on a stream of their own.
+    """Records CUDA graphs that share one memory pool, on a stream of their own.
 
     Args:
         device: a CUDA device.
@@ -49,32 +50,32 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask them for their stream for good
+        self.broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask for their stream at any later time
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        outside = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(outside)
+    def side_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
-            outside.wait_stream(self.stream)
+            current.wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         try:
-            return self._recorded(work).replay
+            return self._record(work).replay
         except Exception:
-            self._clean_up()
+            self._recover()
             raise
 
-    def forget(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()  # torch lets no graph into a pool whose graphs are all gone
+    def release(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()  # torch admits no graph into a pool whose graphs are all gone
 
-    def _recorded(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: a gang's other members, and the thread that loads data, may go on with their own streams
+            # thread_local: concurrent runs and the thread that loads data may use their own streams meanwhile.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 work()
         except Exception:
@@ -82,212 +83,281 @@ class CudaRecorder:
             raise
         return graph
 
-    def _clean_up(self) -> None:
-        """Ends what torch leaves open when a capture breaks off: it then ends the stream's recording, and no more.
+    def _recover(self) -> None:
+        """Ends everything that torch leaves open when a capture fails: it ends the recording of the stream only.
 
-        The allocator still keeps the pool for it, and an older torch's generator still takes every draw for a recorded
-        one and raises at the next that is not. A recording that succeeds puts the latter right.
+        The allocator still reserves the pool for the capture, and the generator of an older torch still treats every
+        draw as recorded and raises at the next draw outside of a capture. A successful recording resets the generator.
         """
-        with contextlib.suppress(RuntimeError):  # it was not open: the work raised without breaking the capture
+        with contextlib.suppress(RuntimeError):  # not open: the work raised without breaking the capture
             torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
-        self.forget()
+        self.release()
         with contextlib.suppress(RuntimeError):
-            self._recorded(lambda: torch.zeros(1, device=self.stream.device))
-        self.forget()
+            self._record(lambda: torch.zeros(1, device=self.stream.device))
+        self.release()
+
+
+class GraphableWork(Protocol):
+    """Device work of a step that may be recorded: the eager step of one run, or the joint step of several."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The modules whose host state must not change from step to step."""
+        ...
+
+    def run(self, window: Window) -> None:
+        """Executes the work."""
+        ...
+
+    def variant(self) -> Hashable:
+        """Returns the property of the coming step that changes its operations, apart from the shape of its batch."""
+        ...
+
+    def take_grad_norm(self) -> Any:
+        """Returns the gradient norm that the work left, and forgets it."""
+        ...
+
+    def put_grad_norm(self, norm: Any) -> None:
+        """Sets the gradient norm."""
+        ...
+
+    def discard_unfinished(self) -> None:
+        """Discards a step that began and did not finish."""
+        ...
 
 
 @dataclass
-class RecordedStep:
-    """One recording: the batch that it reads, and what it leaves where the host looks.
+class Recording:
+    """One recorded graph with the memory that it reads and writes.
 
-    gradients: of the update's parameters, where the optimiser runs outside of the recording.
-    norm: the gradient norm, where the step measures it.
+    Attributes:
+        window: the batches that it reads.
+        gradients: of the update's parameters, where the optimizer runs outside of the graph.
+        grad_norm: the gradient norm, in variants that measure it.
     """
 
-    window: list[Batch]
+    window: list[dict[str, Batch]]
     replay: Callable[[], None]
     gradients: list[Tensor | None]
-    norm: Tensor | None
+    grad_norm: Any
+
+
+class Recordings:
+    """Warm-up, recording and replay, by shape of the batch.
+
+    A recording reads its batch from memory of its own, into which each batch is copied. Learning rates, scheduled
+    weights and everything else that changes with the step are tensors that the runner fills before the step. Whatever
+    else depends on the step (whether the gradient norm is measured) has recordings of its own, and so has a smaller
+    last batch.
+    """
+
+    def __init__(self, work: GraphableWork, recorder: GraphRecorder) -> None:
+        self.work, self.recorder = work, recorder
+        self.recordings: dict[Key, Recording] = {}
+        self.warm_up_steps: Counter[Key] = Counter()
+        self.host_state: dict[str, tuple[int, Any]] = {}
+
+    def warm_up(self, shape: Key, function: Callable[[], None]) -> bool:
+        """Executes the work eagerly if this shape is not warm yet; returns whether it did."""
+        if self.warm_up_steps[shape] >= WARM_UP:
+            return False
+        self.warm_up_steps[shape] += 1
+        if self.warm_up_steps[shape] == WARM_UP:
+            self.host_state = host_state(self.work.network)
+        function()
+        return True
+
+    def record(
+        self,
+        key: Key,
+        window: Window,
+        function: Callable[[Window], None],
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> str:
+        """Records the work for one shape; returns the reason why it cannot be recorded, or an empty string."""
+        change = _first_change(self.host_state, host_state(self.work.network))
+        if change:
+            return f"{change} changes from step to step on the host"
+        memory = [{source: _clone(batch) for source, batch in batches.items()} for batches in window]
+        before = self.work.take_grad_norm()
+        try:
+            replay = self.recorder.record(lambda: function(memory))
+        except Exception as error:
+            self.work.discard_unfinished()
+            return _root_cause(error)
+        finally:
+            grad_norm = self.work.take_grad_norm()
+            self.work.put_grad_norm(before)
+        gradients = [parameter.grad for parameter in parameters]
+        self.recordings[key] = Recording(memory, replay, gradients, grad_norm)
+        return ""
+
+    def replay(self, key: Key, window: Window, parameters: Sequence[nn.Parameter] = ()) -> None:
+        """Copies a batch into the recording's memory and executes the recording."""
+        recording = self.recordings[key]
+        for memory, batches in zip(recording.window, window, strict=True):
+            for source, batch in batches.items():
+                target = _tensors(memory[source])
+                for name, value in _tensors(batch).items():
+                    target[name].copy_(value)
+        recording.replay()
+        for parameter, gradient in zip(parameters, recording.gradients, strict=True):
+            parameter.grad = gradient
+        if recording.grad_norm is not None:
+            self.work.put_grad_norm(recording.grad_norm)
+
+    def clear(self) -> None:
+        self.recordings.clear()
+        self.recorder.release()
 
 
 class CudaGraphStep:
-    """Stands for a runner's steps: the first ones of each shape run as they are, one is recorded, the rest replay it.
-
-    A recording reads its batch from memory of its own, into which each batch is copied; learning rates, scheduled
-    weights and everything else that moves with the step are tensors that the runner fills before. What depends on the
-    step otherwise (whether the gradient norm is measured) has a recording of its own, and so has the last, smaller
-    batch.
-
-    The whole step is one recording where everything in it stays on the device. Where the optimiser does not, forward
-    and backward are recorded and the optimiser runs as it is; where that fails too, the step runs as it is. The run
-    says which and why.
+    """A step strategy: the first steps of each shape run eagerly, one is recorded, the others replay it.
 
     Args:
-        runner: whose `perform` or `differentiate` this takes over.
-        recorder: records what the device does; another one in tests.
+        work: the work to record, as a whole.
+        recorder: records it; tests replace it.
+        fallback: returns the strategy to use when the whole step cannot be recorded, given the reason.
     """
 
-    def __init__(self, runner: Runner, recorder: GraphRecorder) -> None:
-        self.runner, self.recorder = runner, recorder
-        self.recorded: dict[Shape, RecordedStep] = {}
-        self.warm: Counter[Shape] = Counter()
-        self.tensors: dict[str, tuple[int, Any]] = {}
-        self.whole = True
-        obstacle = _obstacle(runner)
-        if obstacle:
-            self._in_parts(obstacle)
-        else:
-            runner.perform = self._step
+    def __init__(
+        self, work: GraphableWork, recorder: GraphRecorder, fallback: Callable[[str], StepStrategy]
+    ) -> None:
+        self.work, self.recorder, self.fallback = work, recorder, fallback
+        self.recordings = Recordings(work, recorder)
+        self.replacement: StepStrategy | None = None
 
-    # The whole step
-
-    def _step(self, window: Sequence[Batch]) -> None:
-        runner = self.runner
-        shape = _shape(window)
-        with self.recorder.apart():
-            if self.warm[shape] < WARM_UP:
-                self._watched(shape, lambda: runner.execute(window))
+    def run(self, window: Window) -> None:
+        if self.replacement is not None:
+            self.replacement.run(window)
+            return
+        shape = shape_of(window)
+        with self.recorder.side_stream():
+            if self.recordings.warm_up(shape, lambda: self.work.run(window)):
                 return
-            key = (shape, runner.logs_at(runner.steps_done + 1))
-            if key not in self.recorded:
-                obstacle = self._record(key, window, runner.execute)
+            key = (shape, self.work.variant())
+            if key not in self.recordings.recordings:
+                obstacle = self.recordings.record(key, window, self.work.run)
                 if obstacle:
-                    self._in_parts(obstacle)
-                    runner.execute(window)
+                    self.recordings.clear()
+                    self.replacement = self.fallback(obstacle)
+                    self.work.run(window)
                     return
-            self._replay(self.recorded[key], window)
+            self.recordings.replay(key, window)
 
-    # Forward and backward only
 
-    def _in_parts(self, obstacle: str) -> None:
-        self.whole = False
-        self._forget()
-        self.runner.perform = self.runner.execute
-        self.runner.differentiate = self._gradients
-        self.runner.say(
-            f"capture: the whole step cannot be one CUDA graph ({obstacle}); forward and backward are captured, the "
-            "optimiser runs as it is."
-        )
+class CudaGraphGradients:
+    """A step strategy: forward and backward are recorded, the optimizer runs eagerly.
 
-    def _gradients(self, update: Update, window: Sequence[Batch]) -> None:
-        runner = self.runner
-        shape = (runner.updates.index(update), _shape(window))
-        with self.recorder.apart():
-            if self.warm[shape] < WARM_UP:
-                self._watched(shape, lambda: runner.compute_gradients(update, window))
+    Args:
+        eager: the step.
+        recorder: records the work; tests replace it.
+        notices: receives a notice when nothing can be recorded.
+    """
+
+    def __init__(self, eager: EagerStep, recorder: GraphRecorder, notices: Notices) -> None:
+        self.eager, self.recorder, self.notices = eager, recorder, notices
+        self.recordings = Recordings(eager, recorder)
+        self.recordable = True
+
+    def run(self, window: Window) -> None:
+        self.eager.run(window, self._compute_gradients if self.recordable else None)
+
+    def _compute_gradients(self, update: Update, window: Window) -> None:
+        if not self.recordable:
+            self.eager.compute_gradients(update, window)
+            return
+        key = (self.eager.updates.index(update), *shape_of(window))
+        with self.recorder.side_stream():
+            if self.recordings.warm_up(key, lambda: self.eager.compute_gradients(update, window)):
                 return
-            if shape not in self.recorded:
-                obstacle = self._record(shape, window, lambda own: runner.compute_gradients(update, own), update.parameters)
+            if key not in self.recordings.recordings:
+                obstacle = self.recordings.record(
+                    key, window, lambda memory: self.eager.compute_gradients(update, memory), update.parameters
+                )
                 if obstacle:
-                    self._stop(obstacle)
-                    runner.compute_gradients(update, window)
+                    self.recordings.clear()
+                    self.recordable = False
+                    self.notices.notice(f"cuda_graph: the step cannot be recorded ({obstacle}); steps run eagerly.")
+                    self.eager.compute_gradients(update, window)
                     return
-            self._replay(self.recorded[shape], window, update.parameters)
-
-    def _stop(self, obstacle: str) -> None:
-        self._forget()
-        self.runner.differentiate = self.runner.compute_gradients
-        self.runner.say(f"capture: the step cannot be captured ({obstacle}); the run goes on without.")
-
-    # Both
-
-    def _forget(self) -> None:
-        self.recorded.clear()
-        self.recorder.forget()
-
-    def _watched(self, shape: Shape, work: Callable[[], None]) -> None:
-        """Runs a step as it is; before the last one, notes what a replay would take for unchanging."""
-        self.warm[shape] += 1
-        if self.warm[shape] == WARM_UP:
-            self.tensors = host_state(self.runner.network)
-        work()
-
-    def _record(
-        self,
-        key: Shape,
-        window: Sequence[Batch],
-        work: Callable[[list[Batch]], None],
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> str:
-        """Records a step of this shape; returns why it could not, in words."""
-        changed = _changed(self.tensors, host_state(self.runner.network))
-        if changed:
-            return f"{changed} changes from step to step on the host"
-        own = [{s: {n: v.clone() for n, v in fields.items()} for s, fields in batch.items()} for batch in window]
-        before, self.runner.grad_norm = self.runner.grad_norm, None
-        try:
-            replay = self.recorder.record(lambda: work(own))
-        except Exception as error:
-            self.runner.restart_scaler()
-            return _first_cause(error)
-        finally:
-            norm, self.runner.grad_norm = self.runner.grad_norm, before
-        gradients = [parameter.grad for parameter in parameters]
-        self.recorded[key] = RecordedStep(own, replay, gradients, norm)
-        return ""
-
-    def _replay(self, recorded: RecordedStep, window: Sequence[Batch], parameters: Sequence[nn.Parameter] = ()) -> None:
-        for own, given in zip(recorded.window, window, strict=True):
-            for source, fields in given.items():
-                for name, value in fields.items():
-                    own[source][name].copy_(value)
-        recorded.replay()
-        for parameter, gradient in zip(parameters, recorded.gradients, strict=True):
-            parameter.grad = gradient
-        if recorded.norm is not None:
-            self.runner.grad_norm = recorded.norm
+            self.recordings.replay(key, window, update.parameters)
 
 
-def use_cuda_graph(runner: Runner) -> None:
-    """Lets a runner's steps be recorded where its recipe asks for it and the device has graphs; else says why not."""
+def use_cuda_graphs(runner: Runner) -> None:
+    """Lets a runner record its steps where the recipe asks for it and the device supports it; else reports why not."""
+    notice = runner.notices.notice
     if not runner.recipe.uses_cuda_graph(runner.device.type):
         if runner.recipe.compile == "cuda_graph":
-            runner.say(
-                f"capture: a {runner.device.type.upper()} has no graphs to capture a step in; steps run as they are."
-            )
+            notice(f"cuda_graph: device {runner.device.type} has no CUDA graphs; steps run eagerly.")
     elif runner.world.size > 1:
-        runner.say("capture: with several processes a step is not captured; it runs as it is.")
-    elif runner.total_steps:
-        CudaGraphStep(runner, CudaRecorder(runner.device))
+        notice("cuda_graph: steps are not recorded with several processes; they run eagerly.")
+    elif runner.progress.total_steps:
+        runner.use(graph_strategy(runner, CudaRecorder(runner.device)))
 
 
-def _obstacle(runner: Runner) -> str:
-    """Why the whole step cannot be recorded, as far as it is known beforehand; empty where nothing speaks against."""
+def graph_strategy(runner: Runner, recorder: GraphRecorder) -> StepStrategy:
+    """Returns the strategy that records as much of a runner's step as can be recorded."""
+
+    def gradients_only(obstacle: str) -> StepStrategy:
+        runner.notices.notice(
+            f"cuda_graph: the whole step cannot be recorded ({obstacle}); forward and backward are recorded, the "
+            "optimizer runs eagerly."
+        )
+        return CudaGraphGradients(runner.eager, recorder, runner.notices)
+
+    obstacle = _known_obstacle(runner)
+    return gradients_only(obstacle) if obstacle else CudaGraphStep(runner.eager, recorder, gradients_only)
+
+
+def _known_obstacle(runner: Runner) -> str:
+    """Returns the reason, known beforehand, why the whole step cannot be recorded, or an empty string."""
     for update in runner.updates:
         if not stays_on_device(update.optimizer):
             return f"{type(update.optimizer).__name__} reads its learning rate or its step on the host"
     return ""
 
 
-def _first_cause(error: BaseException) -> str:
-    """What went wrong, in words. The end of a capture that broke off raises again, and says no more than that."""
+def _root_cause(error: BaseException) -> str:
+    """Returns the message of the first error: the end of a broken capture raises again without naming the cause."""
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def _shape(window: Sequence[Batch]) -> Shape:
-    """What two batches must share to be done by one recording."""
+def shape_of(window: Window) -> Key:
+    """Returns everything that two windows must share to be executed by one recording."""
     return tuple(
         (source, name, value.shape, value.dtype)
-        for batch in window
-        for source, fields in batch.items()
-        for name, value in fields.items()
+        for batches in window
+        for source, batch in batches.items()
+        for name, value in _tensors(batch).items()
+    )
+
+
+def _tensors(batch: Batch) -> dict[Hashable, Tensor]:
+    return {**batch.fields, **batch.precomputed}
+
+
+def _clone(batch: Batch) -> Batch:
+    return Batch(
+        {name: value.clone() for name, value in batch.fields.items()},
+        {key: value.clone() for key, value in batch.precomputed.items()},
     )
 
 
 def host_state(network: nn.Module) -> dict[str, tuple[int, Any]]:
-    """What a replay cannot move: numbers that modules keep on the host, and where their tensors lie."""
-    found: dict[str, tuple[int, Any]] = {}
+    """Returns everything that a replay cannot change: numbers that modules keep on the host, addresses of tensors."""
+    state: dict[str, tuple[int, Any]] = {}
     for path, module in network.named_modules():
-        own: Mapping[str, Any] = {**module._parameters, **module._buffers, **vars(module)}
-        for name, value in own.items():
+        attributes: Mapping[str, Any] = {**module._parameters, **module._buffers, **vars(module)}
+        for name, value in attributes.items():
             if isinstance(value, Tensor):
-                found[f"{path}.{name}"] = (id(value), value.data_ptr())
+                state[f"{path}.{name}"] = (id(value), value.data_ptr())
             elif isinstance(value, bool | int | float | str):
-                found[f"{path}.{name}"] = (0, value)
-    return found
+                state[f"{path}.{name}"] = (0, value)
+    return state
 
 
-def _changed(before: Mapping[str, tuple[int, Any]], after: Mapping[str, tuple[int, Any]]) -> str:
+def _first_change(before: Mapping[str, tuple[int, Any]], after: Mapping[str, tuple[int, Any]]) -> str:
     return next((name for name in {**before, **after} if before.get(name) != after.get(name)), "")

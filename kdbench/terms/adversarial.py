@@ -1,4 +1,4 @@
-"""Terms of games: one player's loss is the other's gain, or a judge's verdict is the loss."""
+"""Terms of adversarial training: reversed gradients, discriminators and competition between networks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,37 @@ from kdbench.terms.numerics import at_least_float32
 
 
 def reverse_gradient(values: Tensor, strength: Number) -> Tensor:
-    """The values as they are; what flows back through them is times -strength."""
-    still = values.detach()
-    return still - strength * (values - still)
+    """Returns the values unchanged; multiplies their gradient by -strength."""
+    constant = values.detach()
+    return constant - strength * (values - constant)
 
 
 @TERMS.register("ctkd", space="row", version=1, injected=("shapes",), paper="arXiv:2211.16231")
 class CurriculumTemperature(Term):
-    """CTKD: kd whose temperature is learnt against the student, so that the task grows harder.
+    """CTKD: `kd` with a temperature that is trained to raise the loss, so that the task grows harder.
 
-    loss = T^2 * KL(softmax(teacher / T) || softmax(student / T)), T = lowest + span * sigmoid(theta). theta gets the
-    gradient of the loss times -reverse: it ascends while the student descends. As in the authors' code: theta starts
-    at 1, lowest 1, span 20; `reverse` rises from 0 to 1 along a cosine over the first 10 epochs: give it a schedule.
-    scope global: one theta. scope instance: theta of each sample by a two-layer perceptron on both predictions, as the
-    text has it (no released code for it; the hidden width is ours). Its inputs are detached, so that the reversed
-    gradient reaches the temperature only.
+    loss = T^2 * KL(softmax(teacher / T) || softmax(student / T)), T = lowest + span * sigmoid(theta)
 
-    Li, Li, Yang, Zhao, Song, Luo, Li and Yang, Curriculum Temperature for Knowledge Distillation, AAAI 2023,
-    arXiv:2211.16231.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    The gradient of theta is multiplied by -reverse: the temperature ascends while the student descends. theta starts at
+    1, as in the authors' code.
+
+    Args:
+        scope: `global`: one theta. `instance`: theta of each sample by a two-layer perceptron on both predictions, by
+            the text (its code is not released; the hidden width is ours). Its inputs are detached, so that the reversed
+            gradient reaches only the temperature.
+        lowest: lower end of T, above 0.
+        span: width of the interval of T, above 0.
+        reverse: strength of the reversal, at least 0. The authors raise it from 0 to 1 along a cosine over the first 10
+            epochs: use a schedule.
+        hidden: width of the perceptron of `instance`.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), nats times T^2.
+
+    References:
+        Li, Li, Yang, Zhao, Song, Luo, Li and Yang, Curriculum Temperature for Knowledge Distillation, AAAI 2023,
+        arXiv:2211.16231.
     """
 
     def __init__(
@@ -62,7 +74,7 @@ class CurriculumTemperature(Term):
         check_equal_classes(shapes["student"], shapes["teacher"])
 
     def temperature(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns T, (1,) or (batch, 1)."""
+        """Computes T: (1,) for `scope: global`, (batch, 1) for `scope: instance`."""
         if self.net is not None:
             theta = at_least_float32(self.net(torch.cat([student.detach(), teacher.detach()], dim=1)))
         else:
@@ -78,15 +90,24 @@ class CurriculumTemperature(Term):
 
 @TERMS.register("binary", space="row", version=1, paper="arXiv:2009.08453")
 class BinaryCrossEntropy(Term):
-    """A judge's verdict against a constant: binary cross-entropy of one logit with `target`.
+    """Binary cross-entropy of a discriminator's logit with a constant target.
 
-    loss = -target * log s - (1 - target) * log(1 - s), s = sigmoid(student). For a discriminator that is a role: two
-    terms move it (1 on what is the teacher's, 0 on what is the student's), one with the wrong target moves the student.
-    MEAL V2's released code has no such second player: student and discriminator minimise the same loss with the right
-    targets, in one update over both.
+    loss = -target * log s - (1 - target) * log(1 - s), s = sigmoid(student)
 
-    Shen and Savvides, MEAL V2, 2020, arXiv:2009.08453; Goodfellow et al., Generative Adversarial Nets, NeurIPS 2014.
-    Shapes: student one logit (batch,) or (batch, 1) -> (batch,), nats.
+    For a discriminator that is a role: two terms train it, with target 1 on the teacher's output and 0 on the
+    student's; a third term with the wrong target trains the student. In MEAL V2's released code student and
+    discriminator minimise the same loss with the right targets, in one update over both.
+
+    Args:
+        target: in [0, 1].
+
+    Shape:
+        student: one logit, (batch,) or (batch, 1).
+        Returns (batch,), nats.
+
+    References:
+        Shen and Savvides, MEAL V2, 2020, arXiv:2009.08453; Goodfellow et al., Generative Adversarial Nets, NeurIPS
+        2014.
     """
 
     def __init__(self, target: float = 1.0) -> None:
@@ -101,21 +122,30 @@ class BinaryCrossEntropy(Term):
             )
 
     def forward(self, student: Tensor) -> Tensor:
-        verdict = at_least_float32(student).reshape(student.shape[0])
-        return F.softplus(verdict) - self.target * verdict
+        logit = at_least_float32(student).reshape(student.shape[0])
+        return F.softplus(logit) - self.target * logit
 
 
 @TERMS.register("competition", space="row", version=1, paper="arXiv:1912.08795")
 class Competition(Term):
-    """Adaptive DeepInversion: images on which student and teacher disagree; 0 where they differ most, 1 where not.
+    """Adaptive DeepInversion: 1 minus the divergence of student and teacher, for images on which they disagree.
 
-    loss = 1 - min(J, 1), J = KL(m || p) / 2 + KL(m || q) / 2, with p, q the softmaxes of student and teacher at
-    T and m their mean, all three clamped to [0.01, 0.99]. This is the authors' code, whose divergence is that of the
-    mean from the parts, where Jensen-Shannon has the parts from the mean; it bounds the mean of J over the batch, here
-    each sample's. Write `teacher_grad: true`: images learn through both networks.
+    loss = 1 - min(J, 1), J = KL(m || p) / 2 + KL(m || q) / 2, m = (p + q) / 2
 
-    Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha and Kautz, Dreaming to Distill, CVPR 2020, arXiv:1912.08795.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), in [0, 1].
+    p and q are the softmaxes of student and teacher at T; p, q and m are clamped to [0.01, 0.99]. As in the authors'
+    code, J is the divergence of the mean from p and q, where Jensen-Shannon has that of p and q from the mean. The code
+    bounds the mean of J over the batch; here J of each sample is bounded. Set `teacher_grad: true`: the images learn
+    through both networks.
+
+    Args:
+        temperature: T > 0.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), in [0, 1].
+
+    References:
+        Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha and Kautz, Dreaming to Distill, CVPR 2020, arXiv:1912.08795.
     """
 
     def __init__(self, temperature: Number = 3.0) -> None:
@@ -130,5 +160,5 @@ class Competition(Term):
         p = F.softmax(at_least_float32(student) / self.temperature, dim=1)
         q = F.softmax(at_least_float32(teacher) / self.temperature, dim=1)
         p, q, m = (values.clamp(0.01, 0.99) for values in (p, q, (p + q) / 2))
-        apart = (m * (m.log() - (p.log() + q.log()) / 2)).sum(1)
-        return 1 - apart.clamp(0, 1)
+        divergence = (m * (m.log() - (p.log() + q.log()) / 2)).sum(1)
+        return 1 - divergence.clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Terms that a generated image should satisfy: what a teacher would say of it, and what images are like."""
+"""Terms on generated images, for data-free distillation: predictions of the teacher, BatchNorm statistics, priors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weigh
 
 @TERMS.register("one_hot", space="row", version=1, paper="arXiv:1904.01186")
 class OneHotLoss(Term):
-    """DAFL: a teacher that knows the image is sure of its class, whichever it is.
+    """DAFL: cross-entropy of a prediction with its own most probable class, so that the teacher is certain.
 
-    loss = -log q_k at the class k that the prediction itself ranks first. The student operand is the teacher's
-    logits on generated images: `student: teacher:logits`. Weight 1 in the paper and the authors' code.
+    loss = -log p_k at k = argmax p, p = softmax(student)
 
-    Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
-    Shapes: student logits (batch, classes) -> (batch,), nats.
+    The student operand is the teacher's logits on generated images. Weight 1 in the paper and in the authors' code.
+
+    Shape:
+        student: logits (batch, classes).
+        Returns (batch,), nats.
+
+    Example (recipe):
+        one_hot: {type: one_hot, student: teacher:logits}
+
+    References:
+        Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -33,14 +41,19 @@ class OneHotLoss(Term):
 
 @TERMS.register("information_entropy", space="batch", version=1, paper="arXiv:1904.01186")
 class InformationEntropyLoss(Term):
-    """DAFL: the batch holds all classes alike: negative entropy of the mean prediction.
+    """DAFL: negative entropy of the batch's mean prediction, so that all classes are equally frequent.
 
-    loss = sum_k m_k log m_k, m the mean over the batch of softmax(student). In nats; the authors' code takes log10,
-    so that its weight 5 is 2.171 here (5 for MNIST, the text's weights are the code's).
-    Rows that the mask leaves out count nowhere; a row of weight 2 counts twice in the mean.
+    loss = sum_k m_k log m_k, m = mean over the batch of softmax(student)
 
-    Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
-    Shapes: student logits (batch, classes) -> scalar, nats, between -log(classes) and 0.
+    In nats. The authors' code has log10, so that its weight 5 is 2.171 here (5 for MNIST; the text's weights are those
+    of the code).
+
+    Shape:
+        student: logits (batch, classes), at least 2 classes.
+        Returns a scalar between -log(classes) and 0, nats. A row of weight 2 counts twice; masked rows are left out.
+
+    References:
+        Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -48,19 +61,25 @@ class InformationEntropyLoss(Term):
 
     def forward(self, student: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         p = F.softmax(flatten_and_mask(student, mask), dim=1)
-        counts = row_weights(p, mask, weight)
-        mean = safe_divide((counts.unsqueeze(1) * p).sum(0), counts.sum())
+        weights = row_weights(p, mask, weight)
+        mean = safe_divide((weights.unsqueeze(1) * p).sum(0), weights.sum())
         return (mean * torch.where(mean > 0, mean, 1).log()).sum()
 
 
 @TERMS.register("activation", space="row", version=1, features=True, paper="arXiv:1904.01186")
 class ActivationLoss(Term):
-    """DAFL: images excite the teacher's features: the negative mean of their absolute values.
+    """DAFL: negative mean of the absolute values of the teacher's features, so that images excite them.
 
-    loss = -mean over elements of |feature|, the mean as in the authors' code (weight 0.1; the paper has the sum).
+    loss = -mean over elements of |feature|
 
-    Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
-    Shapes: student features (batch, ...) -> (batch,), units of the feature.
+    The mean follows the authors' code (weight 0.1); the paper has the sum.
+
+    Shape:
+        student: features (batch, ...).
+        Returns (batch,), units of the feature.
+
+    References:
+        Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
     """
 
     def forward(self, student: Tensor) -> Tensor:
@@ -69,16 +88,24 @@ class ActivationLoss(Term):
 
 @TERMS.register("bn_statistics", space="batch", version=1, features=True, paper="arXiv:1912.08795")
 class BatchNormStatistics(Term):
-    """DeepInversion: the batch has the mean and variance that a BatchNorm of the teacher remembers.
+    """DeepInversion: distance of the batch's mean and variance from the running statistics of a BatchNorm.
 
-    loss = |mean(x) - running mean| + |var(x) - running var|, Euclidean norms over the channels, mean and (biased)
-    variance over batch and places. Operands: the BatchNorm's input as student, its statistics as teacher:
-    `student: teacher:bn1/in`, `teacher: teacher:bn1/stats`, lists for several. The authors' code gives the first
-    BatchNorm of a ResNet ten times the weight: a term of its own.
-    Rows that the mask leaves out count nowhere; a row of weight 2 counts twice in both statistics.
+    loss = |mean(x) - running mean| + |var(x) - running var|
 
-    Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha and Kautz, Dreaming to Distill, CVPR 2020, arXiv:1912.08795.
-    Shapes: student (batch, channels, ...), teacher (2, channels): mean, variance -> scalar, units of the feature.
+    Euclidean norms over the channels; mean and (biased) variance over batch and positions. The authors' code gives the
+    first BatchNorm of a ResNet ten times the weight: use a second term for it.
+
+    Shape:
+        student: input of the BatchNorm (batch, channels, ...).
+        teacher: (2, channels), running mean and running variance of the same BatchNorm.
+        Returns a scalar, units of the feature. A row of weight 2 counts twice in both statistics; masked rows are left
+        out.
+
+    Example (recipe):
+        bn: {type: bn_statistics, student: teacher:bn1/in, teacher: teacher:bn1/stats}   # or a list for several
+
+    References:
+        Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha and Kautz, Dreaming to Distill, CVPR 2020, arXiv:1912.08795.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -94,24 +121,31 @@ class BatchNormStatistics(Term):
     ) -> Tensor:
         x = flatten_and_mask(student, mask).reshape(student.shape[0], student.shape[1], -1)
         rows = row_weights(x, mask, weight)
-        counts = rows.reshape(-1, 1, 1)
-        whole = rows.sum() * x.shape[2]
-        mean = safe_divide((counts * x).sum((0, 2)), whole)
-        variance = safe_divide((counts * (x - mean.unsqueeze(1)).square()).sum((0, 2)), whole)
-        apart = [(mean - teacher[0]).square().sum(), (variance - teacher[1]).square().sum()]
-        return sum(safe_sqrt(value) for value in apart) * (rows.sum() > 0)
+        weights = rows.reshape(-1, 1, 1)
+        total = rows.sum() * x.shape[2]
+        mean = safe_divide((weights * x).sum((0, 2)), total)
+        variance = safe_divide((weights * (x - mean.unsqueeze(1)).square()).sum((0, 2)), total)
+        squared_distances = [(mean - teacher[0]).square().sum(), (variance - teacher[1]).square().sum()]
+        return sum(safe_sqrt(value) for value in squared_distances) * (rows.sum() > 0)
 
 
 @TERMS.register("total_variation", space="row", version=1, paper="arXiv:1912.08795")
 class TotalVariation(Term):
-    """Image prior: neighbouring pixels are alike, along rows, columns and both diagonals.
+    """Image prior: total variation, the differences of neighbouring pixels along rows, columns and both diagonals.
 
-    norm 1: the mean absolute difference of neighbours, summed over the four directions, as in DeepInversion's code.
-    norm 2: the Euclidean norm of the differences, summed likewise; the code's runs over the whole batch, which for n
-    alike images is 1 / sqrt(n) of the sum over them.
+    norm 1: mean absolute difference, summed over the four directions, as in DeepInversion's code.
+    norm 2: Euclidean norm of the differences, summed over the four directions. The norm of the code is over the whole
+            batch, which for n equal images is 1 / sqrt(n) of the sum over them.
 
-    Yin et al., Dreaming to Distill, CVPR 2020, arXiv:1912.08795 (`get_image_prior_losses`).
-    Shapes: student images (batch, channels, height, width) -> (batch,), units of the image.
+    Args:
+        norm: 1 or 2.
+
+    Shape:
+        student: images (batch, channels, height, width), at least 2 pixels high and wide.
+        Returns (batch,), units of the image.
+
+    References:
+        Yin et al., Dreaming to Distill, CVPR 2020, arXiv:1912.08795 (`get_image_prior_losses`).
     """
 
     def __init__(self, norm: Literal[1, 2] = 1) -> None:
@@ -122,7 +156,7 @@ class TotalVariation(Term):
         shape = shapes["student"]
         if len(shape) != 4 or min(shape[2:]) < 2:
             raise ValueError(
-                f"reads images [channels, height, width] of 2 pixels a side at least, not {list(shape[1:])}"
+                f"reads images [channels, height, width] of at least 2 pixels a side, not {list(shape[1:])}"
             )
 
     def forward(self, student: Tensor) -> Tensor:
@@ -141,10 +175,16 @@ class TotalVariation(Term):
 
 @TERMS.register("image_norm", space="row", version=1, paper="arXiv:1912.08795")
 class ImageNorm(Term):
-    """Image prior: pixels stay near 0: the Euclidean norm of the image.
+    """Image prior: Euclidean norm of the image, so that pixels stay near 0.
 
-    Yin et al., Dreaming to Distill, CVPR 2020, arXiv:1912.08795, as in the authors' code.
-    Shapes: student images (batch, ...) -> (batch,), units of the image.
+    loss = |image|, as in the authors' code
+
+    Shape:
+        student: images (batch, ...).
+        Returns (batch,), units of the image.
+
+    References:
+        Yin et al., Dreaming to Distill, CVPR 2020, arXiv:1912.08795.
     """
 
     def forward(self, student: Tensor) -> Tensor:

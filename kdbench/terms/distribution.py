@@ -7,50 +7,60 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from kdbench.registry import TERMS
-from kdbench.terms.base import Term, check_equal_shapes, check_feature_maps, check_logits, check_parameters
+from kdbench.terms.base import (
+    Term,
+    check_equal_shapes,
+    check_feature_maps,
+    check_logits,
+    check_parameters,
+)
 from kdbench.terms.numerics import (
     at_least_float32,
     autocast_disabled,
     flatten_and_mask,
     row_weights,
     safe_divide,
-    safe_sqrt,
+    safe_normalise,
 )
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of the two sets of channels: (batch,). See `NeuronSelectivity`."""
+    """Computes the squared maximum mean discrepancy of the two sets of channels: (batch,). See `NeuronSelectivity`."""
     with autocast_disabled(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-        s, t = (_selectivity_patterns(values, size) for values in (student, teacher))
+        s, t = (_selectivity_patterns(features, size) for features in (student, teacher))
         return _mean_polynomial_kernel(t, t) + _mean_polynomial_kernel(s, s) - 2 * _mean_polynomial_kernel(s, t)
 
 
 def _selectivity_patterns(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each channel as a vector of length 1 over the places, (batch, channels, places), pooled to `size`."""
+    """Pools each channel to `size` and scales it to length 1 over the positions: (batch, channels, positions)."""
     if features.shape[2:] != size:
         features = F.adaptive_avg_pool2d(features, size)
-    flat = features.flatten(2)
-    return safe_divide(flat, safe_sqrt(flat.square().sum(2, keepdim=True)))
+    return safe_normalise(features.flatten(2))
 
 
 def _mean_polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over all pairs of channels of <a_i, b_j>^2: (batch,)."""
+    """Averages <a_i, b_j>^2 over all pairs of channels: (batch,)."""
     return (a @ b.transpose(1, 2)).square().mean((1, 2))
 
 
 @TERMS.register("nst", space="row", version=1, features=True, paper="arXiv:1707.01219")
 class NeuronSelectivity(Term):
-    """Neuron selectivity transfer: the student's channels are spread over the places as the teacher's channels are.
+    """Neuron selectivity transfer: maximum mean discrepancy between the channels of student and teacher.
 
-    loss = mean k(t, t') + mean k(s, s') - 2 mean k(s, t) over all pairs of channels, with k(a, b) = <a, b>^2 and each
-    channel scaled to length 1 over the places: the squared maximum mean discrepancy (MMD) with the polynomial kernel
-    (degree 2, no constant), the best one of the paper. As in RepDistiller, whose published figures use weight 50 over
-    the inner layers (one edge each), the larger map is average-pooled; the paper interpolates.
+    loss = mean k(t, t') + mean k(s, s') - 2 mean k(s, t), k(a, b) = <a, b>^2
 
-    Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017, arXiv:1707.01219.
-    Shapes: student, teacher (batch, channels, height, width), channels and sizes may differ -> (batch,), without unit.
+    The means are over all pairs of channels; each channel is scaled to length 1 over the positions. k is the polynomial
+    kernel of degree 2 without constant, the best one of the paper. As in RepDistiller, whose published figures have
+    weight 50 over the inner layers (one edge each), the larger map is average-pooled; the paper interpolates.
+
+    Shape:
+        student, teacher: (batch, channels, height, width); channels and sizes may differ.
+        Returns (batch,), without unit.
+
+    References:
+        Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017, arXiv:1707.01219.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -61,24 +71,29 @@ class NeuronSelectivity(Term):
 
 
 def mmd_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Squared distance of the mean features of two batches; a scalar. See `MeanDiscrepancy`."""
+    """Computes the squared distance of the mean features of two batches; a scalar. See `MaximumMeanDiscrepancy`."""
     student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
-    counts = row_weights(student, mask, weight)
-    difference = safe_divide((counts.unsqueeze(1) * (student - teacher)).sum(0), counts.sum())
+    weights = row_weights(student, mask, weight)
+    difference = safe_divide((weights.unsqueeze(1) * (student - teacher)).sum(0), weights.sum())
     return difference.square().sum()
 
 
 @TERMS.register("mmd", space="batch", version=1, features=True, paper="AAAI 2019")
 class MaximumMeanDiscrepancy(Term):
-    """Maximum mean discrepancy with the linear kernel: the mean feature of a batch is the same on both sides.
+    """Maximum mean discrepancy with the linear kernel: squared distance of the mean features of a batch.
 
-    loss = |mean_i s_i - mean_i t_i|^2, the sum over the elements, as the text has it. Single samples may differ: of one
-    network under two distortions of its input, only what the distortions do to all samples alike is taken away. There
-    both sides learn (`teacher_grad: true`).
-    Masked rows count nowhere; a row of weight c counts c times in both means (weights are relative).
+    loss = |mean_i s_i - mean_i t_i|^2
 
-    Xu and Liu, Data-Distortion Guided Self-Distillation for Deep Neural Networks, AAAI 2019.
-    Shapes: student, teacher (batch, ...) of equal shape -> scalar, squared units of the feature.
+    The square is summed over the elements, as in the paper. There student and teacher are one network under two
+    distortions of its input, and both train (`teacher_grad: true`). Single samples may differ; the term removes only
+    the effect that a distortion has on all samples alike.
+
+    Shape:
+        student, teacher: (batch, ...) of equal shape.
+        Returns a scalar, squared units of the feature. Masked rows are left out; row weights are relative.
+
+    References:
+        Xu and Liu, Data-Distortion Guided Self-Distillation for Deep Neural Networks, AAAI 2019.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -92,71 +107,93 @@ class MaximumMeanDiscrepancy(Term):
 
 @TERMS.register("cmi", space="row", version=1, state=True, injected=("num_classes",), paper="arXiv:2401.08732")
 class ConditionalMutualInformation(Term):
-    """MCMI: how far a prediction is from the mean prediction of its class; maximised, for a better teacher.
+    """MCMI: KL divergence of a prediction from the mean prediction of its class.
 
-    loss = KL(p(x) || Q_y), Q_y the mean prediction over class y: its mean over the data is the conditional mutual
-    information. The teacher is fine-tuned with cross_entropy and this term at a negative weight. Gradients go through
-    p only. As in the authors' code Q is a decayed mean, renormalised (decay 0.9999); there it begins as the mean over
-    the training set and follows 8 further samples per class and step, here it follows the batch: a class's
-    first batch sets it, so let a stage of weight near 0 precede, or a smaller decay.
-    Hidden labels (negative) give 0 and count nowhere.
+    loss = KL(p(x) || Q_y), p = softmax(student)
 
-    Ye, Hamidi, Tan and Yang, Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional
-    Mutual Information, ICLR 2024, arXiv:2401.08732.
-    Shapes: student logits (batch, classes), label (batch,) -> (batch,), nats.
+    Q_y is the mean prediction over class y; the mean of the loss over the data is the conditional mutual information.
+    The paper maximises it: the teacher is fine-tuned with `cross_entropy` and this term at a negative weight. Gradients
+    pass through p only.
+
+    As in the authors' code, Q is a decayed mean, renormalised. There it starts as the mean over the training set and
+    follows 8 further samples per class and step. Here the first batch with a class sets its mean and later batches
+    update it: start with a stage of weight near 0, or use a smaller decay.
+
+    Args:
+        decay: weight of the previous mean, in [0, 1].
+
+    Shape:
+        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0 and update no mean.
+        Returns (batch,), nats.
+
+    References:
+        Ye, Hamidi, Tan and Yang, Bayes Conditional Distribution Estimation for Knowledge Distillation Based on
+        Conditional Mutual Information, ICLR 2024, arXiv:2401.08732.
     """
 
     centroids: Tensor
-    seen: Tensor
+    initialised: Tensor
 
     def __init__(self, num_classes: int, decay: float = 0.9999) -> None:
         super().__init__()
         check_parameters("cmi", "in [0, 1]", decay=decay)
         self.decay = decay
         self.register_buffer("centroids", torch.full((num_classes, num_classes), 1 / num_classes))
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("initialised", torch.zeros(num_classes, dtype=torch.bool))
 
     def check_shapes(self, **shapes: Size) -> None:
         check_logits("student", shapes["student"])
         if shapes["student"][1] != len(self.centroids):
             raise ValueError(
-                f"knows the data's {len(self.centroids)} classes, but the student has {shapes['student'][1]}"
+                f"stores a mean prediction for each of the data's {len(self.centroids)} classes, but the student has "
+                f"{shapes['student'][1]}"
             )
 
     def forward(self, student: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
-        known = label >= 0 if mask is None else mask & (label >= 0)
+        labelled = label >= 0 if mask is None else mask & (label >= 0)
         log_p = F.log_softmax(at_least_float32(student), dim=1)
-        own = label.clamp(min=0)
-        self._update_centroids(log_p.detach().exp(), own, known)
-        log_q = self.centroids[own].to(log_p.dtype).clamp(min=torch.finfo(log_p.dtype).tiny).log()
+        row_class = label.clamp(min=0)
+        # The batch enters the means before they are read.
+        self._update_centroids(log_p.detach().exp(), row_class, labelled)
+        log_q = self.centroids[row_class].to(log_p.dtype).clamp(min=torch.finfo(log_p.dtype).tiny).log()
         return torch.where(label < 0, 0, (log_p.exp() * (log_p - log_q)).sum(1))
 
-    def _update_centroids(self, p: Tensor, own: Tensor, known: Tensor) -> None:
-        p = torch.where(known.unsqueeze(1), p, 0)  # a padded row may hold anything, and 0 * NaN is NaN
-        belongs = torch.zeros_like(p).scatter(1, own.unsqueeze(1), 1) * known.unsqueeze(1)
+    def _update_centroids(self, p: Tensor, row_class: Tensor, labelled: Tensor) -> None:
+        p = torch.where(labelled.unsqueeze(1), p, 0)  # a padded row may contain NaN, and 0 * NaN is NaN
+        membership = torch.zeros_like(p).scatter(1, row_class.unsqueeze(1), 1) * labelled.unsqueeze(1)
         with autocast_disabled(p):
-            sums, counts = belongs.t() @ p, belongs.sum(0)
-        mean, here = safe_divide(sums, counts.unsqueeze(1)).to(self.centroids.dtype), (counts > 0).unsqueeze(1)
-        moved = torch.where(self.seen.unsqueeze(1), self.decay * self.centroids + (1 - self.decay) * mean, mean)
-        moved = torch.where(here, moved, self.centroids)
-        self.centroids.copy_(moved / moved.sum(1, keepdim=True))
-        self.seen.logical_or_(here.squeeze(1))
+            sums, counts = membership.t() @ p, membership.sum(0)
+        batch_mean = safe_divide(sums, counts.unsqueeze(1)).to(self.centroids.dtype)
+        in_batch = (counts > 0).unsqueeze(1)
+        decayed = self.decay * self.centroids + (1 - self.decay) * batch_mean
+        updated = torch.where(self.initialised.unsqueeze(1), decayed, batch_mean)
+        updated = torch.where(in_batch, updated, self.centroids)
+        self.centroids.copy_(updated / updated.sum(1, keepdim=True))
+        self.initialised.logical_or_(in_batch.squeeze(1))
 
 
 @TERMS.register(
     "scar", space="row", version=1, features=True, operands=("means", "precision"), paper="arXiv:2404.12922"
 )
 class NearestWrongClass(Term):
-    """SCAR: features of what is to be forgotten move to the nearest class that they do not belong to.
+    """SCAR: squared Mahalanobis distance from a feature to the nearest wrong class, for unlearning.
 
-    loss = min over classes c other than the label of d_c^T P_c d_c, d_c = x / |x| - m_c / |m_c|, x the feature to the
-    power `power` (Tukey's transformation), m_c the mean of such features over class c and P_c the inverse of their
-    shrunk, normalised covariance. No root, as in the authors' code. There the class is chosen once, in the first epoch;
-    here in every step. Features are at least 0 (behind a ReLU); what is below counts as 0.
+    loss = min over classes c != label of d_c^T P_c d_c, d_c = x / |x| - m_c / |m_c|
 
-    Bonato, Cotogni and Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
-    Shapes: student features (batch, elements), label (batch,), means (classes, elements), precision (classes, elements,
-    elements) -> (batch,), without unit. Needs batch * classes * elements numbers.
+    x is the feature to the power `power` (Tukey's transformation), m_c the mean of such features over class c, and P_c
+    the inverse of their shrunk, normalised covariance. No square root, as in the authors' code. There the nearest class
+    is chosen once, in the first epoch; here in every step.
+
+    Args:
+        power: exponent of the features, above 0.
+
+    Shape:
+        student: features (batch, elements), at least 0 (after a ReLU); negative values count as 0.
+        label: (batch,), int64. means: (classes, elements). precision: (classes, elements, elements).
+        Returns (batch,), without unit. Memory: batch * classes * elements numbers.
+
+    References:
+        Bonato, Cotogni and Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
     """
 
     def __init__(self, power: float = 0.5) -> None:
@@ -167,25 +204,23 @@ class NearestWrongClass(Term):
     def check_shapes(self, **shapes: Size) -> None:
         student = shapes["student"]
         if len(student) != 2:
-            raise ValueError(f"reads a feature vector per sample, but the student's operand is {list(student[1:])}")
-        for name, wanted in (("means", 1), ("precision", 2)):
-            if name in shapes and tuple(shapes[name][1:]) != (student[1],) * wanted:
+            raise ValueError(f"reads one feature vector per sample, but the student's operand is {list(student[1:])}")
+        for name, dimensions in (("means", 1), ("precision", 2)):
+            if name in shapes and tuple(shapes[name][1:]) != (student[1],) * dimensions:
                 raise ValueError(
-                    f"needs {name} per class of size {[student[1]] * wanted}, as the features, got {list(shapes[name])}"
+                    f"needs {name} per class of size {[student[1]] * dimensions}, equal to the features, got "
+                    f"{list(shapes[name])}"
                 )
 
     def forward(self, student: Tensor, label: Tensor, means: Tensor, precision: Tensor) -> Tensor:
         with autocast_disabled(student):
             x = at_least_float32(student)
-            above = x > 0
-            x = torch.where(above, torch.where(above, x, 1) ** self.power, 0)  # a root's gradient at 0 is infinite
+            positive = x > 0
+            # The inner `where` keeps 0 out of the power: the gradient of a root at 0 is infinite.
+            x = torch.where(positive, torch.where(positive, x, 1) ** self.power, 0)
             means, precision = means.to(x.dtype), precision.to(x.dtype)
-            apart = _unit(x).unsqueeze(1) - _unit(means)
-            distances = torch.einsum("bcd,cde,bce->bc", apart, precision, apart)
-            own = torch.zeros_like(distances, dtype=torch.bool).scatter(1, label.clamp(min=0).unsqueeze(1), True)
-            own = own & (label >= 0).unsqueeze(1)
-            return distances.masked_fill(own, torch.inf).min(1).values
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return safe_divide(rows, safe_sqrt(rows.square().sum(-1, keepdim=True)))
+            difference = safe_normalise(x).unsqueeze(1) - safe_normalise(means)
+            distances = torch.einsum("bcd,cde,bce->bc", difference, precision, difference)
+            is_label = torch.zeros_like(distances, dtype=torch.bool).scatter(1, label.clamp(min=0).unsqueeze(1), True)
+            is_label = is_label & (label >= 0).unsqueeze(1)
+            return distances.masked_fill(is_label, torch.inf).min(1).values

@@ -1,6 +1,6 @@
-"""Terms that compare two predictions as distributions, or judge one: divergences, consistency, entropy.
+"""Terms on distributions over classes: divergences, consistency, entropy and optimal transport.
 
-All take logits (batch, classes) unless said otherwise, compute in float32 at least, and return one value per sample.
+All read logits (batch, classes) unless they say otherwise, and compute in float32 at least.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DivergenceKind = Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"]
 
 
 def divergence_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind, temperature: Number) -> Tensor:
-    """T^2 times a divergence of the softened distributions of logits (batch, classes): (batch,). See `Divergence`."""
+    """Computes T^2 times a divergence of softened logits (batch, classes): (batch,). See `Divergence`."""
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     if kind == "forward_kl":
@@ -38,35 +38,47 @@ def divergence_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind, temp
 
 
 def _kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Computes KL(a || b) of two log-distributions (batch, classes): (batch,)."""
     return (log_a.exp() * (log_a - log_b)).sum(1)
 
 
 def standardise_logits(logits: Tensor) -> Tensor:
-    """Logits less their mean, over their standard deviation plus 1e-7 (n - 1 in its denominator), per sample."""
+    """Subtracts each row's mean and divides by its standard deviation (n - 1 in the denominator) plus 1e-7."""
     logits = at_least_float32(logits)
     centred = logits - logits.mean(1, keepdim=True)
     return centred / (safe_sqrt(centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)) + 1e-7)
 
 
 def shannon_entropy(probabilities: Tensor) -> Tensor:
-    """-sum_k p_k log p_k of the last dimension, in nats; 0 log 0 counts as 0, with a finite gradient."""
+    """Computes -sum_k p_k log p_k over the last dimension, in nats; 0 log 0 is 0 and has a finite gradient."""
     return -(probabilities * torch.where(probabilities > 0, probabilities, 1).log()).sum(-1)
 
 
 @TERMS.register("divergence", space="row", version=1, paper="arXiv:2103.05959")
 class Divergence(Term):
-    """A chosen divergence between the two softened distributions, times T^2: Jensen-Shannon, reverse KL and others.
+    """Divergence of a chosen kind between the two softened distributions, times T^2.
 
-    With p, q = softmax(student / T), softmax(teacher / T) and m = (p + q) / 2, loss = T^2 times
-        forward_kl: KL(q || p), which is `kd`.          reverse_kl: KL(p || q), as BD-KD's teacher and student use.
-        js: KL(p || m) / 2 + KL(q || m) / 2, as SSLD.   soft_cross_entropy: -sum_k q_k log p_k, as MEAL V2.
+    loss = T^2 * D, with p = softmax(student / T), q = softmax(teacher / T), m = (p + q) / 2 and D by `kind`:
 
-    The papers named take T = 1, where T^2 is no factor. js is symmetric and at most T^2 log 2. soft_cross_entropy
-    has the gradient of forward_kl for the student, and is not 0 where the two agree but the teacher's entropy.
+        forward_kl           KL(q || p), equal to `kd`
+        reverse_kl           KL(p || q), as in BD-KD
+        js                   KL(p || m) / 2 + KL(q || m) / 2, Jensen-Shannon as in SSLD; at most T^2 log 2
+        soft_cross_entropy   -sum_k q_k log p_k, as in MEAL V2; the student's gradient is that of forward_kl, but at
+                             equality the loss is the teacher's entropy, not 0
 
-    Jensen-Shannon: Cui et al., SSLD, 2021, arXiv:2103.05959. Reverse KL: Amara et al., BD-KD, 2022, arXiv:2212.12965.
-    Soft cross-entropy: Shen and Savvides, MEAL V2, 2020, arXiv:2009.08453 (loss.py of its code).
-    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    The papers have T = 1.
+
+    Args:
+        kind: one of the four above.
+        temperature: T > 0.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), nats times T^2.
+
+    References:
+        Jensen-Shannon: Cui et al., SSLD, 2021, arXiv:2103.05959. Reverse KL: Amara et al., BD-KD, 2022,
+        arXiv:2212.12965. Soft cross-entropy: Shen and Savvides, MEAL V2, 2020, arXiv:2009.08453 (loss.py of its code).
     """
 
     def __init__(
@@ -90,11 +102,17 @@ class Divergence(Term):
 class ProbabilityMSE(Term):
     """Consistency: squared difference of the two softmaxes, averaged over the classes.
 
-    loss = 1/classes * sum_k (p_k - q_k)^2, the mean over the classes as in the authors' code (`softmax_mse_loss`).
-    The teacher there is the student's moving average on another view of the sample, the weight ramps up.
+    loss = 1/classes * sum_k (p_k - q_k)^2, p = softmax(student), q = softmax(teacher)
 
-    Tarvainen and Valpola, Mean Teachers Are Better Role Models, NeurIPS 2017, arXiv:1703.01780.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), squared probability.
+    The mean over the classes follows the authors' code (`softmax_mse_loss`). There the teacher is the student's moving
+    average on a second view of the sample, and the weight ramps up.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), squared probability.
+
+    References:
+        Tarvainen and Valpola, Mean Teachers Are Better Role Models, NeurIPS 2017, arXiv:1703.01780.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -107,15 +125,21 @@ class ProbabilityMSE(Term):
 
 @TERMS.register("label_mse", space="row", version=1, paper="arXiv:2102.13088")
 class LabelMSE(Term):
-    """Squared difference of the softmax and the label, averaged over the classes: the Brier score as a loss.
+    """Brier score: squared difference of the softmax and the one-hot label, averaged over the classes.
 
-    loss = 1/classes * sum_k (p_k - [k = label])^2. Beside `probability_mse` it makes the self-distillation of Borup and
-    Andersen, whose target is a weighted mean of the label and the last generation's softmax: weights a and 1 - a give
-    the same gradients. Mean over the classes as in their code. Hidden labels (negative) give 0.
+    loss = 1/classes * sum_k (p_k - [k = label])^2, p = softmax(student)
 
-    Borup and Andersen, Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by
-    Self-Distillation, NeurIPS 2021, arXiv:2102.13088.
-    Shapes: student logits (batch, classes), label (batch,) -> (batch,), squared probability.
+    With `probability_mse` it forms the self-distillation of Borup and Andersen: their target is a weighted mean of the
+    label and the previous generation's softmax, and the term weights a and 1 - a give the same gradients. The mean over
+    the classes follows their code.
+
+    Shape:
+        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        Returns (batch,), squared probability.
+
+    References:
+        Borup and Andersen, Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by
+        Self-Distillation, NeurIPS 2021, arXiv:2102.13088.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -123,21 +147,29 @@ class LabelMSE(Term):
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
         p = F.softmax(at_least_float32(student), dim=1)
-        hard = torch.zeros_like(p).scatter(1, label.clamp(min=0).unsqueeze(1), 1)
-        return torch.where(label < 0, 0, (p - hard).square().mean(1))
+        one_hot = torch.zeros_like(p).scatter(1, label.clamp(min=0).unsqueeze(1), 1)
+        return torch.where(label < 0, 0, (p - one_hot).square().mean(1))
 
 
 @TERMS.register("standardised_kd", space="row", version=1, paper="arXiv:2403.01427")
 class StandardisedKD(Term):
-    """KD of standardised logits: each sample's own spread of logits takes the place of a shared temperature.
+    """KD of standardised logits: the standard deviation of each sample's logits acts as its temperature.
 
-    loss = T^2 * KL(softmax(Z(teacher) / T) || softmax(Z(student) / T)), Z(z) = (z - mean) / (1e-7 + std), the
-    standard deviation over a sample's classes with classes - 1 below, as in the authors' code (T 2, weight 9 there).
-    With T = 1 it is the KD of MIX-KD (Choi et al., ICCV 2023, row m009), which divides by the standard deviation
-    alone: a softmax does not see the mean. For its cross-entropy take the adapter `standardise`.
+    loss = T^2 * KL(softmax(Z(teacher) / T) || softmax(Z(student) / T)), Z(z) = (z - mean) / (std + 1e-7)
 
-    Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv:2403.01427.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    std has classes - 1 in its denominator, as in the authors' code (T 2 and weight 9 there). With T = 1 it is the KD of
+    MIX-KD (Choi et al., ICCV 2023, method m009), which divides by the standard deviation only: softmax is invariant to
+    the mean. MIX-KD's cross-entropy on such logits uses the adapter `standardise`.
+
+    Args:
+        temperature: T > 0.
+
+    Shape:
+        student, teacher: logits (batch, classes), at least 2 classes.
+        Returns (batch,), nats times T^2.
+
+    References:
+        Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv:2403.01427.
     """
 
     def __init__(self, temperature: Number = 2.0) -> None:
@@ -154,13 +186,20 @@ class StandardisedKD(Term):
 
 @TERMS.register("entropy", space="row", version=1, paper="arXiv:1701.06548")
 class PredictionEntropy(Term):
-    """Entropy of a prediction; with a negative weight the confidence penalty, with a positive one it sharpens.
+    """Entropy of a prediction. A negative weight penalises confidence, a positive weight sharpens.
 
-    loss = -sum_k p_k log p_k. `of: probabilities` reads the operand as probabilities, such as a router's gate.
+    loss = -sum_k p_k log p_k, p = softmax(student)
 
-    Pereyra, Tucker, Chorowski, Kaiser and Hinton, Regularizing Neural Networks by Penalizing Confident Output
-    Distributions, 2017, arXiv:1701.06548 (weight -0.1 there).
-    Shapes: student logits or probabilities (batch, classes) -> (batch,), nats.
+    Args:
+        of: `logits`, or `probabilities` if the operand already is a distribution, such as a router's gate.
+
+    Shape:
+        student: logits or probabilities (batch, classes), at least 2 classes.
+        Returns (batch,), nats.
+
+    References:
+        Pereyra, Tucker, Chorowski, Kaiser and Hinton, Regularizing Neural Networks by Penalizing Confident Output
+        Distributions, 2017, arXiv:1701.06548 (weight -0.1 there).
     """
 
     def __init__(self, of: Literal["logits", "probabilities"] = "logits") -> None:
@@ -189,40 +228,52 @@ def sinkhorn_loss(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The cost of an entropy-regularised transport between two batches of softmaxes; a scalar. See `Sinkhorn`."""
-    counts = row_weights(flatten_and_mask(student, mask), mask, weight)
+    """Computes the cost of entropy-regularised transport between two batches of softmaxes; a scalar. See `Sinkhorn`."""
+    weights = row_weights(flatten_and_mask(student, mask), mask, weight)
     p = F.softmax(flatten_and_mask(student, mask) / temperature, dim=1)
     q = F.softmax(flatten_and_mask(teacher, mask) / temperature, dim=1)
     cost = (p.unsqueeze(1) - q.unsqueeze(0)).abs().sum(2)
     plan = (-cost / epsilon).exp()
     for _ in range(iterations):
-        plan = safe_divide(plan, (plan * counts).sum(1, keepdim=True))
-        plan = safe_divide(plan, (plan * counts.unsqueeze(1)).sum(0, keepdim=True))
-    pairs = counts.unsqueeze(0) * counts.unsqueeze(1)
-    return safe_divide((pairs * plan * cost).sum(), counts.sum())
+        plan = safe_divide(plan, (plan * weights).sum(1, keepdim=True))
+        plan = safe_divide(plan, (plan * weights.unsqueeze(1)).sum(0, keepdim=True))
+    pair_weights = weights.unsqueeze(0) * weights.unsqueeze(1)
+    return safe_divide((pair_weights * plan * cost).sum(), weights.sum())
 
 
 @TERMS.register("sinkhorn", space="batch", version=1, paper="arXiv:2402.17110")
 class Sinkhorn(Term):
-    """SinKD: what it costs to move the student's predictions of a batch onto the teacher's, sample to sample.
+    """SinKD: cost of transporting the student's predictions of a batch to the teacher's predictions.
 
-    loss = 1/n * sum_ij P_ij C_ij, C_ij = |p_i - q_j|_1 between the softened predictions of samples i and j, P the
-    matrix exp(-C / epsilon) whose rows and then columns are scaled to sum 1, `iterations` times over. Gradients go
-    through the scaling. A small epsilon makes P a matching of the samples, a large one spreads it evenly.
+    loss = 1/n * sum_ij P_ij C_ij, C_ij = |p_i - q_j|_1
 
-    As in the authors' code (2018cx/SinKD, loss.py), with T 2, epsilon 0.1 and 20 iterations; there it is a sum over the
-    batch times 0.002, beside CE and KL: a weight of 0.002 n here. Of equal predictions it is not 0, since P leaves
-    some mass between different samples. Rows of weight c count c times in every sum.
+    p_i and q_j are the softened predictions of student and teacher for samples i and j. P is the transport plan:
+    exp(-C / epsilon), with rows and then columns scaled to sum 1, `iterations` times; gradients pass through the
+    scaling. At equal predictions the loss is not 0, because P leaves some mass between different samples.
 
-    Cui et al., Sinkhorn Distance Minimization for Knowledge Distillation, COLING 2024, arXiv:2402.17110.
-    Shapes: student, teacher logits (batch, classes) -> scalar in [0, 2]. Needs batch * batch * classes numbers.
+    As in the authors' code (2018cx/SinKD, loss.py), which sums over the batch and multiplies by 0.002, beside CE and
+    KL: a weight of 0.002 n here.
+
+    Args:
+        temperature: T > 0 of both softmaxes.
+        epsilon: at least 0.025. A small epsilon makes P a matching of the samples, a large one spreads it evenly.
+        iterations: at least 1.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns a scalar in [0, 2], without unit. A row of weight c counts c times in every sum.
+        Memory: batch * batch * classes numbers.
+
+    References:
+        Cui et al., Sinkhorn Distance Minimization for Knowledge Distillation, COLING 2024, arXiv:2402.17110.
     """
 
     def __init__(self, temperature: Number = 2.0, epsilon: float = 0.1, iterations: int = 20) -> None:
         super().__init__()
         check_parameters("sinkhorn", "above 0", temperature=temperature)
         check_parameters("sinkhorn", "at least 1", iterations=iterations)
-        if not epsilon >= 0.025:  # costs are at most 2, and exp(-2 / 0.025) is the last that float32 can tell from 0
+        # Costs are at most 2; below this epsilon exp(-2 / epsilon) underflows in float32.
+        if not epsilon >= 0.025:
             raise ConfigError(f"sinkhorn: epsilon must be at least 0.025, got {epsilon}")
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
 
@@ -233,3 +284,32 @@ class Sinkhorn(Term):
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         return sinkhorn_loss(student, teacher, self.temperature, self.epsilon, self.iterations, mask, weight)
+
+
+@TERMS.register("temporary_probe", space="row", version=1, paper="arXiv:1503.02531")
+class TemporaryProbe(Term):
+    """Squared difference of the largest logits.
+
+    loss = (max student - max teacher)^2
+
+    Args:
+        scale: above 0.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), squared logits.
+
+    References:
+        arXiv:1503.02531.
+    """
+
+    def __init__(self, scale: Number = 1.0) -> None:
+        super().__init__()
+        check_parameters("temporary_probe", "above 0", scale=scale)
+        self.scale = scale
+
+    def check_shapes(self, **shapes: Size) -> None:
+        check_equal_classes(shapes["student"], shapes["teacher"])
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.scale * (at_least_float32(student).amax(1) - at_least_float32(teacher).amax(1)).square()

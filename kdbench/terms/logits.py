@@ -1,6 +1,6 @@
-"""Terms that compare what networks finally say: logits against labels, logits against logits.
+"""Terms on the final logits: logits against labels, and logits against logits.
 
-All take logits (batch, classes), compute in float32 at least, and return nats (divergences) or squared logits.
+All read logits (batch, classes), compute in float32 at least, and return nats (divergences) or squared logits.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weigh
 
 
 def cross_entropy_loss(student: Tensor, label: Tensor, label_smoothing: Number = 0.0) -> Tensor:
-    """-log p(label), one value per sample.
+    """Computes -log p(label), one value per row.
 
     Args:
         student: logits (batch, classes).
-        label: classes (batch,), int64. A negative label is a hidden one.
-        label_smoothing: share e of the target that is spread evenly over all classes, the own one included.
+        label: classes (batch,), int64. A negative label is hidden.
+        label_smoothing: fraction e of the target that is spread evenly over all classes, including the label.
 
     Returns:
         (batch,), nats; 0 with zero gradient where the label is hidden.
     """
     log_p = F.log_softmax(at_least_float32(student), dim=1)
-    own = log_p.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
+    log_likelihood = log_p.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
     if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
-        own = (1 - label_smoothing) * own + label_smoothing * log_p.mean(1)
-    return torch.where(label < 0, 0, -own)
+        log_likelihood = (1 - label_smoothing) * log_likelihood + label_smoothing * log_p.mean(1)
+    return torch.where(label < 0, 0, -log_likelihood)
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
-    """T^2 * KL(teacher || student) of the softened distributions, one value per sample.
+    """Computes T^2 * KL(teacher || student) of the softened distributions, one value per row.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        temperature: T > 0; a higher T gives the wrong classes more say.
+        temperature: T > 0; a higher T raises the probabilities of the wrong classes.
 
     Returns:
-        (batch,), nats times T^2. The square keeps the gradient on the scale of the hard-label loss when T changes
+        (batch,), nats times T^2. T^2 keeps the gradient on the scale of the hard-label loss when T changes
         (section 2 of the paper).
     """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
@@ -53,43 +53,49 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
 
 
 def dkd_components(student: Tensor, teacher: Tensor, label: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
-    """The two parts of KL(teacher || student), with KL = TCKD + (1 - q_label) * NCKD. No T^2 here.
+    """Computes TCKD and NCKD, with KL(teacher || student) = TCKD + (1 - q_label) * NCKD. No T^2 here.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        label: classes (batch,), int64. Where it is negative (hidden), both parts are 0.
+        label: classes (batch,), int64. Both components are 0 where it is negative (hidden).
         temperature: T > 0.
 
     Returns:
-        (batch,) each, in nats. TCKD: KL between (q_label, 1 - q_label) and (p_label, 1 - p_label).
-        NCKD: KL between the distributions over the other classes, each renormalised to 1.
+        (batch,) each, in nats. TCKD (target class): KL between (q_label, 1 - q_label) and (p_label, 1 - p_label).
+        NCKD (non-target classes): KL between the distributions over the classes except the label, each renormalised.
     """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     hidden, index = label < 0, label.clamp(min=0).unsqueeze(1)
-    own = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, index, True)
-    # 1 - p_label as a sum over the other classes: the difference would lose all digits of a confident network.
-    log_p_own, log_p_rest = log_p.gather(1, index), log_p.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
-    log_q_own, log_q_rest = log_q.gather(1, index), log_q.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
-    target = log_q_own.exp() * (log_q_own - log_p_own) + log_q_rest.exp() * (log_q_rest - log_p_rest)
+    is_target = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, index, True)
+    # 1 - p_label is computed as a sum over the non-target classes: the difference would lose all digits when p_label is
+    # close to 1.
+    log_p_target, log_q_target = log_p.gather(1, index), log_q.gather(1, index)
+    log_p_rest = log_p.masked_fill(is_target, -torch.inf).logsumexp(1, keepdim=True)
+    log_q_rest = log_q.masked_fill(is_target, -torch.inf).logsumexp(1, keepdim=True)
+    tckd = log_q_target.exp() * (log_q_target - log_p_target) + log_q_rest.exp() * (log_q_rest - log_p_rest)
     log_ratio = (log_q - log_q_rest) - (log_p - log_p_rest)
-    other = ((log_q - log_q_rest).masked_fill(own, -torch.inf).exp() * log_ratio.masked_fill(own, 0)).sum(1)
-    return torch.where(hidden, 0, target.squeeze(1)), torch.where(hidden, 0, other)
+    q_non_target = (log_q - log_q_rest).masked_fill(is_target, -torch.inf).exp()
+    nckd = (q_non_target * log_ratio.masked_fill(is_target, 0)).sum(1)
+    return torch.where(hidden, 0, tckd.squeeze(1)), torch.where(hidden, 0, nckd)
 
 
 def dkd_loss(
     student: Tensor, teacher: Tensor, label: Tensor, alpha: Number, beta: Number, temperature: Number
 ) -> Tensor:
-    """T^2 * (alpha * TCKD + beta * NCKD), one value (batch,) per sample; see `dkd_components` for the arguments."""
-    target, other = dkd_components(student, teacher, label, temperature)
-    return temperature**2 * (alpha * target + beta * other)
+    """Computes T^2 * (alpha * TCKD + beta * NCKD), one value per row; see `dkd_components` for the arguments."""
+    tckd, nckd = dkd_components(student, teacher, label, temperature)
+    return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 def logit_mse_loss(student: Tensor, teacher: Tensor, centre: bool = False) -> Tensor:
-    """Squared difference of logits (batch, classes), averaged over the classes: (batch,).
+    """Computes the squared difference of logits (batch, classes), averaged over the classes: (batch,).
 
-    centre: removes each network's own mean over the classes first; no softmax can see that mean.
+    Args:
+        student: logits (batch, classes).
+        teacher: logits (batch, classes).
+        centre: subtracts each network's mean over the classes first; softmax is invariant to that mean.
     """
     difference = at_least_float32(student) - at_least_float32(teacher)
     if centre:
@@ -107,46 +113,58 @@ def dist_loss(
     gamma: Number = 1.0,
     temperature: Number = 1.0,
 ) -> Tensor:
-    """T^2 * (beta * inter + gamma * intra), a scalar that couples the rows.
+    """Computes T^2 * (beta * inter + gamma * intra), a scalar that couples the rows.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        mask: bool (batch,), False for rows that do not count.
+        mask: bool (batch,), False for padded rows.
         weight: (batch,), >= 0, relative: a row of weight 2 counts as two rows of weight 1 in both means.
-        beta: weight of inter: 1 - Pearson correlation of a sample's two distributions, averaged over the samples.
+        beta: weight of inter: 1 - Pearson correlation of a row's two distributions, averaged over the rows.
         gamma: weight of intra: 1 - Pearson correlation of a class's two columns, averaged over the classes.
         temperature: T > 0 of both softmaxes.
 
     Returns:
-        A scalar without unit, in [0, 2 * (beta + gamma) * T^2]; 0 when no row counts.
+        A scalar without unit, in [0, 2 * (beta + gamma) * T^2]; 0 if no row is valid.
     """
     p = F.softmax(flatten_and_mask(student, mask) / temperature, dim=1)
     q = F.softmax(flatten_and_mask(teacher, mask) / temperature, dim=1)
-    counts = row_weights(p, mask, weight)
-    inter = safe_divide((counts * (1 - _pearson_correlation(p, q, torch.ones_like(p[:1])))).sum(), counts.sum())
-    intra = (1 - _pearson_correlation(p.t(), q.t(), counts.unsqueeze(0))).mean() * (counts.sum() > 0)
+    weights = row_weights(p, mask, weight)
+    row_correlation = _pearson_correlation(p, q, torch.ones_like(p[:1]))
+    inter = safe_divide((weights * (1 - row_correlation)).sum(), weights.sum())
+    class_correlation = _pearson_correlation(p.t(), q.t(), weights.unsqueeze(0))
+    intra = (1 - class_correlation).mean() * (weights.sum() > 0)
     return temperature**2 * (beta * inter + gamma * intra)
 
 
-def _pearson_correlation(x: Tensor, y: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
-    """Correlation of each row of x with the same row of y (n, m); entry j counts `counts[0, j]` times."""
-    x = x - safe_divide((counts * x).sum(1, keepdim=True), counts.sum())
-    y = y - safe_divide((counts * y).sum(1, keepdim=True), counts.sum())
-    lengths = safe_sqrt((counts * x * x).sum(1)) * safe_sqrt((counts * y * y).sum(1))
-    return (counts * x * y).sum(1) / (lengths + eps)
+def _pearson_correlation(x: Tensor, y: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
+    """Correlates each row of x with the same row of y, both (n, m), with the weights (1, m) of the columns: (n,)."""
+    x = x - safe_divide((weights * x).sum(1, keepdim=True), weights.sum())
+    y = y - safe_divide((weights * y).sum(1, keepdim=True), weights.sum())
+    norms = safe_sqrt((weights * x * x).sum(1)) * safe_sqrt((weights * y * y).sum(1))
+    return (weights * x * y).sum(1) / (norms + eps)
 
 
 @TERMS.register("cross_entropy", space="row", version=1, paper="arXiv:1512.00567")
 class CrossEntropy(Term):
     """Cross-entropy with the labels, with label smoothing, mixup and cutmix.
 
-    loss = -sum_k t_k * log p_k, with t = (1 - e) * onehot(label) + e / classes.
-    After mixup or cutmix the batch carries `label_other` and `mix`: mix * CE(label) + (1 - mix) * CE(label_other).
-    Hidden labels (negative, -100) give 0; the runner leaves their rows out of the mean.
+    loss = -sum_k t_k * log p_k, t = (1 - e) * onehot(label) + e / classes
 
-    Label smoothing: Szegedy et al. 2016, arXiv:1512.00567. Mixup: Zhang et al. 2018, arXiv:1710.09412.
-    Shapes: student logits (batch, classes), label (batch,) -> (batch,), nats.
+    After mixup or cutmix the batch has the fields `label_other` and `mix`:
+
+    loss = mix * CE(label) + (1 - mix) * CE(label_other)
+
+    Args:
+        label_smoothing: e in [0, 1].
+
+    Shape:
+        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative, -100) give 0 and are left
+            out of the mean. label_other, mix: (batch,).
+        Returns (batch,), nats.
+
+    References:
+        Label smoothing: Szegedy et al. 2016, arXiv:1512.00567. Mixup: Zhang et al. 2018, arXiv:1710.09412.
     """
 
     def __init__(self, label_smoothing: Number = 0.0) -> None:
@@ -163,19 +181,28 @@ class CrossEntropy(Term):
         loss = cross_entropy_loss(student, label, self.label_smoothing)
         if label_other is None or mix is None:
             return loss
-        other = cross_entropy_loss(student, label_other, self.label_smoothing)
+        loss_other = cross_entropy_loss(student, label_other, self.label_smoothing)
         mix = mix.to(loss.dtype)
-        return mix * loss + (1 - mix) * other
+        return mix * loss + (1 - mix) * loss_other
 
 
 @TERMS.register("kd", space="row", version=1, paper="arXiv:1503.02531")
 class SoftTargets(Term):
     """Soft targets: KL divergence from the teacher's softened distribution, times T^2.
 
-    loss = T^2 * KL(softmax(teacher / T) || softmax(student / T)); T^2 always, also for T = 1.
+    loss = T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
-    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), nats times T^2.
+    T^2 keeps the gradient on the scale of the hard-label loss when T changes (section 2 of the paper).
+
+    Args:
+        temperature: T > 0; a higher T raises the probabilities of the wrong classes.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), nats times T^2.
+
+    References:
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531.
     """
 
     def __init__(self, temperature: Number = 4.0) -> None:
@@ -192,14 +219,25 @@ class SoftTargets(Term):
 
 @TERMS.register("dkd", space="row", version=1, paper="arXiv:2203.08679")
 class DecoupledKD(Term):
-    """Decoupled KD: the target class and the others are weighed apart, where kd ties them to the teacher's confidence.
+    """Decoupled KD: separate weights for the target-class and the non-target-class part of the KL divergence.
 
-    loss = T^2 * (alpha * TCKD + beta * NCKD); kd is TCKD + (1 - q_label) * NCKD, q the teacher's distribution.
-    alpha, beta and T as in the authors' code (mdistiller), which warms the term up over 20 epochs: give the
-    term's weight a schedule. beta there is 2, 6 or 8, by the pair. Hidden labels (negative) give 0.
+    loss = T^2 * (alpha * TCKD + beta * NCKD)
 
-    Zhao, Cui, Song, Qiu and Liang, Decoupled Knowledge Distillation, CVPR 2022, arXiv:2203.08679.
-    Shapes: student, teacher logits (batch, classes), label (batch,) -> (batch,), nats times T^2.
+    TCKD is the KL divergence between (q_label, 1 - q_label) and (p_label, 1 - p_label), NCKD that between the
+    distributions over the classes except the label. `kd` is TCKD + (1 - q_label) * NCKD, with the teacher's
+    distribution q: it couples the weight of NCKD to the teacher's confidence.
+
+    Args:
+        alpha: weight of TCKD, >= 0.
+        beta: weight of NCKD, >= 0. The authors' code (mdistiller) has 2, 6 or 8, depending on the pair.
+        temperature: T > 0. Defaults as in that code, which warms the term up over 20 epochs: schedule its weight.
+
+    Shape:
+        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        Returns (batch,), nats times T^2.
+
+    References:
+        Zhao, Cui, Song, Qiu and Liang, Decoupled Knowledge Distillation, CVPR 2022, arXiv:2203.08679.
     """
 
     def __init__(self, alpha: Number = 1.0, beta: Number = 8.0, temperature: Number = 4.0) -> None:
@@ -219,16 +257,24 @@ class DecoupledKD(Term):
 
 @TERMS.register("logit_mse", space="row", version=1, paper="arXiv:2105.08919")
 class LogitMSE(Term):
-    """Mean squared error between the logits themselves.
+    """Mean squared error between the logits.
 
-    loss = 1/classes * sum_k (student_k - teacher_k)^2, the mean as in the code that Kim et al. released. Their
-    paper writes the sum (classes times as much), Ba and Caruana half the sum: fold the factor into the weight.
-    `centre: true` compares logits after each network's mean over the classes is taken off.
+    loss = 1/classes * sum_k (student_k - teacher_k)^2
 
-    Ba and Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014, arXiv:1312.6184; Kim, Oh, Kim, Cho and Yun,
-    Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation, IJCAI 2021,
-    arXiv:2105.08919.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), squared logits.
+    The mean over the classes follows the code of Kim et al. Their paper has the sum (classes times as much), Ba and
+    Caruana half the sum: include the factor in the weight.
+
+    Args:
+        centre: subtract each network's mean over the classes first.
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns (batch,), squared logits.
+
+    References:
+        Ba and Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014, arXiv:1312.6184; Kim, Oh, Kim, Cho and Yun,
+        Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation, IJCAI 2021,
+        arXiv:2105.08919.
     """
 
     def __init__(self, centre: bool = False) -> None:
@@ -244,15 +290,25 @@ class LogitMSE(Term):
 
 @TERMS.register("dist", space="batch", version=1, paper="arXiv:2205.10536")
 class DIST(Term):
-    """DIST: correlation instead of equality, within each sample (inter-class) and within each class over the batch.
+    """DIST: correlation of the predictions within each sample (inter-class) and within each class (intra-class).
 
-    loss = T^2 * (beta * mean_i(1 - r(p_i, q_i)) + gamma * mean_k(1 - r(p_.k, q_.k))), r Pearson's correlation,
-    p and q the softmaxes at temperature T. The paper prints no T^2; the authors' code
-    (hunto/image_classification_sota) multiplies by it, as here; so do its 1e-8 below the fraction.
-    Rows that the mask leaves out count nowhere; a row of weight 2 counts as if it stood in the batch twice.
+    loss = T^2 * (beta * mean_i(1 - r(p_i, q_i)) + gamma * mean_k(1 - r(p_.k, q_.k)))
 
-    Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536.
-    Shapes: student, teacher logits (batch, classes) -> scalar without unit.
+    r is Pearson's correlation; p and q are the softmaxes at temperature T; i runs over the rows, k over the classes.
+    T^2 (not in the paper) and the 1e-8 in the denominator of r follow the authors' code
+    (hunto/image_classification_sota).
+
+    Args:
+        beta: weight of the inter-class part, >= 0.
+        gamma: weight of the intra-class part, >= 0.
+        temperature: T > 0.
+
+    Shape:
+        student, teacher: logits (batch, classes), at least 2 classes.
+        Returns a scalar without unit. A row of weight 2 counts as two rows; masked rows are left out.
+
+    References:
+        Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536.
     """
 
     def __init__(self, beta: Number = 1.0, gamma: Number = 1.0, temperature: Number = 1.0) -> None:
@@ -281,29 +337,42 @@ class DIST(Term):
     paper="arXiv:2107.13715",
 )
 class JointCrossEntropy(Term):
-    """HSAKD: cross-entropy with class and transformation together, one joint class for each pair of them.
+    """HSAKD: cross-entropy over the joint classes of label and image transformation.
 
-    loss = -log softmax(student)[label * kinds + kind]. `kind` says which transformation the image went through, such as
-    the quarter turns that a random `rotate90` tells: with `turned: {from: image, then: [rotate90]}`,
-    `kind: train.turned_turns`. The student is a head with `num_classes: CLASSES * KINDS`. Hidden labels (negative): 0.
+    loss = -log softmax(student)[label * kinds + kind]
 
-    Yang, An, Cai and Xu, Hierarchical Self-supervised Augmented Knowledge Distillation, IJCAI 2021, arXiv:2107.13715;
-    the order of the joint classes as in the authors' code (winycg/HSAKD).
-    Shapes: student logits (batch, classes * kinds), kind (batch,) of 0 to kinds - 1, label (batch,) -> (batch,), nats.
+    `kind` is the number of the transformation that was applied to the image, such as the quarter turns of a random
+    `rotate90`. The student is a head with `num_classes: CLASSES * KINDS`.
+
+    Args:
+        kinds: number of transformations, at least 2.
+
+    Shape:
+        student: logits (batch, classes * kinds). kind: (batch,), 0 to kinds - 1. label: (batch,), int64; hidden labels
+            (negative) give 0.
+        Returns (batch,), nats.
+
+    Example (recipe):
+        augment: {image: [], turned: {from: image, then: [rotate90]}}
+        terms: {joint: {type: joint_cross_entropy, student: head, kind: train.turned_turns}}
+
+    References:
+        Yang, An, Cai and Xu, Hierarchical Self-supervised Augmented Knowledge Distillation, IJCAI 2021,
+        arXiv:2107.13715; order of the joint classes as in the authors' code (winycg/HSAKD).
     """
 
     def __init__(self, num_classes: int, kinds: int = 4) -> None:
         super().__init__()
         if kinds < 2:
             raise ConfigError(f"joint_cross_entropy: kinds must be at least 2, got {kinds}")
-        self.classes, self.kinds = num_classes, kinds
+        self.num_classes, self.kinds = num_classes, kinds
 
     def check_shapes(self, **shapes: Size) -> None:
         check_logits("student", shapes["student"])
-        if shapes["student"][1] != self.classes * self.kinds:
+        if shapes["student"][1] != self.num_classes * self.kinds:
             raise ValueError(
-                f"needs a value for each pair of {self.classes} classes and {self.kinds} kinds, "
-                f"{self.classes * self.kinds} in all, but the student has {shapes['student'][1]}"
+                f"needs one logit for each pair of {self.num_classes} classes and {self.kinds} kinds, "
+                f"{self.num_classes * self.kinds} in all, but the student has {shapes['student'][1]}"
             )
 
     def forward(self, student: Tensor, kind: Tensor, label: Tensor) -> Tensor:
@@ -311,11 +380,11 @@ class JointCrossEntropy(Term):
 
 
 def log_class_weights(counts: Tensor, beta: float) -> Tensor:
-    """log of 1 / E_c, E_c = (1 - beta^n_c) / (1 - beta) the effective number of samples of class c, up to a constant.
+    """Computes log(1 / E_c), up to a constant; E_c = (1 - beta^n_c) / (1 - beta) is the effective number of samples.
 
     Args:
-        counts: (classes,), n_c; a class without samples counts as one of a single sample.
-        beta: in [0, 1); 0 makes all classes equal, near 1 the weights are 1 / n_c.
+        counts: n_c, (classes,); a class without samples is treated as a class of one sample.
+        beta: in [0, 1). With 0 all classes are equal; near 1 the weights are 1 / n_c.
     """
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.log(-torch.expm1(at_least_float32(counts).clamp(min=1) * log_beta))
@@ -323,15 +392,25 @@ def log_class_weights(counts: Tensor, beta: float) -> Tensor:
 
 @TERMS.register("bkd", space="row", version=1, operands=("counts",), paper="arXiv:2104.10510")
 class BalancedSoftTargets(Term):
-    """BKD: soft targets in which rare classes count more, for a teacher that learnt from long-tailed data.
+    """Balanced KD: soft targets with a higher weight on rare classes, for teachers trained on long-tailed data.
 
-    loss = T^2 * KL(q' || softmax(student / T)), q'_c in proportion to w_c softmax(teacher / T)_c, with w_c one over the
-    effective number of class c: (1 - beta) / (1 - beta^n_c) (Cui et al. 2019, arXiv:1901.05555). As in the authors'
-    code (BKDLoss), where plain cross-entropy stands beside it with weight 1. With beta 0 it is `kd`.
+    loss = T^2 * KL(q' || softmax(student / T))
 
-    Zhang, Chen, Hu and Peng, Balanced Knowledge Distillation for Long-tailed Learning, 2021, arXiv:2104.10510.
-    Shapes: student, teacher logits (batch, classes), counts (classes,), such as what the maker `class_counts` made ->
-    (batch,), nats times T^2.
+    q'_c is proportional to w_c * softmax(teacher / T)_c, with w_c = (1 - beta) / (1 - beta^n_c), one over the effective
+    number of samples of class c (Cui et al. 2019, arXiv:1901.05555). The authors' code (BKDLoss) adds plain
+    cross-entropy with weight 1. With beta 0 the term equals `kd`.
+
+    Args:
+        temperature: T > 0.
+        beta: at least 0 and below 1; a higher beta raises the rare classes more.
+
+    Shape:
+        student, teacher: logits (batch, classes). counts: (classes,), samples per class, such as the artifact
+            `class_counts`.
+        Returns (batch,), nats times T^2.
+
+    References:
+        Zhang, Chen, Hu and Peng, Balanced Knowledge Distillation for Long-tailed Learning, 2021, arXiv:2104.10510.
     """
 
     def __init__(self, temperature: Number = 2.0, beta: float = 0.9999) -> None:
@@ -345,7 +424,7 @@ class BalancedSoftTargets(Term):
         check_equal_classes(shapes["student"], shapes["teacher"])
         if tuple(shapes["counts"]) != (shapes["student"][1],):
             raise ValueError(
-                f"weighs {shapes['student'][1]} classes by how many samples each has, but counts is "
+                f"needs the number of samples of each of {shapes['student'][1]} classes, but counts has the shape "
                 f"{list(shapes['counts'])}"
             )
 
@@ -357,23 +436,37 @@ class BalancedSoftTargets(Term):
 
 @TERMS.register("taid", space="batch", version=1, paper="arXiv:2501.16937")
 class TemporallyAdaptiveInterpolation(Term):
-    """TAID: the target lies between the student's own distribution and the teacher's, nearer to it as the loss falls.
+    """TAID: the target moves from the student's distribution to the teacher's, faster while the loss falls.
 
-    loss = mean of -sum_k q_k log p_k, q = softmax((1 - t) z_s + t z_t) with the student's logits z_s held constant, p
-    its softmax. After each step m <- momentum * m + (1 - momentum) (before - loss) / before, t <- t + rate * sigmoid(m)
-    (1 - t), never below `least` and never above `end`. The authors' least value rises in a line from 0.2 or 0.4 to
-    `end` over all steps: `least: {type: linear, start: 0.4, end: 1, by: step}`. As in their code (SakanaAI/TAID:
-    src/distil_losses/taid.py), which reads the linear value of the step before. Under `accumulate` a step is a
-    micro-batch. Masked rows do not count; rows count by weight in the mean (weights are relative).
+    loss = mean over rows of -sum_k q_k log p_k, p = softmax(z_s), q = softmax((1 - t) z_s + t z_t)
 
-    Shing, Misaki, Bao, Yokoi and Akiba, TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
-    Transfer in Language Models, ICLR 2025, arXiv:2501.16937 (on images too).
-    Shapes: student, teacher logits (batch, classes) -> scalar, nats.
+    z_s and z_t are the logits of student and teacher; z_s in q is detached. After each training step
+
+        m <- momentum * m + (1 - momentum) * (previous loss - loss) / previous loss
+        t <- t + rate * sigmoid(m) * (1 - t), clamped to [least, end]
+
+    As in the authors' code (SakanaAI/TAID: src/distil_losses/taid.py), which reads the linear lower bound of the
+    previous step. Under `accumulate` a step is a micro-batch.
+
+    Args:
+        least: lower bound of t, in [0, 1]. The authors raise it linearly from 0.2 or 0.4 to `end` over all steps:
+            `least: {type: linear, start: 0.4, end: 1, by: step}`.
+        end: upper bound of t, in [0, 1].
+        rate: step size of t, in [0, 1].
+        momentum: in [0, 1].
+
+    Shape:
+        student, teacher: logits (batch, classes).
+        Returns a scalar, nats. Masked rows are left out; row weights are relative.
+
+    References:
+        Shing, Misaki, Bao, Yokoi and Akiba, TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
+        Transfer in Language Models, ICLR 2025, arXiv:2501.16937 (it has experiments on images too).
     """
 
     t: Tensor
-    drift: Tensor
-    before: Tensor
+    relative_decrease: Tensor
+    previous_loss: Tensor
 
     def __init__(self, least: Number = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
         super().__init__()
@@ -382,8 +475,8 @@ class TemporallyAdaptiveInterpolation(Term):
             raise ConfigError(f"taid: least must be at most end, got {least} and {end}")
         self.least, self.end, self.rate, self.momentum = least, end, rate, momentum
         self.register_buffer("t", torch.zeros(()))
-        self.register_buffer("drift", torch.zeros(()))  # the running relative fall of the loss
-        self.register_buffer("before", torch.full((), torch.inf))  # the loss of the step before
+        self.register_buffer("relative_decrease", torch.zeros(()))  # running mean
+        self.register_buffer("previous_loss", torch.full((), torch.inf))
 
     def check_shapes(self, **shapes: Size) -> None:
         check_equal_classes(shapes["student"], shapes["teacher"])
@@ -391,20 +484,21 @@ class TemporallyAdaptiveInterpolation(Term):
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        own, theirs = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
-        counts = row_weights(own, mask, weight)
-        t = self.t.clamp(min=self.least).clamp(max=self.end).to(own.dtype)
-        target = ((1 - t) * own.detach() + t * theirs).softmax(1)
-        rows = -(target * own.log_softmax(1)).sum(1)
-        loss = safe_divide((counts * rows).sum(), counts.sum())
+        student_logits, teacher_logits = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
+        weights = row_weights(student_logits, mask, weight)
+        t = self.t.clamp(min=self.least).clamp(max=self.end).to(student_logits.dtype)
+        target = ((1 - t) * student_logits.detach() + t * teacher_logits).softmax(1)
+        row_loss = -(target * student_logits.log_softmax(1)).sum(1)
+        loss = safe_divide((weights * row_loss).sum(), weights.sum())
         if self.training:
             self._update_interpolation(t.to(self.t.dtype), loss.detach().to(self.t.dtype))
         return loss
 
     def _update_interpolation(self, t: Tensor, loss: Tensor) -> None:
-        first = self.before.isinf()
-        fall = torch.where(first, 0, (self.before - loss) / (self.before + 1e-15))
-        drift = self.momentum * self.drift + (1 - self.momentum) * fall
-        self.drift.copy_(torch.where(first, self.drift, drift))
-        self.t.copy_(torch.where(first, t, (t + self.rate * self.drift.sigmoid() * (1 - t)).clamp(max=self.end)))
-        self.before.copy_(loss)
+        is_first_step = self.previous_loss.isinf()
+        decrease = torch.where(is_first_step, 0, (self.previous_loss - loss) / (self.previous_loss + 1e-15))
+        running_mean = self.momentum * self.relative_decrease + (1 - self.momentum) * decrease
+        self.relative_decrease.copy_(torch.where(is_first_step, self.relative_decrease, running_mean))
+        next_t = (t + self.rate * self.relative_decrease.sigmoid() * (1 - t)).clamp(max=self.end)
+        self.t.copy_(torch.where(is_first_step, t, next_t))
+        self.previous_loss.copy_(loss)

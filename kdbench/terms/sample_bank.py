@@ -1,7 +1,7 @@
-"""What terms with a memory share: a table with a row per sample.
+"""Memory of terms: one stored vector per sample.
 
-Terms that remember declare the fact `state=True`: the runner then gives them the rows of all processes, so that the
-memory of each is the same. Otherwise a process would look in the next epoch for rows that another one saw.
+Terms with a memory declare the fact `state=True`. The runner then gives them the rows of all processes, so that every
+process has the same memory. Otherwise a process would miss, in the next epoch, the rows that another process saw.
 """
 
 from __future__ import annotations
@@ -11,34 +11,50 @@ from torch import Tensor, nn
 
 
 class SampleBank(nn.Module):
-    """Keeps a vector per sample of a source, and when it was last written. In the checkpoint like any buffer.
+    """Stores one vector per sample of a source, and the step of its last write.
 
-    Memory: samples * width floats, 20 MB for CIFAR-100's logits. One row more than samples takes what must not be kept.
+    A module with buffers, so that checkpoints include it. Memory: samples * width floats, 20 MB for CIFAR-100's logits.
+
+    Args:
+        samples: size of the source.
+        width: elements of a vector.
     """
 
     values: Tensor
-    when: Tensor
-    clock: Tensor
+    written_at: Tensor
+    step: Tensor
 
     def __init__(self, samples: int, width: int) -> None:
         super().__init__()
         self.samples = samples
+        # The last row takes the writes of masked rows.
         self.register_buffer("values", torch.zeros(samples + 1, width))
-        self.register_buffer("when", torch.full((samples + 1,), -1, dtype=torch.int64))
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("written_at", torch.full((samples + 1,), -1, dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the vectors of these samples, and how many writes ago each was written: 0 the last, -1 never."""
-        when = self.when[index]
-        return self.values[index], torch.where(when < 0, -1, self.clock - when)
+        """Returns the vectors of samples and their age in writes: 0 for the last write, -1 for a sample never written.
+
+        Args:
+            index: (batch,), int64.
+        """
+        written_at = self.written_at[index]
+        return self.values[index], torch.where(written_at < 0, -1, self.step - written_at)
 
     def write(self, index: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """Keeps the vectors of the valid rows."""
+        """Stores the vectors of the valid rows.
+
+        Args:
+            index: (batch,), int64.
+            values: (batch, width).
+            mask: bool (batch,), False for rows that are not stored.
+        """
         values = values.detach().to(self.values.dtype)
-        if mask is not None:  # padded rows may repeat the index of a real one: they go where nobody reads
+        if mask is not None:
+            # A padded row may repeat the index of a valid one: write it to the extra row.
             index = torch.where(mask, index, self.samples)
             values = torch.where(mask.unsqueeze(1), values, 0)
-        self.clock += 1
+        self.step += 1
         self.values[index] = values
-        self.when[index] = self.clock.expand(index.shape)
-        self.when[self.samples :].fill_(-1)  # the row that takes what is not kept is never written
+        self.written_at[index] = self.step.expand(index.shape)
+        self.written_at[self.samples :].fill_(-1)  # the extra row counts as never written

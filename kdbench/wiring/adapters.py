@@ -1,8 +1,8 @@
-"""Adapters: small trainable modules between an operand and its term, when student and teacher differ in size.
+"""Adapters: small modules between an operand and its term, for example where student and teacher differ in width.
 
-The plan gives each the per-sample shapes (no batch) of what comes in (`source`) and what must come out (`target`).
-An adapter belongs to its term: it trains with it and is dropped at export. Shapes and parameters that it cannot serve
-raise ValueError in words; the plan adds the adapter's name and its place in the recipe.
+The constructor gets the shapes per sample (without batch) of the operand (`source`) and of the result (`target`). An
+adapter belongs to its term: it trains with it and is not exported. Unsuitable shapes and parameters raise ValueError;
+the caller adds the adapter's name and its location in the recipe.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from kdbench.terms.numerics import at_least_float32
 
 @ADAPTERS.register("identity", version=1, injected=("source", "target"))
 class IdentityAdapter(nn.Module):
-    """Passes the operand on as it is; both shapes must agree.
+    """Identity: returns the operand unchanged; source and target shape must be equal.
 
-    Shapes: (batch, ...) -> the same.
+    Shape:
+        (batch, ...) -> the same.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
@@ -36,9 +37,13 @@ class IdentityAdapter(nn.Module):
 
 @ADAPTERS.register("linear", version=1, injected=("source", "target"))
 class LinearAdapter(nn.Module):
-    """A linear map of the last dimension.
+    """Linear map of the last dimension.
 
-    Shapes: (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
+    Args:
+        bias: whether the map has a bias.
+
+    Shape:
+        (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], bias: bool = True) -> None:
@@ -52,9 +57,13 @@ class LinearAdapter(nn.Module):
 
 @ADAPTERS.register("mlp", version=1, injected=("source", "target"))
 class MLPAdapter(nn.Module):
-    """Linear, ReLU, linear over the last dimension; the hidden width is the target's when not given.
+    """Two-layer perceptron on the last dimension: linear, ReLU, linear.
 
-    Shapes: (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
+    Args:
+        hidden: hidden width, at least 1; by default the width of the target.
+
+    Shape:
+        (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], hidden: int | None = None) -> None:
@@ -71,9 +80,13 @@ class MLPAdapter(nn.Module):
 
 @ADAPTERS.register("conv1x1", version=1, injected=("source", "target"))
 class Conv1x1Adapter(nn.Module):
-    """A 1x1 convolution: mixes channels, keeps height and width; with batch normalisation on request.
+    """1x1 convolution: maps the channels; height and width stay.
 
-    Shapes: (batch, a, height, width) -> (batch, b, height, width).
+    Args:
+        batch_norm: adds batch normalisation; the convolution then has no bias.
+
+    Shape:
+        (batch, a, height, width) -> (batch, b, height, width).
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], batch_norm: bool = False) -> None:
@@ -82,7 +95,7 @@ class Conv1x1Adapter(nn.Module):
         if tuple(source[1:]) != tuple(target[1:]):
             raise ValueError(
                 f"keeps height and width, but the operand has {_size_text(source)} and {_size_text(target)} is "
-                "needed. Take conv_regressor, or features of equal size"
+                "needed. Use conv_regressor, or features of equal size"
             )
         self.projection = nn.Sequential(nn.Conv2d(source[0], target[0], 1, bias=not batch_norm))
         if batch_norm:
@@ -94,32 +107,37 @@ class Conv1x1Adapter(nn.Module):
 
 @ADAPTERS.register("conv_regressor", version=1, injected=("source", "target"))
 class ConvRegressor(nn.Module):
-    """The regressor of FitNets as RepDistiller builds it: a convolution that mends the size, batch norm, ReLU.
+    """Regressor of FitNets as in RepDistiller: a convolution that matches the size, batch norm, ReLU.
 
-    A map of twice the target's height and width takes a 3x3 convolution of stride 2; one of half the size a 4x4
-    transposed convolution of stride 2; any other map at least as large an unpadded convolution of just the kernel
-    that makes it fit (1x1 when the sizes agree). `relu: false` suits hints taken before the activation.
+    A map of twice the target's height and width gets a 3x3 convolution of stride 2; one of half the size a 4x4
+    transposed convolution of stride 2; any other map at least as large an unpadded convolution with the kernel size
+    that gives the target's size (1x1 for equal sizes).
 
-    Shapes: (batch, a, height, width) -> (batch, b, height', width').
+    Args:
+        relu: whether to end with ReLU; false suits hints from before the activation.
+
+    Shape:
+        (batch, a, height, width) -> (batch, b, height', width').
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], relu: bool = True) -> None:
         super().__init__()
         _check_maps(source, target)
-        (a, *size), (b, *wanted) = source, target
-        pairs = list(zip(size, wanted, strict=True))
-        if all(own == 2 * want for own, want in pairs):
-            convolution: nn.Module = nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1)
-        elif all(2 * own == want for own, want in pairs):
-            convolution = nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1)
-        elif all(own >= want for own, want in pairs):
-            convolution = nn.Conv2d(a, b, kernel_size=(1 + size[0] - wanted[0], 1 + size[1] - wanted[1]))
+        (source_channels, *source_size), (target_channels, *target_size) = source, target
+        pairs = list(zip(source_size, target_size, strict=True))
+        if all(s == 2 * t for s, t in pairs):
+            convolution: nn.Module = nn.Conv2d(source_channels, target_channels, kernel_size=3, stride=2, padding=1)
+        elif all(2 * s == t for s, t in pairs):
+            convolution = nn.ConvTranspose2d(source_channels, target_channels, kernel_size=4, stride=2, padding=1)
+        elif all(s >= t for s, t in pairs):
+            kernel_height, kernel_width = (1 + s - t for s, t in pairs)
+            convolution = nn.Conv2d(source_channels, target_channels, kernel_size=(kernel_height, kernel_width))
         else:
             raise ValueError(
-                f"cannot make {_size_text(target)} of {_size_text(source)}. A map may shrink by any "
-                "amount but grow only to exactly twice its height and width; choose features nearer in size"
+                f"cannot map {_size_text(source)} to {_size_text(target)}. A map may shrink by any "
+                "amount but grow only to exactly twice its height and width; choose features closer in size"
             )
-        self.projection = nn.Sequential(convolution, nn.BatchNorm2d(b))
+        self.projection = nn.Sequential(convolution, nn.BatchNorm2d(target_channels))
         if relu:
             self.projection.append(nn.ReLU())
 
@@ -128,8 +146,9 @@ class ConvRegressor(nn.Module):
 
 
 def _check_vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """Raises ValueError unless source and target are vectors, or tokens of equal length."""
     if len(source) not in (1, 2) or tuple(source[:-1]) != tuple(target[:-1]):
-        advice = " Take conv1x1 or conv_regressor for maps" if len(source) == 3 else ""
+        advice = " Use conv1x1 or conv_regressor for maps" if len(source) == 3 else ""
         raise ValueError(
             f"maps vectors [a] to [b], or tokens [length, a] to [length, b], but the operand is "
             f"{list(source)} per sample and {list(target)} is needed.{advice}"
@@ -137,8 +156,9 @@ def _check_vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
 
 
 def _check_maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """Raises ValueError unless source and target are feature maps [channels, height, width]."""
     if len(source) != 3 or len(target) != 3:
-        advice = " Take linear or mlp for vectors" if len(source) == len(target) <= 2 else ""
+        advice = " Use linear or mlp for vectors" if len(source) == len(target) <= 2 else ""
         raise ValueError(
             f"maps feature maps [channels, height, width], but the operand is {list(source)} per "
             f"sample and {list(target)} is needed.{advice}"
@@ -151,9 +171,13 @@ def _size_text(shape: tuple[int, ...]) -> str:
 
 @ADAPTERS.register("classes", version=1, injected=("source", "target"))
 class ClassSlice(nn.Module):
-    """Keeps some classes of the logits, in the order given: the old ones of a growing student, for instance.
+    """Selects classes of the logits, such as the old classes of a growing student.
 
-    Shapes: (batch, classes, ...) -> (batch, kept, ...).
+    Args:
+        keep: class numbers in the order of the result, each at most once.
+
+    Shape:
+        (batch, classes, ...) -> (batch, len(keep), ...).
     """
 
     index: Tensor
@@ -161,10 +185,10 @@ class ClassSlice(nn.Module):
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], keep: list[int]) -> None:
         super().__init__()
         if not source:
-            raise ValueError("keeps classes of logits, but the operand is a single number per sample")
-        wrong = [number for number in keep if not 0 <= number < source[0]]
-        if wrong or not keep:
-            raise ValueError(f"keep lists class numbers from 0 to {source[0] - 1}, got {wrong or keep}")
+            raise ValueError("selects classes of logits, but the operand is a single number per sample")
+        invalid = [number for number in keep if not 0 <= number < source[0]]
+        if invalid or not keep:
+            raise ValueError(f"keep lists class numbers from 0 to {source[0] - 1}, got {invalid or keep}")
         if len(set(keep)) != len(keep):
             raise ValueError(f"keep names a class twice: {keep}")
         self.shape = (len(keep), *source[1:])
@@ -176,9 +200,10 @@ class ClassSlice(nn.Module):
 
 @ADAPTERS.register("standardise", version=1, injected=("source", "target"))
 class LogitStandardisation(nn.Module):
-    """Takes the mean off a sample's logits and divides by their standard deviation (arXiv:2403.01427, MIX-KD).
+    """Standardisation of each sample's logits to mean 0 and standard deviation 1 (arXiv:2403.01427, MIX-KD).
 
-    Shapes: (batch, classes) -> the same, without unit.
+    Shape:
+        (batch, classes) -> the same, without unit.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
@@ -195,11 +220,12 @@ class LogitStandardisation(nn.Module):
 
 @ADAPTERS.register("log", version=1, injected=("source", "target"))
 class LogProbabilities(nn.Module):
-    """The logarithm of stored probabilities, such as `train.soft`: logits whose softmax they are.
+    """Logarithm of stored probabilities, such as `train.soft`; their softmax is the probabilities.
 
-    Probabilities below 1e-12 count as that, so that 0 has finite logits.
+    Probabilities are clamped to at least 1e-12, so that 0 has a finite logit.
 
-    Shapes: (batch, classes) -> the same, nats.
+    Shape:
+        (batch, classes) -> the same, nats.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:

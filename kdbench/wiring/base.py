@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class SampleWeight(nn.Module):
-    """Base of all weighers: how much each sample of a term counts.
+    """Base class of sample weights: the weight of each sample in a term.
 
-        @WEIGHERS.register("confidence")
+        @SAMPLE_WEIGHTS.register("confidence", version=1)
 
-    The parameters of `forward` name what it reads, as those of a term do (`student` and `teacher` are the operands of
-    the term that it weighs); further operands are declared by the fact `operands=("reference",)`.
-    It returns (batch,), at least 0. Where no gradient is to reach a model through the weight, it detaches it itself.
+    The parameter names of `forward` are the operands, as in a term; `student` and `teacher` are the operands of the
+    weighted term. The fact `operands=("reference",)` declares further operands. `forward` returns (batch,), at least 0.
+    A sample weight that must pass no gradient to a model detaches its operands itself.
     """
-
-    def forward(self, **operands: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class Router(nn.Module):
-    """Base of all routers: how much each edge of a term counts for each sample.
+    """Base class of routers: the weight of each edge of a term, per sample.
 
-        @ROUTERS.register("top_k", operands=("read",), injected=("edges", "shapes"))
+        @ROUTERS.register("top_k", version=1, operands=("read",), injected=("edges", "shapes"))
 
-    `forward` is called with those it names of: `student` (of the first edge), `teachers` (a list, one per edge),
-    `losses` (batch, edges), detached (only of terms over samples), fields of the batch, and the operands that the fact
-    declares. It returns the weights (batch, edges), or a mapping with the entry `route` and others: a later term reads
-    them as `term:NAME.route`.
+    The parameter names of `forward` are its inputs: `student` (of the first edge); `teachers`, a list with one operand
+    per edge; `losses` (batch, edges), detached, only in terms with one loss per row; fields of the batch; and the
+    operands that the fact declares. `forward` returns the weights (batch, edges), or a mapping with the key `route` and
+    further entries. Later terms read the entries as `term:NAME.route`.
 
-    Injected where the constructor asks for them: edges (how many), shapes (per sample, of each declared operand by
-    name), num_classes.
+    Injected into the constructor if it has a parameter of that name: `edges` (their number), `shapes` (shape per sample
+    of each declared operand, by name), `num_classes`.
     """
-
-    def forward(self, **operands: Tensor) -> Tensor | dict[str, Tensor]:
-        raise NotImplementedError
 
 
 class Combiner(nn.Module):
-    """Base of all combiners: several operands become one, such as the mean of teachers' probabilities.
+    """Base class of combiners: several operands combined to one, such as the mean of the teachers' probabilities.
 
-        @COMBINERS.register("mean_logits")
+        @COMBINERS.register("mean_logits", version=1)
 
-    `forward` takes `values` (a list of tensors, the parts) and the operands that the fact `operands=(...)` declares.
-    Injected where asked for: parts (how many), shapes (per sample, of the declared operands by name), num_classes.
+    `forward` has the parameter `values`, a list of the tensors to combine, and the operands that the fact
+    `operands=(...)` declares.
+
+    Injected into the constructor if it has a parameter of that name: `parts` (number of values), `shapes` (shape per
+    sample of each declared operand, by name), `num_classes`.
     """
-
-    def forward(self, values: list[Tensor], **operands: Tensor) -> Tensor:
-        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Several operands made one: what an ensemble says, as values that any term reads like logits."""
+"""Combiners: several operands combined to one, such as an ensemble's prediction; any term reads the result."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from kdbench.wiring.base import Combiner
 
 
 def _stack_values(values: list[Tensor]) -> Tensor:
-    """(batch, parts, ...), at least float32."""
+    """Stacks the values to (batch, parts, ...), at least float32."""
     return torch.stack([at_least_float32(value) for value in values], dim=1)
 
 
-def _log_mixture(log_p: Tensor, log_shares: Tensor) -> Tensor:
-    """Log of the weighted mean over the parts of exp(log_p), (batch, parts, classes) -> (batch, classes)."""
-    return torch.logsumexp(log_p + log_shares.unsqueeze(-1), dim=1)
+def _log_mixture(log_p: Tensor, log_weights: Tensor) -> Tensor:
+    """Computes the log of the weighted mean of exp(log_p): (batch, parts, classes) -> (batch, classes)."""
+    return torch.logsumexp(log_p + log_weights.unsqueeze(-1), dim=1)
 
 
 @COMBINERS.register("mean_logits", version=1)
 class MeanLogits(Combiner):
-    """The mean of the parts, element by element: logits, or features of equal shape.
+    """Mean of the values, element by element: of logits, or of features of equal shape.
 
-    Shapes: parts (batch, ...) -> the same.
+    Shape:
+        values: (batch, ...) each. Returns the same shape.
     """
 
     def forward(self, values: list[Tensor]) -> Tensor:
@@ -40,12 +41,17 @@ class MeanLogits(Combiner):
 
 @COMBINERS.register("mean_probabilities", version=1)
 class MeanProbabilities(Combiner):
-    """The mean of the parts' softmaxes at a temperature, given out as logits (arXiv:1503.02531, MEAL V2).
+    """Mean of the softmaxes at a temperature, returned as logits (arXiv:1503.02531, MEAL V2).
 
-    result = T * log(mean_i softmax(z_i / T)), so that softmax(result / T) is the mean of the softmaxes: the term that
-    reads it must have the same temperature.
+    result = T * log(mean_i softmax(z_i / T))
 
-    Shapes: logits (batch, classes) each -> (batch, classes), at most 0.
+    softmax(result / T) is the mean of the softmaxes: the term that reads the result needs the same temperature.
+
+    Args:
+        temperature: T > 0.
+
+    Shape:
+        values: logits (batch, classes) each. Returns (batch, classes), at most 0.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -60,14 +66,21 @@ class MeanProbabilities(Combiner):
 
 @COMBINERS.register("weighted", version=1, injected=("parts",))
 class WeightedMean(Combiner):
-    """A weighted mean of the parts, of logits or of probabilities; the weights are scaled to sum to 1.
+    """Weighted mean of logits or of probabilities; the weights are scaled to sum 1.
 
-    of logits: sum_i w_i z_i. of probabilities: T * log(sum_i w_i softmax(z_i / T)), as `mean_probabilities`.
+    of logits: sum_i w_i z_i
+    of probabilities: T * log(sum_i w_i softmax(z_i / T)), as `mean_probabilities`
 
-    Shapes: logits (batch, classes) each (of logits: any equal shapes) -> the same.
+    Args:
+        weights: one per value, at least 0, one of them above 0.
+        of: `logits` or `probabilities`.
+        temperature: T > 0 of the probabilities.
+
+    Shape:
+        values: logits (batch, classes) each; for logits any equal shapes. Returns the same shape.
     """
 
-    shares: Tensor
+    normalised_weights: Tensor
 
     def __init__(
         self,
@@ -84,25 +97,31 @@ class WeightedMean(Combiner):
             raise ConfigError(f"weighted: weights must be at least 0, one above 0, got {weights}")
         self.of = of
         self.temperature = temperature
-        shares = torch.tensor(weights, dtype=torch.float64)
-        self.register_buffer("shares", (shares / shares.sum()).to(torch.float32), persistent=False)
+        exact_weights = torch.tensor(weights, dtype=torch.float64)
+        normalised_weights = (exact_weights / exact_weights.sum()).to(torch.float32)
+        self.register_buffer("normalised_weights", normalised_weights, persistent=False)
 
     def forward(self, values: list[Tensor]) -> Tensor:
         stacked = _stack_values(values)
-        shares = self.shares.to(stacked.dtype)
+        weights = self.normalised_weights.to(stacked.dtype)
         if self.of == "logits":
-            return (stacked * shares.reshape(-1, *(1,) * (stacked.dim() - 2))).sum(1)
+            return (stacked * weights.reshape(-1, *(1,) * (stacked.dim() - 2))).sum(1)
         log_p = F.log_softmax(stacked / self.temperature, dim=2)
-        return self.temperature * _log_mixture(log_p, shares.log().expand(log_p.shape[:2]))
+        return self.temperature * _log_mixture(log_p, weights.log().expand(log_p.shape[:2]))
 
 
 @COMBINERS.register("vote", version=1)
 class MajorityVote(Combiner):
-    """Majority vote: the log of each class's share of the parts' first choices, smoothed.
+    """Majority vote: logarithm of each class's smoothed fraction of the first choices.
 
-    result = log((1 - e) * votes_k / parts + e / classes), e = `smoothing`. No gradient flows through it.
+    result = log((1 - e) * votes_k / parts + e / classes), e = smoothing. No gradient passes.
 
-    Shapes: logits (batch, classes) each -> (batch, classes), at most 0; softmax at T = 1 gives the shares.
+    Args:
+        smoothing: e, above 0 and at most 1.
+
+    Shape:
+        values: logits (batch, classes) each. Returns (batch, classes), at most 0; its softmax at T = 1 is the smoothed
+        fractions.
     """
 
     def __init__(self, smoothing: float = 0.01) -> None:
@@ -113,61 +132,75 @@ class MajorityVote(Combiner):
 
     def forward(self, values: list[Tensor]) -> Tensor:
         stacked = _stack_values(values).detach()
-        choices = stacked.argmax(2, keepdim=True)
-        shares = torch.zeros_like(stacked).scatter(2, choices, 1).mean(1)
-        return ((1 - self.smoothing) * shares + self.smoothing / shares.shape[1]).log()
+        first_choices = stacked.argmax(2, keepdim=True)
+        fractions = torch.zeros_like(stacked).scatter(2, first_choices, 1).mean(1)
+        return ((1 - self.smoothing) * fractions + self.smoothing / fractions.shape[1]).log()
 
 
 @COMBINERS.register("kdcl_min_logit", version=1, operands=("label",))
 class KDCLMinLogit(Combiner):
-    """KDCL-MinLogit: each class's least logit among the parts, after the label's own logit is taken off.
+    """KDCL-MinLogit: minimum over the networks of each class's logit, relative to the label's logit.
 
-    result_k = min_i(z_i,k - z_i,label), 0 at the label: of every wrong class, the least that any network gives it.
-    Hidden labels (negative): the mean of the logits. No code was found, and the text was not at hand: the method as it
-    is known.
+    result_k = min_i(z_i,k - z_i,label)
 
-    Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
-    Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
+    0 at the label; for every wrong class, the smallest value that any network gives. Hidden labels (negative): the mean
+    of the logits. Neither code nor full text was available: this is the method as it is commonly described.
+
+    Shape:
+        values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, classes).
+
+    References:
+        Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
     """
 
     def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
         stacked = _stack_values(values)
-        own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
-        least = (stacked - stacked.gather(2, own)).min(1).values
-        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), least)
+        label_index = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
+        min_logits = (stacked - stacked.gather(2, label_index)).min(1).values
+        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), min_logits)
 
 
 @COMBINERS.register("kdcl_naive", version=1, operands=("label",))
 class KDCLNaive(Combiner):
-    """KDCL-Naive: for each sample, the logits of the part with the least cross-entropy.
+    """KDCL-Naive: for each sample, the logits of the network with the smallest cross-entropy.
 
-    Hidden labels (negative): the mean of the logits. No code was found, and the text was not at hand: the method as it
-    is known.
+    Hidden labels (negative): the mean of the logits. Neither code nor full text was available: this is the method as it
+    is commonly described.
 
-    Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
-    Shapes: logits (batch, classes) each, label (batch,) -> (batch, classes).
+    Shape:
+        values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, classes).
+
+    References:
+        Guo, Wang, Wu, Yu, Liang, Hu and Luo, Online Knowledge Distillation via Collaborative Learning, CVPR 2020.
     """
 
     def forward(self, values: list[Tensor], label: Tensor) -> Tensor:
         stacked = _stack_values(values)
-        own = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
-        best = F.log_softmax(stacked.detach(), dim=2).gather(2, own).squeeze(2).argmax(1)
-        chosen = stacked.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, stacked.shape[2])).squeeze(1)
-        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), chosen)
+        label_index = label.clamp(min=0).reshape(-1, 1, 1).expand(-1, stacked.shape[1], 1)
+        best = F.log_softmax(stacked.detach(), dim=2).gather(2, label_index).squeeze(2).argmax(1)
+        best_logits = stacked.gather(1, best.reshape(-1, 1, 1).expand(-1, 1, stacked.shape[2])).squeeze(1)
+        return torch.where((label < 0).unsqueeze(1), stacked.mean(1), best_logits)
 
 
 @COMBINERS.register("gate", version=1, operands=("gate",))
 class GatedMean(Combiner):
-    """ONE: the parts' logits weighted by a learnt gate.
+    """ONE: mean of the logits, weighted by a learnt gate.
 
-    result = sum_i g_i z_i, g = softmax(gate). The gate is a role on the features that the parts share, so that the
-    cross-entropy of the ensemble trains the very gate by which it teaches:
+    result = sum_i g_i z_i, g = softmax(gate)
+
+    The gate is a role on the features that the networks share; the ensemble's cross-entropy trains the same gate that
+    weights the teaching ensemble. By the text; the authors' code (Lan1991Xu/ONE_NeurIPS2018) has BatchNorm and ReLU
+    before the softmax.
+
+    Shape:
+        values: logits (batch, classes) each. gate: (batch, parts). Returns (batch, classes).
+
+    Example (recipe):
         models: {gate: {model: {type: linear_head, num_classes: 3}, input: "trunk:layer2"}}
-        student: {combine: gate, of: [a, b, c], gate: gate}
-    By the text; the authors' code (Lan1991Xu/ONE_NeurIPS2018) has BatchNorm and ReLU before the softmax.
+        terms: {ensemble: {type: cross_entropy, student: {combine: gate, of: [a, b, c], gate: gate}}}
 
-    Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv:1806.04606.
-    Shapes: logits (batch, classes) each, gate (batch, parts) -> (batch, classes).
+    References:
+        Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv:1806.04606.
     """
 
     def forward(self, values: list[Tensor], gate: Tensor) -> Tensor:
@@ -175,21 +208,27 @@ class GatedMean(Combiner):
             raise ValueError(
                 f"needs one gate value for each of {len(values)} parts, got {list(gate.shape[1:])} per sample"
             )
-        shares = F.softmax(at_least_float32(gate), dim=1)
-        return (shares.unsqueeze(2) * _stack_values(values)).sum(1)
+        weights = F.softmax(at_least_float32(gate), dim=1)
+        return (weights.unsqueeze(2) * _stack_values(values)).sum(1)
 
 
 @COMBINERS.register("confidence", version=1, operands=("label",))
 class ConfidenceCombiner(Combiner):
-    """CA-MKD, for features: how much each part counts for a sample, by how well it predicts the label.
+    """CA-MKD for features: weight of each part per sample, by its cross-entropy with the label.
 
-    result_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), the weights of the router `confidence`. There the teachers' own
-    logits decide; here the parts do, such as what each teacher's classifier makes of the student's features:
+    result_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), the weights of the router `confidence`
+
+    In the router the logits of the teachers decide; here the parts decide, such as the outputs of each teacher's
+    classifier on the student's features. With gradient, as in the authors' code. Hidden labels (negative): 1 / E.
+
+    Shape:
+        values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, parts), each row of sum 1.
+
+    Example (recipe):
         route: {type: given, gradient: true, route: {combine: confidence, of: [a_reads, b_reads], label: train.label}}
-    With gradient, as in the authors' code. Hidden labels (negative): 1 / E.
 
-    Zhang, Chen and Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022, arXiv:2201.00007.
-    Shapes: logits (batch, classes) each, label (batch,) -> (batch, parts), each row of sum 1.
+    References:
+        Zhang, Chen and Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022, arXiv:2201.00007.
     """
 
     def forward(self, values: list[Tensor], label: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""How much each sample of a term counts.
+"""Sample weights: one weight per sample of a term.
 
-All weights but those of `learnt` are detached: no network can lower its loss through them.
+All are detached except `learnt`, so that no network lowers its loss through its weights.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ def _detached_softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
 
 
 def _label_probability(probabilities: Tensor, label: Tensor) -> Tensor:
-    """The probability of the label; 0 where it is hidden."""
-    own = probabilities.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return torch.where(label < 0, 0, own)
+    """Returns the probability of the label: (batch,); 0 where the label is hidden."""
+    label_probability = probabilities.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(label < 0, 0, label_probability)
 
 
 @SAMPLE_WEIGHTS.register("confidence", version=1)
 class ConfidenceWeight(SampleWeight):
-    """A sample counts by the probability that the teacher gives its label.
+    """Probability that the teacher gives the label of the sample.
 
-    weight = softmax(teacher)[label] ** power. Hidden labels (negative): 0.
+    weight = softmax(teacher)[label] ** power
 
-    Shapes: teacher logits (batch, classes), label (batch,) -> (batch,), in [0, 1].
+    Args:
+        power: above 0.
+
+    Shape:
+        teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        Returns (batch,), in [0, 1].
     """
 
     def __init__(self, power: float = 1.0) -> None:
@@ -50,12 +55,17 @@ class ConfidenceWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("threshold", version=1)
 class ThresholdWeight(SampleWeight):
-    """Only samples of which the teacher is sure count: 1 where its largest probability reaches `least`, else 0.
+    """Confidence threshold: 1 where the teacher's largest probability is at least `least`, else 0.
 
-    The mask of FixMatch (Sohn et al., NeurIPS 2020, arXiv:2001.07685; 0.95 there). The runner still divides by all
-    rows of the batch, as FixMatch does.
+    The mask of FixMatch (Sohn et al., NeurIPS 2020, arXiv:2001.07685; 0.95 there). The runner divides by all rows of
+    the batch, as FixMatch does.
 
-    Shapes: teacher logits (batch, classes) -> (batch,), 0 or 1.
+    Args:
+        least: threshold, in [0, 1].
+        temperature: of the teacher's softmax, above 0.
+
+    Shape:
+        teacher: logits (batch, classes). Returns (batch,), 0 or 1.
     """
 
     def __init__(self, least: Number = 0.95, temperature: float = 1.0) -> None:
@@ -66,47 +76,60 @@ class ThresholdWeight(SampleWeight):
         self.temperature = temperature
 
     def forward(self, teacher: Tensor) -> Tensor:
-        sure = _detached_softmax(teacher, self.temperature).amax(1)
-        return (sure >= self.least).to(sure.dtype)
+        confidence = _detached_softmax(teacher, self.temperature).amax(1)
+        return (confidence >= self.least).to(confidence.dtype)
 
 
 @SAMPLE_WEIGHTS.register("entropy_gap", version=1)
 class EntropyGapWeight(SampleWeight):
-    """Samples where one side is the surer one count more: what balances forward and reverse KL in BD-KD.
+    """Entropy gap: `high` where one side has the lower entropy, else `low`; balances the KL divergences of BD-KD.
 
-    weight = `high` where the entropy of the side `surer` is below the other's, else `low`. BD-KD raises forward KL,
-    which spreads, where the student is surer than the teacher, and reverse KL, which sharpens, where the teacher is:
+    weight = high where the entropy of the side `surer` is below that of the opposite side, else low
+
+    BD-KD raises forward KL, which spreads, where the student is more certain than the teacher, and reverse KL, which
+    sharpens, where the teacher is. The abstract and the available text say this; the values of the weights were not
+    available, the defaults are ours.
+
+    Args:
+        surer: side that gets `high` where it has the lower entropy: `student` or `teacher`.
+        high: at least 0.
+        low: at least 0, different from `high`.
+
+    Shape:
+        student, teacher: logits (batch, classes). Returns (batch,), `high` or `low`.
+
+    Example (recipe):
         forward: {type: divergence, kind: forward_kl, sample_weight: {type: entropy_gap, surer: student, high: 2}}
         reverse: {type: divergence, kind: reverse_kl, sample_weight: {type: entropy_gap, surer: teacher, high: 2}}
-    The abstract and the text found of it say this; the values of the weights were not found, the defaults are ours.
 
-    Amara, Sepahvand, Meyer, Gross and Clark, BD-KD, 2022, arXiv:2212.12965.
-    Shapes: student, teacher logits (batch, classes) -> (batch,), `high` or `low`.
+    References:
+        Amara, Sepahvand, Meyer, Gross and Clark, BD-KD, 2022, arXiv:2212.12965.
     """
 
     def __init__(self, surer: Literal["student", "teacher"] = "student", high: Number = 2.0, low: Number = 1.0) -> None:
         super().__init__()
         check_parameters("entropy_gap", "at least 0", high=high, low=low)
         if not isinstance(high, Tensor) and not isinstance(low, Tensor) and high == low:
-            raise ConfigError(f"entropy_gap: high and low are both {high}, so that every sample would count alike")
+            raise ConfigError(f"entropy_gap: high and low are both {high}, so all samples would have the same weight")
         self.surer = surer
         self.high = high
         self.low = low
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = shannon_entropy(_detached_softmax(student)), shannon_entropy(_detached_softmax(teacher))
-        surer = ours < theirs if self.surer == "student" else theirs < ours
-        surer = surer.to(ours.dtype)
-        return self.high * surer + self.low * (1 - surer)
+        student_entropy, teacher_entropy = (shannon_entropy(_detached_softmax(side)) for side in (student, teacher))
+        is_surer = student_entropy < teacher_entropy if self.surer == "student" else teacher_entropy < student_entropy
+        is_surer = is_surer.to(student_entropy.dtype)
+        return self.high * is_surer + self.low * (1 - is_surer)
 
 
 @SAMPLE_WEIGHTS.register("disagreement", version=1)
 class DisagreementWeight(SampleWeight):
-    """A sample counts by how far student and teacher are apart: the total variation distance of their softmaxes.
+    """Total variation distance between the softmaxes of student and teacher.
 
-    weight = 1/2 sum_k |p_k - q_k|: 0 where they agree, 1 where they share no class.
+    weight = 1/2 sum_k |p_k - q_k|: 0 for equal predictions, 1 for predictions without a common class
 
-    Shapes: student, teacher logits (batch, classes) -> (batch,), in [0, 1].
+    Shape:
+        student, teacher: logits (batch, classes). Returns (batch,), in [0, 1].
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -115,12 +138,21 @@ class DisagreementWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("focal", version=1)
 class FocalWeight(SampleWeight):
-    """Samples that the student has right count less: (1 - p_label) ** power, the factor of the focal loss.
+    """Factor of the focal loss: a lower weight for samples that the student classifies correctly.
 
-    The weight is detached, where the focal loss differentiates it too. Hidden labels (negative): 0.
+    weight = (1 - p_label) ** power, p = softmax(student)
 
-    Lin, Goyal, Girshick, He and Dollar, Focal Loss for Dense Object Detection, ICCV 2017, arXiv:1708.02002.
-    Shapes: student logits (batch, classes), label (batch,) -> (batch,), in [0, 1].
+    The weight is detached; the focal loss has its gradient too.
+
+    Args:
+        power: above 0.
+
+    Shape:
+        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        Returns (batch,), in [0, 1].
+
+    References:
+        Lin, Goyal, Girshick, He and Dollar, Focal Loss for Dense Object Detection, ICCV 2017, arXiv:1708.02002.
     """
 
     def __init__(self, power: Number = 2.0) -> None:
@@ -129,37 +161,46 @@ class FocalWeight(SampleWeight):
         self.power = power
 
     def forward(self, student: Tensor, label: Tensor) -> Tensor:
-        rest = 1 - _label_probability(_detached_softmax(student), label)
-        return torch.where(label < 0, 0, rest**self.power)
+        error_probability = 1 - _label_probability(_detached_softmax(student), label)
+        return torch.where(label < 0, 0, error_probability**self.power)
 
 
 @SAMPLE_WEIGHTS.register("loss_ratio", version=1)
 class LossRatioWeight(SampleWeight):
-    """WSLD: a sample's soft label counts less the better the student has its hard label already, beside the teacher.
+    """WSLD: weight of a soft label by the ratio of the cross-entropies of student and teacher.
 
-    weight = 1 - exp(-CE(student) / (CE(teacher) + 1e-7)): near 0 where the student has learnt the label and soft labels
-    would only bias it, 1 - 1/e where both are alike, 1 where the teacher knows it far better. Hidden labels
-    (negative): 0.
+    weight = 1 - exp(-CE(student) / (CE(teacher) + 1e-7))
 
-    Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
-    Tradeoff Perspective, ICLR 2021, arXiv:2102.00650; the small number as in the authors' code
-    (bellymonster/Weighted-Soft-Label-Distillation).
-    Shapes: student, teacher logits (batch, classes), label (batch,) -> (batch,), in [0, 1].
+    Near 0 where the student has learnt the label and the soft label would only add bias, 1 - 1/e at equal
+    cross-entropies, 1 where the teacher knows the label far better.
+
+    Shape:
+        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        Returns (batch,), in [0, 1].
+
+    References:
+        Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
+        Tradeoff Perspective, ICLR 2021, arXiv:2102.00650; 1e-7 as in the authors' code
+        (bellymonster/Weighted-Soft-Label-Distillation).
     """
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
-        ours, theirs = (cross_entropy_loss(logits.detach(), label) for logits in (student, teacher))
-        return 1 - torch.exp(-ours / (theirs + 1e-7))
+        student_loss, teacher_loss = (cross_entropy_loss(logits.detach(), label) for logits in (student, teacher))
+        return 1 - torch.exp(-student_loss / (teacher_loss + 1e-7))
 
 
 @SAMPLE_WEIGHTS.register("outside", version=1, operands=("judge",))
 class OutsideClassesWeight(SampleWeight):
-    """Only samples that a network takes for none of some classes count: 1 where its first choice is another, else 0.
+    """0 for samples that a network assigns to one of the listed classes, else 1.
 
-    SCAR so leaves out images that look to the old network like what is to be forgotten (authors' code). The runner
-    still divides by all rows of the batch.
+    SCAR leaves out the images that the old network assigns to a class to be forgotten (authors' code). The runner
+    divides by all rows of the batch.
 
-    Shapes: judge logits (batch, classes) -> (batch,), 0 or 1.
+    Args:
+        classes: class numbers.
+
+    Shape:
+        judge: logits of that network (batch, classes). Returns (batch,), 0 or 1.
     """
 
     def __init__(self, classes: list[int]) -> None:
@@ -169,21 +210,27 @@ class OutsideClassesWeight(SampleWeight):
         self.classes = tuple(classes)
 
     def forward(self, judge: Tensor) -> Tensor:
-        first = judge.detach().argmax(1)
-        inside = torch.zeros_like(first, dtype=torch.bool)
+        prediction = judge.detach().argmax(1)
+        inside = torch.zeros_like(prediction, dtype=torch.bool)
         for number in self.classes:
-            inside = inside | (first == number)
+            inside = inside | (prediction == number)
         return 1 - inside.to(at_least_float32(judge.detach()).dtype)
 
 
 @SAMPLE_WEIGHTS.register("learnt", version=1, operands=("by",))
 class LearntWeight(SampleWeight):
-    """A sample counts by what a network says of it, and the network learns by what its weights lead to.
+    """Output of a network as weight, with gradient.
 
-    weight = the output, or with `complement` 1 minus it: what the one term gains, the other loses. Nothing is detached
-    here. A network that its own weights' loss trained would weigh everything 0: let an update with `inner_step` move it.
+    weight = by, or 1 - by with `complement`, so that one term gains what the other loses
 
-    Shapes: by (batch,) or (batch, 1) -> (batch,). The network sees to it that weights are at least 0.
+    Nothing is detached. A network that trains on the loss with its own weights would set them all to 0: train it in an
+    update with `inner_step`.
+
+    Args:
+        complement: use 1 minus the output.
+
+    Shape:
+        by: (batch,) or (batch, 1); the network ensures that weights are at least 0. Returns (batch,).
     """
 
     def __init__(self, complement: bool = False) -> None:

@@ -1,119 +1,159 @@
-"""What `check` says of the recipes that span the wirings: each sentence is true, and reads well aloud."""
+"""Sentences and tables of `kdbench check`, for recipes that cover every wiring."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
 
-from kdbench.cli.descriptions import count_text, describe_stage, join_names
+from kdbench.cli.check import Section, check_recipe, stage_sections
+from kdbench.cli.descriptions import count_text, describe_stage, describe_term, join_names
 from kdbench.config.load import load_recipe
+from kdbench.engine.plan.plan import StagePlan
 from kdbench.experiment.artifacts import plan_stages
 
-SPANNING = [
+COVERING = [
     *("dml", "dafl", "zskt", "fitnets", "mean_teacher", "takd"),
     *("mst_distill", "lwf", "fedmd", "hard", "scrub"),
 ]
 
 
 @cache
-def sentences(recipe: str) -> dict[str, list[str]]:
-    return {plan.stage.name: describe_stage(plan) for plan in plan_stages(load_recipe(recipe))}
+def plans(recipe: str) -> dict[str, StagePlan]:
+    """Returns the plan of every stage of a digits recipe."""
+    return {plan.stage.name: plan for plan in plan_stages(load_recipe(f"digits/{recipe}"))}
 
 
-SAID = {
-    ("digits/dml", "main"): ["kl: a:logits learns from b:logits; b:logits learns from a:logits."],
-    ("digits/cv_dd", "learn"): [
-        "c (digits_resnet, from digits/teacher) sees train.image, runs in train mode (its BatchNorms by the batch's "
-        "own statistics), but no update moves it.",
-        "each step moves student by kd with AdamW(lr 0.003, weight_decay 0.01).",
+def table(recipe: str, stage: str, title: str) -> dict[str, dict[str, str]]:
+    """Returns the rows of a table of a stage, by their first cell, as heading -> cell."""
+    sections = {section.title: section for section in stage_sections(plans(recipe)[stage])}
+    section: Section = sections[title]
+    return {row[0]: dict(zip(section.headings, row, strict=True)) for row in section.rows if row[0]}
+
+
+DETAILS = {
+    ("cv_dd", "learn"): [
+        "c: train mode (BatchNorm uses batch statistics), but no update changes its weights.",
+        "optimizer: AdamW(lr 0.003, weight_decay 0.01).",
     ],
-    ("digits/dafl", "main"): [
-        "sure: is taken of teacher:logits alone.",
-        "update 1 of each step moves generator by sure, varied, excited with Adam(lr 0.001).",
+    ("dafl", "main"): ["update 1 (generator): Adam(lr 0.001).", "update 2 (student): Adam(lr 0.005)."],
+    ("zskt", "main"): ["update 2 (student): Adam(lr 0.005); 5 updates per step."],
+    ("kd", "main"): ["validation: 0.1 of source train, held out; it selects the best epoch."],
+    ("tgeo_kd", "main"): [
+        "hard: cross_entropy on student logits and labels; sample weights learnt(complement) of gate logits.",
+        "update 1 (gate): Adam(lr 0.003); loss after an inner step of student on soft and hard (learning rate: that of "
+        "the update of student), differentiated through that step.",
     ],
-    ("digits/zskt", "main"): [
-        "disagree: student:logits is driven away from teacher:logits, the teacher gets gradient too, times -1.",
-        "update 2 of each step moves student by agree, attention with Adam(lr 0.005), 5 times.",
+    ("mst_distill", "together"): [
+        "not run: both_mask1, both_mid1, both_by1, both_mask2, both_by2, other_mask1, other_mid1, other_by1, "
+        "other_mask2 and other_by2 (nothing in this stage reads the output).",
     ],
-    ("digits/fitnets", "distil"): [
-        "student (digits_resnet, from stage hint) sees train.image, learns; it is what the recipe is for (exported).",
-        "kd: student:logits learns from teacher:logits, times linear(start 0.44, end 0.11).",
+    ("mst_distill", "distil"): [
+        "kd: kd on student logits and each of [both_by1 logits, both_by2 logits, other_by1 logits, other_by2 logits]; "
+        "edge weights top_k(k 2) of student logits.",
     ],
-    ("digits/mean_teacher", "main"): [
-        "teacher (as student) sees train.other, is the moving average of student (decay 0.98); it is what the recipe "
-        "is for (exported).",
-        "ce: student:logits learns from the labels.",
+    ("scrub", "away@1"): ["training: 1 epoch; learning rate constant; float32; evaluated at the end."],
+    ("icarl", "means"): ["training: none."],
+    ("hpcr", "learn@1"): ["without gradient: 2 parameter tensors (body.fc.weight, body.fc.bias)."],
+    ("one", "main"): [
+        "ensemble: cross_entropy on gate(student logits, second logits, third logits, gate = gate logits) and labels.",
     ],
-    ("digits/takd", "main"): [
-        "teacher (digits_mlp, from digits/takd_assistant) sees train.image, is frozen (eval mode, no gradient to its "
-        "parameters).",
+    ("acid", "main"): [
+        "optimizer: SGD(lr 0.05, momentum 0.9, weight_decay 0.0005); 0.25 of the rows of each batch, selected by "
+        "learnability of student = student logits, reference = reference logits.",
     ],
-    ("digits/mst_distill", "together"): [
-        "both_mask1, both_mid1, both_by1, both_mask2, both_by2, other_mask1, other_mid1, other_by1, other_mask2 and "
-        "other_by2 do not run: nothing here reads them.",
-    ],
-    ("digits/mst_distill", "distil"): [
-        "kd: student:logits learns from both_by1:logits, both_by2:logits, other_by1:logits and other_by2:logits, "
-        "routed by top_k(k 2), which reads student:logits, times step(milestones [1, 7, 13, 19], gamma 0.5, start 1).",
-    ],
-    ("digits/lwf", "learn@2"): [
-        "teacher (digits_cnn, from stage warm_up@2, its student) sees train.image, is frozen (eval mode, no gradient "
-        "to its parameters).",
-        "was2 (task_logits) sees teacher:logits, has no parameters.",
-    ],
-    ("digits/fedmd", "digest@1"): [
-        "said_cnn (as cnn) sees train.image, is a copy of cnn as it is when the stage begins, and runs only as far as "
-        "fc.",
-    ],
-    ("digits/fedmd", "revisit@1"): [
-        "source home2: digits train (balanced(amount 100, rest true), then shard(of 3, number 1, scheme dirichlet, "
-        "alpha 0.3)), samples not counted yet, 10 classes, image 1 x 8 x 8, batches of 32.",
-    ],
-    ("digits/hard", "main"): [
-        "plain_teacher (as teacher) sees train.image, is the very network of teacher.",
-        "disagree: student:logits is driven away from teacher:logits, the teacher gets gradient too, times -1.",
-    ],
-    ("digits/scrub", "away@1"): [
-        "forget: student:logits is driven away from teacher:logits, times -1.",
-        "1 epoch; learning rate: constant; precision float32; evaluated at the end.",
-    ],
-    ("digits/hpcr", "learn@1"): [
-        "contrast: student:logits learns from the labels, with replayed again:logits and replayed_label memory.label, "
-        "times cosine(start 0.5625, end 1.8, over 250, by step).",
-        "source memory: digits train (chosen by first.memory), samples not counted yet, 10 classes, image 1 x 8 x 8, "
-        "batches of 10.",
-    ],
-    ("digits/one", "main"): [
-        "ensemble: the gate of student:logits, second:logits and third:logits (with gate gate:logits) learns from the "
-        "labels.",
-    ],
-    ("digits/acid", "main"): [
-        "each step moves student by ce with SGD(lr 0.05, momentum 0.9, weight_decay 0.0005), on 0.25 of the rows of "
-        "each batch, chosen by learnability, which reads student student:logits and reference reference:logits.",
-    ],
-    ("digits/codistillation", "main"): ["is a copy of a, renewed every "],
+}
+
+TERMS = {
+    ("dml", "main", "kl"): "kd on a logits and b logits; b logits and a logits",
+    ("dafl", "main", "sure"): "one_hot on teacher logits",
+    ("zskt", "main", "disagree"): "kd on student logits and teacher logits; maximized; gradient to the teacher too",
+    ("mean_teacher", "main", "ce"): "cross_entropy on student logits and labels",
+    ("fitnets", "distil", "kd"): "kd on student logits and teacher logits",
+    ("fedmd", "digest@1", "consensus"): "feature_distance on each of [cnn:fc, mlp:fc, resnet:fc] and "
+    "mean_logits(said_cnn:fc, said_mlp:fc, said_resnet:fc)",
+    ("hpcr", "learn@1", "contrast"): "proxy_contrastive on student logits and labels; with replayed = again logits, "
+    "replayed_label = memory.label",
+}
+
+CELLS = {
+    ("takd", "main", "roles", "teacher"): {"model": "digits_mlp", "mode": "frozen", "trainable": "0"},
+    ("fitnets", "distil", "roles", "student"): {"weights": "stage hint", "mode": "trainable"},
+    ("fitnets", "distil", "terms", "kd"): {"weight": "linear(start 0.44, end 0.11)", "teacher": "teacher:logits"},
+    ("mean_teacher", "main", "roles", "teacher"): {"mode": "ema of student (decay 0.98)", "input": "train.other"},
+    ("lwf", "learn@2", "roles", "was2"): {"model": "task_logits", "input": "teacher:logits", "parameters": "0"},
+    ("fedmd", "digest@1", "roles", "said_cnn"): {
+        "model": "as cnn",
+        "mode": "snapshot of cnn (at the start of the stage) (stops after fc)",
+    },
+    ("fedmd", "revisit@1", "data", "home2"): {
+        "samples": "not counted yet",
+        "classes": "10",
+        "batch size": "32",
+        "options": "subset balanced(amount 100, rest), then shard(of 3, number 1, scheme dirichlet, alpha 0.3)",
+    },
+    ("hard", "main", "roles", "plain_teacher"): {"model": "as teacher", "mode": "reuse of teacher"},
+    ("hpcr", "learn@1", "data", "memory"): {"options": "subset first.memory", "batch size": "10"},
+    ("hpcr", "learn@1", "terms", "contrast"): {"weight": "cosine(start 0.5625, end 1.8, over 250, by step)"},
+    ("kd", "main", "data", "train"): {"dataset": "digits train", "samples": "811", "options": "labels of 50 samples"},
+    ("kd", "main", "terms", "ce"): {"teacher": "labels", "space": "row"},
+    ("icarl", "classify", "roles", "nearest"): {"weights": "means.nearest", "parameters": "0"},
+    ("acid", "main", "data", "train"): {"options": "labels changed by symmetric_noise(rate 0.4)"},
 }
 
 
-@pytest.mark.parametrize(("recipe", "stage"), SAID, ids="-".join)
-def test_a_stage_is_told_in_sentences(recipe, stage):
-    told = sentences(recipe)[stage]
-    for sentence in SAID[recipe, stage]:
-        assert sentence in told or (sentence[-1] == " " and any(sentence in line for line in told)), "\n".join(told)
+@pytest.mark.parametrize(("recipe", "stage"), DETAILS, ids=str)
+def test_details_contain_what_the_diagram_lacks(recipe, stage):
+    sentences = describe_stage(plans(recipe)[stage])
+    for sentence in DETAILS[recipe, stage]:
+        assert sentence in sentences, "\n".join(sentences)
 
 
-@pytest.mark.parametrize("recipe", SPANNING)
-def test_no_role_that_does_not_run_is_said_to_see_something(recipe):
-    for told in sentences(f"digits/{recipe}").values():
-        idle = [name for line in told if " not run: " in line for name in line.replace(" and ", ", ").split(", ")]
-        for name in idle:
-            assert not any(line.startswith(f"{name} (") for line in told)
-        assert not any(
-            line.startswith("1 epochs") or ", ." in line.replace(", ...", "") or "  " in line for line in told
-        )
+@pytest.mark.parametrize(("recipe", "stage", "term"), TERMS, ids=str)
+def test_term_description_names_operands_and_options(recipe, stage, term):
+    assert describe_term(plans(recipe)[stage].stage.terms[term]) == TERMS[recipe, stage, term]
 
 
-def test_numbers_and_lists_agree():
+@pytest.mark.parametrize(("recipe", "stage", "title", "row"), CELLS, ids=str)
+def test_table_contains_the_cells(recipe, stage, title, row):
+    cells = table(recipe, stage, title)[row]
+    expected = CELLS[recipe, stage, title, row]
+    assert {heading: cells[heading] for heading in expected} == expected
+
+
+def test_snapshot_period_is_in_the_table_of_roles():
+    modes = [cells["mode"] for cells in table("codistillation", "main", "roles").values()]
+    assert any(re.fullmatch(r"snapshot of a \(every .*\)", mode) for mode in modes), modes
+
+
+@pytest.mark.parametrize("recipe", COVERING)
+def test_details_have_no_role_that_does_not_run_and_no_empty_parts(recipe):
+    for plan in plans(recipe).values():
+        sentences = describe_stage(plan)
+        idle = [line.removeprefix("not run: ") for line in sentences if line.startswith("not run: ")]
+        names = [name for line in idle for name in line.split(" (")[0].replace(" and ", ", ").split(", ")]
+        for line in sentences:
+            assert not any(line.startswith(f"{name}: ") for name in names)
+            assert not re.search(
+                r"\b1 (epochs|steps|updates|parameter tensors)\b|, \.|; \.|  |\(\)", line.replace(", ...", "")
+            ), line
+
+
+def test_every_table_row_has_a_cell_for_each_heading():
+    for recipe in COVERING:
+        for plan in plans(recipe).values():
+            for section in stage_sections(plan):
+                assert all(len(row) == len(section.headings) for row in section.rows)
+
+
+def test_equal_rounds_of_a_loop_are_printed_once(capsys):
+    assert check_recipe(load_recipe("digits/fedmd")) == 0
+    output = capsys.readouterr().out
+    assert "stage digest@2\n" in output and "stage digest@3: as digest@2, in a later round" in output
+    assert output.count("\nroles") < len(plans("fedmd"))
+
+
+def test_numbers_and_lists_agree_in_number():
     assert (count_text(1, "epoch"), count_text(1200, "step")) == ("1 epoch", "1,200 steps")
     assert (join_names(["a"]), join_names(["a", "b"]), join_names(["a", "b", "c"])) == ("a", "a and b", "a, b and c")

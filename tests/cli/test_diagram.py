@@ -1,4 +1,4 @@
-"""What `check` draws of the recipes that span the wirings: who sees what, who teaches whom, who moves when."""
+"""Diagrams of stages: recipes that cover every wiring, compared with diagrams written by hand."""
 
 from __future__ import annotations
 
@@ -10,78 +10,83 @@ from kdbench.cli.diagram import draw_stage, stage_sequence
 from kdbench.config.load import load_recipe
 from kdbench.experiment.artifacts import plan_stages
 
-DRAWN = {
+DIAGRAMS = {
     ("dml", "main"): """
-sees      train.image
-          ├─ a (learns, the result)
-          └─ b (learns)
-teaches   labels ── ce ─> a
-          labels ── ce ─> b
-               b ── kl ─> a
-               a ── kl ─> b
-moves     a, b by ce, kl
+inputs     train.image
+           ├─ a (trained, exported)
+           └─ b (trained)
+terms      labels ── ce ─> a
+           labels ── ce ─> b
+                b ── kl ─> a
+                a ── kl ─> b
+updates    a, b on ce, kl
 """,
     ("dafl", "main"): """
-sees      noise.z
-          └─ generator (learns)
-             ├─ teacher (frozen, from digits/teacher)
-             └─ student (learns, the result)
-teaches           ── sure ─> teacher
-                  ── varied ─> teacher
-                  ── excited ─> teacher:pool
-          teacher ── kd ─> student
-moves     1. generator by sure, varied, excited
-           & student by kd
+inputs     noise.z
+           └─ generator (trained)
+              ├─ teacher (frozen, from digits/teacher)
+              └─ student (trained, exported)
+terms              ── sure ─> teacher
+                   ── varied ─> teacher
+                   ── excited ─> teacher:pool
+           teacher ── kd ─> student
+updates    1. generator on sure, varied, excited
+            & student on kd
 """,
     ("fitnets", "hint"): """
-sees      train.image
-          ├─ teacher (frozen, from digits/teacher)
-          └─ student (learns, the result)
-teaches   teacher:layer2 ── hint ─> student:layer2
-moves     student by hint
-hands on  student ─> student of stage distil
+inputs     train.image
+           ├─ teacher (frozen, from digits/teacher)
+           └─ student (trained, exported)
+terms      teacher:layer2 ── hint ─> student:layer2
+updates    student on hint
+outputs    student ─> student of stage distil
 """,
     ("mean_teacher", "main"): """
-sees      train.other
-          └─ teacher (average of student, the result)
-          train.image
-          └─ student (learns)
-teaches    labels ── ce ─> student
-          teacher ── consistency ─> student
-moves     student by ce, consistency
+inputs     train.other
+           └─ teacher (EMA of student, exported)
+           train.image
+           └─ student (trained)
+terms       labels ── ce ─> student
+           teacher ── consistency ─> student
+updates    student on ce, consistency
 """,
     ("takd", "main"): """
-sees      train.image
-          ├─ teacher (frozen, from digits/takd_assistant)
-          └─ student (learns, the result)
-teaches    labels ── ce ─> student
-          teacher ── kd ─> student
-moves     student by ce, kd
+inputs     train.image
+           ├─ teacher (frozen, from digits/takd_assistant)
+           └─ student (trained, exported)
+terms       labels ── ce ─> student
+           teacher ── kd ─> student
+updates    student on ce, kd
 """,
     ("hard", "main"): """
-sees      train.image
-          ├─ augmentor (learns)
-          │  ├─ teacher (frozen, from digits/teacher)
-          │  └─ student (learns, the result)
-          ├─ plain_teacher (teacher itself)
-          └─ plain_student (student itself)
-teaches         teacher <─ disagree, away ─> student
-          plain_teacher ── stay ─> teacher
-                teacher ── hard ─> student
-          plain_teacher ── plain ─> plain_student
-moves     1. augmentor by disagree, stay
-          2. student by hard, plain
+inputs     train.image
+           ├─ augmentor (trained)
+           │  ├─ teacher (frozen, from digits/teacher)
+           │  └─ student (trained, exported)
+           ├─ plain_teacher (reuses teacher)
+           └─ plain_student (reuses student)
+terms            teacher <─ disagree, maximized ─> student
+           plain_teacher ── stay ─> teacher
+                 teacher ── hard ─> student
+           plain_teacher ── plain ─> plain_student
+updates    1. augmentor on disagree, stay
+           2. student on hard, plain
 """,
     ("scrub", "away@1"): """
-sees      forget.image
-          ├─ teacher (frozen, from digits/teacher)
-          └─ student (learns, from digits/teacher, the result)
-teaches   teacher ── forget, away ─> student
-moves     student by forget
-hands on  student ─> student of stage towards@1
+inputs     forget.image
+           ├─ teacher (frozen, from digits/teacher)
+           └─ student (trained, from digits/teacher, exported)
+terms      teacher ── forget, maximized ─> student
+updates    student on forget
+outputs    student ─> student of stage towards@1
+""",
+    ("icarl", "classify"): """
+inputs     train.image
+           └─ student (not trained, from stage means, exported)
+              └─ layer2 » nearest (frozen, artifact means.nearest)
 """,
 }
-COURSES = {
+SEQUENCES = {
     "fitnets": "hint -> distil",
     "mst_distill": "together -> masks -> distil",
     "lwf": "first -> 2 x (warm_up -> learn)",
@@ -90,52 +95,59 @@ COURSES = {
 }
 LINES = {
     ("mst_distill", "distil"): [
-        " ── kd ─> student  (routed by top_k)",
+        " ── kd ─> student  (router top_k)",
         "── balance ─> term:kd.gate",
-        "both:fc itself)",
-        "moves     student by ce, kd, balance",
+        "(reuses both:fc)",
+        "updates    student on ce, kd, balance",
     ],
     ("lwf", "learn@2"): [
         "was1 ── old ─> task1",
         "was2 ── old ─> task2",
-        "└─ teacher (frozen, from stage warm_up@2, its student)",
+        "└─ teacher (frozen, from stage warm_up@2, role student)",
     ],
     ("fedmd", "digest@1"): [
-        "├─ said_mlp (copy of mlp)",
+        "├─ said_mlp (snapshot of mlp)",
         "mean_logits(said_cnn:fc, said_mlp:fc, said_resnet:fc) ── consensus ─> resnet:fc",
-        "hands on  cnn ─> cnn of stage revisit@1",
+        "outputs    cnn ─> cnn of stage revisit@1",
     ],
     ("pcoreset", "round@1"): [
-        "makes     round@1.labels, a subset, by choose over train from student",
-        "hands on  round@1.labels ─> the labels of source train in stage round@2",
+        "artifacts  round@1.labels: subset, by choose over source train from student",
+        "outputs    round@1.labels ─> labels of source train in stage round@2",
     ],
-    ("acid", "main"): ["moves     student by ce, on 0.25 of the rows, chosen by learnability"],
+    ("acid", "main"): ["updates    student on ce, on 0.25 of the rows, selected by learnability"],
+    ("tgeo_kd", "main"): [
+        "labels ── hard ─> student  (sample weight learnt)",
+        "1. gate on held, through an inner step of student on soft, hard",
+    ],
+    ("cv_dd", "learn"): ["c (train mode, not updated, from digits/teacher)"],
+    ("hpcr", "learn@1"): ["contrast ─> student  (with replayed = again, replayed_label = memory.label)"],
 }
 
 
 @cache
-def drawings(name: str) -> dict[str, str]:
+def diagrams(name: str) -> dict[str, str]:
+    """Draws every stage of a digits recipe."""
     recipe = load_recipe(f"digits/{name}", [])
     plans = plan_stages(recipe)
-    return {p.stage.name: "\n".join(draw_stage(p, recipe.stages[i + 1 :])) for i, p in enumerate(plans)}
+    return {plan.stage.name: "\n".join(draw_stage(plan, recipe.stages[i + 1 :])) for i, plan in enumerate(plans)}
 
 
-@pytest.mark.parametrize(("name", "stage"), DRAWN)
-def test_a_stage_is_drawn_as_it_is_wired(name, stage):
-    assert drawings(name)[stage] == DRAWN[name, stage].strip("\n")
+@pytest.mark.parametrize(("name", "stage"), DIAGRAMS)
+def test_diagram_equals_the_wiring(name, stage):
+    assert diagrams(name)[stage] == DIAGRAMS[name, stage].strip("\n")
 
 
 @pytest.mark.parametrize(("name", "stage"), LINES)
-def test_a_drawing_tells(name, stage):
+def test_diagram_contains_the_line(name, stage):
     for line in LINES[name, stage]:
-        assert line in drawings(name)[stage]
+        assert line in diagrams(name)[stage]
 
 
-@pytest.mark.parametrize("name", COURSES)
-def test_the_course_tells_rounds_once(name):
-    assert stage_sequence(load_recipe(f"digits/{name}", []).stages) == COURSES[name]
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_stage_sequence_contains_a_loop_once(name):
+    assert stage_sequence(load_recipe(f"digits/{name}", []).stages) == SEQUENCES[name]
 
 
-def test_a_role_that_does_not_run_is_not_drawn():
-    together = drawings("mst_distill")["together"]
+def test_role_that_does_not_run_is_not_drawn():
+    together = diagrams("mst_distill")["together"]
     assert "both_mask" not in together and "both" in together

@@ -1,6 +1,6 @@
 """`kdbench train` through Hydra: overrides and flags in any order, multirun, failures, plug-ins.
 
-What trains is replaced by something that writes down what it was asked for.
+A function that records the recipes replaces the training.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,33 +35,51 @@ vars: {maps: [layer1, layer2], length: 2}"""
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path: Path) -> list[Recipe]:
-    """The recipes that would have been trained; seed 13 fails as a user's mistake, seed 14 as a fault of ours."""
+def recipes(monkeypatch, tmp_path: Path) -> list[Recipe]:
+    """Returns the recorded recipes. Seed 13 fails with a user error, seed 14 with a bug."""
     import kdbench.cli.train
 
     (tmp_path / "kd.yaml").write_text(KD)
-    recipes: list[Recipe] = []
+    recorded: list[Recipe] = []
 
-    def run(recipe: Recipe) -> SimpleNamespace:
+    def record(recipe: Recipe) -> SimpleNamespace:
         if recipe.seed == 13:
             raise TrainingError("the loss of kd is not finite since step 7")
         if recipe.seed == 14:
-            raise RuntimeError("a fault")
-        recipes.append(recipe)
+            raise RuntimeError("a bug")
+        recorded.append(recipe)
         return SimpleNamespace(summary={"export": "student"}, is_main=False)
 
-    monkeypatch.setattr(kdbench.cli.train, "train_recipe", run)
-    return recipes
+    monkeypatch.setattr(kdbench.cli.train, "train_recipe", record)
+    return recorded
 
 
-def test_one_run_leaves_the_folder_the_working_directory_and_logging_alone(asked, tmp_path, capfd):
+def test_single_run_changes_neither_folder_nor_working_directory_nor_logging(recipes, tmp_path, capfd):
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-    before = os.getcwd()
+    working_directory = os.getcwd()
     assert main(["train", "kd.yaml", "seed=3", "terms.kd.temperature=2"]) == 0
-    assert (asked[0].seed, asked[0].stages[0].terms["kd"].params) == (3, {"temperature": 2})
-    assert os.getcwd() == before and [path.name for path in tmp_path.iterdir()] == ["kd.yaml"]
+    assert (recipes[0].seed, recipes[0].stages[0].terms["kd"].params) == (3, {"temperature": 2})
+    assert os.getcwd() == working_directory and [path.name for path in tmp_path.iterdir()] == ["kd.yaml"]
     assert (list(logging.getLogger().handlers), logging.getLogger().level) == (handlers, level)
     assert capfd.readouterr() == ("", "")
+
+
+def test_temporary_configs_are_deleted_before_training(recipes, monkeypatch, tmp_path):
+    """A killed run then leaves no folder behind."""
+    import kdbench.cli.train
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    record = kdbench.cli.train.train_recipe
+    folders: list[list[Path]] = []
+
+    def record_folders(recipe: Recipe) -> object:
+        folders.append(list((tmp_path / "temporary").iterdir()))
+        return record(recipe)
+
+    monkeypatch.setattr(kdbench.cli.train, "train_recipe", record_folders)
+    assert main(["train", "kd.yaml"]) == 0
+    assert folders == [[]] and len(recipes) == 1
 
 
 @pytest.mark.parametrize(
@@ -71,24 +90,25 @@ def test_one_run_leaves_the_folder_the_working_directory_and_logging_alone(asked
         ["seed=1,2", "epochs=2", "kd.yaml", "--multirun"],
     ],
 )
-def test_flags_overrides_and_the_recipe_come_in_any_order(asked, arguments: list[str]):
+def test_flags_overrides_and_recipe_are_accepted_in_any_order(recipes, arguments: list[str]):
     assert main(["train", *arguments]) == 0
-    assert [(recipe.seed, recipe.stages[0].epochs) for recipe in asked] == [(1, 2), (2, 2)]
+    assert [(recipe.seed, recipe.stages[0].epochs) for recipe in recipes] == [(1, 2), (2, 2)]
 
 
-def test_a_multirun_sweeps_terms_and_groups(asked, tmp_path):
+def test_multirun_sweeps_terms_and_groups(recipes, tmp_path):
     (tmp_path / "pair").mkdir()
-    for name, model in (("one", "digits_cnn"), ("two", "digits_mlp")):
+    for name, model in (("cnn", "digits_cnn"), ("mlp", "digits_mlp")):
         (tmp_path / "pair" / f"{name}.yaml").write_text(f"student: {model}\n")
     (tmp_path / "kd.yaml").write_text(KD.replace("student: digits_mlp\n", ""))
-    assert main(["train", "kd.yaml", "-m", "pair=one,two", "terms.kd.temperature=1,4"]) == 0
-    told = [(r.stages[0].roles["student"].model.type, r.stages[0].terms["kd"].params["temperature"]) for r in asked]
-    assert told == [("digits_cnn", 1), ("digits_cnn", 4), ("digits_mlp", 1), ("digits_mlp", 4)]
-    assert main(["train", "kd.yaml", "-m", "pair=glob(t*)"]) == 0
-    assert asked[-1].choices == {"pair": "two"}
+    assert main(["train", "kd.yaml", "-m", "pair=cnn,mlp", "terms.kd.temperature=1,4"]) == 0
+    stages = [recipe.stages[0] for recipe in recipes]
+    swept = [(stage.roles["student"].model.type, stage.terms["kd"].params["temperature"]) for stage in stages]
+    assert swept == [("digits_cnn", 1), ("digits_cnn", 4), ("digits_mlp", 1), ("digits_mlp", 4)]
+    assert main(["train", "kd.yaml", "-m", "pair=glob(m*)"]) == 0
+    assert recipes[-1].group_choices == {"pair": "mlp"}
 
 
-def test_the_configs_of_a_multirun_stay_in_its_folder(asked, tmp_path):
+def test_configs_of_a_multirun_stay_in_its_folder(recipes, tmp_path):
     assert main(["train", "kd.yaml", "-m", "seed=1,2", "runs=r"]) == 0
     (folder,) = (tmp_path / "r" / "kd" / "multirun").iterdir()
     config = next(folder.glob("config-*"))
@@ -99,35 +119,35 @@ def test_the_configs_of_a_multirun_stay_in_its_folder(asked, tmp_path):
     assert list((tmp_path / "elsewhere").glob("config-*"))
 
 
-def test_a_mistake_in_a_later_job_is_found_before_the_first_begins(asked, capsys):
+def test_mistake_in_a_later_job_is_reported_before_the_first_starts(recipes, capsys):
     assert main(["train", "kd.yaml", "-m", "terms.kd.temperature=1,2,hot"]) == 2
-    assert asked == [] and "override 'terms.kd.temperature=hot'" in capsys.readouterr().err
+    assert recipes == [] and "override 'terms.kd.temperature=hot'" in capsys.readouterr().err
 
 
-def test_a_failed_job_leaves_the_others_and_ends_with_2(asked, capsys):
+def test_failed_job_does_not_stop_the_other_jobs_and_exits_with_2(recipes, capsys):
     assert main(["train", "kd.yaml", "-m", "seed=1,13,3"]) == 2
-    assert [recipe.seed for recipe in asked] == [1, 3]
+    assert [recipe.seed for recipe in recipes] == [1, 3]
     err = capsys.readouterr().err
     assert "job 1: the loss of kd is not finite since step 7" in err and "Traceback" not in err
 
 
-def test_faults_of_ours_keep_their_traceback(asked, capsys):
+def test_bug_keeps_its_traceback(recipes, capsys):
     assert main(["train", "kd.yaml", "seed=14"]) == 1
-    assert "RuntimeError: a fault" in capsys.readouterr().err
+    assert "RuntimeError: a bug" in capsys.readouterr().err
     assert main(["train", "kd.yaml", "-m", "seed=14,1"]) == 1
-    assert "RuntimeError: a fault" in capsys.readouterr().err and [recipe.seed for recipe in asked] == [1]
+    assert "RuntimeError: a bug" in capsys.readouterr().err and [recipe.seed for recipe in recipes] == [1]
 
 
-def test_a_failed_run_is_one_paragraph(asked, capsys):
+def test_failed_run_prints_one_paragraph(recipes, capsys):
     assert main(["train", "kd.yaml", "seed=13"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "kdbench: the loss of kd is not finite since step 7\n"
 
 
-def test_the_composed_recipe_is_printed(asked, capsys):
+def test_composed_recipe_is_printed(recipes, capsys):
     assert main(["train", "kd.yaml", "--cfg", "job", "terms.kd.temperature=3"]) == 0
     out = capsys.readouterr().out
-    assert "temperature: 3" in out and "hydra" not in out and asked == []
+    assert "temperature: 3" in out and "hydra" not in out and recipes == []
     assert main(["train", "kd.yaml", "-c", "job", "-p", "terms.kd"]) == 0
     assert "type: kd" in capsys.readouterr().out
     assert main(["train", "kd.yaml", "--cfg", "hydra"]) == 0
@@ -135,7 +155,7 @@ def test_the_composed_recipe_is_printed(asked, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["hydra/launcher=none_such"], "none_such"),
         (["hydra.no_such_key=1"], "no_such_key"),
@@ -143,27 +163,27 @@ def test_the_composed_recipe_is_printed(asked, capsys):
         (["-m", "--cfg", "job"], "exclude each other"),
     ],
 )
-def test_complaints_of_hydra_are_paragraphs(asked, arguments: list[str], said: str, capsys):
+def test_error_of_hydra_is_one_paragraph(recipes, arguments: list[str], expected: str, capsys):
     assert main(["train", "kd.yaml", *arguments]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.startswith("kdbench: ") and "Traceback" not in err
+    assert expected in err and err.startswith("kdbench: ") and "Traceback" not in err
 
 
 @pytest.mark.parametrize("flags", [[], ["-m"], ["-m", "hydra/launcher=concurrent"]])
-def test_an_override_may_refer_to_a_list(asked, tmp_path, flags: list[str]):
-    """It is kept as it was written, not as the list that it stands for, which is no override."""
+def test_override_may_refer_to_a_list(recipes, tmp_path, flags: list[str]):
+    """The override is kept as text; the list that it refers to would not be a valid override."""
     (tmp_path / "kd.yaml").write_text(KD.replace("kd: {type: kd}}", HINT))
-    words = ["terms.hint.student='${vars.maps}'", "epochs='${vars.length}'"]
-    assert main(["train", "kd.yaml", *words, *flags]) == 0
-    expected = load_recipe("kd.yaml", words)
+    overrides = ["terms.hint.student='${vars.maps}'", "epochs='${vars.length}'"]
+    assert main(["train", "kd.yaml", *overrides, *flags]) == 0
+    expected = load_recipe("kd.yaml", overrides)
     edges = expected.stages[0].terms["hint"].edges
     assert [str(edge.student) for edge in edges] == ["student:layer1", "student:layer2"]
-    assert asked[0].resolved == expected.resolved and identity(asked[0]) == identity(expected)
-    assert [text.lstrip("+") for text in asked[0].overrides] == words
+    assert recipes[0].resolved == expected.resolved and identity(recipes[0]) == identity(expected)
+    assert [text.lstrip("+") for text in recipes[0].overrides] == overrides
 
 
-def test_another_process_can_compose_the_job_again(asked, tmp_path):
-    """What joblib and submitit do: they load the sweep's configuration in a worker."""
+def test_worker_process_can_compose_the_job_from_the_configs_of_the_sweep(recipes, tmp_path):
+    """joblib and submitit load the sweep's configs in a worker."""
     assert main(["train", "kd.yaml", "-m", "seed=1,2"]) == 0
     config = next((tmp_path / "runs" / "kd" / "multirun").glob("*/config-*"))
     code = (
@@ -171,8 +191,8 @@ def test_another_process_can_compose_the_job_again(asked, tmp_path):
         "with hydra.initialize_config_dir(config_dir=sys.argv[1], version_base='1.3'):\n"
         "    print(hydra.compose('recipe', ['++seed=2']).seed)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(config)], capture_output=True, text=True, cwd="/")
-    assert done.stdout.strip() == "2", done.stderr
+    process = subprocess.run([sys.executable, "-c", code, str(config)], capture_output=True, text=True, cwd="/")
+    assert process.stdout.strip() == "2", process.stderr
 
 
 PLUGIN = '''
@@ -181,8 +201,8 @@ from kdbench.registry import TERMS
 raise_when_imported = 1 / 0
 
 
-@TERMS.register("own_term", space="row")
-class OwnTerm:
+@TERMS.register("user_term", space="row")
+class UserTerm:
     """A term of the user."""
 
     def __init__(self, width: int = 3) -> None: ...
@@ -191,19 +211,21 @@ class OwnTerm:
 '''
 
 
-def test_a_plugin_adds_its_parts_without_being_imported(tmp_path):
-    (tmp_path / "own_parts.py").write_text(PLUGIN)
-    (tmp_path / "kd.yaml").write_text(KD.replace("{type: kd}", "{type: own_term, wdth: 2}"))
-    run = [sys.executable, "-m", "kdbench"]
-    without = subprocess.run([*run, "train", "kd.yaml"], capture_output=True, text=True)
-    assert without.returncode == 2 and "no term 'own_term'" in without.stderr
-    added = subprocess.run([*run, "train", "kd.yaml", "--plugin", "own_parts"], capture_output=True, text=True)
-    assert added.returncode == 2 and "Did you mean 'width'?" in added.stderr
-    listed = subprocess.run([*run, "--plugin=own_parts", "list", "terms"], capture_output=True, text=True)
-    assert "own_term" in listed.stdout and listed.returncode == 0
+def test_plugin_adds_its_parts_without_being_imported(tmp_path):
+    (tmp_path / "user_parts.py").write_text(PLUGIN)
+    (tmp_path / "kd.yaml").write_text(KD.replace("{type: kd}", "{type: user_term, wdth: 2}"))
+    command = [sys.executable, "-m", "kdbench"]
+    without = subprocess.run([*command, "train", "kd.yaml"], capture_output=True, text=True)
+    assert without.returncode == 2 and "no term 'user_term'" in without.stderr
+    with_plugin = subprocess.run(
+        [*command, "train", "kd.yaml", "--plugin", "user_parts"], capture_output=True, text=True
+    )
+    assert with_plugin.returncode == 2 and "Did you mean 'width'?" in with_plugin.stderr
+    names = subprocess.run([*command, "--plugin=user_parts", "list", "terms"], capture_output=True, text=True)
+    assert "user_term" in names.stdout and names.returncode == 0
 
 
-def test_a_recipe_cannot_name_a_plugin(asked, tmp_path, capsys):
+def test_recipe_cannot_name_a_plugin(recipes, tmp_path, capsys):
     (tmp_path / "kd.yaml").write_text(KD + "plugin: os\n")
     assert main(["train", "kd.yaml"]) == 2
     assert "unknown key 'plugin'" in capsys.readouterr().err

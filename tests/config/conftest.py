@@ -1,4 +1,4 @@
-"""Recipes written into the test's own folder."""
+"""Fixtures that write a recipe to the test's own folder and load it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Load = Callable[..., Recipe]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """load(text, *overrides, name="r.yaml") -> Recipe."""
+    """Returns load(text, *overrides, name="r.yaml") -> Recipe."""
 
     def load_text(text: str = KD_RECIPE, *overrides: str, name: str = "r.yaml") -> Recipe:
         path = tmp_path / name
@@ -30,12 +30,12 @@ def load(tmp_path: Path) -> Load:
 
 
 @pytest.fixture
-def fault(load: Load) -> Callable[..., str]:
-    """fault(text, *overrides) -> what the ConfigError says."""
+def error_of(load: Load) -> Callable[..., str]:
+    """Returns error_of(text, *overrides) -> message of the ConfigError."""
 
-    def fault_of(text: str = KD_RECIPE, *overrides: str) -> str:
-        with pytest.raises(ConfigError) as caught:
+    def load_error(text: str = KD_RECIPE, *overrides: str) -> str:
+        with pytest.raises(ConfigError) as raised:
             load(text, *overrides)
-        return str(caught.value)
+        return str(raised.value)
 
-    return fault_of
+    return load_error

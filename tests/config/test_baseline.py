@@ -1,4 +1,4 @@
-"""`baseline: true` runs the same student without a teacher, and says what it dropped."""
+"""`baseline: true` trains the same student without a teacher and lists what it removed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from helpers.recipe_texts import KD_RECIPE
 BASE = "dataset: digits\nepochs: 1\noptimizer: {type: SGD, lr: 0.1}\n"
 
 
-def test_the_teacher_and_its_terms_go(load):
-    recipe, twin = load(KD_RECIPE), load(KD_RECIPE, "baseline=true")
-    stage = twin.stages[0]
+def test_teacher_and_its_terms_are_removed(load):
+    recipe, baseline = load(KD_RECIPE), load(KD_RECIPE, "baseline=true")
+    stage = baseline.stages[0]
     assert (list(stage.roles), list(stage.terms)) == (["student"], ["ce"])
-    assert twin.baseline_removed == ("role teacher", "term kd")
+    assert baseline.baseline_removed == ("role teacher", "term kd")
     assert stage.roles["student"] == recipe.stages[0].roles["student"] and stage.data == recipe.stages[0].data
     assert "agreement" not in [metric.type for metric in stage.metrics]
 
 
-def test_a_peer_that_teaches_goes_too(load):
+def test_peer_that_teaches_is_removed(load):
     text = BASE + (
         "models: {a: digits_mlp, b: digits_mlp}\nexport: a\n"
         "terms:\n  ce: {type: cross_entropy, student: [a, b]}\n  kl: {type: kd, student: [a, b], teacher: others}\n"
@@ -25,19 +25,19 @@ def test_a_peer_that_teaches_goes_too(load):
     assert list(stage.roles) == ["a"] and list(stage.terms) == ["ce"] and len(stage.terms["ce"].edges) == 1
 
 
-def test_a_stage_of_which_nothing_is_left_goes_with_the_weights_that_it_gave(load):
+def test_stage_without_remaining_terms_is_removed_with_the_weights_from_it(load):
     text = BASE.replace("epochs: 1\n", "") + (
         "teacher: digits_cnn\nstudent: digits_cnn\nstages:\n"
         "  hint: {epochs: 1, terms: {hint: {type: hint, student: layer2, teacher: layer2}}}\n"
         "  ce: {epochs: 2, student: {weights: {stage: hint}}, terms: {ce: cross_entropy}}\n"
     )
-    twin = load(text, "baseline=true")
-    assert [stage.name for stage in twin.stages] == ["ce"]
-    assert twin.stages[0].roles["student"].weights is None
-    assert any("stage hint" in said for said in twin.baseline_removed)
+    baseline = load(text, "baseline=true")
+    assert [stage.name for stage in baseline.stages] == ["ce"]
+    assert baseline.stages[0].roles["student"].weights is None
+    assert "stage ce: weights of role student from stage hint" in baseline.baseline_removed
 
 
-def test_a_head_that_the_student_teaches_stays(load):
+def test_head_taught_by_the_student_stays(load):
     text = BASE + (
         'teacher: digits_cnn\nstudent: digits_mlp\nmodels: {head: {model: digits_mlp, input: "student:layer1"}}\n'
         "terms:\n  ce: cross_entropy\n  kd: kd\n  own: {type: kd, student: head, teacher: student}\n"
@@ -46,19 +46,20 @@ def test_a_head_that_the_student_teaches_stays(load):
     assert set(stage.roles) == {"student", "head"} and set(stage.terms) == {"ce", "own"}
 
 
-def test_updates_lose_what_was_dropped(load):
+def test_updates_lose_removed_terms(load):
     text = KD_RECIPE + "updates:\n  - {models: [student], terms: [kd]}\n  - {models: [student], terms: [ce, kd]}\n"
     (update,) = load(text, "baseline=true").stages[0].updates
     assert update.terms == ("ce",)
 
 
-def test_a_recipe_of_which_nothing_is_left_is_refused(fault):
-    assert "twin leaves nothing to train" in fault(
-        KD_RECIPE.replace("  ce: {type: cross_entropy, weight: 0.1}\n", ""), "baseline=true"
+def test_recipe_without_remaining_terms_is_rejected(error_of):
+    text = KD_RECIPE.replace("  ce: {type: cross_entropy, weight: 0.1}\n", "")
+    assert error_of(text, "baseline=true").startswith(
+        "override 'baseline=true': the baseline has nothing to train: every term of r reads a teacher."
     )
 
 
-MADE = """
+WITH_ARTIFACT = """
 dataset: digits
 teacher: {model: digits_cnn}
 student: {model: digits_mlp}
@@ -73,22 +74,24 @@ stages:
 """
 
 
-def test_what_labels_data_stays_and_what_teaches_by_it_goes(load):
-    recipe = load(MADE, "baseline=true")
+def test_labelling_by_a_teacher_stays_and_learning_from_its_soft_labels_is_removed(load):
+    recipe = load(WITH_ARTIFACT, "baseline=true")
     label, learn = recipe.stages
-    assert set(label.roles) == {"teacher", "student"} and list(label.terms) == ["ce"] and "soft" in label.make
+    assert set(label.roles) == {"teacher", "student"} and list(label.terms) == ["ce"] and "soft" in label.artifacts
     assert set(learn.roles) == {"teacher", "student"} and list(learn.terms) == ["ce"]
     assert recipe.baseline_removed == ("stage label: term kd", "stage learn: term soft")
 
 
-def test_a_stage_that_only_makes_something_trains_nothing_in_the_twin(load):
-    text = MADE.replace("  label: {make", "  label: {terms: {kd: {type: kd, teacher: teacher}}, make")
+def test_stage_that_only_computes_an_artifact_trains_nothing(load):
+    text = WITH_ARTIFACT.replace(
+        "  label: {artifacts", "  label: {terms: {kd: {type: kd, teacher: teacher}}, artifacts"
+    )
     label, learn = load(text, "baseline=true").stages
     assert label.epochs == 0 and not label.terms and learn.epochs == 1
 
 
-def test_a_selection_that_reads_a_teacher_goes_and_its_update_stays(load):
-    text = MADE.split("stages:")[0] + (
+def test_selection_that_reads_a_teacher_is_removed_and_its_update_stays(load):
+    text = WITH_ARTIFACT.split("stages:")[0] + (
         "updates:\n  - {models: [student], terms: [ce, kd], "
         "select: {type: learnability, keep: 8, student: student, reference: teacher}}\n"
     )

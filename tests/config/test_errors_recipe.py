@@ -1,4 +1,4 @@
-"""What bad input gets, as far as the loader sees it: where, what was expected, and the nearest right name."""
+"""Errors of the loader: location, expected value, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ stages:
 """
 
 
-def said(text: str, *overrides: str) -> str:
+def error_of(text: str, *overrides: str) -> str:
     Path("r.yaml").write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as raised:
         load_recipe("r.yaml", overrides)
-    return str(caught.value)
+    return str(raised.value)
 
 
-def test_the_recipes_that_are_spoilt_below_are_good():
+def test_unchanged_recipes_load():
     for text in (GOOD, STAGED):
         Path("r.yaml").write_text(text)
         assert load_recipe("r.yaml").stages
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "place", "hint"),
+    ("text", "replacement", "location", "hint"),
     [
         # a misspelt key, anywhere
         ("optimizer:", "optimiser:", "r.yaml:6 optimiser: unknown key", "Did you mean 'optimizer'?"),
@@ -86,11 +86,11 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         ("weight: 0.9", "weight: [1]", "r.yaml:11 terms.kd.weight: ", "a finite number or a schedule"),
         ("weight: 0.9", "weight: .nan", "r.yaml:11 terms.kd.weight: ", "a finite number or a schedule"),
         ("padding: 1", "padding: 1.5", "r.yaml:8 augment.0.padding: ", "padding must be a whole number, got 1.5"),
-        ("[1, 2]", "[2, 1]", "r.yaml:7 scheduler.milestones: ", "must rise"),
+        ("[1, 2]", "[2, 1]", "r.yaml:7 scheduler.milestones: ", "must be in ascending order"),
         ("lr: 0.1", "lr: fast", "r.yaml:6 optimizer.lr: ", "lr must be a number, got 'fast'"),
         ("dataset: digits", "dataset: [digits]", "r.yaml:1 dataset: ", "a dataset is a name or {type: NAME"),
         ("  ce: {type: cross_entropy, weight: 0.1}", "  ce: 3", "r.yaml:10 terms.ce: ", "must be a mapping, got 3"),
-        # a schedule where none can stand, or with a fault of its own
+        # a schedule that is not allowed, or wrong itself
         (
             "weight: 0.9",
             "weight: {type: liner, over: 2}",
@@ -103,7 +103,7 @@ def test_the_recipes_that_are_spoilt_below_are_good():
             "r.yaml:11 terms.kd.weight.ovr: schedule 'linear' has no parameter",
             "Did you mean 'over'?",
         ),
-        ("lr: 0.1", "lr: {type: cosine}", "r.yaml:6 optimizer.lr: ", "lr cannot follow a schedule"),
+        ("lr: 0.1", "lr: {type: cosine}", "r.yaml:6 optimizer.lr: ", "lr cannot be a schedule"),
         # the wiring
         (
             "teacher: {model: digits_cnn}\n",
@@ -112,7 +112,7 @@ def test_the_recipes_that_are_spoilt_below_are_good():
             "Add `teacher:",
         ),
         ("type: kd,", "type: kd, teacher: 'techer:fc',", "r.yaml:11 terms.kd.teacher: no role 'techer'", "'teacher'?"),
-        ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "say which feature of the teacher"),
+        ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "name the feature of the teacher"),
         ("type: kd,", "type: at,", "r.yaml:11 terms.kd: term 'at' compares features", "such as `student: layer3`"),
         (
             "type: kd,",
@@ -123,14 +123,14 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         (
             "type: kd,",
             "type: kd, student: 'a b',",
-            "r.yaml:11 terms.kd.student: 'a b' is no address",
+            "r.yaml:11 terms.kd.student: 'a b' is not an address",
             "write ROLE:PATH",
         ),
         (
             "type: kd,",
             "type: kd, student: [layer1, layer2], teacher: [layer1],",
             "r.yaml:11 terms.kd.teacher: the list has 1 operands, but `student` has 2",
-            "element i goes with element i",
+            "element i is compared with element i",
         ),
         ("type: kd,", "type: kd, teacher: others,", "r.yaml:11 terms.kd.teacher: `others`", "list of two or more"),
         (
@@ -148,19 +148,19 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         (
             "{model: digits_mlp}",
             "{model: digits_mlp, input: 'teacher:fc'}\nmodels: {teacher: x}",
-            "r.yaml:2 teacher: role 'teacher' is given twice",
+            "r.yaml:2 teacher: role 'teacher' is defined twice",
             "keep one of them",
         ),
         (
             "{model: digits_mlp}",
             "{model: digits_mlp, frozen: true}",
             "r.yaml: nothing trains",
-            "every role is frozen",
+            "no role is trainable",
         ),
         (
             "{model: digits_cnn}",
             "{model: digits_cnn, ema: studnt}",
-            "r.yaml:2 teacher.ema: no role 'studnt' to follow",
+            "r.yaml:2 teacher.ema: no role 'studnt'",
             "Did you mean 'student'?",
         ),
         (
@@ -172,7 +172,7 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         (
             "{model: digits_cnn}",
             "{model: digits_cnn, weights: {recipe: r.yaml}}",
-            "r.yaml:2 teacher.weights.recipe: the recipe would need its own result",
+            "r.yaml:2 teacher.weights.recipe: cyclic reference",
             "r.yaml",
         ),
         (
@@ -189,25 +189,25 @@ def test_the_recipes_that_are_spoilt_below_are_good():
         ),
     ],
 )
-def test_one_mistake_in_a_recipe(right: str, wrong: str, place: str, hint: str):
-    assert right in GOOD
-    text = said(GOOD.replace(right, wrong, 1))
-    # A misspelt key may be missed elsewhere too (no optimizer, no model); its own line must be there.
-    lines = [line for line in text.splitlines() if line.startswith(place)]
-    assert lines and hint in lines[0], text
+def test_mistake_in_a_recipe_is_reported(text: str, replacement: str, location: str, hint: str):
+    assert text in GOOD
+    message = error_of(GOOD.replace(text, replacement, 1))
+    # A misspelt key causes further errors (no optimizer, no model); one line must be about the key itself.
+    lines = [line for line in message.splitlines() if line.startswith(location)]
+    assert lines and hint in lines[0], message
 
 
 @pytest.mark.parametrize(
-    ("added", "place", "hint"),
+    ("line", "location", "hint"),
     [
-        ("label_fraction: 1.5", "r.yaml:12 label_fraction: ", "a share above 0 up to 1, or a whole number"),
-        ("validation: 1", "r.yaml:12 validation: ", "must be a share below 1"),
-        ("validation: -0.1", "r.yaml:12 validation: ", "a share above 0"),
+        ("label_fraction: 1.5", "r.yaml:12 label_fraction: ", "a fraction above 0 up to 1, or a whole number"),
+        ("validation: 1", "r.yaml:12 validation: ", "a fraction above 0 and below 1"),
+        ("validation: -0.1", "r.yaml:12 validation: ", "a fraction above 0"),
         ("precision: bf61", "r.yaml:12 precision: ", "Did you mean 'bf16'?"),
         ("device: gpu", "r.yaml:12 device: ", "auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
         ("ema: 1.0", "r.yaml:12 ema: ", "between 0 and 1"),
         ("clip: 0", "r.yaml:12 clip: ", "above 0"),
-        ("steps: 3", "r.yaml:12 steps: ", "give `epochs` or `steps`, not both"),
+        ("steps: 3", "r.yaml:12 steps: ", "`epochs` and `steps` exclude each other"),
         ("export: studnt", "r.yaml:12 export: no role 'studnt'", "Did you mean 'student'?"),
         ("metrics: [topp1]", "r.yaml:12 metrics.0: no metric 'topp1'", "Did you mean 'top1'?"),
         ("checkpoint_every: {hours: 1}", "r.yaml:12 checkpoint_every.hours: unknown key", "minutes, steps"),
@@ -220,10 +220,14 @@ def test_one_mistake_in_a_recipe(right: str, wrong: str, place: str, hint: str):
         ("data: {extra: {dataset: digts}}", "r.yaml:12 data.extra.dataset: no dataset 'digts'", "'digits'?"),
         ("data: {noise: {type: gaussian, shap: [1]}}", "r.yaml:12 data.noise.shap: ", "Did you mean 'shape'?"),
         ("models: {m: {ema: student, decy: 0.9}}", "r.yaml:12 models.m.decy: unknown key", "Did you mean 'decay'?"),
-        ("models: {a: {ema: b}, b: {ema: a}}", "r.yaml:12 models.a.ema: roles follow each other", "a -> b -> a"),
+        (
+            "models: {a: {ema: b}, b: {ema: a}}",
+            "r.yaml:12 models.a.ema: roles are derived from each other",
+            "a -> b -> a",
+        ),
         (
             "models: {a: {model: digits_mlp, input: 'b:x'}, b: {model: digits_mlp, input: 'a:x'}}",
-            "r.yaml:12 models.a.input: roles see each other's outputs in a circle",
+            "r.yaml:12 models.a.input: roles read each other's outputs in a cycle",
             "a -> b -> a",
         ),
         ("models: {a: {input: train.image}}", "r.yaml:12 models.a: role 'a' needs a `model`", "kdbench list models"),
@@ -242,43 +246,48 @@ def test_one_mistake_in_a_recipe(right: str, wrong: str, place: str, hint: str):
         ("updates: [{models: [student]}]", "r.yaml:12 updates.0: an update needs `terms`", "a list of names"),
         ("updates: [{model: student, terms: [kd]}]", "r.yaml:12 updates.0.model: unknown key", "'models'?"),
         ("stages: {}", "r.yaml:12 stages: ", "must be a mapping of stage names"),
-        ("title: ???", "r.yaml:12 title: has no value yet", "give it on the command line"),
-        ("width: 3", "r.yaml:12 width: unknown key 'width'", "Near it"),
-        # YAML's traps and what a recipe may not reach for
+        ("title: ???", "r.yaml:12 title: has no value yet", "set it on the command line"),
+        ("width: 3", "r.yaml:12 width: unknown key 'width'", "Similar: "),
+        # ambiguous YAML, and code
         ("seed: 010", "r.yaml:12 seed: ", "YAML reads it as 8"),
         ("seed: 1:30", "r.yaml:12 seed: ", "YAML reads it as 90"),
         ("compile: on", "r.yaml:12 compile: ", "write true"),
-        ("epochs: 4", "r.yaml:12 epochs: the key 'epochs' is given twice", "first on line 4"),
-        ("hydra: {run: {dir: /}}", "r.yaml:12 hydra: ", "is refused"),
-        ("title: ${oc.env:HOME}", "r.yaml:12 title: ", "is refused"),
-        ("vars: {a: {_target_: os.system}}", "r.yaml:12 vars.a._target_: ", "is refused"),
-        ("title: !!python/name:os.system", "r.yaml:12 title: ", "is refused"),
+        ("epochs: 4", "r.yaml:12 epochs: duplicate key 'epochs'", "first on line 4"),
+        ("hydra: {run: {dir: /}}", "r.yaml:12 hydra: ", "is rejected"),
+        ("title: ${oc.env:HOME}", "r.yaml:12 title: ", "is rejected"),
+        ("vars: {a: {_target_: os.system}}", "r.yaml:12 vars.a._target_: ", "is rejected"),
+        ("title: !!python/name:os.system", "r.yaml:12 title: ", "is rejected"),
         ("title: ${optimizer.l_r}", "r.yaml:12 title: ", "Did you mean 'optimizer.lr'?"),
-        ("title: ${title}", "r.yaml:12 title: ", "back to itself"),
+        ("title: ${title}", "r.yaml:12 title: ", "or to itself"),
     ],
 )
-def test_one_bad_line_more(added: str, place: str, hint: str):
-    text = said(f"{GOOD}{added}\n")
-    lines = [line for line in text.splitlines() if line.startswith(place)]
-    assert lines and hint in lines[0], text
+def test_mistake_in_an_added_line_is_reported(line: str, location: str, hint: str):
+    message = error_of(f"{GOOD}{line}\n")
+    lines = [line for line in message.splitlines() if line.startswith(location)]
+    assert lines and hint in lines[0], message
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "place", "hint"),
+    ("text", "replacement", "location", "hint"),
     [
         ("{stage: hint}", "{stage: hnt}", "r.yaml:9 stages.kd.student.weights: stage 'hnt' does not exist", "'hint'?"),
-        ("{stage: hint}", "{stage: kd}", "r.yaml:9 stages.kd.student.weights: stage 'kd' comes later", "hint"),
+        (
+            "{stage: hint}",
+            "{stage: kd}",
+            "r.yaml:9 stages.kd.student.weights: stage 'kd' is this stage or a later one",
+            "hint",
+        ),
         ("{stage: hint}", "{stage: hint, role: stdent}", "r.yaml:9 stages.kd.student.weights: stage", "'student'?"),
         ("epochs: 2", "epoch: 2", "r.yaml:8 stages.kd.epoch: unknown key", "Did you mean 'epochs'?"),
         ("epochs: 2", "seed: 2", "r.yaml:8 stages.kd.seed: ", "belongs to the top level"),
         ("{kd: {type: kd}}", "{kd: {type: kd, tau: 1}}", "r.yaml:10 stages.kd.terms.kd.tau: ", "temperature"),
     ],
 )
-def test_one_mistake_in_a_stage(right: str, wrong: str, place: str, hint: str):
-    assert right in STAGED
-    text = said(STAGED.replace(right, wrong, 1))
-    lines = [line for line in text.splitlines() if line.startswith(place)]
-    assert lines and hint in lines[0], text
+def test_mistake_in_a_stage_is_reported(text: str, replacement: str, location: str, hint: str):
+    assert text in STAGED
+    message = error_of(STAGED.replace(text, replacement, 1))
+    lines = [line for line in message.splitlines() if line.startswith(location)]
+    assert lines and hint in lines[0], message
 
 
 @pytest.mark.parametrize(
@@ -295,42 +304,44 @@ def test_one_mistake_in_a_stage(right: str, wrong: str, place: str, hint: str):
         ("+seed=x", "must be a whole number, got 'x'"),
     ],
 )
-def test_a_mistake_in_an_override_names_the_override(override: str, hint: str):
+def test_mistake_in_an_override_names_the_override(override: str, hint: str):
     lines = [
-        line for line in said(GOOD, override).splitlines() if line.startswith(f"override '{override.lstrip('+')}'")
+        line for line in error_of(GOOD, override).splitlines() if line.startswith(f"override '{override.lstrip('+')}'")
     ]
     assert lines and hint in lines[0]
 
 
-def test_a_mapping_over_a_list_says_how_to_write_it():
+def test_mapping_over_a_list_reports_how_to_write_it():
     listed = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
     over = "terms.kd.teacher={combine: mean_logits, of: [teacher, student]}"
-    assert said(listed, over).endswith("write `terms.kd.teacher=null` before it.")
+    assert error_of(listed, over).endswith("write `terms.kd.teacher=null` before it.")
     load_recipe("r.yaml", ["terms.kd.teacher=null", over])
 
 
-def test_recipes_that_need_each_other_are_refused():
-    taking = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
-    Path("other.yaml").write_text(taking.replace("OTHER", "r.yaml"))
-    assert "the recipe would need its own result initial: 'other.yaml'" in said(taking.replace("OTHER", "other.yaml"))
+def test_cyclic_recipes_are_rejected():
+    template = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
+    Path("other.yaml").write_text(template.replace("OTHER", "r.yaml"))
+    assert "cyclic reference: 'other.yaml' needs the result of this recipe" in error_of(
+        template.replace("OTHER", "other.yaml")
+    )
 
 
-def test_epochs_on_the_command_line_do_not_vanish_under_stages():
-    assert "every stage sets its own; write stages.hint.epochs=" in said(STAGED, "epochs=1")
+def test_override_of_epochs_without_effect_is_reported():
+    assert "every stage sets its own; write stages.hint.epochs=" in error_of(STAGED, "epochs=1")
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_together():
     text = GOOD.replace("digits\n", "digit\n").replace("temperature", "temprature").replace("type: SGD", "type: SDG")
-    lines = said(text).splitlines()
+    lines = error_of(text).splitlines()
     assert lines[0] == "r.yaml has 3 mistakes:"
     assert [line.split(" ")[0] for line in lines[1:]] == ["r.yaml:1", "r.yaml:6", "r.yaml:11"]
 
 
-def test_a_mistake_above_the_stages_is_told_once():
-    assert said(STAGED.replace("lr:", "l_r:")).count("l_r") == 2  # the key, and the name of the parameter
+def test_mistake_above_the_stages_is_reported_once():
+    assert error_of(STAGED.replace("lr:", "l_r:")).count("l_r") == 2  # the key, and the name of the parameter
 
 
-def test_a_missing_file_and_a_folder_are_told():
+def test_missing_file_and_folder_are_reported():
     with pytest.raises(ConfigError, match=r"no recipe 'nowhere\.yaml'"):
         load_recipe("nowhere.yaml")
     Path("d.yaml").mkdir()
@@ -338,20 +349,22 @@ def test_a_missing_file_and_a_folder_are_told():
         load_recipe("d.yaml")
 
 
-def test_a_result_that_never_moves_is_refused(tmp_path):
+def test_frozen_exported_role_is_rejected(tmp_path):
     file = tmp_path / "own.yaml"
     text = (
         "dataset: digits\nteacher: digits_cnn\nstudent: digits_mlp\nexport: teacher\n"
         "terms: {ce: {type: cross_entropy}}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n"
     )
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"own.yaml:4 export: 'teacher' is frozen in every stage, while student"):
+    with pytest.raises(
+        ConfigError, match=r"own.yaml:4 export: 'teacher' is frozen in every stage; trained are student"
+    ):
         load_recipe(str(file))
     file.write_text(text.replace("export: teacher", "export: student"))
     assert load_recipe(str(file)).stages[0].export == "student"
 
 
-def test_a_name_from_the_disk_cannot_command_the_terminal(capsys):
+def test_control_characters_in_file_names_are_escaped(capsys):
     for split in ("train", "test"):
         Path(f"photos/{split}/\x1b[31mdog" if split == "train" else f"photos/{split}/cat").mkdir(parents=True)
     Path("r.yaml").write_text(
@@ -361,5 +374,5 @@ def test_a_name_from_the_disk_cannot_command_the_terminal(capsys):
     for path in list(Path("photos").glob("*/*")):
         Image.new("RGB", (8, 8)).save(path / "a.png")
     assert main(["train", "r.yaml"]) == 2
-    told = capsys.readouterr().err
-    assert "\x1b" not in told and "\\x1b[31mdog" in told
+    output = capsys.readouterr().err
+    assert "\x1b" not in output and "\\x1b[31mdog" in output

@@ -1,4 +1,4 @@
-"""The shorthands of the grammar and what they spell out to."""
+"""The grammar of a recipe: shorthands, addresses, defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def edges(recipe: Recipe, term: str, stage: int = 0) -> list[tuple[str, str]]:
     return [(str(edge.student), str(edge.teacher)) for edge in recipe.stages[stage].terms[term].edges]
 
 
-def test_a_plain_recipe_is_spelled_out(load):
+def test_plain_recipe_is_completed_with_defaults(load):
     recipe = load()
     (stage,) = recipe.stages
     assert (recipe.name, recipe.seed, stage.name, stage.export) == ("r", 1, "main", "student")
@@ -59,7 +59,7 @@ stages:
 )
 
 
-def test_stages_lie_over_the_top_level(load):
+def test_stages_merge_over_the_top_level(load):
     recipe = load(STAGED)
     hint, distil = recipe.stages
     assert [(s.name, s.epochs, list(s.terms)) for s in recipe.stages] == [
@@ -71,7 +71,7 @@ def test_stages_lie_over_the_top_level(load):
     assert edges(recipe, "hint") == [("student:layer2", "teacher:layer2")]
 
 
-def test_a_stage_takes_epochs_steps_and_weights_as_a_whole(load):
+def test_stage_replaces_epochs_by_steps_and_weights_as_a_whole(load):
     text = STAGED.replace("teacher: digits_cnn\n", "teacher: {model: digits_cnn, weights: {recipe: digits/teacher}}\n")
     text = text.replace("epochs: 210", "steps: 9\n    teacher: {weights: {path: t.pt}}")
     hint, distil = load("epochs: 3\n" + text.replace("epochs: 30, ", "")).stages
@@ -80,7 +80,7 @@ def test_a_stage_takes_epochs_steps_and_weights_as_a_whole(load):
     assert (distil.roles["teacher"].weights.recipe, distil.roles["teacher"].weights.path) == (None, "t.pt")
 
 
-def test_a_generator_stands_before_a_teacher(load):
+def test_teacher_and_student_read_the_output_of_a_generator(load):
     recipe = load(
         """\
 epochs: 1
@@ -134,23 +134,26 @@ updates:
         ("logits", "'teacher:'", [("student:logits", "teacher:logits")]),
     ],
 )
-def test_addresses(load, student: str, teacher: str, expected: list[tuple[str, str]]):
+def test_addresses_are_parsed(load, student: str, teacher: str, expected: list[tuple[str, str]]):
     recipe = load(KD_RECIPE.replace("type: kd, ", f"type: kd, student: {student}, teacher: {teacher}, "))
     assert edges(recipe, "kd") == expected
 
 
-def test_an_operand_names_its_adapter(load):
-    text = KD_RECIPE + "  hint: {type: hint, student: {path: layer2, adapter: {type: linear, bias: false}}, teacher: layer2}\n"
+def test_operand_with_an_adapter(load):
+    text = (
+        KD_RECIPE
+        + "  hint: {type: hint, student: {path: layer2, adapter: {type: linear, bias: false}}, teacher: layer2}\n"
+    )
     (edge,) = load(text).stages[0].terms["hint"].edges
     assert edge.student.adapter == PartConfig(type="linear", params={"bias": False}) and edge.teacher.adapter is None
 
 
-def test_a_bare_word_that_is_a_role_is_that_role(load):
+def test_word_that_names_a_role_is_that_role(load):
     text = BASE + "models: {layer2: digits_cnn, student: digits_mlp}\nterms: {kd: {type: kd, teacher: layer2}}\n"
     assert edges(load(text), "kd") == [("student:logits", "layer2:logits")]
 
 
-def test_roles_that_follow_and_roles_that_freeze(load):
+def test_derived_and_frozen_roles(load):
     text = BASE + (
         "student: {model: digits_mlp, freeze: layer1}\n"
         "models:\n  mean: {ema: student, decay: 0.99}\n  old: {snapshot: student, every: 2}\n"
@@ -164,8 +167,10 @@ def test_roles_that_follow_and_roles_that_freeze(load):
     assert roles["student"].freeze == ("layer1",)
 
 
-def test_a_teacher_can_be_told_to_train(load):
-    roles = load(KD_RECIPE.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, trainable: true}")).stages[0].roles
+def test_teacher_can_be_trainable(load):
+    roles = (
+        load(KD_RECIPE.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, trainable: true}")).stages[0].roles
+    )
     assert roles["teacher"].mode == "trainable"
 
 
@@ -176,7 +181,9 @@ def test_weights_come_from_recipes_stages_and_files(load):
     weights = load(text).stages[0].roles["teacher"].weights
     assert (weights.recipe, weights.epoch) == ("digits/teacher", 5)
     file = "{path: w.pth, key: state_dict, strip: module., rename: {head.: fc.}, strict: false}"
-    weights = load(KD_RECIPE.replace("teacher: digits_cnn", f"teacher: {{model: digits_cnn, weights: {file}}}")).stages[0]
+    weights = load(KD_RECIPE.replace("teacher: digits_cnn", f"teacher: {{model: digits_cnn, weights: {file}}}")).stages[
+        0
+    ]
     weights = weights.roles["teacher"].weights
     assert (weights.path, weights.key, weights.strip, weights.rename, weights.strict) == (
         "w.pth",
@@ -187,7 +194,7 @@ def test_weights_come_from_recipes_stages_and_files(load):
     )
 
 
-def test_a_recipe_beside_the_recipe_is_found_from_anywhere(load, tmp_path, monkeypatch):
+def test_recipe_of_weights_is_relative_to_the_folder_of_the_recipe(load, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "teacher.yaml").write_text(BASE + "student: digits_cnn\nterms: {ce: cross_entropy}\n")
     text = KD_RECIPE.replace("teacher: digits_cnn", "teacher: {model: digits_cnn, weights: {recipe: teacher.yaml}}")
@@ -195,7 +202,7 @@ def test_a_recipe_beside_the_recipe_is_found_from_anywhere(load, tmp_path, monke
     assert weights.recipe == str((tmp_path / "mine" / "teacher.yaml").resolve())
 
 
-def test_augmentations_go_to_their_view(load):
+def test_augmentations_belong_to_their_view(load):
     views = load(KD_RECIPE + "augment: [{type: crop, padding: 1}, flip]\n").stages[0].data
     assert [a.type for a in views["train"].views["image"]] == ["crop", "flip"]
     assert views["eval"].views == {"image": ()}
@@ -204,7 +211,7 @@ def test_augmentations_go_to_their_view(load):
     assert set(stage.data["train"].views) == {"image", "strong"} and stage.roles["student"].input == "train.strong"
 
 
-def test_named_sources_take_what_the_top_level_says(load):
+def test_sources_inherit_options_of_the_top_level(load):
     text = (
         KD_RECIPE
         + "batch_size: 32\nlabel_fraction: 50\ndata:\n  extra: {split: train, subset: 0.5}\n  train: {batch_size: 16}\n"
@@ -217,7 +224,7 @@ def test_named_sources_take_what_the_top_level_says(load):
     assert (data["train"].label_fraction, data["extra"].label_fraction, data["extra"].subset) == (50, None, 0.5)
 
 
-def test_weights_and_parameters_of_terms_follow_schedules(load):
+def test_weight_and_parameter_of_a_term_may_be_schedules(load):
     text = KD_RECIPE.replace("temperature: 4", "temperature: {type: linear, start: 1, end: 4, over: 2}")
     text = text.replace("weight: 0.9", "weight: {type: warmup, over: 2, by: step}")
     term = load(text).stages[0].terms["kd"]
@@ -225,7 +232,7 @@ def test_weights_and_parameters_of_terms_follow_schedules(load):
     assert term.weight == PartConfig(type="warmup", params={"over": 2, "by": "step"})
 
 
-def test_a_scheduler_has_a_warmup_beside_it(load):
+def test_scheduler_has_a_warmup(load):
     assert load(KD_RECIPE + "scheduler: cosine\n").stages[0].scheduler == PartConfig(type="cosine")
     scheduler = load(KD_RECIPE + "scheduler: {type: step, milestones: [1, 2], warmup: 1}\n").stages[0].scheduler
     assert scheduler == PartConfig(type="step", params={"milestones": [1, 2], "warmup": 1})
@@ -234,7 +241,7 @@ def test_a_scheduler_has_a_warmup_beside_it(load):
     assert scheduler.params["parts"] == [{"type": "warmup", "over": 1, "length": 1}, {"type": "cosine"}]
 
 
-def test_the_optimizer_has_groups(load):
+def test_optimizer_has_groups(load):
     text = KD_RECIPE.replace("momentum: 0.9", "groups: [{type: norm, weight_decay: 0}, {path: layer1, lr: 0.01}]")
     optimizer = load(text).stages[0].optimizer
     assert optimizer.groups == ({"type": "norm", "weight_decay": 0}, {"path": "layer1", "lr": 0.01})
@@ -242,33 +249,10 @@ def test_the_optimizer_has_groups(load):
 
 def test_published_figures_by_pair_or_model(load):
     assert load(KD_RECIPE + "published: 70.5\n").published.top1 == 70.5
-    text = KD_RECIPE + "published: {source: CRD, epoch: last, tolerance: 0.3, models: {digits_mlp: 71, digits_cnn: 72}}\n"
+    text = (
+        KD_RECIPE + "published: {source: CRD, epoch: last, tolerance: 0.3, models: {digits_mlp: 71, digits_cnn: 72}}\n"
+    )
     published = load(text).published
     assert (published.top1, published.source, published.epoch, published.tolerance) == (71, "CRD", "last", 0.3)
     assert load(text, "student=digits_cnn").published.top1 == 72
     assert load(KD_RECIPE + "published: {pairs: {a_b: 71}}\n").published is None
-
-
-def test_nothing_else_is_given_a_default_that_the_schema_does_not_have(load):
-    text = KD_RECIPE + (
-        "clip: 1\naccumulate: 2\nema: 0.99\nvalidation: 0.1\nmetrics: [top1, ece]\neval_every: 2\nlog_every: 5\n"
-        "checkpoint_every: {steps: 10, minutes: 1.5}\nprecision: bf16\nsync_batchnorm: true\nseed: 3\ndevice: cpu\n"
-        "compile: true\nchannels_last: true\nworkers: 2\ndata_root: d\nruns: r\nout: o\nfresh: true\n"
-        "tensorboard: false\ntitle: T\npaper: P\neval_batch_size: 100\nfrozen_forward: cache\nfrozen_rows: 64\n"
-    )
-    recipe = load(text)
-    (stage,) = recipe.stages
-    assert (stage.clip, stage.accumulate, stage.ema, stage.validation, stage.eval_every) == (1, 2, 0.99, 0.1, 2)
-    assert (stage.log_every, stage.checkpoint_every) == (5, {"steps": 10, "minutes": 1.5})
-    assert (stage.precision, stage.sync_batchnorm) == ("bf16", True)
-    assert ([m.type for m in stage.metrics], stage.data["eval"].batch_size) == (["top1", "ece"], 100)
-    assert (recipe.seed, recipe.device, recipe.compile, recipe.channels_last, recipe.workers) == (
-        3,
-        "cpu",
-        True,
-        True,
-        2,
-    )
-    assert (recipe.data_root, recipe.runs, recipe.out, recipe.fresh, recipe.tensorboard) == ("d", "r", "o", True, False)
-    assert (recipe.title, recipe.paper) == ("T", "P")
-    assert (recipe.frozen_forward, recipe.frozen_batch_size) == ("table", 64)

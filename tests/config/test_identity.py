@@ -1,4 +1,4 @@
-"""The short id of a run: what it depends on, and what not."""
+"""The identity of a run depends on everything that can change its result, and on nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from kdbench.config.identity import identity
         "batch_size=64",
     ],
 )
-def test_how_a_run_is_executed_and_told_makes_no_difference(load, override: str):
+def test_execution_and_records_do_not_change_the_identity(load, override: str):
     assert identity(load(KD_RECIPE, override)) == identity(load(KD_RECIPE))
 
 
@@ -60,12 +60,12 @@ def test_how_a_run_is_executed_and_told_makes_no_difference(load, override: str)
         "optimizer.groups=[{type: norm, weight_decay: 0}]",
     ],
 )
-def test_what_changes_the_result_makes_a_difference(load, override: str):
+def test_settings_of_the_result_change_the_identity(load, override: str):
     assert identity(load(KD_RECIPE, override)) != identity(load(KD_RECIPE))
 
 
-def test_spelling_and_order_make_no_difference(load):
-    other = """\
+def test_spelling_and_order_do_not_change_the_identity(load):
+    respelled = """\
 terms:
   - {weight: 0.1, type: cross_entropy}
   - {weight: 0.9, temperature: 4, type: kd}
@@ -75,10 +75,10 @@ epochs: 3
 dataset: {type: digits}
 """
     renamed = KD_RECIPE.replace("  ce:", "  cross_entropy:")
-    assert identity(load(other)) == identity(load(renamed))
+    assert identity(load(respelled)) == identity(load(renamed))
 
 
-def test_extras_and_versions_are_part_of_it(load, monkeypatch):
+def test_extra_facts_and_versions_change_the_identity(load, monkeypatch):
     from kdbench.registry import TERMS
 
     recipe = load()
@@ -88,11 +88,11 @@ def test_extras_and_versions_are_part_of_it(load, monkeypatch):
     assert identity(recipe) != before
 
 
-def test_it_is_the_same_in_another_process(load):
-    here = identity(load())
+def test_identity_is_equal_in_another_process(load):
+    expected = identity(load())
     code = (
         "from kdbench.config.load import load_recipe as l; from kdbench.config.identity import identity as i; "
         "print(i(l('r.yaml')))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert told == here and len(here) == 8 and int(here, 16) >= 0
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert output == expected and len(expected) == 8 and int(expected, 16) >= 0

@@ -1,4 +1,4 @@
-"""Loops of stages: what they become, where their keys were written, and what is refused in words."""
+"""Loops of stages: unrolling, locations of keys, and error messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from kdbench.config.identity import identity
 from kdbench.config.load import dump_recipe, load_resolved
+from kdbench.config.schema import Notes
 from kdbench.errors import ConfigError
 
 TOP = """\
@@ -32,15 +33,15 @@ stages:
 )
 
 
-def chain(recipe) -> list[tuple[str, str | None]]:
-    """Stage -> where its student's weights come from."""
-    taken = ((stage.name, stage.roles["student"].weights) for stage in recipe.stages)
-    return [(name, None if weights is None else weights.stage) for name, weights in taken]
+def weights_chain(recipe) -> list[tuple[str, str | None]]:
+    """Returns each stage with the stage from which its student's weights come."""
+    weights_of_stage = ((stage.name, stage.roles["student"].weights) for stage in recipe.stages)
+    return [(name, None if weights is None else weights.stage) for name, weights in weights_of_stage]
 
 
-def test_a_loop_is_its_stages_again_and_again(load):
+def test_loop_repeats_its_stages(load):
     recipe = load(LOOP)
-    assert chain(recipe) == [
+    assert weights_chain(recipe) == [
         ("warm", None),
         ("train@1", "warm"),
         ("query@1", "train@1"),
@@ -50,9 +51,9 @@ def test_a_loop_is_its_stages_again_and_again(load):
     assert [stage.epochs for stage in recipe.stages] == [3, 2, 0, 2, 0]
 
 
-def test_a_loop_equals_its_stages_written_out(load):
-    """Only the names tell them apart."""
-    written = (
+def test_loop_equals_its_stages_written_one_by_one(load):
+    """Only the names differ."""
+    listed = (
         TOP
         + "stages:\n"
         + "".join(
@@ -63,24 +64,24 @@ def test_a_loop_equals_its_stages_written_out(load):
     looped = TOP + (
         "stages:\n  a: {epochs: 3}\n  l: {rounds: 2, stages: {b: {epochs: 2, student: {weights: {stage: previous}}}}}\n"
     )
-    one, other = load(written), load(looped)
-    assert [s.roles["student"].model for s in one.stages] == [s.roles["student"].model for s in other.stages]
-    assert [s.terms for s in one.stages] == [s.terms for s in other.stages]
-    assert [s.data for s in one.stages] == [s.data for s in other.stages]
-    assert chain(other) == [("a", None), ("b@1", "a"), ("b@2", "b@1")]
+    expected, unrolled = load(listed), load(looped)
+    assert [s.roles["student"].model for s in expected.stages] == [s.roles["student"].model for s in unrolled.stages]
+    assert [s.terms for s in expected.stages] == [s.terms for s in unrolled.stages]
+    assert [s.data for s in expected.stages] == [s.data for s in unrolled.stages]
+    assert weights_chain(unrolled) == [("a", None), ("b@1", "a"), ("b@2", "b@1")]
 
 
-def test_the_rounds_of_a_list_change_the_top_level(load):
+def test_listed_rounds_change_the_top_level(load):
     text = LOOP.replace("rounds: 2", "rounds: [{terms: {wd: null}}, {batch_size: 32, optimizer: AdamW}, null]")
     stages = {stage.name: stage for stage in load(text).stages}
     assert len(stages) == 7
     assert list(stages["train@1"].terms) == ["ce"] and list(stages["train@2"].terms) == ["ce", "wd"]
     assert [stages[f"train@{n}"].data["train"].batch_size for n in (1, 2, 3)] == [64, 32, 64]
     assert [stages[f"query@{n}"].optimizer.type for n in (1, 2, 3)] == ["SGD", "AdamW", "SGD"]
-    assert list(stages["warm"].terms) == ["ce", "wd"], "a round is no business of the stages outside"
+    assert list(stages["warm"].terms) == ["ce", "wd"], "a round must not change the stages outside of its loop"
 
 
-def test_a_stage_stands_above_its_round(load):
+def test_stage_overrides_its_round(load):
     text = LOOP.replace("rounds: 2", "rounds: [{epochs: 9, batch_size: 16}]").replace(
         "train: {epochs: 2", "train: {epochs: 5"
     )
@@ -88,24 +89,24 @@ def test_a_stage_stands_above_its_round(load):
     assert stages["train@1"].epochs == 5 and stages["train@1"].data["train"].batch_size == 16
 
 
-def test_an_override_addresses_the_one_place_of_a_stage(load):
+def test_override_addresses_a_stage_of_a_loop(load):
     recipe = load(LOOP, "stages.active.stages.train.epochs=7", "stages.active.rounds=3")
     assert [stage.epochs for stage in recipe.stages] == [3, 7, 0, 7, 0, 7, 0]
     assert load(LOOP, "~stages.active.stages.query").stages[-1].name == "train@2"
 
 
-def test_the_resolved_recipe_is_the_same_recipe(load, tmp_path):
+def test_resolved_recipe_with_a_loop_is_the_same_recipe(load, tmp_path):
     recipe = load(LOOP, "stages.active.stages.train.epochs=7")
     (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
     again = load_resolved(tmp_path)
     assert again.stages == recipe.stages and identity(again) == identity(recipe)
 
 
-def test_another_number_of_rounds_is_another_run(load):
+def test_number_of_rounds_changes_the_identity(load):
     assert identity(load(LOOP)) != identity(load(LOOP, "stages.active.rounds=3"))
 
 
-def test_made_things_go_by_the_latest_earlier_stage(load):
+def test_artifact_is_that_of_the_latest_earlier_stage(load):
     text = LOOP.replace(
         "train: {epochs: 2,", "train: {epochs: 2, label_fraction: {artifact: query.labels, initial: 20},"
     )
@@ -116,20 +117,20 @@ def test_made_things_go_by_the_latest_earlier_stage(load):
     assert stages["query@2"].artifacts["labels"].previous == "query@1.labels"
 
 
-def test_weights_begin_with_first(load):
+def test_initial_weights_apply_while_there_is_no_earlier_stage(load):
     first = "{stage: previous, initial: {recipe: digits/teacher, model: digits_mlp}}"
     text = LOOP.replace("  warm: {epochs: 3}\n", "").replace("{weights: {stage: previous}}", f"{{weights: {first}}}")
-    (one, _, two, _) = load(text).stages
-    weights = one.roles["student"].weights
+    (train_1, _, train_2, _) = load(text).stages
+    weights = train_1.roles["student"].weights
     assert weights is not None and weights.recipe == "digits/teacher" and weights.location.line == 10
-    assert two.roles["student"].weights is not None and two.roles["student"].weights.stage == "query@1"
+    assert train_2.roles["student"].weights is not None and train_2.roles["student"].weights.stage == "query@1"
 
 
-def test_without_an_earlier_stage_a_role_that_trains_is_drawn_from_the_seed(load):
-    assert chain(load(LOOP.replace("  warm: {epochs: 3}\n", "")))[0] == ("train@1", None)
+def test_trainable_role_without_an_earlier_stage_is_initialised_from_the_seed(load):
+    assert weights_chain(load(LOOP.replace("  warm: {epochs: 3}\n", "")))[0] == ("train@1", None)
 
 
-def test_previous_is_the_nearest_stage_that_holds_the_role(load):
+def test_previous_is_the_nearest_stage_with_the_role(load):
     text = TOP.replace("student:", "models: {peer: {model: digits_mlp}}\nexport: student\nstudent:") + (
         "stages:\n  a: {}\n  b: {models: {peer: null}}\n  c: {models: {peer: {weights: {stage: previous}}}}\n"
     )
@@ -137,7 +138,7 @@ def test_previous_is_the_nearest_stage_that_holds_the_role(load):
     assert weights is not None and weights.stage == "a"
 
 
-def test_the_mean_of_several_roles_is_a_list(load):
+def test_weights_may_be_the_mean_of_several_roles(load):
     text = TOP.replace(
         "student:", "models: {a: {model: digits_mlp}, b: {model: digits_mlp}}\nexport: student\nstudent:"
     )
@@ -149,13 +150,13 @@ def test_the_mean_of_several_roles_is_a_list(load):
     assert (weights.role, weights.strict, weights.rename) == (("a", "b"), False, {"x": "y"})
 
 
-def test_terms_of_a_loop_may_be_a_list(load):
+def test_terms_of_a_stage_in_a_loop_may_be_a_list(load):
     text = LOOP.replace("train: {epochs: 2,", "train: {epochs: 2, terms: [cross_entropy],")
     assert list(load(text).stages[1].terms) == ["cross_entropy"]
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "said"),
+    ("text", "replacement", "fragments"),
     [
         ("rounds: 2", "rounds: 0", ["r.yaml:9 stages.active.rounds: ", "1 or more", "got 0"]),
         ("rounds: 2", "rounds: []", ["r.yaml:9 stages.active.rounds: ", "at least one round"]),
@@ -170,81 +171,81 @@ def test_terms_of_a_loop_may_be_a_list(load):
         ("    stages:", "    stage:", ["stages.active", "a loop needs `stages`"]),
         ("train: {epochs: 2", "train: {epochs: two", ["r.yaml:11 stages.active.stages.train.epochs: ", "whole number"]),
         ("train: {epochs: 2", "train: {epoch: 2", ["r.yaml:11 stages.active.stages.train.epoch: ", "'epochs'?"]),
-        ("train: {epochs: 2", "train: {rounds: 2", ["a loop within a loop"]),
+        ("train: {epochs: 2", "train: {rounds: 2", ["a loop cannot contain a loop"]),
         ("  warm: ", "  train: ", ["two stages are called 'train'", "r.yaml:7"]),
-        ("  warm: ", "  previous: ", ["'previous' cannot be a stage's name"]),
-        ("  warm: ", "  a.b: ", ["'a.b' cannot be a stage's name"]),
+        ("  warm: ", "  previous: ", ["'previous' cannot be the name of a stage"]),
+        ("  warm: ", "  a.b: ", ["'a.b' cannot be the name of a stage"]),
         ("stage: train}", "stage: trian}", ["r.yaml:14", "stage 'trian' does not exist", "Did you mean 'train'?"]),
-        ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' comes later, or is this one"]),
+        ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' is this stage or a later one"]),
         ("stage: train}", "stage: train, role: stdent}", ["no role 'stdent'", "'student'?"]),
         ("stage: train}", "stage: train, role: [student, student]}", ["role is listed twice"]),
         ("stage: train}", "path: x.pt, initial: {stage: train}}", ["weights.initial: belongs to `stage:`"]),
         ("budget: 40", "budgte: 40", ["r.yaml:15", "no parameter 'budgte'", "'budget'"]),
-        ("type: choose", "type: chose", ["r.yaml:15", "no maker 'chose'", "'choose'?"]),
+        ("type: choose", "type: chose", ["r.yaml:15", "no artifact 'chose'", "'choose'?"]),
         ("type: entropy", "type: entropie", ["no selector 'entropie'", "'entropy'?"]),
         ("student: student}, budget", "student: studnt:logits}, budget", ["no role 'studnt'", "'student'?"]),
         ("by: {type: entropy, student: student}, ", "", ["'choose' needs `by`", "kdbench list selectors"]),
         ("type: choose", "type: choose, source: pool", ["no source 'pool'", "Known: eval, train"]),
-        ("artifacts: {labels: ", "artifacts: {la bels: ", ["'la bels' cannot be the name"]),
+        ("artifacts: {labels: ", "artifacts: {la bels: ", ["'la bels' cannot be the name of an artifact"]),
     ],
 )
-def test_one_mistake_in_a_loop(fault, right, wrong, said):
-    assert right in LOOP
-    told = fault(LOOP.replace(right, wrong))
-    assert all(words in told for words in said), told
+def test_mistake_in_a_loop_is_reported(error_of, text, replacement, fragments):
+    assert text in LOOP
+    message = error_of(LOOP.replace(text, replacement))
+    assert all(fragment in message for fragment in fragments), message
 
 
-def test_a_mistake_in_a_loop_is_told_once(fault):
-    told = fault(LOOP.replace("train: {epochs: 2", "train: {epochs: two"))
-    assert told.count("whole number") == 1
+def test_mistake_in_a_loop_is_reported_once(error_of):
+    message = error_of(LOOP.replace("train: {epochs: 2", "train: {epochs: two"))
+    assert message.count("whole number") == 1
 
 
 @pytest.mark.parametrize(
-    ("reads", "said"),
+    ("keys", "fragment"),
     [
         ("data: {train: {artifact: query.labls}}", "query.labels"),
-        ("label_fraction: {artifact: query.labls, initial: 20}", "no stage makes 'query.labls'"),
+        ("label_fraction: {artifact: query.labls, initial: 20}", "no stage produces 'query.labls'"),
         ("terms: {kd: {type: kd, teacher: artifact:query.labls}}", "query.labels"),
         ("student: {model: {artifact: query.labls}}", "query.labels"),
         (
             "terms: {kd: {type: kd, teacher: artifact:query.labels}}",
-            "'query@1.labels' is a subset, but a tensor is read",
+            "'query@1.labels' is a subset, but a tensor is expected",
         ),
-        ("data: {train: {artifact: query.labels}}", "'query@1.labels' is a subset, but a dataset is read"),
+        ("data: {train: {artifact: query.labels}}", "'query@1.labels' is a subset, but a dataset is expected"),
         (
             "student: {model: {artifact: query.labels}}",
             "'query@1.labels' is a subset, but role 'student' needs a model",
         ),
     ],
 )
-def test_what_nobody_makes_and_what_is_something_else(fault, reads, said):
-    told = fault(LOOP + f"  last: {{{reads}}}\n".replace("query@1", "query@2")).replace("query@2", "query@1")
-    assert said in told, told
+def test_unknown_artifact_and_artifact_of_another_kind_are_reported(error_of, keys, fragment):
+    message = error_of(LOOP + f"  last: {{{keys}}}\n").replace("query@2", "query@1")
+    assert fragment in message, message
 
 
-def test_a_frozen_role_needs_weights_to_begin_with(fault):
+def test_frozen_role_needs_initial_weights(error_of):
     text = LOOP.replace("student: {model", "teacher: {model: digits_mlp, weights: {stage: previous}}\nstudent: {model")
-    told = fault(text)
-    assert (
-        "r.yaml:2 teacher.weights: no earlier stage holds role 'teacher', which is frozen" in told
-        and "initial:" in told
-    )
+    message = error_of(text)
+    assert "r.yaml:2 teacher.weights: no earlier stage has role 'teacher', which is frozen" in message
+    assert "needs `initial:` weights" in message
 
 
-def test_an_override_that_every_stage_hides_is_told(fault):
+def test_override_without_effect_is_reported(error_of):
     text = LOOP.replace("  warm: {epochs: 3}\n", "")
-    assert "write stages.active.stages.train.epochs=" in fault(text, "epochs=4")
+    assert "write stages.active.stages.train.epochs=" in error_of(text, "epochs=4")
 
 
-def test_methods_and_notes_are_told_and_no_part_of_the_identity(load, fault):
-    plain, told = load(TOP), load(TOP + "methods: [m001, m002]\nnotes: as the authors' code does it\n")
-    assert told.methods == ("m001", "m002") and told.notes == "as the authors' code does it"
-    assert identity(plain) == identity(told)
-    assert "belongs to the top level" in fault(LOOP.replace("warm: {epochs", "warm: {notes: x, epochs"))
+def test_methods_and_notes_do_not_change_the_identity(load, error_of):
+    notes = "notes: {basis: code, source: train.py, differs: [no warm-up]}\n"
+    plain, annotated = load(TOP), load(TOP + "methods: [m001, m002]\n" + notes)
+    assert annotated.methods == ("m001", "m002")
+    assert annotated.notes == Notes(basis="code", source=("train.py",), differs=("no warm-up",))
+    assert identity(plain) == identity(annotated)
+    assert "belongs to the top level" in error_of(LOOP.replace("warm: {epochs", "warm: {notes: {}, epochs"))
 
 
-def test_an_override_removes_from_a_round_by_its_number(load):
-    """In the order of the command line: what an earlier override set in a round is there for a later one."""
+def test_override_removes_a_key_from_a_round_by_its_index(load):
+    """Overrides apply in the order of the command line: a later one can remove what an earlier one set."""
     text = (
         TOP
         + """\
@@ -258,8 +259,8 @@ stages:
     )
     first = "stages.stream.rounds.0.terms"
     for removal in (f"{first}.kl=null", f"~{first}.kl"):
-        found = load(text, f"{first}.ce.weight=2", removal)
-        assert ["kl" in stage.terms for stage in found.stages] == [False, True], removal
+        recipe = load(text, f"{first}.ce.weight=2", removal)
+        assert ["kl" in stage.terms for stage in recipe.stages] == [False, True], removal
     with pytest.raises(ConfigError, match=r"there is no '.*rounds.0.terms.kk' to remove. Did you mean 'kl'"):
         load(text, f"~{first}.kk")
     with pytest.raises(ConfigError, match=r"there is no '.*rounds.7.terms.kl' to remove"):

@@ -1,4 +1,4 @@
-"""Which keys of a lower layer stay when another is laid over it."""
+"""Merging of layers: the keys of a lower layer that remain."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from kdbench.config.compose.shorthand import contract, expand
 SGD = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}}
 
 
-def test_mappings_merge_key_by_key_and_lists_replace():
+def test_mappings_merge_by_key_and_lists_replace():
     lower = {"a": {"x": 1, "y": 2}, "b": [1, 2]}
     assert merge(lower, {"a": {"y": 3}, "b": [4]}) == {"a": {"x": 1, "y": 3}, "b": [4]}
     assert lower == {"a": {"x": 1, "y": 2}, "b": [1, 2]}
 
 
-def test_another_type_replaces_the_whole_part():
+def test_other_type_replaces_the_part():
     assert merge(SGD, {"optimizer": {"type": "AdamW", "lr": 1e-3}}) == {"optimizer": {"type": "AdamW", "lr": 1e-3}}
     assert merge(SGD, {"optimizer": {"type": "SGD", "lr": 1}})["optimizer"]["momentum"] == 0.9
 
 
-def test_another_combiner_replaces_the_whole_combination():
+def test_other_combiner_replaces_the_combination():
     lower = {"teacher": {"combine": "kdcl_naive", "of": ["a", "b"], "label": "train.label"}}
     upper = {"teacher": {"combine": "mean_logits", "of": ["a", "b"]}}
     assert merge(lower, upper) == upper
     assert merge(lower, {"teacher": {"combine": "kdcl_naive", "of": ["a", "c"]}})["teacher"]["label"] == "train.label"
 
 
-def test_weights_of_another_kind_and_epochs_against_steps_replace():
+def test_weights_of_another_kind_replace_and_steps_replace_epochs():
     lower = {"teacher": {"weights": {"recipe": "a", "model": "b"}}, "epochs": 3}
     upper = {"teacher": {"weights": {"path": "x.pt"}}, "steps": 5}
     assert merge(lower, upper) == {"teacher": {"weights": {"path": "x.pt"}}, "steps": 5}
@@ -43,7 +43,7 @@ def test_weights_of_another_kind_and_epochs_against_steps_replace():
         ({"data": {"e": {"dataset": {"type": "x", "p": 1}}}}, {"data": {"e": {"dataset": {"type": "y"}}}}),
     ],
 )
-def test_a_plain_merge_without_the_stale_keys_is_the_merge(lower: dict, upper: dict):
+def test_plain_merge_without_stale_keys_equals_merge(lower: dict, upper: dict):
     def plain(a: dict, b: dict) -> dict:
         inner = {k: plain(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}
         return {**a, **inner}
@@ -65,7 +65,7 @@ SHORT = {
 }
 
 
-def test_spelling_out_and_back_returns_the_recipe():
+def test_expansion_and_contraction_are_inverse():
     long = expand(SHORT)
     assert long["student"] == {"model": {"type": "resnet20"}}
     assert long["data"]["e"] == {"dataset": {"type": "digits"}}

@@ -154,11 +154,11 @@ WRONG = {
     "an update that reaches nothing": (
         "terms: {ce: cross_entropy, kd: {type: kd, student: teacher, teacher: student}}\n"
         "updates: [{models: [student], terms: [ce]}, {models: [student], terms: [kd]}]",
-        ["updates.1: nothing to update: no term of kd reaches a parameter of student"],
+        ["updates.1: nothing to update: no term of kd reaches a trainable parameter of student"],
     ),
     "an update that leaves one of its models": (
         "models: {b: {model: t_layers}}\nterms: {ce: cross_entropy}\nupdates: [{models: [student, b], terms: [ce]}]",
-        ["nothing to update: no term of ce reaches a parameter of b", "leave it out"],
+        ["nothing to update: no term of ce reaches a trainable parameter of b", "remove it"],
     ),
     "a model and a term twice in one update": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student, student], terms: [ce, ce]}]",
@@ -219,7 +219,7 @@ WRONG = {
         "models: {maker: {model: t_generator, input: noise.z}, own: {model: t_layers, input: 'maker:image'}}\n"
         "data: {noise: {type: gaussian, shape: [6], samples: 64}}\n"
         "terms: {ce: {type: cross_entropy, student: own}}",
-        ["reads 'label'", "source 'noise' has not"],
+        ["reads 'label'", "source 'noise' has no field"],
     ),
     "a weigher that reads labels where there are none": (
         NOISE + "terms: {kd: {type: kd, student: own, teacher: own, sample_weight: {type: focal, power: 1}}}",
@@ -280,16 +280,16 @@ WRONG = {
         "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: query.pick, initial: 20}\n"
         "stages: {active: {rounds: 2, stages: {train: {epochs: 1}, query: {epochs: 0, artifacts: {pick: "
         "{type: choose, by: {type: entropy, student: student}, budget: 10, count: 5}}}}}}",
-        ["make.pick: choose has a budget of 10, but its source begins with 20 labels"],
+        ["make.pick: choose has a budget of 10, but its source already has 20 labels"],
     ),
     "more in a round than in all": (
         "terms: {ce: cross_entropy}\n"
         "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 10, count: 20}}",
-        ["make.pick: choose: count (20) is more than the budget (10)"],
+        ["make.pick: choose: count (20) must not be above the budget (10)"],
     ),
     "a part of a file where there is none": (
         "terms: {ce: cross_entropy}\naugment: {image: [flip], other: {from: image, then: [random_resized_crop]}}",
-        ["augment.other.then.0: view 'other': random_resized_crop chooses what is read from a file", "in memory"],
+        ["augment.other.then.0: view 'other': random_resized_crop crops while a file is decoded", "in memory"],
     ),
     "a term that is read before it": (
         "models: {second: {model: t_layers, frozen: true}}\n"
@@ -368,20 +368,20 @@ WRONG = {
     ),
     "a selection among parts of a batch": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random, keep: 4}}]",
-        ["the rows of the whole batch", "accumulate: 2"],
+        ["the rows of the full batch", "accumulate: 2"],
         ["accumulate=2"],
     ),
     "a result that has no classes": (
         "models: {maker: {model: t_generator, input: noise.z}}\n"
         "data: {noise: {type: gaussian, shape: [6], samples: 64}}\n"
         "terms: {ce: cross_entropy}\nexport: maker",
-        ["role 'maker' gives [1, 8, 8] per sample", "each of the 4 classes", "`export`"],
+        ["role 'maker' returns [1, 8, 8] for one sample", "each of the 4 classes", "`export`"],
     ),
     "two sources side by side": (
         "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
         "data: {noise: {type: gaussian, shape: [6], samples: 64}, train: {subset: 50}}\n"
         "terms: {ce: {type: cross_entropy, student: both}}",
-        ["'both' sees noise and train side by side", "noise: 16; train: 16, then 2"],
+        ["'both' combines rows of the sources noise and train", "noise: 16; train: 16, then 2"],
     ),
     "two sources in one combination": (
         NOISE + "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}",

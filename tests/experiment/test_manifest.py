@@ -1,4 +1,4 @@
-"""The manifest: what a reader needs to trust and repeat a run, and what changed between its sessions."""
+"""The manifest: entries to repeat a run, and changes between its sessions."""
 
 import platform
 
@@ -12,12 +12,12 @@ from kdbench.run_folder import RunFolder
 
 
 def recipe(**changes) -> Recipe:
-    facts = {"name": "digits/kd", "file": "kd.yaml", "stages": (), "resolved": {}, "places": {}, "seed": 3}
-    return Recipe(**{**facts, **changes})
+    entries = {"name": "digits/kd", "file": "kd.yaml", "stages": (), "resolved": {}, "locations": {}, "seed": 3}
+    return Recipe(**{**entries, **changes})
 
 
 def write(path, **changes) -> list[str]:
-    facts = {
+    entries = {
         "recipe": recipe(overrides=("seed=3",)),
         "identity": "ab12",
         "device": "cpu",
@@ -26,16 +26,16 @@ def write(path, **changes) -> list[str]:
         "roles": {"teacher": {"parameters": 100, "weights": {"sha256": "77"}}},
         "parts": {"kd": 1},
     }
-    return write_manifest(path, **{**facts, **changes})
+    return write_manifest(path, **{**entries, **changes})
 
 
-def test_holds_what_a_repeat_needs_and_no_hostname(tmp_path):
+def test_a_manifest_has_everything_to_repeat_a_run_and_no_hostname(tmp_path):
     folder = RunFolder(tmp_path)
     assert write(folder.manifest) == []
-    told = read_json(folder.manifest)
-    session = told["sessions"][0]
-    assert told["status"] == "running" and told["finished"] is None and told["seed"] == 3
-    assert told["recipe"]["overrides"] == ["seed=3"] and told["training"]["effective_batch"] == 64
+    content = read_json(folder.manifest)
+    session = content["sessions"][0]
+    assert content["status"] == "running" and content["finished"] is None and content["seed"] == 3
+    assert content["recipe"]["overrides"] == ["seed=3"] and content["training"]["effective_batch"] == 64
     assert session["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert {"python", "kdbench", "torchvision", "hydra-core", "omegaconf", "numpy"} <= set(session["versions"])
     assert session["threads"] == torch.get_num_threads() and session["device"].startswith("cpu (")
@@ -43,51 +43,52 @@ def test_holds_what_a_repeat_needs_and_no_hostname(tmp_path):
     assert folder.is_run and folder.status() == "interrupted"
 
 
-def test_facts_that_are_known_later_are_merged_in(tmp_path):
+def test_later_entries_are_merged(tmp_path):
     path = tmp_path / "manifest.json"
     write(path)
-    amend_manifest(path, {"roles": {"teacher": {"accuracy": {"test": 98.1}}}})
+    amend_manifest(path, {"roles": {"teacher": {"scores": {"test": 98.1}}}})
     finish_manifest(path, "finished")
-    told = read_json(path)
-    assert told["roles"]["teacher"] == {"parameters": 100, "weights": {"sha256": "77"}, "accuracy": {"test": 98.1}}
-    assert told["status"] == "finished" and told["finished"] >= told["started"]
+    content = read_json(path)
+    assert content["roles"]["teacher"] == {"parameters": 100, "weights": {"sha256": "77"}, "scores": {"test": 98.1}}
+    assert content["status"] == "finished" and content["finished"] >= content["started"]
 
 
-def test_a_failure_says_why(tmp_path):
+def test_a_failed_run_records_the_reason(tmp_path):
     path = tmp_path / "manifest.json"
     write(path)
     finish_manifest(path, "failed", "the loss of term 'kd' is not finite")
-    told = read_json(path)
-    assert told["status"] == "failed" and told["finished"] is None and "kd" in told["reason"]
+    content = read_json(path)
+    assert content["status"] == "failed" and content["finished"] is None and "kd" in content["reason"]
 
 
-def test_another_session_is_added_and_what_changes_bits_is_said(tmp_path, monkeypatch):
+def test_a_session_is_added_and_changes_of_the_platform_are_reported(tmp_path, monkeypatch):
     path = tmp_path / "manifest.json"
     write(path)
-    amend_manifest(path, {"roles": {"teacher": {"accuracy": {"test": 98.1}}}})
+    amend_manifest(path, {"roles": {"teacher": {"scores": {"test": 98.1}}}})
     first = read_json(path)
     assert write(path) == []
     monkeypatch.setattr(manifest, "_threads", lambda: 64)
     changes = write(path, world_size=2)
+    effect = "the run continues, but its results may differ in the last bits."
     assert changes == [
-        f"threads was {torch.get_num_threads()}, is 64: the run goes on, but not to the same bits.",
-        "world size was 1, is 2: the run goes on, but not to the same bits.",
+        f"threads was {torch.get_num_threads()}, is 64: {effect}",
+        f"world size was 1, is 2: {effect}",
     ]
-    told = read_json(path)
-    assert len(told["sessions"]) == 3 and told["started"] == first["started"]
-    assert told["roles"]["teacher"]["accuracy"] == {"test": 98.1}
+    content = read_json(path)
+    assert len(content["sessions"]) == 3 and content["started"] == first["started"]
+    assert content["roles"]["teacher"]["scores"] == {"test": 98.1}
 
 
-def test_git_is_asked_only_about_kdbenchs_own_checkout():
+def test_the_git_state_is_of_kdbenchs_checkout():
     state = git_state()
     assert state is None or (len(state["commit"]) == 40 and isinstance(state["dirty"], bool))
 
 
-def test_a_copy_inside_another_repository_has_no_commit(tmp_path, monkeypatch):
+def test_a_copy_inside_another_repository_has_no_git_state(tmp_path, monkeypatch):
     import subprocess
 
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    package = tmp_path / "site-packages" / "kdbench" / "results"
+    package = tmp_path / "site-packages" / "kdbench" / "experiment"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
     monkeypatch.setattr(manifest, "__file__", str(package / "manifest.py"))

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere ends with the same bits as an undisturbed one."""
+"""A run that is killed at any moment and repeated ends with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,145 +72,156 @@ out: OUT
 """
 
 
-def text_of(steps: int = 2, out: str = "run") -> str:
+def recipe_text(steps: int = 2, out: str = "run") -> str:
     Path("teacher.yaml").write_text(SYNTHETIC_DATA + TEACHER)
     return RECIPE.replace("STEPS", str(steps)).replace("OUT", out)
 
 
-def until_it_ends(text: str, seed: int) -> int:
-    """Repeats a command that is killed again and again, on average a little later each time; returns how often."""
+def train_with_kills(text: str, seed: int) -> int:
+    """Repeats a run that is killed at a random write, a little later each time; returns the number of kills."""
     draws = random.Random(seed)
     for kills in range(200):
         with kill_at_write(draws.randint(5, 50) + 2 * kills), suppress(KilledRun):
             train_recipe_text(text)
             return kills
-    raise AssertionError("it never ended")
+    raise AssertionError("the run never ended")
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_run_that_is_killed_at_any_write_ends_with_the_same_bits(steps):
-    train_recipe_text(text_of(steps, "whole"), "runs=whole-runs")
-    whole = comparable_results("whole")
-    assert any(key.startswith("metrics:") for key in whole) and any("optimizers" in key for key in whole)
-    kills = until_it_ends(text_of(steps) + "runs: runs\n", steps)
+def test_a_run_killed_at_any_write_ends_with_the_same_bits(steps):
+    train_recipe_text(recipe_text(steps, "expected"), "runs=expected-runs")
+    expected = comparable_results("expected")
+    assert any(key.startswith("metrics:") for key in expected) and any("optimizers" in key for key in expected)
+    kills = train_with_kills(recipe_text(steps) + "runs: runs\n", steps)
     assert kills >= 4
-    assert differing_keys(whole, comparable_results("run")) == []
-    teachers = [next(Path(runs, "teacher").iterdir()) for runs in ("whole-runs", "runs")]
+    assert differing_keys(expected, comparable_results("run")) == []
+    teachers = [next(Path(runs, "teacher").iterdir()) for runs in ("expected-runs", "runs")]
     assert differing_keys(comparable_results(teachers[0]), comparable_results(teachers[1])) == []
 
 
-def test_a_run_of_several_stages_goes_on_in_its_stage():
-    train_recipe_text(STAGES.replace("OUT", "whole"))
-    assert until_it_ends(STAGES.replace("OUT", "run"), 4) >= 2
-    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
+def test_a_run_of_several_stages_resumes_in_its_stage():
+    train_recipe_text(STAGES.replace("OUT", "expected"))
+    assert train_with_kills(STAGES.replace("OUT", "run"), 4) >= 2
+    assert differing_keys(comparable_results("expected"), comparable_results("run")) == []
 
 
-def test_the_second_stage_starts_from_what_the_first_one_left(monkeypatch):
-    started: list[dict] = []
-    seen: list[str] = []
-    begin, step = Runner.__init__, Runner.step
+def test_the_second_stage_starts_from_the_weights_of_the_first(monkeypatch):
+    initial_states: list[dict] = []
+    steps: list[str] = []
+    original_init, original_step = Runner.__init__, Runner.step
 
-    def beginning(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        started.append({n: v.clone() for n, v in self.network.role("student").model.state_dict().items()})
+    def recording_init(self, *args, **kwargs):
+        original_init(self, *args, **kwargs)
+        initial_states.append({n: v.clone() for n, v in self.network.role("student").model.state_dict().items()})
 
-    monkeypatch.setattr(Runner, "__init__", beginning)
+    monkeypatch.setattr(Runner, "__init__", recording_init)
     with kill_at_step("distil", 5):
         train_recipe_text(STAGES.replace("OUT", "run"))
-    artefact = torch.load("run/checkpoints/stage_hint.pt", weights_only=True)["models"]["student"]
-    assert len(started) == 2 and all(torch.equal(artefact[name], started[1][name]) for name in artefact)
-    assert any(not torch.equal(started[0][name], started[1][name]) for name in artefact)
+    stage_weights = torch.load("run/checkpoints/stage_hint.pt", weights_only=True)["models"]["student"]
+    first_stage, second_stage = initial_states
+    assert all(torch.equal(stage_weights[name], second_stage[name]) for name in stage_weights)
+    assert any(not torch.equal(first_stage[name], second_stage[name]) for name in stage_weights)
     tree = torch.load("run/checkpoints/last.pt", weights_only=True)
-    assert (tree["stage"], tree["step"], tree["finished"]) == ("distil", 4, {"hint": 8})
+    assert (tree["stage"], tree["step"], tree["finished_stages"]) == ("distil", 4, {"hint": 8})
 
-    monkeypatch.setattr(Runner, "step", lambda self, w: (seen.append(f"{self.stage.name} {self.done}"), step(self, w)))
+    def recording_step(self, window):
+        steps.append(f"{self.stage.name} {self.progress.steps_done}")
+        original_step(self, window)
+
+    monkeypatch.setattr(Runner, "step", recording_step)
     train_recipe_text(STAGES.replace("OUT", "run"))
-    assert seen == [f"distil {n}" for n in range(4, 8)], "the first stage is not trained again"
+    assert steps == [f"distil {n}" for n in range(4, 8)], "the first stage is not trained again"
 
 
-@pytest.mark.parametrize("forgotten", ["", "step", "optimizers", "average", "models", "terms", "meters"])
-def test_leaving_out_part_of_the_state_is_noticed(monkeypatch, forgotten):
-    """Negative control: the comparison sees each part of what a checkpoint holds, and nothing when all is there."""
-    settings = ("log_every=3", "checkpoint_every.steps=2")  # the checkpoint of step 4 stands within a log interval
-    train_recipe_text(text_of(out="whole"), *settings)
+@pytest.mark.parametrize("lost", ["", "step", "optimizers", "average", "models", "terms", "meters"])
+def test_losing_an_entry_of_the_state_changes_the_results(monkeypatch, lost):
+    """Negative control: the comparison detects each lost entry, and reports nothing for a complete state."""
+    settings = ("log_every=3", "checkpoint_every.steps=2")  # the checkpoint of step 4 is inside a log interval
+    train_recipe_text(recipe_text(out="expected"), *settings)
     with kill_at_step("main", 5):
-        train_recipe_text(text_of(), *settings)
-    original = Runner.load_state_dict
+        train_recipe_text(recipe_text(), *settings)
+    original = Runner.load_training_state
 
-    def forgetting(self, state):
-        fresh = {**self.state_dict(), "step": 3}
-        original(self, {**state, **({forgotten: fresh[forgotten]} if forgotten else {})})
+    def load_incomplete_state(self, state, source):
+        fresh = replace(self.training_state(), step=3)
+        original(self, replace(state, **({lost: getattr(fresh, lost)} if lost else {})), source)
 
-    monkeypatch.setattr(Runner, "load_state_dict", forgetting)
-    train_recipe_text(text_of(), *settings)
-    assert bool(differing_keys(comparable_results("whole"), comparable_results("run"))) is bool(forgotten)
+    monkeypatch.setattr(Runner, "load_training_state", load_incomplete_state)
+    train_recipe_text(recipe_text(), *settings)
+    assert bool(differing_keys(comparable_results("expected"), comparable_results("run"))) is bool(lost)
 
 
-def test_the_draws_of_the_model_do_not_depend_on_what_was_drawn_before(monkeypatch):
-    """Dropout goes on with the same masks although the generators start anew."""
-    train_recipe_text(text_of(out="whole"))
+def test_random_numbers_of_the_model_do_not_depend_on_earlier_ones(monkeypatch):
+    """Dropout has the same masks after a resume, although the generators start again."""
+    train_recipe_text(recipe_text(out="expected"))
     with kill_at_step("main", 6):
-        train_recipe_text(text_of())
+        train_recipe_text(recipe_text())
     torch.manual_seed(12345)
     torch.rand(77)
-    train_recipe_text(text_of())
-    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
+    train_recipe_text(recipe_text())
+    assert differing_keys(comparable_results("expected"), comparable_results("run")) == []
     monkeypatch.setattr(
         "kdbench.engine.train.runner.derive", lambda *key: 1
-    )  # negative control: other draws, other bits
-    train_recipe_text(text_of(out="other"))
-    assert differing_keys(comparable_results("whole"), comparable_results("other"))
+    )  # negative control: other random numbers, other bits
+    train_recipe_text(recipe_text(out="other"))
+    assert differing_keys(comparable_results("expected"), comparable_results("other"))
 
 
-def killed_by_signal(words: list[str], most: int, longest: float, seed: int) -> int:
-    """Starts a command and kills it with SIGKILL after a random time, until it ends by itself; returns the kills.
+def train_with_sigkills(arguments: list[str], max_kills: int, longest: float, seed: int) -> int:
+    """Repeats a command that gets SIGKILL after a random time until it ends; returns the number of kills.
 
-    After `most` kills it is left alone.
+    Args:
+        max_kills: after this number of kills the command may end.
+        longest: seconds until a kill, at most.
     """
     draws = random.Random(seed)
-    for kills in range(most + 1):
+    for kills in range(max_kills + 1):
         process = subprocess.Popen(
-            train_command(*words), env=subprocess_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            train_command(*arguments),
+            env=subprocess_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         try:
-            _, said = process.communicate(timeout=draws.uniform(0.3, 1.0) * longest if kills < most else 600)
+            _, errors = process.communicate(timeout=draws.uniform(0.3, 1.0) * longest if kills < max_kills else 600)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             continue
-        assert process.returncode == 0, said
+        assert process.returncode == 0, errors
         return kills
     raise AssertionError("unreachable")
 
 
-def run_whole(words: list[str]) -> float:
-    """Runs a command undisturbed and returns its seconds."""
-    began = time.monotonic()
-    assert killed_by_signal(words, 0, 0, 0) == 0
-    return time.monotonic() - began
+def train_uninterrupted(arguments: list[str]) -> float:
+    """Runs a command to its end; returns its seconds."""
+    start = time.monotonic()
+    assert train_with_sigkills(arguments, 0, 0, 0) == 0
+    return time.monotonic() - start
 
 
 def test_sigkill_at_random_moments_of_a_small_run():
     Path("teacher.yaml").write_text(SYNTHETIC_DATA + TEACHER.replace("epochs: 2", "epochs: 8"))
     text = RECIPE.replace("STEPS", "2").replace("OUT", "x").replace("epochs: 3", "epochs: 16")
     Path("own.yaml").write_text(SYNTHETIC_DATA + text)
-    seconds = run_whole(["own.yaml", "out=whole", "runs=one"])
-    kills = killed_by_signal(["own.yaml", "out=run", "runs=two"], 3, seconds, seed=1)
+    seconds = train_uninterrupted(["own.yaml", "out=expected", "runs=one"])
+    kills = train_with_sigkills(["own.yaml", "out=run", "runs=two"], 3, seconds, seed=1)
     assert kills >= 1
-    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
+    assert differing_keys(comparable_results("expected"), comparable_results("run")) == []
 
 
 @pytest.mark.slow
 def test_sigkill_twenty_times_in_digits_kd():
-    """As often as the issue asks; the teacher's training is among what is killed."""
+    """The kills also hit the training of the teacher."""
     settings = ["digits/kd", "checkpoint_every.steps=2"]
-    seconds = run_whole([*settings, "out=whole", "runs=whole-runs"])
+    seconds = train_uninterrupted([*settings, "out=expected", "runs=expected-runs"])
     kills = attempts = 0
     while kills < 20:
-        words = [*settings, f"out=run{attempts}", f"runs=runs{attempts}"]
-        kills += killed_by_signal(words, 20 - kills, 0.6 * seconds, seed=attempts)
-        assert differing_keys(comparable_results("whole"), comparable_results(f"run{attempts}")) == []
-        teachers = [next(Path(runs, "digits", "teacher").iterdir()) for runs in ("whole-runs", f"runs{attempts}")]
+        arguments = [*settings, f"out=run{attempts}", f"runs=runs{attempts}"]
+        kills += train_with_sigkills(arguments, 20 - kills, 0.6 * seconds, seed=attempts)
+        assert differing_keys(comparable_results("expected"), comparable_results(f"run{attempts}")) == []
+        teachers = [next(Path(runs, "digits", "teacher").iterdir()) for runs in ("expected-runs", f"runs{attempts}")]
         assert differing_keys(comparable_results(teachers[0]), comparable_results(teachers[1])) == []
         attempts += 1
     assert kills == 20

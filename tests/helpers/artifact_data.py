@@ -1,4 +1,4 @@
-"""What the tests of choosing and making data share: spies on parts, models as a stage left them, plain k-center."""
+"""Helpers of the artifact tests: call recorders, models of finished stages, and a reference k-center."""
 
 from __future__ import annotations
 
@@ -17,72 +17,80 @@ from kdbench.registry import MODELS
 
 
 class CallRecorder:
-    """Records what a part is called with, and what it gives."""
+    """Records the inputs and outputs of every forward of a class of modules.
 
-    def __init__(self, patch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
+    Attributes:
+        calls: (inputs by name, output) of each call; the first two positional inputs are `student` and `teacher`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module_class: type[nn.Module]) -> None:
         self.calls: list[tuple[dict[str, Any], Any]] = []
-        forward = kind.forward
+        forward = module_class.forward
 
-        def watched(part: nn.Module, *args: Any, **given: Any) -> Any:
-            out = forward(part, *args, **given)
-            self.calls.append((dict(zip(("student", "teacher"), args, strict=False)) | given, out))
-            return out
+        def recording_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = forward(module, *args, **kwargs)
+            self.calls.append((dict(zip(("student", "teacher"), args, strict=False)) | kwargs, output))
+            return output
 
-        patch.setattr(kind, "forward", watched)
+        monkeypatch.setattr(module_class, "forward", recording_forward)
 
 
 def artifact_content(outcome: Outcome, name: str) -> dict[str, Any]:
-    """The content of `STAGE.NAME`."""
+    """Loads the stored artifact `STAGE.NAME`."""
     return torch.load(Path(outcome.folder.path) / "stages" / f"{name}.pt", weights_only=True)
 
 
-def load_role_model(outcome: Outcome, role: str, stage: str, kind: str, **params: Any) -> nn.Module:
-    """A role's model as a stage left it, in eval mode and double precision."""
-    built = MODELS.build(kind, params, num_classes=10, in_channels=1, image_size=8)
-    built.load_state_dict(saved_weights(outcome, role, stage))
-    return built.double().eval()
+def load_role_model(outcome: Outcome, role: str, stage: str, model_type: str, **params: Any) -> nn.Module:
+    """Builds a role's model with its weights at the end of a stage, in eval mode and double precision."""
+    model = MODELS.build(model_type, params, num_classes=10, in_channels=1, image_size=8)
+    model.load_state_dict(saved_weights(outcome, role, stage))
+    return model.double().eval()
 
 
 def source_samples(recipe: Recipe, stage: str, source: str = "train") -> dict[str, Tensor]:
-    """All samples of a source in the order of the split, images as evaluation sees them, in double precision."""
+    """Returns all samples of a source in the order of the split, with evaluation images in double precision."""
     config = next(s for s in recipe.stages if s.name == stage)
     batches = list(stage_sources(recipe, config)[source].evaluation_batches(512))
-    found = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    return {**found, "image": found["image"].double()}
+    samples = {key: torch.cat([batch.fields[key] for batch in batches]) for key in batches[0].fields}
+    return {**samples, "image": samples["image"].double()}
 
 
 def greedy_k_center(points: Tensor, centres: list[int], count: int) -> list[int]:
-    """Each time the point whose nearest centre is farthest, as the formula reads. Returns the rows in their order."""
-    apart = (points[:, None] - points[None]).square().sum(-1).sqrt()
-    chosen: list[int] = []
+    """Selects the point with the largest distance to its nearest centre, `count` times; returns the rows in order."""
+    distances = (points[:, None] - points[None]).square().sum(-1).sqrt()
+    rows: list[int] = []
     for _ in range(count):
-        nearest = apart[:, [*centres, *chosen]].min(1).values
-        nearest[[*centres, *chosen]] = -1
-        chosen.append(int(nearest.argmax()))
-    return chosen
+        nearest = distances[:, [*centres, *rows]].min(1).values
+        nearest[[*centres, *rows]] = -1
+        rows.append(int(nearest.argmax()))
+    return rows
 
 
 def top_rows_by_score(scores: Tensor, count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda row: -float(scores[row]))[:count])
 
 
-def first_step_error(bench: StageHarness, loss: Any, *, role: str = "student", source: str = "train") -> float:
-    """How far the first step of a role, the student, is from that of plain SGD on `loss(batch)`; best: 0.
+def first_step_error(harness: StageHarness, loss: Any, *, role: str = "student", source: str = "train") -> float:
+    """Returns the maximum deviation of a role's weights after the first step from plain SGD on `loss(batch)`.
 
     Args:
-        loss: from the fields of the first batch of `source` to a scalar, with the role's present weights.
+        harness: a stage before its first step.
+        loss: function of the fields of the first batch of `source`; returns a scalar that depends on the role's
+            current weights.
+        role: the updated role.
+        source: the source of the batch.
     """
-    window = next(bench.windows())
-    student = bench.model(role)
-    names = [name for name, _ in student.named_parameters()]
-    gradients = torch.autograd.grad(loss(window[0][source]), list(student.parameters()), allow_unused=True)
-    params = bench.plan.stage.optimizer.params
+    window = next(harness.windows())
+    model = harness.model(role)
+    names = [name for name, _ in model.named_parameters()]
+    gradients = torch.autograd.grad(loss(window[0][source].fields), list(model.parameters()), allow_unused=True)
+    params = harness.plan.stage.optimizer.params
     expected = {
         name: p.detach() - params["lr"] * (g + params["weight_decay"] * p.detach())
-        for name, p, g in zip(names, student.parameters(), gradients, strict=True)
+        for name, p, g in zip(names, model.parameters(), gradients, strict=True)
         if g is not None
     }
-    bench.runner.begin_step()
-    bench.runner.step(window)
-    now = dict(student.named_parameters())
-    return max(float((now[name].detach() - value).abs().max()) for name, value in expected.items())
+    harness.runner.begin_step()
+    harness.runner.step(window)
+    parameters = dict(model.named_parameters())
+    return max(float((parameters[name].detach() - value).abs().max()) for name, value in expected.items())

@@ -1,4 +1,4 @@
-"""One of several processes that train recipe files one after the other. Started by torchrun, from a test."""
+"""Trains recipe files one after the other, as one of several processes. Tests start it with torchrun."""
 
 from __future__ import annotations
 

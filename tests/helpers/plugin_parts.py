@@ -1,4 +1,4 @@
-"""Parts that only tests use, declared as a user's plug-in would: small networks and terms with one property each."""
+"""Registers small networks and terms with one property each, as a user's plug-in does. Only tests use them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdbench.registry import MODELS, TERMS
 from kdbench.terms.base import Term
 
 CALLS: list[str] = []
-"""Which counted terms and layers ran, in order."""
+"""Names of the counted terms and layers, in the order of their calls."""
 
 
 @MODELS.register("t_linear", version=1)
@@ -29,7 +29,7 @@ class OneLinear(nn.Module):
 
 
 class Counted(nn.Module):
-    """Identity that notes its call."""
+    """Identity that appends its name to `CALLS`."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ class Counted(nn.Module):
 
 @MODELS.register("t_required", version=1)
 def RequiredArguments(num_classes: int, in_channels: int) -> nn.Module:
-    """Has no default for what the dataset tells."""
+    """Requires the arguments that the dataset provides."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * in_channels, num_classes))
 
 
 @MODELS.register("t_layers", version=1)
 class Layers(nn.Module):
-    """Three linear layers that note their calls; `norm` and `dropout` stand after the first."""
+    """Three linear layers that record their calls; `norm` and `dropout` follow the first."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class SmallConv(nn.Module):
 
 @MODELS.register("t_mixes_rows", version=1)
 class MixesRows(OneLinear):
-    """A linear layer on what each row is beyond the mean of its batch, in eval mode too."""
+    """A linear layer on each row's difference from the batch mean, also in eval mode."""
 
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image - image.mean(0, keepdim=True))
@@ -101,7 +101,7 @@ class MixesRows(OneLinear):
 
 @MODELS.register("t_draws", version=1)
 class AlwaysDropout(OneLinear):
-    """A linear layer with dropout that eval mode does not end."""
+    """A linear layer with dropout that stays active in eval mode."""
 
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(nn.functional.dropout(image, 0.5, training=True))
@@ -109,7 +109,7 @@ class AlwaysDropout(OneLinear):
 
 @MODELS.register("t_doubles_rows", version=1)
 class DoublesRows(OneLinear):
-    """A linear layer, and a module `doubled` whose output has two rows for each sample."""
+    """A linear layer with a module `doubled` whose output has two rows per sample."""
 
     def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8, bias: bool = True) -> None:
         super().__init__(num_classes, in_channels, image_size, bias)
@@ -120,7 +120,7 @@ class DoublesRows(OneLinear):
 
 
 class Block(nn.Module):
-    """A convolution beside the way around it."""
+    """A residual block with one convolution."""
 
     def __init__(self, width: int, norm: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 @MODELS.register("t_blocks", version=1)
 class Blocks(nn.Module):
-    """A stem, three blocks of seven channels (odd, so that no share of a rank is like another's), a classifier."""
+    """A stem, three blocks of seven channels, a classifier. Seven is odd: two ranks have shards of different sizes."""
 
     def __init__(self, num_classes: int = 4, in_channels: int = 1, norm: str = "group") -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Tokens(nn.Module):
 
 @MODELS.register("t_two", version=1)
 class ImageAndVector(nn.Module):
-    """Sees an image and a vector."""
+    """Sums the logits of an image and of an optional vector."""
 
     def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
@@ -188,13 +188,13 @@ class RepeatedLayer(nn.Module):
         value = self.shared(self.shared(self.stem(image.flatten(1))))
         value = self.act(value)
         value = self.blocks[0](input=value)
-        value += 1  # overwrites what the block gave
+        value += 1  # overwrites the output of the block
         return self.fc(self.blocks[1](value))
 
 
 @MODELS.register("t_generator", version=1)
 class Generator(nn.Module):
-    """Noise (batch, latent) to images; the output is a mapping with the entry `image`."""
+    """Maps noise (batch, latent) to images. The output is a mapping with the entry `image`."""
 
     def __init__(self, latent: int = 6, in_channels: int = 1, image_size: int = 8, norm: bool = False) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Generator(nn.Module):
 
 @TERMS.register("t_counted", space="row")
 class CountedTerm(Term):
-    """Squared logits; notes that it ran."""
+    """Squared logits; appends "term" to `CALLS`."""
 
     def forward(self, student: Tensor) -> Tensor:
         CALLS.append("term")
@@ -219,38 +219,38 @@ class CountedTerm(Term):
 
 @TERMS.register("t_nan", space="row")
 class TurnsNaN(Term):
-    """Squared logits until the step `at` (counted from 1), then NaN."""
+    """Squared logits before step `at` (counted from 1), then NaN."""
 
     def __init__(self, at: int = 5) -> None:
         super().__init__()
         self.at = at
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student: Tensor) -> Tensor:
         if self.training:
-            self.seen += 1
+            self.steps += 1
         loss = student.square().sum(1) * 1e-3
-        return torch.where(self.seen >= self.at, torch.nan, loss)
+        return torch.where(self.steps >= self.at, torch.nan, loss)
 
 
 @TERMS.register("t_bad_gradient", space="row")
 class BadGradient(Term):
-    """A finite loss whose gradient is NaN from the step `at` on: sqrt at 0."""
+    """A finite loss whose gradient is NaN from step `at` on: the square root at 0."""
 
     def __init__(self, at: int = 5) -> None:
         super().__init__()
         self.at = at
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student: Tensor) -> Tensor:
         if self.training:
-            self.seen += 1
+            self.steps += 1
         zero = (student - student.detach()).sum(1)
-        return (zero.square() + torch.where(self.seen >= self.at, 0.0, 1.0)).sqrt()
+        return (zero.square() + torch.where(self.steps >= self.at, 0.0, 1.0)).sqrt()
 
 
 class _Once(torch.autograd.Function):
-    """The square, whose gradient cannot be differentiated."""
+    """The square, with a gradient that cannot be differentiated."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:  # type: ignore[override]
@@ -265,7 +265,7 @@ class _Once(torch.autograd.Function):
 
 @TERMS.register("t_once", space="row")
 class OnceDifferentiable(Term):
-    """Has a gradient, but no second one."""
+    """Squared logits with a gradient and without a second gradient."""
 
     def forward(self, student: Tensor) -> Tensor:
         return _Once.apply(student).sum(1)  # type: ignore[no-any-return,attr-defined]
@@ -273,7 +273,7 @@ class OnceDifferentiable(Term):
 
 @TERMS.register("t_scaled", space="row")
 class Scaled(Term):
-    """Squared logits times a parameter that a schedule may move."""
+    """Squared logits times a parameter that a schedule may change."""
 
     def __init__(self, scale: Number = 1.0) -> None:  # noqa: F821 (annotations are read as text)
         super().__init__()
@@ -285,7 +285,7 @@ class Scaled(Term):
 
 @TERMS.register("t_owner", space="row")
 class LearnableBias(Term):
-    """Has a parameter of its own: (student - bias)^2."""
+    """(student - bias)^2 with a learnable bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class LearnableBias(Term):
 
 @TERMS.register("t_model", space="model")
 class ModelTerm(Term):
-    """Depends on no row."""
+    """A loss of a parameter alone, independent of the rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class ModelTerm(Term):
 
 @TERMS.register("t_picky", space="row")
 class RejectingTerm(Term):
-    """Refuses what it is given, in words."""
+    """Rejects its operands with an error message."""
 
     def check_shapes(self, **shapes: Size) -> None:
         raise ValueError("compares apples only")
@@ -320,7 +320,7 @@ class RejectingTerm(Term):
 
 @MODELS.register("t_refusing", version=1)
 class RejectingModel(nn.Module):
-    """Refuses its parameters, as networks of a fixed depth do."""
+    """Rejects its parameters, like a network with few possible depths."""
 
     def __init__(self, depth: int = 9) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class RejectingModel(nn.Module):
 
 @TERMS.register("t_coupled", space="batch")
 class BatchMeanDistance(Term):
-    """The distance of the batch's means: it takes no weights."""
+    """The distance of the batch means; it accepts no sample weights."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return (student.mean(0) - teacher.mean(0)).square().sum()
@@ -337,16 +337,16 @@ class BatchMeanDistance(Term):
 
 @TERMS.register("t_reads_item", space="row")
 class ReadsItem(Term):
-    """Reads a value on the host."""
+    """Reads a tensor's value on the host."""
 
     def forward(self, student: Tensor) -> Tensor:
-        read = 0.0 if student.is_meta else student.detach().sum().item()
-        return student.square().sum(1) * (1.0 + 0.0 * read)
+        value = 0.0 if student.is_meta else student.detach().sum().item()
+        return student.square().sum(1) * (1.0 + 0.0 * value)
 
 
 @TERMS.register("t_brings_number", space="row")
 class BringsNumber(Term):
-    """Makes a tensor from a number of the host."""
+    """Creates a tensor from a host number."""
 
     def forward(self, student: Tensor) -> Tensor:
         return student.square().sum(1) * torch.tensor(2.0, device=student.device)
@@ -354,7 +354,7 @@ class BringsNumber(Term):
 
 @TERMS.register("t_reads_branch", space="row")
 class ReadsBranch(Term):
-    """Chooses a branch by a value."""
+    """Selects a branch by a tensor's value."""
 
     def forward(self, student: Tensor) -> Tensor:
         return student.square().sum(1) if student.is_meta or student.sum() > 0 else student.abs().sum(1)
@@ -362,7 +362,7 @@ class ReadsBranch(Term):
 
 @TERMS.register("t_reads_mask", space="row")
 class ReadsMask(Term):
-    """Has a shape that depends on values."""
+    """Uses a tensor whose shape depends on values."""
 
     def forward(self, student: Tensor) -> Tensor:
         return student.square().sum(1) + (0 if student.is_meta else student[student > 0].sum())
@@ -370,24 +370,24 @@ class ReadsMask(Term):
 
 @TERMS.register("t_dies", space="row")
 class CrashingTerm(Term):
-    """Ends the process without a word at its nth training step, unless there is a file `alive`."""
+    """Ends the process at training step `at` without a message, unless the file `alive` exists."""
 
     def __init__(self, at: int = 5) -> None:
         super().__init__()
         self.at = at
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student: Tensor) -> Tensor:
         if self.training:
-            self.seen += 1
-            if not student.is_meta and self.seen == self.at and not Path("alive").exists():
+            self.steps += 1
+            if not student.is_meta and self.steps == self.at and not Path("alive").exists():
                 os._exit(9)
         return student.square().sum(1) * 1e-4
 
 
 @MODELS.register("t_hooked", version=1)
 class Hooked(Layers):
-    """Layers whose classifier has a hook of its own."""
+    """Layers whose classifier has a forward pre-hook."""
 
     def __init__(self, num_classes: int = 4, in_channels: int = 1, image_size: int = 8, norm: str = "") -> None:
         super().__init__(num_classes, in_channels, image_size, norm=norm)

@@ -1,4 +1,4 @@
-"""Recipes that several tests start from."""
+"""Holds the recipe texts of several tests."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ terms:
   ce: {type: cross_entropy, weight: 0.1}
   kd: {type: kd, temperature: 4, weight: 0.9}
 """
-"""A plain recipe on top of which tests write their own keys."""
+"""A plain recipe to which tests add keys."""

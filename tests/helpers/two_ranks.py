@@ -1,6 +1,6 @@
-"""What two processes find when they add gradients up and agree on errors. Started by torchrun, from test_gradients.py.
+"""Sums gradients and synchronises errors on two ranks. test_gradients.py starts this script with torchrun.
 
-Writes what each rank found to `<first argument>/<rank>.pt`.
+Each rank writes its results to `<first argument>/<rank>.pt`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,24 @@ def rows(rank: int) -> Tensor:
 def summed_gradients(
     world: World, *, bytes_: int, early_begin: bool = False, skip_head: bool = False
 ) -> tuple[list[Tensor], int]:
-    """The gradients of two micro-batches, summed; and how many buckets left before the backward was over."""
+    """Sums the gradients of two micro-batches; also returns the number of buckets sent during the backward pass."""
     model = network()
-    sums = GradientReducer(list(model.parameters()), world, bucket_bytes=bytes_)
-    for _ in range(2):  # a second step must not know of the first
+    reducer = GradientReducer(list(model.parameters()), world, bucket_bytes=bytes_)
+    for _ in range(2):  # the second step must be independent of the first
         model.zero_grad(set_to_none=True)
         for number, batch in enumerate(rows(world.rank)):
             if number == (0 if early_begin else 1):
-                sums.prepare_for_backward()
-            used = model[:3] if skip_head and world.rank == 1 else model
-            used(batch).square().sum().backward()
-        sums.finish()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], sums.overlapped_buckets
+                reducer.prepare_for_backward()
+            layers = model[:3] if skip_head and world.rank == 1 else model
+            layers(batch).square().sum().backward()
+        reducer.finish()
+    return [
+        parameter.grad for parameter in model.parameters() if parameter.grad is not None
+    ], reducer.overlapped_buckets
 
 
 def error_message(world: World, failing: int | None) -> str:
+    """Returns the error that this rank sees when rank `failing` raises; None: no rank raises."""
     try:
         with world.sync_errors():
             if world.rank == failing:
@@ -56,7 +59,7 @@ def error_message(world: World, failing: int | None) -> str:
 
 
 def sharded_gradients(world: World, *, mean: bool = False) -> dict:
-    """The gradients of a network in parts and their norms, whole; and how much of it lies here."""
+    """Returns the full gradients of a sharded network, their norms, and the number of parameters on this rank."""
     from helpers.plugin_parts import Blocks
     from kdbench.config.schema import RoleConfig
     from kdbench.engine.distributed.dtensor import clip_grad_norm_, full_tensors, is_sharded, local_tensor, total_norm
@@ -70,20 +73,22 @@ def sharded_gradients(world: World, *, mean: bool = False) -> dict:
     role = Role(config, Blocks().double(), [Feature("blocks.1")])
     shard_roles(Network({"student": role}, {}, {"student": "train"}, world), ["student"], torch.device("cpu"), world)
     if mean:
-        for part in (*role.model.blocks, role.model):
-            part.set_gradient_divide_factor(float(world.size))
-    beside = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    beside.grad = torch.full_like(beside, 2.0)
-    role(images(world.rank))[Feature("blocks.1")].square().sum().backward()  # it begins in the middle of the network
-    reached = [p for p in role.model.parameters() if p.grad is not None]
-    assert all(is_sharded(p) and is_sharded(p.grad) for p in reached)
-    found = {"gradients": {n: full_tensors(p.grad) for n, p in role.model.named_parameters() if p.grad is not None}}
-    found["here"] = sum(local_tensor(p).numel() for p in role.model.parameters())
-    found["norm"] = total_norm([p.grad for p in (beside, *reached)], world)
-    found["largest"] = total_norm([p.grad for p in (beside, *reached)], world, math.inf)
-    assert torch.equal(clip_grad_norm_([beside, *reached], 0.5, world), found["norm"])
-    found["clipped"] = total_norm([p.grad for p in (beside, *reached)], world)
-    return found
+        for module in (*role.model.blocks, role.model):
+            module.set_gradient_divide_factor(float(world.size))
+    unsharded = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    unsharded.grad = torch.full_like(unsharded, 2.0)
+    role(images(world.rank))[
+        Feature("blocks.1")
+    ].square().sum().backward()  # the backward pass starts in the middle of the network
+    parameters = [p for p in role.model.parameters() if p.grad is not None]
+    assert all(is_sharded(p) and is_sharded(p.grad) for p in parameters)
+    results = {"gradients": {n: full_tensors(p.grad) for n, p in role.model.named_parameters() if p.grad is not None}}
+    results["local_size"] = sum(local_tensor(p).numel() for p in role.model.parameters())
+    results["norm"] = total_norm([p.grad for p in (unsharded, *parameters)], world)
+    results["largest"] = total_norm([p.grad for p in (unsharded, *parameters)], world, math.inf)
+    assert torch.equal(clip_grad_norm_([unsharded, *parameters], 0.5, world), results["norm"])
+    results["clipped"] = total_norm([p.grad for p in (unsharded, *parameters)], world)
+    return results
 
 
 def images(rank: int) -> Tensor:
@@ -94,14 +99,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size())
-    found = {
+    results = {
         "small": summed_gradients(world, bytes_=1),
-        "whole": summed_gradients(world, bytes_=2**20),
+        "one bucket": summed_gradients(world, bytes_=2**20),
         "too early": summed_gradients(world, bytes_=1, early_begin=True),
         "uneven": summed_gradients(world, bytes_=1, skip_head=True),
-        "parted": sharded_gradients(world) if CAN_SHARD else {},
+        "sharded": sharded_gradients(world) if CAN_SHARD else {},
         "mean": sharded_gradients(world, mean=True) if CAN_SHARD else {},
-        "told": [error_message(world, failing) for failing in (0, 1, None)],
+        "errors": [error_message(world, failing) for failing in (0, 1, None)],
     }
-    torch.save(found, Path(sys.argv[1]) / f"{world.rank}.pt")
+    torch.save(results, Path(sys.argv[1]) / f"{world.rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Networks of the published CIFAR-100 tables: their size, their features, their start."""
+"""Networks of the CIFAR-100 tables against RepDistiller: parameters, cost, outputs, features, initialisation."""
 
 import pytest
 import torch
@@ -41,10 +41,11 @@ FEATURES = {
 }
 
 BUILT = ["resnet20", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
-"""One of each kind that is small enough to run."""
-# What the released networks give (commit as above, run with torch 2.14 in float64) where `known_state` fills the state
-# dict: for two images, the sum over the classes of logit times a known wave. Names, constants and order must agree.
-KNOWN = {
+"""One model of each architecture that is small enough to run."""
+# Outputs of the released networks (commit as above, run with torch 2.14 in float64) with the state dict of
+# `fill_with_waves`: for two images, the sum over the classes of logit times a wave. Parameter names, constants and the
+# order of operations must agree.
+REFERENCE_OUTPUTS = {
     "resnet20": [87.03227252695049, 121.52431413733007],
     "mobilenetv2": [-63.49615354978421, -44.664019824549484],
     "shufflenetv1": [-38.0055572403669, -13.713878988803735],
@@ -71,37 +72,44 @@ def multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
     return total
 
 
-def known_values(shape: torch.Size, start: int) -> torch.Tensor:
+def wave(shape: torch.Size, start: int) -> torch.Tensor:
     return torch.sin(0.37 * torch.arange(shape.numel(), dtype=torch.float64) + start).reshape(shape)
 
 
-def known_state(model: nn.Module) -> None:
-    """Fills a network with values that depend on nothing but its names and shapes."""
+def fill_with_waves(model: nn.Module) -> None:
+    """Fills the state dict with values that depend only on the names and shapes."""
     for number, (key, value) in enumerate(sorted(model.state_dict().items())):
         if value.is_floating_point():
-            wave = known_values(value.shape, number)
-            fan = value[0].numel() if value.dim() > 1 else 1
-            value.copy_(1 + 0.3 * wave if key.endswith("running_var") else wave * (2 / fan) ** 0.5)
+            values = wave(value.shape, number)
+            fan_in = value[0].numel() if value.dim() > 1 else 1
+            value.copy_(1 + 0.3 * values if key.endswith("running_var") else values * (2 / fan_in) ** 0.5)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_gives_what_the_released_network_gives_for_the_same_weights(name):
+@pytest.mark.parametrize("name", REFERENCE_OUTPUTS)
+def test_outputs_equal_those_of_the_released_network_with_the_same_weights(name):
     model = build(name).double().eval()
-    known_state(model)
+    fill_with_waves(model)
     with torch.no_grad():
-        logits = model(known_values(torch.Size((2, 3, 32, 32)), 0))
-    assert_close((logits * known_values(logits.shape, 1)).sum(dim=1).tolist(), KNOWN[name], rtol=1e-9, atol=0)
+        logits = model(wave(torch.Size((2, 3, 32, 32)), 0))
+    assert_close((logits * wave(logits.shape, 1)).sum(dim=1).tolist(), REFERENCE_OUTPUTS[name], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_has_the_size_and_the_cost_of_the_released_network(name):
+def test_parameters_and_multiply_adds_equal_those_of_the_released_network(name):
     model = on_meta(name)
     parameters, cost = RELEASED[name]
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert multiply_adds(model, torch.zeros(1, 3, 32, 32, device="meta")) == cost
 
 
-def test_every_shipped_cifar_model_has_a_known_size():
+@pytest.mark.parametrize("name", RELEASED)
+def test_parameter_count_is_that_of_the_docstring(name):
+    count = RELEASED[name][0]
+    text = f"{count / 1e6:.2f} million" if count > 1e6 else f"{round(count / 1000)} thousand"
+    assert f"{text} parameters with 100 classes" in MODELS.entry(name).summary
+
+
+def test_every_shipped_cifar_model_is_compared_with_a_released_one():
     shipped = {n for n, e in MODELS.entries.items() if e.facts.get("image") == (3, 32, 32)}
     assert shipped == set(RELEASED)
 
@@ -115,45 +123,45 @@ def test_documented_features_have_the_documented_shapes(name):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_nothing_is_overwritten_and_nothing_is_called_twice(name):
+def test_no_feature_is_overwritten_and_no_module_is_called_twice(name):
     calls = trace_modules(on_meta(name), torch.zeros(2, 3, 32, 32, device="meta"))
     assert not any(call.output.overwritten or call.input.overwritten or call.call > 1 for call in calls)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "vgg8"])
-def test_stages_end_behind_their_relu_and_its_input_is_the_preactivation(name):
+def test_stages_end_after_their_relu_and_its_input_is_the_preactivation(name):
     torch.manual_seed(0)
     model, image = build(name), torch.randn(4, 3, 32, 32)
     stages = ["block0", "block1", "block4"] if name == "vgg8" else ["layer1", "layer2", "layer3"]
     last = {stage: [m for m in model.get_submodule(stage).modules() if isinstance(m, nn.ReLU)][-1] for stage in stages}
-    seen = {}
+    outputs = {}
     for stage in stages:
-        model.get_submodule(stage).register_forward_hook(lambda m, i, o, s=stage: seen.update({s: o}))
-        last[stage].register_forward_hook(lambda m, i, o, s=stage: seen.update({f"{s}/pre": i[0]}))
+        model.get_submodule(stage).register_forward_hook(lambda m, i, o, s=stage: outputs.update({s: o}))
+        last[stage].register_forward_hook(lambda m, i, o, s=stage: outputs.update({f"{s}/pre": i[0]}))
     model(image)
     for stage in stages:
-        assert (seen[f"{stage}/pre"] < 0).any()
-        torch.testing.assert_close(seen[stage], seen[f"{stage}/pre"].relu())
+        assert (outputs[f"{stage}/pre"] < 0).any()
+        torch.testing.assert_close(outputs[stage], outputs[f"{stage}/pre"].relu())
 
 
 def test_wide_resnet_stages_end_before_their_relu():
     torch.manual_seed(0)
     model = build("wrn_16_2")
-    seen = {}
+    outputs = {}
     for stage in ("layer1", "layer2", "layer3"):
-        model.get_submodule(stage).register_forward_hook(lambda m, i, o, s=stage: seen.update({s: o}))
+        model.get_submodule(stage).register_forward_hook(lambda m, i, o, s=stage: outputs.update({s: o}))
     model(torch.randn(4, 3, 32, 32))
-    assert all((value < 0).any() for value in seen.values())
+    assert all((value < 0).any() for value in outputs.values())
 
 
-def test_wide_resnet_shortcut_takes_the_activated_input_only_where_it_is_a_convolution():
+def test_wide_resnet_shortcut_reads_the_activated_input_only_if_it_is_a_convolution():
     from kdbench.models.cifar.wide_resnet import WideBlock
 
     torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 6)
     for outputs in (8, 12):
         block = WideBlock(8, outputs, 1).eval()
-        nn.init.zeros_(block.conv2.weight)  # leaves the shortcut alone
+        nn.init.zeros_(block.conv2.weight)  # so that the output is the shortcut
         expected = x if outputs == 8 else block.convShortcut(torch.relu(block.bn1(x)))
         torch.testing.assert_close(block(x), expected)
 
@@ -164,7 +172,7 @@ def test_gradients_reach_every_parameter(name):
     model = build(name)
     size = MODELS.entry(name).facts["image"]
     model(torch.randn(4, *size)).logsumexp(1).sum().backward()
-    # A bias that BatchNorm removes again gets a gradient of rounding noise, but it does get one.
+    # BatchNorm cancels a bias before it, whose gradient is then rounding noise, so only weights must be non-zero.
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
 
@@ -173,7 +181,7 @@ def test_gradients_reach_every_parameter(name):
 def test_in_eval_mode_a_sample_does_not_depend_on_its_batch(name):
     torch.manual_seed(0)
     model, image = build(name), torch.randn(4, *MODELS.entry(name).facts["image"])
-    model(image)  # moves the statistics of BatchNorm away from their start
+    model(image)  # changes the moving averages of BatchNorm
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(image)[:1], model(image[:1]), rtol=1e-4, atol=1e-5)
@@ -181,7 +189,7 @@ def test_in_eval_mode_a_sample_does_not_depend_on_its_batch(name):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn_16_1", "vgg8"])
-def test_convolutions_start_from_the_fan_out_normal(name):
+def test_convolutions_are_initialised_from_the_fan_out_normal(name):
     torch.manual_seed(0)
     for module in build(name).modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
@@ -190,14 +198,14 @@ def test_convolutions_start_from_the_fan_out_normal(name):
             assert module.bias is None or not module.bias.any()
 
 
-def test_vgg_classifier_starts_small():
+def test_vgg_classifier_is_initialised_with_deviation_0_01():
     torch.manual_seed(0)
     classifier = build("vgg8").classifier
     assert abs(classifier.weight.std().item() / 0.01 - 1) < 0.05
     assert not classifier.bias.any()
 
 
-def test_same_seed_gives_the_same_start():
+def test_the_same_seed_gives_the_same_initial_weights():
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -206,12 +214,12 @@ def test_same_seed_gives_the_same_start():
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
 
 
-def test_head_and_stem_follow_the_data():
+def test_classifier_and_first_convolution_have_the_shape_of_the_data():
     for name in RELEASED:
         model = on_meta(name, num_classes=7, in_channels=1)
         assert model(torch.zeros(2, 1, 32, 32, device="meta")).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", [*BUILT, "resnet50"])
-def test_larger_images_are_taken_too(name):
+def test_larger_images_are_accepted(name):
     assert on_meta(name)(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 100)

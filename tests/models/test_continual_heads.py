@@ -1,4 +1,4 @@
-"""One classifier, seen as one head per task; and the nearest mean, which needs no training."""
+"""Heads of continual learning: logits masked per task, and the nearest-mean classifier."""
 
 import pytest
 import torch
@@ -7,31 +7,31 @@ from kdbench.errors import ConfigError
 from kdbench.registry import MODELS
 
 
-def test_only_the_tasks_classes_are_decided_among_and_learn():
+def test_masked_classes_have_no_probability_and_no_gradient():
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    seen = MODELS.build("task_logits", {"keep": [1, 3]}, input_shape=(5,))(logits)
-    assert torch.equal(seen[:, [1, 3]], logits[:, [1, 3]])
-    torch.testing.assert_close(seen.softmax(1)[:, [1, 3]], logits[:, [1, 3]].softmax(1))
-    assert (seen.softmax(1)[:, [0, 2, 4]] == 0).all()
-    torch.nn.functional.cross_entropy(seen, torch.tensor([1, 3, 1, 3, 1, 3])).backward()
+    masked = MODELS.build("task_logits", {"keep": [1, 3]}, input_shape=(5,))(logits)
+    assert torch.equal(masked[:, [1, 3]], logits[:, [1, 3]])
+    torch.testing.assert_close(masked.softmax(1)[:, [1, 3]], logits[:, [1, 3]].softmax(1))
+    assert (masked.softmax(1)[:, [0, 2, 4]] == 0).all()
+    torch.nn.functional.cross_entropy(masked, torch.tensor([1, 3, 1, 3, 1, 3])).backward()
     assert logits.grad is not None and (logits.grad[:, [0, 2, 4]] == 0).all() and (logits.grad[:, [1, 3]] != 0).all()
 
 
-def test_other_classes_say_nothing_to_a_divergence_of_two_tasks_in_half_precision():
+def test_masked_classes_add_nothing_to_a_divergence_in_half_precision():
     student, teacher = torch.randn(2, 4, 5).bfloat16()
     head = MODELS.build("task_logits", {"keep": [0, 2]}, input_shape=(5,))
     log_p, log_q = (head(x).float().log_softmax(1) for x in (student, teacher))
-    apart = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True)
-    assert torch.isfinite(apart).all() and (apart[:, [1, 3, 4]] == 0).all()
+    divergence = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True)
+    assert torch.isfinite(divergence).all() and (divergence[:, [1, 3, 4]] == 0).all()
 
 
 @pytest.mark.parametrize("keep", [[], [5], [-1, 2]])
-def test_refuses_classes_that_there_are_not(keep):
+def test_invalid_class_numbers_are_reported(keep):
     with pytest.raises(ConfigError, match="class numbers from 0 to 4"):
         MODELS.build("task_logits", {"keep": keep}, input_shape=(5,))
 
 
-def test_the_nearest_mean_is_the_one_in_the_same_direction():
+def test_the_nearest_mean_has_the_direction_of_the_feature():
     means = [[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]
     model = MODELS.build("nearest_mean", {"means": means}, num_classes=3, input_shape=(2,))
     feature = torch.tensor([[5.0, 1.0], [0.1, 0.2], [-0.01, 0.0]])
@@ -41,7 +41,7 @@ def test_the_nearest_mean_is_the_one_in_the_same_direction():
     assert model(feature).argmax(1).tolist() == [0, 1, 2]
 
 
-def test_nearest_mean_refuses_means_of_another_shape():
+def test_nearest_mean_reports_means_and_features_of_the_wrong_shape():
     with pytest.raises(ConfigError, match="3 lists of 4 values"):
         MODELS.build("nearest_mean", {"means": [[1.0, 0.0]]}, num_classes=3, input_shape=(4,))
     with pytest.raises(ConfigError, match="one vector per sample"):

@@ -1,4 +1,4 @@
-"""An ensemble as a role."""
+"""The ensemble model `mean_output`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdbench.registry import MODELS
 
 
 @pytest.mark.parametrize("shape", [(4, 10), (4, 3, 2, 2)])
-def test_the_mean_of_outputs_is_their_mean_and_has_no_parameters(shape):
+def test_mean_output_averages_its_inputs_without_parameters(shape):
     model = MODELS.build("mean_output", {})
     outputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     result = model(*outputs)

@@ -1,4 +1,4 @@
-"""The residual networks and transformers for small images: sizes, parts that fit, patches that are not seen."""
+"""Residual networks and vision transformers for small images: sizes, trunk and branch, masked patches."""
 
 import copy
 
@@ -37,13 +37,13 @@ def build(name: str, **params) -> nn.Module:
 
 
 def inputs(name: str, *lead: int, channels: int = 1, size: int = 8) -> list[torch.Tensor]:
-    """What a network sees: an image, and for the masked ones a score for each of its patches of 2x2."""
+    """Returns the inputs of a model: an image, and for masked models one score per 2x2 patch."""
     image = torch.randn(*lead, channels, size, size)
     return [image, torch.randn(*lead, (size // 2) ** 2)] if name in ("masked_vit", "hidden_patches") else [image]
 
 
 @pytest.mark.parametrize(("name", "params", "size"), SIZES)
-def test_has_the_size_that_its_docstring_tells(name, params, size):
+def test_parameter_counts_are_as_documented(name, params, size):
     with torch.device("meta"):
         assert sum(p.numel() for p in build(name, **params).parameters()) == size
 
@@ -82,77 +82,75 @@ def test_in_eval_mode_a_sample_does_not_depend_on_its_batch_and_a_copy_is_the_sa
 
 
 @pytest.mark.parametrize("name", ["digits_resnet", "digits_vit", "masked_vit", "hidden_patches"])
-def test_takes_colour_images_of_another_size(name):
-    takes = {"num_classes": 7, "in_channels": 3, "image_size": 32}
+def test_accepts_colour_images_of_another_size(name):
+    injected = {"num_classes": 7, "in_channels": 3, "image_size": 32}
     with torch.device("meta"):
-        model = MODELS.build(name, {}, **takes)
+        model = MODELS.build(name, {}, **injected)
         output = model(*inputs(name, 2, channels=3, size=32))
     assert output.shape == ((2, 7) if name.startswith("digits") else (2, 252, 12))
 
 
-def test_a_shallow_network_takes_every_weight_from_blocks_of_a_deeper_one():
+def test_a_shallow_network_can_load_every_weight_from_blocks_of_a_deeper_one():
     deep, shallow = build("digits_resnet", blocks=4), build("digits_resnet", blocks=[2, 1, 2])
     state = deep.state_dict()
-    chosen = {"layer1.1": "layer1.2", "layer3.1": "layer3.3"}
-    for key in shallow.state_dict():
-        source = next((new + key[len(old) :] for old, new in chosen.items() if key.startswith(f"{old}.")), key)
-        assert state[source].shape == shallow.state_dict()[key].shape
-    shallow.load_state_dict(
-        {
-            key: state[next((new + key[len(old) :] for old, new in chosen.items() if key.startswith(f"{old}.")), key)]
-            for key in shallow.state_dict()
-        }
-    )
+    rename = {"layer1.1": "layer1.2", "layer3.1": "layer3.3"}
+
+    def source_key(key: str) -> str:
+        return next((new + key[len(old) :] for old, new in rename.items() if key.startswith(f"{old}.")), key)
+
+    for key, value in shallow.state_dict().items():
+        assert state[source_key(key)].shape == value.shape
+    shallow.load_state_dict({key: state[source_key(key)] for key in shallow.state_dict()})
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_trunk_and_branch_are_the_whole_network_in_two_parts(blocks):
-    whole = build("digits_resnet", blocks=blocks).eval()
+def test_trunk_and_branch_together_equal_digits_resnet(blocks):
+    network = build("digits_resnet", blocks=blocks).eval()
     trunk, branch = build("residual_trunk", blocks=blocks).eval(), build("residual_branch", blocks=blocks).eval()
-    state = whole.state_dict()
+    state = network.state_dict()
     trunk.load_state_dict({key: state[key] for key in trunk.state_dict()})
     branch.load_state_dict({key: state[key] for key in branch.state_dict()})
     assert set(trunk.state_dict()) | set(branch.state_dict()) == set(state)
     (image,) = inputs("digits_resnet", 3)
-    assert torch.equal(branch(trunk(image)), whole(image))
+    assert torch.equal(branch(trunk(image)), network(image))
 
 
-def test_the_lowest_scores_are_seen_in_the_order_of_their_places():
-    kept, hidden = split_patches(torch.tensor([[0.3, -1.0, 0.2, 5.0], [1, 1, 1, 1]]), 2)
-    assert kept.tolist() == [[1, 2], [0, 1]] and hidden.tolist() == [[0, 3], [2, 3]]
+def test_patches_with_the_lowest_scores_are_visible_in_the_order_of_their_positions():
+    visible, hidden = split_patches(torch.tensor([[0.3, -1.0, 0.2, 5.0], [1, 1, 1, 1]]), 2)
+    assert visible.tolist() == [[1, 2], [0, 1]] and hidden.tolist() == [[0, 3], [2, 3]]
     mask = torch.tensor([[True, False, False, True]])
     assert split_patches(mask, 2)[0].tolist() == [[1, 2]]
 
 
-def test_what_is_hidden_does_not_reach_the_prediction_and_what_is_seen_does():
+def test_the_prediction_depends_on_visible_patches_and_not_on_hidden_ones():
     model = build("masked_vit").eval()
     image, _ = inputs("masked_vit", 1)
     scores = torch.ones(1, 16)
     scores[0, [0, 5, 10, 15]] = 0  # the patches on the diagonal
-    other = image.clone()
-    other[..., :2, 2:] += 1  # the first row of patches but its first
-    assert torch.equal(model(other, scores), model(image, scores))
-    other[..., 0, 0] += 1
-    assert not torch.equal(model(other, scores), model(image, scores))
+    modified = image.clone()
+    modified[..., :2, 2:] += 1  # the first row of patches without its first
+    assert torch.equal(model(modified, scores), model(image, scores))
+    modified[..., 0, 0] += 1
+    assert not torch.equal(model(modified, scores), model(image, scores))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_hidden_patches_are_the_pixels_of_the_hidden_places(channels):
+def test_hidden_patches_are_the_pixels_at_the_hidden_positions(channels):
     image, scores = inputs("hidden_patches", 2, channels=channels)
-    given = build("hidden_patches", in_channels=channels, visible=5)(image, scores)
+    pixels = build("hidden_patches", in_channels=channels, visible=5)(image, scores)
     _, hidden = split_patches(scores, 5)
     for sample in range(2):
-        for number, place in enumerate(hidden[sample].tolist()):
-            row, column = 2 * (place // 4), 2 * (place % 4)
+        for number, position in enumerate(hidden[sample].tolist()):
+            row, column = 2 * (position // 4), 2 * (position % 4)
             patch = image[sample, :, row : row + 2, column : column + 2]
-            assert torch.equal(given[sample, number], patch.permute(1, 2, 0).flatten())
-    standard = build("hidden_patches", in_channels=channels, visible=5, standardise=True)(image, scores)
-    assert_close(standard.mean(dim=2), torch.zeros(2, 11), rtol=0, atol=1e-5)
-    assert_close(standard.std(dim=2), torch.ones(2, 11), rtol=1e-3, atol=0)
+            assert torch.equal(pixels[sample, number], patch.permute(1, 2, 0).flatten())
+    standardised = build("hidden_patches", in_channels=channels, visible=5, standardise=True)(image, scores)
+    assert_close(standardised.mean(dim=2), torch.zeros(2, 11), rtol=0, atol=1e-5)
+    assert_close(standardised.std(dim=2), torch.ones(2, 11), rtol=1e-3, atol=0)
 
 
 def test_the_prediction_is_in_the_order_of_the_hidden_patches():
-    """Learns one image by heart from its places alone: only right places reach so low a loss."""
+    """Overfits one image from the positions alone; only the right order of positions gives such a low loss."""
     model, target = build("masked_vit", depth=1), build("hidden_patches")
     image = torch.randn(1, 1, 8, 8).expand(16, -1, -1, -1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -166,7 +164,7 @@ def test_the_prediction_is_in_the_order_of_the_hidden_patches():
     assert loss < 0.1 * image.var()
 
 
-def test_a_classifier_takes_the_encoder_of_a_masked_network():
+def test_digits_vit_can_load_the_encoder_of_masked_vit():
     masked, vit = build("masked_vit"), build("digits_vit")
     result = vit.load_state_dict(masked.state_dict(), strict=False)
     assert set(result.missing_keys) == {"fc.weight", "fc.bias"}
@@ -175,35 +173,35 @@ def test_a_classifier_takes_the_encoder_of_a_masked_network():
     assert torch.equal(vit.encode(image), masked.encode(image))
 
 
-def test_every_place_has_its_own_position():
-    table = sincos_positions(3, 4, 16)
-    assert table.shape == (12, 16)
-    assert (torch.cdist(table, table) + torch.eye(12) > 0.1).all()
-    assert_close(table.norm(dim=1), torch.full((12,), 8.0).sqrt())
+def test_position_embeddings_are_distinct_and_of_equal_norm():
+    positions = sincos_positions(3, 4, 16)
+    assert positions.shape == (12, 16)
+    assert (torch.cdist(positions, positions) + torch.eye(12) > 0.1).all()
+    assert_close(positions.norm(dim=1), torch.full((12,), 8.0).sqrt())
 
 
-def test_attention_is_that_of_torch():
+def test_self_attention_equals_torch_multihead_attention():
     from kdbench.models.layers import SelfAttention
 
     torch.manual_seed(0)
-    own, reference = SelfAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
+    attention, reference = SelfAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
     with torch.no_grad():
-        reference.in_proj_weight.copy_(own.qkv.weight)
-        reference.in_proj_bias.copy_(own.qkv.bias)
-        reference.out_proj.weight.copy_(own.proj.weight)
-        reference.out_proj.bias.copy_(own.proj.bias)
+        reference.in_proj_weight.copy_(attention.qkv.weight)
+        reference.in_proj_bias.copy_(attention.qkv.bias)
+        reference.out_proj.weight.copy_(attention.proj.weight)
+        reference.out_proj.bias.copy_(attention.proj.bias)
     tokens = torch.randn(2, 5, 12, dtype=torch.float64)
-    assert_close(own(tokens), reference(tokens, tokens, tokens, need_weights=False)[0])
+    assert_close(attention(tokens), reference(tokens, tokens, tokens, need_weights=False)[0])
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "said"),
+    ("name", "params", "message"),
     [
-        ("digits_resnet", {"blocks": 0}, "three of them"),
-        ("digits_resnet", {"blocks": [1, 2]}, "three of them"),
+        ("digits_resnet", {"blocks": 0}, "a list of three"),
+        ("digits_resnet", {"blocks": [1, 2]}, "a list of three"),
         ("digits_resnet", {"width": 0}, "width must be at least 1"),
-        ("residual_trunk", {"stages": 3}, "one or two stages"),
-        ("residual_branch", {"input_shape": (5,)}, "reads a map"),
+        ("residual_trunk", {"stages": 3}, "stages must be 1 or 2"),
+        ("residual_branch", {"input_shape": (5,)}, "expected a map"),
         ("residual_branch", {"stride": 0}, "at least 1"),
         ("digits_vit", {"patch": 3}, "must divide the image"),
         ("digits_vit", {"dim": 30}, "multiple of 4 and of heads"),
@@ -213,6 +211,6 @@ def test_attention_is_that_of_torch():
         ("hidden_patches", {"visible": 0}, "from 1 to 15"),
     ],
 )
-def test_refuses_in_words(name, params, said):
-    with pytest.raises(ConfigError, match=f"{name}.*{said}"):
+def test_invalid_parameters_are_reported(name, params, message):
+    with pytest.raises(ConfigError, match=f"{name}.*{message}"):
         build(name, **params)

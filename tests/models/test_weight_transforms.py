@@ -1,4 +1,4 @@
-"""What transforms leave of a weight, and where its gradient goes."""
+"""Weight transforms: effective weights, gradients, baking, and errors."""
 
 import copy
 
@@ -15,7 +15,7 @@ from kdbench.models.quantization import merge_buckets, split_buckets
 from kdbench.models.weight_transform import WeightTransform, effective_state_dict
 from kdbench.registry import MODELS, WEIGHT_TRANSFORMS
 
-EVERY = [
+ALL_TRANSFORMS = [
     ("quantize", {}),
     ("quantize", {"bits": 2, "scaling": "symmetric", "bucket": None}),
     ("learned_quantize", {"bits": 2}),
@@ -38,69 +38,69 @@ def images() -> torch.Tensor:
     return torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def stored(layer: nn.Module) -> nn.Parameter:
+def stored_weight(layer: nn.Module) -> nn.Parameter:
     return layer.parametrizations.weight.original
 
 
-def levels(weight: torch.Tensor, bucket: int | None) -> list[int]:
-    """How many different values each bucket holds; the filling repeats one that is there."""
+def count_levels(weight: torch.Tensor, bucket: int | None) -> list[int]:
+    """Counts the distinct values of each bucket; padding repeats an existing value."""
     return [len(row.unique()) for row in split_buckets(weight, bucket)]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("bucket", [None, 16, 256])
-def test_quantised_weights_lie_on_even_levels_between_the_extremes_of_their_bucket(bits, bucket):
+def test_quantised_weights_are_the_nearest_uniform_levels_of_their_bucket(bits, bucket):
     model, transform = network(), build("quantize", bits=bits, bucket=bucket)
     before = model[4].weight.detach().clone()
     transform.apply(model)
-    used = model[4].weight.detach()
-    for old, new in zip(split_buckets(before, bucket).double(), split_buckets(used, bucket).double(), strict=True):
+    effective = model[4].weight.detach()
+    for old, new in zip(split_buckets(before, bucket).double(), split_buckets(effective, bucket).double(), strict=True):
         grid = torch.linspace(old.min().item(), old.max().item(), 2**bits, dtype=torch.float64)
-        distance, nearest = (new[:, None] - grid).abs().min(dim=1)
+        distance, level = (new[:, None] - grid).abs().min(dim=1)
         assert distance.max() < 1e-6
-        # No other level is nearer to the old value.
-        best = (old[:, None] - grid).abs().min(dim=1).values
-        assert_close((old - grid[nearest]).abs(), best, rtol=0, atol=1e-6)
-    assert max(levels(used, bucket)) <= 2**bits
+        # No level is nearer to the old value than the one taken.
+        min_distance = (old[:, None] - grid).abs().min(dim=1).values
+        assert_close((old - grid[level]).abs(), min_distance, rtol=0, atol=1e-6)
+    assert max(count_levels(effective, bucket)) <= 2**bits
     if 2**bits < (bucket or 256):
-        assert max(levels(before, bucket)) > 2**bits  # else the test could not fail
+        assert max(count_levels(before, bucket)) > 2**bits, "control: the stored weights have more values"
 
 
 @pytest.mark.parametrize(("bits", "values"), [(2, 3), (4, 15)])
-def test_symmetric_levels_are_whole_multiples_of_one_step_and_hold_zero(bits, values):
+def test_symmetric_levels_are_integer_multiples_of_the_step_and_include_zero(bits, values):
     model = network()
     with torch.no_grad():
         model[4].weight[0, 0] = 0
     largest = model[4].weight.abs().max().item()
     build("quantize", bits=bits, scaling="symmetric", bucket=None).apply(model)
-    used = model[4].weight.detach()
-    steps = used / (largest / (2 ** (bits - 1) - 1))
+    effective = model[4].weight.detach()
+    steps = effective / (largest / (2 ** (bits - 1) - 1))
     assert_close(steps, steps.round(), rtol=0, atol=1e-5)
-    assert used[0, 0] == 0 and len(used.unique()) <= values
-    assert_close(used.abs().max().item(), largest)
+    assert effective[0, 0] == 0 and len(effective.unique()) <= values
+    assert_close(effective.abs().max().item(), largest)
 
 
-def test_ternary_weights_are_the_closest_of_their_kind_for_their_threshold():
+def test_ternary_scale_minimises_the_distance_to_the_stored_weights():
     model = network()
     weight = model[0].weight.detach().double()
     build("ternary", threshold=0.7).apply(model)
-    large = weight.abs() > 0.7 * weight.abs().mean()
-    size = weight.abs()[large].mean()
-    assert_close(model[0].weight.detach().double(), weight.sign() * large * size, rtol=1e-6, atol=1e-7)
+    signs = weight.sign() * (weight.abs() > 0.7 * weight.abs().mean())
+    scale = weight.abs()[signs != 0].mean()
+    assert_close(model[0].weight.detach().double(), signs * scale, rtol=1e-6, atol=1e-7)
     assert len(model[0].weight.unique()) == 3
-    for other in (0.9 * size, 1.1 * size):  # this size is the best one for these places
-        assert (weight - weight.sign() * large * size).norm() < (weight - weight.sign() * large * other).norm()
+    for factor in (0.9, 1.1):
+        assert (weight - signs * scale).norm() < (weight - signs * scale * factor).norm()
 
 
-def test_ternary_per_channel_gives_each_channel_its_own_size():
+def test_ternary_per_channel_has_one_scale_per_channel():
     model = network()
     build("ternary", per="channel").apply(model)
-    used = model[0].weight.detach().flatten(1)
-    assert all(len(row.abs().unique()) <= 2 for row in used)
-    assert len(used.abs().unique()) == 7  # six sizes and zero
+    effective = model[0].weight.detach().flatten(1)
+    assert all(len(row.abs().unique()) <= 2 for row in effective)
+    assert len(effective.abs().unique()) == 7  # six scales and zero
 
 
-def test_ternary_of_zeros_is_zero():
+def test_ternary_weights_of_a_zero_weight_are_zero():
     model = nn.Linear(3, 2)
     nn.init.zeros_(model.weight)
     build("ternary").apply(nn.Sequential(model))
@@ -108,7 +108,7 @@ def test_ternary_of_zeros_is_zero():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.34, 0.5, 0.9])
-def test_pruned_channels_are_those_of_least_l1_norm_and_exactly_zero(fraction):
+def test_pruned_channels_have_the_smallest_l1_norm_and_are_zero(fraction):
     model, transform = network(), build("prune", fraction=fraction)
     before = model[0].weight.detach().clone()
     transform.apply(model)
@@ -116,28 +116,29 @@ def test_pruned_channels_are_those_of_least_l1_norm_and_exactly_zero(fraction):
     expected = set(norms.argsort()[: int(fraction * 6)].tolist())
     zero = {i for i in range(6) if not model[0].weight[i].any() and model[0].bias[i] == 0}
     assert zero == expected
-    kept = sorted(set(range(6)) - expected)
-    assert torch.equal(model[0].weight[kept], before[kept])
-    assert not hasattr(model[4], "parametrizations")  # the classifier is left out unless said
+    rest = sorted(set(range(6)) - expected)
+    assert torch.equal(model[0].weight[rest], before[rest])
+    assert not hasattr(model[4], "parametrizations")  # by default the classifier is not pruned
 
 
 def test_unstructured_pruning_keeps_the_largest_weights():
     model, transform = network(), build("prune", fraction=0.75, unit="weight", skip_last=False)
     before = model[4].weight.detach().clone()
     transform.apply(model)
-    used = model[4].weight.detach()
-    assert (used == 0).sum() == int(0.75 * used.numel())
-    assert before[used == 0].abs().max() <= before[used != 0].abs().min()
-    assert torch.equal(used[used != 0], before[used != 0])
+    effective = model[4].weight.detach()
+    pruned = effective == 0
+    assert pruned.sum() == int(0.75 * effective.numel())
+    assert before[pruned].abs().max() <= before[~pruned].abs().min()
+    assert torch.equal(effective[~pruned], before[~pruned])
 
 
-def test_ties_do_not_change_how_many_are_pruned():
+def test_ties_do_not_change_the_number_of_pruned_units():
     for unit in ("channel", "weight"):
         mask = pruning_mask(torch.ones(4, 3), 0.5, unit)
         assert mask.sum() == (2 if unit == "channel" else 6)
 
 
-def test_pruned_weights_stay_zero_while_the_others_train():
+def test_pruned_weights_stay_zero_during_training():
     model = network()
     build("prune", fraction=0.5).apply(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -151,20 +152,22 @@ def test_pruned_weights_stay_zero_while_the_others_train():
     assert not torch.equal(model[0].weight.detach(), before)
 
 
-def test_a_renewed_mask_lets_pruned_weights_return():
+def test_a_recomputed_mask_lets_pruned_weights_recover():
     model = network()
     build("prune", fraction=0.5, unit="weight", renew=True).apply(model)
-    gone = model[0].weight.detach() == 0
+    pruned = model[0].weight.detach() == 0
     model(images()).sum().backward()
-    assert stored(model[0]).grad[gone].any()
+    assert stored_weight(model[0]).grad[pruned].any()
     with torch.no_grad():
-        stored(model[0])[gone] += 10
-    assert model[0].weight.detach()[gone].all()
-    assert (model[0].weight == 0).sum() == gone.sum()
+        stored_weight(model[0])[pruned] += 10
+    assert model[0].weight.detach()[pruned].all()
+    assert (model[0].weight == 0).sum() == pruned.sum()
 
 
-@pytest.mark.parametrize(("name", "params"), [EVERY[0], EVERY[1], EVERY[3], EVERY[5]])
-def test_the_gradient_at_the_used_weights_goes_straight_to_the_stored_ones(name, params):
+@pytest.mark.parametrize(
+    ("name", "params"), [ALL_TRANSFORMS[0], ALL_TRANSFORMS[1], ALL_TRANSFORMS[3], ALL_TRANSFORMS[5]]
+)
+def test_stored_weights_get_the_gradient_of_the_effective_weights(name, params):
     model = network().double()
     build(name, **params).apply(model)
     image = images().double()
@@ -174,37 +177,36 @@ def test_the_gradient_at_the_used_weights_goes_straight_to_the_stored_ones(name,
         plain[0].weight.copy_(model[0].weight)
         plain[4].weight.copy_(model[4].weight)
     plain(image).logsumexp(1).sum().backward()
-    assert_close(stored(model[0]).grad, plain[0].weight.grad)
+    assert_close(stored_weight(model[0]).grad, plain[0].weight.grad)
     assert plain[0].weight.grad.abs().min() > 0
 
 
-def test_learnt_points_get_the_gradient_of_the_weights_that_took_them():
+def test_learned_points_get_the_summed_gradient_of_their_weights():
     layer = nn.Linear(10, 3, bias=False).double()
     weight = layer.weight.detach().clone()
     build("learned_quantize", bits=2, bucket=8).apply(nn.Sequential(layer))
     points = layer.parametrizations.weight[0].points
     with torch.no_grad():
-        points.copy_(torch.tensor([0.7, 0.1, 0.3, 0.95]))  # in no order
-    scale = torch.randn(3, 10, dtype=torch.float64)
-    (layer.weight * scale).sum().backward()
+        points.copy_(torch.tensor([0.7, 0.1, 0.3, 0.95]))  # not sorted
+    gradient = torch.randn(3, 10, dtype=torch.float64)
+    (layer.weight * gradient).sum().backward()
 
-    rows, grads = split_buckets(weight, 8), split_buckets(scale, 8)
-    expected, real = torch.zeros(4, dtype=torch.float64), 0
-    used = torch.empty_like(rows)
+    rows, gradient_rows = split_buckets(weight, 8), split_buckets(gradient, 8)
+    expected = torch.zeros(4, dtype=torch.float64)
+    effective = torch.empty_like(rows)
     for i, row in enumerate(rows):
         low, span = row.min(), row.max() - row.min()
         for j, value in enumerate(row):
             k = ((value - low) / span - points.detach()).abs().argmin()
-            used[i, j] = low + span * points[k]
-            if real < 30:  # not the filling
-                expected[k] += span * grads[i, j]
-            real += 1
+            effective[i, j] = low + span * points[k]
+            if 8 * i + j < weight.numel():  # padding has no gradient
+                expected[k] += span * gradient_rows[i, j]
     assert_close(points.grad, expected)
-    assert_close(layer.weight.detach(), merge_buckets(used, weight))
-    assert stored(layer).grad is None
+    assert_close(layer.weight.detach(), merge_buckets(effective, weight))
+    assert stored_weight(layer).grad is None
 
 
-def test_learnt_points_start_at_quantiles_and_learning_them_lowers_the_error():
+def test_learned_points_start_at_quantiles_and_training_lowers_the_error():
     torch.manual_seed(0)
     layer = nn.Linear(40, 40, bias=False)
     weight = layer.weight.detach().clone()
@@ -213,8 +215,8 @@ def test_learnt_points_start_at_quantiles_and_learning_them_lowers_the_error():
     build("learned_quantize", bits=3, bucket=None).apply(nn.Sequential(layer))
     points = layer.parametrizations.weight[0].points
     scaled = (weight - weight.min()) / (weight.max() - weight.min())
-    below = (scaled.flatten()[:, None] <= points).float().mean(dim=0)
-    assert_close(below, torch.linspace(0, 1, 8), rtol=0, atol=0.01)
+    fraction_below = (scaled.flatten()[:, None] <= points).float().mean(dim=0)
+    assert_close(fraction_below, torch.linspace(0, 1, 8), rtol=0, atol=0.01)
     optimizer = torch.optim.Adam([points], lr=0.01)
     errors = []
     for _ in range(100):
@@ -227,67 +229,67 @@ def test_learnt_points_start_at_quantiles_and_learning_them_lowers_the_error():
     assert len(layer.weight.unique()) <= 8
 
 
-@pytest.mark.parametrize(("name", "params"), EVERY)
-def test_baked_weights_are_what_the_forward_saw_under_the_plain_names(name, params):
+@pytest.mark.parametrize(("name", "params"), ALL_TRANSFORMS)
+def test_baking_stores_the_effective_weights_under_the_plain_names(name, params):
     model, names = network(), list(network().state_dict())
     transform = build(name, **params)
     transform.apply(model)
     model.eval()
-    output, used = model(images()), model[0].weight.detach().clone()
+    output, effective = model(images()), model[0].weight.detach().clone()
     transform.bake(model)
     assert sorted(model.state_dict()) == sorted(names)
-    assert torch.equal(model.state_dict()["0.weight"], used)
+    assert torch.equal(model.state_dict()["0.weight"], effective)
     assert torch.equal(model(images()), output)
     assert isinstance(model[0].weight, nn.Parameter) and type(model[0]) is nn.Conv2d
     network().load_state_dict(model.state_dict())
-    transform.bake(model)  # nothing is left to do
+    transform.bake(model)  # baking twice changes nothing
 
 
-@pytest.mark.parametrize(("name", "params"), EVERY)
-def test_the_used_weights_are_read_off_without_touching_the_network(name, params):
-    """At every checkpoint: a network that trains on must not lose its transform, nor may two of a kind share it."""
+@pytest.mark.parametrize(("name", "params"), ALL_TRANSFORMS)
+def test_effective_state_dict_equals_baking_and_leaves_the_network_unchanged(name, params):
+    """A checkpoint is written during training, so the network and its copies must keep their transforms."""
     model, baked = network(), network()
-    for one in (model, baked):
-        build(name, **params).apply(one)
+    for transformed in (model, baked):
+        build(name, **params).apply(transformed)
     before = copy.deepcopy(model.state_dict())
-    read = effective_state_dict(model)
+    effective = effective_state_dict(model)
     build(name, **params).bake(baked)
-    assert read.keys() == baked.state_dict().keys()
-    assert all(torch.equal(read[key], value) for key, value in baked.state_dict().items())
+    assert effective.keys() == baked.state_dict().keys()
+    assert all(torch.equal(effective[key], value) for key, value in baked.state_dict().items())
     assert model.state_dict().keys() == before.keys()
     model(images()).sum().backward()
-    assert torch.equal(model[0].weight, read["0.weight"])
+    assert torch.equal(model[0].weight, effective["0.weight"])
 
 
-@pytest.mark.parametrize(("name", "params"), EVERY)
-def test_a_state_dict_takes_the_transform_along(name, params):
-    model, other = network(), network()
+@pytest.mark.parametrize(("name", "params"), ALL_TRANSFORMS)
+def test_a_state_dict_restores_the_transform(name, params):
+    model, restored = network(), network()
     build(name, **params).apply(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(images()).square().sum().backward()
     optimizer.step()
-    nn.init.normal_(other[0].weight)
-    build(name, **params).apply(other)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.eval()(images()), model.eval()(images()))
+    nn.init.normal_(restored[0].weight)
+    build(name, **params).apply(restored)
+    restored.load_state_dict(model.state_dict())
+    assert torch.equal(restored.eval()(images()), model.eval()(images()))
 
 
-@pytest.mark.parametrize(("name", "params"), EVERY)
+@pytest.mark.parametrize(("name", "params"), ALL_TRANSFORMS)
 def test_a_deep_copy_is_independent(name, params):
     model = network()
     build(name, **params).apply(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin.eval()(images()), model.eval()(images()))
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate.eval()(images()), model.eval()(images()))
     before = model[0].weight.detach().clone()
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in duplicate.parameters():
             parameter.mul_(-3)
     assert torch.equal(model[0].weight.detach(), before)
-    assert not torch.equal(twin[0].weight.detach(), before)
+    assert not torch.equal(duplicate[0].weight.detach(), before)
 
 
-@pytest.mark.parametrize(("name", "params"), EVERY)
-def test_needs_no_values(name, params):
+@pytest.mark.parametrize(("name", "params"), ALL_TRANSFORMS)
+def test_forward_and_backward_read_no_value_on_the_host(name, params):
     with torch.device("meta"):
         model = network()
         build(name, **params).apply(model)
@@ -299,23 +301,23 @@ def test_needs_no_values(name, params):
         model(torch.zeros(2, 2, 6, 6)).sum().backward()
 
 
-def test_transforms_follow_each_other_in_their_order():
+def test_transforms_are_applied_in_the_order_of_registration():
     model = network()
     prune, ternary = build("prune", fraction=0.5), build("ternary", modules=["0"])
     prune.apply(model)
     pruned = model[0].weight.detach().clone()
     ternary.apply(model)
-    alone = nn.Conv2d(2, 6, 3)
+    reference = nn.Conv2d(2, 6, 3)
     with torch.no_grad():
-        alone.weight.copy_(pruned)
-    ternary.apply(nn.Sequential(alone))
-    assert torch.equal(model[0].weight, alone.weight)
+        reference.weight.copy_(pruned)
+    ternary.apply(nn.Sequential(reference))
+    assert torch.equal(model[0].weight, reference.weight)
     ternary.bake(model)
     assert not model[0].weight[~pruned.flatten(1).any(dim=1)].any()
     assert not hasattr(model[0], "parametrizations")
 
 
-def test_baking_leaves_other_parametrisations_alone():
+def test_baking_keeps_parametrizations_of_other_origin():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     transform = build("quantize", modules=["1"])
     transform.apply(model)
@@ -324,7 +326,7 @@ def test_baking_leaves_other_parametrisations_alone():
 
 
 @pytest.mark.parametrize(
-    ("params", "changed"),
+    ("params", "targets"),
     [
         ({}, {"layer1.0", "layer2.0", "layer3.0", "fc"}),
         ({"skip_first": True, "skip_last": True}, {"layer2.0", "layer3.0"}),
@@ -332,39 +334,39 @@ def test_baking_leaves_other_parametrisations_alone():
         ({"modules": ["layer2.0"]}, {"layer2.0"}),
     ],
 )
-def test_changes_the_chosen_layers_only(params, changed):
+def test_only_the_target_layers_are_transformed(params, targets):
     model = MODELS.build("digits_cnn", {})
     build("ternary", **params).apply(model)
-    assert {path for path, m in model.named_modules() if hasattr(m, "parametrizations")} == changed
+    assert {path for path, m in model.named_modules() if hasattr(m, "parametrizations")} == targets
 
 
-def test_the_students_of_a_quantised_network_compute_as_a_plain_one_with_its_weights():
+def test_a_quantised_layer_computes_with_its_effective_weight():
     model, plain = network(), network()
     build("quantize", bits=4).apply(model)
-    used = F.conv2d(images(), model[0].weight, model[0].bias)
-    assert torch.equal(model[0](images()), used)
-    assert not torch.equal(plain[0](images()), used)
+    expected = F.conv2d(images(), model[0].weight, model[0].bias)
+    assert torch.equal(model[0](images()), expected)
+    assert not torch.equal(plain[0](images()), expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "said"),
+    ("name", "params", "message"),
     [
         ("quantize", {"bits": 0}, "bits must be from 1 to 16"),
         ("quantize", {"bits": 1, "scaling": "symmetric"}, "from 2 to 16"),
         ("quantize", {"bucket": 0}, "bucket must be at least 1"),
         ("quantize", {"scaling": "log"}, "linear, symmetric"),
         ("learned_quantize", {"bits": 9}, "from 1 to 8"),
-        ("ternary", {"threshold": -1}, "not be negative"),
-        ("prune", {"fraction": 1}, "from 0 to below 1"),
+        ("ternary", {"threshold": -1}, "threshold must be at least 0"),
+        ("prune", {"fraction": 1}, r"fraction must be in \[0, 1\)"),
     ],
 )
-def test_refuses_in_words(name, params, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_parameters_are_reported(name, params, message):
+    with pytest.raises(ConfigError, match=message):
         build(name, **params)
 
 
-def test_refuses_paths_of_no_layer_and_an_empty_choice():
-    with pytest.raises(ConfigError, match=r"'layer9' names no layer.*layer1"):
+def test_paths_without_layers_and_an_empty_selection_are_reported():
+    with pytest.raises(ConfigError, match=r"'layer9' contains no linear or convolution layer.*layer1"):
         build("ternary", modules=["layer9"]).apply(MODELS.build("digits_cnn", {}))
-    with pytest.raises(ConfigError, match="no layer is left"):
+    with pytest.raises(ConfigError, match="no layer remains"):
         build("ternary", skip_last=True).apply(nn.Sequential(nn.Linear(2, 2)))

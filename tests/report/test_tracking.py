@@ -1,4 +1,4 @@
-"""A tracker's logs: byte-equal after a resume, read back by TensorBoard itself."""
+"""Logs of a tracker: byte-equal after a resume, and read back by TensorBoard."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def begin(log: Tracker) -> None:
 
 
 def epoch(log: Tracker, number: int, speed: float = 1000.0) -> None:
-    """What the engine says in one epoch (from 1) of ten steps."""
+    """Logs one epoch (from 1) of ten steps."""
     step = 10 * number
     log.progress(step)
     log.train(
@@ -45,7 +45,7 @@ def epoch(log: Tracker, number: int, speed: float = 1000.0) -> None:
             "images_per_s": speed,
             "seconds": speed / 7,
             "terms": {"kd": {"loss": 1 / number, "weight": 0.9, "weighted": 0.9 / number}},
-            "shares": {"data": 0.25, "student": 0.75},
+            "time_fractions": {"data": 0.25, "student": 0.75},
         }
     )
     metrics = {"top1": 100 / 3 * number, "agreement": 50.0, "per_class/0": math.nan}
@@ -88,40 +88,40 @@ def test_one_line_per_record_with_exact_numbers(tmp_path):
     assert student["metrics"] == {"top1": 100 / 3, "agreement": 50.0, "per_class/0": "nan"}
 
 
-def test_a_resumed_run_ends_with_the_logs_of_an_undisturbed_one(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    log = tracker(whole)
+def test_a_resumed_run_ends_with_the_logs_of_an_uninterrupted_one(tmp_path):
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    log = tracker(uninterrupted)
     begin(log)
     for number in (1, 2, 3):
         epoch(log, number)
     log.close()
 
-    log = tracker(cut)
+    log = tracker(resumed)
     begin(log)
     epoch(log, 1)
     state = json.loads(json.dumps(log.state_dict()))
     epoch(log, 2, speed=5.0)  # written, but never checkpointed: killed here
     log.close()
-    with open(cut / "metrics.jsonl", "a") as file:
+    with open(resumed / "metrics.jsonl", "a") as file:
         file.write('{"event": "tra')
-    log = tracker(cut)
+    log = tracker(resumed)
     log.load_state_dict(state)
     begin(log)
     for number in (2, 3):
         epoch(log, number, speed=77.0)
     log.close()
 
-    assert without_time(cut) == without_time(whole)
-    assert read_json_lines(cut / "metrics.jsonl")[0]["images_per_s"] == 1000.0
-    ours, theirs = events(cut), events(whole)
-    timed = {tag for tag in theirs if tag.startswith(("speed/", "time_share/"))}
-    assert ours.keys() == theirs.keys()
-    for tag in theirs.keys() - timed:
-        assert repr(ours[tag]) == repr(theirs[tag])  # as text, for NaN
-    assert load(cut).Tags()["tensors"] == load(whole).Tags()["tensors"]
+    assert without_time(resumed) == without_time(uninterrupted)
+    assert read_json_lines(resumed / "metrics.jsonl")[0]["images_per_s"] == 1000.0
+    resumed_events, expected_events = events(resumed), events(uninterrupted)
+    timing_tags = {tag for tag in expected_events if tag.startswith(("speed/", "time_fraction/"))}
+    assert resumed_events.keys() == expected_events.keys()
+    for tag in expected_events.keys() - timing_tags:
+        assert repr(resumed_events[tag]) == repr(expected_events[tag])  # as text, because NaN is unequal to itself
+    assert load(resumed).Tags()["tensors"] == load(uninterrupted).Tags()["tensors"]
 
 
-def test_lines_are_byte_equal_but_for_the_time_fields(tmp_path):
+def test_lines_are_byte_equal_except_for_timing_fields(tmp_path):
     for name in ("a", "b"):
         log = tracker(tmp_path / name)
         begin(log)
@@ -162,7 +162,7 @@ def test_hyperparameters_are_read_back(tmp_path):
     assert read["clip"].string_value == "None"
 
 
-def test_pictures_reach_tensorboard_and_the_folder(tmp_path):
+def test_figures_are_written_to_tensorboard_and_the_folder(tmp_path):
     log = tracker(tmp_path)
     log.start({"classes": ["zero", "one", "two"]})
     matrix = torch.tensor([[8, 1, 0], [0, 9, 0], [2, 0, 5]])
@@ -203,13 +203,13 @@ def test_without_tensorboard_only_the_lines_are_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_lost_lines_are_told_to_the_person(tmp_path):
+def test_lost_lines_give_a_notice(tmp_path):
     log = tracker(tmp_path)
     log.load_state_dict({"metrics.jsonl": 500, "tensorboard": 0})
-    assert "missing" in log.console.out.file.getvalue()
+    assert "missing" in log.console.console.file.getvalue()
 
 
-def test_tensorboard_is_imported_when_it_is_used_and_torchs_writer_never(tmp_path):
+def test_tensorboard_is_imported_at_the_first_write_and_without_torch(tmp_path):
     code = (
         "import sys\n"
         "from kdbench.report.tracking import Tracker\n"
@@ -219,8 +219,8 @@ def test_tensorboard_is_imported_when_it_is_used_and_torchs_writer_never(tmp_pat
         "assert 'tensorboard' in sys.modules and 'torch' not in sys.modules and 'tensorflow' not in sys.modules\n"
         "log.close()\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "tensorboard" / EVENT_FILE_NAME).exists()
 
 

@@ -1,4 +1,4 @@
-"""A captured run is the run: recordings read each batch, follow every schedule, and what cannot be recorded is told."""
+"""Recorded steps equal eager steps bit for bit; steps that cannot be recorded run eagerly, with a notice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from helpers.recipes import CPU, StageHarness, build_stage, plugin_registration,
 from kdbench.config.schema import Recipe
 from kdbench.engine.device import check_precision, resolve_device
 from kdbench.errors import ConfigError
-from kdbench.speed import cuda_graph as capture_module
-from kdbench.speed.cuda_graph import WARM_UP, CudaGraphStep
+from kdbench.speed import cuda_graph
+from kdbench.speed.cuda_graph import WARM_UP, CudaGraphGradients, CudaGraphStep, Recordings, graph_strategy
 
 PLAIN = """
 student: {model: {type: t_layers, norm: batch, dropout: 0.2}}
@@ -63,7 +63,7 @@ epochs: 3
 batch_size: 16
 precision: float64
 """
-AHEAD = """
+BILEVEL = """
 models: {judge: {reuse: student, input: held.image}, gate: {model: {type: t_linear, num_classes: 1}}}
 data: {held: {subset: {type: balanced, amount: 0.5}}}
 student: {model: {type: t_layers, norm: batch}}
@@ -81,108 +81,120 @@ precision: float64
 
 
 @pytest.fixture(autouse=True)
-def graphs_here(monkeypatch):
-    """Lets a CPU have graphs, so that optimisers keep on the device what they can."""
-    monkeypatch.setattr(Recipe, "captures", lambda self, device_type: self.compile is not False)
+def cuda_graphs_on_cpu(monkeypatch):
+    """Treats the CPU as a device with CUDA graphs, so that optimizers keep their state on the device."""
+    monkeypatch.setattr(Recipe, "uses_cuda_graph", lambda self, device_type: self.compile is not False)
 
 
-def captured(text: str, recorder: TapeRecorder | None = None) -> tuple[StageHarness, CudaGraphStep, TapeRecorder, list[str]]:
-    run = build_stage(recipe_from_text(text, "compile=cuda_graph"))
-    said: list[str] = []
-    run.runner.say = said.append
-    recorder = recorder or TapeRecorder()
-    return run, CudaGraphStep(run.runner, recorder), recorder, said
+def build_eager(text: str) -> StageHarness:
+    return build_stage(recipe_from_text(text, "compile=cuda_graph"))
 
 
-def steps(run: StageHarness, count: int) -> list[dict]:
-    """Goes on and reads the log wherever a line would stand."""
+def build_recorded(text: str, recorder: TapeRecorder | None = None) -> tuple[StageHarness, TapeRecorder]:
+    """Builds a stage that records its steps."""
+    stage, recorder = build_eager(text), recorder or TapeRecorder()
+    stage.runner.use(graph_strategy(stage.runner, recorder))
+    return stage, recorder
+
+
+def take_steps(stage: StageHarness, count: int) -> list[dict]:
+    """Takes steps, and returns the values of every log line."""
     lines = []
-    for window in itertools.islice(run.windows(), count):
-        run.runner.begin_step()
-        run.runner.step(window)
-        if run.runner.logs_at(run.runner.steps_done):
-            lines.append({k: v for k, v in run.runner.read()[1].items() if k != "shares"})
+    for window in itertools.islice(stage.windows(), count):
+        stage.runner.begin_step()
+        stage.runner.step(window)
+        if stage.runner.progress.logs_after(stage.runner.progress.steps_done):
+            values = stage.runner.read_log()[1]
+            lines.append({key: value for key, value in values.items() if key != "time_fractions"})
     return lines
 
 
-def equal(one: StageHarness, other: StageHarness) -> bool:
-    left, right = one.runner.state_dict(), other.runner.state_dict()
-    return repr(_bits(left)) == repr(_bits(right))
+def equal_state(first: StageHarness, second: StageHarness) -> bool:
+    """Returns whether the training states of two stages are equal bit for bit."""
+    return repr(_comparable(vars(first.runner.training_state()))) == repr(_comparable(vars(second.runner.training_state())))
 
 
-def _bits(tree):
+def _comparable(tree):
     if isinstance(tree, torch.Tensor):
         return (str(tree.dtype), tree.tolist())
     if isinstance(tree, dict):
-        left_out = ("lr", "foreach", "fused", "capturable", "initial_lr")
-        return {key: _bits(value) for key, value in tree.items() if key not in left_out}
-    return [_bits(item) for item in tree] if isinstance(tree, list | tuple) else tree
+        device_settings = ("lr", "foreach", "fused", "capturable", "initial_lr")
+        return {key: _comparable(value) for key, value in tree.items() if key not in device_settings}
+    return [_comparable(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-WHOLE = {"plain": PLAIN, "everything": EVERYTHING, "game": GAME, "virtual": AHEAD.replace("FUSED", "fused: true")}
+WHOLE_STEP = {
+    "plain": PLAIN,
+    "everything": EVERYTHING,
+    "game": GAME,
+    "inner step": BILEVEL.replace("FUSED", "fused: true"),
+}
 
 
-@pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
-def test_a_captured_run_is_the_run_bit_for_bit(text):
-    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
-    total = plain.runner.total_steps
-    expected = steps(plain, total)
-    run, _, recorder, said = captured(text)
-    assert steps(run, total) == expected
-    assert equal(run, plain) and not said
-    shapes = {tuple(next(iter(b.values()))["index"].shape for b in w) for w in itertools.islice(run.feed.windows(0), 9)}
+@pytest.mark.parametrize("text", WHOLE_STEP.values(), ids=WHOLE_STEP)
+def test_recorded_run_equals_eager_run_bit_for_bit(text):
+    eager = build_eager(text)
+    total = eager.runner.progress.total_steps
+    expected = take_steps(eager, total)
+    stage, recorder = build_recorded(text)
+    assert take_steps(stage, total) == expected
+    assert equal_state(stage, eager) and not stage.notices
+    windows = itertools.islice(stage.feed.windows(0), 9)
+    shapes = {tuple(next(iter(batches.values())).size for batches in window) for window in windows}
     assert recorder.replays == total - WARM_UP * len(shapes) > 3
     assert recorder.recordings <= 2 * len(shapes)  # with and without the gradient norm
 
 
 @pytest.mark.parametrize("stale", ["batch", "rate"])
-def test_a_recording_that_kept_its_batch_or_its_rate_would_be_noticed(stale, monkeypatch):
+def test_stale_batch_or_rate_changes_the_run(stale, monkeypatch):
     """Negative control of the test above."""
-    plain = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
-    steps(plain, 12)
-    run, of, _, _ = captured(PLAIN)
+    eager = build_eager(PLAIN)
+    take_steps(eager, 12)
+    stage, _ = build_recorded(PLAIN)
     if stale == "batch":
-        replay = of._replay
-        monkeypatch.setattr(of, "_replay", lambda recorded, window, *rest: replay(recorded, recorded.window, *rest))
+        replay = Recordings.replay
+        recorded_batch = lambda self, key, window, *rest: replay(self, key, self.recordings[key].window, *rest)  # noqa: E731
+        monkeypatch.setattr(Recordings, "replay", recorded_batch)
     else:
         monkeypatch.setattr("kdbench.engine.train.runner.set_lr_factor", lambda optimizer, factor: None)
-    steps(run, 12)
-    assert not equal(run, plain)
+    take_steps(stage, 12)
+    assert not equal_state(stage, eager)
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_the_other_way():
+def test_checkpoint_of_an_eager_run_continues_recorded_and_vice_versa():
+    # 0.125 is exact in float32, the precision of a learning rate on the device.
     text = PLAIN.replace("lr: 0.1,", "lr: 0.125,").replace("scheduler: {type: cosine, by: step}", "")
-    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))  # 0.125 is the same in float32, as the rate is on a device
-    steps(plain, 15)
-    middle = build_stage(recipe_from_text(text)).step(4)  # eager, learning rates as numbers
+    eager = build_eager(text)
+    take_steps(eager, 15)
+    middle = build_stage(recipe_from_text(text)).step(4)  # learning rates as numbers
     assert isinstance(middle.runner.updates[0].optimizer.param_groups[0]["lr"], float)
-    run, _, recorder, _ = captured(text)
-    run.runner.load_state_dict(middle.runner.state_dict())
-    assert isinstance(run.runner.updates[0].optimizer.param_groups[0]["lr"], torch.Tensor)
-    steps(run, 11)
-    assert recorder.replays and equal(run, plain)
-    back = build_stage(recipe_from_text(text))
-    back.runner.load_state_dict(run.runner.state_dict())
-    assert isinstance(back.runner.updates[0].optimizer.param_groups[0]["lr"], float)
+    stage, recorder = build_recorded(text)
+    stage.runner.load_training_state(middle.runner.training_state())
+    assert isinstance(stage.runner.updates[0].optimizer.param_groups[0]["lr"], torch.Tensor)
+    take_steps(stage, 11)
+    assert recorder.replays and equal_state(stage, eager)
+    continued = build_stage(recipe_from_text(text))
+    continued.runner.load_training_state(stage.runner.training_state())
+    assert isinstance(continued.runner.updates[0].optimizer.param_groups[0]["lr"], float)
 
 
-def test_an_optimizer_that_counts_on_the_host_stays_outside():
+def test_optimizer_that_counts_on_the_host_stays_outside_of_the_graph():
     text = PLAIN.replace("fused: true", "foreach: true")
-    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
-    expected = steps(plain, 14)
-    run, of, recorder, said = captured(text)
-    assert steps(run, 14) == expected and equal(run, plain)
-    assert recorder.replays and not of.whole
-    assert len(said) == 1 and "SGD" in said[0] and "optimiser runs as it is" in said[0]
+    eager = build_eager(text)
+    expected = take_steps(eager, 14)
+    stage, recorder = build_recorded(text)
+    assert take_steps(stage, 14) == expected and equal_state(stage, eager)
+    assert recorder.replays and isinstance(stage.runner.strategy, CudaGraphGradients)
+    assert len(stage.notices) == 1 and "SGD" in stage.notices[0] and "optimizer runs eagerly" in stage.notices[0]
 
 
-def test_the_rate_of_a_virtual_step_moves_where_the_optimiser_stays_outside():
-    text = AHEAD.replace("FUSED", "foreach: true")
-    plain = build_stage(recipe_from_text(text, "compile=cuda_graph"))
-    expected = steps(plain, 14)
-    run, of, recorder, said = captured(text)
-    assert steps(run, 14) == expected and equal(run, plain)
-    assert recorder.replays and not of.whole and len(said) == 1
+def test_rate_of_an_inner_step_follows_its_schedule_outside_of_the_graph():
+    text = BILEVEL.replace("FUSED", "foreach: true")
+    eager = build_eager(text)
+    expected = take_steps(eager, 14)
+    stage, recorder = build_recorded(text)
+    assert take_steps(stage, 14) == expected and equal_state(stage, eager)
+    assert recorder.replays and isinstance(stage.runner.strategy, CudaGraphGradients) and len(stage.notices) == 1
 
 
 class Counting(nn.Module):
@@ -190,66 +202,66 @@ class Counting(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.seen = model, 0
+        self.model, self.forwards = model, 0
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        self.seen += 1
-        return self.model(image) / self.seen
+        self.forwards += 1
+        return self.model(image) / self.forwards
 
 
-def test_a_part_that_counts_on_the_host_is_not_captured(monkeypatch):
-    def counting() -> StageHarness:
-        run = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
-        teacher = run.network.role("teacher")
+def test_model_that_counts_on_the_host_is_not_recorded(monkeypatch):
+    def build_counting() -> StageHarness:
+        stage = build_eager(PLAIN)
+        teacher = stage.network.role("teacher")
         teacher.model = teacher.extractor.model = Counting(teacher.model)
-        return run
+        return stage
 
-    plain = counting()
-    steps(plain, 10)
-    run, said = counting(), []
-    run.runner.say = said.append
-    recorder = TapeRecorder()
-    CudaGraphStep(run.runner, recorder)
-    steps(run, 10)
-    assert equal(run, plain) and recorder.replays == 0
-    assert "seen changes from step to step on the host" in said[0]
-    monkeypatch.setattr(capture_module, "_changed", lambda before, after: "")  # negative control
-    blind = counting()
-    CudaGraphStep(blind.runner, TapeRecorder())
-    steps(blind, 10)
-    assert not equal(blind, plain)
+    eager = build_counting()
+    take_steps(eager, 10)
+    stage, recorder = build_counting(), TapeRecorder()
+    stage.runner.use(graph_strategy(stage.runner, recorder))
+    take_steps(stage, 10)
+    assert equal_state(stage, eager) and recorder.replays == 0
+    assert "forwards changes from step to step on the host" in stage.notices[0]
+    monkeypatch.setattr(cuda_graph, "_first_change", lambda before, after: "")  # negative control
+    unchecked = build_counting()
+    unchecked.runner.use(graph_strategy(unchecked.runner, TapeRecorder()))
+    take_steps(unchecked, 10)
+    assert not equal_state(unchecked, eager)
 
 
-@pytest.mark.parametrize("fails", [1, 9])
-def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(fails):
-    plain = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph"))
-    steps(plain, 15)
-    run, _, recorder, said = captured(PLAIN, TapeRecorder(fails))
-    steps(run, 15)
-    assert equal(run, plain)
-    assert "whole step cannot be one CUDA graph (an illegal operation was captured)" in said[0]
-    assert (recorder.replays > 0) == (fails == 1)
-    assert len(said) == (1 if fails == 1 else 2) and (fails == 1 or "goes on without" in said[1])
+@pytest.mark.parametrize("failures", [1, 9])
+def test_failed_recording_falls_back_with_a_notice(failures):
+    eager = build_eager(PLAIN)
+    take_steps(eager, 15)
+    stage, recorder = build_recorded(PLAIN, TapeRecorder(failures))
+    take_steps(stage, 15)
+    assert equal_state(stage, eager)
+    assert "whole step cannot be recorded (an illegal operation was captured)" in stage.notices[0]
+    gradients_recorded = failures == 1
+    assert (recorder.replays > 0) == gradients_recorded and len(stage.notices) == (1 if gradients_recorded else 2)
+    assert gradients_recorded or "steps run eagerly" in stage.notices[1]
 
 
-def test_recordings_that_are_dropped_are_never_joined_by_new_ones_in_their_memory(monkeypatch):
-    """Torch lets no graph into a pool whose graphs are all gone while something still lies in it."""
-    run, of, recorder, said = captured(PLAIN)
-    steps(run, 8)
-    assert of.recorded and not recorder.forgotten
-    monkeypatch.setattr(capture_module, "_changed", lambda before, after: "something")
-    of.recorded.clear()
-    steps(run, 10)
-    assert recorder.forgotten == len(said) == 2  # the whole step, then forward and backward
+def test_memory_of_dropped_recordings_is_released_before_new_ones(monkeypatch):
+    """torch admits no graph into a memory pool whose graphs are all gone while it still contains tensors."""
+    stage, recorder = build_recorded(PLAIN)
+    take_steps(stage, 8)
+    strategy = stage.runner.strategy
+    assert isinstance(strategy, CudaGraphStep) and strategy.recordings.recordings and not recorder.releases
+    monkeypatch.setattr(cuda_graph, "_first_change", lambda before, after: "something")
+    strategy.recordings.recordings.clear()
+    take_steps(stage, 10)
+    assert recorder.releases == len(stage.notices) == 2  # for the whole step, then for forward and backward
 
 
 class FakeCuda:
-    """Stands for torch.cuda where the end of a capture that broke off raises, as CUDA's does."""
+    """Emulates torch.cuda: the end of a broken capture raises and leaves its memory pool open."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pools = itertools.count(1)
         self.captures: list[tuple[object, bool]] = []
-        self.left: list[object] = []
+        self.open_pools: list[object] = []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device_index=0, device=device))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(self.pools)))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
@@ -257,70 +269,69 @@ class FakeCuda:
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
 
     def end(self, device, pool):
-        if pool not in self.left:
+        if pool not in self.open_pools:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.left.remove(pool)
+        self.open_pools.remove(pool)
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        if pool in self.left:
+        if pool in self.open_pools:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
-        self.left.append(pool)
+        self.open_pools.append(pool)
         try:
             yield
         except ArithmeticError:  # breaks the capture: the end raises, and does not close the pool
             self.captures.append((pool, False))
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
         except BaseException:
-            self.left.remove(pool)
+            self.open_pools.remove(pool)
             raise
-        self.left.remove(pool)
+        self.open_pools.remove(pool)
         self.captures.append((pool, True))
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, ValueError], ids=["breaks the capture", "does not"])
-def test_after_a_capture_that_broke_off_another_succeeds_and_the_first_cause_is_told(error, monkeypatch):
+def test_recording_succeeds_after_a_broken_capture_and_the_root_cause_is_reported(error, monkeypatch):
     cuda = FakeCuda(monkeypatch)
-    recorder = capture_module.CudaRecorder(CPU)
+    recorder = cuda_graph.CudaRecorder(CPU)
 
     def work() -> None:
         raise error("this reads the device")
 
     with pytest.raises((RuntimeError, ValueError)) as raised:
         recorder.record(work)
-    assert capture_module._first_cause(raised.value) == "this reads the device"
-    assert not cuda.left and cuda.captures[-1][1]  # nothing is open, and a capture has been done to its end
+    assert cuda_graph._root_cause(raised.value) == "this reads the device"
+    assert not cuda.open_pools and cuda.captures[-1][1]  # nothing is open, and the last capture is complete
     recorder.record(lambda: None)
     pools = [pool for pool, _ in cuda.captures]
     assert len(set(pools)) == len(pools)
 
 
-def test_a_cpu_says_that_it_has_no_graphs(monkeypatch):
-    monkeypatch.setattr(Recipe, "captures", lambda self, device_type: False)
-    run, said = build_stage(recipe_from_text(PLAIN, "compile=cuda_graph")), []
-    run.runner.say = said.append
-    capture_module.use_cuda_graph(run.runner)
-    assert len(said) == 1 and "CPU has no graphs" in said[0]
-    assert run.runner.perform == run.runner.execute
+def test_device_without_cuda_graphs_runs_eagerly_with_a_notice(monkeypatch):
+    monkeypatch.setattr(Recipe, "uses_cuda_graph", lambda self, device_type: False)
+    stage = build_eager(PLAIN)
+    cuda_graph.use_cuda_graphs(stage.runner)
+    assert len(stage.notices) == 1 and "device cpu has no CUDA graphs" in stage.notices[0]
+    assert stage.runner.strategy is stage.runner.eager
 
 
-def test_a_gpu_too_old_for_bf16_is_refused_in_words(monkeypatch):
+def test_bf16_on_an_old_gpu_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(ConfigError, match=r"Tesla T4 has 7\.5\. Write precision=fp16"):
+    with pytest.raises(ConfigError, match=r"Tesla T4 has 7\.5\. Use precision=fp16"):
         check_precision("bf16", torch.device("cuda"))
     check_precision("fp16", torch.device("cuda"))
     check_precision("bf16", torch.device("cpu"))
 
 
-def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
-    """`torch.cuda.manual_seed` seeds the current device: dropout on another one would draw anew in every run."""
-    chosen = []
+def test_named_gpu_becomes_the_current_device(monkeypatch):
+    """`torch.cuda.manual_seed` seeds the current device only; dropout on another one would differ in every run."""
+    devices = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     resolve_device("cuda")
     resolve_device("cpu")
-    assert chosen == []
-    assert resolve_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
+    assert devices == []
+    assert resolve_device("cuda:1") == torch.device("cuda", 1) and devices == [torch.device("cuda", 1)]

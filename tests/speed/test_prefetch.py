@@ -1,4 +1,4 @@
-"""Frozen networks that run ahead of the step give the step the same rows, and those that may not are found out."""
+"""Prefetched and cached frozen roles give a step the same rows as inline ones; roles that cannot are detected."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import itertools
 import os
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.plugin_parts import CALLS
@@ -31,17 +33,24 @@ from helpers.recipes import (  # noqa: F401
     torchrun_command,
     train_recipe_text,
 )
-from kdbench.cli.descriptions import describe_stage
-from kdbench.engine.train import runner as runner_module
+from kdbench.data.loading.batch import MicroBatch, Window
+from kdbench.data.loading.decode import ImageReader
+from kdbench.engine.network.features import Feature
+from kdbench.engine.train import steps as steps_module
 from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 from kdbench.files import read_json
-from kdbench.speed.teacher_cache import prefetch as ahead_module
-from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan, plan_frozen_forward, requested_mode
+from kdbench.speed.teacher_cache import prefetch as prefetch_module
+from kdbench.speed.teacher_cache.frozen_forward import (
+    FrozenForwardPlan,
+    describe_frozen_roles,
+    plan_frozen_forward,
+    requested_mode,
+)
 from kdbench.speed.teacher_cache.prefetch import Prefetcher, equal_up_to_rounding, prefetch_obstacles
 
 DATA = "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 61}\n"
-"""61 = 7 * 8 + 5: the last batch is ragged, so that blocks of steps do not end with epochs."""
+"""61 = 7 * 8 + 5: the last batch is smaller, so that blocks of steps do not end with epochs."""
 PLAIN = """
 student: {model: {type: t_conv, norm: batch}}
 teacher: {model: {type: t_conv, norm: batch}}
@@ -54,213 +63,221 @@ batch_size: 8
 frozen_batch_size: 32
 tensorboard: false
 """
-WIDER = "models: {second: {model: {type: t_layers, hidden: 16, dropout: 0.4}, frozen: true, input: strong}}\n"
-STRONG = "augment: {image: [{type: crop, padding: 1}, flip], strong: [{type: crop, padding: 2}, rotate90]}\n"
-KD = "terms: {ce: cross_entropy, kd: {type: kd, temperature: 2}}\n"
-TWO = "terms: {ce: cross_entropy, kd: {type: kd, teacher: [teacher, second]}}\n"
+SECOND_TEACHER = "models: {second: {model: {type: t_layers, hidden: 16, dropout: 0.4}, frozen: true, input: strong}}\n"
+TWO_VIEWS = "augment: {image: [{type: crop, padding: 1}, flip], strong: [{type: crop, padding: 2}, rotate90]}\n"
+TWO_TEACHERS_TERM = "terms: {ce: cross_entropy, kd: {type: kd, teacher: [teacher, second]}}\n"
 FEATURES = (
     "terms: {hint: {type: hint, student: {path: conv1, adapter: conv1x1}, teacher: conv1}, "
     "at: {type: at, student: norm2, teacher: 'teacher:conv2/in'}}\n"
 )
-COUPLED = (
+BATCH_TERMS = (
     "terms: {ce: cross_entropy, sp: {type: sp, student: pool, teacher: pool}, "
     "rkd: {type: rkd, student: pool, teacher: pool, weight: 0.1}}\n"
 )
 CASES = {
     "plain": "",
     "accumulated": "accumulate: 3\n",
-    "whole steps": "epochs: null\nsteps: 11\n",
+    "number of steps": "epochs: null\nsteps: 11\n",
     "one role, two views": "models: {again: {reuse: teacher, input: strong}}\n"
-    + STRONG
-    + TWO.replace("second", "again"),
-    "two teachers": WIDER + STRONG + TWO,
+    + TWO_VIEWS
+    + TWO_TEACHERS_TERM.replace("second", "again"),
+    "two teachers": SECOND_TEACHER + TWO_VIEWS + TWO_TEACHERS_TERM,
     "features": FEATURES,
-    "coupling terms": COUPLED,
-    "repeated": "models: {peer: {model: t_layers}}\n"
+    "batch terms": BATCH_TERMS,
+    "repeated update": "models: {peer: {model: t_layers}}\n"
     "terms: {ce: cross_entropy, kd: kd, dml: {type: kd, student: peer, teacher: teacher}}\n"
     "updates: [{models: [student], terms: [ce, kd], repeat: 2}, {models: [peer], terms: [dml]}]\n",
-    "selected": "updates: [{models: [student], terms: [ce, kd], "
+    "selected rows": "updates: [{models: [student], terms: [ce, kd], "
     "select: {type: learnability, keep: 4, reference: teacher, student: student}}]\n",
-    "held out": "validation: 0.25\n",
+    "validation split": "validation: 0.25\n",
 }
-MIXED = "augment: [{type: crop, padding: 1}, mixup]\n"
-SEVERAL = (
+MIXUP = "augment: [{type: crop, padding: 1}, mixup]\n"
+TWO_SOURCES = (
     "data: {other: {dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 21}, batch_size: 4}}\n"
     "models: {second: {model: t_layers, frozen: true, input: other.image}, "
     "shown: {reuse: student, input: other.image}}\n"
     "terms: {kd: kd, more: {type: kd, student: shown, teacher: second}}\n"
 )
-CHAINED = (
+UPSTREAM = (
     "models: {head: {model: {type: t_layers, hidden: 9}, frozen: true, input: 'teacher:conv1'}, "
     "twin: {reuse: teacher, input: image}}\n"
     "terms: {kd: kd, more: {type: kd, teacher: head}, third: {type: kd, teacher: twin}}\n"
 )
 
 
-def text_of(more: str = "", *, exact: bool = True) -> str:
-    """A recipe with keys of `more` in the place of those of PLAIN."""
-    keys = {line.split(":", 1)[0] for line in more.splitlines()}
-    kept = [line for line in PLAIN.splitlines() if line.split(":", 1)[0] not in keys]
-    return "\n".join(kept) + "\n" + more + ("precision: float64\n" if exact else "")
+def recipe_text(extra: str = "", *, exact: bool = True) -> str:
+    """Returns PLAIN with the keys of `extra` replaced; float64 if `exact`."""
+    keys = {line.split(":", 1)[0] for line in extra.splitlines()}
+    lines = [line for line in PLAIN.splitlines() if line.split(":", 1)[0] not in keys]
+    return "\n".join(lines) + "\n" + extra + ("precision: float64\n" if exact else "")
 
 
-def arranged(more: str, mode: str, *overrides: str, exact: bool = True, data: str = DATA) -> tuple[StageHarness, FrozenForwardPlan]:
-    """A stage ready to step, its frozen roles run as `mode` says."""
-    own = "" if more.startswith("dataset:") else data
-    run = build_stage(recipe_from_text(text_of(more, exact=exact), f"frozen_forward={mode}", *overrides, data=own))
-    arrangement = plan_frozen_forward(run.feed, run.runner, run.recipe, Path("tables"))
-    run.feed = arrangement.feed  # type: ignore[assignment]
-    return run, arrangement
+def build_with_mode(
+    extra: str, mode: str, *overrides: str, exact: bool = True
+) -> tuple[StageHarness, FrozenForwardPlan]:
+    """Builds a stage whose frozen roles run in the given mode."""
+    data = "" if extra.startswith("dataset:") else DATA
+    recipe = recipe_from_text(recipe_text(extra, exact=exact), f"frozen_forward={mode}", *overrides, data=data)
+    harness = build_stage(recipe)
+    plan = plan_frozen_forward(harness.feed, harness.runner, harness.recipe, Path("caches"))
+    harness.feed = plan.feed  # type: ignore[assignment]
+    return harness, plan
 
 
-def outcome(run: StageHarness, steps: int | None = None) -> dict[str, torch.Tensor]:
-    """Everything that moves, after so many steps or the whole stage."""
-    run.step(run.runner.total_steps if steps is None else steps)
-    moving = {f"{name}.{key}": value for name in run.network.roles for key, value in run.weights(name).items()}
-    terms = {f"terms.{key}": value.clone() for key, value in run.network.terms.state_dict().items()}
-    return moving | terms | {"meters": run.runner.meters.sums.clone()}
+def train(harness: StageHarness, steps: int | None = None) -> dict[str, Tensor]:
+    """Trains some steps, or the full stage; returns all weights, the terms' state and the meters."""
+    harness.step(harness.runner.progress.total_steps if steps is None else steps)
+    weights = {f"{name}.{key}": value for name in harness.network.roles for key, value in harness.weights(name).items()}
+    terms = {f"terms.{key}": value.clone() for key, value in harness.network.terms.state_dict().items()}
+    return weights | terms | {"meters": harness.runner.meters.sums.clone()}
 
 
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two outcomes are equal but for the rounding of float64: BLAS may sum five rows and 32 in other orders."""
-    return one.keys() == other.keys() and all(
-        torch.allclose(one[key].double(), other[key].double(), rtol=1e-11, atol=1e-11) for key in one
+def close(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Compares up to the rounding of float64: BLAS may sum 5 rows and 32 rows in different orders."""
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[key].double(), second[key].double(), rtol=1e-11, atol=1e-11) for key in first
     )
 
 
-@pytest.mark.parametrize("mode", ["ahead", "table"])
+@pytest.mark.parametrize("mode", ["prefetch", "cache"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_stage_ends_as_the_plain_run_does(case, mode):
-    """Where all that is read of a frozen network comes from convolutions, which go image by image, to the same bits."""
-    plain = outcome(arranged(CASES[case], "inline")[0])
-    run, arrangement = arranged(CASES[case], mode)
-    found = outcome(run)
-    assert close(found, plain) and (case != "features" or equal_weights(found, plain))
-    assert set(arrangement.modes.values()) == {mode}
+def test_result_of_a_stage_equals_the_inline_run(case, mode):
+    """Equal bits if all features of frozen roles come from convolutions, which compute image by image."""
+    expected = train(build_with_mode(CASES[case], "inline")[0])
+    harness, plan = build_with_mode(CASES[case], mode)
+    result = train(harness)
+    assert close(result, expected) and (case != "features" or equal_weights(result, expected))
+    assert set(plan.modes.values()) == {mode}
 
 
-@pytest.mark.parametrize(("more", "reason"), [(MIXED, "mixup blends"), (SEVERAL, ""), (CHAINED, "more than an image")])
-def test_what_no_table_can_hold_runs_ahead_to_the_same_result(more, reason):
-    plain = outcome(arranged(more, "inline")[0])
-    assert close(outcome(arranged(more, "ahead")[0]), plain)
-    run, arrangement = arranged(more, "table")
-    assert close(outcome(run), plain)
+@pytest.mark.parametrize(
+    ("extra", "reason"), [(MIXUP, "mixup blends"), (TWO_SOURCES, ""), (UPSTREAM, "more than one image")]
+)
+def test_roles_without_a_cache_are_prefetched_to_the_same_result(extra, reason):
+    expected = train(build_with_mode(extra, "inline")[0])
+    assert close(train(build_with_mode(extra, "prefetch")[0]), expected)
+    harness, plan = build_with_mode(extra, "cache")
+    assert close(train(harness), expected)
     if reason:
-        assert "ahead" in arrangement.modes.values() and reason in arrangement.describe()
+        assert "prefetch" in plan.modes.values() and reason in plan.describe()
 
 
-def test_in_float32_rows_of_larger_batches_differ_by_rounding_alone():
-    plain = outcome(arranged(FEATURES + WIDER + STRONG, "inline", exact=False)[0])
-    for mode in ("ahead", "table"):
-        found = outcome(arranged(FEATURES + WIDER + STRONG, mode, exact=False)[0])
-        for key, value in plain.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+def test_float32_results_differ_by_rounding_only():
+    extra = FEATURES + SECOND_TEACHER + TWO_VIEWS
+    expected = train(build_with_mode(extra, "inline", exact=False)[0])
+    for mode in ("prefetch", "cache"):
+        result = train(build_with_mode(extra, mode, exact=False)[0])
+        for key, value in expected.items():
+            torch.testing.assert_close(result[key], value, rtol=1e-4, atol=1e-5)
 
 
-def sizes(run: StageHarness, name: str = "teacher") -> list[int]:
-    """How many rows a role is run on, call by call, from now on."""
-    seen: list[int] = []
-    run.model(name).register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    return seen
+def record_batch_sizes(harness: StageHarness, name: str = "teacher") -> list[int]:
+    """Returns a list that grows by the number of rows of each call of a role."""
+    batch_sizes: list[int] = []
+    harness.model(name).register_forward_pre_hook(lambda module, inputs: batch_sizes.append(len(inputs[0])))
+    return batch_sizes
 
 
-def test_a_role_runs_once_for_several_steps_always_at_the_same_shape():
-    run, _ = arranged("", "ahead", "epochs=3")
-    seen = sizes(run)
-    outcome(run)
-    assert run.runner.total_steps == 24
-    assert seen == [32, 8, *[32] * 6], "the block, the part that it is compared with, and then 4 steps at once"
-    inline, _ = arranged("", "inline", "epochs=3")
-    seen = sizes(inline)
-    outcome(inline)
-    assert seen == [8, 8, 8, 8, 8, 8, 8, 5] * 3
+def test_prefetched_role_runs_once_for_several_steps_with_one_shape():
+    harness, _ = build_with_mode("", "prefetch", "epochs=3")
+    batch_sizes = record_batch_sizes(harness)
+    train(harness)
+    assert harness.runner.progress.total_steps == 24
+    assert batch_sizes == [32, 8, *[32] * 6], "first block, the subset to compare, then 4 steps at once"
+    inline, _ = build_with_mode("", "inline", "epochs=3")
+    batch_sizes = record_batch_sizes(inline)
+    train(inline)
+    assert batch_sizes == [8, 8, 8, 8, 8, 8, 8, 5] * 3
 
 
-def test_the_largest_batch_of_a_step_decides_how_many_steps_a_block_has():
-    run, _ = arranged(SEVERAL, "ahead", "accumulate=2")
-    assert isinstance(run.feed, Prefetcher)
-    assert (run.feed.steps_per_block, run.feed.rows_per_block) == (2, {"train": 32, "other": 16})
+def test_largest_source_determines_the_number_of_steps_in_a_block():
+    harness, _ = build_with_mode(TWO_SOURCES, "prefetch", "accumulate=2")
+    assert isinstance(harness.feed, Prefetcher)
+    assert (harness.feed.steps_per_block, harness.feed.rows_per_block) == (2, {"train": 32, "other": 16})
 
 
-@pytest.mark.parametrize("mode", ["inline", "ahead", "table"])
-def test_a_network_ends_at_the_last_feature_that_is_read(mode):
-    more = (
+@pytest.mark.parametrize("mode", ["inline", "prefetch", "cache"])
+def test_frozen_network_stops_after_the_last_feature(mode):
+    extra = (
         "teacher: {model: {type: t_layers, label: frozen}}\n"
         "terms: {ce: cross_entropy, hint: {type: hint, student: {path: fc, adapter: linear}, teacher: layer2}}\n"
     )
-    run, arrangement = arranged(more, mode)
+    harness, plan = build_with_mode(extra, mode)
     CALLS.clear()
-    outcome(run)
-    assert arrangement.modes == {"teacher": mode}
+    train(harness)
+    assert plan.modes == {"teacher": mode}
     assert set(CALLS) == {"frozen.layer1", "frozen.layer2"}, "layer3 never runs"
 
 
 @pytest.mark.parametrize("steps", [3, 11, 12])
-def test_nothing_is_read_beyond_the_last_step_of_a_stage(monkeypatch, steps):
-    taken: list[int] = []
+def test_batches_after_the_last_step_are_not_read(monkeypatch, steps):
+    steps_read: list[int] = []
     original = Feed.windows
 
-    def counting(self: Feed, step: int) -> Any:
+    def windows(self: Feed, step: int) -> Iterator[list[MicroBatch]]:
         for number, window in enumerate(original(self, step), step):
-            taken.append(number)
+            steps_read.append(number)
             yield window
 
-    monkeypatch.setattr(Feed, "windows", counting)
-    run, _ = arranged("epochs: null\n", "ahead", f"steps={steps}")
-    assert len(list(run.windows())) == steps
-    assert taken == list(range(steps))
+    monkeypatch.setattr(Feed, "windows", windows)
+    harness, _ = build_with_mode("epochs: null\n", "prefetch", f"steps={steps}")
+    assert len(list(harness.windows())) == steps
+    assert steps_read == list(range(steps))
 
 
-def fed(run: StageHarness, step: int) -> list[torch.Tensor]:
-    """The batches that the teacher is run on from a step on, without those of the check."""
-    seen: list[torch.Tensor] = []
-    run.feed.checked = True  # type: ignore[attr-defined]
-    run.model("teacher").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    run.runner.steps_done = step
-    list(run.windows())
-    return seen
+def teacher_batches(harness: StageHarness, step: int) -> list[Tensor]:
+    """Returns the batches that the teacher runs on from a step on, without the check of the first block."""
+    batches: list[Tensor] = []
+    assert isinstance(harness.feed, Prefetcher)
+    harness.feed.rows_checked = True
+    harness.model("teacher").register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].clone()))
+    harness.runner.progress.steps_done = step
+    list(harness.windows())
+    return batches
 
 
-def test_a_run_that_goes_on_within_a_block_computes_the_same_block_again():
-    whole = fed(arranged("", "ahead")[0], 0)
-    later = fed(arranged("", "ahead")[0], 6)  # the third step of the second block
-    assert len(whole) == 4 and len(later) == 3
-    assert all(torch.equal(one, other) for one, other in zip(whole[1:], later, strict=True))
+def test_run_resumed_inside_a_block_computes_the_same_blocks():
+    uninterrupted = teacher_batches(build_with_mode("", "prefetch")[0], 0)
+    resumed = teacher_batches(build_with_mode("", "prefetch")[0], 6)  # the third step of the second block
+    assert len(uninterrupted) == 4 and len(resumed) == 3
+    assert all(torch.equal(first, second) for first, second in zip(uninterrupted[1:], resumed, strict=True))
 
 
-def test_windows_from_a_step_on_are_those_of_the_whole_stage():
-    whole = list(arranged(FEATURES, "ahead")[0].windows())
-    run = arranged(FEATURES, "ahead")[0]
-    run.runner.steps_done = 6
-    rest = list(run.windows())
-    assert len(rest) == len(whole) - 6
-    for (one,), (other,) in zip(whole[6:], rest, strict=True):
-        assert "teacher:conv1" in one["train"] and "teacher:conv2/in" in one["train"]
-        assert equal_weights(one["train"], other["train"])
+def test_windows_from_a_step_on_equal_the_end_of_all_windows():
+    all_windows = list(build_with_mode(FEATURES, "prefetch")[0].windows())
+    harness = build_with_mode(FEATURES, "prefetch")[0]
+    harness.runner.progress.steps_done = 6
+    windows = list(harness.windows())
+    assert len(windows) == len(all_windows) - 6
+    for (expected,), (batches,) in zip(all_windows[6:], windows, strict=True):
+        precomputed = batches["train"].precomputed
+        assert {("teacher", Feature("conv1")), ("teacher", Feature("conv2", 1, "in"))} == set(precomputed)
+        assert equal_weights(batches["train"].fields, expected["train"].fields)
+        assert all(torch.equal(value, expected["train"].precomputed[key]) for key, value in precomputed.items())
 
 
-def test_blocks_that_began_where_a_run_goes_on_would_be_others(monkeypatch):
-    """Negative control of the two tests above: the position of a block must not depend on where a run begins."""
+def test_blocks_relative_to_the_resumed_step_would_differ(monkeypatch):
+    """Negative control of the two tests above: blocks must not depend on the first step of a session."""
     original = Prefetcher.windows
 
-    def from_here(self: Prefetcher, step: int) -> Any:
+    def windows(self: Prefetcher, step: int) -> Iterator[list[MicroBatch]]:
         feed = self.feed
-        self.feed = type("Moved", (), {"windows": lambda _, first: feed.windows(first + step)})()  # type: ignore[assignment]
+        self.feed = type("Shifted", (), {"windows": lambda _, first: feed.windows(first + step)})()  # type: ignore[assignment]
         return original(self, 0)
 
-    whole = fed(arranged("", "ahead")[0], 0)
-    monkeypatch.setattr(Prefetcher, "windows", from_here)
-    later = fed(arranged("", "ahead")[0], 6)
-    assert not any(torch.equal(one, other) for one, other in zip(whole[1:], later[:3], strict=True))
+    uninterrupted = teacher_batches(build_with_mode("", "prefetch")[0], 0)
+    monkeypatch.setattr(Prefetcher, "windows", windows)
+    resumed = teacher_batches(build_with_mode("", "prefetch")[0], 6)
+    assert not any(torch.equal(first, second) for first, second in zip(uninterrupted[1:], resumed[:3], strict=True))
 
 
-def test_the_step_reads_nothing_on_the_host():
-    for mode in ("ahead", "table"):
-        step_on_fake_tensors(arranged(FEATURES, mode)[0], steps=5)
+def test_step_reads_no_value_on_the_host():
+    for mode in ("prefetch", "cache"):
+        step_on_fake_tensors(build_with_mode(FEATURES, mode)[0], steps=5)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what waits for the device."""
+class HostReads(TorchDispatchMode):
+    """Counts the operations that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,171 +289,178 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_block_is_made_without_reading_anything_once_the_first_was_checked():
-    run, _ = arranged(FEATURES, "ahead")
-    windows = run.windows()
-    with Reads() as first:
+def test_only_the_first_block_reads_values_on_the_host():
+    harness, _ = build_with_mode(FEATURES, "prefetch")
+    windows = harness.windows()
+    with HostReads() as first_block:
         next(windows)
-    with Reads() as rest:
-        assert len(list(windows)) == run.runner.total_steps - 1
-    assert first.counts and not rest.counts
+    with HostReads() as later_blocks:
+        assert len(list(windows)) == harness.runner.progress.total_steps - 1
+    assert first_block.counts and not later_blocks.counts
 
 
-def test_a_step_with_given_rows_compiles_without_a_break(monkeypatch):
-    monkeypatch.setattr(
-        runner_module, "compiled", lambda network, **o: torch.compile(network, backend="aot_eager", **o)
-    )
-    for mode in ("ahead", "table"):
-        run, _ = arranged("", mode, "compile=true")
-        found = outcome(run, 9)
-        assert run.runner.compiling
-        for key, value in outcome(arranged("", "inline")[0], 9).items():
-            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+def test_step_with_precomputed_features_compiles_without_a_graph_break(monkeypatch):
+    def compile_eagerly(network: Any, **options: Any) -> Any:
+        return torch.compile(network, backend="aot_eager", **options)
+
+    monkeypatch.setattr(steps_module, "compile_network", compile_eagerly)
+    for mode in ("prefetch", "cache"):
+        harness, _ = build_with_mode("", mode, "compile=true")
+        result = train(harness, 9)
+        assert harness.runner.eager.compiled
+        for key, value in train(build_with_mode("", "inline")[0], 9).items():
+            torch.testing.assert_close(result[key], value, rtol=1e-9, atol=1e-9)
 
 
-REFUSED = {
+REJECTED = {
     "teacher: {model: t_mixes_rows}\n": "other rows",
-    "teacher: {model: t_draws}\n": "random draws",
-    "teacher: {model: t_layers, input: 'student:conv1'}\n": "it sees student, which moves",
+    "teacher: {model: t_draws}\n": "random numbers",
+    "teacher: {model: t_layers, input: 'student:conv1'}\n": "it sees student, which changes",
     "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 64}\n"
     "data: {noise: {type: gaussian, shape: [6], batch_size: 8}}\n"
-    "teacher: {model: t_two, input: [image, noise.z]}\n": "side by side",
+    "teacher: {model: t_two, input: [image, noise.z]}\n": "combines rows of the sources noise and train",
 }
 
 
-@pytest.mark.parametrize("mode", ["ahead", "table"])
-@pytest.mark.parametrize("more", REFUSED)
-def test_a_role_whose_rows_are_not_its_images_alone_runs_in_the_step_and_says_why(more, mode):
-    run, arrangement = arranged(more, mode)
-    found = outcome(run)
-    assert arrangement.modes == {"teacher": "inline"}
-    assert REFUSED[more] in arrangement.reasons["teacher"] and REFUSED[more] in arrangement.describe()
-    assert equal_weights(found, outcome(arranged(more, "inline")[0]))
+@pytest.mark.parametrize("mode", ["prefetch", "cache"])
+@pytest.mark.parametrize("extra", REJECTED)
+def test_role_whose_rows_depend_on_more_than_its_image_runs_inline_with_a_reason(extra, mode):
+    harness, plan = build_with_mode(extra, mode)
+    result = train(harness)
+    assert plan.modes == {"teacher": "inline"}
+    assert REJECTED[extra] in plan.reasons["teacher"] and REJECTED[extra] in plan.describe()
+    assert equal_weights(result, train(build_with_mode(extra, "inline")[0]))
 
 
 def test_without_the_check_a_network_that_mixes_rows_would_give_another_result(monkeypatch):
-    """Negative control: why it is checked."""
-    more = next(iter(REFUSED))
-    plain = outcome(arranged(more, "inline")[0])
-    monkeypatch.setattr(ahead_module, "find_coupled_roles", lambda *args: {})
-    run, arrangement = arranged(more, "ahead")
-    assert not close(outcome(run), plain) and arrangement.modes == {"teacher": "ahead"}
+    """Negative control of the check."""
+    extra = next(iter(REJECTED))
+    expected = train(build_with_mode(extra, "inline")[0])
+    monkeypatch.setattr(prefetch_module, "find_coupled_roles", lambda *args: {})
+    harness, plan = build_with_mode(extra, "prefetch")
+    assert not close(train(harness), expected) and plan.modes == {"teacher": "prefetch"}
 
 
-def test_a_head_on_a_network_that_may_not_run_ahead_stays_with_it():
-    more = (
+def test_head_on_a_rejected_network_runs_inline_too():
+    extra = (
         "teacher: {model: t_draws}\n"
         "models: {head: {model: linear_head, frozen: true, input: 'teacher:fc'}}\n"
         "terms: {kd: kd, more: {type: kd, teacher: head}}\n"
     )
-    run, arrangement = arranged(more, "ahead")
-    assert equal_weights(outcome(run), outcome(arranged(more, "inline")[0]))
-    assert arrangement.modes == {"teacher": "inline", "head": "inline"}
-    assert "random draws" in arrangement.reasons["teacher"] and arrangement.reasons["head"]
+    harness, plan = build_with_mode(extra, "prefetch")
+    assert equal_weights(train(harness), train(build_with_mode(extra, "inline")[0]))
+    assert plan.modes == {"teacher": "inline", "head": "inline"}
+    assert "random numbers" in plan.reasons["teacher"] and plan.reasons["head"]
 
 
-def test_a_feature_without_a_row_for_each_sample_keeps_its_role_in_the_step():
-    more = "teacher: {model: t_doubles_rows}\nterms: {kd: kd, hint: {type: t_coupled, student: fc, teacher: doubled}}\n"
-    run, arrangement = arranged(more, "ahead")
-    assert equal_weights(outcome(run), outcome(arranged(more, "inline")[0]))
-    assert arrangement.modes == {"teacher": "inline"}
-    assert "doubled of teacher has not one row for each sample" in arrangement.reasons["teacher"]
+def test_role_with_a_feature_of_more_rows_than_samples_runs_inline():
+    extra = (
+        "teacher: {model: t_doubles_rows}\nterms: {kd: kd, hint: {type: t_coupled, student: fc, teacher: doubled}}\n"
+    )
+    harness, plan = build_with_mode(extra, "prefetch")
+    assert equal_weights(train(harness), train(build_with_mode(extra, "inline")[0]))
+    assert plan.modes == {"teacher": "inline"}
+    assert "doubled of teacher does not have one row for each sample" in plan.reasons["teacher"]
 
 
-def test_roles_that_move_are_not_asked_about():
+def test_only_frozen_roles_are_candidates():
+    extra = "models: {shadow: {ema: student}, old: {snapshot: student}}\n"
     plan = stage_plan(
-        recipe_from_text(
-            text_of(
-                "models: {shadow: {ema: student}, old: {snapshot: student}}\n" + TWO.replace("second", "shadow, old")
-            ),
-            data=DATA,
-        )
+        recipe_from_text(recipe_text(extra + TWO_TEACHERS_TERM.replace("second", "shadow, old")), data=DATA)
     )
     assert prefetch_obstacles(plan) == {"teacher": ""}
 
 
-def test_rows_are_compared_with_what_rounding_may_do():
+def test_rows_are_compared_up_to_rounding():
     values = torch.randn(4, 5, dtype=torch.float64)
+    single = values.float()
+    integers = torch.zeros(3, dtype=torch.int64)
     assert equal_up_to_rounding(values * (1 + 1e-12), values) and not equal_up_to_rounding(values * (1 + 1e-7), values)
-    assert equal_up_to_rounding(values.float() * (1 + 1e-5), values.float()) and not equal_up_to_rounding(values.float() * 1.01, values.float())
-    assert not equal_up_to_rounding(values[:3], values) and not equal_up_to_rounding(torch.full_like(values, torch.nan), values)
-    assert equal_up_to_rounding(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
-    assert not equal_up_to_rounding(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0, 1]))
+    assert equal_up_to_rounding(single * (1 + 1e-5), single) and not equal_up_to_rounding(single * 1.01, single)
+    assert not equal_up_to_rounding(values[:3], values)
+    assert not equal_up_to_rounding(torch.full_like(values, torch.nan), values)
+    assert equal_up_to_rounding(integers, integers.clone())
+    assert not equal_up_to_rounding(integers, torch.tensor([0, 0, 1]))
 
 
-def test_a_role_stays_in_a_step_that_is_as_large_as_a_block():
-    run, arrangement = arranged("", "ahead", "frozen_batch_size=15")
-    assert arrangement.modes == {"teacher": "inline"} and isinstance(run.feed, Feed)
-    assert "15 rows" in arrangement.reasons["teacher"]
+def test_role_runs_inline_if_a_block_would_be_a_single_step():
+    harness, plan = build_with_mode("", "prefetch", "frozen_batch_size=15")
+    assert plan.modes == {"teacher": "inline"} and isinstance(harness.feed, Feed)
+    assert "15 rows" in plan.reasons["teacher"]
 
 
-def test_auto_is_inline_on_the_cpu_and_ahead_on_a_gpu():
-    loaded = recipe_from_text(text_of(), data=DATA)
-    assert requested_mode(loaded, torch.device("cpu"))[0] == "inline"
-    assert requested_mode(loaded, torch.device("cuda"))[0] == "ahead"
-    run, arrangement = arranged("", "auto")
-    assert arrangement.modes == {"teacher": "inline"} and not arrangement.describe() and isinstance(run.feed, Feed)
+def test_auto_is_inline_on_the_cpu_and_prefetch_on_a_gpu():
+    recipe = recipe_from_text(recipe_text(), data=DATA)
+    assert requested_mode(recipe, torch.device("cpu"))[0] == "inline"
+    assert requested_mode(recipe, torch.device("cuda"))[0] == "prefetch"
+    harness, plan = build_with_mode("", "auto")
+    assert plan.modes == {"teacher": "inline"} and not plan.describe() and isinstance(harness.feed, Feed)
 
 
-def weights_of(folder: str) -> dict[str, torch.Tensor]:
+def student_weights(folder: str) -> dict[str, Tensor]:
     return torch.load(f"{folder}/checkpoints/last.pt", weights_only=True)["models"]["student"]
 
 
-def test_a_run_says_how_its_frozen_roles_run_and_its_manifest_keeps_it():
-    modes = {"inline": "", "ahead": "teacher ahead of it (4 steps, 32 rows)", "table": "teacher from a table (tables/"}
-    for mode, words in modes.items():
+def test_notice_and_manifest_contain_the_mode_of_each_frozen_role():
+    notices = {
+        "inline": "",
+        "prefetch": "teacher is prefetched (4 steps, 32 rows)",
+        "cache": "teacher is cached (teacher_cache/",
+    }
+    for mode, expected in notices.items():
         console = QuietConsole()
-        train_recipe_text(text_of(f"out: {mode}\nfrozen_forward: {mode}\n"), data=DATA, console=console)
-        told = [text for text in console.notices if "do not move" in text]
-        assert len(told) == (1 if words else 0) and all(words in text for text in told)
-        kept = read_json(f"{mode}/manifest.json")
-        assert kept["frozen_forward"]["main"]["teacher"]["mode"] == mode
-        assert kept["sessions"][0]["frozen_forward"] == f"{mode}, 32 rows"
-        assert str(Path.cwd()) not in Path(mode, "manifest.json").read_text().replace(
-            kept["sessions"][0]["command"], ""
-        )
-    assert close(weights_of("ahead"), weights_of("inline")) and close(weights_of("table"), weights_of("inline"))
+        train_recipe_text(recipe_text(f"out: {mode}\nfrozen_forward: {mode}\n"), data=DATA, console=console)
+        texts = [text for text in console.notices if "frozen roles" in text]
+        assert len(texts) == (1 if expected else 0) and all(expected in text for text in texts)
+        manifest = read_json(f"{mode}/manifest.json")
+        assert manifest["frozen_forward"]["main"]["teacher"]["mode"] == mode
+        assert manifest["sessions"][0]["frozen_forward"] == f"{mode}, 32 rows"
+        content = Path(mode, "manifest.json").read_text().replace(manifest["sessions"][0]["command"], "")
+        assert str(Path.cwd()) not in content
+    for mode in ("prefetch", "cache"):
+        assert close(student_weights(mode), student_weights("inline"))
 
 
 class Killed(BaseException):
-    """Ends a run where it stands."""
+    """Ends a run inside a step."""
 
 
-def killed_before(step: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_before(step: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains a recipe and ends the run before the given step."""
     original = Runner.step
 
-    def stepping(self: Runner, window: Any) -> None:
-        if self.steps_done == step:
+    def run_step(self: Runner, window: Window) -> None:
+        if self.progress.steps_done == step:
             raise Killed
         original(self, window)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Runner, "step", stepping)
+        patch.setattr(Runner, "step", run_step)
         train_recipe_text(text, data=DATA)
 
 
-@pytest.mark.parametrize("mode", ["ahead", "table"])
+@pytest.mark.parametrize("mode", ["prefetch", "cache"])
 @pytest.mark.parametrize("step", [3, 6, 11])
-def test_a_run_that_is_killed_within_a_block_ends_with_the_same_bits(monkeypatch, mode, step):
+def test_run_killed_inside_a_block_resumes_to_the_same_bits(monkeypatch, mode, step):
     """In float32, where another shape of the block would give other bits."""
-    more = FEATURES + f"checkpoint_every: {{steps: 1}}\nfrozen_forward: {mode}\nruns: runs-{mode}\nout: "
-    train_recipe_text(text_of(more + "whole\n", exact=False), data=DATA)
-    killed_before(step, text_of(more + "run\n", exact=False), monkeypatch)
-    train_recipe_text(text_of(more + "run\n", exact=False), data=DATA)
-    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
+    extra = FEATURES + f"checkpoint_every: {{steps: 1}}\nfrozen_forward: {mode}\nruns: runs-{mode}\nout: "
+    train_recipe_text(recipe_text(extra + "uninterrupted\n", exact=False), data=DATA)
+    kill_before(step, recipe_text(extra + "killed\n", exact=False), monkeypatch)
+    train_recipe_text(recipe_text(extra + "killed\n", exact=False), data=DATA)
+    assert differing_keys(comparable_results("uninterrupted"), comparable_results("killed")) == []
 
 
-def test_a_run_that_goes_on_in_another_way_is_told_so(monkeypatch):
-    more = "checkpoint_every: {steps: 1}\nout: run\nfrozen_forward: "
-    killed_before(6, text_of(more + "ahead\n"), monkeypatch)
+def test_run_resumed_in_another_mode_shows_a_notice(monkeypatch):
+    extra = "checkpoint_every: {steps: 1}\nout: run\nfrozen_forward: "
+    kill_before(6, recipe_text(extra + "prefetch\n"), monkeypatch)
     console = QuietConsole()
-    train_recipe_text(text_of(more + "inline\n"), data=DATA, console=console)
-    assert any("frozen forward was ahead, 32 rows, is inline, 32 rows" in text for text in console.notices)
+    train_recipe_text(recipe_text(extra + "inline\n"), data=DATA, console=console)
+    assert any("prefetch, 32 rows" in text and "inline, 32 rows" in text for text in console.notices)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_images_that_are_read_from_files_are_read_once(workers, monkeypatch):
+def test_prefetching_reads_each_image_file_once(workers, monkeypatch):
     folder = Path("pets/train")
     for label, name in itertools.product(("ant", "bee"), range(13)):
         (folder / label).mkdir(parents=True, exist_ok=True)
@@ -447,42 +471,49 @@ def test_images_that_are_read_from_files_are_read_once(workers, monkeypatch):
         "data: {eval: {dataset: {type: synthetic, shape: [3, 8, 8], classes: 2, samples: 8}}}\n"
     )
     reads: list[int] = []
-    from kdbench.data.loading.streaming import ImageReader
-
     original = ImageReader.read
-    monkeypatch.setattr(
-        ImageReader, "read", lambda self, number, *rest: (reads.append(number), original(self, number, *rest))[1]
-    )
-    results = {}
-    for mode in ("inline", "ahead"):
+
+    def read(self: ImageReader, index: int, *args: Any) -> Any:
+        reads.append(index)
+        return original(self, index, *args)
+
+    monkeypatch.setattr(ImageReader, "read", read)
+    reads_by_mode = {}
+    for mode in ("inline", "prefetch"):
         reads.clear()
-        train_recipe_text(text_of(f"workers: {workers}\nout: {mode}\nfrozen_forward: {mode}\nlabel_fraction: null\n"), data=data)
-        results[mode] = sorted(reads)
-    assert close(weights_of("ahead"), weights_of("inline"))
-    assert results["inline"] == results["ahead"] and (workers or len(reads) >= 52)
+        text = recipe_text(f"workers: {workers}\nout: {mode}\nfrozen_forward: {mode}\nlabel_fraction: null\n")
+        train_recipe_text(text, data=data)
+        reads_by_mode[mode] = sorted(reads)
+    assert close(student_weights("prefetch"), student_weights("inline"))
+    # Worker processes count in memory of their own.
+    assert reads_by_mode["inline"] == reads_by_mode["prefetch"] and (workers or len(reads) >= 52)
 
 
-def test_two_processes_end_as_their_plain_run_does():
-    """Each runs ahead, and fills the table, with its own rows; 61 samples leave a row that is repeated."""
+def test_two_processes_equal_their_inline_run():
+    """Each rank prefetches and caches its own rows; with 61 samples one row is repeated."""
     files = []
-    for mode in ("inline", "ahead", "table"):
+    for mode in ("inline", "prefetch", "cache"):
         files.append(f"{mode}.yaml")
-        Path(files[-1]).write_text(DATA + text_of(COUPLED + f"out: {mode}\nfrozen_forward: {mode}\n"))
-    words = torchrun_command(str(TESTS / "helpers" / "distributed_worker.py"), *files)
-    done = subprocess.run(words, env=subprocess_environment(), cwd=os.getcwd(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for mode in ("ahead", "table"):
-        assert read_json(f"{mode}/manifest.json")["frozen_forward"]["main"]["teacher"]["mode"] == mode
-        assert close(weights_of(mode), weights_of("inline"))
-
-
-def test_check_says_what_may_run_ahead_and_how_large_its_table_would_be():
-    text = " ".join(describe_stage(stage_plan(recipe_from_text(text_of(WIDER + STRONG + TWO), data=DATA))))
-    assert "teacher does not move, and may run ahead of the step; a table of it has 61 x 18 rows, 35.1 kB." in text
-    assert "second does not move, and may run ahead of the step; a table of it has 61 x 100 rows" in text
-    mixed = " ".join(describe_stage(stage_plan(recipe_from_text(text_of(MIXED), data=DATA))))
-    assert "may run ahead of the step; no table: mixup blends samples." in mixed
-    inside = " ".join(
-        describe_stage(stage_plan(recipe_from_text(text_of("teacher: {model: t_layers, input: 'student:conv1'}\n"), data=DATA)))
+        Path(files[-1]).write_text(DATA + recipe_text(BATCH_TERMS + f"out: {mode}\nfrozen_forward: {mode}\n"))
+    command = torchrun_command(str(TESTS / "helpers" / "distributed_worker.py"), *files)
+    process = subprocess.run(
+        command, env=subprocess_environment(), cwd=os.getcwd(), capture_output=True, text=True, timeout=300
     )
-    assert "teacher does not move, but has to run inside the step: it sees student, which moves." in inside
+    assert process.returncode == 0, process.stderr
+    for mode in ("prefetch", "cache"):
+        assert read_json(f"{mode}/manifest.json")["frozen_forward"]["main"]["teacher"]["mode"] == mode
+        assert close(student_weights(mode), student_weights("inline"))
+
+
+def describe(extra: str) -> str:
+    """Returns the sentences of `kdbench check` about frozen roles."""
+    return " ".join(describe_frozen_roles(stage_plan(recipe_from_text(recipe_text(extra), data=DATA))))
+
+
+def test_check_describes_prefetching_and_the_size_of_the_cache():
+    text = describe(SECOND_TEACHER + TWO_VIEWS + TWO_TEACHERS_TERM)
+    assert "teacher is frozen and can be prefetched; its cache has 61 x 18 rows, 35.1 kB." in text
+    assert "second is frozen and can be prefetched; its cache has 61 x 100 rows" in text
+    assert "can be prefetched; no cache: mixup blends samples." in describe(MIXUP)
+    text = describe("teacher: {model: t_layers, input: 'student:conv1'}\n")
+    assert "teacher is frozen, but must run inside the step: it sees student, which changes during the stage." in text

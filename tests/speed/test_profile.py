@@ -1,4 +1,4 @@
-"""A step taken apart: its parts are the whole step's, and a step that was not taken apart knows nothing of it."""
+"""Profiler: the sections of a step sum to the full step, and profiling leaves the step unchanged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import kdbench.speed.profiling.peaks as peaks
 from helpers.recipes import StageHarness, build_stage, equal_weights, plugin_registration, with_synthetic_data  # noqa: F401
 from kdbench.config.load import load_recipe
-from kdbench.speed.profiling import profiler as profile
+from kdbench.speed.profiling import profiler as profiler_module
 from kdbench.speed.profiling.profiler import (
     OperationCounter,
     SectionRecorder,
+    StepTimes,
     add_section_row,
     count_step,
     profile_steps,
@@ -24,7 +25,7 @@ from kdbench.speed.profiling.profiler import (
     time_sections,
 )
 
-GAME = """
+ADVERSARIAL = """
 models: {generator: {model: t_generator, input: noise.z}}
 teacher: {model: t_layers, input: "generator:image"}
 student: {model: t_layers, input: "generator:image"}
@@ -37,133 +38,141 @@ batch_size: 16
 """
 
 
-def shipped(name: str) -> StageHarness:
-    """After one step, so that the optimiser has its state."""
+def shipped_stage(name: str) -> StageHarness:
+    """Builds a shipped recipe and takes one step, so that the optimizer has its state."""
     return build_stage(with_synthetic_data(load_recipe(name, []), batch_size=4)).step()
 
 
+def section_names(harness: StageHarness) -> list[str]:
+    """Returns the sections of one step, in order."""
+    with record_sections(harness.runner, SectionRecorder(lambda _: 0)) as recorder:
+        run_step(harness.runner, harness.windows())
+    return [section for section, _ in recorder.costs(lambda start, end: 0)]
+
+
 @pytest.mark.parametrize("name", ["digits/kd", "cifar100/kd", "cifar100/hint"])
-def test_the_parts_have_all_operations_and_all_flops_of_a_plain_step(name):
-    counted = count_step((run := shipped(name)).runner, run.windows())
-    other = shipped(name)
+def test_sections_contain_all_operations_and_flops_of_an_unrecorded_step(name):
+    harness = shipped_stage(name)
+    counts = count_step(harness.runner, harness.windows())
+    unrecorded = shipped_stage(name)
     with OperationCounter() as operations:
-        run_step(other.runner, other.windows())
+        run_step(unrecorded.runner, unrecorded.windows())
     with FlopCounterMode(display=False) as flops:
-        run_step(other.runner, other.windows())
-    assert sum(counted.operations.values()) == operations.total > 100
-    assert sum(counted.flops.values()) == flops.get_total_flops() > 0
-    rows = run.recipe.stages[0].data["train"].batch_size
-    assert counted.flops["forward student"] == rows * run.plan.roles["student"].flops
-    teacher = run.plan.roles["teacher"]
-    assert counted.flops["forward teacher"] == rows * teacher.flops, "as far as its last feature"
-    assert teacher.flops == teacher.full_forward_flops if teacher.stop_module is None else teacher.flops < teacher.full_forward_flops
+        run_step(unrecorded.runner, unrecorded.windows())
+    assert sum(counts.operations.values()) == operations.total > 100
+    assert sum(counts.flops.values()) == flops.get_total_flops() > 0
+    rows = harness.recipe.stages[0].data["train"].batch_size
+    student, teacher = harness.plan.roles["student"], harness.plan.roles["teacher"]
+    assert counts.flops["forward student"] == rows * student.flops
+    assert counts.flops["forward teacher"] == rows * teacher.flops, "up to its last feature"
+    if teacher.stop_module is None:
+        assert teacher.flops == teacher.full_forward_flops
+    else:
+        assert teacher.flops < teacher.full_forward_flops
 
 
-def test_the_parts_are_named_and_in_order():
-    run = shipped("digits/kd")
-    with record_sections(run.runner, SectionRecorder(lambda _: 0)) as laps:
-        run_step(run.runner, run.windows())
-    names = [part for part, _ in laps.costs(lambda before, after: 0)]
+def test_sections_are_named_and_in_order():
+    harness = shipped_stage("digits/kd")
     roles = ["forward teacher", "forward student"]
-    terms = [f"term {name}" for name in run.plan.resolved_stage.terms]
-    assert names == ["data", "schedules", *roles, *terms, "sum of terms", "backward", "optimiser", "optimiser"]
+    terms = [f"term {name}" for name in harness.plan.resolved_stage.terms]
+    expected = ["data", "schedules", *roles, *terms, "sum of terms", "backward", "optimiser", "optimiser"]
+    assert section_names(harness) == expected
 
 
-def test_several_updates_end_each_with_its_own_optimiser():
-    run = build_stage(GAME).step()
-    with record_sections(run.runner, SectionRecorder(lambda _: 0)) as laps:
-        run_step(run.runner, run.windows())
-    names = [part for part, _ in laps.costs(lambda before, after: 0)]
-    assert names.count("backward") == 2 and names[names.index("backward") + 1] == "optimiser"
+def test_each_update_ends_with_its_optimizer():
+    sections = section_names(build_stage(ADVERSARIAL).step())
+    assert sections.count("backward") == 2 and sections[sections.index("backward") + 1] == "optimiser"
 
 
-def test_a_step_that_is_taken_apart_gives_the_bits_of_one_that_is_not():
-    apart, plain = shipped("cifar100/hint"), shipped("cifar100/hint")
-    windows = apart.windows()
-    with record_sections(apart.runner, SectionRecorder(lambda _: 0)):
+def test_recorded_steps_give_the_same_bits_as_unrecorded_ones():
+    recorded, unrecorded = shipped_stage("cifar100/hint"), shipped_stage("cifar100/hint")
+    windows = recorded.windows()
+    with record_sections(recorded.runner, SectionRecorder(lambda _: 0)):
         for _ in range(3):
-            run_step(apart.runner, windows)
-    plain.step(3)
-    assert equal_weights(apart.weights(), plain.weights())
+            run_step(recorded.runner, windows)
+    unrecorded.step(3)
+    assert equal_weights(recorded.weights(), unrecorded.weights())
 
 
-def test_nothing_is_left_behind():
-    run = shipped("digits/kd")
-    before = run.runner.clock, run.network.lap
-    with pytest.raises(RuntimeError), record_sections(run.runner, SectionRecorder(lambda _: 0)):
+def test_recording_removes_its_hooks_even_after_an_error():
+    harness = shipped_stage("digits/kd")
+    timer = harness.runner.timer
+    state_before = vars(timer).copy()
+    with pytest.raises(RuntimeError), record_sections(harness.runner, SectionRecorder(lambda _: 0)):
         raise RuntimeError
-    assert (run.runner.clock, run.network.lap) == before
-    modules = [run.network.role(name) for name in run.plan.resolved_stage.order]
-    modules += [run.network.term(name) for name in run.plan.resolved_stage.terms]
+    assert harness.runner.timer is timer and vars(timer) == state_before
+    modules = [harness.network.role(name) for name in harness.plan.resolved_stage.order]
+    modules += [harness.network.term(name) for name in harness.plan.resolved_stage.terms]
     assert not any(module._forward_hooks for module in modules)
-    assert not any(update.optimizer._optimizer_step_post_hooks for update in run.runner.updates)
+    assert not any(update.optimizer._optimizer_step_post_hooks for update in harness.runner.updates)
 
 
-def timed_by_operations(run: StageHarness, steps: int, monkeypatch) -> profile.StepTimes:
-    """Times with a clock that each operation moves by a second, so that a busy machine makes no difference."""
+def times_by_operations(harness: StageHarness, steps: int, monkeypatch) -> StepTimes:
+    """Times sections with a clock that each operation advances by a second, whatever else the machine does."""
     clock = OperationCounter()
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(clock.total))
-    windows = run.windows()
-    next(windows)  # draws what the whole epoch needs
+    monkeypatch.setattr(profiler_module.time, "perf_counter", lambda: float(clock.total))
+    windows = harness.windows()
+    next(windows)  # samples the augmentation parameters of the epoch
     with clock:
-        return time_sections(run.runner, windows, steps)
+        return time_sections(harness.runner, windows, steps)
 
 
-def test_the_times_of_the_parts_add_up_to_a_step(monkeypatch):
-    run = shipped("cifar100/kd")
-    timed = timed_by_operations(run, 5, monkeypatch)
-    assert len(timed.step_seconds) == 5 and len(set(timed.step_seconds)) == 1 and timed.step_seconds[0] > 100
-    assert sum(timed.section_seconds.values()) == timed.step_seconds[0]
-    assert timed.samples == 5 * run.recipe.stages[0].data["train"].batch_size
+def test_times_of_the_sections_sum_to_the_step(monkeypatch):
+    harness = shipped_stage("cifar100/kd")
+    times = times_by_operations(harness, 5, monkeypatch)
+    assert len(times.step_seconds) == 5 and len(set(times.step_seconds)) == 1 and times.step_seconds[0] > 100
+    assert sum(times.section_seconds.values()) == times.step_seconds[0]
+    assert times.samples == 5 * harness.recipe.stages[0].data["train"].batch_size
 
 
-def test_a_part_that_is_not_told_would_be_booked_elsewhere(monkeypatch):
-    """Negative control: without its hook, what a term does is found in the part that ends next."""
-    run = shipped("cifar100/kd")
-    told = timed_by_operations(run, 1, monkeypatch).section_seconds
-    monkeypatch.setattr(type(run.network.term("kd")), "register_forward_hook", lambda self, hook: Nothing())
-    untold = timed_by_operations(run, 1, monkeypatch).section_seconds
-    assert "term kd" not in untold
-    terms = sum(seconds for part, seconds in told.items() if part.startswith("term ")) + told["sum of terms"]
-    assert untold["sum of terms"] == terms > told["sum of terms"]
-
-
-class Nothing:
+class _Handle:
     def remove(self) -> None:
         pass
 
 
-def test_the_backward_is_told_by_whose_forward_it_goes_back_through():
-    run = shipped("cifar100/kd")
-    seen, _ = profile_steps(run.runner, run.windows(), 2, mark_sections=True)
-    assert sum(seen.backward_fractions.values()) == pytest.approx(1)
-    assert max(seen.backward_fractions, key=seen.backward_fractions.__getitem__) == "forward student"
-    assert "forward teacher" not in seen.backward_fractions, "it is frozen, and nothing that moves stands before it"
-    game = build_stage(GAME).step()
-    seen, _ = profile_steps(game.runner, game.windows(), 2, mark_sections=True)
-    assert {"forward teacher", "forward generator", "forward student"} <= set(seen.backward_fractions)
+def test_section_without_a_hook_would_be_part_of_the_next(monkeypatch):
+    """Negative control: without its hook, the work of a term belongs to the section that ends next."""
+    harness = shipped_stage("cifar100/kd")
+    seconds = times_by_operations(harness, 1, monkeypatch).section_seconds
+    term_class = type(harness.network.term("kd"))
+    monkeypatch.setattr(term_class, "register_forward_hook", lambda self, hook: _Handle())
+    without_hooks = times_by_operations(harness, 1, monkeypatch).section_seconds
+    assert "term kd" not in without_hooks
+    terms = sum(value for section, value in seconds.items() if section.startswith("term ")) + seconds["sum of terms"]
+    assert without_hooks["sum of terms"] == terms > seconds["sum of terms"]
 
 
-def test_the_trace_has_a_row_with_the_parts(tmp_path):
-    run = shipped("digits/kd")
-    seen, profiler = profile_steps(run.runner, run.windows(), 2, mark_sections=True)
+def test_backward_is_attributed_to_the_forward_that_created_it():
+    harness = shipped_stage("cifar100/kd")
+    fractions = profile_steps(harness.runner, harness.windows(), 2, mark_sections=True)[0].backward_fractions
+    assert sum(fractions.values()) == pytest.approx(1)
+    assert max(fractions, key=fractions.__getitem__) == "forward student"
+    assert "forward teacher" not in fractions, "it is frozen, and nothing before it is trained"
+    adversarial = build_stage(ADVERSARIAL).step()
+    fractions = profile_steps(adversarial.runner, adversarial.windows(), 2, mark_sections=True)[0].backward_fractions
+    assert {"forward teacher", "forward generator", "forward student"} <= set(fractions)
+
+
+def test_trace_has_a_row_with_the_sections(tmp_path):
+    harness = shipped_stage("digits/kd")
+    profile, profiler = profile_steps(harness.runner, harness.windows(), 2, mark_sections=True)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    chrome = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
-    row = [event for event in add_section_row(chrome)["traceEvents"] if event.get("cat") == "part"]
-    assert [e["name"] for e in row].count("forward teacher") == 2
+    trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
+    row = [event for event in add_section_row(trace)["traceEvents"] if event.get("cat") == "section"]
+    assert [event["name"] for event in row].count("forward teacher") == 2
     assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(row)), "one after another"
-    inner = [e for e in chrome["traceEvents"] if e.get("name") == "aten::mkldnn_convolution"]
-    home = [p["name"] for e in inner for p in row if p["ts"] <= e["ts"] <= p["ts"] + p["dur"]]
-    assert len(home) == len(inner) and set(home) <= {"forward teacher", "forward student"}
-    assert seen.kernels is None and seen.busy_seconds > 0
+    convolutions = [event for event in trace["traceEvents"] if event.get("name") == "aten::mkldnn_convolution"]
+    sections = [s["name"] for c in convolutions for s in row if s["ts"] <= c["ts"] <= s["ts"] + s["dur"]]
+    assert len(sections) == len(convolutions) and set(sections) <= {"forward teacher", "forward student"}
+    assert profile.kernels is None and profile.busy_seconds > 0
 
 
-def test_the_union_of_intervals_counts_nothing_twice():
-    assert profile._covered([(0, 4), (1, 2), (6, 7), (6.5, 8)]) == 6
-    assert profile._covered([]) == 0
+def test_union_of_intervals_counts_overlaps_once():
+    assert profiler_module._union_length([(0, 4), (1, 2), (6, 7), (6.5, 8)]) == 6
+    assert profiler_module._union_length([]) == 0
 
 
-def test_the_peak_of_a_device_is_by_its_datasheet_or_not_claimed(monkeypatch):
+def test_peak_of_a_gpu_is_its_datasheet_value_or_unknown(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert peaks.device_peak(cuda, "bf16").flops == pytest.approx(989.4e12)
@@ -174,8 +183,8 @@ def test_the_peak_of_a_device_is_by_its_datasheet_or_not_claimed(monkeypatch):
     assert unknown.flops is None and "MIG" in unknown.source
 
 
-def test_the_peak_of_a_cpu_is_measured(monkeypatch):
+def test_peak_of_a_cpu_is_measured(monkeypatch):
     monkeypatch.setattr(peaks, "PROBE_SIZE", 64)
     monkeypatch.setattr(peaks, "PROBE_SECONDS", 0.0)
-    found = peaks.device_peak(torch.device("cpu"), "float32")
-    assert found.flops is not None and found.flops > 1e6 and "measured" in found.source
+    peak = peaks.device_peak(torch.device("cpu"), "float32")
+    assert peak.flops is not None and peak.flops > 1e6 and "measured" in peak.source

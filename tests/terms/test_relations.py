@@ -1,10 +1,12 @@
-"""What the relational terms do and do not see of a batch."""
+"""Invariances of the terms on relations between the rows of a batch."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import term_reference as reference
+from helpers.cases.relations import rkd
 from kdbench.terms.relations import RelationalKD, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
 
 LOSSES = {"sp": sp_loss, "rkd-distance": rkd_distance_loss, "rkd-angle": rkd_angle_loss, "pkt": pkt_loss}
@@ -23,54 +25,53 @@ def rotation(size: int) -> torch.Tensor:
 
 
 @every_loss
-def test_turning_or_scaling_a_whole_feature_space_changes_nothing(features, loss):
+def test_rotating_and_scaling_the_feature_space_changes_nothing(features, loss):
     student, teacher = features
     assert_close(loss(3 * student @ rotation(5), teacher), loss(student, teacher), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["rkd-distance", "rkd-angle"])
-def test_rkd_does_not_see_where_the_origin_is_and_sp_and_pkt_do(features, name):
+def test_rkd_is_invariant_to_translation_and_sp_and_pkt_are_not(features, name):
     student, teacher = features
     assert_close(LOSSES[name](student + 2, teacher), LOSSES[name](student, teacher))
-    for other in (sp_loss, pkt_loss):
-        assert not torch.allclose(other(student + 2, teacher), other(student, teacher), rtol=1e-2)
+    for loss in (sp_loss, pkt_loss):
+        assert not torch.allclose(loss(student + 2, teacher), loss(student, teacher), rtol=1e-2)
 
 
-def test_pkt_does_not_see_the_length_of_each_feature_and_sp_does(features):
+def test_pkt_is_invariant_to_the_length_of_each_feature_and_sp_is_not(features):
     student, teacher = features
     stretched = student * torch.linspace(1, 4, 6, dtype=torch.float64).unsqueeze(1)
     assert_close(pkt_loss(stretched, teacher), pkt_loss(student, teacher), rtol=1e-5, atol=1e-9)
     assert not torch.allclose(sp_loss(stretched, teacher), sp_loss(student, teacher), rtol=1e-2)
 
 
-def test_rkd_is_the_weighted_sum_of_its_parts(features):
+def test_rkd_is_the_weighted_sum_of_distance_and_angle_loss(features):
     distance, angle = rkd_distance_loss(*features), rkd_angle_loss(*features)
     assert_close(RelationalKD(2.0, 3.0)(*features), 2 * distance + 3 * angle)
     assert_close(RelationalKD(2.0, 0.0)(*features), 2 * distance)
     assert_close(RelationalKD(0.0, 3.0)(*features), 3 * angle)
 
 
-def test_rkd_weighs_pairs_and_triples_by_the_product_of_their_rows(features):
+def test_rkd_weights_pairs_and_triples_by_the_product_of_their_row_weights(features):
     student, teacher = features
     weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.5, 3.0])
-    expected = reference.rkd(student.tolist(), teacher.tolist(), counts=weight.tolist())
+    expected = rkd(student.tolist(), teacher.tolist(), weight=weight.tolist())
     assert_close(RelationalKD()(student, teacher, weight=weight).item(), expected)
 
 
 @pytest.mark.parametrize("loss", [sp_loss, pkt_loss])
-def test_a_weighted_row_counts_like_repeated_rows_up_to_the_size_of_the_batch(features, loss):
+def test_weighted_row_counts_like_repeated_rows_up_to_the_batch_size(features, loss):
     """Both losses fall as 1/n by definition; relative weights keep n, repeated rows raise it."""
     student, teacher = features
-    times = torch.tensor([1, 2, 1, 3, 1, 2])
-    weighted = loss(student, teacher, weight=times)
-    repeated = loss(student.repeat_interleave(times, 0), teacher.repeat_interleave(times, 0)) * 10 / 6
+    repeats = torch.tensor([1, 2, 1, 3, 1, 2])
+    weighted = loss(student, teacher, weight=repeats)
+    repeated = loss(student.repeat_interleave(repeats, 0), teacher.repeat_interleave(repeats, 0)) * 10 / 6
     assert_close(weighted, repeated)
-    ours, theirs = (torch.autograd.grad(value, student)[0] for value in (weighted, repeated))
-    assert_close(ours, theirs)
+    assert_close(*(torch.autograd.grad(value, student)[0] for value in (weighted, repeated)))
 
 
 @every_loss
-def test_weights_of_rows_left_out_do_not_matter(features, loss):
+def test_weights_of_masked_rows_do_not_matter(features, loss):
     mask = torch.tensor([True, True, False, True, True, False])
     weight = torch.tensor([1.0, 2.0, float("nan"), 0.5, 1.0, 7.0])
     student, teacher = features
@@ -79,8 +80,8 @@ def test_weights_of_rows_left_out_do_not_matter(features, loss):
 
 
 @every_loss
-@pytest.mark.parametrize("rows", ["equal", "dead"])
-def test_equal_and_dead_rows_give_finite_gradients(loss, rows):
+@pytest.mark.parametrize("rows", ["equal", "zero"])
+def test_equal_and_zero_rows_give_finite_gradients(loss, rows):
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 5), torch.randn(6, 4)
     student[1] = student[0] if rows == "equal" else 0
@@ -95,7 +96,7 @@ def test_equal_and_dead_rows_give_finite_gradients(loss, rows):
 
 
 @every_loss
-def test_a_collapsed_student_gives_finite_numbers(loss):
+def test_collapsed_student_gives_finite_loss_and_gradient(loss):
     torch.manual_seed(0)
     for student in (torch.zeros(6, 5), torch.ones(6, 5)):
         student.requires_grad_()

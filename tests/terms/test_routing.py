@@ -1,12 +1,13 @@
-"""Terms that train gates: "load_balance" evens them out, "reinforce" follows the reward."""
+"""Terms that train gates: load balance and REINFORCE."""
+
+from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.term_inputs import build_term, run_without_values
+from helpers.term_inputs import build_term
 
 GATE = torch.tensor([[0.9, 0.2], [0.5, 0.6]], dtype=torch.float64)
 ACTION = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
@@ -20,14 +21,14 @@ def test_balance_is_zero_for_equal_use_and_grows_with_the_imbalance():
         assert balance(torch.tensor([[0.9, 0.1]])) > balance(torch.tensor([[0.6, 0.4]])) > 0
 
 
-def test_balance_is_finite_where_an_expert_is_never_used():
+def test_balance_is_finite_for_an_expert_that_is_never_used():
     gate = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     loss = build_term("load_balance")(gate)
     loss.backward()
     assert loss.isfinite() and gate.grad.isfinite().all()
 
 
-def test_reinforce_is_minus_advantage_times_log_likelihood():
+def test_reinforce_is_minus_reward_times_log_likelihood_of_the_actions():
     gate = GATE.clone().requires_grad_()
     reward = torch.tensor([2.0, 3.0], dtype=torch.float64)
     loss = build_term("reinforce", {"of": "reward", "reward_baseline": 0.0})(gate, ACTION, reward)
@@ -37,62 +38,50 @@ def test_reinforce_is_minus_advantage_times_log_likelihood():
     assert_close(gradient, torch.tensor([[-2 / 0.9, 2 / 0.8], [-3 / 0.5, -3 / 0.6]], dtype=torch.float64))
 
 
-def test_a_loss_is_a_negative_reward_and_counts_over_the_chosen_edges():
+def test_loss_is_a_negative_reward_averaged_over_the_chosen_edges():
     losses = torch.tensor([[1.0, 9.0], [2.0, 4.0]], dtype=torch.float64)
-    by_edge = build_term("reinforce", {"reward_baseline": 0.0})(GATE, ACTION, losses)
-    by_sample = build_term("reinforce", {"reward_baseline": 0.0, "of": "reward"})(
-        GATE, ACTION, torch.tensor([-1.0, -3.0]).double()
-    )
-    assert_close(by_edge, by_sample)
-    nothing_chosen = build_term("reinforce", {"reward_baseline": 0.0})(GATE, torch.zeros_like(ACTION), losses)
-    assert (nothing_chosen == 0).all()
+    term = build_term("reinforce", {"reward_baseline": 0.0})
+    reward_term = build_term("reinforce", {"reward_baseline": 0.0, "of": "reward"})
+    assert_close(term(GATE, ACTION, losses), reward_term(GATE, ACTION, torch.tensor([-1.0, -3.0]).double()))
+    assert (term(GATE, torch.zeros_like(ACTION), losses) == 0).all(), "no chosen edge"
 
 
-def test_no_gradient_reaches_reward_or_action():
+def test_reward_and_action_get_no_gradient():
     gate, reward = GATE.clone().requires_grad_(), torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
     action = ACTION.clone().requires_grad_()
     build_term("reinforce", {"reward_baseline": 0.0})(gate, action, reward).sum().backward()
     assert gate.grad.abs().sum() > 0 and reward.grad is None and action.grad is None
 
 
-def test_the_usual_reward_is_a_running_mean_of_earlier_batches_and_in_the_state():
-    made = build_term("reinforce", {"of": "reward", "reward_baseline": 0.9}).double()
+def test_reward_baseline_is_a_running_mean_of_earlier_batches_and_in_the_state():
+    term = build_term("reinforce", {"of": "reward", "reward_baseline": 0.9}).double()
     likelihood = (ACTION > 0).double() * GATE + (ACTION == 0).double() * (1 - GATE)
     log_pi = likelihood.log().sum(1)
     first, second = torch.tensor([1.0, 3.0]).double(), torch.tensor([5.0, 1.0]).double()
-    assert_close(made(GATE, ACTION, first), -(first - 2) * log_pi)
+    assert_close(term(GATE, ACTION, first), -(first - 2) * log_pi)
     resumed = build_term("reinforce", {"of": "reward", "reward_baseline": 0.9}).double()
-    resumed.load_state_dict(made.state_dict())
-    assert_close(made(GATE, ACTION, second), -(second - 2) * log_pi)
+    resumed.load_state_dict(term.state_dict())
+    assert_close(term(GATE, ACTION, second), -(second - 2) * log_pi)
     assert_close(resumed(GATE, ACTION, second), -(second - 2) * log_pi)
-    assert_close(made.usual, torch.tensor(0.9 * 2 + 0.1 * 3, dtype=torch.float64))
+    assert_close(term.mean_reward, torch.tensor(0.9 * 2 + 0.1 * 3, dtype=torch.float64))
 
 
-def test_masked_rows_do_not_count_in_the_usual_reward():
-    made = build_term("reinforce", {"of": "reward"}).double()
-    made(GATE, ACTION, torch.tensor([4.0, float("nan")]).double(), mask=torch.tensor([True, False]))
-    assert_close(made.usual, torch.tensor(4.0, dtype=torch.float64))
+def test_masked_rows_do_not_enter_the_reward_baseline():
+    term = build_term("reinforce", {"of": "reward"}).double()
+    term(GATE, ACTION, torch.tensor([4.0, float("nan")]).double(), mask=torch.tensor([True, False]))
+    assert_close(term.mean_reward, torch.tensor(4.0, dtype=torch.float64))
 
 
-def test_a_policy_learns_the_choice_that_pays():
-    """A bandit: choosing the first of two pays 1, the second -1; the expectation of the gradient must find it."""
+def test_policy_learns_the_choice_with_the_higher_reward():
+    """A bandit: the first of two choices has reward 1, the second -1."""
     torch.manual_seed(0)
     scores = torch.zeros(1, 2, requires_grad=True)
-    made = build_term("reinforce", {"of": "reward"})
+    term = build_term("reinforce", {"of": "reward"})
     optimizer = torch.optim.SGD([scores], lr=0.05)
     for _ in range(200):
         gate = torch.sigmoid(scores).expand(16, 2)
         action = torch.bernoulli(gate.detach())
         optimizer.zero_grad()
-        made(gate, action, action[:, 0] - action[:, 1]).mean().backward()
+        term(gate, action, action[:, 0] - action[:, 1]).mean().backward()
         optimizer.step()
     assert torch.sigmoid(scores)[0, 0] > 0.7 and torch.sigmoid(scores)[0, 1] < 0.3
-
-
-def test_reinforce_reads_nothing_takes_half_precision_and_refuses_other_shapes():
-    half = build_term("reinforce")(GATE.bfloat16(), ACTION.bfloat16(), torch.ones(2).bfloat16())
-    assert half.dtype == torch.float32
-    operands = {"student": GATE.float().requires_grad_(), "action": ACTION.float(), "reward": torch.ones(2, 2)}
-    run_without_values(lambda: build_term("reinforce"), operands)
-    with pytest.raises(ValueError, match="compares a gate"):
-        build_term("reinforce").check_shapes(student=torch.Size((2, 3)), action=torch.Size((2, 2)))

@@ -1,4 +1,6 @@
-"""Adapters that narrow an operand: any term then works on a part of the classes, or on standardised logits."""
+"""Adapters on logits: selection of classes, standardisation, logarithm of stored probabilities."""
+
+from __future__ import annotations
 
 import re
 
@@ -12,52 +14,51 @@ from kdbench.terms.divergences import StandardisedKD
 from kdbench.terms.logits import kd_loss
 
 
-def adapter(name, source=(6,), target=(6,), **params):
+def build_adapter(name, source=(6,), target=(6,), **params):
     return build_part(ADAPTERS, name, params, source=source, target=target)
 
 
-def test_distillation_over_old_classes_leaves_the_new_ones_alone():
+def test_kd_over_old_classes_gives_new_classes_no_gradient():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, 6, dtype=torch.float64)
     student.requires_grad_()
-    keep = adapter("classes", keep=[0, 1, 4])
-    loss = kd_loss(keep(student), keep(teacher), 2.0)
+    old_classes = build_adapter("classes", keep=[0, 1, 4])
+    loss = kd_loss(old_classes(student), old_classes(teacher), 2.0)
     assert_close(loss, kd_loss(student[:, [0, 1, 4]], teacher[:, [0, 1, 4]], 2.0))
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert (gradient[:, [2, 3, 5]] == 0).all() and (gradient[:, [0, 1, 4]] != 0).all()
-    assert keep.shape == (3,) and adapter("classes", (6, 4), keep=[5]).shape == (1, 4)
-    assert not keep.state_dict(), "nothing to learn and nothing to keep"
+    assert old_classes.shape == (3,) and build_adapter("classes", (6, 4), keep=[5]).shape == (1, 4)
+    assert not old_classes.state_dict(), "no parameters and no saved buffers"
 
 
-def test_standardised_logits_have_mean_0_and_deviation_1_and_make_standardised_kd_of_kd():
+def test_standardised_logits_have_mean_0_and_deviation_1_and_turn_kd_into_standardised_kd():
     torch.manual_seed(0)
     student, teacher = 3 * torch.randn(2, 5, 6, dtype=torch.float64) + 2
-    both = adapter("standardise")
-    assert_close(both(student).mean(1), torch.zeros(5, dtype=torch.float64), atol=1e-9, rtol=0)
-    assert_close(both(student).std(1), torch.ones(5, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert_close(kd_loss(both(student), both(teacher), 2.0), StandardisedKD(2.0)(student, teacher))
-    assert_close(
-        StandardisedKD(2.0)(7 * student - 1, teacher), StandardisedKD(2.0)(student, teacher), rtol=1e-5, atol=0
-    )
+    adapter = build_adapter("standardise")
+    assert_close(adapter(student).mean(1), torch.zeros(5, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert_close(adapter(student).std(1), torch.ones(5, dtype=torch.float64), atol=1e-6, rtol=0)
+    expected = StandardisedKD(2.0)(student, teacher)
+    assert_close(kd_loss(adapter(student), adapter(teacher), 2.0), expected)
+    assert_close(StandardisedKD(2.0)(7 * student - 1, teacher), expected, rtol=1e-5, atol=0)
 
 
-def test_the_log_of_stored_probabilities_teaches_as_the_logits_did():
+def test_log_of_stored_probabilities_gives_the_same_loss_as_the_logits():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, 6, dtype=torch.float64)
-    stored = adapter("log")(teacher.softmax(1))
+    stored = build_adapter("log")(teacher.softmax(1))
     assert_close(stored.softmax(1), teacher.softmax(1))
     assert_close(kd_loss(student, stored, 1.0), kd_loss(student, teacher, 1.0))
-    assert adapter("log")(torch.tensor([[0.0] * 5 + [1.0]])).isfinite().all()
+    assert build_adapter("log")(torch.tensor([[0.0] * 5 + [1.0]])).isfinite().all()
 
 
-def test_equal_logits_have_a_finite_gradient():
-    flat = torch.ones(2, 6, requires_grad=True)
-    adapter("standardise")(flat).square().sum().backward()
-    assert flat.grad.isfinite().all()
+def test_standardisation_of_equal_logits_has_a_finite_gradient():
+    logits = torch.ones(2, 6, requires_grad=True)
+    build_adapter("standardise")(logits).square().sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "params", "words"),
+    ("name", "source", "params", "message"),
     [
         ("classes", (6,), {"keep": [6]}, "from 0 to 5, got [6]"),
         ("classes", (6,), {"keep": []}, "got []"),
@@ -67,6 +68,6 @@ def test_equal_logits_have_a_finite_gradient():
         ("log", (3, 4, 4), {}, "[3, 4, 4] per sample"),
     ],
 )
-def test_what_cannot_be_narrowed_is_refused_in_words(name, source, params, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        adapter(name, source, **params)
+def test_unsuitable_operands_and_parameters_raise(name, source, params, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_adapter(name, source, **params)

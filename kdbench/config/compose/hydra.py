@@ -1,4 +1,4 @@
-"""Hydra composes the layers of a recipe; what comes out is plain data that knows where each key was written."""
+"""Composes the layers of a recipe with Hydra into plain data that keeps the location of every key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.config.compose.layers import CONFIG_NAME, ORIGIN, ConfigLayers
-from kdbench.config.compose.merge import remove_key, stale_keys
-from kdbench.config.compose.overrides import hydra_error_message, hydra_overrides, recipe_overrides
+from kdbench.config.compose.merge import children_at, has_key, hydra_merge, remove_key, stale_keys
+from kdbench.config.compose.overrides import (
+    RecipeOverride,
+    hydra_error_message,
+    hydra_overrides,
+    recipe_overrides,
+    value_overrides,
+)
 from kdbench.config.compose.shorthand import expand
 from kdbench.config.error_list import ErrorList
 from kdbench.config.paths import GROUPS
@@ -22,9 +28,12 @@ from kdbench.errors import ConfigError, Location, suggest
 
 @dataclass(frozen=True)
 class ComposedRecipe:
-    """A recipe with its groups and overrides laid over each other, as plain data.
+    """A recipe merged with its groups and overrides, as plain data.
 
-    file: its name in messages. path: where it lies. places: dotted key -> where its value was written.
+    Attributes:
+        file: its name in messages.
+        path: the full path of the file.
+        locations: dotted key -> location of its value.
     """
 
     name: str
@@ -37,196 +46,227 @@ class ComposedRecipe:
 
 
 @contextmanager
-def job_composer(prepared: ConfigLayers) -> Iterator[Callable[[Sequence[str]], ComposedRecipe]]:
-    """Gives a function that composes one job from its overrides, as the user wrote them.
+def job_composer(layers: ConfigLayers) -> Iterator[Callable[[Sequence[str]], ComposedRecipe]]:
+    """Yields a function that composes one job from the overrides of the user.
 
     Raises:
         ConfigError: (the function) an override cannot be applied, or sweeps.
     """
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
+    with _initialised_hydra(layers):
 
-    def compose_one(overrides: Sequence[str]) -> ComposedRecipe:
-        given = hydra_overrides(overrides)
-        swept = [a for a in recipe_overrides(overrides) if a.sweeps]
-        if swept:
-            place = Location(override=swept[0].text)
-            raise ConfigError(f"{place}: several values need a multirun; add -m to `kdbench train`.")
-        _check_removals(prepared, overrides)
-        with translate_hydra_errors(overrides):
-            try:
-                config = hydra.compose(config_name=CONFIG_NAME, overrides=given, return_hydra_config=True)
-            except ValueError as error:  # Hydra's own complaint about a group override that is no name
-                raise ConfigError(hydra_error_message(error, overrides)) from error
-            return _read(config, prepared.origin(), overrides)
+        def compose_job(overrides: Sequence[str]) -> ComposedRecipe:
+            return _compose_one(layers, overrides, {})
 
-    with tempfile.TemporaryDirectory(prefix="kdbench-") as folder:
-        prepared.write(Path(folder))
-        outer = GlobalHydra.instance().hydra  # a job of Hydra's own asks for its teacher's recipe
-        GlobalHydra.instance().clear()
-        try:
-            with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
-                yield compose_one
-        finally:
-            GlobalHydra.instance().hydra = outer
+        yield compose_job
 
 
-def _check_removals(prepared: ConfigLayers, overrides: Sequence[str]) -> None:
-    """Finds fault with an override that removes something which is not there."""
-    chosen = {**prepared.choices, **{a.key: a.value for a in recipe_overrides(overrides) if a.selects_group}}
-    below: Mapping[str, Any] = {}
-    for group in GROUPS:
-        source = prepared.groups[group].get(str(chosen[group]))
-        below = _deep(below, source.data) if source is not None else below
-    below = _deep(below, prepared.recipe.data)
-    for assignment in recipe_overrides(overrides):
-        removes = assignment.text.startswith("~") or (
-            assignment.value is None and assignment.key.split(".")[0] in ("terms", "models", "data", "stages")
-        )
-        if removes and not assignment.selects_group and not assignment.sweeps and not _has(below, assignment.key):
-            parent, _, last = assignment.key.rpartition(".")
-            siblings = _at(below, parent)
-            raise ConfigError(
-                f"{Location(override=assignment.text)}: there is no {assignment.key!r} to remove.{suggest(last, siblings)}"
-            )
-        if not assignment.selects_group and not assignment.sweeps:
-            below = _deep(below, assignment.as_mapping())
-
-
-def compose(prepared: ConfigLayers, overrides: Sequence[str] = ()) -> ComposedRecipe:
+def compose(
+    layers: ConfigLayers, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> ComposedRecipe:
     """Composes one job, without a sweep.
+
+    Args:
+        values: plain values by dotted key, applied after the overrides.
 
     Raises:
         ConfigError: an override cannot be applied.
     """
-    with job_composer(prepared) as compose_one:
-        return compose_one(overrides)
+    with _initialised_hydra(layers):
+        return _compose_one(layers, overrides, values or {})
+
+
+@contextmanager
+def _initialised_hydra(layers: ConfigLayers) -> Iterator[None]:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with tempfile.TemporaryDirectory(prefix="kdbench-") as folder:
+        layers.write(Path(folder))
+        # Hydra is a singleton: a job of a multirun composes its teacher's recipe while its own Hydra is active.
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(config_dir=folder, version_base="1.3"):
+                yield
+        finally:
+            GlobalHydra.instance().hydra = outer
+
+
+def _compose_one(layers: ConfigLayers, overrides: Sequence[str], values: Mapping[str, Any]) -> ComposedRecipe:
+    import hydra
+
+    texts = hydra_overrides(overrides)
+    sweep = next((override for override in recipe_overrides(overrides) if override.sweeps), None)
+    if sweep is not None:
+        location = Location(override=sweep.text)
+        raise ConfigError(f"{location}: several values need a multirun; add -m to `kdbench train`.")
+    _check_removals(layers, overrides)
+    with translate_hydra_errors(overrides):
+        try:
+            config = hydra.compose(config_name=CONFIG_NAME, overrides=texts, return_hydra_config=True)
+        except ValueError as error:  # Hydra's error for a group override whose value is not a name
+            raise ConfigError(hydra_error_message(error, overrides)) from error
+        return _read_config(config, layers.origin(), overrides, value_overrides(values))
+
+
+def _check_removals(layers: ConfigLayers, overrides: Sequence[str]) -> None:
+    """Reports an override that removes a key which does not exist."""
+    choices = {**layers.choices, **{o.key: o.value for o in recipe_overrides(overrides) if o.selects_group}}
+    data: Mapping[str, Any] = {}
+    for group in GROUPS:
+        source = layers.groups[group].get(str(choices[group]))
+        data = hydra_merge(data, source.data) if source is not None else data
+    data = hydra_merge(data, layers.recipe.data)
+    for override in recipe_overrides(overrides):
+        if override.selects_group or override.sweeps:
+            continue
+        removes = override.text.startswith("~") or (
+            override.value is None and override.key.split(".")[0] in ("terms", "models", "data", "stages")
+        )
+        if removes and not has_key(data, override.key):
+            parent, _, name = override.key.rpartition(".")
+            hint = suggest(name, children_at(data, parent))
+            raise ConfigError(f"{Location(override=override.text)}: there is no {override.key!r} to remove.{hint}")
+        data = hydra_merge(data, override.as_mapping())
 
 
 def compose_job(config: Any, folder: Path, hydra_config: Any) -> ComposedRecipe:
-    """What a job of Hydra's own run or multirun got; `config` is the job's config without Hydra's node."""
+    """Reads the config of one job of Hydra's own run or multirun.
+
+    Args:
+        config: the job's config, without Hydra's node.
+        folder: the folder that `ConfigLayers.write` filled.
+        hydra_config: Hydra's own node.
+    """
     from omegaconf import OmegaConf, open_dict
 
     origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    whole = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    with open_dict(whole):
-        whole.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
+    full_config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    with open_dict(full_config):
+        full_config.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
     overrides = job_overrides(hydra_config)
     with translate_hydra_errors(overrides):
-        return _read(whole, origin, overrides)
+        return _read_config(full_config, origin, overrides, [])
 
 
 def job_overrides(hydra_config: Any) -> list[str]:
-    """The overrides of a job as they were written: read item by item, Hydra's node gives values for references."""
+    """Returns the overrides of a job as the user wrote them.
+
+    They are converted as one container: read item by item, OmegaConf would resolve interpolations.
+    """
     from omegaconf import OmegaConf
 
-    written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    return written
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return overrides
 
 
-def _read(config: Any, origin: Mapping[str, Any], overrides: Sequence[str]) -> ComposedRecipe:
-    """Turns Hydra's config into plain data with places, and takes out what no layer above meant to keep."""
+@dataclass
+class _LayerStack:
+    """The layers added so far, merged.
+
+    Attributes:
+        stale: dotted keys that Hydra's merge keeps although a layer above replaced their part.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
+
+    def add_layer(self, layer: Mapping[str, Any], locations: Mapping[str, Location]) -> None:
+        self._mark_stale(layer)
+        self.data = hydra_merge(self.data, layer)
+        self.locations |= locations
+
+    def add_override(self, override: RecipeOverride) -> None:
+        layer = override.as_mapping()
+        if override.replaces:
+            self._mark_stale(layer)
+        self.data = hydra_merge(self.data, layer)
+        self.locations |= override.locations()
+        # Parents that no file contains, such as `optimiser` of `optimiser.lr=1`, were written by the override.
+        for parent in _parent_keys(override.key):
+            self.locations.setdefault(parent, Location(key=parent, override=override.text))
+
+    def _mark_stale(self, layer: Mapping[str, Any]) -> None:
+        self.stale = [key for key in self.stale if not has_key(layer, key)] + list(stale_keys(self.data, layer))
+
+
+def _read_config(
+    config: Any, origin: Mapping[str, Any], overrides: Sequence[str], extra_overrides: Sequence[RecipeOverride]
+) -> ComposedRecipe:
+    """Turns Hydra's config into plain data with locations; removes stale keys and resolves interpolations."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationResolutionError
 
     choices = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
-    recorded = {g: str(c) for g, c in origin["choices"].items()}
-    given = [a for a in recipe_overrides(overrides) if not a.selects_group]
-    raw: Any = OmegaConf.to_container(config, resolve=False)
-    raw.pop("hydra", None)
-    places: dict[str, Location] = {}
-    below: dict[str, Any] = {}
-    stale: list[str] = []
+    data: Any = OmegaConf.to_container(config, resolve=False)
+    data.pop("hydra", None)
+    stack = _LayerStack()
+    # The order of the layers is that of Hydra's defaults list: groups, recipe, overrides.
     for layer in [*(f"{group}/{choices[group]}" for group in GROUPS if group in choices), "recipe"]:
-        data = origin["data"][layer]
-        stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
-        below = _deep(below, data)
-        places |= {entry["key"]: Location(**entry) for entry in origin["places"][layer]}
-    for assignment in given:
-        data = assignment.as_mapping()
-        if isinstance(assignment.value, Mapping) or assignment.key.rpartition(".")[2] in ("epochs", "steps"):
-            stale = [key for key in stale if not _has(data, key)] + list(stale_keys(below, data))
-        below = _deep(below, data)
-        places |= assignment.locations()
-        for around in _around(assignment.key):  # where no file wrote `optimiser`, `optimiser.lr=1` did
-            places.setdefault(around, Location(key=around, override=assignment.text))
-    for key in stale:
-        remove_key(raw, key)
-    faults = ErrorList()
-    for key, value in iterate_scalars(raw):
-        fault = interpolation_error(value) if isinstance(value, str) else None
-        if fault:
-            faults.add(nearest_location(places, key), fault)
-    faults.raise_any(origin["file"])
-    try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
-    except InterpolationResolutionError as error:
-        key = str(error.full_key)
-        value = dict(iterate_scalars(raw)).get(key, key)
-        known = suggest(str(value).strip("${}"), [name for name, _ in iterate_scalars(raw)])
-        said = f"{value!r} refers to a key that does not exist, or back to itself.{known}"
-        raise ConfigError(f"{nearest_location(places, key)}: {said}") from None
+        locations = {entry["key"]: Location(**entry) for entry in origin["locations"][layer]}
+        stack.add_layer(origin["data"][layer], locations)
+    for override in recipe_overrides(overrides):
+        if not override.selects_group:
+            stack.add_override(override)
+    for override in extra_overrides:
+        stack.add_override(override)
+        data = hydra_merge(data, override.as_mapping())
+    for key in stack.stale:
+        remove_key(data, key)
+    data = _resolve_interpolations(data, stack.locations, origin["file"])
     for group in (*GROUPS, "origin"):
-        resolved.pop(group, None)
-    resolved = expand(resolved)
+        data.pop(group, None)
     return ComposedRecipe(
-        origin["name"], origin["file"], origin["path"], resolved, places, {**recorded, **choices}, tuple(overrides)
+        name=origin["name"],
+        file=origin["file"],
+        path=origin["path"],
+        data=expand(data),
+        locations=stack.locations,
+        group_choices={**{group: str(choice) for group, choice in origin["choices"].items()}, **choices},
+        overrides=(*overrides, *(override.text for override in extra_overrides)),
     )
 
 
-def _around(dotted: str) -> list[str]:
-    """The keys around a dotted key: those of `a.b.c` are `a.b` and `a`."""
+def _resolve_interpolations(data: Any, locations: Mapping[str, Location], file: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    errors = ErrorList()
+    for key, value in iterate_scalars(data):
+        message = interpolation_error(value) if isinstance(value, str) else None
+        if message:
+            errors.add(nearest_location(locations, key), message)
+    errors.raise_any(file)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    except InterpolationResolutionError as error:
+        key = str(error.full_key)
+        value = dict(iterate_scalars(data)).get(key, key)
+        hint = suggest(str(value).strip("${}"), [name for name, _ in iterate_scalars(data)])
+        message = f"{value!r} refers to a key that does not exist, or to itself.{hint}"
+        raise ConfigError(f"{nearest_location(locations, key)}: {message}") from None
+
+
+def _parent_keys(dotted: str) -> list[str]:
+    """Returns the parents of a dotted key: `a.b` and `a` of `a.b.c`."""
     names = dotted.split(".")
     return [".".join(names[:count]) for count in range(len(names) - 1, 0, -1)]
 
 
-def _inside(data: Any) -> Mapping[str, Any]:
-    """What a dotted key goes on to: the keys of a mapping, the numbers of a list."""
-    if isinstance(data, list):
-        return {str(number): item for number, item in enumerate(data)}
-    return data if isinstance(data, Mapping) else {}
-
-
-def _at(data: Any, dotted: str) -> Mapping[str, Any]:
-    """What is at a dotted key, by name; empty where there is nothing inside."""
-    for name in dotted.split(".") if dotted else ():
-        data = _inside(data).get(name)
-    return _inside(data)
-
-
-def _has(data: Any, dotted: str) -> bool:
-    parent, _, last = dotted.rpartition(".")
-    return last in _at(data, parent)
-
-
-def _deep(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain deep merge, as Hydra does it; into a list by the numbers of its items."""
-    result = dict(_inside(lower))
-    for key, value in upper.items():
-        below = result.get(key)
-        numbered = isinstance(below, list) and isinstance(value, Mapping) and set(value) <= set(_inside(below))
-        merges = numbered or (isinstance(below, Mapping) and isinstance(value, Mapping))
-        result[key] = _deep(below, value) if merges else value
-    return result
-
-
 def nearest_location(locations: Mapping[str, Location], key: str) -> Location:
-    """The place of a dotted key, or of the nearest mapping around it that was written somewhere."""
-    around = key
-    while around:
-        if around in locations:
-            found = locations[around]
-            return (
-                found if around == key else Location(key=key, file=found.file, line=found.line, override=found.override)
-            )
-        around = around.rpartition(".")[0]
-    found = locations.get("", Location())
-    return Location(key=key, file=found.file)
+    """Returns the location of a dotted key, or else of the nearest parent that has one."""
+    for parent in (key, *_parent_keys(key)) if key else ():
+        if parent in locations:
+            location = locations[parent]
+            if parent == key:
+                return location
+            return Location(key=key, file=location.file, line=location.line, override=location.override)
+    return Location(key=key, file=locations.get("", Location()).file)
 
 
 @contextmanager
 def translate_hydra_errors(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns the exceptions of Hydra and OmegaConf into a ConfigError that names the override."""
+    """Turns exceptions of Hydra and OmegaConf into a ConfigError that names the override."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,7 +1,7 @@
-"""The layers of a recipe, read from files, and the folder that Hydra composes them from.
+"""Reads the layers of a recipe from files, and writes the folder from which Hydra composes them.
 
-The folder is complete in itself (the recipe, every option of every group, the line of each key), so that a worker of
-joblib or submitit composes the same job again from it. Its files are JSON, which is YAML without YAML's surprises.
+The folder is self-contained (the recipe, the options of every group, the location of each key), so that a worker of
+joblib or submitit composes the same job from it. Its files are JSON, a subset of YAML without YAML's implicit types.
 """
 
 from __future__ import annotations
@@ -29,19 +29,28 @@ CONFIG_NAME = "recipe"
 ORIGIN = "origin.json"
 
 
-_PART = r"\w[^/\\$\x00-\x1f]*"
+_NAME_SEGMENT = r"\w[^/\\$\x00-\x1f]*"
 
 
-_NAME = re.compile(f"{_PART}(/{_PART})*")  # it becomes a folder below `runs`, and Hydra reads `$` in it
+# A recipe's name becomes a folder below `runs`; Hydra would interpolate a `$` in it.
+_RECIPE_NAME = re.compile(f"{_NAME_SEGMENT}(/{_NAME_SEGMENT})*")
 
 
-ALL = object()
-"""A sweep over a pattern, such as `pair=glob(resnet*)`: which options it takes, Hydra finds out."""
+ANY_OPTION = object()
+"""The value of a sweep over a pattern, such as `pair=glob(resnet*)`. Hydra matches the pattern later."""
 
 
 @dataclass(frozen=True)
 class ConfigLayers:
-    """The layers of a recipe, read from files and not yet composed."""
+    """The layers of a recipe before Hydra composes them.
+
+    Attributes:
+        file: the recipe's file as messages show it.
+        path: the full path of the file in which the recipe was first written; relative paths start in its folder.
+        groups: group -> option -> its file, for every option that the recipe or an override may select.
+        choices: group -> the option that the recipe selects.
+        runs: the folder of all runs.
+    """
 
     name: str
     file: str
@@ -52,41 +61,46 @@ class ConfigLayers:
     runs: str
 
     def write(self, folder: Path, hydra: Mapping[str, Any] | None = None) -> None:
-        """Writes the folder that Hydra composes from; `hydra` goes into its own node."""
+        """Writes the folder from which Hydra composes.
+
+        Args:
+            hydra: settings for Hydra's own node.
+        """
         body = {key: value for key, value in self.recipe.data.items() if key not in (*GROUPS, "origin")}
         defaults: list[Any] = [{group: self.choices[group]} for group in GROUPS]
         defaults += ["_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
         node = {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False, "name": "kdbench"}}
         config = {"defaults": defaults, **body, "hydra": {**node, **(hydra or {})}}
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"{CONFIG_NAME}.yaml", json.dumps(config, indent=1))
+        _write_if_changed(folder / f"{CONFIG_NAME}.yaml", json.dumps(config, indent=1))
         for group, options in self.groups.items():
             (folder / group).mkdir(exist_ok=True)
             for option, source in options.items():
-                _write(folder / group / f"{option}.yaml", "# @package _global_\n" + json.dumps(dict(source.data)))
-        _write(folder / ORIGIN, json.dumps(self.origin(), indent=1))
+                text = "# @package _global_\n" + json.dumps(dict(source.data))
+                _write_if_changed(folder / group / f"{option}.yaml", text)
+        _write_if_changed(folder / ORIGIN, json.dumps(self.origin(), indent=1))
 
     def origin(self) -> dict[str, Any]:
-        """What the composed config alone does not say: names, files and lines."""
+        """Returns names, files, data and locations of all layers, which Hydra's config does not contain."""
         layers = {"recipe": self.recipe} | {
-            f"{g}/{o}": s for g, options in self.groups.items() for o, s in options.items()
+            f"{group}/{option}": source for group, options in self.groups.items() for option, source in options.items()
         }
         return {
             "name": self.name,
             "file": self.file,
             "path": str(self.path),
-            "choices": dict(_mapping(self.recipe.data.get("origin")).get("choices", {})),
+            "choices": dict(_as_mapping(self.recipe.data.get("origin")).get("choices", {})),
             "data": {layer: dict(source.data) for layer, source in layers.items()},
-            "places": {layer: [asdict(p) for p in source.locations.values()] for layer, source in layers.items()},
+            "locations": {layer: [asdict(p) for p in source.locations.values()] for layer, source in layers.items()},
         }
 
     def digest(self) -> str:
-        """A short name for the content of the folder."""
+        """Returns a short hash of the folder's content."""
         return hashlib.sha256(json.dumps(self.origin(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a worker may be reading the folder of an equal earlier sweep."""
+def _write_if_changed(path: Path, text: str) -> None:
+    """Replaces a file atomically: a worker may be reading the folder of an equal earlier sweep."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -96,64 +110,74 @@ def _write(path: Path, text: str) -> None:
 
 
 def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> ConfigLayers:
-    """Reads the recipe and the options of its groups.
+    """Reads the recipe and the selected options of its groups.
 
     Raises:
-        ConfigError: something in them is refused, or a chosen option does not exist.
+        ConfigError: a file is not a valid layer, or a selected option does not exist.
     """
-    recipe = _layer(path)
-    origin = _mapping(recipe.data.get("origin"))
-    faults = ErrorList()
+    recipe = _read_layer(path)
+    origin = _as_mapping(recipe.data.get("origin"))
+    errors = ErrorList()
     choices: dict[str, str | None] = {}
     groups: dict[str, dict[str, YamlSource]] = {}
-    chosen = {group: _chosen(group, overrides) for group in GROUPS}
     for group in GROUPS:
         files = group_files(group, path.parent)
-        own = recipe.data.get(group)
-        if own is not None and own not in files:
-            place = recipe.locations[group]
-            faults.add(place, f"no {group} {own!r}.{suggest(str(own), files)}")
-            own = None
-        choices[group] = own
-        wanted = {own} if own is not None else set()
-        for option, override in chosen[group]:
-            if option is ALL:
-                wanted |= set(files)
+        choice = recipe.data.get(group)
+        if choice is not None and choice not in files:
+            errors.add(recipe.locations[group], f"no {group} {choice!r}.{suggest(str(choice), files)}")
+            choice = None
+        choices[group] = choice
+        options = {choice} if choice is not None else set()
+        for option, override in _override_options(group, overrides):
+            if option is ANY_OPTION:
+                options |= set(files)
             elif option in files:
-                wanted.add(option)
+                options.add(option)
             elif option is not None:
-                faults.add(Location(override=override), f"no {group} {option!r}.{suggest(str(option), files)}")
-        groups[group] = {option: _group(files[option]) for option in sorted(wanted)}
-    faults.raise_any(recipe.file)
-    runs = next((str(a.value) for a in reversed(recipe_overrides(overrides)) if a.key == "runs"), None)
-    runs = runs if runs is not None else str(recipe.data.get("runs") or "runs")
+                errors.add(Location(override=override), f"no {group} {option!r}.{suggest(str(option), files)}")
+        groups[group] = {option: _read_group(files[option]) for option in sorted(options)}
+    errors.raise_any(recipe.file)
     name = str(origin.get("name", name))
-    if not _NAME.fullmatch(name):
-        place = recipe.locations.get("origin.name", recipe.file)
+    if not _RECIPE_NAME.fullmatch(name):
+        location = recipe.locations.get("origin.name", recipe.file)
         raise ConfigError(
-            f"{place}: {name!r} cannot be a recipe's name; it begins with a letter or digit, without `$`."
+            f"{location}: {name!r} cannot be a recipe's name; a name begins with a letter or digit and has no `$`."
         )
-    written = Path(origin["file"]) if isinstance(origin.get("file"), str) else path  # where its relative paths begin
-    return ConfigLayers(name, recipe.file, written.resolve(), recipe, groups, choices, runs)
+    # A resolved recipe is stored in a run's folder, but its relative paths start where it was first written.
+    first_path = Path(origin["file"]) if isinstance(origin.get("file"), str) else path
+    return ConfigLayers(name, recipe.file, first_path.resolve(), recipe, groups, choices, _runs(recipe, overrides))
 
 
-def _layer(path: Path) -> YamlSource:
+def _runs(recipe: YamlSource, overrides: Sequence[str]) -> str:
+    """Returns the folder of all runs; the last override wins."""
+    values = [override.value for override in recipe_overrides(overrides) if override.key == "runs"]
+    return str(values[-1]) if values and values[-1] is not None else str(recipe.data.get("runs") or "runs")
+
+
+def _read_layer(path: Path) -> YamlSource:
     source = name_listed_terms(read_yaml(path))
     return replace(source, data=expand(source.data))
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _chosen(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
-    found = [a for a in recipe_overrides(overrides) if a.key == group]
-    return [(value, a.text) for a in found for value in (a.values if a.values or not a.sweeps else (ALL,))]
+def _override_options(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
+    """Returns each option that an override selects in a group, with the override's text."""
+    return [
+        (value, override.text)
+        for override in recipe_overrides(overrides)
+        if override.key == group
+        for value in (override.values if override.values or not override.sweeps else (ANY_OPTION,))
+    ]
 
 
-def _group(path: Path) -> YamlSource:
-    source = _layer(path)
-    inner = [key for key in (*GROUPS, "stages", "origin") if key in source.data]
-    if inner:
-        raise ConfigError(f"{source.locations[inner[0]]}: a group file cannot set {inner[0]!r}; write it in the recipe.")
+def _read_group(path: Path) -> YamlSource:
+    source = _read_layer(path)
+    misplaced = [key for key in (*GROUPS, "stages", "origin") if key in source.data]
+    if misplaced:
+        raise ConfigError(
+            f"{source.locations[misplaced[0]]}: a group file cannot set {misplaced[0]!r}; write it in the recipe."
+        )
     return source

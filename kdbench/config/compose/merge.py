@@ -1,8 +1,8 @@
-"""How one part of a recipe is laid over another: group under recipe under override, and top level under stage.
+"""Merges the layers of a recipe: groups, recipe, overrides; and a stage over the top level.
 
-Mappings merge key by key, lists and values replace. Three things replace as a whole, because merging would mix two
-choices into one: a part whose `type` or `combine` changes (the SGD of a protocol and the AdamW of a recipe), weights
-from another kind of place, and `epochs` against `steps`.
+Mappings merge key by key; lists and plain values replace. Three values replace as a whole, because a merge would mix
+two alternatives: a part whose `type` or `combine` changes (the SGD of a protocol, the AdamW of a recipe), `weights` of
+another kind, and `epochs` against `steps`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_EXCLUSIVE = ("epochs", "steps")
+_EXCLUSIVE_KEYS = ("epochs", "steps")
 
 
-_WEIGHT_KINDS = ("recipe", "stage", "path")
+_WEIGHTS_KINDS = ("recipe", "stage", "path")
 
 
-_KINDS = ("type", "dataset", "artifact", "combine")
+_PART_KINDS = ("type", "dataset", "artifact", "combine")
 
 
 def kind_of(name: str, part: Mapping[str, Any]) -> Any:
-    """What a mapping is one of, or None when merging it with another is always right."""
+    """Returns the kind of the part with the key `name`, or None for a mapping that always merges."""
     if name == "weights":
-        return next((kind for kind in _WEIGHT_KINDS if part.get(kind) is not None), None)
-    value = next((part[kind] for kind in _KINDS if part.get(kind) is not None), None)
+        return next((kind for kind in _WEIGHTS_KINDS if part.get(kind) is not None), None)
+    value = next((part[kind] for kind in _PART_KINDS if part.get(kind) is not None), None)
     return value.get("type") if isinstance(value, Mapping) else value
 
 
 def changes_kind(name: str, lower: Any, upper: Any) -> bool:
-    """Whether `upper` names another kind than `lower`, so that nothing of `lower` may stay."""
+    """Returns whether `upper` is a part of another kind than `lower`, so that no key of `lower` may remain."""
     if not isinstance(lower, Mapping) or not isinstance(upper, Mapping):
         return False
     new, old = kind_of(name, upper), kind_of(name, lower)
@@ -36,11 +36,10 @@ def changes_kind(name: str, lower: Any, upper: Any) -> bool:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], replaced: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Lays `upper` over `lower`; the keys of `replaced` are taken from `upper` as they are."""
+    """Merges `upper` over `lower`; takes the keys of `replaced` from `upper` unmerged."""
     result = dict(lower)
-    for ours, theirs in (_EXCLUSIVE, _EXCLUSIVE[::-1]):
-        if upper.get(ours) is not None and upper.get(theirs) is None:
-            result.pop(theirs, None)
+    for key in _excluded_keys(upper):
+        result.pop(key, None)
     for key, value in upper.items():
         below = result.get(key)
         if key in replaced or not isinstance(below, Mapping) or not isinstance(value, Mapping):
@@ -51,33 +50,71 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], replaced: tuple[st
 
 
 def stale_keys(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys that a plain merge (Hydra's) keeps from `lower` although `merge` drops them."""
-    for ours, theirs in (_EXCLUSIVE, _EXCLUSIVE[::-1]):
-        if upper.get(ours) is not None and upper.get(theirs) is None and theirs in lower:
-            yield f"{prefix}{theirs}"
+    """Yields the dotted keys of `lower` that Hydra's merge keeps although `merge` drops them."""
+    for key in _excluded_keys(upper):
+        if key in lower:
+            yield f"{prefix}{key}"
     for key, value in upper.items():
         below = lower.get(key)
         if not isinstance(below, Mapping) or not isinstance(value, Mapping):
             continue
         if changes_kind(key, below, value):
-            yield from _only_below(below, value, f"{prefix}{key}.")
+            yield from _keys_only_in_lower(below, value, f"{prefix}{key}.")
         else:
             yield from stale_keys(below, value, f"{prefix}{key}.")
 
 
-def _only_below(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def hydra_merge(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges as Hydra does: deeply, and into a list by the indices of its items."""
+    result = dict(children(lower))
+    for key, value in upper.items():
+        below = result.get(key)
+        indexed = isinstance(below, list) and isinstance(value, Mapping) and set(value) <= set(children(below))
+        merges = indexed or (isinstance(below, Mapping) and isinstance(value, Mapping))
+        result[key] = hydra_merge(below, value) if merges else value
+    return result
+
+
+def children(data: Any) -> Mapping[str, Any]:
+    """Returns the values that a dotted key can continue to: of a mapping by key, of a list by index."""
+    if isinstance(data, list):
+        return {str(index): item for index, item in enumerate(data)}
+    return data if isinstance(data, Mapping) else {}
+
+
+def children_at(data: Any, dotted: str) -> Mapping[str, Any]:
+    """Returns the children of the value at a dotted key; empty if it has none or does not exist."""
+    for name in dotted.split(".") if dotted else ():
+        data = children(data).get(name)
+    return children(data)
+
+
+def has_key(data: Any, dotted: str) -> bool:
+    """Returns whether nested data contains a dotted key."""
+    parent, _, name = dotted.rpartition(".")
+    return name in children_at(data, parent)
+
+
+def remove_key(data: dict[str, Any], dotted: str) -> None:
+    """Removes a dotted key from nested mappings, if it exists."""
+    *parents, name = dotted.split(".")
+    node: Any = data
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(name, None)
+
+
+def _excluded_keys(upper: Mapping[str, Any]) -> Iterator[str]:
+    """Yields `epochs` or `steps` if `upper` sets only the other one."""
+    for key, alternative in (_EXCLUSIVE_KEYS, _EXCLUSIVE_KEYS[::-1]):
+        if upper.get(key) is not None and upper.get(alternative) is None:
+            yield alternative
+
+
+def _keys_only_in_lower(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in lower.items():
         if key not in upper:
             yield f"{prefix}{key}"
         elif isinstance(value, Mapping) and isinstance(upper[key], Mapping):
-            yield from _only_below(value, upper[key], f"{prefix}{key}.")
-
-
-def remove_key(data: dict[str, Any], dotted: str) -> None:
-    """Removes a dotted key from nested mappings, where it is there."""
-    *parents, last = dotted.split(".")
-    node: Any = data
-    for name in parents:
-        node = node.get(name) if isinstance(node, dict) else None
-    if isinstance(node, dict):
-        node.pop(last, None)
+            yield from _keys_only_in_lower(value, upper[key], f"{prefix}{key}.")

@@ -1,11 +1,12 @@
-"""The overrides of a command line, as the user wrote them and as Hydra gets them.
+"""Parses the overrides of a command line and rewrites them for Hydra.
 
-A plain `key=value` goes in as `++key=value`, because Hydra refuses a key that the recipe leaves at its default; the
-validator refuses the keys that do not exist.
+A plain `key=value` becomes `++key=value`, because Hydra rejects a key that the recipe leaves at its default. Unknown
+keys are reported later, when the composed recipe is parsed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,14 @@ from kdbench.errors import ConfigError, Location
 
 @dataclass(frozen=True)
 class RecipeOverride:
-    """One override of a recipe's key. `values` has several entries only where it sweeps."""
+    """One override of a key of the recipe.
+
+    Attributes:
+        text: the override as the user wrote it.
+        key: the dotted key.
+        values: the value, or all values of a sweep. Empty for a sweep over a pattern such as `glob(resnet*)`.
+        sweeps: whether it needs a multirun.
+    """
 
     text: str
     key: str
@@ -33,27 +41,33 @@ class RecipeOverride:
     def selects_group(self) -> bool:
         return self.key in GROUPS
 
+    @property
+    def replaces(self) -> bool:
+        """True for a mapping, `epochs` and `steps`, which may make keys of the layers below stale."""
+        return isinstance(self.value, Mapping) or self.key.rpartition(".")[2] in ("epochs", "steps")
+
     def as_mapping(self) -> dict[str, Any]:
-        """The override as a fragment of a recipe: `a.b=1` is {a: {b: 1}}."""
+        """Returns the override as a fragment of a recipe: `a.b=1` is {a: {b: 1}}."""
         result: Any = self.value
         for name in reversed(self.key.split(".")):
             result = {name: result}
         return result
 
     def locations(self) -> dict[str, Location]:
+        """Returns the location of the override's key and of every key below it."""
         keys = [self.key]
         if isinstance(self.value, Mapping):
-            keys += [f"{self.key}.{name}" for name in _paths(self.value)]
+            keys += [f"{self.key}.{name}" for name in _dotted_keys(self.value)]
         return {key: Location(key=key, override=self.text) for key in keys}
 
 
-def _paths(data: Mapping[str, Any]) -> list[str]:
-    found = []
+def _dotted_keys(data: Mapping[str, Any]) -> list[str]:
+    keys = []
     for name, value in data.items():
-        found.append(str(name))
+        keys.append(str(name))
         if isinstance(value, Mapping):
-            found += [f"{name}.{inner}" for inner in _paths(value)]
-    return found
+            keys += [f"{name}.{key}" for key in _dotted_keys(value)]
+    return keys
 
 
 @lru_cache(maxsize=1024)
@@ -64,31 +78,31 @@ def _parse(text: str) -> Any:
     try:
         return OverridesParser.create().parse_overrides([text])[0]
     except HydraException as error:
-        said = " ".join(str(error).split("\nSee https", 1)[0].split())
+        reason = " ".join(str(error).split("\nSee https", 1)[0].split())
         raise ConfigError(
-            f"{Location(override=text)}: this is no override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
-            f"({said})"
+            f"{Location(override=text)}: not an override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
+            f"({reason})"
         ) from None
 
 
 def is_hydra_override(text: str) -> bool:
-    """Whether an override is meant for Hydra's own node (`hydra.sweep.dir=...`, `hydra/launcher=joblib`)."""
+    """Returns whether an override sets a key of Hydra's own node (`hydra.sweep.dir=...`, `hydra/launcher=joblib`)."""
     key = _parse(text).key_or_group
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
 def override_value(text: str) -> Any:
-    """The value of one override."""
+    """Returns the value of one override."""
     return _parse(text).value()
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra gets them.
+    """Rewrites overrides for Hydra.
 
     Raises:
-        ConfigError: one is malformed, or reaches for a resolver.
+        ConfigError: an override is malformed, or uses a resolver.
     """
-    result = []
+    rewritten = []
     for text in overrides:
         parsed = _parse(text)
         key = parsed.key_or_group
@@ -97,63 +111,69 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
                 f"{Location(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
             )
         if is_hydra_override(text):
-            result.append(text)
+            rewritten.append(text)
             continue
-        fault = interpolation_error(text)
-        if fault is None and any(part.startswith("_") and part.endswith("_") for part in key.split(".")):
-            fault = f"the key {key!r} is refused; a recipe cannot call Python."
-        if fault is not None:
-            raise ConfigError(f"{Location(override=text)}: {fault}")
+        error = interpolation_error(text)
+        if error is None and any(part.startswith("_") and part.endswith("_") for part in key.split(".")):
+            error = f"the key {key!r} is rejected; a recipe cannot call Python."
+        if error is not None:
+            raise ConfigError(f"{Location(override=text)}: {error}")
         bare = text.lstrip("+")
-        result.append(text if parsed.is_delete() else bare if key in GROUPS else f"++{bare}")
-    return result
+        rewritten.append(text if parsed.is_delete() else bare if key in GROUPS else f"++{bare}")
+    return rewritten
 
 
 def recipe_overrides(overrides: Sequence[str]) -> list[RecipeOverride]:
-    """The overrides of the recipe's own keys."""
-    return [_assignment(text) for text in overrides if not is_hydra_override(text)]
+    """Parses the overrides of the recipe's own keys; leaves out those of Hydra's node."""
+    return [_recipe_override(text) for text in overrides if not is_hydra_override(text)]
 
 
-def _assignment(text: str) -> RecipeOverride:
+def value_overrides(values: Mapping[str, Any]) -> list[RecipeOverride]:
+    """Returns plain values by dotted key as overrides, without a round trip through Hydra's override grammar."""
+    return [RecipeOverride(f"{key}={json.dumps(value)}", key, (value,)) for key, value in values.items()]
+
+
+def _recipe_override(text: str) -> RecipeOverride:
     parsed = _parse(text)
-    shown = text.lstrip("+")
+    without_plus = text.lstrip("+")
     if parsed.is_delete():
         return RecipeOverride(text, parsed.key_or_group, (None,))
     if not parsed.is_sweep_override():
-        return RecipeOverride(shown, parsed.key_or_group, (parsed.value(),))
+        return RecipeOverride(without_plus, parsed.key_or_group, (parsed.value(),))
     from hydra.core.override_parser.types import QuotedString, ValueType
 
     if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP or not parsed.is_discrete_sweep():
-        return RecipeOverride(shown, parsed.key_or_group, (), sweeps=True)
-    values = tuple(v.text if isinstance(v, QuotedString) else v for v in parsed.sweep_iterator())
-    return RecipeOverride(shown, parsed.key_or_group, values, sweeps=True)
+        return RecipeOverride(without_plus, parsed.key_or_group, (), sweeps=True)
+    values = tuple(value.text if isinstance(value, QuotedString) else value for value in parsed.sweep_iterator())
+    return RecipeOverride(without_plus, parsed.key_or_group, values, sweeps=True)
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs that Hydra's basic sweeper makes of the overrides, each as a list without sweeps.
+    """Returns the jobs of Hydra's basic sweeper, each as a list of overrides without sweeps.
 
-    Needs an initialised Hydra, which knows the options that `pair=glob(*)` stands for.
+    Needs an initialised Hydra, which resolves the options of `pair=glob(*)`.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     loader = GlobalHydra.instance().config_loader()
-    own = [text for text in hydra_overrides(overrides) if not is_hydra_override(text)]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(own)
+    texts = [text for text in hydra_overrides(overrides) if not is_hydra_override(text)]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(texts)
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
 def hydra_error_message(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's or OmegaConf's complaint in one paragraph, with the override that it is about."""
-    parts = [str(error)]
+    """Returns an error of Hydra or OmegaConf as one paragraph, with the override that caused it."""
+    messages = [str(error)]
     cause = error.__cause__
-    if cause is not None and str(cause) not in parts[0]:
-        parts.append(str(cause))
-    said = " ".join(" ".join(parts).split())
-    named = [text for text in overrides if text.lstrip("+~").split("=", 1)[0] in said]
-    place = Location(override=named[0]) if named else ""
-    if named and "Cannot merge DictConfig with ListConfig" in said:
-        key = named[0].lstrip("+~").split("=", 1)[0]
-        said = f"a list stands there, and a mapping is laid over mappings only; write `{key}=null` before it."
-    return f"{place}: {said}" if place else said
+    if cause is not None and str(cause) not in messages[0]:
+        messages.append(str(cause))
+    message = " ".join(" ".join(messages).split())
+    culprits = [text for text in overrides if text.lstrip("+~").split("=", 1)[0] in message]
+    if not culprits:
+        return message
+    if "Cannot merge DictConfig with ListConfig" in message:
+        key = culprits[0].lstrip("+~").split("=", 1)[0]
+        message = f"the value below it is a list, and a mapping cannot merge with a list; write `{key}=null` before it."
+    return f"{Location(override=culprits[0])}: {message}"

@@ -1,13 +1,13 @@
-"""`student: resnet20` is short for `student: {model: {type: resnet20}}`, and so on.
+"""Expands shorthands: `student: resnet20` is `student: {model: {type: resnet20}}`.
 
-Parts are spelled out before layers are laid over each other, so that `student.weights.path=...` finds a mapping below
-it, and the AdamW of a recipe replaces the SGD of a protocol; the resolved recipe gets the short spelling back.
+Parts are expanded before layers are merged, so that the override `student.weights.path=...` meets a mapping, and the
+AdamW of a recipe replaces the SGD of a protocol. The resolved recipe is contracted to the short spelling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdbench.config.yaml_reader import YamlSource
@@ -20,114 +20,139 @@ _PARTS = ("dataset", "optimizer", "scheduler")
 
 
 Change = Callable[[Any, str], Any]
+"""(value, key under which a bare name belongs) -> changed value."""
 
 
 def expand(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Spells out every part of a recipe that is given by its bare name."""
-    return _recipe(data, lambda value, key: {key: value} if isinstance(value, str) else value, inside_first=False)
+    """Expands every part of a recipe that is written as a bare name."""
+    return _Rewrite(lambda value, key: {key: value} if isinstance(value, str) else value, inner_first=False).recipe(
+        data
+    )
 
 
 def contract(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes every part that has a name and nothing else as its bare name."""
+    """Contracts every part that has a name and nothing else to its bare name."""
 
     def shorten(value: Any, key: str) -> Any:
-        alone = isinstance(value, Mapping) and set(value) == {key} and isinstance(value[key], str)
-        return value[key] if alone else value
+        is_bare = isinstance(value, Mapping) and set(value) == {key} and isinstance(value[key], str)
+        return value[key] if is_bare else value
 
-    return _recipe(data, shorten, inside_first=True)
-
-
-def _recipe(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
-    result = _fragment(data, change, inside_first)
-    return result | _stages(data, lambda stage, _: _fragment(stage, change, inside_first))
+    return _Rewrite(shorten, inner_first=True).recipe(data)
 
 
-def _stages(data: Mapping[str, Any], each: Callable[[Mapping[str, Any], str], Any], prefix: str = "") -> dict[str, Any]:
-    """`stages` with every fragment changed: those of stages, of the stages of a loop, and of its rounds."""
+@dataclass(frozen=True)
+class _Rewrite:
+    """Applies `change` to every part of a recipe.
+
+    Attributes:
+        inner_first: whether the model of a role (the dataset of a source) changes before the role. Contraction needs
+            this order, expansion the opposite one.
+    """
+
+    change: Change
+    inner_first: bool
+
+    def recipe(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return self.fragment(data) | change_stages(data, lambda stage, _: self.fragment(stage))
+
+    def fragment(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes the parts at the top level of a recipe, in a stage or in a round."""
+        result = dict(data)
+        if "augment" in result:
+            result["augment"] = self._augmentations(result["augment"])
+        for name in _ROLES:
+            if name in result:
+                result[name] = self._holder(result[name], "model")
+        for name in _PARTS:
+            if name in result:
+                result[name] = self.change(result[name], "type")
+        for name, change_entry in (
+            ("models", lambda value: self._holder(value, "model")),
+            ("data", lambda value: self._holder(value, "dataset")),
+            ("terms", lambda value: self.change(value, "type")),
+        ):
+            if isinstance(result.get(name), Mapping):
+                result[name] = {key: change_entry(value) for key, value in result[name].items()}
+        return result
+
+    def _holder(self, value: Any, key: str) -> Any:
+        """Changes a mapping that contains one part under `key`: a role its model, a source its dataset."""
+        value = value if self.inner_first else self.change(value, key)
+        if isinstance(value, Mapping) and key in value:
+            value = {**value, key: self.change(value[key], "type")}
+        if isinstance(value, Mapping) and "augment" in value:
+            value = {**value, "augment": self._augmentations(value["augment"])}
+        return self.change(value, key) if self.inner_first else value
+
+    def _augmentations(self, value: Any) -> Any:
+        """Changes a list of augmentations, or a mapping of views to lists."""
+        if isinstance(value, list):
+            return [self.change(item, "type") for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        return {view: self._augmentations(items) for view, items in value.items()}
+
+
+def change_stages(
+    data: Mapping[str, Any], change_fragment: Callable[[Mapping[str, Any], str], Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Changes every fragment under `stages`: of a stage, of a stage in a loop, and of a round.
+
+    Args:
+        change_fragment: (fragment, prefix of its keys) -> changed fragment.
+    """
     stages = data.get("stages")
     if not isinstance(stages, Mapping):
         return {}
-    changed: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, stage in stages.items():
         key = f"{prefix}stages.{name}."
         if not isinstance(stage, Mapping):
-            changed[name] = stage
+            result[name] = stage
         elif "rounds" not in stage:
-            changed[name] = each(stage, key)
+            result[name] = change_fragment(stage, key)
         else:
             rounds = stage["rounds"]
             if isinstance(rounds, list):
-                rounds = [each(r, f"{key}rounds.{i}.") if isinstance(r, Mapping) else r for i, r in enumerate(rounds)]
-            changed[name] = {**stage, "rounds": rounds, **_stages(stage, each, key)}
-    return {"stages": changed}
-
-
-def _fragment(data: Mapping[str, Any], change: Change, inside_first: bool) -> dict[str, Any]:
-    def holder(value: Any, key: str) -> Any:
-        """A mapping that holds one part under `key`: a role its model, a source its dataset."""
-        value = value if inside_first else change(value, key)
-        if isinstance(value, Mapping) and key in value:
-            value = {**value, key: change(value[key], "type")}
-        if isinstance(value, Mapping) and "augment" in value:
-            value = {**value, "augment": augmentations(value["augment"])}
-        return change(value, key) if inside_first else value
-
-    def augmentations(value: Any) -> Any:
-        """A list, or a mapping of views to lists."""
-        if isinstance(value, list):
-            return [change(item, "type") for item in value]
-        return {view: augmentations(items) for view, items in value.items()} if isinstance(value, Mapping) else value
-
-    result = dict(data)
-    if "augment" in result:
-        result["augment"] = augmentations(result["augment"])
-    for name in _ROLES:
-        if name in result:
-            result[name] = holder(result[name], "model")
-    for name in _PARTS:
-        if name in result:
-            result[name] = change(result[name], "type")
-    for name, each in (
-        ("models", lambda value: holder(value, "model")),
-        ("data", lambda value: holder(value, "dataset")),
-        ("terms", lambda value: change(value, "type")),
-    ):
-        if isinstance(result.get(name), Mapping):
-            result[name] = {key: each(value) for key, value in result[name].items()}
-    return result
+                rounds = [
+                    change_fragment(fragment, f"{key}rounds.{index}.") if isinstance(fragment, Mapping) else fragment
+                    for index, fragment in enumerate(rounds)
+                ]
+            result[name] = {**stage, "rounds": rounds, **change_stages(stage, change_fragment, key)}
+    return {"stages": result}
 
 
 def name_listed_terms(source: YamlSource) -> YamlSource:
-    """Turns `terms:` given as a list, at the top or in a stage, into a mapping by type name (a second kd is `kd_2`).
+    """Turns a list of `terms`, at the top level or in a stage, into a mapping by type name (a second kd is `kd_2`).
 
-    A mapping is what layers can be laid over and what a sweep can address (`terms.kd.temperature=1,2,4`).
+    Layers can merge with a mapping, and a sweep can address its entries (`terms.kd.temperature=1,2,4`).
     """
     data = dict(source.data)
-    places = dict(source.locations)
-    data.update(_named_terms(data, "", places))
-    data.update(_stages(data, lambda stage, prefix: _named_terms(stage, prefix, places)))
-    return replace(source, data=data, places=places)
+    locations = dict(source.locations)
+    data.update(_name_terms(data, "", locations))
+    data.update(change_stages(data, lambda stage, prefix: _name_terms(stage, prefix, locations)))
+    return replace(source, data=data, locations=locations)
 
 
-def _named_terms(fragment: Mapping[str, Any], prefix: str, places: dict[str, Location]) -> dict[str, Any]:
+def _name_terms(fragment: Mapping[str, Any], prefix: str, locations: dict[str, Location]) -> dict[str, Any]:
     result = dict(fragment)
     if not isinstance(fragment.get("terms"), list):
         return result
     terms: dict[str, Any] = {}
-    for position, entry in enumerate(fragment["terms"]):
+    for index, entry in enumerate(fragment["terms"]):
         kind = entry.get("type") if isinstance(entry, Mapping) else entry
         stem = kind if isinstance(kind, str) and kind else "term"
-        name, copy = stem, 1
+        name, number = stem, 1
         while name in terms:
-            copy += 1
-            name = f"{stem}_{copy}"
+            number += 1
+            name = f"{stem}_{number}"
         terms[name] = entry
-        _rename(places, f"{prefix}terms.{position}", f"{prefix}terms.{name}")
+        _rename_key(locations, f"{prefix}terms.{index}", f"{prefix}terms.{name}")
     result["terms"] = terms
     return result
 
 
-def _rename(places: dict[str, Location], old: str, new: str) -> None:
-    for key in [k for k in places if k == old or k.startswith(f"{old}.")]:
-        moved = new + key[len(old) :]
-        places[moved] = replace(places.pop(key), key=moved)
+def _rename_key(locations: dict[str, Location], old: str, new: str) -> None:
+    for key in [key for key in locations if key == old or key.startswith(f"{old}.")]:
+        renamed = new + key[len(old) :]
+        locations[renamed] = replace(locations.pop(key), key=renamed)

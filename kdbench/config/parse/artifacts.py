@@ -1,4 +1,4 @@
-"""The entries of `artifacts:`, what a stage makes at its end, and whether what a stage reads was made and is of its kind."""
+"""Reads `artifacts` of a stage, and checks what later stages read of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from kdbench.config.error_list import ErrorList
 from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.loops import UnrolledStage
-from kdbench.config.parse.operands import OperandParser
+from kdbench.config.parse.operands import OperandParser, artifact_hint
 from kdbench.config.parse.parts import read_part
 from kdbench.config.schema import (
     ArtifactConfig,
@@ -20,6 +20,7 @@ from kdbench.config.schema import (
     RoleConfig,
     SourceConfig,
     StageConfig,
+    declared_keys,
 )
 from kdbench.errors import Location, suggest
 from kdbench.registry import ARTIFACTS, MODELS, SELECTORS
@@ -35,132 +36,160 @@ def read_artifacts(
     export: str | None,
     unrolled: UnrolledStage,
 ) -> dict[str, ArtifactConfig]:
-    """Reads everything that a stage makes; a null entry removes one."""
-    value = top.get_raw("artifacts", {})
-    if not isinstance(value, Mapping):
-        top.error("artifacts", f"must be a mapping such as `soft: {{type: outputs, value: teacher}}`, got {value!r}.")
-        return {}
-    addresses = OperandParser(context, list(roles), list(sources), (), unrolled.artifact_names)
-    makes = {}
-    for name, entry in value.items():
-        if entry is None:
+    """Reads every artifact of a stage; a null entry removes one.
+
+    Args:
+        top: reader of the stage's keys.
+        export: the exported role, the default role of operands.
+        unrolled: the stage, with the artifacts of earlier stages.
+    """
+    parser = OperandParser(context, list(roles), list(sources), (), unrolled.artifact_names)
+    artifacts = {}
+    for name, value in top.read_mapping("artifacts", "soft: {type: soft_labels, teacher: teacher}").items():
+        if value is None:
             continue
         key = top.subkey(f"artifacts.{name}")
         if not _NAME.fullmatch(str(name)):
-            context.error(key, f"{name!r} cannot be the name of what is made; use letters, digits, `_` and `-`.")
+            context.error(key, f"{name!r} cannot be the name of an artifact; use letters, digits, `_` and `-`.")
             continue
-        fields = KeyReader(context, {"type": entry} if isinstance(entry, str) else entry, key, f"make {name!r}")
-        source = _source(fields, sources)
-        part = _maker(addresses, fields, export)
+        data = {"type": value} if isinstance(value, str) else value
+        keys = declared_keys(ArtifactConfig)
+        reader = KeyReader(context, data, key, f"artifact {name!r}", keys, parameters=True)
+        source = _read_source(reader, sources)
+        part = _read_builder(parser, reader, export)
         if part is not None:
             previous = unrolled.artifact_names.get(f"{unrolled.base_name}.{name}")
-            makes[name] = ArtifactConfig(
+            artifacts[name] = ArtifactConfig(
                 name=name, part=part, source=source, previous=previous, location=context.location(key)
             )
-    return makes
+    return artifacts
 
 
-def _source(fields: KeyReader, sources: Mapping[str, SourceConfig]) -> str | None:
-    given = fields.read("source", "str")
-    if given is None:
+def _read_source(reader: KeyReader, sources: Mapping[str, SourceConfig]) -> str | None:
+    source = reader.read("source")
+    if source is None:
         if "train" not in sources:
-            fields.error("", f"say over which samples it is made: `source: NAME`.{suggest('train', sources)}")
+            hint = suggest("train", sources)
+            reader.error("", f"needs `source: NAME`, the samples over which it is computed.{hint}")
         return "train"
-    if given not in sources:
-        fields.error("source", f"no source {given!r}.{suggest(given, sources)}")
-    return given
+    if source not in sources:
+        reader.error("source", f"no source {source!r}.{suggest(source, sources)}")
+    return source
 
 
-def _maker(addresses: OperandParser, fields: KeyReader, export: str | None) -> PartWithOperands | None:
-    """The maker with its parameters and operands; those of its selector stand beside its own."""
-    context, key = addresses.context, fields.key
-    kind = fields.data.get("type")
+def _read_builder(parser: OperandParser, reader: KeyReader, export: str | None) -> PartWithOperands | None:
+    """Reads the part of ARTIFACTS with its parameters and operands.
+
+    Three declared facts name a parameter with a grammar of its own: `selector` (a part of SELECTORS, whose operands
+    join those of the artifact), `candidates` (a mapping of names to models) and `operand_list` (an operand that may be
+    a list).
+    """
+    kind = reader.get_raw("type")
     entry = ARTIFACTS.entries.get(kind) if isinstance(kind, str) else None
-    chooser = entry.facts.get("selector") if entry is not None else None
-    listed = entry.facts.get("candidates") if entry is not None else None
-    several = entry.facts.get("operand_list") if entry is not None else None
-    data, more = fields.data, []
-    if several and isinstance(data.get(several), list) and data[several]:
-        data, more = {**data, several: data[several][0]}, data[several][1:]
-    reserved = ("source", *([chooser] if chooser else []))
-    part = addresses.read_part_with_operands(ARTIFACTS, data, key, export, reserved=reserved)
+    facts = entry.facts if entry is not None else {}
+    selector_key, candidates_key, list_key = (facts.get(name) for name in ("selector", "candidates", "operand_list"))
+    data, more_operands = reader.data, []
+    if list_key and isinstance(data.get(list_key), list) and data[list_key]:
+        # The first operand keeps its name; the others become NAME_1, NAME_2, ...
+        data, more_operands = {**data, list_key: data[list_key][0]}, data[list_key][1:]
+    reserved = ("source", *([selector_key] if selector_key else []))
+    part = parser.read_part_with_operands(ARTIFACTS, data, reader.key, export, reserved=reserved)
     if part is None:
         return None
     params, operands = dict(part.params), dict(part.operands)
-    for number, item in enumerate(more, 1):
-        read = addresses.read_operand(item, export, f"{key}.{several}.{number}")
-        if read is not None:
-            operands[f"{several}_{number}"] = read.operand
-    if chooser:
-        by = fields.data.get(chooser)
-        if by is None:
-            context.error(key, f"maker {kind!r} needs `{chooser}`, one of `kdbench list selectors`.")
-            return None
-        selector = addresses.read_part_with_operands(SELECTORS, by, f"{key}.{chooser}", export)
+    for index, item in enumerate(more_operands, 1):
+        parsed = parser.read_operand(item, export, reader.subkey(f"{list_key}.{index}"))
+        if parsed is not None:
+            operands[f"{list_key}_{index}"] = parsed.operand
+    if selector_key:
+        selector = _read_selector(parser, reader, selector_key, export)
         if selector is None:
             return None
-        params[chooser] = {"type": selector.type, **selector.params}
+        params[selector_key] = {"type": selector.type, **selector.params}
         operands |= selector.operands
-    if listed:
-        models = params.get(listed)
-        params[listed] = {}
-        for name, model in models.items() if isinstance(models, Mapping) else ():
-            read = read_part(context, MODELS, model, f"{key}.{listed}.{name}", MODELS.injected)
-            if read is not None:
-                params[listed][name] = {"type": read.type, **read.params}
-        if not params[listed]:
-            context.error(f"{key}.{listed}", "there is no candidate; write a mapping of names to models.")
+    if candidates_key:
+        params[candidates_key] = _read_candidates(reader, candidates_key, params.get(candidates_key))
     return replace(part, params=params, operands=operands)
 
 
-def link_artifacts(faults: ErrorList, stages: list[StageConfig], unrolled: list[UnrolledStage]) -> list[StageConfig]:
-    """Finds the model that stands in for a chosen one, and finds fault with what is read as something that it is not.
+def _read_selector(parser: OperandParser, reader: KeyReader, name: str, export: str | None) -> PartWithOperands | None:
+    value = reader.data.get(name)
+    if value is None:
+        reader.error("", f"artifact {reader.get_raw('type')!r} needs `{name}`, one of `kdbench list selectors`.")
+        return None
+    return parser.read_part_with_operands(SELECTORS, value, reader.subkey(name), export)
+
+
+def _read_candidates(reader: KeyReader, name: str, value: Any) -> dict[str, dict[str, Any]]:
+    candidates = {}
+    for candidate, model in value.items() if isinstance(value, Mapping) else ():
+        part = read_part(reader.context, MODELS, model, reader.subkey(f"{name}.{candidate}"), MODELS.injected)
+        if part is not None:
+            candidates[candidate] = {"type": part.type, **part.params}
+    if not candidates:
+        reader.error(name, "there is no candidate; write a mapping of names to models.")
+    return candidates
+
+
+def link_artifacts(errors: ErrorList, stages: list[StageConfig], unrolled: list[UnrolledStage]) -> list[StageConfig]:
+    """Replaces references to models by full names, and reports artifacts that are read as another kind.
 
     Returns:
-        The stages, each role's `made` by its full name.
+        The stages. The `model` of a role with an `artifact` is the first candidate, which has the shapes of any
+        candidate.
     """
-    kinds: dict[str, ArtifactConfig] = {}
-    checked = []
-    for stage, own in zip(stages, unrolled, strict=True):
-        roles = {name: _role(faults, role, own, kinds) for name, role in stage.roles.items()}
-        for name, wanted, place in _reads(stage):
-            made = kinds.get(name)
-            found = ARTIFACTS.entry(made.part.type).facts.get("produces") if made is not None else wanted
-            if found != wanted:
-                faults.add(place, f"{name!r} is a {found}, but a {wanted} is read here.")
-        checked.append(replace(stage, roles=roles))
-        kinds |= {f"{stage.name}.{name}": make for name, make in stage.artifacts.items()}
-    return checked
+    artifacts: dict[str, ArtifactConfig] = {}
+    linked = []
+    for stage, origin in zip(stages, unrolled, strict=True):
+        roles = {name: _link_model(errors, role, origin, artifacts) for name, role in stage.roles.items()}
+        for name, expected_kind, location in _artifact_reads(stage):
+            kind = _kind_of(artifacts[name]) if name in artifacts else expected_kind
+            if kind != expected_kind:
+                errors.add(location, f"artifact {name!r} is a {kind}, but a {expected_kind} is expected here.")
+        linked.append(replace(stage, roles=roles))
+        artifacts |= {f"{stage.name}.{name}": artifact for name, artifact in stage.artifacts.items()}
+    return linked
 
 
-def _role(faults: ErrorList, role: RoleConfig, unrolled: UnrolledStage, kinds: Mapping[str, ArtifactConfig]) -> RoleConfig:
+def _kind_of(artifact: ArtifactConfig) -> str:
+    return ARTIFACTS.entry(artifact.part.type).facts["produces"]
+
+
+def _link_model(
+    errors: ErrorList, role: RoleConfig, unrolled: UnrolledStage, artifacts: Mapping[str, ArtifactConfig]
+) -> RoleConfig:
+    """Resolves the artifact that selects a role's model."""
     if role.artifact is None:
         return role
-    full = unrolled.artifact_names.get(role.artifact)
-    if full is None:
-        hint = suggest(role.artifact, unrolled.artifact_names) if unrolled.artifact_names else " No earlier stage makes anything."
-        faults.add(role.location, f"no earlier stage makes {role.artifact!r}, the model of role {role.name!r}.{hint}")
+    full_name = unrolled.artifact_names.get(role.artifact)
+    if full_name is None:
+        hint = artifact_hint(role.artifact, unrolled.artifact_names)
+        errors.add(
+            role.location, f"no earlier stage produces {role.artifact!r}, the model of role {role.name!r}.{hint}"
+        )
         return role
-    make = kinds.get(full)
-    if make is None:  # it is at fault itself
+    artifact = artifacts.get(full_name)
+    if artifact is None:  # its own error is reported already
         return role
-    entry = ARTIFACTS.entry(make.part.type)
-    if entry.facts.get("produces") != "model":
-        faults.add(role.location, f"{full!r} is a {entry.facts.get('makes')}, but role {role.name!r} needs a model.")
+    if _kind_of(artifact) != "model":
+        message = f"artifact {full_name!r} is a {_kind_of(artifact)}, but role {role.name!r} needs a model."
+        errors.add(role.location, message)
         return role
-    candidates = make.part.params.get(entry.facts.get("candidates", ""), {})
-    first: dict[str, Any] = dict(next(iter(candidates.values()), {}))
-    if not first:
+    facts = ARTIFACTS.entry(artifact.part.type).facts
+    candidates = artifact.part.params.get(facts.get("candidates", ""), {})
+    params: dict[str, Any] = dict(next(iter(candidates.values()), {}))
+    if not params:
         return role
-    return replace(role, artifact=full, model=PartConfig(type=first.pop("type"), params=first, location=make.location))
+    model = PartConfig(type=params.pop("type"), params=params, location=artifact.location)
+    return replace(role, artifact=full_name, model=model)
 
 
-def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Location]]:
-    """What a stage reads of what others made: its name, the kind that it must be, and where that was written."""
+def _artifact_reads(stage: StageConfig) -> Iterator[tuple[str, str, Location]]:
+    """Yields the artifacts that sources and operands of a stage read: name, expected kind, location."""
     for source in stage.data.values():
         if source.artifact is not None:
             yield source.artifact, "dataset", source.location
-        for option, value in (("subset", source.subset), ("labels", source.label_fraction)):
+        for option, value in (("subset", source.subset), ("label_fraction", source.label_fraction)):
             if isinstance(value, str):
                 yield value, "subset", source.locations.get(option, source.location)
     for operand in artifact_operands(stage):
@@ -168,5 +197,5 @@ def _reads(stage: StageConfig) -> Iterator[tuple[str, str, Location]]:
 
 
 def artifact_operands(stage: StageConfig) -> Iterator[OperandConfig]:
-    """The operands of a stage's terms, updates and makers that are tensors which an earlier stage made."""
+    """Yields the operands of a stage that are artifacts."""
     return (operand for operand in stage.read_operands() if operand.kind == "artifact")

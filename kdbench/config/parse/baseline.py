@@ -1,4 +1,4 @@
-"""`baseline: true`: the same student, initialisation, order and crops, without a teacher."""
+"""Removes the teachers of a recipe for `baseline: true`: the same student, initialisation, sample order and crops."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kdbench.config.parse.roles import upstream_closure
 from kdbench.config.schema import (
     EdgeConfig,
     InnerStepConfig,
+    OperandConfig,
     PartWithOperands,
     Recipe,
     RoleConfig,
@@ -20,141 +21,181 @@ from kdbench.errors import ConfigError
 
 
 def remove_teachers(recipe: Recipe) -> Recipe:
-    """Drops every role that teaches another, each term that reads one, and what hangs on them; says what it dropped.
+    """Removes every role that teaches another, the terms that read it, and whatever depends on these.
 
-    The exported role and whatever its input needs always stay, and so does a role of which a stage makes something: it
-    labels or chooses data, which is no teaching.
+    The exported role and the roles upstream of it stay. A role from which a stage computes an artifact stays too: it
+    labels or selects data, which is not distillation.
 
     Raises:
-        ConfigError: nothing is left to train.
+        ConfigError: nothing remains to train.
     """
-    stages: list[StageConfig] = []
-    dropped: list[str] = []
+    stages: dict[str, StageConfig] = {}
+    removed: list[str] = []
     for stage in recipe.stages:
-        left = _stage(stage, {kept.name: kept for kept in stages}, dropped, len(recipe.stages) > 1)
-        if left is not None:
-            stages.append(left)
+        prefix = f"stage {stage.name}: " if len(recipe.stages) > 1 else ""
+        remover = _TeacherRemover(stage, stages, prefix)
+        baseline = remover.remove()
+        removed += remover.removed
+        if baseline is not None:
+            stages[baseline.name] = baseline
     if not stages:
         raise ConfigError(
-            f"{recipe.locations.get('twin', recipe.file)}: twin leaves nothing to train: every term of "
+            f"{recipe.locations.get('baseline', recipe.file)}: the baseline has nothing to train: every term of "
             f"{recipe.name} reads a teacher. Add a term that reads labels, such as cross_entropy."
         )
-    return replace(recipe, stages=tuple(stages), baseline_removed=tuple(dropped))
+    return replace(recipe, stages=tuple(stages.values()), baseline_removed=tuple(removed))
 
 
-def _stage(
-    stage: StageConfig, earlier: Mapping[str, StageConfig], dropped: list[str], several: bool
-) -> StageConfig | None:
-    where = f"stage {stage.name}: " if several else ""
-    gone = _teachers(stage)
-    makers = _behind_makers(stage)  # they label or choose data, but teach no more
-    roles = {name: role for name, role in stage.roles.items() if name not in gone - makers}
-    terms: dict[str, TermConfig] = {}
-    for name, term in stage.terms.items():
-        left = _term(term, stage, gone)
-        if left is not None:
-            terms[name] = left
-    trains = bool(stage.epochs or stage.steps)
-    if trains and not terms and not stage.artifacts:
-        dropped.append(f"{where}the whole stage, whose terms all read a teacher" if several else "every term")
-        return None
-    dropped += [f"{where}role {name}" for name in stage.roles if name not in roles]
-    dropped += [f"{where}term {name}" for name in stage.terms if name not in terms]
-    dropped += [
-        f"{where}how term {n} is weighed"
-        for n, term in terms.items()
-        if term.sample_weight != stage.terms[n].sample_weight
-    ]
-    dropped += [f"{where}how term {n} is routed" for n, term in terms.items() if term.route != stage.terms[n].route]
-    for name, role in roles.items():
+class _TeacherRemover:
+    """Removes the teachers of one stage.
+
+    Args:
+        earlier: the earlier stages without teachers, by name.
+        prefix: beginning of each description.
+    """
+
+    def __init__(self, stage: StageConfig, earlier: Mapping[str, StageConfig], prefix: str) -> None:
+        self.stage = stage
+        self.earlier = earlier
+        self.prefix = prefix
+        self.teachers = _teachers(stage)
+        self.removed: list[str] = []
+
+    def remove(self) -> StageConfig | None:
+        """Returns the stage without teachers; None if every term reads a teacher and nothing else is computed."""
+        stage = self.stage
+        # A teacher that an artifact reads still labels or selects data, but its terms are removed.
+        removed_roles = self.teachers - _artifact_roles(stage)
+        roles = {name: role for name, role in stage.roles.items() if name not in removed_roles}
+        reduced_terms = {name: self._reduce_term(term) for name, term in stage.terms.items()}
+        terms = {name: term for name, term in reduced_terms.items() if term is not None}
+        trains = bool(stage.epochs or stage.steps)
+        if trains and not terms and not stage.artifacts:
+            self._note("the stage, since all its terms read a teacher" if self.prefix else "every term")
+            return None
+        self._note_removed(roles, terms)
+        reduced = replace(
+            stage,
+            roles={name: self._without_removed_weights(role) for name, role in roles.items()},
+            terms=terms,
+            updates=self._reduce_updates(roles, terms),
+            metrics=tuple(metric for metric in stage.metrics if metric.type != "agreement"),
+            evaluate=tuple(name for name in stage.evaluate if name in roles),
+        )
+        return reduced if terms or not trains else replace(reduced, epochs=0, steps=None)
+
+    def _note(self, description: str) -> None:
+        self.removed.append(f"{self.prefix}{description}")
+
+    def _note_removed(self, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]) -> None:
+        for name in self.stage.roles:
+            if name not in roles:
+                self._note(f"role {name}")
+        for name in self.stage.terms:
+            if name not in terms:
+                self._note(f"term {name}")
+        for name, term in terms.items():
+            if term.sample_weight != self.stage.terms[name].sample_weight:
+                self._note(f"sample weight of term {name}")
+        for name, term in terms.items():
+            if term.route != self.stage.terms[name].route:
+                self._note(f"router of term {name}")
+
+    def _without_removed_weights(self, role: RoleConfig) -> RoleConfig:
+        """Drops weights of a stage or role that was removed."""
         weights = role.weights
         if weights is None or weights.stage is None:
-            continue
-        source = earlier.get(weights.stage)
-        if source is None or any(wanted not in source.roles for wanted in weights.role or (name,)):
-            roles[name] = replace(role, weights=None)
-            dropped.append(f"{where}the weights that role {name} took from stage {weights.stage}")
-    updates: list[UpdateConfig] = []
-    for update in stage.updates:
-        models = tuple(name for name in update.models if name in roles)
-        names = tuple(name for name in update.terms if name in terms)
-        if models and names:
-            select = None if _reads(update.select, gone) else update.select
+            return role
+        source = self.earlier.get(weights.stage)
+        if source is not None and all(name in source.roles for name in weights.role or (role.name,)):
+            return role
+        self._note(f"weights of role {role.name} from stage {weights.stage}")
+        return replace(role, weights=None)
+
+    def _reduce_updates(
+        self, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+    ) -> tuple[UpdateConfig, ...]:
+        updates: list[UpdateConfig] = []
+        for update in self.stage.updates:
+            models = tuple(name for name in update.models if name in roles)
+            names = tuple(name for name in update.terms if name in terms)
+            if not models or not names:
+                continue
+            select = None if self._reads_teacher(update.select) else update.select
             if select != update.select:
-                dropped.append(f"{where}how the update of {', '.join(models)} chooses its rows")
+                self._note(f"selection of rows in the update of {', '.join(models)}")
+            inner_step = _reduce_inner_step(update.inner_step, roles, terms)
+            if inner_step is None and update.inner_step is not None:
+                self._note(f"inner step of the update of {', '.join(models)}")
             keep = update.keep if select is not None else None
-            after = _virtual(update.inner_step, roles, terms)
-            if after is None and update.inner_step is not None:
-                dropped.append(f"{where}the virtual step before the update of {', '.join(models)}")
-            updates.append(replace(update, models=models, terms=names, select=select, keep=keep, inner_step=after))
-    metrics = tuple(metric for metric in stage.metrics if metric.type != "agreement")
-    kept = replace(stage, roles=roles, terms=terms, updates=tuple(updates), metrics=metrics)
-    kept = replace(kept, evaluate=tuple(name for name in stage.evaluate if name in roles))
-    return kept if terms or not trains else replace(kept, epochs=0, steps=None)
+            updates.append(replace(update, models=models, terms=names, select=select, keep=keep, inner_step=inner_step))
+        return tuple(updates)
+
+    def _reduce_term(self, term: TermConfig) -> TermConfig | None:
+        """Removes the edges of a term that read a teacher; returns None if no edge remains."""
+        if any(self._is_teacher(operand) for operand in term.operands.values()):
+            return None
+        edges = tuple(edge for edge in term.edges if not self._has_teacher(edge))
+        sample_weight = None if self._reads_teacher(term.sample_weight) else term.sample_weight
+        route = None if self._reads_teacher(term.route) or len(edges) < 2 else term.route
+        return replace(term, edges=edges, sample_weight=sample_weight, route=route) if edges else None
+
+    def _has_teacher(self, edge: EdgeConfig) -> bool:
+        """Returns whether an edge reads a teacher, or an artifact that an earlier stage computed from one."""
+        leaves = [] if edge.teacher is None else list(edge.teacher.leaves())
+        is_stored = any(
+            leaf.kind == "artifact" or (leaf.kind == "field" and self.stage.data[leaf.role].artifact is not None)
+            for leaf in leaves
+        )
+        operands = [edge.student] if edge.teacher is None else [edge.student, edge.teacher]
+        return is_stored or any(self._is_teacher(operand) for operand in operands)
+
+    def _reads_teacher(self, part: PartWithOperands | None) -> bool:
+        return part is not None and any(self._is_teacher(operand) for operand in part.operands.values())
+
+    def _is_teacher(self, operand: OperandConfig) -> bool:
+        return any(leaf.role in self.teachers for leaf in operand.feature_operands())
 
 
-def _virtual(
-    after: InnerStepConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
+def _reduce_inner_step(
+    inner_step: InnerStepConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
 ) -> InnerStepConfig | None:
-    """A virtual step by what is left; None when nothing of it is."""
-    if after is None:
+    """Keeps the remaining roles and terms of an inner step; returns None if no role or no term remains."""
+    if inner_step is None:
         return None
-    models = tuple(name for name in after.models if name in roles)
-    names = tuple(name for name in after.terms if name in terms)
-    return replace(after, models=models, terms=names) if models and names else None
-
-
-def _term(term: TermConfig, stage: StageConfig, gone: set[str]) -> TermConfig | None:
-    """A term without the edges that read a teacher; None when nothing of it is left."""
-    if any(leaf.role in gone for operand in term.operands.values() for leaf in operand.feature_operands()):
-        return None
-    edges = tuple(edge for edge in term.edges if not _taught(edge, stage, gone))
-    weigh = None if _reads(term.sample_weight, gone) else term.sample_weight
-    route = None if _reads(term.route, gone) or len(edges) < 2 else term.route
-    return replace(term, edges=edges, sample_weight=weigh, route=route) if edges else None
-
-
-def _taught(edge: EdgeConfig, stage: StageConfig, gone: set[str]) -> bool:
-    """Whether a teacher stands on an edge: one of the roles that go, or what an earlier stage made of one."""
-    teacher = [] if edge.teacher is None else list(edge.teacher.leaves())
-    stored = any(
-        leaf.kind == "artifact" or (leaf.kind == "field" and stage.data[leaf.role].artifact is not None)
-        for leaf in teacher
-    )
-    features = [*edge.student.feature_operands(), *(leaf for leaf in teacher if leaf.kind == "role")]
-    return stored or any(leaf.role in gone for leaf in features)
-
-
-def _reads(part: PartWithOperands | None, gone: set[str]) -> bool:
-    """Whether a weigher, router or selector reads a role that goes."""
-    operands = part.operands.values() if part is not None else ()
-    return any(leaf.role in gone for operand in operands for leaf in operand.feature_operands())
+    models = tuple(name for name in inner_step.models if name in roles)
+    names = tuple(name for name in inner_step.terms if name in terms)
+    return replace(inner_step, models=models, terms=names) if models and names else None
 
 
 def _teachers(stage: StageConfig) -> set[str]:
-    """The roles that teach another, and those that follow or see one of them."""
+    """Returns the roles that teach another role, and the roles that derive from or read one of them."""
     needed = upstream_closure([stage.export], stage.roles, include_source_roles=True)
-    gone: set[str] = set()
-    for edge in (edge for term in stage.terms.values() for edge in term.edges if edge.teacher is not None):
-        own = {leaf.role for leaf in edge.student.feature_operands()}
-        gone |= {leaf.role for leaf in edge.teacher.feature_operands()} - own if edge.teacher is not None else set()
-    gone -= needed
-    changed = True
-    while changed:
-        changed = False
-        for name, role in stage.roles.items():
-            if name not in gone | needed and not gone.isdisjoint((role.source_role, *role.upstream_roles)):
-                gone.add(name)
-                changed = True
-    return gone
+    teachers: set[str] = set()
+    for term in stage.terms.values():
+        for edge in term.edges:
+            if edge.teacher is not None:
+                students = {leaf.role for leaf in edge.student.feature_operands()}
+                teachers |= {leaf.role for leaf in edge.teacher.feature_operands()} - students
+    teachers -= needed
+    grows = True
+    while grows:
+        dependent = {
+            name
+            for name, role in stage.roles.items()
+            if name not in teachers | needed and not teachers.isdisjoint((role.source_role, *role.upstream_roles))
+        }
+        teachers |= dependent
+        grows = bool(dependent)
+    return teachers
 
 
-def _behind_makers(stage: StageConfig) -> set[str]:
-    """The roles of which the stage makes something, and those that they follow or see."""
-    made = (
+def _artifact_roles(stage: StageConfig) -> set[str]:
+    """Returns the roles that the stage's artifacts read, and the roles on which they depend."""
+    roles = (
         leaf.role
-        for make in stage.artifacts.values()
-        for op in make.part.operands.values()
-        for leaf in op.feature_operands()
+        for artifact in stage.artifacts.values()
+        for operand in artifact.part.operands.values()
+        for leaf in operand.feature_operands()
     )
-    return upstream_closure(made, stage.roles, include_source_roles=True)
+    return upstream_closure(roles, stage.roles, include_source_roles=True)

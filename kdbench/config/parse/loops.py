@@ -1,9 +1,9 @@
-"""The stages of a recipe in the order in which they run: loops unrolled, names of earlier stages found.
+"""Unrolls the stages of a recipe into the order in which they run, and resolves references to earlier stages.
 
-An entry of `stages` that holds `rounds` and `stages` is a loop. `train` and `query` in two rounds become `train@1`,
-`query@1`, `train@2`, `query@2`. A name without its round means the latest earlier one, `previous` the nearest earlier
-stage that holds the role, and `initial` is what counts where there is none yet. Every key keeps the one place in the
-file where it was written.
+An entry of `stages` with `rounds` and `stages` is a loop: `train` and `query` in two rounds become `train@1`,
+`query@1`, `train@2`, `query@2`. A name without round means the latest earlier stage of that name, `previous` the
+nearest earlier stage with the role, and `initial` is the value while there is no such stage. Every key keeps the
+location in the file where it is written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 
 from kdbench.config.compose.merge import merge
 from kdbench.config.parse.keys import ParseContext
+from kdbench.config.parse.operands import artifact_hint
+from kdbench.config.schema import Recipe, declared_keys
+from kdbench.config.schema.stage import LOOP_KEYS
 from kdbench.errors import Location, suggest
 
 ONLY_STAGE = "main"
@@ -27,7 +30,8 @@ PREVIOUS = "previous"
 LENGTH_KEYS = ("epochs", "steps")
 
 
-_LOOP = ("rounds", "stages")
+_REPLACED_BY_STAGE = ("terms", "updates")
+"""Keys that a stage replaces; its other keys merge with the top level."""
 
 
 _NAME = re.compile(r"[\w-]+")
@@ -35,12 +39,16 @@ _NAME = re.compile(r"[\w-]+")
 
 @dataclass(frozen=True)
 class UnrolledStage:
-    """One stage as it runs.
+    """One stage in the order of running.
 
-    name: `train@2`; base: `train`. key: where its fragment stands (`stages.active.stages.train`); empty for `main`.
-    fragment: that fragment, with the round's below it. data: laid over the top level. places: of the keys of `data`.
-    made: what earlier stages make, by every name that it has here (`query.pool`, `query@1.pool`), and its full name.
-    unset: roles that take no weights although they would from an earlier stage; where that was written.
+    Attributes:
+        name: with the round: `train@2`. base_name: `train`.
+        key: dotted key of its fragment (`stages.active.stages.train`); empty for `main`.
+        fragment: its own keys, merged over those of its round.
+        data: the fragment merged over the top level.
+        locations: key of `data` -> location.
+        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full, of every earlier artifact.
+        roles_without_weights: roles with `weights: {stage: previous}` and no earlier stage -> location.
     """
 
     name: str
@@ -54,227 +62,250 @@ class UnrolledStage:
 
 
 def merge_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
-    """Lays a stage over the top level: `terms` and `updates` replace, the rest merges."""
-    return merge(top, fragment, replaced=("terms", "updates"))
+    """Merges a stage over the top level: `terms` and `updates` replace, the other keys merge."""
+    return merge(top, fragment, replaced=_REPLACED_BY_STAGE)
 
 
-def stage_locations(places: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
-    """The places of the keys below `prefix` as if they stood at the top level, over those of the top level itself."""
-    own = {key[len(prefix) + 1 :]: place for key, place in places.items() if key.startswith(f"{prefix}.")}
-    replaced = tuple(f"{key}." for key in ("terms", "updates") if key in own) if replaces else ()
-    kept = {key: place for key, place in places.items() if not (replaced and key.startswith(replaced))}
-    return {**kept, **own}
+def stage_locations(locations: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
+    """Returns the locations of the keys below `prefix` as keys of the top level, over those of the top level itself.
+
+    Args:
+        replaces: whether `terms` and `updates` below `prefix` replace those of the top level.
+    """
+    inner = {key[len(prefix) + 1 :]: loc for key, loc in locations.items() if key.startswith(f"{prefix}.")}
+    replaced = tuple(f"{key}." for key in _REPLACED_BY_STAGE if key in inner) if replaces else ()
+    outer = {key: loc for key, loc in locations.items() if not (replaced and key.startswith(replaced))}
+    return {**outer, **inner}
 
 
-def unroll_stages(context: ParseContext, value: Any, shared: Mapping[str, Any], own_keys: set[str]) -> list[UnrolledStage]:
+def unroll_stages(context: ParseContext, stages: Any, shared: Mapping[str, Any]) -> list[UnrolledStage]:
     """Reads `stages`.
 
     Args:
-        value: what stands under `stages`; None for a recipe of one stage.
-        shared: the keys of the top level that a stage may hold.
-        own_keys: those that it may not.
+        stages: the value of the key; None for a recipe with one stage.
+        shared: the keys of the top level that a stage may have too.
     """
-    if value is None:
-        stages = [UnrolledStage(ONLY_STAGE, ONLY_STAGE, "", {}, shared, context.locations)]
-    elif not isinstance(value, Mapping) or not value:
-        context.error("stages", f"must be a mapping of stage names to their keys, got {value!r}.")
+    if stages is None:
+        unrolled = [UnrolledStage(ONLY_STAGE, ONLY_STAGE, "", {}, shared, context.locations)]
+    elif not isinstance(stages, Mapping) or not stages:
+        context.error("stages", f"must be a mapping of stage names to their keys, got {stages!r}.")
         return []
     else:
-        stages = list(_stages(_FragmentReader(context, shared, own_keys), value))
-        _check_names(context, stages)
-    return _linked(context, stages)
+        unrolled = list(_unroll(_FragmentReader(context, shared), stages))
+        _check_names(context, unrolled)
+    return _link_stages(context, unrolled)
 
 
 @dataclass(frozen=True)
 class _FragmentReader:
     context: ParseContext
     shared: Mapping[str, Any]
-    own_keys: set[str]
 
-    def fragment(self, value: Any, key: str) -> dict[str, Any] | None:
-        """A mapping of keys that a stage may hold; None after a fault."""
+    def read(self, value: Any, key: str) -> dict[str, Any] | None:
+        """Returns the keys of a stage or round; None after an error. Keys of the whole recipe are reported."""
         if not isinstance(value, Mapping):
             self.context.error(key, f"must be a mapping of keys, got {value!r}.")
             return None
+        recipe_keys = declared_keys(Recipe)
         for name in value:
-            if name in self.own_keys:
-                said = f"{name!r} belongs to the top level of the recipe, not to a stage."
-                self.context.error(f"{key}.{name}", said)
-        return {name: item for name, item in value.items() if name not in self.own_keys}
+            if name in recipe_keys:
+                message = f"{name!r} belongs to the top level of the recipe, not to a stage."
+                self.context.error(f"{key}.{name}", message)
+        return {name: item for name, item in value.items() if name not in recipe_keys}
 
 
-def _stages(reader: _FragmentReader, value: Mapping[str, Any]) -> Iterator[UnrolledStage]:
+def _is_loop(fragment: Any) -> bool:
+    return isinstance(fragment, Mapping) and "rounds" in fragment
+
+
+def _unroll(reader: _FragmentReader, stages: Mapping[str, Any]) -> Iterator[UnrolledStage]:
     context = reader.context
-    for name, fragment in value.items():
+    for name, value in stages.items():
         key = f"stages.{name}"
-        if fragment is None:
+        if value is None:
             continue
-        if isinstance(fragment, Mapping) and "rounds" in fragment:
-            yield from _loop(reader, key, fragment)
+        if _is_loop(value):
+            yield from _unroll_loop(reader, key, value)
             continue
-        own = reader.fragment(fragment, key)
-        if own is not None:
-            places = stage_locations(context.locations, key) | {"": context.location(key)}
-            yield UnrolledStage(name, name, key, own, merge_stage(reader.shared, own), places)
+        fragment = reader.read(value, key)
+        if fragment is not None:
+            locations = stage_locations(context.locations, key) | {"": context.location(key)}
+            yield UnrolledStage(name, name, key, fragment, merge_stage(reader.shared, fragment), locations)
 
 
-def _loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> Iterator[UnrolledStage]:
+def _unroll_loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> Iterator[UnrolledStage]:
     context = reader.context
     for name in loop:
-        if name not in _LOOP:
-            said = f"unknown key {name!r} in a loop.{suggest(name, _LOOP)} Write it in the stages of the loop."
-            context.error(f"{key}.{name}", said)
-    rounds = _rounds(reader, f"{key}.rounds", loop.get("rounds"))
-    body = loop.get("stages")
-    if not isinstance(body, Mapping) or not any(stage is not None for stage in body.values()):
+        if name not in LOOP_KEYS:
+            hint = f"{suggest(name, LOOP_KEYS)} Write it in the stages of the loop."
+            context.error(f"{key}.{name}", f"unknown key {name!r} in a loop.{hint}")
+    rounds = _read_rounds(reader, f"{key}.rounds", loop.get("rounds"))
+    stages = loop.get("stages")
+    if not isinstance(stages, Mapping) or not any(stage is not None for stage in stages.values()):
         context.error(f"{key}.stages" if "stages" in loop else key, "a loop needs `stages`, a mapping of its stages.")
         return
-    for number, (round_key, below) in enumerate(rounds, 1):
-        shared = merge(reader.shared, below)
-        around = stage_locations(context.locations, round_key, replaces=False) if round_key else context.locations
-        for name, fragment in body.items():
+    for number, (round_key, round_fragment) in enumerate(rounds, 1):
+        shared = merge(reader.shared, round_fragment)
+        outer = context.locations
+        if round_key:
+            outer = {**outer, **stage_locations(outer, round_key, replaces=False)}
+        for name, value in stages.items():
             stage_key = f"{key}.stages.{name}"
-            if fragment is None:
+            if value is None:
                 continue
-            if isinstance(fragment, Mapping) and "rounds" in fragment:
-                context.error(stage_key, "a loop within a loop is not understood; write its rounds out.")
+            if _is_loop(value):
+                context.error(stage_key, "a loop cannot contain a loop; write its rounds as stages.")
                 continue
-            own = reader.fragment(fragment, stage_key)
-            if own is None:
-                continue
-            places = stage_locations({**context.locations, **around}, stage_key) | {"": context.location(stage_key)}
-            data = merge_stage(shared, own)
-            yield UnrolledStage(f"{name}@{number}", name, stage_key, {**below, **own}, data, places)
+            fragment = reader.read(value, stage_key)
+            if fragment is not None:
+                locations = stage_locations(outer, stage_key) | {"": context.location(stage_key)}
+                data = merge_stage(shared, fragment)
+                yield UnrolledStage(
+                    f"{name}@{number}", name, stage_key, {**round_fragment, **fragment}, data, locations
+                )
 
 
-def _rounds(reader: _FragmentReader, key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Where each round's fragment stands, and the fragment; empty after a fault."""
+def _read_rounds(reader: _FragmentReader, key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the dotted key and the fragment of each round; the key is empty if `rounds` is a number."""
     if isinstance(value, list):
-        read = [
-            (f"{key}.{i}", reader.fragment({} if item is None else item, f"{key}.{i}")) for i, item in enumerate(value)
-        ]
-        rounds = [(place, fragment) for place, fragment in read if fragment is not None]
         if not value:
             reader.context.error(key, "the list is empty; a loop needs at least one round.")
-        return rounds
+        fragments = [
+            (f"{key}.{index}", reader.read({} if item is None else item, f"{key}.{index}"))
+            for index, item in enumerate(value)
+        ]
+        return [(round_key, fragment) for round_key, fragment in fragments if fragment is not None]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = "must be how many rounds there are (1 or more), or a list with what each round changes"
-        reader.context.error(key, f"{said}, got {value!r}.")
+        expected = "must be the number of rounds (1 or more), or a list with the keys that each round changes"
+        reader.context.error(key, f"{expected}, got {value!r}.")
         return []
     return [("", {})] * value
 
 
 def _check_names(context: ParseContext, stages: Sequence[UnrolledStage]) -> None:
-    """Names are parts of addresses (`artifact: STAGE.NAME`) and of files."""
-    seen: dict[str, str] = {}
+    """Reports names that addresses (`artifact: STAGE.NAME`) and file names cannot contain, and duplicates."""
+    key_of_name: dict[str, str] = {}
     for stage in stages:
         if not _NAME.fullmatch(stage.base_name) or stage.base_name == PREVIOUS:
-            said = f"{stage.base_name!r} cannot be a stage's name; use letters, digits, `_` and `-`"
-            context.error(stage.key, f"{said} (`{PREVIOUS}` means an earlier stage).")
-        first = seen.setdefault(stage.base_name, stage.key)
-        if first != stage.key:
-            context.error(stage.key, f"two stages are called {stage.base_name!r}; the other is {context.location(first)}.")
+            message = f"{stage.base_name!r} cannot be the name of a stage; use letters, digits, `_` and `-`"
+            context.error(stage.key, f"{message} (`{PREVIOUS}` means an earlier stage).")
+        first_key = key_of_name.setdefault(stage.base_name, stage.key)
+        if first_key != stage.key:
+            location = context.location(first_key)
+            context.error(stage.key, f"two stages are called {stage.base_name!r}; the first is {location}.")
 
 
-def _linked(context: ParseContext, stages: Sequence[UnrolledStage]) -> list[UnrolledStage]:
-    """The stages with every reference to an earlier one by its full name."""
-    makes = {f"{name}.{thing}" for s in stages for name in (s.base_name, s.name) for thing in _makes(s)}
+def _link_stages(context: ParseContext, stages: Sequence[UnrolledStage]) -> list[UnrolledStage]:
+    """Replaces every reference to an earlier stage by its full name."""
+    all_artifacts = {f"{name}.{item}" for s in stages for name in (s.base_name, s.name) for item in _artifacts_of(s)}
     linked: list[UnrolledStage] = []
-    for position, stage in enumerate(stages):
-        own = ParseContext(stage.locations, context.errors, context.also_known)
-        earlier, made = stages[:position], {}
-        for other in earlier:
-            for thing in _makes(other):
-                made[f"{other.base_name}.{thing}"] = made[f"{other.name}.{thing}"] = f"{other.name}.{thing}"
-        _check_first(own, stage.data, makes)
-        linked.append(_link_weights(own, replace(stage, made=made), earlier, stages))
+    for index, stage in enumerate(stages):
+        stage_context = ParseContext(stage.locations, context.errors)
+        earlier, artifact_names = stages[:index], {}
+        for producer in earlier:
+            for item in _artifacts_of(producer):
+                # In a loop the base name is overwritten, so that it means the latest round.
+                artifact_names[f"{producer.base_name}.{item}"] = f"{producer.name}.{item}"
+                artifact_names[f"{producer.name}.{item}"] = f"{producer.name}.{item}"
+        _check_artifacts_with_initial(stage_context, stage.data, all_artifacts)
+        linker = _WeightsLinker(stage_context, earlier, stages)
+        linked.append(linker.link(replace(stage, artifact_names=artifact_names)))
     return linked
 
 
-def _makes(stage: UnrolledStage) -> list[str]:
-    make = stage.data.get("artifacts")
-    return [name for name, value in make.items() if value is not None] if isinstance(make, Mapping) else []
+def _artifacts_of(stage: UnrolledStage) -> list[str]:
+    artifacts = stage.data.get("artifacts")
+    return [name for name, value in artifacts.items() if value is not None] if isinstance(artifacts, Mapping) else []
 
 
-def _check_first(context: ParseContext, data: Any, makes: set[str], key: str = "") -> None:
-    """`{made: ..., first: ...}` must name something that some stage makes: else `initial` would hide the mistake."""
+def _check_artifacts_with_initial(context: ParseContext, data: Any, all_artifacts: set[str], key: str = "") -> None:
+    """Reports `{artifact: NAME, initial: ...}` with a name that no stage produces: `initial` would hide the mistake."""
     if isinstance(data, list | tuple):
-        for position, item in enumerate(data):
-            _check_first(context, item, makes, f"{key}.{position}")
+        for index, item in enumerate(data):
+            _check_artifacts_with_initial(context, item, all_artifacts, f"{key}.{index}")
     if not isinstance(data, Mapping):
         return
     name = data.get("artifact")
-    if isinstance(name, str) and data.get("initial") is not None and name not in makes:
-        hint = suggest(name, makes) if makes else " No stage makes anything."
-        context.error(f"{key}.made", f"no stage makes {name!r}.{hint}")
-    for inner, value in data.items():
-        _check_first(context, value, makes, f"{key}.{inner}" if key else str(inner))
+    if isinstance(name, str) and data.get("initial") is not None and name not in all_artifacts:
+        context.error(f"{key}.artifact", f"no stage produces {name!r}.{artifact_hint(name, all_artifacts)}")
+    for inner_name, value in data.items():
+        _check_artifacts_with_initial(context, value, all_artifacts, f"{key}.{inner_name}" if key else str(inner_name))
 
 
-def _roles(data: Mapping[str, Any]) -> dict[str, str]:
-    """The roles of a stage, and the keys under which they stand."""
+def _role_keys(data: Mapping[str, Any]) -> dict[str, str]:
+    """Returns role name -> dotted key of the role."""
     models = data.get("models")
     models = models if isinstance(models, Mapping) else {}
-    found = {name: f"models.{name}" for name, value in models.items() if value is not None}
-    short = (name for name in ("teacher", "student") if data.get(name) is not None)
-    return found | {name: name for name in short if models.get(name, name) is not None}  # a null in `models` removes
+    keys = {name: f"models.{name}" for name, value in models.items() if value is not None}
+    # `models: {student: null}` removes also the shorthand `student`.
+    shorthands = (name for name in ("teacher", "student") if data.get(name) is not None)
+    return keys | {name: name for name in shorthands if models.get(name, name) is not None}
 
 
-def _link_weights(
-    context: ParseContext, stage: UnrolledStage, earlier: Sequence[UnrolledStage], stages: Sequence[UnrolledStage]
-) -> UnrolledStage:
-    """Finds the stages that `weights: {stage: ...}` mean; takes `initial` where there is none yet."""
-    data, places, unset = dict(stage.data), dict(stage.locations), {}
-    for name, key in _roles(data).items():
-        role = data["models"][name] if key.startswith("models.") else data[name]
-        weights = role.get("weights") if isinstance(role, Mapping) else None
-        wanted = weights.get("stage") if isinstance(weights, Mapping) else None
-        if not isinstance(weights, Mapping) or not isinstance(wanted, str) or {"recipe", "path"} & set(weights):
-            continue  # what is wrong there is told where weights are read
-        at = f"{key}.weights"
-        found = _find(wanted, weights.get("role") or name, earlier)
-        if found is not None:
-            linked: Any = {**{k: v for k, v in weights.items() if k != "initial"}, "stage": found}
-        elif wanted != PREVIOUS and not any(wanted in (s.base_name, s.name) for s in stages):
-            context.error(at, f"stage {wanted!r} does not exist; name an earlier one.{_hint(wanted, earlier)}")
-            linked = None
-        elif weights.get("initial") is not None:
-            linked = weights["initial"]
-            _lift(places, at, f"{at}.first")
-        else:
-            if wanted == PREVIOUS:
-                unset[name] = context.location(at)
+@dataclass(frozen=True)
+class _WeightsLinker:
+    """Resolves `weights: {stage: NAME}` of one stage; takes `initial` if there is no such stage yet."""
+
+    context: ParseContext
+    earlier: Sequence[UnrolledStage]
+    stages: Sequence[UnrolledStage]
+
+    def link(self, stage: UnrolledStage) -> UnrolledStage:
+        data, locations, without_weights = dict(stage.data), dict(stage.locations), {}
+        for name, key in _role_keys(data).items():
+            role = data["models"][name] if key.startswith("models.") else data[name]
+            weights = role.get("weights") if isinstance(role, Mapping) else None
+            target = weights.get("stage") if isinstance(weights, Mapping) else None
+            if not isinstance(weights, Mapping) or not isinstance(target, str) or {"recipe", "path"} & set(weights):
+                continue  # an invalid `weights` is reported where weights are read
+            weights_key = f"{key}.weights"
+            full_name = self._find_stage(target, weights.get("role") or name)
+            linked: Any = None
+            if full_name is not None:
+                linked = {**{k: v for k, v in weights.items() if k != "initial"}, "stage": full_name}
+            elif self._is_missing(target, weights_key):
+                pass
+            elif weights.get("initial") is not None:
+                linked = weights["initial"]
+                _copy_locations(locations, f"{weights_key}.initial", weights_key)
+            elif target == PREVIOUS:
+                without_weights[name] = self.context.location(weights_key)
             else:
-                said = f"stage {wanted!r} comes later, or is this one; name an earlier one"
-                context.error(at, f"{said}.{_hint(wanted, earlier)}")
-            linked = None
-        _put(data, name, key, {**role, "weights": linked})
-    return replace(stage, data=data, places=places, unset=unset)
+                message = f"stage {target!r} is this stage or a later one; name an earlier one"
+                self.context.error(weights_key, f"{message}.{self._hint(target)}")
+            _set_role(data, name, key, {**role, "weights": linked})
+        return replace(stage, data=data, locations=locations, roles_without_weights=without_weights)
+
+    def _is_missing(self, target: str, key: str) -> bool:
+        """Reports a stage that does not exist at all; returns whether it does not."""
+        missing = target != PREVIOUS and not any(target in (s.base_name, s.name) for s in self.stages)
+        if missing:
+            self.context.error(key, f"stage {target!r} does not exist; name an earlier one.{self._hint(target)}")
+        return missing
+
+    def _hint(self, target: str) -> str:
+        names = {stage.base_name for stage in self.earlier}
+        return suggest(target, names) if names else " There is no earlier stage."
+
+    def _find_stage(self, target: str, roles: Any) -> str | None:
+        """Returns the full name of the latest earlier stage that `target` means."""
+        role_names = roles if isinstance(roles, list | tuple) else [roles]
+        for stage in reversed(self.earlier):
+            if target in (stage.base_name, stage.name):
+                return stage.name
+            if target == PREVIOUS and all(role in _role_keys(stage.data) for role in role_names):
+                return stage.name
+        return None
 
 
-def _hint(wanted: str, earlier: Sequence[UnrolledStage]) -> str:
-    return suggest(wanted, {s.base_name for s in earlier}) if earlier else " There is no earlier stage."
-
-
-def _find(wanted: str, roles: Any, earlier: Sequence[UnrolledStage]) -> str | None:
-    """The full name of the latest earlier stage that is meant."""
-    needed = roles if isinstance(roles, list | tuple) else [roles]
-    for other in reversed(earlier):
-        if wanted in (other.base_name, other.name):
-            return other.name
-        if wanted == PREVIOUS and all(role in _roles(other.data) for role in needed):
-            return other.name
-    return None
-
-
-def _put(data: dict[str, Any], name: str, key: str, role: Mapping[str, Any]) -> None:
+def _set_role(data: dict[str, Any], name: str, key: str, role: Mapping[str, Any]) -> None:
     if key.startswith("models."):
         data["models"] = {**data["models"], name: role}
     else:
         data[name] = role
 
 
-def _lift(places: dict[str, Location], to: str, prefix: str) -> None:
-    """Gives the keys below `prefix` their place also where they now stand."""
-    for key in [key for key in places if key == prefix or key.startswith(f"{prefix}.")]:
-        places[to + key[len(prefix) :]] = places[key]
+def _copy_locations(locations: dict[str, Location], source: str, target: str) -> None:
+    """Gives the locations of the keys at and below `source` also to the keys at and below `target`."""
+    for key in [key for key in locations if key == source or key.startswith(f"{source}.")]:
+        locations[target + key[len(source) :]] = locations[key]

@@ -1,4 +1,4 @@
-"""Addresses of operands: features of roles, fields of sources, outputs of terms, what stages made, and combinations."""
+"""Parses operands: features of roles, fields of sources, outputs of terms, artifacts, and combinations of these."""
 
 from __future__ import annotations
 
@@ -9,40 +9,47 @@ from typing import Any
 
 from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.parts import check_parameters, read_part
-from kdbench.config.schema import EdgeConfig, OperandConfig, PartConfig, PartWithOperands
+from kdbench.config.schema import EdgeConfig, OperandConfig, PartConfig, PartWithOperands, declared_keys
 from kdbench.errors import suggest
 from kdbench.registry import ADAPTERS, COMBINERS, Entry, Registry
 
-_ADDRESS = re.compile(r"(?:(?P<role>[\w-]+):)?(?P<path>[\w.\-]*)(?:@(?P<call>\d+))?(?P<side>/in|/out|/stats|/weights)?")
+_FEATURE_ADDRESS = re.compile(
+    r"(?:(?P<role>[\w-]+):)?(?P<path>[\w.\-]*)(?:@(?P<call>\d+))?(?P<side>/in|/out|/stats|/weights)?"
+)
 
 
-_PAIR = re.compile(r"(?P<owner>[\w@-]+)\.(?P<name>[\w-]+)")
+_OWNER_AND_NAME = re.compile(r"(?P<owner>[\w@-]+)\.(?P<name>[\w-]+)")
 
 
 OTHERS = "others"
 
 
 ADDRESS_KINDS = ("term", "artifact")
-"""Words before a colon that are no roles."""
+"""The words before a colon that are not roles."""
 
 
 TERM_OUTPUTS = ("loss", "route", "gate")
 
 
+ADAPTER_INJECTED = ("source", "target")
+
+
 @dataclass(frozen=True)
 class _ParsedOperand:
-    """An operand, and whether the recipe spelled out its path."""
+    """An operand, and whether the recipe names its path."""
 
     operand: OperandConfig
-    explicit: bool
+    has_path: bool
 
 
 @dataclass(frozen=True)
 class OperandParser:
-    """Turns what a recipe writes as an operand into an operand.
+    """Parses the operands of terms and other parts.
 
-    roles, sources, terms: the names that there are; of terms, those that come earlier.
-    made: what earlier stages make, as written (`STAGE.NAME`) and as the unrolled stage calls it.
+    Attributes:
+        roles, sources: the names that exist.
+        terms: the names of the terms above the present one.
+        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
     """
 
     context: ParseContext
@@ -51,138 +58,158 @@ class OperandParser:
     terms: Sequence[str] = ()
     artifact_names: Mapping[str, str] = field(default_factory=dict)
 
-    def read_operand(self, value: Any, own_role: str | None, key: str) -> _ParsedOperand | None:
-        """Reads one operand; a bare path belongs to `own_role`. None after a fault."""
-        adapter: PartConfig | None = None
-        if isinstance(value, Mapping):
-            if value.get("combine") is not None:
-                return self._combined(value, own_role, key)
-            fields = KeyReader(self.context, value, key, "an operand")
-            role = fields.read("role", "str")
-            if role is not None and self._known(role, fields.subkey("role")):
-                own_role = role
-            if fields.has("adapter"):
-                adapter = read_part(
-                    self.context, ADAPTERS, fields.get_raw("adapter"), fields.subkey("adapter"), ("source", "target")
-                )
-            path = fields.read("path", "str", "")
-            fields.finish()
-            bare = role is not None
-        elif isinstance(value, str):
-            path, bare = value, False
-        else:
+    def read_operand(self, value: Any, default_role: str | None, key: str) -> _ParsedOperand | None:
+        """Parses an address or a mapping.
+
+        Args:
+            default_role: the role of a path without role.
+
+        Returns:
+            None after an error.
+        """
+        if isinstance(value, str):
+            return self._parse_address(value, default_role, key, adapter=None, is_path=False)
+        if not isinstance(value, Mapping):
             self.context.error(key, f"an operand is an address such as `teacher:layer3`, got {value!r}.")
             return None
-        return self._address(path, own_role, key, adapter, bare)
+        if value.get("combine") is not None:
+            return self._read_combination(value, default_role, key)
+        reader = KeyReader(self.context, value, key, "an operand", declared_keys(OperandConfig))
+        if reader.has("of"):
+            reader.error("of", "belongs to a combination; name its combiner, such as `combine: mean_logits`.")
+        role = reader.read("role")
+        if role is not None and self._check_role(role, reader.subkey("role")):
+            default_role = role
+        path = reader.read("path") if reader.has("path") else ""
+        return self._parse_address(path, default_role, key, self._read_adapter(reader), is_path=role is not None)
 
     def read_part_with_operands(
         self,
         registry: Registry,
         value: Any,
         key: str,
-        own_role: str | None,
+        default_role: str | None,
         reserved: Sequence[str] = (),
-        given: Sequence[str] = (),
+        available: Sequence[str] = (),
     ) -> PartWithOperands | None:
-        """Reads `{type: NAME, ...}`: parameters, and the operands that the part's registration declares.
+        """Reads `{type: NAME, ...}`: the parameters of a part, and the operands that its registration declares.
 
         Args:
-            reserved: keys of the mapping that belong to someone else.
-            given: declared operands that the part gets without being asked for (those of the term that it weighs).
+            reserved: keys of the mapping that are neither parameters nor operands of the part.
+            available: declared operands that the engine sets (a term's operands, for its sample weight).
         """
         if isinstance(value, str):
             value = {"type": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-            known = ", ".join(sorted(registry.entries)[:12])
-            self.context.error(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, one of: {known}.")
+            names = ", ".join(sorted(registry.entries)[:12])
+            self.context.error(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, one of: {names}.")
             return None
         kind = value["type"]
-        type_key = f"{key}.type" if f"{key}.type" in self.context.locations else key
         entry = registry.entries.get(kind)
-        declared = [name for name in (entry.facts.get("operands", ()) if entry else ()) if name not in given]
-        rest = {k: v for k, v in value.items() if k not in ("type", *declared, *reserved)}
-        checked = check_parameters(self.context, registry, kind, rest, key, type_key, beside=("type", *declared, *reserved))
+        operand_names = [name for name in (entry.facts.get("operands", ()) if entry else ()) if name not in available]
+        other_keys = ("type", *operand_names, *reserved)
+        params = {name: item for name, item in value.items() if name not in other_keys}
+        checked = check_parameters(self.context, registry, kind, params, key, reserved=other_keys)
         if checked is None or entry is None:
             return None
-        operands = self.read_declared_operands(entry, declared, value, key, own_role)
+        operands = self.read_declared_operands(entry, operand_names, value, key, default_role)
         return PartWithOperands(type=kind, params=checked, operands=operands, location=self.context.location(key))
 
     def read_declared_operands(
-        self, entry: Entry, names: Sequence[str], value: Mapping[str, Any], key: str, own_role: str | None
+        self, entry: Entry, names: Sequence[str], data: Mapping[str, Any], key: str, default_role: str | None
     ) -> dict[str, OperandConfig]:
-        """Reads the operands that a part declares by name. One of them may be left out when the part can do without."""
-        found = {}
+        """Reads the operands that a part declares by name; reports a missing one that is not optional."""
+        operands = {}
         for name in names:
-            written = value.get(name)
-            if written is None:
+            value = data.get(name)
+            if value is None:
                 if name not in entry.optional_inputs:
                     self.context.error(key, f"{entry.name!r} reads the operand `{name}`: write `{name}: ADDRESS`.")
                 continue
-            read = self.read_operand(written, own_role, f"{key}.{name}")
-            if read is not None:
-                found[name] = read.operand
-        return found
+            parsed = self.read_operand(value, default_role, f"{key}.{name}")
+            if parsed is not None:
+                operands[name] = parsed.operand
+        return operands
 
-    def _combined(self, value: Mapping[str, Any], own_role: str | None, key: str) -> _ParsedOperand | None:
-        combiner = value["combine"]
+    def _read_combination(self, value: Mapping[str, Any], default_role: str | None, key: str) -> _ParsedOperand | None:
+        # Only some keys of an operand belong to a combination; the rest are parameters of its combiner.
+        all_keys = declared_keys(OperandConfig)
+        reader = KeyReader(
+            self.context,
+            value,
+            key,
+            "a combination",
+            {name: all_keys[name] for name in ("combine", "of", "adapter")},
+            parameters=True,
+        )
+        combiner = reader.get_raw("combine")
         if isinstance(combiner, Mapping):
-            beside = [name for name in value if name not in ("combine", "of", "adapter")]
-            for name in beside:
-                self.context.error(f"{key}.{name}", "belongs inside `combine`, whose value is a mapping.")
-            part = self.read_part_with_operands(COMBINERS, combiner, f"{key}.combine", own_role)
+            for name in reader.parameters():
+                reader.error(name, "belongs inside `combine`, whose value is a mapping.")
+            part = self.read_part_with_operands(COMBINERS, combiner, reader.subkey("combine"), default_role)
         else:
-            flat = {"type": combiner, **{k: v for k, v in value.items() if k != "combine"}}
-            part = self.read_part_with_operands(COMBINERS, flat, key, own_role, reserved=("of", "adapter"))
-        written = value.get("of")
-        if not isinstance(written, list) or len(written) < 2:
-            self.context.error(f"{key}.of", "a combination needs `of`, a list of two or more operands.")
+            flat = {"type": combiner, **reader.parameters()}
+            part = self.read_part_with_operands(COMBINERS, flat, key, default_role, reserved=("of", "adapter"))
+        items = reader.get_raw("of")
+        if not isinstance(items, list) or len(items) < 2:
+            reader.error("of", "a combination needs `of`, a list of two or more operands.")
             return None
-        parts = [self.read_operand(item, own_role, f"{key}.of.{i}") for i, item in enumerate(written)]
-        if part is None or any(read is None for read in parts):
+        parts = [self.read_operand(item, default_role, reader.subkey(f"of.{i}")) for i, item in enumerate(items)]
+        parsed_parts = [parsed for parsed in parts if parsed is not None]
+        if part is None or len(parsed_parts) < len(parts):
             return None
-        adapter = None
-        if value.get("adapter") is not None:
-            adapter = read_part(self.context, ADAPTERS, value["adapter"], f"{key}.adapter", ("source", "target"))
-        first = next(read.operand for read in parts if read is not None)
         operand = OperandConfig(
-            role=first.role,
+            role=parsed_parts[0].operand.role,
             kind="combined",
             combiner=part,
-            parts=tuple(read.operand for read in parts if read is not None),
-            adapter=adapter,
-            location=self.context.location(key),
+            parts=tuple(parsed.operand for parsed in parsed_parts),
+            adapter=self._read_adapter(reader),
+            location=reader.location(),
         )
-        return _ParsedOperand(operand, all(read.explicit for read in parts if read is not None))
+        return _ParsedOperand(operand, all(parsed.has_path for parsed in parsed_parts))
 
-    def _address(
-        self, text: str, own_role: str | None, key: str, adapter: PartConfig | None, bare: bool
+    def _read_adapter(self, reader: KeyReader) -> PartConfig | None:
+        if not reader.has("adapter"):
+            return None
+        return read_part(
+            self.context, ADAPTERS, reader.get_raw("adapter"), reader.subkey("adapter"), injected=ADAPTER_INJECTED
+        )
+
+    def _parse_address(
+        self, text: str, default_role: str | None, key: str, adapter: PartConfig | None, is_path: bool
     ) -> _ParsedOperand | None:
-        kind, _, rest = text.partition(":")
-        if kind in ADDRESS_KINDS and rest:
-            return self._pair(kind, rest, key, adapter)
+        """Parses an address; with `is_path` the text cannot be the name of a role or a field."""
+        prefix, _, remainder = text.partition(":")
+        if prefix in ADDRESS_KINDS and remainder:
+            return self._parse_owned(prefix, remainder, key, adapter)
         source, _, name = text.partition(".")
-        if not bare and name and source in self.sources and source not in self.roles:
-            place = self.context.location(key)
-            return _ParsedOperand(OperandConfig(role=source, path=name, kind="field", adapter=adapter, location=place), True)
-        match = _ADDRESS.fullmatch(text)
-        if match is None:
-            said = "write ROLE:PATH, ROLE:PATH@CALL, ROLE:PATH/in or SOURCE.FIELD"
-            self.context.error(key, f"{text!r} is no address; {said}.")
-            return None
-        role, path, call = match["role"], match["path"], int(match["call"] or 1)
-        if role is None and path in self.roles and not bare:
-            role, path = path, ""
-        if role is not None and not self._known(role, key):
-            return None
-        role = role if role is not None else own_role
-        if role is None or role not in self.roles:
-            known = ", ".join(self.roles)
-            self.context.error(
-                key,
-                f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH "
-                f"(roles: {known}).",
+        if not is_path and name and source in self.sources and source not in self.roles:
+            operand = OperandConfig(
+                role=source, path=name, kind="field", adapter=adapter, location=self.context.location(key)
             )
+            return _ParsedOperand(operand, has_path=True)
+        match = _FEATURE_ADDRESS.fullmatch(text)
+        if match is None:
+            forms = "write ROLE:PATH, ROLE:PATH@CALL, ROLE:PATH/in or SOURCE.FIELD"
+            self.context.error(key, f"{text!r} is not an address; {forms}.")
             return None
+        role, path = match["role"], match["path"]
+        # A word without colon that names a role is that role; otherwise it is a path in the default role.
+        if role is None and path in self.roles and not is_path:
+            role, path = path, ""
+        if role is not None and not self._check_role(role, key):
+            return None
+        role = role if role is not None else default_role
+        if role is None or role not in self.roles:
+            message = f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH"
+            self.context.error(key, f"{message} (roles: {', '.join(self.roles)}).")
+            return None
+        return self._feature(match, role, path, key, adapter)
+
+    def _feature(
+        self, match: re.Match[str], role: str, path: str, key: str, adapter: PartConfig | None
+    ) -> _ParsedOperand | None:
+        call = int(match["call"] or 1)
         if call < 1:
             self.context.error(key, f"calls are counted from 1, got @{call}.")
             return None
@@ -190,53 +217,60 @@ class OperandParser:
         operand = OperandConfig(
             role=role, path=path or "logits", call=call, side=side, adapter=adapter, location=self.context.location(key)
         )
-        return _ParsedOperand(operand, bool(path))
+        return _ParsedOperand(operand, has_path=bool(path))
 
-    def _pair(self, kind: str, text: str, key: str, adapter: PartConfig | None) -> _ParsedOperand | None:
-        """`term:NAME.OUTPUT` or `artifact:STAGE.NAME`."""
-        match = _PAIR.fullmatch(text)
+    def _parse_owned(self, kind: Any, text: str, key: str, adapter: PartConfig | None) -> _ParsedOperand | None:
+        """Parses `term:NAME.OUTPUT` or `artifact:STAGE.NAME`, from after the colon."""
+        match = _OWNER_AND_NAME.fullmatch(text)
         if match is None:
             form = "term:NAME.loss" if kind == "term" else "artifact:STAGE.NAME"
-            self.context.error(key, f"{text!r} is no address of a {kind}; write {form}.")
+            self.context.error(key, f"{text!r} is not the address of a {kind}; write {form}.")
             return None
         owner, name = match["owner"], match["name"]
         if kind == "term" and owner not in self.terms:
             hint = suggest(owner, self.terms) if self.terms else " There is none."
-            self.context.error(key, f"no earlier term {owner!r}; a term reads those that stand above it.{hint}")
+            self.context.error(key, f"no earlier term {owner!r}; a term can read the terms above it.{hint}")
             return None
         if kind == "term" and name not in TERM_OUTPUTS:
-            self.context.error(key, f"a term gives out {', '.join(TERM_OUTPUTS)}.{suggest(name, TERM_OUTPUTS)}")
+            self.context.error(
+                key, f"the outputs of a term are {', '.join(TERM_OUTPUTS)}.{suggest(name, TERM_OUTPUTS)}"
+            )
             return None
         if kind == "artifact":
-            full = self.artifact_names.get(text)
-            if full is None:
-                hint = suggest(text, self.artifact_names) if self.artifact_names else " No earlier stage makes anything."
-                self.context.error(key, f"no earlier stage makes {text!r}.{hint}")
+            full_name = self.artifact_names.get(text)
+            if full_name is None:
+                hint = artifact_hint(text, self.artifact_names)
+                self.context.error(key, f"no earlier stage produces {text!r}.{hint}")
                 return None
-            owner, name = full.rsplit(".", 1)
-        place = self.context.location(key)
-        return _ParsedOperand(OperandConfig(role=owner, path=name, kind=kind, adapter=adapter, location=place), True)  # type: ignore[arg-type]
+            owner, name = full_name.rsplit(".", 1)
+        operand = OperandConfig(role=owner, path=name, kind=kind, adapter=adapter, location=self.context.location(key))
+        return _ParsedOperand(operand, has_path=True)
 
-    def _known(self, role: str, key: str) -> bool:
+    def _check_role(self, role: str, key: str) -> bool:
         if role not in self.roles:
             self.context.error(key, f"no role {role!r}.{suggest(role, self.roles)}")
         return role in self.roles
 
 
+def artifact_hint(name: str, artifact_names: Collection[str]) -> str:
+    """Returns a hint for an artifact that no earlier stage produces."""
+    return suggest(name, artifact_names) if artifact_names else " No earlier stage produces an artifact."
+
+
 class EdgeReader:
-    """Reads the operands of one term.
+    """Reads the pairs of operands that one term compares.
 
     Args:
-        addresses: of everything that there is.
-        student: the role that `student` operands belong to when they name none; None where it is not obvious.
-        key, entry: the term's key in the recipe, and its registration.
+        student_role: the role of `student` operands without role; None if it is ambiguous.
+        key: the term's key in the recipe.
+        entry: the term's registration.
     """
 
-    def __init__(self, addresses: OperandParser, student: str | None, key: str, entry: Entry) -> None:
-        self.addresses = addresses
-        self.context = addresses.context
-        self.roles = addresses.roles
-        self.student_role = student
+    def __init__(self, parser: OperandParser, student_role: str | None, key: str, entry: Entry) -> None:
+        self.parser = parser
+        self.context = parser.context
+        self.roles = parser.roles
+        self.student_role = student_role
         self.key = key
         self.entry = entry
 
@@ -249,96 +283,117 @@ class EdgeReader:
         return self.reads_teacher and "teacher" not in self.entry.optional_inputs
 
     def edges(self, student: Any, teacher: Any) -> tuple[EdgeConfig, ...]:
-        """All pairs of operands; empty after a fault."""
-        count = len(self.context.errors)
-        students = self._students(student)
-        pairs = self._pairs(students, isinstance(student, list), teacher) if students else []
-        if len(self.context.errors) > count:
+        """Reads all pairs of operands; empty after an error.
+
+        Args:
+            student, teacher: the values of the term's keys.
+        """
+        error_count = len(self.context.errors)
+        students = self._read_students(student)
+        pairs = self._pair(students, isinstance(student, list), teacher) if students else []
+        if len(self.context.errors) > error_count:
             return ()
-        self._check_paths(pairs, teacher)
+        self._check_paths(pairs)
         return tuple(EdgeConfig(student=s.operand, teacher=t.operand if t else None) for s, t in pairs)
 
-    def _students(self, value: Any) -> list[_ParsedOperand]:
+    def _read_students(self, value: Any) -> list[_ParsedOperand]:
         key = f"{self.key}.student"
         if value is None:
             if self.student_role is None:
-                known = ", ".join(self.roles)
-                self.context.error(self.key, f"say which role learns: `student: ROLE`, one of {known}.")
+                self.context.error(
+                    self.key, f"which role learns? Write `student: ROLE`, one of {', '.join(self.roles)}."
+                )
                 return []
-            return [_ParsedOperand(OperandConfig(role=self.student_role, location=self.context.location(self.key)), False)]
+            operand = OperandConfig(role=self.student_role, location=self.context.location(self.key))
+            return [_ParsedOperand(operand, has_path=False)]
         items = value if isinstance(value, list) else [value]
         if not items:
             self.context.error(key, "the list is empty.")
-        read = [self._operand(item, self.student_role, key, i) for i, item in enumerate(items)]
-        return [operand for operand in read if operand is not None]
+        parsed = [self._read_item(item, self.student_role, key, index) for index, item in enumerate(items)]
+        return [operand for operand in parsed if operand is not None]
 
-    def _pairs(self, students: list[_ParsedOperand], listed: bool, teacher: Any) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
+    def _pair(
+        self, students: list[_ParsedOperand], is_list: bool, teacher: Any
+    ) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
+        """Pairs each student with a teacher.
+
+        Args:
+            is_list: whether the recipe lists its students.
+        """
         key = f"{self.key}.teacher"
         if not self.reads_teacher:
             if teacher is not None:
-                said = f"term {self.entry.name!r} reads no teacher; it reads {', '.join(self.entry.inputs)}. Remove it."
-                self.context.error(key, said)
+                inputs = ", ".join(self.entry.inputs)
+                self.context.error(key, f"term {self.entry.name!r} reads no teacher; it reads {inputs}. Remove it.")
             return [(student, None) for student in students]
         if teacher is None:
-            return self._default_teachers(students)
+            return self._pair_with_default_teacher(students)
         if teacher == OTHERS:
-            return self._others(students, listed)
+            return self._pair_with_others(students, is_list)
         if not isinstance(teacher, list):
-            only = self._operand(teacher, "teacher", key, 0)
-            return [(student, only) for student in students]
-        read = [self._operand(item, "teacher", key, i) for i, item in enumerate(teacher)]
-        if not listed and read:
-            students = students * len(read)
-        if len(students) != len(read):
-            said = (
-                f"the list has {len(read)} operands, but `student` has {len(students)}; element i goes with element i."
-            )
-            self.context.error(key, said)
+            parsed = self._read_item(teacher, "teacher", key, 0)
+            return [(student, parsed) for student in students]
+        teachers = [self._read_item(item, "teacher", key, index) for index, item in enumerate(teacher)]
+        if not is_list and teachers:
+            students = students * len(teachers)
+        if len(students) != len(teachers):
+            counts = f"the list has {len(teachers)} operands, but `student` has {len(students)}"
+            self.context.error(key, f"{counts}; element i is compared with element i.")
             return []
-        return list(zip(students, read, strict=True))
+        return list(zip(students, teachers, strict=True))
 
-    def _default_teachers(self, students: list[_ParsedOperand]) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
+    def _pair_with_default_teacher(
+        self, students: list[_ParsedOperand]
+    ) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
         if not self.needs_teacher:
             return [(student, None) for student in students]
         if "teacher" not in self.roles:
-            known = ", ".join(self.roles)
+            roles = ", ".join(self.roles)
             self.context.error(
                 self.key,
-                f"term {self.entry.name!r} reads a teacher, but the recipe has no role `teacher` (roles: {known}). "
+                f"term {self.entry.name!r} reads a teacher, but the recipe has no role `teacher` (roles: {roles}). "
                 f"Add `teacher: {{model: NAME, weights: ...}}`, or name the role that teaches in {self.key}.teacher.",
             )
             return []
         for student in students:
-            if student.explicit and student.operand.path != "logits":
+            if student.has_path and student.operand.path != "logits":
+                # Equal paths of two networks are rarely comparable: the recipe must name the teacher's.
                 self.context.error(
                     self.key,
-                    f"the student's operand is `{student.operand}`; say which feature of the teacher it is compared "
+                    f"the student's operand is `{student.operand}`; name the feature of the teacher to compare it "
                     f"with, such as `teacher: {student.operand.path}`.",
                 )
-        place = self.context.location(self.key)
-        return [(student, _ParsedOperand(OperandConfig(role="teacher", location=place), False)) for student in students]
+        teacher = OperandConfig(role="teacher", location=self.context.location(self.key))
+        return [(student, _ParsedOperand(teacher, has_path=False)) for student in students]
 
-    def _others(self, students: list[_ParsedOperand], listed: bool) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
+    def _pair_with_others(
+        self, students: list[_ParsedOperand], is_list: bool
+    ) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
         names = [student.operand.role for student in students]
-        if not listed or len(set(names)) < 2 or len(set(names)) != len(names):
+        if not is_list or len(set(names)) < 2 or len(set(names)) != len(names):
             key = f"{self.key}.teacher"
             self.context.error(key, "`others` needs a list of two or more different roles as `student`.")
             return []
-        return [(s, t) for s in students for t in students if t is not s]
+        return [(student, teacher) for student in students for teacher in students if teacher is not student]
 
-    def _check_paths(self, pairs: list[tuple[_ParsedOperand, _ParsedOperand | None]], teacher: Any) -> None:
+    def _check_paths(self, pairs: list[tuple[_ParsedOperand, _ParsedOperand | None]]) -> None:
+        """Reports an operand without module path, of a term that compares features."""
         if not self.entry.facts.get("features"):
             return
-        for side, read in [("student", s) for s, _ in pairs] + [("teacher", t) for _, t in pairs if t is not None]:
-            if not read.explicit:
-                role = read.operand.role
-                self.context.error(
-                    self.key,
-                    f"term {self.entry.name!r} compares features: `{side}` must give a module path, such as "
-                    f"`{side}: layer3` (`kdbench inspect MODEL` lists them)"
-                    + ("." if role == side else f"; what the role {role!r} itself gives out is `{role}:logits`."),
-                )
+        students = [("student", student) for student, _ in pairs]
+        teachers = [("teacher", teacher) for _, teacher in pairs if teacher is not None]
+        for side, parsed in students + teachers:
+            if parsed.has_path:
+                continue
+            role = parsed.operand.role
+            message = (
+                f"term {self.entry.name!r} compares features: `{side}` needs a module path, such as "
+                f"`{side}: layer3` (`kdbench inspect MODEL` lists them)"
+            )
+            output = "" if role == side else f"; the output of role {role!r} is `{role}:logits`"
+            self.context.error(self.key, f"{message}{output}.")
 
-    def _operand(self, value: Any, own_role: str | None, key: str, position: int) -> _ParsedOperand | None:
-        item_key = f"{key}.{position}" if f"{key}.{position}" in self.context.locations else key
-        return self.addresses.read_operand(value, own_role, item_key)
+    def _read_item(self, value: Any, default_role: str | None, key: str, index: int) -> _ParsedOperand | None:
+        """Reads one operand of a list, or the only one."""
+        item_key = f"{key}.{index}" if f"{key}.{index}" in self.context.locations else key
+        return self.parser.read_operand(value, default_role, item_key)

@@ -1,63 +1,58 @@
-"""`optimizer:` and `scheduler:` of a stage or an update."""
+"""Reads `optimizer` and `scheduler` of a stage or an update."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from kdbench.config.parse.keys import POSITIVE, ParseContext
+from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.parts import check_parameters, read_part, read_schedule
 from kdbench.config.schema import OptimizerConfig, PartConfig
-from kdbench.registry import OPTIMIZERS, type_mismatch
+from kdbench.config.schema.updates import OPTIMIZER_GROUP_KEYS, SCHEDULER_KEYS
+from kdbench.registry import OPTIMIZERS
 
 
 def read_optimizer(context: ParseContext, value: Any, key: str) -> OptimizerConfig:
     """Reads `SGD`, or `{type: SGD, lr: 0.1, groups: [{type: norm, weight_decay: 0}]}`."""
     if isinstance(value, str):
         value = {"type": value}
-    read = read_part(context, OPTIMIZERS, value, key, ("params",), reserved=("groups",))
-    if read is None:
+    part = read_part(context, OPTIMIZERS, value, key, ("params",), reserved=("groups",))
+    if part is None:
         return OptimizerConfig(location=context.location(key))
     groups = value.get("groups") or []
     if not isinstance(groups, list):
         context.error(f"{key}.groups", f"must be a list such as `- {{type: norm, weight_decay: 0}}`, got {groups!r}.")
         groups = []
-    for position, group in enumerate(groups):
-        group_key = f"{key}.groups.{position}"
-        if not isinstance(group, Mapping) or not ({"path", "type"} & set(group)):
-            context.error(group_key, "a group is a mapping with `path` or `type`, to say which parameters it holds.")
-            continue
-        for name in ("path", "type"):
-            if name in group and not isinstance(group[name], str):
-                context.error(f"{group_key}.{name}", f"must be text, got {group[name]!r}.")
-        own = {name: item for name, item in group.items() if name not in ("path", "type")}
-        check_parameters(context, OPTIMIZERS, read.type, own, group_key, group_key, _all(read.type))
+    for index, group in enumerate(groups):
+        _check_group(context, part.type, group, f"{key}.groups.{index}")
     groups = tuple(group for group in groups if isinstance(group, Mapping))
-    return OptimizerConfig(type=read.type, params=read.params, groups=groups, location=context.location(key))
+    return OptimizerConfig(type=part.type, params=part.params, groups=groups, location=context.location(key))
 
 
-def _all(kind: str) -> tuple[str, ...]:
-    """A group repeats no parameter that the optimiser has already."""
-    return tuple(OPTIMIZERS.entry(kind).parameters)
+def _check_group(context: ParseContext, optimizer: str, group: Any, key: str) -> None:
+    if not isinstance(group, Mapping) or not set(OPTIMIZER_GROUP_KEYS) & set(group):
+        context.error(key, "a group is a mapping with `path` or `type`, which select its parameters.")
+        return
+    reader = KeyReader(context, group, key, "a group", OPTIMIZER_GROUP_KEYS, parameters=True)
+    for name in OPTIMIZER_GROUP_KEYS:
+        reader.read(name)
+    # A group need not repeat the parameters that the optimiser requires.
+    required = tuple(OPTIMIZERS.entry(optimizer).parameters)
+    check_parameters(context, OPTIMIZERS, optimizer, reader.parameters(), key, required)
 
 
 def read_scheduler(context: ParseContext, value: Any, key: str) -> PartConfig | None:
-    """Reads the factor on the learning rate: a schedule, with an optional `warmup` beside it."""
+    """Reads the factor of the learning rate: a schedule, with an optional `warmup`."""
     if value is None:
         return None
     if isinstance(value, str):
         value = {"type": value}
     if isinstance(value, Mapping) and "type" not in value and "warmup" in value:
         value = {"type": "constant", **value}
-    read = read_schedule(context, value, key, reserved=("warmup",))
-    if read is None:
+    schedule = read_schedule(context, value, key, reserved=("warmup",))
+    if schedule is None:
         return None
-    warmup = value.get("warmup")
+    warmup = KeyReader(context, value, key, "the scheduler", SCHEDULER_KEYS, parameters=True).read("warmup")
     if warmup is None:
-        return read
-    if type_mismatch("float", warmup) or not POSITIVE[0](warmup):
-        context.error(
-            f"{key}.warmup", f"must be a number of epochs (or of steps with `by: step`) above 0, got {warmup!r}."
-        )
-        return read
-    return PartConfig(type=read.type, params={**read.params, "warmup": warmup}, location=read.location)
+        return schedule
+    return PartConfig(type=schedule.type, params={**schedule.params, "warmup": warmup}, location=schedule.location)

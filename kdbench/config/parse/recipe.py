@@ -1,8 +1,7 @@
-"""From composed plain data to a Recipe: every key, name, type and reference is checked, and all faults are told."""
+"""Parses a composed recipe into a Recipe: checks every key, name, type and reference."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,111 +10,82 @@ from kdbench.config.compose.hydra import ComposedRecipe
 from kdbench.config.compose.shorthand import contract
 from kdbench.config.parse.artifacts import link_artifacts
 from kdbench.config.parse.baseline import remove_teachers
-from kdbench.config.parse.keys import AT_LEAST_ONE, NOT_NEGATIVE, PERCENTAGE, POSITIVE, Check, KeyReader, ParseContext
+from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.loops import LENGTH_KEYS, UnrolledStage, unroll_stages
-from kdbench.config.parse.stages import read_stage
-from kdbench.config.schema import Notes, Published, Recipe, StageConfig
+from kdbench.config.parse.stages import TOP_LEVEL_KEYS, read_stage
+from kdbench.config.schema import Notes, Published, Recipe, StageConfig, declared_keys
 from kdbench.config.yaml_reader import iterate_scalars
 from kdbench.errors import suggest
 
-DEVICE: Check = (
-    lambda text: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text) is not None,
-    "auto, cpu, mps, cuda or cuda:N",
-)
 
-
-def parse_recipe(composed: ComposedRecipe, base: Path, seen: tuple[str, ...] = ()) -> Recipe:
-    """Checks a composed recipe and spells it out.
+def parse_recipe(composed: ComposedRecipe, folder: Path, ancestors: tuple[str, ...] = ()) -> Recipe:
+    """Parses and checks a composed recipe.
 
     Args:
-        base: the folder of the recipe's file; paths of other recipes begin there.
-        seen: the files of the recipe and of those that need it, to find a recipe that needs its own result.
+        folder: the folder of the recipe's file; paths of other recipes are relative to it.
+        ancestors: files of the recipe and of the recipes that need its result, to detect a cycle.
 
     Raises:
-        ConfigError: with every fault, one line each.
+        ConfigError: with every error, one line each.
     """
     context = ParseContext(composed.locations)
     for key, value in iterate_scalars(composed.data):
         if value == "???":
-            context.error(key, f"has no value yet; give it on the command line: `{key}=...`.")
+            context.error(key, f"has no value yet; set it on the command line: `{key}=...`.")
     context.errors.raise_any(composed.file)
-    top = KeyReader(context, composed.data, "", "the recipe")
-    vars_ = top.get_raw("vars", {})
-    if not isinstance(vars_, Mapping):
-        top.error("vars", f"must be a mapping of free values, got {vars_!r}.")
-    stages_value = top.get_raw("stages")
-    twin = top.read("baseline", "bool", False)
-    options: dict[str, Any] = {
-        "title": top.read("title", "str", ""),
-        "paper": top.read("paper", "str", ""),
-        "methods": top.read_strings("methods"),
-        "notes": _notes(context, top),
-        "seed": top.read("seed", "int", 1),
-        "device": top.read("device", "str", "auto", DEVICE),
-        "compile": top.read("compile", "bool | Literal['max', 'cuda_graph']", False),
-        "frozen_forward": top.read("frozen_forward", "Literal['auto', 'inline', 'prefetch', 'cache']", "auto"),
-        "frozen_batch_size": top.read("frozen_batch_size", "int", 1024, AT_LEAST_ONE),
-        "channels_last": top.read("channels_last", "bool"),
-        "shard": _shard(top),
-        "workers": top.read("workers", "int", 0, NOT_NEGATIVE),
-        "data_root": top.read("data_root", "str", "data"),
-        "runs": top.read("runs", "str", "runs"),
-        "out": top.read("out", "str"),
-        "fresh": top.read("fresh", "bool", False),
-        "tensorboard": top.read("tensorboard", "bool", True),
-        "keep_epochs": tuple(sorted(top.read("keep_epochs", "list[int]", []))),
-    }
-    published_value = top.get_raw("published")
-    shared = {key: value for key, value in composed.data.items() if key not in top.known}
-    own_keys = set(top.known)
-    inner = ParseContext(context.locations, context.errors, tuple(own_keys))
-    unrolled = unroll_stages(inner, stages_value, shared, own_keys)
-    stages = _read_stages(inner, unrolled, base, seen)
-    _check_lengths(context, unrolled)
-    _check_shard(context, options["shard"], stages)
+    # Unknown keys are reported where the stages are read.
+    top = KeyReader(context, composed.data, "", "the recipe", TOP_LEVEL_KEYS, parameters=True)
+    top.read_mapping("vars", "layer: layer3")
+    fields = top.read_plain_fields(Recipe)
+    unrolled = _unroll(context, top)
+    stages = _read_stages(context, unrolled, folder, ancestors)
+    _check_length_overrides(context, unrolled)
+    _check_sharded_roles(context, fields["shard"], stages)
     _check_export(context, stages)
-    published = _published(context, top, published_value, composed, stages)
+    fields |= {
+        "name": composed.name,
+        "file": composed.file,
+        "stages": tuple(stages),
+        "resolved": contract(composed.data),
+        "locations": composed.locations,
+        "path": composed.path,
+        "group_choices": composed.group_choices,
+        "overrides": composed.overrides,
+        "notes": _read_notes(top),
+        "published": _read_published(top, composed, stages),
+        "keep_epochs": tuple(sorted(fields["keep_epochs"])),
+    }
     context.errors.raise_any(composed.file)
-    recipe = Recipe(
-        name=composed.name,
-        file=composed.file,
-        stages=tuple(stages),
-        resolved=contract(composed.data),
-        locations=composed.locations,
-        path=composed.path,
-        group_choices=composed.group_choices,
-        overrides=composed.overrides,
-        baseline=twin,
-        published=published,
-        **options,
-    )
-    return remove_teachers(recipe) if twin else recipe
+    recipe = Recipe(**fields)
+    return remove_teachers(recipe) if recipe.baseline else recipe
 
 
-def _notes(context: ParseContext, top: KeyReader) -> Notes | None:
+def _unroll(context: ParseContext, top: KeyReader) -> list[UnrolledStage]:
+    recipe_keys = declared_keys(Recipe)
+    shared = {name: value for name, value in top.data.items() if name not in recipe_keys}
+    return unroll_stages(context, top.get_raw("stages"), shared)
+
+
+def _read_notes(top: KeyReader) -> Notes | None:
     """Reads `notes: {basis: code, source: [...], differs: [...], scaled_down: [...]}`."""
     value = top.get_raw("notes")
     if value is None:
         return None
     if isinstance(value, str):  # TODO(renovation): remove when all recipes have structured notes
         return Notes(basis="text", differs=(value,))
-    fields = KeyReader(context, value, "notes", "notes")
-    basis = fields.read("basis", "Literal['code', 'text', 'abstract']")
-    lists = {name: fields.read_strings(name) for name in ("source", "differs", "scaled_down")}
-    fields.finish()
-    if basis is None:
-        fields.error("", "needs `basis`: code, text or abstract.")
-        return None
-    return Notes(basis=basis, **lists)
+    return KeyReader(top.context, value, "notes", "notes", declared_keys(Notes)).read_config(Notes)
 
 
-def _shard(top: KeyReader) -> bool | tuple[str, ...]:
-    """Which roles lie in parts where there are several processes: none, all that can, or those named."""
-    value = top.get_raw("shard", False)
-    return value if isinstance(value, bool) else top.read_strings("shard")
+def _read_stages(
+    context: ParseContext, unrolled: list[UnrolledStage], folder: Path, ancestors: tuple[str, ...]
+) -> list[StageConfig]:
+    stages = [read_stage(ParseContext(stage.locations, context.errors), stage, folder, ancestors) for stage in unrolled]
+    stages = link_artifacts(context.errors, stages, unrolled)
+    _check_stage_weights(context, stages, unrolled)
+    return stages
 
 
-def _check_shard(context: ParseContext, shard: bool | tuple[str, ...], stages: list[StageConfig]) -> None:
+def _check_sharded_roles(context: ParseContext, shard: bool | tuple[str, ...], stages: list[StageConfig]) -> None:
     roles = {name for stage in stages for name in stage.roles}
     for name in () if isinstance(shard, bool) else shard:
         if name not in roles:
@@ -123,78 +93,57 @@ def _check_shard(context: ParseContext, shard: bool | tuple[str, ...], stages: l
 
 
 def _check_export(context: ParseContext, stages: list[StageConfig]) -> None:
-    """The result of a recipe that trains something must be something that moved in one of its stages."""
+    """Reports an exported role that no stage changes, in a recipe that trains other roles."""
     roles = [role for stage in stages for role in stage.roles.values()]
-    moved = {role.name for role in roles if role.mode != "frozen"}
+    not_frozen = {role.name for role in roles if role.mode != "frozen"}
     trained = sorted({role.name for role in roles if role.mode == "trainable"})
-    name = stages[-1].export if stages else None
-    if trained and any(role.name == name for role in roles) and name not in moved:
-        context.error("export", f"{name!r} is frozen in every stage, while {', '.join(trained)} trains.")
+    export = stages[-1].export if stages else None
+    if trained and any(role.name == export for role in roles) and export not in not_frozen:
+        context.error("export", f"{export!r} is frozen in every stage; trained are {', '.join(trained)}.")
 
 
-def _read_stages(context: ParseContext, unrolled: list[UnrolledStage], base: Path, seen: tuple[str, ...]) -> list[StageConfig]:
-    stages = []
-    for stage in unrolled:
-        own = ParseContext(stage.locations, context.errors, context.also_known)
-        stages.append(read_stage(own, stage, base, seen))
-    stages = link_artifacts(context.errors, stages, unrolled)
-    _check_stage_weights(context, stages, unrolled)
-    return stages
-
-
-def _check_lengths(context: ParseContext, unrolled: list[UnrolledStage]) -> None:
-    """An override of `epochs` that every stage hides would vanish without a word."""
+def _check_length_overrides(context: ParseContext, unrolled: list[UnrolledStage]) -> None:
+    """Reports an override of `epochs` or `steps` that has no effect, because every stage sets its own length."""
     for key in LENGTH_KEYS:
-        place = context.locations.get(key)
-        hidden = all(any(length in stage.fragment for length in LENGTH_KEYS) for stage in unrolled)
-        if place is not None and place.override and unrolled and unrolled[0].key and hidden:
+        location = context.locations.get(key)
+        is_hidden = all(any(length in stage.fragment for length in LENGTH_KEYS) for stage in unrolled)
+        if location is not None and location.override and unrolled and unrolled[0].key and is_hidden:
             context.error(key, f"has no effect: every stage sets its own; write {unrolled[0].key}.{key}=...")
 
 
 def _check_stage_weights(context: ParseContext, stages: list[StageConfig], unrolled: list[UnrolledStage]) -> None:
-    """Weights of an earlier stage must be of roles that it has; a frozen role cannot do without any."""
+    """Reports weights of roles that their stage does not have, and frozen roles without any weights."""
     earlier: dict[str, StageConfig] = {}
-    for stage, own in zip(stages, unrolled, strict=True):
+    for stage, origin in zip(stages, unrolled, strict=True):
         for role in stage.roles.values():
             source = earlier.get(role.weights.stage or "") if role.weights is not None else None
             if role.weights is not None and source is not None:
-                for wanted in role.weights.role or (role.name,):
-                    if wanted not in source.roles:
-                        said = f"stage {source.name!r} has no role {wanted!r}.{suggest(wanted, source.roles)}"
-                        context.errors.add(role.weights.location, said)
-            if role.name in own.roles_without_weights and role.mode == "frozen":
-                said = f"no earlier stage holds role {role.name!r}, which is frozen: say its `initial:` weights."
-                context.errors.add(own.roles_without_weights[role.name], said)
+                for name in role.weights.role or (role.name,):
+                    if name not in source.roles:
+                        message = f"stage {source.name!r} has no role {name!r}.{suggest(name, source.roles)}"
+                        context.errors.add(role.weights.location, message)
+            if role.name in origin.roles_without_weights and role.mode == "frozen":
+                message = f"no earlier stage has role {role.name!r}, which is frozen: it needs `initial:` weights."
+                context.errors.add(origin.roles_without_weights[role.name], message)
         earlier[stage.name] = stage
 
 
-def _published(
-    context: ParseContext, top: KeyReader, value: Any, composed: ComposedRecipe, stages: list[StageConfig]
-) -> Published | None:
-    """Reads the published figure: one number, or one for each pair or each student's model."""
+def _read_published(top: KeyReader, composed: ComposedRecipe, stages: list[StageConfig]) -> Published | None:
+    """Reads the published figure: one number, or one for each pair or each model of the exported role."""
+    value: Any = top.get_raw("published")
     if value is None:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = {"top1": value}
-    fields = KeyReader(context, value, "published", "published")
-    top1 = fields.read("top1", "float", None, PERCENTAGE)
-    by_pair = fields.read("pairs", "dict", {})
-    by_model = fields.read("models", "dict", {})
-    for kind, figures in (("pairs", by_pair), ("models", by_model)):
-        for name, figure in figures.items():
-            if not isinstance(figure, int | float) or isinstance(figure, bool) or not PERCENTAGE[0](figure):
-                fields.error(f"{kind}.{name}", f"must be {PERCENTAGE[1]}, got {figure!r}.")
-                return None
-    source = fields.read("source", "str", "")
-    epoch = fields.read("epoch", "Literal['last', 'best', 'unstated']", "unstated")
-    tolerance = fields.read("tolerance", "float", None, POSITIVE)
-    fields.finish()
-    if top1 is None and not by_pair and not by_model:
-        fields.error("", "needs `top1`, or figures by `pairs` or `models`.")
+    reader = KeyReader(top.context, value, "published", "published", declared_keys(Published))
+    top1, by_pair, by_model = (reader.read(name) for name in ("top1", "pairs", "models"))
+    if not any(reader.has(name) for name in ("top1", "pairs", "models")):
+        reader.error("", "needs `top1`, or figures by `pairs` or `models`.")
     if top1 is None:
         top1 = by_pair.get(composed.group_choices.get("pair", ""))
     if top1 is None and stages:
         exported = stages[-1].roles.get(stages[-1].export)
         if exported is not None and exported.model is not None:
             top1 = by_model.get(exported.model.type)
-    return None if top1 is None else Published(top1=top1, source=source, epoch=epoch, tolerance=tolerance)
+    fields: Mapping[str, Any] = reader.read_plain_fields(Published)
+    return None if top1 is None else Published(top1=top1, **fields)

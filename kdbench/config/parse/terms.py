@@ -1,4 +1,4 @@
-"""The entries of `terms:` and `updates:`."""
+"""Reads the entries of `terms`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any
 from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.operands import EdgeReader, OperandParser
 from kdbench.config.parse.parts import check_parameters, read_schedule
-from kdbench.config.schema import PartConfig, PartWithOperands, RoleConfig, TermConfig
+from kdbench.config.schema import EdgeConfig, PartConfig, RoleConfig, TermConfig, declared_keys
 from kdbench.registry import ROUTERS, SAMPLE_WEIGHTS, TERMS, Entry, type_mismatch
 
-RESERVED_KEYS = ("type", "weight", "student", "teacher", "mask", "teacher_grad", "sample_weight", "route")
+_WEIGHTING = {"sample_weight": SAMPLE_WEIGHTS, "route": ROUTERS}
+"""The keys of a term whose parts weight its losses -> their registry."""
+
+
+ENGINE_OPERANDS = ("student", "teacher", "teachers", "losses")
+"""The operands that the engine gives to a sample weight or router: those of its term."""
 
 
 def read_terms(
@@ -20,107 +25,120 @@ def read_terms(
     roles: Mapping[str, RoleConfig],
     export: str | None,
     sources: Collection[str] = (),
-    made: Mapping[str, str] | None = None,
+    artifact_names: Mapping[str, str] | None = None,
 ) -> dict[str, TermConfig]:
-    """Reads every term; a null entry removes one that a layer below gave.
+    """Reads every term; a null entry removes a term of a layer below.
 
     Args:
-        export: the role that is the result, where it is known.
-        sources: the names of the sources, whose fields a term may read.
-        made: what earlier stages make, as written and by its full name.
+        top: reader of the stage's keys.
+        export: the exported role, if it is known.
+        sources: names of the sources, whose fields a term may read.
+        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
     """
-    value = top.get_raw("terms", {})
-    if isinstance(value, list):  # an override can still give one
+    value = top.get_raw("terms")
+    if isinstance(value, list):  # only from an override: lists in files are mappings already
         value = {str(item.get("type") if isinstance(item, Mapping) else item): item for item in value}
-    if not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, Mapping):
         top.error("terms", f"must be a mapping such as `kd: {{type: kd, weight: 0.9}}`, got {value!r}.")
-        value = {}
+        value = None
     trainable = [name for name, role in roles.items() if role.mode == "trainable"]
     student = "student" if "student" in roles else export
     if student is None and len(trainable) == 1:
         student = trainable[0]
-    terms = {}
-    for name, entry in value.items():
-        if entry is not None:
-            addresses = OperandParser(context, list(roles), sources, list(terms), made or {})
-            term = _term(addresses, name, top.subkey(f"terms.{name}"), entry, student)
-            if term is not None:
-                terms[name] = term
+    terms: dict[str, TermConfig] = {}
+    for name, entry in (value or {}).items():
+        if entry is None:
+            continue
+        parser = OperandParser(context, list(roles), sources, list(terms), artifact_names or {})
+        term = _read_term(parser, name, top.subkey(f"terms.{name}"), entry, student)
+        if term is not None:
+            terms[name] = term
     return terms
 
 
-def _term(addresses: OperandParser, name: str, key: str, value: Any, student: str | None) -> TermConfig | None:
-    context = addresses.context
+def _read_term(
+    parser: OperandParser, name: str, key: str, value: Any, default_student: str | None
+) -> TermConfig | None:
+    context = parser.context
     if isinstance(value, str):
         value = {"type": value}
-    fields = KeyReader(context, value, key, f"term {name!r}")
-    kind = fields.get_raw("type")
+    reader = KeyReader(context, value, key, f"term {name!r}", declared_keys(TermConfig), parameters=True)
+    kind = reader.get_raw("type")
     if not isinstance(kind, str):
-        said = f"term {name!r} needs a `type`, one of: {', '.join(sorted(TERMS.entries))}."
-        context.error(key, said)
+        context.error(key, f"term {name!r} needs a `type`, one of: {', '.join(sorted(TERMS.entries))}.")
         return None
-    weight = _weight(context, fields)
-    student_value, teacher_value = fields.get_raw("student"), fields.get_raw("teacher")
-    where = fields.read("mask", "str")
-    teacher_grad = fields.read("teacher_grad", "bool", False)
-    type_key = fields.subkey("type") if fields.subkey("type") in context.locations else key
-    routing = {name: fields.get_raw(name) for name in ("sample_weight", "route")}
-    known = TERMS.entries.get(kind)
-    declared = [
-        name for name in (known.facts.get("operands", ()) if known else ()) if name not in ("student", "teacher")
-    ]
-    more = {name: fields.get_raw(name) for name in declared}
-    params = check_parameters(context, TERMS, kind, fields.remaining(), key, type_key, beside=(*RESERVED_KEYS, *declared))
-    if params is None:
+    entry = TERMS.entries.get(kind)
+    # Operands that the term's class declares are keys beside its parameters.
+    operand_names = [item for item in (entry.facts.get("operands", ()) if entry else ()) if item not in reader.keys]
+    params = {item: param for item, param in reader.parameters().items() if item not in operand_names}
+    checked = check_parameters(context, TERMS, kind, params, key, reserved=(*reader.keys, *operand_names))
+    if checked is None or entry is None:
         return None
-    entry = TERMS.entry(kind)
+    edge_reader = EdgeReader(parser, default_student, key, entry)
+    # Without any role the error is reported already.
+    edges = edge_reader.edges(reader.get_raw("student"), reader.get_raw("teacher")) if parser.roles else ()
+    student = edges[0].student.role if edges else default_student
+    fields: dict[str, Any] = {
+        **reader.read_plain_fields(TermConfig),
+        "name": name,
+        "weight": _read_weight(reader),
+        "edges": edges,
+        "params": checked,
+        "operands": parser.read_declared_operands(entry, operand_names, reader.data, key, student),
+        "location": context.location(key),
+    }
+    _check_mask(reader, entry)
+    _check_weighting(reader, entry, edges)
+    return TermConfig(**fields | _read_weighting(parser, reader, student))
+
+
+def _read_weighting(parser: OperandParser, reader: KeyReader, student: str | None) -> dict[str, Any]:
+    """Reads the sample weight and the router of a term."""
+    return {
+        name: parser.read_part_with_operands(
+            registry, reader.get_raw(name), reader.subkey(name), student, available=ENGINE_OPERANDS
+        )
+        for name, registry in _WEIGHTING.items()
+        if reader.has(name)
+    }
+
+
+def _check_mask(reader: KeyReader, entry: Entry) -> None:
     space = entry.facts.get("space", "row")
-    if where is not None and (space == "model" or (space == "batch" and "mask" not in entry.inputs)):
-        fields.error("mask", f"term {kind!r} couples the whole batch and takes no mask, so `mask` cannot thin it out.")
-    if teacher_grad and "teacher" not in entry.inputs:
-        fields.error("teacher_grad", f"term {kind!r} reads no teacher.")
-    reader = EdgeReader(addresses, student, key, entry)
-    edges = reader.edges(student_value, teacher_value) if addresses.roles else ()  # no roles: told already
-    for label, value in routing.items():
-        if value is not None and not _takes_weights(entry):
-            fields.error(label, f"term {kind!r} couples the whole batch and takes no weights, so nothing can weigh it.")
-    if routing["route"] is not None and len(edges) == 1:
-        fields.error("route", "a router chooses among edges, but the term has only one: give a list of teachers.")
-    elif routing["route"] is not None and edges and len({str(edge.teacher or edge.student) for edge in edges}) == 1:
-        only = edges[0].teacher or edges[0].student
-        fields.error("route", f"a router chooses among teachers, but every edge has the same: {only}.")
-    own = edges[0].student.role if edges else student
-    parts: dict[str, PartWithOperands | None] = {"sample_weight": None, "route": None}
-    for label, registry in (("sample_weight", SAMPLE_WEIGHTS), ("route", ROUTERS)):
-        if routing[label] is not None:
-            parts[label] = addresses.read_part_with_operands(
-                registry, routing[label], f"{key}.{label}", own, given=("student", "teacher", "teachers", "losses")
+    if reader.has("mask") and (space == "model" or (space == "batch" and "mask" not in entry.inputs)):
+        reader.error("mask", f"term {entry.name!r} couples the whole batch and takes no mask, so `mask` has no effect.")
+    if reader.has("teacher_grad") and reader.read("teacher_grad") and "teacher" not in entry.inputs:
+        reader.error("teacher_grad", f"term {entry.name!r} reads no teacher.")
+
+
+def _check_weighting(reader: KeyReader, entry: Entry, edges: tuple[EdgeConfig, ...]) -> None:
+    for name in _WEIGHTING:
+        if reader.has(name) and not _takes_weights(entry):
+            reader.error(
+                name, f"term {entry.name!r} couples the whole batch and takes no weights, so `{name}` has no effect."
             )
-    return TermConfig(
-        name=name,
-        type=kind,
-        weight=weight,
-        edges=edges,
-        mask=where,
-        teacher_grad=teacher_grad,
-        params=params,
-        operands=addresses.read_declared_operands(entry, declared, more, key, own),
-        **parts,
-        location=context.location(key),
-    )
+    if not reader.has("route"):
+        return
+    if len(edges) == 1:
+        reader.error("route", "a router weights edges, but the term has only one: write a list of teachers.")
+    elif edges and len({str(edge.teacher or edge.student) for edge in edges}) == 1:
+        operand = edges[0].teacher or edges[0].student
+        reader.error("route", f"a router weights teachers, but every edge has the same: {operand}.")
 
 
 def _takes_weights(entry: Entry) -> bool:
-    """Whether samples can count differently in a term: the runner weighs what it reduces, the others must take them."""
+    """Returns whether rows can have different weights: the engine reduces row losses, other terms must take weights."""
     space = entry.facts.get("space", "row")
     return space not in ("batch", "model") or (space == "batch" and "weight" in entry.inputs)
 
 
-def _weight(context: ParseContext, fields: KeyReader) -> float | PartConfig:
-    value = fields.get_raw("weight", 1.0)
+def _read_weight(reader: KeyReader) -> float | PartConfig:
+    value = reader.get_raw("weight")
+    if value is None:
+        return 1.0
     if isinstance(value, Mapping):
-        return read_schedule(context, value, fields.subkey("weight")) or 1.0
+        return read_schedule(reader.context, value, reader.subkey("weight")) or 1.0
     if type_mismatch("float", value) or value != value or abs(value) == float("inf"):
-        fields.error("weight", f"must be a finite number or a schedule such as {{type: linear, ...}}, got {value!r}.")
+        reader.error("weight", f"must be a finite number or a schedule such as {{type: linear, ...}}, got {value!r}.")
         return 1.0
     return value

@@ -1,15 +1,24 @@
-"""Reads `updates:`: which roles move by which terms, in which order."""
+"""Reads `updates`: the ordered updates of one training step."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kdbench.config.parse.keys import AT_LEAST_ONE, FRACTION_OR_COUNT, POSITIVE, KeyReader, ParseContext
+from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.operands import OperandParser
 from kdbench.config.parse.optimizers import read_optimizer
 from kdbench.config.parse.parts import read_schedule
-from kdbench.config.schema import InnerStepConfig, PartConfig, PartWithOperands, RoleConfig, TermConfig, UpdateConfig
+from kdbench.config.schema import (
+    InnerStepConfig,
+    PartConfig,
+    PartWithOperands,
+    RoleConfig,
+    TermConfig,
+    UpdateConfig,
+    declared_keys,
+)
+from kdbench.config.schema.updates import SELECTION_KEYS
 from kdbench.errors import suggest
 from kdbench.registry import SELECTORS
 
@@ -21,130 +30,140 @@ def read_updates(
     terms: Mapping[str, TermConfig],
     sources: Collection[str] = (),
 ) -> tuple[UpdateConfig, ...]:
-    """Reads the ordered moves within a step; a list within the list is a group that moves together."""
-    value = top.get_raw("updates", [])
+    """Reads the updates in order; a list within the list is a group that updates simultaneously.
+
+    Args:
+        top: reader of the stage's keys.
+    """
+    value = top.get_raw("updates") or []
     if not isinstance(value, list):
         top.error("updates", f"must be a list such as `- {{models: [student], terms: [kd]}}`, got {value!r}.")
         return ()
+    reader = _UpdateReader(context, roles, terms, sources)
     updates: list[UpdateConfig] = []
-    for position, item in enumerate(value):
-        key = top.subkey(f"updates.{position}")
+    for index, item in enumerate(value):
+        key = top.subkey(f"updates.{index}")
         if not isinstance(item, list):
-            updates.append(_update(context, item, key, roles, terms, sources, None))
+            updates.append(reader.read(item, key, group=None))
             continue
-        group = [_update(context, one, f"{key}.{i}", roles, terms, sources, position) for i, one in enumerate(item)]
-        _check_together(context, key, group, roles)
+        group = [reader.read(member, f"{key}.{i}", group=index) for i, member in enumerate(item)]
+        _check_group(context, key, group)
         updates += group
     return tuple(updates)
 
 
-def _update(
-    context: ParseContext,
-    item: Any,
-    key: str,
-    roles: Mapping[str, RoleConfig],
-    terms: Mapping[str, TermConfig],
-    sources: Collection[str],
-    together: int | None,
-) -> UpdateConfig:
-    fields = KeyReader(context, item, key, "an update")
-    models, names = _moves(fields, roles, terms, "an update")
-    optimizer = None
-    if fields.get_raw("optimizer") is not None:
-        optimizer = read_optimizer(context, fields.data["optimizer"], fields.subkey("optimizer"))
-    repeat = fields.read("repeat", "int", 1, AT_LEAST_ONE)
-    if together is not None and repeat > 1:
-        fields.error(
-            "repeat", "updates that move together cannot be repeated apart; repeat belongs to a single update."
+class _UpdateReader:
+    """Reads one update, given the roles, terms and sources of its stage."""
+
+    def __init__(
+        self,
+        context: ParseContext,
+        roles: Mapping[str, RoleConfig],
+        terms: Mapping[str, TermConfig],
+        sources: Collection[str],
+    ) -> None:
+        self.context = context
+        self.roles = roles
+        self.terms = terms
+        self.sources = sources
+
+    def read(self, data: Any, key: str, group: int | None) -> UpdateConfig:
+        """Reads an update.
+
+        Args:
+            group: position of the group to which it belongs.
+        """
+        reader = KeyReader(self.context, data, key, "an update", declared_keys(UpdateConfig))
+        models, terms = self._read_models_and_terms(reader)
+        repeat = reader.read("repeat")
+        if group is not None and repeat > 1:
+            reader.error("repeat", "an update in a group cannot be repeated by itself; `repeat` needs a single update.")
+        optimizer = reader.get_raw("optimizer")
+        select, keep = self._read_selection(reader)
+        return UpdateConfig(
+            models=models,
+            terms=terms,
+            repeat=repeat,
+            optimizer=None
+            if optimizer is None
+            else read_optimizer(self.context, optimizer, reader.subkey("optimizer")),
+            group=group,
+            select=select,
+            keep=keep,
+            inner_step=self._read_inner_step(reader),
+            location=reader.location(),
         )
-    select, keep = _selection(context, fields, roles, sources)
-    after = _virtual(context, fields, roles, terms)
-    fields.finish()
-    return UpdateConfig(
-        models=models,
-        terms=names,
-        repeat=repeat,
-        optimizer=optimizer,
-        group=together,
-        select=select,
-        keep=keep,
-        inner_step=after,
-        location=fields.location(),
-    )
+
+    def _read_models_and_terms(self, reader: KeyReader) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        models, terms = reader.read("models") or (), reader.read("terms") or ()
+        for name, values in (("models", models), ("terms", terms)):
+            if not values:
+                reader.error("", f"{reader.subject} needs `{name}`, a list of names.")
+            for value in sorted({value for value in values if values.count(value) > 1}):
+                reader.error(name, f"{value!r} is listed twice.")
+        for name in models:
+            if name not in self.roles:
+                reader.error("models", f"no role {name!r}.{suggest(name, self.roles)}")
+            elif self.roles[name].mode != "trainable":
+                mode = self.roles[name].mode
+                reader.error("models", f"role {name!r} is {mode}; {reader.subject} moves trainable roles only.")
+        for index, name in enumerate(terms):
+            if name not in self.terms:
+                reader.error("terms", f"no term {name!r}.{suggest(name, self.terms)}")
+                continue
+            for operand in self.terms[name].read_operands():
+                if operand.kind == "term" and operand.role not in terms[:index]:
+                    message = f"term {name!r} reads {operand}, which this update does not compute before it"
+                    reader.error("terms", f"{message}; list {operand.role!r} first.")
+        return models, terms
+
+    def _read_inner_step(self, update: KeyReader) -> InnerStepConfig | None:
+        value = update.get_raw("inner_step")
+        if value is None:
+            return None
+        reader = KeyReader(
+            self.context, value, update.subkey("inner_step"), "an inner step", declared_keys(InnerStepConfig)
+        )
+        models, terms = self._read_models_and_terms(reader)
+        if update.has("select"):
+            update.error("select", "cannot be combined with `inner_step`: both steps use the whole batch.")
+        return InnerStepConfig(models=models, terms=terms, lr=_read_lr(reader), location=reader.location())
+
+    def _read_selection(self, update: KeyReader) -> tuple[PartWithOperands | None, float | int | None]:
+        """Reads `select`; returns the selector, and the fraction or number of rows to keep."""
+        value = update.get_raw("select")
+        if value is None:
+            return None, None
+        key = update.subkey("select")
+        if isinstance(value, str):
+            value = {"type": value}
+        reader = KeyReader(self.context, value, key, "select", SELECTION_KEYS, parameters=True)
+        if reader.check_required():
+            reader.read("keep")
+        parser = OperandParser(self.context, list(self.roles), self.sources)
+        student = "student" if "student" in self.roles else None
+        selector = parser.read_part_with_operands(SELECTORS, value, key, student, reserved=tuple(SELECTION_KEYS))
+        return selector, reader.read("keep")
 
 
-def _moves(
-    fields: KeyReader, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig], what: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Reads `models` and `terms`: who moves by what."""
-    models, names = fields.read_strings("models"), fields.read_strings("terms")
-    if not names:
-        fields.error("", f"{what} needs `terms`, a list of names.")
-    if not models:
-        fields.error("", f"{what} needs `models`, a list of names.")
-    for name in models:
-        if name not in roles:
-            fields.error("models", f"no role {name!r}.{suggest(name, roles)}")
-        elif roles[name].mode != "trainable":
-            fields.error("models", f"role {name!r} is {roles[name].mode}; {what} moves trainable roles only.")
-    for side, listed in (("models", models), ("terms", names)):
-        for name in sorted({name for name in listed if listed.count(name) > 1}):
-            fields.error(side, f"{name!r} is listed twice.")
-    for name in names:
-        if name not in terms:
-            fields.error("terms", f"no term {name!r}.{suggest(name, terms)}")
-            continue
-        for operand in terms[name].read_operands():
-            if operand.kind == "term" and operand.role not in names[: names.index(name)]:
-                said = f"term {name!r} reads {operand}, which this update does not compute before it"
-                fields.error("terms", f"{said}; list {operand.role!r} first.")
-    return models, names
-
-
-def _virtual(
-    context: ParseContext, fields: KeyReader, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
-) -> InnerStepConfig | None:
-    value = fields.get_raw("inner_step")
-    if value is None:
+def _read_lr(reader: KeyReader) -> float | PartConfig | None:
+    value = reader.get_raw("lr")
+    if isinstance(value, Mapping):
+        return read_schedule(reader.context, value, reader.subkey("lr"))
+    if value is not None and (not reader.check_type("lr", value) or not reader.check_value("lr", value)):
         return None
-    own = KeyReader(context, value, fields.subkey("inner_step"), "inner_step")
-    models, names = _moves(own, roles, terms, "a virtual step")
-    lr: float | PartConfig | None = None
-    if isinstance(own.get_raw("lr"), Mapping):
-        lr = read_schedule(context, own.data["lr"], own.subkey("lr"))
-    else:
-        lr = own.read("lr", "float", None, POSITIVE)
-    own.finish()
-    if fields.data.get("select") is not None:
-        fields.error("select", "cannot stand beside `inner_step`: both steps are of the whole batch.")
-    return InnerStepConfig(models=models, terms=names, lr=lr, location=own.location())
+    return value
 
 
-def _selection(
-    context: ParseContext, fields: KeyReader, roles: Mapping[str, RoleConfig], sources: Collection[str]
-) -> tuple[PartWithOperands | None, float | int | None]:
-    value = fields.get_raw("select")
-    if value is None:
-        return None, None
-    key = fields.subkey("select")
-    own = KeyReader(context, value, key, "select")
-    keep = own.read("keep", "float", None, FRACTION_OR_COUNT)
-    if keep is None or keep == 1:
-        own.error("keep", "say how many rows stay: `keep: 16`, or a share below 1.")
-    addresses = OperandParser(context, list(roles), sources)
-    student = "student" if "student" in roles else None
-    return addresses.read_part_with_operands(SELECTORS, value, key, student, reserved=("keep",)), keep
-
-
-def _check_together(context: ParseContext, key: str, group: list[UpdateConfig], roles: Mapping[str, RoleConfig]) -> None:
-    """A parameter that two updates move at once has no defined new value."""
+def _check_group(context: ParseContext, key: str, group: list[UpdateConfig]) -> None:
+    """Reports a role or term in two updates of a group: simultaneous updates of one parameter contradict each other."""
     if len(group) < 2:
-        context.error(key, "a group of updates that move together needs two or more.")
-    seen: dict[str, str] = {}
+        context.error(key, "a group of simultaneous updates needs two or more.")
+    previous_members: set[tuple[str, str]] = set()
     for update in group:
-        for kind, names in (("model", update.models), ("term", update.terms)):
-            for name in names:
-                if name in seen and seen[name] == kind:
-                    said = f"{kind} {name!r} stands in two updates of one group, which have no order"
-                    context.error(key, f"{said}: list the updates one after the other, or merge them.")
-                seen[name] = kind
+        members = [("model", name) for name in update.models] + [("term", name) for name in update.terms]
+        for kind, name in members:
+            if (kind, name) in previous_members:
+                message = f"{kind} {name!r} is in two updates of one group, which have no order"
+                context.error(key, f"{message}: list the updates one after the other, or merge them.")
+        previous_members.update(members)

@@ -1,1 +1,1 @@
-"""Augmentations by name, and the view that applies a list of them to a batch on its device."""
+"""Augmentations by name, and the view that applies a list of them to a batch on the device."""

@@ -1,4 +1,4 @@
-"""Changes of colour, before the image is normalised."""
+"""Colour augmentations, before the image is normalised."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kdbench.registry import AUGMENTATIONS
 
 @AUGMENTATIONS.register("color", version=1)
 class Color(ColorAugmentation):
-    """Random brightness, contrast and saturation, as torchvision's ColorJitter, always in this order.
+    """Changes brightness, contrast and saturation at random, in this order, as torchvision's ColorJitter.
 
-    Each factor is uniform in [max(0, 1 - x), 1 + x]; values stay in [0, 1]. Grey images have no saturation to change.
+    Each factor is uniform in [max(0, 1 - x), 1 + x]; values stay in [0, 1]. Grey images skip saturation.
 
     Args:
         brightness: x of the factor on all pixels.
@@ -34,23 +34,23 @@ class Color(ColorAugmentation):
             raise ConfigError(f"color: needs images of 1 or 3 channels, these have {shape[0]}")
         return shape
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         brightness, contrast, saturation = (
-            (low + draws[:, k] * (1 + strength - low)).to(image.dtype).view(-1, 1, 1, 1)
+            (low + params[:, k] * (1 + strength - low)).to(image.dtype).view(-1, 1, 1, 1)
             for k, strength in enumerate(self.strengths)
             for low in (max(0.0, 1 - strength),)
         )
         image = (image * brightness).clamp(0, 1)
-        image = _towards(image, _grey(image).mean((1, 2, 3), keepdim=True), contrast)
-        return image if image.shape[1] == 1 else _towards(image, _grey(image), saturation)
+        image = _blend(image, _gray(image).mean((1, 2, 3), keepdim=True), contrast)
+        return image if image.shape[1] == 1 else _blend(image, _gray(image), saturation)
 
 
-def _towards(image: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return (factor * image + (1 - factor) * other).clamp(0, 1)
+def _blend(image: Tensor, gray: Tensor, factor: Tensor) -> Tensor:
+    return (factor * image + (1 - factor) * gray).clamp(0, 1)
 
 
-def _grey(image: Tensor) -> Tensor:
-    """The luma of ITU-R 601, (batch, 1, height, width)."""
+def _gray(image: Tensor) -> Tensor:
+    """Returns the luma of ITU-R 601, (batch, 1, height, width)."""
     if image.shape[1] == 1:
         return image
     red, green, blue = image.split(1, dim=1)

@@ -1,4 +1,4 @@
-"""Corruptions: what a student sees worse than its teacher does."""
+"""Corruptions: degrade the images of a view, usually the student's."""
 
 from __future__ import annotations
 
@@ -14,44 +14,45 @@ from kdbench.data.augment.mixing import interval_mask
 from kdbench.errors import ConfigError
 from kdbench.registry import AUGMENTATIONS
 
-_WORD = 0xFFFFFFFF
+_WORD_MASK = 0xFFFFFFFF
 
 
-_BITS = 23
-"""A float32 holds (k + 1/2) / 2**23 exactly, so that no draw is rounded to 0 or 1."""
+_UNIFORM_BITS = 23
+"""A float32 represents (k + 1/2) / 2**23 exactly, so that no uniform number is rounded to 0 or 1."""
 
 
-def _mix(word: Tensor) -> Tensor:
-    """Mixes the bits of 32-bit words, held in int64; no product leaves the 63 bits."""
-    word = ((word ^ (word >> 16)) * 0x45D9F3B) & _WORD
-    word = ((word ^ (word >> 16)) * 0x45D9F3B) & _WORD
-    return word ^ (word >> 16)
+def _hash_words(words: Tensor) -> Tensor:
+    """Hashes 32-bit words, stored as int64; no product exceeds 63 bits."""
+    words = ((words ^ (words >> 16)) * 0x45D9F3B) & _WORD_MASK
+    words = ((words ^ (words >> 16)) * 0x45D9F3B) & _WORD_MASK
+    return words ^ (words >> 16)
 
 
-def hashed_normals(draws: Tensor, count: int) -> Tensor:
-    """Returns standard normal numbers, float32 (batch, count), a function of each row's two draws alone.
+def hashed_normals(params: Tensor, count: int) -> Tensor:
+    """Returns standard normal numbers, float32 (batch, count), a function of each row's two parameters.
 
     A table of all samples' pixels would be larger than the dataset. So each number is a hash of its position and of the
-    sample's draws, mapped through the inverse of the normal distribution; they lie within 5.3 deviations.
+    sample's parameters, mapped through the inverse normal distribution function. Numbers are within 5.3 deviations.
 
     Args:
-        draws: float32 (batch, 2), uniform in [0, 1).
+        params: float32 (batch, 2), uniform in [0, 1).
+        count: numbers for each row.
     """
-    first, second = ((draws[:, k : k + 1] * 2**24).long() for k in (0, 1))
-    key = _mix(first) ^ second
-    other = _mix(_mix(second) ^ first)
-    position = torch.arange(count, device=draws.device) * 0x9E3779B1
-    word = _mix(_mix((position + _mix(key)) & _WORD) ^ other)
-    uniform = ((word >> (32 - _BITS)).float() + 0.5) / 2**_BITS
+    first, second = ((params[:, k : k + 1] * 2**24).long() for k in (0, 1))
+    key = _hash_words(first) ^ second
+    second_key = _hash_words(_hash_words(second) ^ first)
+    position = torch.arange(count, device=params.device) * 0x9E3779B1
+    words = _hash_words(_hash_words((position + _hash_words(key)) & _WORD_MASK) ^ second_key)
+    uniform = ((words >> (32 - _UNIFORM_BITS)).float() + 0.5) / 2**_UNIFORM_BITS
     return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
 
 @AUGMENTATIONS.register("noise", version=1)
 class GaussianNoise(PostNormalizeAugmentation):
-    """Adds Gaussian noise to the normalised image, other noise to every pixel, sample and epoch.
+    """Adds Gaussian noise to the normalised image, independent for every pixel, sample and epoch.
 
     Args:
-        std: of the noise, in units of the normalised image (1 is about the deviation of the dataset's pixels).
+        std: standard deviation in units of the normalised image (1 is about the deviation of the dataset's pixels).
         always: evaluation adds noise too, the same every time.
     """
 
@@ -63,17 +64,17 @@ class GaussianNoise(PostNormalizeAugmentation):
         self.std = std
         self.always = always
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         count = math.prod(image.shape[1:])
-        return image + self.std * hashed_normals(draws, count).view(image.shape).to(image.dtype)
+        return image + self.std * hashed_normals(params, count).view(image.shape).to(image.dtype)
 
 
 @AUGMENTATIONS.register("blur", version=1)
 class Blur(PostNormalizeAugmentation):
-    """Gaussian blur; the border repeats the outermost pixels.
+    """Blurs the normalised image with a Gaussian kernel; the border repeats the outermost pixels.
 
     Args:
-        sigma: in pixels; the kernel reaches 3 sigma to each side.
+        sigma: standard deviation in pixels; the kernel reaches 3 sigma to each side.
         p: probability that a sample is blurred, in [0, 1].
         always: evaluation blurs too (with probability p, the same samples every time).
     """
@@ -89,7 +90,7 @@ class Blur(PostNormalizeAugmentation):
         self.p = p
         self.always = always
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         reach = math.ceil(3 * self.sigma)
         at = torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype)
         kernel = torch.exp(-(at**2) / (2 * self.sigma**2))
@@ -97,17 +98,17 @@ class Blur(PostNormalizeAugmentation):
         padded = F.pad(image, (reach, reach, reach, reach), mode="replicate")
         blurred = F.conv2d(padded, kernel[:, :, None, :], groups=image.shape[1])
         blurred = F.conv2d(blurred, kernel[:, :, :, None], groups=image.shape[1])
-        return torch.where(draws[:, 0].view(-1, 1, 1, 1) < self.p, blurred, image)
+        return torch.where(params[:, 0].view(-1, 1, 1, 1) < self.p, blurred, image)
 
 
 @AUGMENTATIONS.register("low_resolution", version=1)
 class LowResolution(PostNormalizeAugmentation):
-    """Averages squares of pixels and repeats the mean, so that the image has fewer details and the same size.
+    """Replaces squares of pixels by their mean, so that the image has less detail and the same size.
 
-    Evaluation does it too: a network for small images is measured on small images.
+    Evaluation applies it too: a network for small images is evaluated on small images.
 
     Args:
-        factor: side of the squares, in pixels; it must divide height and width.
+        factor: side of the squares, in pixels. Must divide height and width.
     """
 
     always = True
@@ -122,7 +123,7 @@ class LowResolution(PostNormalizeAugmentation):
             raise ConfigError(f"low_resolution: factor {self.factor} does not divide images of {shape[1]}x{shape[2]}")
         return shape
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         small = F.avg_pool2d(image, self.factor)
         return F.interpolate(small, scale_factor=float(self.factor), mode="nearest")
 
@@ -131,14 +132,14 @@ class LowResolution(PostNormalizeAugmentation):
 class Occlude(PostNormalizeAugmentation):
     """Covers one rectangle of the normalised image with zeros: Zhong et al. 2020 (AAAI), https://arxiv.org/abs/1708.04896
 
-    The rectangle lies wholly inside the image (the square of `cutout` may stick out). Its height over its width is
+    The rectangle is entirely inside the image (the square of `cutout` may be cut off). Its height over its width is
     log-uniform in [1 / ratio, ratio], bounded by the sides of the image. The paper draws the area too and fills with
-    noise; here the area is given and the fill is the dataset's mean colour.
+    noise; here the area is a parameter and the fill is the dataset's mean colour.
 
     Args:
         fraction: of the image's area, in (0, 1].
         ratio: largest height over width, and width over height; at least 1.
-        always: evaluation occludes too, the same places every time.
+        always: evaluation occludes too, the same rectangles every time.
     """
 
     num_params = 3
@@ -152,29 +153,29 @@ class Occlude(PostNormalizeAugmentation):
         self.ratio = ratio
         self.always = always
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         height, width = image.shape[2:]
         area = self.fraction * height * width
-        aspect = torch.exp((2 * draws[:, 0] - 1) * math.log(self.ratio))
-        # Both sides must fit: the height is at most the image's, and at least what the full width leaves to it.
-        tall = (area * aspect).sqrt().clamp(min=area / width, max=height)
-        rows = tall.round().clamp(min=1)
+        aspect = torch.exp((2 * params[:, 0] - 1) * math.log(self.ratio))
+        # Both sides must fit: at least area / width high, as the rectangle cannot be wider than the image.
+        exact_height = (area * aspect).sqrt().clamp(min=area / width, max=height)
+        rows = exact_height.round().clamp(min=1)
         columns = (area / rows).round().clamp(min=1, max=width)
-        top = (draws[:, 1] * (height - rows + 1)).floor().clamp(min=0)
-        left = (draws[:, 2] * (width - columns + 1)).floor().clamp(min=0)
-        inside = interval_mask(height, top, top + rows)[:, :, None] & interval_mask(width, left, left + columns)[:, None, :]
-        return image.masked_fill(inside[:, None], 0.0)
+        y0 = (params[:, 1] * (height - rows + 1)).floor().clamp(min=0)
+        x0 = (params[:, 2] * (width - columns + 1)).floor().clamp(min=0)
+        row_mask, column_mask = interval_mask(height, y0, y0 + rows), interval_mask(width, x0, x0 + columns)
+        return image.masked_fill((row_mask[:, :, None] & column_mask[:, None, :])[:, None], 0.0)
 
 
 @AUGMENTATIONS.register("half", version=1)
 class Half(PostNormalizeAugmentation):
     """Keeps one half of the normalised image and sets the other to 0: two halves are two modalities of one sample.
 
-    Evaluation does it too: a network for one half is measured on that half. Of an odd number of columns or rows the
-    middle one belongs to the right, and to the lower half.
+    Evaluation applies it too: a network for one half is evaluated on that half. With an odd number of columns or rows
+    the middle one belongs to the right or lower half.
 
     Args:
-        side: which half stays.
+        side: the half that is kept.
     """
 
     always = True
@@ -182,9 +183,9 @@ class Half(PostNormalizeAugmentation):
     def __init__(self, side: Literal["left", "right", "upper", "lower"] = "left") -> None:
         self.side = side
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
-        along = 3 if self.side in ("left", "right") else 2
-        size = image.shape[along]
-        first = torch.arange(size, device=image.device) < size // 2
-        hidden = ~first if self.side in ("left", "upper") else first
-        return image.masked_fill(hidden if along == 3 else hidden[:, None], 0.0)
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
+        dim = 3 if self.side in ("left", "right") else 2
+        size = image.shape[dim]
+        first_half = torch.arange(size, device=image.device) < size // 2
+        mask = ~first_half if self.side in ("left", "upper") else first_half
+        return image.masked_fill(mask if dim == 3 else mask[:, None], 0.0)

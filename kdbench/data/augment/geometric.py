@@ -8,34 +8,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.augment.base import OUTSIDE, DecodeTimeAugmentation, GeometricAugmentation, PostNormalizeAugmentation
+from kdbench.data.augment.base import (
+    OUTSIDE,
+    DecodeTimeAugmentation,
+    GeometricAugmentation,
+    PostNormalizeAugmentation,
+)
 from kdbench.errors import ConfigError
 from kdbench.registry import AUGMENTATIONS
 
 
 def gather_window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
-    """Reads `length` entries of each row of `coordinates` (batch, n), from `start` (batch,); beyond it is OUTSIDE."""
+    """Gathers `length` entries of each row, beginning at `start`; entries beyond the row are OUTSIDE.
+
+    Args:
+        coordinates: int64 (batch, n).
+        start: int64 (batch,), possibly negative.
+
+    Returns:
+        int64 (batch, length).
+    """
     at = start[:, None] + torch.arange(length, device=coordinates.device)
     inside = (at >= 0) & (at < coordinates.shape[1])
-    read = coordinates.gather(1, at.clamp(0, coordinates.shape[1] - 1))
-    return torch.where(inside, read, OUTSIDE)
+    entries = coordinates.gather(1, at.clamp(0, coordinates.shape[1] - 1))
+    return torch.where(inside, entries, OUTSIDE)
 
 
 def uniform_integers(uniform: Tensor, count: int) -> Tensor:
-    """Turns uniform numbers in [0, 1) into whole numbers in [0, count), all equally likely."""
+    """Converts uniform numbers in [0, 1) to uniform integers in [0, count)."""
     return (uniform * count).long().clamp_(max=count - 1)
 
 
 @AUGMENTATIONS.register("crop", version=1)
 class Crop(GeometricAugmentation):
-    """Random crop of the zero-padded image, as torchvision's RandomCrop.
+    """Crops the zero-padded image at a random offset, as torchvision's RandomCrop.
 
-    The window's offset is uniform over all places in the image padded by `padding` pixels on each side. The padding is
-    black (0 before normalisation). Evaluation takes the centre.
+    The window's offset is uniform over the image padded by `padding` pixels on each side. The padding is black (0
+    before normalisation). Evaluation crops the centre.
 
     Args:
         padding: pixels on each side.
-        size: side of the square that is cut out; null keeps the image's height and width.
+        size: side of the square window; null keeps the image's height and width.
     """
 
     num_params = 2
@@ -50,44 +63,44 @@ class Crop(GeometricAugmentation):
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         channels, height, width = shape
-        room = min(height, width) + 2 * self.padding
-        if self.size is not None and self.size > room:
+        padded_size = min(height, width) + 2 * self.padding
+        if self.size is not None and self.size > padded_size:
             raise ConfigError(
-                f"crop: size {self.size} is more than the padded image has ({room}); images are {height}x{width}, "
-                f"padding is {self.padding}"
+                f"crop: size {self.size} is more than the padded image has ({padded_size}); images are "
+                f"{height}x{width}, padding is {self.padding}"
             )
         return (channels, self.size or height, self.size or width)
 
-    def map_coordinates(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def map_coordinates(self, ys: Tensor, xs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
-        rows, columns = self._corners(ys.shape[1], xs.shape[1])
-        top = uniform_integers(draws[:, 0], rows) - self.padding
-        left = uniform_integers(draws[:, 1], columns) - self.padding
-        return gather_window(ys, top, height), gather_window(xs, left, width)
+        num_rows, num_columns = self._offset_counts(ys.shape[1], xs.shape[1])
+        y0 = uniform_integers(params[:, 0], num_rows) - self.padding
+        x0 = uniform_integers(params[:, 1], num_columns) - self.padding
+        return gather_window(ys, y0, height), gather_window(xs, x0, width)
 
-    def _corners(self, height: int, width: int) -> tuple[int, int]:
-        """In how many rows and in how many columns the window may begin."""
-        room = 2 * self.padding + 1
-        return height + room - (self.size or height), width + room - (self.size or width)
+    def _offset_counts(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the number of vertical and horizontal offsets of the window."""
+        slack = 2 * self.padding + 1
+        return height + slack - (self.size or height), width + slack - (self.size or width)
 
     def num_variants(self, shape: tuple[int, ...]) -> int | None:
-        rows, columns = self._corners(*shape[1:])
-        return rows * columns
+        num_rows, num_columns = self._offset_counts(*shape[1:])
+        return num_rows * num_columns
 
-    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-        rows, columns = self._corners(*shape[1:])
-        return uniform_integers(draws[:, 0], rows) * columns + uniform_integers(draws[:, 1], columns)
+    def variant_id(self, params: Tensor, shape: tuple[int, ...]) -> Tensor:
+        num_rows, num_columns = self._offset_counts(*shape[1:])
+        return uniform_integers(params[:, 0], num_rows) * num_columns + uniform_integers(params[:, 1], num_columns)
 
     def map_evaluation_coordinates(self, ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size or ys.shape[1], self.size or xs.shape[1]
-        top = torch.full_like(ys[:, 0], round((ys.shape[1] - height) / 2))  # rounds as torchvision's CenterCrop
-        left = torch.full_like(xs[:, 0], round((xs.shape[1] - width) / 2))
-        return gather_window(ys, top, height), gather_window(xs, left, width)
+        y0 = torch.full_like(ys[:, 0], round((ys.shape[1] - height) / 2))  # rounded as in torchvision's CenterCrop
+        x0 = torch.full_like(xs[:, 0], round((xs.shape[1] - width) / 2))
+        return gather_window(ys, y0, height), gather_window(xs, x0, width)
 
 
 @AUGMENTATIONS.register("flip", version=1)
 class Flip(GeometricAugmentation):
-    """Horizontal flip with probability p.
+    """Flips the image horizontally with probability p.
 
     Args:
         p: probability, in [0, 1].
@@ -100,26 +113,27 @@ class Flip(GeometricAugmentation):
             raise ConfigError(f"flip: p must be in [0, 1], got {p}")
         self.p = p
 
-    def map_coordinates(self, ys: Tensor, xs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        return ys, torch.where(draws[:, :1] < self.p, xs.flip(1), xs)
+    def map_coordinates(self, ys: Tensor, xs: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return ys, torch.where(params[:, :1] < self.p, xs.flip(1), xs)
 
     def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return 2
 
-    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return (draws[:, 0] < self.p).long()
+    def variant_id(self, params: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return (params[:, 0] < self.p).long()
 
 
 @AUGMENTATIONS.register("random_resized_crop", version=1)
 class RandomResizedCrop(DecodeTimeAugmentation):
-    """Reads a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
+    """Crops a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
 
-    Area share uniform in `scale`, aspect ratio log-uniform in `ratio`; ten tries, then the centre. For datasets that
-    are read from files in every epoch (`imagenet`, or `image_folder` with `resident: false`).
+    The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`; after ten boxes that do not
+    fit, the centre. Only for datasets that are decoded in every epoch (`imagenet`, or `image_folder` with
+    `resident: false`).
 
     Args:
-        scale: least and largest share of the area.
-        ratio: least and largest width / height.
+        scale: smallest and largest fraction of the area.
+        ratio: smallest and largest width / height.
     """
 
     def __init__(
@@ -137,24 +151,24 @@ class RandomResizedCrop(DecodeTimeAugmentation):
             ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-                return left, top, left + w, top + h
+                x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return x, y, x + w, y + h
         w = min(width, round(height * self.ratio[1]))
         h = min(height, round(width / self.ratio[0]))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
+        x, y = (width - w) // 2, (height - h) // 2
+        return x, y, x + w, y + h
 
 
 @AUGMENTATIONS.register("rotate90", version=1)
 class Rotate90(PostNormalizeAugmentation):
-    """Turns the image by quarters: Gidaris et al. 2018 (ICLR), https://arxiv.org/abs/1803.07728
+    """Rotates the image by quarter turns: Gidaris et al. 2018 (ICLR), https://arxiv.org/abs/1803.07728
 
-    Fixed turns make one view each, such as `turned: {from: image, then: [{type: rotate90, turns: 1}]}`, and hold in
-    evaluation too. Random turns tell how far: the batch gains `turns` (0 to 3, int64); in a view that is not `image`,
-    `VIEW_turns`. In evaluation random turns rest.
+    Fixed turns define one view each, such as `turned: {from: image, then: [{type: rotate90, turns: 1}]}`, and apply in
+    evaluation too. Random turns add the field `turns` (0 to 3, int64) to the batch; in a view that is not `image`, the
+    field is `VIEW_turns`. Evaluation does not turn at random.
 
     Args:
-        turns: quarter turns counterclockwise, 0 to 3; null draws them, all equally likely.
+        turns: quarter turns counterclockwise, 0 to 3; null draws them uniformly.
     """
 
     def __init__(self, turns: int | None = None) -> None:
@@ -172,18 +186,18 @@ class Rotate90(PostNormalizeAugmentation):
             )
         return shape
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         if self.turns is not None:
             return torch.rot90(image, self.turns, (2, 3))
-        drawn = self.extra_field_values(draws).view(-1, 1, 1, 1)
-        half = torch.where(drawn >= 2, image.flip(2, 3), image)
-        return torch.where(drawn % 2 == 1, torch.rot90(half, 1, (2, 3)), half)
+        turns = self.extra_field_values(params).view(-1, 1, 1, 1)
+        half_turned = torch.where(turns >= 2, image.flip(2, 3), image)
+        return torch.where(turns % 2 == 1, torch.rot90(half_turned, 1, (2, 3)), half_turned)
 
-    def extra_field_values(self, draws: Tensor) -> Tensor:
-        return uniform_integers(draws[:, 0], 4)
+    def extra_field_values(self, params: Tensor) -> Tensor:
+        return uniform_integers(params[:, 0], 4)
 
     def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return 1 if self.turns is not None else 4
 
-    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return self.extra_field_values(draws) if self.turns is None else super().variant_id(draws, shape)
+    def variant_id(self, params: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.extra_field_values(params) if self.turns is None else super().variant_id(params, shape)

@@ -13,7 +13,11 @@ from kdbench.registry import AUGMENTATIONS
 
 
 def interval_mask(length: int, low: Tensor, high: Tensor) -> Tensor:
-    """Returns bool (batch, length): low <= position < high."""
+    """Returns bool (batch, length): low <= position < high.
+
+    Args:
+        low, high: (batch,).
+    """
     at = torch.arange(length, device=low.device)
     return (at >= low[:, None]) & (at < high[:, None])
 
@@ -22,7 +26,7 @@ def interval_mask(length: int, low: Tensor, high: Tensor) -> Tensor:
 class Cutout(PostNormalizeAugmentation):
     """Sets one square of the normalised image to zero: DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552
 
-    The centre is uniform over the image's pixels; what sticks out of the image is lost.
+    The centre is uniform over the image's pixels; the square is cut off at the image's border.
 
     Args:
         size: side of the square, in pixels (16 for CIFAR-10 and 8 for CIFAR-100 in the paper).
@@ -35,38 +39,40 @@ class Cutout(PostNormalizeAugmentation):
             raise ConfigError(f"cutout: size must be at least 1, got {size}")
         self.size = size
 
-    def apply(self, image: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, image: Tensor, params: Tensor) -> Tensor:
         height, width = image.shape[2:]
-        top = uniform_integers(draws[:, 0], height) - self.size // 2
-        left = uniform_integers(draws[:, 1], width) - self.size // 2
-        rows = interval_mask(height, top, top + self.size)
-        columns = interval_mask(width, left, left + self.size)
+        y0 = uniform_integers(params[:, 0], height) - self.size // 2
+        x0 = uniform_integers(params[:, 1], width) - self.size // 2
+        rows = interval_mask(height, y0, y0 + self.size)
+        columns = interval_mask(width, x0, x0 + self.size)
         return image.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
     def num_variants(self, shape: tuple[int, ...]) -> int | None:
         return shape[1] * shape[2]
 
-    def variant_id(self, draws: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return uniform_integers(draws[:, 0], shape[1]) * shape[2] + uniform_integers(draws[:, 1], shape[2])
+    def variant_id(self, params: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return uniform_integers(params[:, 0], shape[1]) * shape[2] + uniform_integers(params[:, 1], shape[2])
 
 
-def _beta(alpha: float, samples: int, seed: int) -> Tensor:
+def _sample_beta(alpha: float, samples: int, seed: int) -> Tensor:
     """Returns float32 (samples, 1) from Beta(alpha, alpha)."""
-    drawn = np.random.Generator(np.random.Philox(seed)).beta(alpha, alpha, samples)
-    return torch.from_numpy(drawn).float()[:, None]
+    values = np.random.Generator(np.random.Philox(seed)).beta(alpha, alpha, samples)
+    return torch.from_numpy(values).float()[:, None]
 
 
 @AUGMENTATIONS.register("mixup", version=1)
 class Mixup(MixingAugmentation):
-    """Blends two images and their labels: Zhang et al. 2018 (ICLR), https://arxiv.org/abs/1710.09412
+    r"""Blends two images and their labels: Zhang et al. 2018 (ICLR), https://arxiv.org/abs/1710.09412
 
-    x = m * x_own + (1 - m) * x_partner with m from Beta(alpha, alpha), one m per sample; the partner is the row before
-    in the global batch. The batch gains `label_other` (the partner's label) and `mix` (m).
+    .. math:: x = m \, x_\text{own} + (1 - m) \, x_\text{partner}, \quad m \sim \mathrm{Beta}(\alpha, \alpha)
+
+    One m for each sample; the partner is the preceding row of the global batch. The batch gains `label_other` (the
+    partner's label) and `mix` (m).
 
     Args:
         alpha: above 0; 0.2 for ImageNet and 1 for CIFAR in the paper.
-        fraction: of the samples that are mixed, in [0, 1]; each one is with this probability, the others keep m = 1
-            ("partial mixup" in the study of mixup in distillation, https://arxiv.org/abs/2211.03946).
+        fraction: of the samples that are mixed, in [0, 1]. Each sample is mixed with this probability, the others keep
+            m = 1 ("partial mixup" in the study of mixup in distillation, https://arxiv.org/abs/2211.03946).
     """
 
     num_params = 1
@@ -80,25 +86,25 @@ class Mixup(MixingAugmentation):
         self.fraction = fraction
 
     def sample_params(self, samples: int, seed: int) -> Tensor:
-        own = _beta(self.alpha, samples, seed)
+        weights = _sample_beta(self.alpha, samples, seed)
         if self.fraction == 1:
-            return own
+            return weights
         mixed = torch.rand(samples, 1, generator=torch.Generator().manual_seed(seed)) < self.fraction
-        return torch.where(mixed, own, 1.0)
+        return torch.where(mixed, weights, 1.0)
 
-    def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        share = draws[:, 0].to(image.dtype)
-        weight = share.view(-1, 1, 1, 1)
-        return image * weight + partner * (1 - weight), share
+    def mix(self, image: Tensor, partner: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        label_weight = params[:, 0].to(image.dtype)
+        weight = label_weight.view(-1, 1, 1, 1)
+        return image * weight + partner * (1 - weight), label_weight
 
 
 @AUGMENTATIONS.register("cutmix", version=1)
 class Cutmix(MixingAugmentation):
     """Pastes a box of another image: Yun et al. 2019 (ICCV), https://arxiv.org/abs/1905.04899
 
-    The box has the share 1 - m of the area, m from Beta(alpha, alpha), its sides the proportions of the image, its
-    centre uniform; what sticks out is lost. `mix` is the share of the own image that is left, counted in pixels;
-    `label_other` is the label of the partner, the row before in the global batch.
+    The box covers the fraction 1 - m of the area, m from Beta(alpha, alpha). It has the image's aspect ratio and a
+    uniform centre, and is cut off at the image's border. `mix` is the fraction of pixels that remain of the sample's
+    own image; `label_other` is the label of the partner, the preceding row of the global batch.
 
     Args:
         alpha: above 0; 1 in the paper.
@@ -112,13 +118,14 @@ class Cutmix(MixingAugmentation):
         self.alpha = alpha
 
     def sample_params(self, samples: int, seed: int) -> Tensor:
-        return torch.cat([_beta(self.alpha, samples, seed), super().sample_params(samples, seed)[:, 1:]], dim=1)
+        centres = super().sample_params(samples, seed)[:, 1:]
+        return torch.cat([_sample_beta(self.alpha, samples, seed), centres], dim=1)
 
-    def mix(self, image: Tensor, partner: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, image: Tensor, partner: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         height, width = image.shape[2:]
-        side = (1 - draws[:, 0]).clamp(min=0).sqrt()
+        side = (1 - params[:, 0]).clamp(min=0).sqrt()
         half_height, half_width = (side * height).long() // 2, (side * width).long() // 2
-        centre_y, centre_x = uniform_integers(draws[:, 1], height), uniform_integers(draws[:, 2], width)
+        centre_y, centre_x = uniform_integers(params[:, 1], height), uniform_integers(params[:, 2], width)
         rows = interval_mask(height, centre_y - half_height, centre_y + half_height)
         columns = interval_mask(width, centre_x - half_width, centre_x + half_width)
         area = rows.sum(1) * columns.sum(1)

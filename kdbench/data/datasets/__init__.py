@@ -1,3 +1,3 @@
-"""Datasets by name, and the reading of image files. A dataset returns one split, decoded or by reader.
+"""Datasets by name, and the reading of image files. A dataset returns one split: packed, or through a reader.
 
-Validation splits, hidden labels, augmentation, caching on the device and sharding are the business of other folders."""
+Validation splits, hidden labels, augmentation, caching on the device and sharding belong to other packages."""

@@ -1,4 +1,4 @@
-"""What a dataset is: images and labels of one split, known by shape before anything is decoded."""
+"""Base classes of datasets: one split of labelled images, or a generator of random fields."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kdbench.data.source_spec import FieldSpec
 from kdbench.errors import ConfigError, suggest
 
 
@@ -21,7 +22,7 @@ class PackedSplit:
     images: uint8 (samples, channels, height, width), or float32 (samples, ...) in [0, 1].
     labels: int64 (samples,), in [0, classes).
     checksum: SHA-256 of the content; see `content_checksum`.
-    fields: whatever else is stored for each sample, (samples, ...), by name.
+    fields: further values of each sample by name, (samples, ...).
     """
 
     images: Tensor
@@ -31,19 +32,19 @@ class PackedSplit:
 
 
 class Dataset:
-    """One split of labelled images. The constructor is cheap: it may list files, it decodes none.
+    """Base of all datasets: one split of labelled images. The constructor may list files; it decodes none.
 
-    A dataset is registered (`@DATASETS.register("cifar100", injected=("split", "data_root"), ...)`) and built with
+    Register a dataset with `@DATASETS.register("cifar100", injected=("split", "data_root"), ...)`. It is built with
     `split` and `data_root` next to its own parameters. Facts that hold without files (`shape`, `classes`, `samples` by
-    split) stand on the registration; a name in `shape` is a parameter: `(3, "size", "size")`.
+    split) are declared at the registration; a name in `shape` refers to a parameter: `(3, "size", "size")`.
 
     Attributes:
         classes: names, in the order of the labels.
         shape: of one image, such as (channels, height, width).
         mean, std: per channel (the first dimension of `shape`), of images in [0, 1].
         normalize: False leaves the images in [0, 1].
-        problem: what must happen before `load` succeeds, in words; None when everything lies there.
-        resident: whether the whole split fits into memory. If not, `reader` gives one image at a time.
+        problem: a sentence about what has to happen before `load` succeeds; None if all files exist.
+        resident: whether the full split is held in memory. Otherwise `reader` decodes one image at a time.
     """
 
     classes: list[str]
@@ -63,16 +64,16 @@ class Dataset:
         """Returns the split, decoded.
 
         Raises:
-            DataError: files are missing or damaged; the message names them and says what to do.
+            DataError: files are missing or damaged; the message names them and the remedy.
         """
         raise NotImplementedError
 
     def labels(self) -> Tensor:
-        """Returns the labels, int64 (samples,), without decoding an image; of a dataset that is not resident."""
+        """Returns the labels, int64 (samples,), without decoding an image. Only of datasets that are not resident."""
         raise NotImplementedError
 
     def reader(self) -> Any:
-        """Returns what decodes one image at a time (`kdbench.data.loading.decode.Reader`), unless resident."""
+        """Returns a `kdbench.data.loading.decode.ImageReader`. Only of datasets that are not resident."""
         raise NotImplementedError
 
     def checksum(self) -> str:
@@ -88,9 +89,9 @@ class Dataset:
 
 
 def content_checksum(classes: list[str], images: Tensor, labels: Tensor) -> str:
-    """Returns the SHA-256 over class names, shape, dtype, pixels and labels, in that order."""
-    head = json.dumps([classes, list(images.shape), str(images.dtype)])
-    digest = hashlib.sha256(head.encode())
+    """Returns the SHA-256 of class names, shape, dtype, pixels and labels, in that order."""
+    header = json.dumps([classes, list(images.shape), str(images.dtype)])
+    digest = hashlib.sha256(header.encode())
     digest.update(images.contiguous().numpy().data)
     digest.update(labels.contiguous().numpy().data)
     return digest.hexdigest()
@@ -101,16 +102,22 @@ def pack(classes: list[str], images: Tensor, labels: Tensor) -> PackedSplit:
     return PackedSplit(images, labels, content_checksum(classes, images, labels))
 
 
-class GeneratedDataset:
-    """A source without files: fields that are drawn, not read. It has no labels and no end.
+def stored_field_specs(fields: Mapping[str, Tensor]) -> dict[str, FieldSpec]:
+    """Returns the specs of a dataset's further fields, (samples, ...) each; floats get the dtype of the images."""
+    kinds = {name: "float32" if v.is_floating_point() else str(v.dtype)[6:] for name, v in fields.items()}
+    return {name: (tuple(value.shape[1:]), kinds[name]) for name, value in fields.items()}
 
-    An epoch is `len(self)` samples long, rounded up to whole batches.
+
+class GeneratedDataset:
+    """Base of datasets without files: random fields, no labels, any number of samples.
+
+    An epoch has `len(self)` samples, rounded up to full batches.
     """
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def field_specs(self) -> dict[str, FieldSpec]:
         """Returns field -> (shape of one sample, dtype)."""
         raise NotImplementedError
 
@@ -119,5 +126,5 @@ class GeneratedDataset:
         raise NotImplementedError
 
     def checksum(self) -> str:
-        """Returns a digest of what is drawn."""
+        """Returns a digest of the distribution and its parameters."""
         raise NotImplementedError

@@ -16,15 +16,24 @@ from torch import Tensor
 from kdbench.data.datasets.base import Dataset, PackedSplit
 from kdbench.data.datasets.image_files import ImageListing, decode_images, list_folder
 from kdbench.data.datasets.unpickle import load_pickle
-from kdbench.data.loading.packed_cache import PackedCache, locked
+from kdbench.data.loading.packed_cache import PackedCache
 from kdbench.errors import DataError
+from kdbench.files import file_lock
 from kdbench.registry import DATASETS
 
 NOTICES = logging.getLogger("kdbench.data")
 
 
 class _Cifar(Dataset):
-    """What both datasets share. `files`: split -> (file, its MD5 as torchvision knows it)."""
+    """Base of CIFAR-10 and CIFAR-100.
+
+    Attributes:
+        archive_folder: folder of torchvision's layout.
+        label_key: key of the labels in its pickles.
+        names: of the classes, separated by spaces, in the order of the labels.
+        files: split -> (file, its MD5 as in torchvision).
+        num_samples: split -> number of samples.
+    """
 
     shape = (3, 32, 32)
     name: ClassVar[str]
@@ -73,13 +82,13 @@ class _Cifar(Dataset):
             missing = sorted(set(self.classes) - set(listing.classes))
             foreign = sorted(set(listing.classes) - set(self.classes))
             parts = [f"missing: {', '.join(missing[:8])}" if missing else "", f"unknown: {', '.join(foreign[:8])}"]
-            found = "; ".join(part for part in parts[: 2 if foreign else 1] if part)
+            difference = "; ".join(part for part in parts[: 2 if foreign else 1] if part)
             raise DataError(
-                f"{folder} does not hold the {len(self.classes)} classes of {self.name} ({found}). Complete it, or use "
-                "the dataset image_folder for classes of your own."
+                f"{folder} does not have the {len(self.classes)} classes of {self.name} ({difference}). Complete it, "
+                "or use the dataset image_folder for other classes."
             )
         if len(listing) != self.num_samples[self.split]:
-            NOTICES.warning("%s holds %d images, not the usual %d.", folder, len(listing), self.num_samples[self.split])
+            NOTICES.warning("%s has %d images instead of %d.", folder, len(listing), self.num_samples[self.split])
         return listing
 
     def _archive_fingerprint(self) -> str:
@@ -98,43 +107,42 @@ class _Cifar(Dataset):
 
     def _decode_archive(self) -> tuple[Tensor, Tensor]:
         images, labels = [], []
-        for file, known in self.files[self.split]:
+        for file, expected_md5 in self.files[self.split]:
             path = self.archive / file
-            found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if found != known:
+            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            if md5 != expected_md5:
                 raise DataError(
-                    f"{path} is damaged: its MD5 is {found}, not {known}. Remove the folder {self.archive} to have "
-                    f"{self.name} downloaded again."
+                    f"{path} is damaged: its MD5 is {md5}, expected {expected_md5}. Remove the folder {self.archive} "
+                    f"to download {self.name} again."
                 )
             try:
                 entry = load_pickle(path)
-                pixels, own = entry["data"], entry[self.label_key]
-                images.append(np.asarray(pixels, np.uint8).reshape(-1, *self.shape))
-                labels.append(np.asarray(own, np.int64).reshape(-1))
+                images.append(np.asarray(entry["data"], np.uint8).reshape(-1, *self.shape))
+                labels.append(np.asarray(entry[self.label_key], np.int64).reshape(-1))
                 if len(images[-1]) != len(labels[-1]):
                     raise ValueError(f"{len(images[-1])} images but {len(labels[-1])} labels")
             except (pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path} does not hold the images of {self.name}: {error}") from None
-        return _in_order(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
+                raise DataError(f"{path} does not contain the images of {self.name}: {error}") from None
+        return _sort_samples(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
 
     def _decode_folders(self) -> tuple[Tensor, Tensor]:
         listing = self.listing
         assert listing is not None
 
-        def same(image: Image.Image, path: Path) -> Image.Image:
+        def check_size(image: Image.Image, path: Path) -> Image.Image:
             if image.size != (32, 32):
                 raise DataError(f"{path} is {image.width}x{image.height} pixels; images of {self.name} are 32x32")
             return image
 
-        return _in_order(decode_images(listing, same, 32), torch.tensor(listing.labels))
+        return _sort_samples(decode_images(listing, check_size, 32), torch.tensor(listing.labels))
 
     def _download(self) -> None:
-        """Fetches the archive as torchvision would, with its progress bar and its checksum."""
+        """Downloads the archive with torchvision, which shows a progress bar and verifies the checksum."""
         import torchvision
 
         official = getattr(torchvision.datasets, self.name.upper())
-        with locked(self.data_root / ".kdbench" / f"{self.name}-download.lock"):
-            if self.archive.is_dir():
+        with file_lock(self.data_root / ".kdbench" / f"{self.name}-download.lock", optional=True):
+            if self.archive.is_dir():  # another process downloaded it while this one waited
                 return
             try:
                 torchvision.datasets.utils.download_and_extract_archive(
@@ -143,16 +151,16 @@ class _Cifar(Dataset):
             except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
                 raise DataError(
                     f"{self.name} is not under {self.data_root}/ and cannot be downloaded from {official.url} "
-                    f"({error}). Put there torchvision's folder {self.archive_folder}/ (the unpacked archive), or "
-                    f"class folders {self.name}/{{train,test}}/<class>/*.png; data_root=DIR names another place."
+                    f"({error}). Copy torchvision's folder {self.archive_folder}/ (the unpacked archive) or class "
+                    f"folders {self.name}/{{train,test}}/<class>/*.png there, or set data_root=DIR."
                 ) from None
 
 
-def _in_order(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorts by class, then by pixels: whatever the layout, the same samples get the same `index` and checksum."""
-    keys = [image.tobytes() for image in images.numpy()]
+def _sort_samples(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorts samples by class, then by pixels, so that `index` and checksum are the same for both layouts."""
+    pixels = [image.tobytes() for image in images.numpy()]
     classes = labels.tolist()
-    order = torch.tensor(sorted(range(len(keys)), key=lambda n: (classes[n], keys[n])))
+    order = torch.tensor(sorted(range(len(pixels)), key=lambda n: (classes[n], pixels[n])))
     return images[order].contiguous(), labels[order].contiguous()
 
 
@@ -168,8 +176,8 @@ class Cifar10(_Cifar):
     """CIFAR-10: 50000 and 10000 colour images of 32x32 in 10 classes (Krizhevsky 2009).
 
     Read from torchvision's layout `cifar-10-batches-py/` under `data_root`, or from class folders
-    `cifar10/{train,test}/<class>/*.png`; downloaded when neither is there. Decoded once into a cache. The samples are
-    put in order by class and pixels, so that `index` does not depend on the layout.
+    `cifar10/{train,test}/<class>/*.png`; downloaded if there is neither. Decoded once into a cache. The samples are
+    sorted by class and pixels, so that `index` does not depend on the layout.
 
     Args:
         normalize: false leaves the values in [0, 1].
@@ -205,8 +213,8 @@ class Cifar100(_Cifar):
     """CIFAR-100: 50000 and 10000 colour images of 32x32 in 100 classes (Krizhevsky 2009).
 
     Read from torchvision's layout `cifar-100-python/` under `data_root`, or from class folders
-    `cifar100/{train,test}/<class>/*.png`; downloaded when neither is there. Decoded once into a cache. The samples are
-    put in order by class and pixels, so that `index` does not depend on the layout.
+    `cifar100/{train,test}/<class>/*.png`; downloaded if there is neither. Decoded once into a cache. The samples are
+    sorted by class and pixels, so that `index` does not depend on the layout.
 
     Args:
         normalize: false leaves the values in [0, 1].

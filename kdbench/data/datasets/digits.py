@@ -1,4 +1,4 @@
-"""Handwritten digits that ship inside scikit-learn: real data without a download."""
+"""The handwritten digits of scikit-learn: real data without a download."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from kdbench.registry import DATASETS
 class Digits(Dataset):
     """scikit-learn's 1797 handwritten digits, 1x8x8, ten classes (the test set of UCI's optical digits, ID 80).
 
-    The values 0..16 are divided by 16 (float32). Half of every class is held out as `test` (896 images), the rest is
-    `train` (901). The halves are fixed for ever: the images of a class are put in the order of a hash of their number,
-    and the first half is test. No run's seed changes that.
+    The values 0..16 are divided by 16 (float32). Half of every class is `test` (896 images), the rest is `train` (901).
+    The halves do not depend on a seed: the images of a class are sorted by a hash of their number, and the first half
+    is `test`.
 
     Args:
         normalize: false leaves the values in [0, 1].
@@ -49,39 +49,40 @@ class Digits(Dataset):
         return {"train": 901, "test": 896}[self.split]
 
     def load(self) -> PackedSplit:
-        values, labels = _arrays()
-        chosen = np.array(sorted(i for group in _halves(labels, self.split) for i in group))
-        images = torch.from_numpy(values[chosen].astype(np.float32) / 16).view(-1, *self.shape)
-        return pack(self.classes, images, torch.from_numpy(labels[chosen].astype(np.int64)))
+        values, labels = _read_arrays()
+        rows = np.array(sorted(row for group in _class_halves(labels, self.split) for row in group))
+        images = torch.from_numpy(values[rows].astype(np.float32) / 16).view(-1, *self.shape)
+        return pack(self.classes, images, torch.from_numpy(labels[rows].astype(np.int64)))
 
 
 @cache
-def _arrays() -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels; read once, because every stage of a run asks for them.
+def _read_arrays() -> tuple[np.ndarray, np.ndarray]:
+    """Reads all images, int64 (1797, 64), and labels, int64 (1797,). Cached, because every stage of a run needs them.
 
-    The table (64 pixels and the label in a row, whole numbers) is read from scikit-learn's folder without importing
-    scikit-learn, which would bring SciPy and take longer than the training of a small student.
+    The table (64 pixels and the label in a row) is read from scikit-learn's folder without importing scikit-learn,
+    which imports SciPy and takes longer than the training of a small student.
     """
-    file = _file()
+    file = _csv_file()
     try:
         text = gzip.decompress(file.read_bytes()).decode()
         table = np.array([line.split(",") for line in text.split()], dtype=np.int64)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"digits: {file} cannot be read ({error}); install scikit-learn anew.") from None
+        raise DataError(f"digits: {file} cannot be read ({error}); reinstall scikit-learn.") from None
     if table.shape != (1797, 65):
-        raise DataError(f"digits: {file} holds a table of shape {table.shape}, expected (1797, 65).")
+        raise DataError(f"digits: {file} has a table of shape {table.shape}, expected (1797, 65).")
     return table[:, :-1], table[:, -1]
 
 
-def _file() -> Path:
-    """Where scikit-learn keeps the digits."""
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
-        raise DataError("digits: scikit-learn, which brings them, is not installed: pip install scikit-learn")
-    return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+def _csv_file() -> Path:
+    """Returns the file of the digits in scikit-learn's folder."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DataError("digits: they are part of scikit-learn, which is not installed: pip install scikit-learn")
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
-def _halves(labels: np.ndarray, split: str) -> list[list[int]]:
+def _class_halves(labels: np.ndarray, split: str) -> list[list[int]]:
+    """Returns the rows of a split, by class."""
     groups = []
     for digit in range(10):
         members = np.flatnonzero(labels == digit).tolist()

@@ -1,4 +1,4 @@
-"""Gaussian noise: what a data-free method's generator reads."""
+"""Gaussian noise: the input of a data-free method's generator."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from kdbench.data.datasets.base import GeneratedDataset
+from kdbench.data.source_spec import FieldSpec
 from kdbench.errors import ConfigError
 from kdbench.registry import DATASETS
 
 
 @DATASETS.register("gaussian", version=1, injected=("split", "data_root"), fields=("z",))
 class Gaussian(GeneratedDataset):
-    """Standard normal vectors in the field `z`, new ones in every step; no labels, no files, no end.
+    """Draws standard normal vectors in the field `z`, new ones in every step. Needs no files and has no labels.
 
     Args:
         shape: of one sample.
-        samples: how many make an epoch (rounded up to whole batches).
+        samples: number of samples in an epoch, rounded up to full batches.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Gaussian(GeneratedDataset):
     def __len__(self) -> int:
         return self.samples
 
-    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def field_specs(self) -> dict[str, FieldSpec]:
         return {"z": (self.shape, "float32"), "index": ((), "int64")}
 
     def sample(self, generator: torch.Generator, count: int) -> dict[str, Tensor]:

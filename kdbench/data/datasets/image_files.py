@@ -36,11 +36,12 @@ class ImageListing:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def absolute_path(self, number: int) -> Path:
-        return self.folder / self.paths[number]
+    def absolute_path(self, index: int) -> Path:
+        """Returns the path of an image."""
+        return self.folder / self.paths[index]
 
     def fingerprint(self, *, times: bool = True) -> str:
-        """Returns a digest of names, sizes and (unless times is False) modification times; no file is opened."""
+        """Returns a digest of names, sizes and (unless `times` is False) modification times. Opens no file."""
         digest = hashlib.sha256()
         for path in self.paths:
             status = os.stat(self.folder / path)
@@ -51,56 +52,89 @@ class ImageListing:
 
 
 def class_folder_names(folder: Path) -> list[str]:
-    """Returns the names of the class folders in `folder`, sorted."""
+    """Returns the names of the class folders in `folder`, sorted.
+
+    Raises:
+        DataError: a name is not valid UTF-8, and so cannot be written to results and figures.
+    """
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _target(entry).is_dir())
+    for name in names:
+        printable = name.encode("utf-8", "backslashreplace").decode()
+        if printable != name:
+            raise DataError(f"{folder}: the name of the folder {printable} is not valid UTF-8; rename it")
+    return names
 
 
 def list_folder(folder: Path) -> ImageListing:
     """Lists the images of `folder`/<class>/**.
 
     Raises:
-        DataError: there is no class folder, or one without images.
+        DataError: there is no class folder, a class folder without images, or an image that is not a regular file.
     """
     classes = class_folder_names(folder)
     if not classes:
         raise DataError(f"{folder} has no class folders; images are expected in {folder}/<class>/")
     paths: list[str] = []
     labels: list[int] = []
-    empty = []
+    empty_classes = []
     for label, name in enumerate(classes):
-        found = sorted(_images(folder / name, name))
-        if not found:
-            empty.append(name)
-        paths += found
-        labels += [label] * len(found)
-    if empty:
-        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        class_paths = sorted(_list_images(folder / name, name, (_inode(folder),)))
+        if not class_paths:
+            empty_classes.append(name)
+        paths += class_paths
+        labels += [label] * len(class_paths)
+    if empty_classes:
+        names = ", ".join(empty_classes[:5])
+        names += f" and {len(empty_classes) - 5} more" if len(empty_classes) > 5 else ""
         raise DataError(
-            f"{folder}: no images in class {shown}; put some there or remove the folder. "
-            f"Files that are read end in {', '.join(SUFFIXES)}."
+            f"{folder}: no images in class {names}; add some or remove the folder. "
+            f"Image files end in {', '.join(SUFFIXES)}."
         )
     return ImageListing(folder, classes, paths, labels)
 
 
-def _images(folder: Path, prefix: str) -> list[str]:
-    found = []
+def _list_images(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> list[str]:
+    """Lists the images of a folder and its subfolders, as paths that begin with `prefix`.
+
+    Args:
+        ancestors: inodes of the folders that contain it, to detect links that form a loop.
+    """
+    inode = _inode(folder)
+    if inode in ancestors:
+        raise DataError(f"{folder} is a link to a folder that contains it; remove the link")
+    paths = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                found += _images(Path(entry.path), f"{prefix}/{entry.name}")
+            target = _target(entry)
+            if target.is_dir():
+                paths += _list_images(Path(entry.path), f"{prefix}/{entry.name}", (*ancestors, inode))
             elif entry.name.lower().endswith(SUFFIXES):
-                found.append(f"{prefix}/{entry.name}")
-    return found
+                # A named pipe must not be opened: that waits for a writer.
+                if not target.is_file():
+                    kind = "not a regular file" if os.path.exists(entry.path) else "a link without a target"
+                    raise DataError(f"{entry.path} is {kind}; replace it or remove it")
+                paths.append(f"{prefix}/{entry.name}")
+    return paths
+
+
+def _target(entry: os.DirEntry[str]) -> os.DirEntry[str] | Path:
+    """Returns an entry whose `is_dir` and `is_file` are False for a link to itself; `os.DirEntry` raises there."""
+    return Path(entry.path) if entry.is_symlink() else entry
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Returns the image, decoded, as RGB.
+    """Decodes an image as RGB.
 
     Raises:
-        DataError: it cannot be read; the message names the file.
+        DataError: the file cannot be read; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -111,22 +145,25 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Resizes the shorter side to `resize` (bilinear, antialiased), then cuts out the central square of side `size`.
+    """Resizes the shorter side to `resize` (bilinear, antialiased), then crops the central square of side `size`.
 
     The same pixels as torchvision's Resize and CenterCrop on PIL images, for size <= resize.
     """
-    (width, height), left, top = center_crop_geometry(*image.size, resize, size)
+    (width, height), x0, y0 = center_crop_geometry(*image.size, resize, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     if (width, height) == (size, size):
         return image
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((x0, y0, x0 + size, y0 + size))
 
 
 def center_crop_geometry(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], int, int]:
-    """Returns the width and height of an image whose shorter side is resized, and where its central square begins.
+    """Computes the size of an image after resizing its shorter side, and the corner of its central square.
 
     Rounded as torchvision's Resize and CenterCrop.
+
+    Returns:
+        (width, height) after resizing, and the x and y of the square's upper left corner.
     """
     if min(width, height) != resize:
         if width <= height:
@@ -137,7 +174,7 @@ def center_crop_geometry(width: int, height: int, resize: int, size: int) -> tup
 
 
 def to_channels_first(image: Image.Image) -> np.ndarray:
-    """Returns uint8 (3, height, width)."""
+    """Converts an RGB image to uint8 (3, height, width)."""
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -145,20 +182,22 @@ def decode_images(listing: ImageListing, convert: Callable[[Image.Image, Path], 
     """Decodes every image of the listing; returns uint8 (samples, 3, size, size).
 
     Args:
-        convert: brings an image (and its path, for messages) to size x size.
+        listing: the files.
+        convert: resizes an image to size x size; its second argument is the path, for messages.
+        size: height and width of the images.
 
     Raises:
         DataError: a file cannot be read.
     """
     images = np.empty((len(listing), 3, size, size), np.uint8)
 
-    def fill(number: int) -> None:
-        path = listing.absolute_path(number)
-        images[number] = to_channels_first(convert(read_image(path), path))
+    def decode(index: int) -> None:
+        path = listing.absolute_path(index)
+        images[index] = to_channels_first(convert(read_image(path), path))
 
-    # PIL decodes in parallel, but on small files the threads only wait for each other.
-    small = os.path.getsize(listing.absolute_path(0)) < 32768
-    with ThreadPoolExecutor(1 if small else min(16, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(fill, range(len(listing))):
+    # PIL releases the interpreter lock while it decodes; on small files threads cost more than they gain.
+    is_small = os.path.getsize(listing.absolute_path(0)) < 32768
+    with ThreadPoolExecutor(1 if is_small else min(16, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(decode, range(len(listing))):
             pass  # raises the first error
     return torch.from_numpy(images)

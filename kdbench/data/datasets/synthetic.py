@@ -1,4 +1,4 @@
-"""Images that need no files, for tests and demonstrations."""
+"""Synthetic images without files, for tests and demonstrations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kdbench.registry import DATASETS
 
 @DATASETS.register("synthetic", version=1, injected=("split", "data_root"))
 class Synthetic(Dataset):
-    """Learnable tensors drawn from a seed: each class is one blurred pattern, each sample the pattern plus noise.
+    """Generates a learnable dataset: each class is one blurred pattern, each sample the pattern plus noise (uint8).
 
-    Every split has the same patterns and other noise; the classes are equally frequent. uint8.
+    All splits have the same patterns and different noise; the classes are equally frequent.
 
     Args:
         shape: of one sample, [channels, height, width]; other shapes work without augmentations.
-        classes: how many.
-        samples: how many in each split.
-        seed: other seeds give other patterns. The run's seed does not matter here.
+        classes: number of classes.
+        samples: number of samples in each split.
+        seed: of patterns and noise. The run's seed has no effect here.
         normalize: false leaves the values in [0, 1].
     """
 
@@ -57,7 +57,7 @@ class Synthetic(Dataset):
 
     def load(self) -> PackedSplit:
         patterns = _rng(self.seed, "patterns").normal(size=(len(self.classes), *self.shape))
-        for axis in range(2, patterns.ndim):  # neighbouring pixels agree, as in pictures: crops keep the class
+        for axis in range(2, patterns.ndim):  # neighbouring pixels are similar, so that a shifted crop keeps its class
             patterns = np.stack([np.roll(patterns, shift, axis) for shift in range(-2, 3)]).sum(0) / 5**0.5
         labels = np.arange(self.samples) % len(self.classes)
         noise = _rng(self.seed, self.split).normal(size=(self.samples, *self.shape))

@@ -1,4 +1,4 @@
-"""Reads the pickles of CIFAR without running what a stranger may have put into them."""
+"""Reads the pickles of CIFAR without executing code from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How Python 3 writes bytes into a protocol-2 pickle; no other codec is let through."""
+    """Decodes bytes as Python 3 writes them into protocol-2 pickles; rejects every other codec."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
     return codecs.encode(text, "latin1")
 
 
-_reconstruct = np.empty(0).__reduce__()[0]  # numpy has moved it between modules
+_reconstruct = np.empty(0).__reduce__()[0]  # its module depends on the version of numpy
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -32,20 +32,20 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which has no place among images and labels")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed in a file of images")
         return _ALLOWED[module, name]
 
 
 def load_pickle(path: Path) -> Any:
-    """Returns the dictionaries, lists, numbers, strings and arrays of a pickle.
+    """Reads a pickle of dictionaries, lists, numbers, strings and arrays.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else, or is no pickle.
+        pickle.UnpicklingError: the file contains anything else, or is not a pickle.
     """
     with path.open("rb") as handle:
         try:
             return _Restricted(handle, encoding="latin1").load()
         except pickle.UnpicklingError:
             raise
-        except Exception as error:  # damaged pickles fail in any way
+        except Exception as error:  # a damaged pickle raises any type
             raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None

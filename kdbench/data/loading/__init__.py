@@ -1,1 +1,1 @@
-"""Batches from datasets: sources resident on the device, streamed from worker processes, or drawn; decoding, caches."""
+"""Batches from datasets: resident on the device, streamed from worker processes, or generated; decoding and caches."""

@@ -1,4 +1,4 @@
-"""The packed cache: a dataset decoded once into one file, with a checksum that every load verifies."""
+"""The packed cache: a dataset decoded once into one file, whose checksum every load verifies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,22 +19,42 @@ import torch
 from torch import Tensor
 
 from kdbench.data.datasets.base import PackedSplit, content_checksum, pack
+from kdbench.files import file_lock
 
-MAGIC = b"kdbench packed images 1\n"
+MAGIC = b"kdbench packed images 2\n"
+
+
+_OLD_MAGIC = b"kdbench packed images 1\n"
+
+
+_MAX_HEADER_BYTES = 2**24
 
 
 NOTICES = logging.getLogger("kdbench.data")
 
 
 @dataclass(frozen=True)
-class PackedCache:
-    """Where one split is kept once it is decoded.
+class _Header:
+    """shape: of the images, (samples, channels, height, width). checksum: of the content, as in `PackedSplit`."""
 
-    folder: made when it is missing. Where it cannot be written, the split lives in memory only.
-    name: how the file's name begins, such as `cifar100-train`.
-    identity: what tells this split from others of the same name (its folder, its size), as plain data.
-    fingerprint: of the files that are decoded; another one than the cache remembers makes the cache stale.
-    classes: names in the order of the labels.
+    shape: tuple[int, ...]
+    checksum: str
+
+
+@dataclass(frozen=True)
+class PackedCache:
+    """One decoded split in one file.
+
+    The file has three parts: MAGIC; one line with the SHA-256 of the header, a space, and the header as JSON; images
+    (uint8) and labels (int64) as raw bytes. The content is used only if its checksum is that of the header. A damaged
+    file is reported and written again.
+
+    Args:
+        folder: is created if it is missing. If it is not writable, the split stays in memory only.
+        name: start of the file's name, such as `cifar100-train`.
+        identity: distinguishes splits of the same name (by folder, image size, ...), as plain data.
+        fingerprint: of the files that are decoded. The cache is stale if it was written for another one.
+        classes: names in the order of the labels.
     """
 
     folder: Path
@@ -43,109 +65,119 @@ class PackedCache:
 
     @property
     def path(self) -> Path:
+        """The file of the cache."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{self.name}-{digest}.packed"
 
     def load(self, decode: Callable[[], tuple[Tensor, Tensor]]) -> PackedSplit:
-        """Returns the packed split, from the cache where a sound and current one lies, else decoded and then kept.
+        """Returns the split from the cache, or decodes it and writes the cache if that is missing, stale or damaged.
 
         Args:
             decode: returns images, uint8 (samples, channels, height, width), and labels, int64 (samples,).
         """
-        found = self._read()
-        if found is not None:
-            return found
-        with locked(self.path.with_suffix(".lock")):
-            found = self._read()  # another process may have built it while this one waited
-            if found is not None:
-                return found
-            packed = pack(self.classes, *decode())
-            self._write(packed)
-            return packed
+        split = self._read()
+        if split is not None:
+            return split
+        with file_lock(self.path.with_suffix(".lock"), optional=True):
+            split = self._read()  # another process may have written it while this one waited
+            if split is None:
+                split = pack(self.classes, *decode())
+                self._write(split)
+            return split
 
     def checksum(self) -> str | None:
-        """Returns what the file says of its content, unread, or None when it is absent, stale or damaged."""
+        """Returns the checksum in the header, without reading the content; None if missing, stale or damaged."""
         try:
-            with self.path.open("rb") as handle:
-                header = self._header(handle)
-                return None if header is None else str(header["checksum"])
-        except (OSError, ValueError, KeyError, TypeError):
+            with self._open() as handle:
+                header = self._read_header(handle)
+        except (OSError, ValueError, RecursionError):
             return None
+        return None if header is None else header.checksum
 
-    def _header(self, handle: BinaryIO) -> dict[str, Any] | None:
-        if handle.readline() != MAGIC:
-            raise ValueError("its first line is not ours")
-        header = json.loads(handle.readline())
-        if header["fingerprint"] != self.fingerprint or header["classes"] != self.classes:
+    def _open(self) -> BinaryIO:
+        if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe would wait for a writer
+            raise ValueError("it is not a regular file")
+        return self.path.open("rb")
+
+    def _read_header(self, handle: BinaryIO) -> _Header | None:
+        """Reads and checks the header.
+
+        Returns:
+            The header; None if the cache is stale.
+
+        Raises:
+            ValueError, RecursionError: the file is damaged.
+        """
+        magic = handle.readline(len(MAGIC))
+        if magic == _OLD_MAGIC:
             return None
-        return header
+        if magic != MAGIC:
+            raise ValueError("its first line is not that of a packed cache")
+        digest, _, text = handle.readline(_MAX_HEADER_BYTES).partition(b" ")
+        if hashlib.sha256(text).hexdigest().encode() != digest:
+            raise ValueError("the checksum of its header is wrong")
+        entries = json.loads(text)
+        if not isinstance(entries, dict) or not {"fingerprint", "classes"} <= entries.keys():
+            raise ValueError("its header has no fingerprint and classes")
+        if entries["fingerprint"] != self.fingerprint or entries["classes"] != self.classes:
+            return None
+        shape, checksum = entries.get("shape"), entries.get("checksum")
+        if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError("the shape in its header is not four positive numbers")
+        if not isinstance(checksum, str):
+            raise ValueError("its header has no checksum of the content")
+        return _Header(tuple(shape), checksum)
 
     def _read(self) -> PackedSplit | None:
-        """Returns what the file holds, or None when it is absent, stale or damaged."""
+        """Returns the content of the file; None, with a notice, if it is missing, stale or damaged."""
         try:
-            with self.path.open("rb") as handle:
-                header = self._header(handle)
+            with self._open() as handle:
+                header = self._read_header(handle)
                 if header is None:
-                    NOTICES.info("%s is out of date: the files it was made from have changed.", self.path)
+                    NOTICES.info("%s is out of date: the files that it was decoded from have changed.", self.path)
                     return None
-                shape = header["shape"]
-                images = np.fromfile(handle, np.uint8, int(np.prod(shape))).reshape(shape)
-                labels = np.fromfile(handle, np.int64, shape[0])
-                packed = PackedSplit(torch.from_numpy(images), torch.from_numpy(labels), header["checksum"])
-            if content_checksum(self.classes, packed.images, packed.labels) != packed.checksum:
-                raise ValueError("its checksum does not fit")
-            return packed
-        except FileNotFoundError:
+                return self._read_content(handle, header)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            NOTICES.warning("The cache %s is damaged (%s); it is made anew.", self.path, error)
+        except (OSError, ValueError, RecursionError) as error:
+            NOTICES.warning("The cache %s is damaged (%s); the images are decoded again.", self.path, error)
             return None
 
-    def _write(self, packed: PackedSplit) -> None:
-        header = {
+    def _read_content(self, handle: BinaryIO, header: _Header) -> PackedSplit:
+        # Compare sizes before memory is allocated: a damaged shape may ask for any amount.
+        num_pixels, num_samples = math.prod(header.shape), header.shape[0]
+        expected = num_pixels + num_samples * np.dtype(np.int64).itemsize
+        size = os.fstat(handle.fileno()).st_size - handle.tell()
+        if size != expected:
+            raise ValueError(f"it has {size} bytes of images and labels, expected {expected}")
+        images = np.fromfile(handle, np.uint8, num_pixels).reshape(header.shape)
+        labels = np.fromfile(handle, np.int64, num_samples)
+        split = PackedSplit(torch.from_numpy(images), torch.from_numpy(labels), header.checksum)
+        if content_checksum(self.classes, split.images, split.labels) != split.checksum:
+            raise ValueError("the checksum of its content is wrong")
+        return split
+
+    def _write(self, split: PackedSplit) -> None:
+        """Writes the cache in one step; an error is only a notice, since the split is in memory."""
+        entries = {
             "fingerprint": self.fingerprint,
             "classes": self.classes,
-            "shape": list(packed.images.shape),
-            "checksum": packed.checksum,
+            "shape": list(split.images.shape),
+            "checksum": split.checksum,
         }
+        text = json.dumps(entries).encode() + b"\n"
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as handle:
-                handle.write(MAGIC + json.dumps(header).encode() + b"\n")
-                handle.write(packed.images.numpy().data)
-                handle.write(packed.labels.numpy().data)
+                handle.write(MAGIC + hashlib.sha256(text).hexdigest().encode() + b" " + text)
+                handle.write(split.images.numpy().data)
+                handle.write(split.labels.numpy().data)
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(self.path)
         except OSError as error:
             reason = error.strerror or error
-            NOTICES.warning("The decoded images are not kept: %s cannot be written (%s).", self.path, reason)
-            with contextlib.suppress(OSError):  # the notice has said why this folder is of no use
+            NOTICES.warning("The decoded images are not cached: %s cannot be written (%s).", self.path, reason)
+            with contextlib.suppress(OSError):  # the same error again: the folder is not writable
                 temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, needed: bool = False) -> Iterator[None]:
-    """Lets one process at a time through; where the folder cannot be written or the file system has no locks, all.
-
-    Args:
-        needed: a file system without locks is an OSError instead.
-    """
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except (ImportError, OSError):
-        if needed:
-            raise
-        yield
-        return
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            if needed:
-                raise
-        yield

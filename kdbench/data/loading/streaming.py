@@ -1,4 +1,4 @@
-"""A source whose images are decoded in every epoch, by worker processes."""
+"""A source that decodes its images in every epoch, in worker processes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.utils.data import Dataset as TorchDataset
 from kdbench.config.schema import SourceConfig
 from kdbench.data.augment.view import View
 from kdbench.data.loading.decode import EVALUATION_IMAGE, ImageReader
-from kdbench.data.loading.source import ImageSource, LoadingOptions, SampleMetadata, StoredImages
+from kdbench.data.loading.source import ImageSource, LoadingOptions, SampleMetadata, ShardImages
 from kdbench.data.sampling.order import RankShard
 from kdbench.errors import DataError
 from kdbench.randomness import derive
 
 Request = tuple[int | None, list[int]]
-"""An epoch (None: evaluation, nothing is drawn) and the positions to read; second visits lie behind the end of the
-split, so that they have draws of their own."""
+"""An epoch (None in evaluation, which draws nothing) and the rows to read: indices of the split. A second visit adds
+the length of the split to its index, and so has parameters of its own."""
 
 
-class _Plan:
-    """The requests of the next pass over the loader."""
+class _RequestSampler:
+    """Batch sampler of a DataLoader: yields the requests of its next pass."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
@@ -38,145 +38,153 @@ class _Plan:
         return len(self.requests)
 
 
-class _Decoder(TorchDataset):
-    """Answers requests in a worker process."""
+class _DecodeDataset(TorchDataset):
+    """Decodes the images of a request in a worker process."""
 
     def __init__(self, reader: ImageReader, views: dict[str, View], seed: int, source: str) -> None:
         self.reader = reader
-        self.readings = {view.decode_owner: view.decode_augmentation for view in views.values() if view.decode_augmentation is not None}
-        self.whole = any(view.decode_augmentation is None for view in views.values())
+        self.augmentations = {
+            view.decode_owner: view.decode_augmentation
+            for view in views.values()
+            if view.decode_augmentation is not None
+        }
+        self.needs_evaluation_image = any(view.decode_augmentation is None for view in views.values())
         self.seed = seed
         self.source = source
 
     def __getitems__(self, request: Request) -> tuple[Request, Any]:
-        epoch, numbers = request
+        epoch, rows = request
         try:
-            samples = [self._one(epoch, number) for number in numbers]
+            samples = [self._read(epoch, row) for row in rows]
         except DataError as error:
-            return request, error  # raised in the main process, without the worker's traceback in its text
+            return request, error  # raised in the main process: there its text holds no traceback of the worker
         return request, self.reader.collect(samples)
 
-    def _one(self, epoch: int | None, number: int) -> Any:
-        position = number % len(self.reader.paths)
+    def _read(self, epoch: int | None, row: int) -> Any:
+        index = row % len(self.reader.paths)
         if epoch is None:
-            return self.reader.read(position, {}, True)
-        readings = {}
-        for name, reading in self.readings.items():
-            key = derive(self.seed, "augment", self.source, name, epoch, "reading")
-            readings[name] = (reading, np.random.Generator(np.random.Philox(key=[key, number])))
-        return self.reader.read(position, readings, self.whole)
+            return self.reader.read(index, {}, True)
+        crops = {}
+        for view, augmentation in self.augmentations.items():
+            # The last word is a key of the random stream: another one would change the crops.
+            key = derive(self.seed, "augment", self.source, view, epoch, "reading")
+            crops[view] = (augmentation, np.random.Generator(np.random.Philox(key=[key, row])))
+        return self.reader.read(index, crops, self.needs_evaluation_image)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class StreamingSource(ImageSource):
-    """A source that decodes its images in every epoch; the same order, draws and batches as a resident one.
+    """A source that decodes its images in every epoch. Order, parameters and batches are those of a resident source.
 
     Args:
-        reader: of the dataset.
-        Everything else as in ImageSource.
+        reader: of the dataset's image files.
+        Further arguments: see `ImageSource`.
     """
 
     def __init__(
         self,
         config: SourceConfig,
-        setting: LoadingOptions,
+        options: LoadingOptions,
         views: dict[str, View],
         classes: Sequence[str],
         samples: SampleMetadata,
         checksum: str,
         reader: ImageReader,
     ) -> None:
-        super().__init__(config, setting, views, classes, samples, checksum)
+        super().__init__(config, options, views, classes, samples, checksum)
         self.reader = reader
-        self._decoder = _Decoder(reader, views, setting.seed, config.name)
-        self._plan = _Plan([])
-        self._training: DataLoader | None = None
-        self._passes: WeakSet[Any] = WeakSet()
+        self._dataset = _DecodeDataset(reader, views, options.seed, config.name)
+        self._sampler = _RequestSampler([])
+        self._training_loader: DataLoader | None = None
+        self._iterators: WeakSet[Any] = WeakSet()
 
     def close(self) -> None:
-        """Ends the worker processes, those of passes that were left in the middle too."""
-        self._training = None
-        for one in list(self._passes):
-            end = getattr(one, "_shutdown_workers", None)  # else they live as long as somebody holds the iterator
-            if end is not None:
-                end()
-        self._passes.clear()
+        """Ends all worker processes, also those of unfinished passes."""
+        self._training_loader = None
+        for iterator in list(self._iterators):
+            # Without this the workers live as long as any reference to the iterator.
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+        self._iterators.clear()
 
     def _move_order(self, order: Tensor) -> Tensor:
         return order
 
-    def _read_images(self, parts: Iterable[RankShard], epoch: int | None) -> Iterator[tuple[RankShard, StoredImages, StoredImages | None]]:
-        parts = list(parts)
-        # A partner that another rank holds is decoded here too: what is mixed must not depend on the number of ranks.
-        partners = epoch is not None and self.options.world_size > 1 and any(view.mix_owner for view in self.views.values())
-        requests: list[Request] = [
-            (
-                epoch,
-                [
-                    *part.param_rows(self.population).tolist(),
-                    *(part.partner_param_rows(self.population).tolist() if partners else []),
-                ],
-            )
-            for part in parts
-        ]
+    def _read_images(self, shards: Iterable[RankShard], epoch: int | None) -> Iterator[ShardImages]:
+        shards = list(shards)
+        training = epoch is not None
+        # A partner that belongs to another rank is decoded here as well: mixing must not depend on the number of ranks.
+        mixes = any(view.mix_owner for view in self.views.values())
+        with_partners = training and self.options.world_size > 1 and mixes
+        requests: list[Request] = []
+        for shard in shards:
+            partner_rows = shard.partner_param_rows(self.population).tolist() if with_partners else []
+            requests.append((epoch, [*shard.param_rows(self.population).tolist(), *partner_rows]))
         device = self.options.device
-        for part, read in zip(parts, self._answers(requests, lasting=epoch is not None), strict=True):
-            images = self.reader.to_device(read, device, self.notice)
-            rows = torch.arange(len(part.index), device=device)
-            read_for = {
-                name: images[view.decode_owner if view.decode_augmentation is not None and epoch is not None else EVALUATION_IMAGE]
+        for shard, decoded in zip(shards, self._decode(requests, persistent=training), strict=True):
+            by_key = self.reader.to_device(decoded, device, self.options.notice)
+            rows = torch.arange(len(shard.index), device=device)
+            stored = {
+                name: by_key[view.decode_owner if training and view.decode_augmentation else EVALUATION_IMAGE]
                 for name, view in self.views.items()
             }
-            own = {name: (stored, rows) for name, stored in read_for.items()}
-            other = {name: (stored, rows + len(rows)) for name, stored in read_for.items()} if partners else None
-            yield part.to(device), own, other
+            images = {name: (value, rows) for name, value in stored.items()}
+            partner_images = None
+            if with_partners:  # the workers return them behind the rows
+                partner_images = {name: (value, rows + len(rows)) for name, value in stored.items()}
+            yield shard.to(device), images, partner_images
 
-    def _answers(self, requests: list[Request], *, lasting: bool) -> Iterator[Any]:
-        """Yields what the workers read, in order.
+    def _decode(self, requests: list[Request], *, persistent: bool) -> Iterator[Any]:
+        """Yields the samples of each request as `ImageReader.collect` returns them, in order.
 
         Raises:
-            DataError: an image cannot be read, or a worker died.
+            DataError: an image cannot be read, or a worker process ended.
         """
-        self.reader.prepare(self.options.device, self.notice)
-        answers = iter(self._loader(requests, lasting=lasting))
-        self._passes.add(answers)
+        self.reader.prepare(self.options.device, self.options.notice)
+        iterator = iter(self._loader(requests, persistent=persistent))
+        self._iterators.add(iterator)
         for request in requests:
             try:
-                answered, read = next(answers)
+                returned_request, samples = next(iterator)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
-                    f"a process that decodes images of source {self.name!r} ended ({' '.join(str(error).split())}). "
-                    f"Where memory ran out, take fewer `workers` (now {self.options.workers}) or a smaller batch."
+                    f"a worker process that decodes images of source {self.name!r} ended "
+                    f"({' '.join(str(error).split())}). If memory ran out, use fewer `workers` "
+                    f"(now {self.options.workers}) or a smaller batch."
                 ) from None
-            # an older torch's pinning makes lists of tuples
-            assert tuple(answered) == request, f"source {self.name!r} was started twice at the same time"
-            if isinstance(read, DataError):
-                raise read
-            yield read
-        assert next(answers, None) is None  # asking once more ends the workers of a pass that has its own
+            # tuple(): pinning in older versions of torch returns a list
+            assert tuple(returned_request) == request, f"source {self.name!r} was started twice at the same time"
+            if isinstance(samples, DataError):
+                raise samples
+            yield samples
+        assert next(iterator, None) is None  # the last `next` ends the workers of a loader that is not persistent
 
-    def _loader(self, requests: list[Request], *, lasting: bool) -> DataLoader:
-        """Training keeps its workers from epoch to epoch; evaluation, which may run in between, has its own."""
-        if not lasting:
-            return self._new_loader(_Plan(requests), lasting=False)
-        if self._training is None:
-            self._training = self._new_loader(self._plan, lasting=True)
-        self._plan.requests = requests
-        return self._training
+    def _loader(self, requests: list[Request], *, persistent: bool) -> DataLoader:
+        """Returns a loader of the requests.
 
-    def _new_loader(self, plan: _Plan, *, lasting: bool) -> DataLoader:
+        Training keeps its workers from epoch to epoch. Evaluation, which may run in between, has workers of its own.
+        """
+        if not persistent:
+            return self._new_loader(_RequestSampler(requests), persistent=False)
+        if self._training_loader is None:
+            self._training_loader = self._new_loader(self._sampler, persistent=True)
+        self._sampler.requests = requests
+        return self._training_loader
+
+    def _new_loader(self, sampler: _RequestSampler, *, persistent: bool) -> DataLoader:
         workers = self.options.workers
         return DataLoader(
-            self._decoder,
-            batch_sampler=plan,  # type: ignore[arg-type]  # any iterable; each item reaches __getitems__ as it is
+            self._dataset,
+            batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable; each item is passed on to __getitems__
             num_workers=workers,
-            persistent_workers=lasting and workers > 0,
-            collate_fn=_as_it_is,
+            persistent_workers=persistent and workers > 0,
+            collate_fn=_identity,
             pin_memory=self.options.device.type == "cuda",
-            generator=torch.Generator(),  # else the loader draws its base seed from the global generator
+            generator=torch.Generator(),  # by default the loader draws its base seed from the global generator
         )

@@ -1,3 +1,3 @@
-"""Which samples, in which order, with which labels: epochs over ranks, splits, subsets, relabelling.
+"""Order of samples over epochs and ranks, validation splits, subsets and relabelling.
 
-Pure functions of seed, epoch and sizes; no pixel is read here."""
+Everything here is a pure function of seed, epoch, labels and sizes. No image is read."""

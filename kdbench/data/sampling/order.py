@@ -1,4 +1,4 @@
-"""Which samples a rank sees in a step: a function of (seed, source, epoch, position) and of nothing else."""
+"""Rows of each rank in each step: functions of (seed, source, epoch, step)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdbench.randomness import generator
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Sends a tensor of the host to the device without waiting for it: from pinned memory, where that is CUDA."""
+    """Copies a CPU tensor to the device; on CUDA from pinned memory, without waiting for the copy."""
     if device.type != "cuda" or value.is_cuda:
         return value.to(device)
     return (value if value.is_pinned() else value.pin_memory()).to(device, non_blocking=True)
@@ -19,13 +19,14 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class RankShard:
-    """One rank's part of a global batch.
+    """One rank's rows of a global batch.
 
-    index: int64 (rows,), positions in the split.
-    partner: int64 (rows,), the row before each one in the global batch, with which mixup and cutmix mix it.
-    valid: bool (rows,), False where a row was repeated to make the ranks equal; None where none was.
-    again: bool (rows,), True where the sample was in the global batch before, and has other draws now; None where the
-        batches do not overlap. partner_again: the same of the partners.
+    index: int64 (rows,), indices of the split.
+    partner: int64 (rows,), index of the preceding row of the global batch, which mixup and cutmix mix in.
+    valid: bool (rows,), False where a row was repeated to give all ranks equally many; None if none was.
+    second_visit: bool (rows,), True where the previous global batch already contained the sample; its augmentation
+        parameters differ this time. None where batches do not overlap.
+    partner_second_visit: the same for the partners.
     """
 
     index: Tensor
@@ -35,26 +36,29 @@ class RankShard:
     partner_second_visit: Tensor | None = None
 
     def to(self, device: torch.device) -> RankShard:
-        parts = (self.valid, self.second_visit, self.partner_second_visit)
-        moved = (None if part is None else to_device(part, device) for part in parts)
-        return RankShard(to_device(self.index, device), to_device(self.partner, device), *moved)
+        """Copies the shard to a device."""
+        optional = (self.valid, self.second_visit, self.partner_second_visit)
+        copies = (None if value is None else to_device(value, device) for value in optional)
+        return RankShard(to_device(self.index, device), to_device(self.partner, device), *copies)
 
     def param_rows(self, population: int) -> Tensor:
-        """Which row of an epoch's draws each row has: those of second visits stand behind those of the first."""
+        """Returns each row's row in the epoch's augmentation parameters; second visits follow all first visits."""
         return self.index if self.second_visit is None else self.index + population * self.second_visit
 
     def partner_param_rows(self, population: int) -> Tensor:
-        """The same of the partners."""
-        return self.partner if self.partner_second_visit is None else self.partner + population * self.partner_second_visit
+        """Returns each partner's row in the epoch's augmentation parameters."""
+        if self.partner_second_visit is None:
+            return self.partner
+        return self.partner + population * self.partner_second_visit
 
 
-def epoch_order(positions: Tensor, seed: int, source: str, epoch: int) -> Tensor:
-    """Returns `positions` (samples,) shuffled for one epoch."""
-    return positions[torch.randperm(len(positions), generator=generator(seed, "order", source, epoch))]
+def epoch_order(indices: Tensor, seed: int, source: str, epoch: int) -> Tensor:
+    """Returns `indices` (samples,) shuffled for one epoch."""
+    return indices[torch.randperm(len(indices), generator=generator(seed, "order", source, epoch))]
 
 
 def new_samples_per_batch(batch_size: int, overlap: bool) -> int:
-    """Returns how many samples of a batch are new: all, or where the batches overlap half of them."""
+    """Returns the number of samples of a batch that the previous batch did not contain: half of them with `overlap`."""
     return batch_size // 2 if overlap else batch_size
 
 
@@ -63,48 +67,54 @@ def num_steps(samples: int, batch_size: int, world_size: int, *, overlap: bool =
     return -(-samples // (new_samples_per_batch(batch_size, overlap) * world_size))
 
 
-def rank_shard_of_block(order: Tensor, step: int, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> RankShard:
-    """Returns the rows of a rank in `count` global batches from `step` on, one batch after the other.
+def rank_shard_of_block(
+    order: Tensor, step: int, count: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> RankShard:
+    """Returns a rank's rows of the `count` global batches from `step` on, one batch after the other.
 
-    All of them must be whole, and none may overlap; `shard` gives any single one.
+    All of these batches must be full and none may overlap; `rank_shard` handles any single batch.
     """
-    together = batch_size * world_size
-    rows = order[step * together : (step + count) * together].view(count, together)
+    global_size = batch_size * world_size
+    rows = order[step * global_size : (step + count) * global_size].view(count, global_size)
     partners = rows.roll(1, 1)
     return RankShard(rows[:, rank::world_size].reshape(-1), partners[:, rank::world_size].reshape(-1))
 
 
-def rank_shard(order: Tensor, step: int, batch_size: int, rank: int = 0, world_size: int = 1, *, overlap: bool = False) -> RankShard:
-    """Returns rows `rank::world` of global batch `step`, that is of `order[step*B*world : (step+1)*B*world]`.
+def rank_shard(
+    order: Tensor, step: int, batch_size: int, rank: int = 0, world_size: int = 1, *, overlap: bool = False
+) -> RankShard:
+    """Returns rows `rank::world_size` of a global batch, `order[step * B * world_size : (step + 1) * B * world_size]`.
 
-    With `overlap` half of a batch is new, `order[step*H : (step+1)*H]` with H = B*world/2, and before it stand the new
-    rows of the batch before. The first batch of an epoch has none before it and is the new half alone.
+    With `overlap` the new half of a batch is `order[step * H : (step + 1) * H]`, H = B * world_size / 2. The new half
+    of the previous batch precedes it; the first batch of an epoch has the new half only.
 
-    Every rank gets equally many rows: where the last global batch does not divide, its first row is repeated and marked
-    as not valid.
+    Every rank gets equally many rows. Where the last global batch does not divide, its first row is repeated and is not
+    `valid`.
     """
     new = new_samples_per_batch(batch_size, overlap) * world_size
     start = step * new
-    before = min(start, new) if overlap else 0
-    rows = order[start - before : start + new]
-    again = torch.arange(len(rows), device=rows.device) < before if overlap else None
-    partners, partners_again = rows.roll(1), None if again is None else again.roll(1)
-    missing = -len(rows) % world_size
+    repeated = min(start, new) if overlap else 0
+    rows = order[start - repeated : start + new]
+    second_visits = torch.arange(len(rows), device=rows.device) < repeated if overlap else None
+    # Partners are rows of the global batch, so that mixing does not depend on the number of ranks.
+    partners = rows.roll(1)
+    partner_second_visits = None if second_visits is None else second_visits.roll(1)
+    padding = -len(rows) % world_size
     valid = None
-    if missing:
-        valid = torch.arange(len(rows) + missing, device=rows.device) < len(rows)
-        rows, partners = _padded(rows, missing), _padded(partners, missing)
-        again = None if again is None else _padded(again, missing)
-        partners_again = None if partners_again is None else _padded(partners_again, missing)
+    if padding:
+        valid = torch.arange(len(rows) + padding, device=rows.device) < len(rows)
+        rows, partners = _pad(rows, padding), _pad(partners, padding)
+        second_visits = None if second_visits is None else _pad(second_visits, padding)
+        partner_second_visits = None if partner_second_visits is None else _pad(partner_second_visits, padding)
         valid = valid[rank::world_size]
     return RankShard(
         rows[rank::world_size],
         partners[rank::world_size],
         valid,
-        None if again is None else again[rank::world_size],
-        None if partners_again is None else partners_again[rank::world_size],
+        None if second_visits is None else second_visits[rank::world_size],
+        None if partner_second_visits is None else partner_second_visits[rank::world_size],
     )
 
 
-def _padded(rows: Tensor, missing: int) -> Tensor:
-    return torch.cat([rows, rows[:1].expand(missing)])
+def _pad(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows[:1].expand(count)])

@@ -1,41 +1,38 @@
-"""The choices of a source: which samples (`subset`), which labels stay (`label_fraction`), which change (`relabel`).
+"""Selects the samples of a source (`subset`), the labels that it keeps (`label_fraction`) and changes (`relabel`).
 
-Each is a function of the seed and of the split, never of the source's name, its batches or the number of processes.
+Each selection is a function of the seed and of the split. It does not depend on the source's name, its batches or the
+number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdbench.config.schema import PartConfig, SourceConfig
-from kdbench.data.datasets.artifact import read_subset
+from kdbench.data.datasets.artifact import ArtifactFiles, read_subset
 from kdbench.data.sampling.relabel import Relabel
-from kdbench.data.sampling.split import amount_to_count, balanced_positions, empty_classes
+from kdbench.data.sampling.split import amount_to_count, balanced_indices, empty_classes
 from kdbench.data.sampling.subsets import Subset
 from kdbench.errors import ConfigError, DataError, UserError
 from kdbench.randomness import derive, generator
 from kdbench.registry import RELABELS, SUBSETS, Registry
 
-ArtifactFiles = Mapping[str, Path] | None
-"""`STAGE.NAME` -> the file of what that stage made."""
-
 
 def subset_steps(config: SourceConfig) -> tuple[float | int | str | PartConfig, ...]:
-    """Returns what is applied in order: numbers (balanced), texts (`STAGE.NAME` of a made choice), and parts."""
+    """Returns the elements of `subset`, in order: amounts (class-balanced), `STAGE.NAME` of an artifact, and parts."""
     subset = config.subset
     return () if subset is None else subset if isinstance(subset, tuple) else (subset,)
 
 
 def check_selection(config: SourceConfig, names: Sequence[str]) -> None:
-    """Builds the parts of a source's choices, for the faults in them.
+    """Builds the parts of `subset` and `relabel`, so that their errors are raised early.
 
     Args:
-        names: of the dataset's classes; empty where only the files could tell.
+        names: of the dataset's classes; empty where they are unknown before the files are read.
 
     Raises:
         ConfigError: an unknown part or parameter, or one that does not fit.
@@ -47,14 +44,20 @@ def check_selection(config: SourceConfig, names: Sequence[str]) -> None:
         _build(RELABELS, config.relabel, names, config, "relabel")
 
 
-def subset_size(config: SourceConfig, candidates: int | None, population: int | None, artifact_files: ArtifactFiles = None) -> int | None:
-    """Returns how many of so many candidates the source will give; None where only labels or files could tell.
+def subset_size(
+    config: SourceConfig,
+    candidates: int | None,
+    population: int | None,
+    artifact_files: ArtifactFiles | None = None,
+) -> int | None:
+    """Returns the number of samples that `subset` selects; None where it depends on labels or missing files.
 
     Args:
-        candidates: of the split, less what is held out. population: of the whole split.
+        candidates: samples of the split, without those held out.
+        population: samples of the full split.
 
     Raises:
-        ConfigError: more are asked for than there are.
+        ConfigError: more samples are asked for than there are.
     """
     for step in subset_steps(config):
         if candidates is None:
@@ -72,93 +75,123 @@ def subset_size(config: SourceConfig, candidates: int | None, population: int | 
     return candidates
 
 
-def subset_positions(
-    config: SourceConfig, labels: Tensor, positions: Tensor, names: Sequence[str], seed: int, made: ArtifactFiles = None
+def subset_indices(
+    config: SourceConfig,
+    labels: Tensor,
+    indices: Tensor,
+    names: Sequence[str],
+    seed: int,
+    artifact_files: ArtifactFiles | None = None,
 ) -> Tensor:
-    """Returns the part of `positions` that the source gives, int64, sorted.
+    """Returns the part of `indices` that `subset` selects, int64, sorted.
 
     Args:
-        labels: int64 (population,), the true labels of the whole split; negative where there is none.
-        positions: int64, sorted: the split, less what is held out.
+        labels: int64 (population,), the true labels of the full split; negative where one is missing.
+        indices: int64, sorted: the split without the samples held out.
+        names: of the classes.
     """
-    where = option_location(config, "subset")
+    location = option_location(config, "subset")
     for number, step in enumerate(subset_steps(config)):
+        # The first step's stream has no number, as if it were alone: {subset: X} and {subset: [X, Y]} share X.
         rng = generator(seed, "split", "subset", *([number] if number else []))
         if isinstance(step, str):
-            positions = positions[torch.isin(positions, _read_artifact_subset(config, step, len(labels), made, "subset"))]
+            artifact = _read_artifact_subset(config, step, len(labels), artifact_files, "subset")
+            indices = indices[torch.isin(indices, artifact)]
         elif isinstance(step, PartConfig):
             part: Subset = _build(SUBSETS, step, names, config, "subset")
             try:
-                positions = part.select(labels, positions, len(names), rng)
+                indices = part.select(labels, indices, len(names), rng)
             except ConfigError as error:
                 raise ConfigError(f"{_step_location(step, config)}: {step.type}: {error}") from None
         else:
-            positions = balanced_positions(labels, positions, step, len(names), rng, where)
-    return positions
+            indices = balanced_indices(labels, indices, step, len(names), rng, location)
+    return indices
 
 
-def labelled_positions(
-    config: SourceConfig, labels: Tensor, positions: Tensor, names: Sequence[str], seed: int, made: ArtifactFiles = None
+def labelled_indices(
+    config: SourceConfig,
+    labels: Tensor,
+    indices: Tensor,
+    names: Sequence[str],
+    seed: int,
+    artifact_files: ArtifactFiles | None = None,
 ) -> Tensor | None:
-    """Returns the part of `positions` whose label stays, int64, sorted; None where all stay."""
-    if config.label_fraction is None:
+    """Returns the part of `indices` that keeps its label, int64, sorted; None where all do.
+
+    Args:
+        labels, indices, names: see `subset_indices`.
+
+    Raises:
+        ConfigError: a class would have no label left.
+    """
+    amount = config.label_fraction
+    if amount is None:
         return None
-    positions = positions[labels[positions] >= 0]
-    if isinstance(config.label_fraction, str):
-        return positions[torch.isin(positions, _read_artifact_subset(config, config.label_fraction, len(labels), made, "labels"))]
-    where = option_location(config, "labels")
-    present = len(names) - len(empty_classes(labels, positions, names))
-    kept = balanced_positions(labels, positions, config.label_fraction, len(names), generator(seed, "split", "labels"), where)
-    missing = empty_classes(labels, kept, names)
-    if len(names) - len(missing) < present:
-        raise ConfigError(f"{where}: {config.label_fraction} leaves {class_list_text(missing)} without any label")
-    return kept
+    indices = indices[labels[indices] >= 0]
+    if isinstance(amount, str):
+        artifact = _read_artifact_subset(config, amount, len(labels), artifact_files, "label_fraction")
+        return indices[torch.isin(indices, artifact)]
+    location = option_location(config, "label_fraction")
+    num_present = len(names) - len(empty_classes(labels, indices, names))
+    # "labels" is a key of the random stream: another word would keep other labels.
+    rng = generator(seed, "split", "labels")
+    labelled = balanced_indices(labels, indices, amount, len(names), rng, location)
+    missing = empty_classes(labels, labelled, names)
+    if len(names) - len(missing) < num_present:
+        raise ConfigError(f"{location}: {amount} leaves {class_list_text(missing)} without any label")
+    return labelled
 
 
 def apply_relabel(config: SourceConfig, labels: Tensor, names: Sequence[str], seed: int) -> Tensor:
-    """Returns the labels of the whole split as the source tells them; a missing label stays missing."""
+    """Returns the labels of the full split after `relabel`; a missing label stays missing."""
     if config.relabel is None:
         return labels
     part: Relabel = _build(RELABELS, config.relabel, names, config, "relabel")
     rng = torch.Generator().manual_seed(derive(seed, "split", "relabel"))
     draws = torch.rand(len(labels), part.num_draws, generator=rng)
-    known = labels >= 0
-    changed = labels.clone()
-    changed[known] = part(labels[known], draws[known], len(names))
-    return changed
+    present = labels >= 0
+    new_labels = labels.clone()
+    new_labels[present] = part(labels[present], draws[present], len(names))
+    return new_labels
 
 
 def option_location(config: SourceConfig, option: str) -> str:
-    """The place of one of a source's options, or the source's own where the option was not written."""
-    given = config.locations.get(option)
-    return str(given or (f"{config.location}: {option}" if str(config.location) else option))
+    """Returns the location of a source's option, or of the source where the option is not written."""
+    location = config.locations.get(option)
+    return str(location or (f"{config.location}: {option}" if str(config.location) else option))
 
 
 def _step_location(step: float | int | PartConfig, config: SourceConfig) -> str:
-    """The place of one element of `subset`."""
-    return str(step.location) if isinstance(step, PartConfig) and str(step.location) else option_location(config, "subset")
+    """Returns the location of one element of `subset`."""
+    if isinstance(step, PartConfig) and str(step.location):
+        return str(step.location)
+    return option_location(config, "subset")
 
 
 def class_list_text(names: list[str]) -> str:
-    """The first few names, in words."""
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more classes"
+    """Lists the first five names and the number of the others."""
+    first = ", ".join(repr(name) for name in names[:5])
+    return first if len(names) <= 5 else f"{first} and {len(names) - 5} more classes"
 
 
-def _read_artifact_subset(config: SourceConfig, name: str, population: int, made: ArtifactFiles, option: str) -> Tensor:
-    where = option_location(config, option)
-    if made is None or name not in made:
-        raise DataError(f"{where}: {name} has not been made yet")
+def _read_artifact_subset(
+    config: SourceConfig, name: str, population: int, artifact_files: ArtifactFiles | None, option: str
+) -> Tensor:
+    """Returns the indices of an artifact; errors start with the option's location."""
+    location = option_location(config, option)
+    if artifact_files is None or name not in artifact_files:
+        raise DataError(f"{location}: the artifact {name} does not exist yet")
     try:
-        return read_subset(made[name], population)
+        return read_subset(artifact_files[name], population)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{location}: {error}") from None
 
 
-def _build(registry: Registry, named: PartConfig, names: Sequence[str], config: SourceConfig, option: str) -> Any:
-    where = named.location if str(named.location) else option_location(config, option)
-    registry.check(named.type, named.params, where)
+def _build(registry: Registry, part: PartConfig, names: Sequence[str], config: SourceConfig, option: str) -> Any:
+    """Builds a part of SUBSETS or RELABELS; errors start with its location."""
+    location = part.location if str(part.location) else option_location(config, option)
+    registry.check(part.type, part.params, location)
     try:
-        return registry.build(named.type, named.params, where, names=tuple(names))
+        return registry.build(part.type, part.params, location, names=tuple(names))
     except UserError as error:
-        raise ConfigError(f"{where}: {named.type}: {error}") from None
+        raise ConfigError(f"{location}: {part.type}: {error}") from None

@@ -1,4 +1,4 @@
-"""Class-balanced choices among the samples of a split."""
+"""Class-balanced draws from a split."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kdbench.errors import ConfigError
 
 
 def amount_to_count(total: int, amount: float | int) -> int:
-    """Returns how many of `total` samples a share in (0, 1] or a number (2 or more) asks for.
+    """Converts an amount, a fraction in (0, 1] or a number of at least 2, to a number of samples.
 
     Raises:
-        ConfigError: more than there are.
+        ConfigError: the number is above `total`.
     """
     if amount > 1 and amount > total:
         raise ConfigError(f"{amount} samples were asked for, but there are only {total}")
@@ -23,76 +23,81 @@ def amount_to_count(total: int, amount: float | int) -> int:
 
 
 def class_quotas(available: Sequence[int], amount: float | int) -> list[int]:
-    """Returns how many samples each class gives.
+    """Returns the number of samples to draw from each class.
 
-    A share takes the same share of every class (largest remainders make up the total); a number takes equally many of
-    every class, as far as a class has them; the first classes give the rest.
+    A fraction takes the same fraction of every class; the largest remainders make up the total. A number takes equally
+    many of every class, as far as a class has them; the first classes make up the total.
+
+    Args:
+        available: samples of each class.
     """
     total = amount_to_count(sum(available), amount)
     if amount <= 1:
         exact = [count * amount for count in available]
-        taken = [math.floor(value + 1e-9) for value in exact]
-        order = sorted(range(len(exact)), key=lambda c: (taken[c] - exact[c], c))
+        counts = [math.floor(value + 1e-9) for value in exact]
+        order = sorted(range(len(exact)), key=lambda c: (counts[c] - exact[c], c))
     else:
-        taken = [0] * len(available)
+        counts = [0] * len(available)
         level = 0
-        while sum(taken) + sum(count > level for count in available) <= total and level < max(available, default=0):
+        while sum(counts) + sum(count > level for count in available) <= total and level < max(available, default=0):
             level += 1
-            taken = [min(count, level) for count in available]
-        order = [c for c, count in enumerate(available) if count > taken[c]]
-    missing = total - sum(taken)
-    for c in order[:missing]:
-        taken[c] += 1
-    return taken
+            counts = [min(count, level) for count in available]
+        order = [c for c, count in enumerate(available) if count > counts[c]]
+    remainder = total - sum(counts)
+    for c in order[:remainder]:
+        counts[c] += 1
+    return counts
 
 
-def balanced_positions(
-    labels: Tensor, positions: Tensor, amount: float | int, classes: int, generator: torch.Generator, what: str
+def balanced_indices(
+    labels: Tensor, indices: Tensor, amount: float | int, classes: int, generator: torch.Generator, option: str
 ) -> Tensor:
-    """Chooses among `positions` a class-balanced part.
+    """Draws a class-balanced part of `indices`.
 
     Args:
-        labels: int64 (samples,), of the whole split.
-        positions: int64 (candidates,), sorted.
-        amount: a share in (0, 1] or a number (2 or more).
-        generator: at the start of its stream; every class uses it in turn.
-        what: names the wish in messages, such as `train.yaml:3 validation`.
+        labels: int64 (samples,), of the full split.
+        indices: int64 (candidates,), sorted.
+        amount: a fraction in (0, 1] or a number of at least 2.
+        classes: number of classes.
+        generator: at the start of its stream; the classes use it one after the other.
+        option: names the option in messages, such as `train.yaml:3 validation`.
 
     Returns:
-        The chosen positions, int64, sorted.
+        The drawn part, int64, sorted.
 
     Raises:
-        ConfigError: the amount is not positive, or more than there is.
+        ConfigError: the amount is not positive, or above the number of candidates.
     """
-    check_amount(amount, what)
-    own = labels[positions]
-    groups = [positions[own == c] for c in range(classes)]
-    if sum(len(group) for group in groups) < len(positions):
-        groups.append(positions[own < 0])  # samples without a label, as a made dataset may have them
-    chosen = []
+    check_amount(amount, option)
+    candidate_labels = labels[indices]
+    groups = [indices[candidate_labels == c] for c in range(classes)]
+    if sum(len(group) for group in groups) < len(indices):
+        groups.append(indices[candidate_labels < 0])  # unlabelled samples, which an artifact may contain
     try:
-        wanted = class_quotas([len(group) for group in groups], amount)
+        quotas = class_quotas([len(group) for group in groups], amount)
     except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from None
-    for group, quota in zip(groups, wanted, strict=True):
-        chosen.append(group[torch.randperm(len(group), generator=generator)[:quota]])
-    return torch.cat(chosen).sort().values
+        raise ConfigError(f"{option}: {error}") from None
+    parts = [
+        group[torch.randperm(len(group), generator=generator)[:quota]]
+        for group, quota in zip(groups, quotas, strict=True)
+    ]
+    return torch.cat(parts).sort().values
 
 
-def check_amount(amount: float | int, what: str) -> None:
-    """Raises ConfigError unless the amount is a share in (0, 1] or a whole number of at least 2."""
-    whole = amount > 1 and float(amount).is_integer()
-    if not (0 < amount <= 1 or whole):
-        raise ConfigError(f"{what} must be a share in (0, 1] or a whole number of at least 2, got {amount!r}")
+def check_amount(amount: float | int, option: str) -> None:
+    """Raises ConfigError unless the amount is a fraction in (0, 1] or a whole number of at least 2."""
+    is_count = amount > 1 and float(amount).is_integer()
+    if not (0 < amount <= 1 or is_count):
+        raise ConfigError(f"{option} must be a fraction in (0, 1] or a whole number of at least 2, got {amount!r}")
 
 
-def exclude(positions: Tensor, removed: Tensor) -> Tensor:
-    """Returns the positions that are not among `removed`, in their order."""
-    return positions[~torch.isin(positions, removed)]
+def exclude(indices: Tensor, excluded: Tensor) -> Tensor:
+    """Returns `indices` without those in `excluded`, in the same order."""
+    return indices[~torch.isin(indices, excluded)]
 
 
-def empty_classes(labels: Tensor, positions: Tensor, classes: Sequence[str]) -> list[str]:
-    """Returns the names of the classes of which no sample is left."""
-    own = labels[positions]
-    counts = torch.bincount(own[own >= 0], minlength=len(classes))
+def empty_classes(labels: Tensor, indices: Tensor, classes: Sequence[str]) -> list[str]:
+    """Returns the names of the classes without a sample in `indices`."""
+    present = labels[indices]
+    counts = torch.bincount(present[present >= 0], minlength=len(classes))
     return [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]

@@ -1,7 +1,7 @@
-"""Subsets: which samples of a split a source gives.
+"""Subsets of a split: draws, classes, long tails, and disjoint shards for clients.
 
-A subset is drawn by the run's seed alone. Two sources of the same dataset that write the same draw therefore share it,
-and its parts (`rest: true`, the numbers of `shard`) never overlap.
+A subset depends on the run's seed and the split. So two sources of the same dataset with the same `subset` share one
+draw, and its parts (`rest: true`, the numbers of `shard`) never overlap.
 """
 
 from __future__ import annotations
@@ -14,32 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.sampling.split import amount_to_count, balanced_positions, check_amount, exclude
+from kdbench.data.sampling.split import amount_to_count, balanced_indices, check_amount, exclude
 from kdbench.errors import ConfigError, suggest
 from kdbench.registry import SUBSETS
 
-_TRIES = 1000
-"""How often `shard` draws anew where a client would get no sample."""
+_MAX_DRAWS = 1000
+"""Number of draws of `shard` with `scheme: dirichlet` before it gives up on clients without samples."""
 
 
 class Subset:
-    """Base of all subsets. Parameters called `names` are the names of the dataset's classes; the engine gives them.
+    """Base of all subsets. A constructor parameter `names` receives the names of the dataset's classes.
 
-    @SUBSETS.register("balanced", version=1)
-    class Balanced(Subset): ...
+    Example:
+        @SUBSETS.register("balanced", version=1)
+        class BalancedSubset(Subset): ...
     """
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        """Chooses a part of `positions`.
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        """Returns the selected part of `indices`, int64, sorted.
 
         Args:
-            labels: int64 (samples,), the true labels of the whole split.
-            positions: int64 (candidates,), sorted.
-            classes: how many there are.
+            labels: int64 (samples,), the true labels of the full split.
+            indices: int64 (candidates,), sorted.
+            classes: number of classes.
             generator: at the start of its stream, which depends on the seed alone.
-
-        Returns:
-            The chosen positions, int64, sorted.
 
         Raises:
             ConfigError: there are not enough samples.
@@ -47,19 +45,19 @@ class Subset:
         raise NotImplementedError
 
     def size(self, candidates: int) -> int | None:
-        """Returns how many of so many candidates are chosen; None where only their labels could tell."""
+        """Returns the number of samples selected from `candidates`; None where it depends on their labels."""
         return None
 
 
 @SUBSETS.register("balanced", version=1)
 class BalancedSubset(Subset):
-    """Equally many samples of every class; `subset: 100` is short for it.
+    """Selects equally many samples of every class; `subset: 100` is short for it.
 
-    A share takes the same share of every class, a number equally many of every class as far as a class has them.
+    A fraction takes the same fraction of every class, a number equally many of every class as far as a class has them.
 
     Args:
-        amount: a share in (0, 1], or a number (2 or more).
-        rest: true takes all that the same draw leaves.
+        amount: a fraction in (0, 1], or a number of at least 2.
+        rest: true selects all other samples instead.
     """
 
     def __init__(self, amount: float, rest: bool = False) -> None:
@@ -67,25 +65,25 @@ class BalancedSubset(Subset):
         self.amount = amount
         self.rest = rest
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        chosen = balanced_positions(labels, positions, self.amount, classes, generator, "amount")
-        return exclude(positions, chosen) if self.rest else chosen
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        draw = balanced_indices(labels, indices, self.amount, classes, generator, "amount")
+        return exclude(indices, draw) if self.rest else draw
 
     def size(self, candidates: int) -> int | None:
-        chosen = amount_to_count(candidates, self.amount)
-        return max(candidates - chosen, 0) if self.rest else chosen
+        count = amount_to_count(candidates, self.amount)
+        return max(candidates - count, 0) if self.rest else count
 
 
 @SUBSETS.register("random", version=1, injected=("names",))
 class RandomSubset(Subset):
-    """Samples drawn without regard to their classes, or with `rest: true` all others (forget and retain).
+    """Draws samples regardless of their classes; with `rest: true` selects all others (forget and retain sets).
 
-    Two sources, one with `rest: true` and all else equal, are disjoint and together the whole.
+    Two sources, one with `rest: true` and everything else equal, are disjoint and together the full split.
 
     Args:
-        amount: a share in (0, 1], or a number (2 or more), of the samples that may be drawn.
-        classes: draw among these classes only, by number or name; null: among all.
-        rest: true takes all that the same draw leaves, of every class.
+        amount: a fraction in (0, 1], or a number of at least 2, of the samples that may be drawn.
+        classes: classes to draw from, by number or name; null: all.
+        rest: true selects all samples that are not drawn, of every class.
     """
 
     def __init__(
@@ -97,51 +95,51 @@ class RandomSubset(Subset):
     ) -> None:
         check_amount(amount, "amount")
         self.amount = amount
-        self.among = None if classes is None else class_indices(classes, names)
+        self.classes = None if classes is None else class_indices(classes, names)
         self.rest = rest
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        among = positions
-        if self.among is not None:
-            among = positions[torch.isin(labels[positions], torch.tensor(self.among))]
-        if self.amount > len(among) and self.amount > 1:
-            raise ConfigError(f"{self.amount} samples were asked for, but there are only {len(among)}")
-        order = torch.randperm(len(among), generator=generator)
-        chosen = among[order[: amount_to_count(len(among), self.amount)]].sort().values
-        return exclude(positions, chosen) if self.rest else chosen
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        candidates = indices
+        if self.classes is not None:
+            candidates = indices[torch.isin(labels[indices], torch.tensor(self.classes))]
+        if self.amount > len(candidates) and self.amount > 1:
+            raise ConfigError(f"{self.amount} samples were asked for, but there are only {len(candidates)}")
+        order = torch.randperm(len(candidates), generator=generator)
+        draw = candidates[order[: amount_to_count(len(candidates), self.amount)]].sort().values
+        return exclude(indices, draw) if self.rest else draw
 
     def size(self, candidates: int) -> int | None:
-        if self.among is not None:
+        if self.classes is not None:
             return None
-        chosen = amount_to_count(candidates, self.amount)
-        return max(candidates - chosen, 0) if self.rest else chosen
+        count = amount_to_count(candidates, self.amount)
+        return max(candidates - count, 0) if self.rest else count
 
 
 @SUBSETS.register("classes", version=1, injected=("names",))
 class ClassSubset(Subset):
-    """All samples of some classes: tasks of a stream, classes to forget. The label space stays that of the dataset.
+    """Selects all samples of some classes: tasks of a stream, classes to forget. The label space stays the dataset's.
 
     Args:
         keep: the classes, by number (from 0) or by name.
-        rest: true takes all other classes instead.
+        rest: true selects all other classes instead.
     """
 
     def __init__(self, keep: list[int | str], rest: bool = False, names: Sequence[str] = ()) -> None:
         self.keep = class_indices(keep, names)
         self.rest = rest
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        kept = torch.isin(labels[positions], torch.tensor(self.keep))
-        return positions[~kept if self.rest else kept]
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        mask = torch.isin(labels[indices], torch.tensor(self.keep))
+        return indices[~mask if self.rest else mask]
 
 
 @SUBSETS.register("long_tail", version=1)
 class LongTailSubset(Subset):
-    """Exponentially fewer samples from class to class: Cui et al. 2019 (CVPR), https://arxiv.org/abs/1901.05555
+    """Reduces class sizes exponentially from class to class: Cui et al. 2019 (CVPR), https://arxiv.org/abs/1901.05555
 
-    Of class c (0 the most frequent) floor(n * ratio ** (c / (classes - 1))) samples are kept, n the mean size of a
-    class, at least one and at most what the class has. The paper removes samples "by the exponential function
-    n = n_i mu^i"; the mean size and the rounding down are those of the code that the long-tailed CIFAR tables use.
+    Of class c (0 the most frequent) floor(n * ratio ** (c / (classes - 1))) samples are drawn, n the mean size of a
+    class, at least one and at most the size of the class. The paper removes samples "by the exponential function
+    n = n_i mu^i"; the mean size and the rounding down follow the code behind the long-tailed CIFAR tables.
 
     Args:
         ratio: samples of the rarest class over those of the most frequent, in (0, 1]; an imbalance of 100 is 0.01.
@@ -155,31 +153,33 @@ class LongTailSubset(Subset):
             )
         self.ratio = ratio
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        own = labels[positions]
-        most = int((own >= 0).sum()) / classes
-        chosen = []
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        candidate_labels = labels[indices]
+        mean_size = int((candidate_labels >= 0).sum()) / classes
+        parts = []
         for number in range(classes):
-            group = positions[own == number]
-            wanted = max(1, math.floor(most * self.ratio ** (number / max(classes - 1, 1)) + 1e-9))
-            chosen.append(group[torch.randperm(len(group), generator=generator)[:wanted]])
-        return torch.cat(chosen).sort().values
+            group = indices[candidate_labels == number]
+            quota = max(1, math.floor(mean_size * self.ratio ** (number / max(classes - 1, 1)) + 1e-9))
+            parts.append(group[torch.randperm(len(group), generator=generator)[:quota]])
+        return torch.cat(parts).sort().values
 
 
 @SUBSETS.register("shard", version=1)
 class ClientShard(Subset):
-    """One of several disjoint parts that together are the whole: the private samples of a client.
+    """Selects one of several disjoint shards that together are the full split: the private samples of a client.
 
-    Schemes: `iid` deals the shuffled samples out evenly. `dirichlet` splits every class by proportions from
-    Dirichlet(alpha) over the clients (Hsu et al. 2019, https://arxiv.org/abs/1909.06335; per class and drawn anew while
-    a client has nothing, as the code of Li et al. 2022, https://arxiv.org/abs/2102.02079). `classes` sorts the samples
-    by class, cuts `of * slices` equal slices and gives each client `slices` of them (McMahan et al. 2017,
-    https://arxiv.org/abs/1602.05629, with 2).
+    Schemes:
+        iid: deals the shuffled samples out evenly.
+        dirichlet: splits every class by proportions from Dirichlet(alpha) over the clients (Hsu et al. 2019,
+            https://arxiv.org/abs/1909.06335). Proportions are drawn for each class, and all again while a client has no
+            sample, as in the code of Li et al. 2022, https://arxiv.org/abs/2102.02079.
+        classes: sorts the samples by class, cuts `of * slices` equal slices and gives each client `slices` of them
+            (McMahan et al. 2017, https://arxiv.org/abs/1602.05629, with 2).
 
     Args:
-        of: how many parts there are.
-        number: which one this is, from 0.
-        scheme: how the samples are dealt out.
+        of: number of shards.
+        number: number of this shard, from 0.
+        scheme: assignment of samples to shards.
         alpha: of `dirichlet`, above 0; small values give clients few classes.
         slices: of `classes`: slices for each client.
     """
@@ -206,75 +206,76 @@ class ClientShard(Subset):
         self.alpha = alpha
         self.slices = slices
 
-    def select(self, labels: Tensor, positions: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        if len(positions) < self.of:
-            raise ConfigError(f"{len(positions)} samples are too few for {self.of} shards")
-        owners = self.client_ids(labels[positions], classes, generator)
-        return positions[owners == self.number]
+    def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+        if len(indices) < self.of:
+            raise ConfigError(f"{len(indices)} samples are too few for {self.of} shards")
+        clients = self.client_ids(labels[indices], classes, generator)
+        return indices[clients == self.number]
 
     def client_ids(self, labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        """Returns the shard of every sample, int64 (candidates,)."""
+        """Returns the shard number of every candidate, int64 (candidates,)."""
         if self.scheme == "dirichlet":
-            return self._by_proportions(labels, generator)
+            return self._dirichlet_client_ids(labels, generator)
         count = len(labels)
-        owners = torch.empty(count, dtype=torch.int64)
+        clients = torch.empty(count, dtype=torch.int64)
         if self.scheme == "iid":
-            owners[torch.randperm(count, generator=generator)] = torch.arange(count) * self.of // count
-            return owners
-        cuts = self.of * self.slices
-        if cuts > count:
+            clients[torch.randperm(count, generator=generator)] = torch.arange(count) * self.of // count
+            return clients
+        num_slices = self.of * self.slices
+        if num_slices > count:
             raise ConfigError(f"{count} samples are too few for {self.of} shards of {self.slices} slices")
-        slice_of = torch.arange(count) * cuts // count
-        client_of = torch.randperm(cuts, generator=generator) // self.slices
-        owners[labels.sort(stable=True).indices] = client_of[slice_of]
-        return owners
+        slice_ids = torch.arange(count) * num_slices // count
+        client_of_slice = torch.randperm(num_slices, generator=generator) // self.slices
+        clients[labels.sort(stable=True).indices] = client_of_slice[slice_ids]
+        return clients
 
-    def _by_proportions(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def _dirichlet_client_ids(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**62, (), generator=generator))
         rng = np.random.Generator(np.random.Philox(seed))
-        own = labels.numpy()
-        groups = [np.flatnonzero(own == number) for number in np.unique(own)]
-        for _ in range(_TRIES):
-            owners = np.empty(len(own), dtype=np.int64)
+        label_array = labels.numpy()
+        groups = [np.flatnonzero(label_array == number) for number in np.unique(label_array)]
+        for _ in range(_MAX_DRAWS):
+            clients = np.empty(len(label_array), dtype=np.int64)
             for group in groups:
-                ends = np.cumsum(rng.dirichlet(np.full(self.of, self.alpha)))
-                cuts = (ends[:-1] * len(group)).astype(np.int64)
-                owners[rng.permutation(group)] = np.searchsorted(cuts, np.arange(len(group)), side="right")
-            if len(np.unique(owners)) == self.of:
-                return torch.from_numpy(owners)
+                proportions = np.cumsum(rng.dirichlet(np.full(self.of, self.alpha)))
+                cuts = (proportions[:-1] * len(group)).astype(np.int64)
+                clients[rng.permutation(group)] = np.searchsorted(cuts, np.arange(len(group)), side="right")
+            if len(np.unique(clients)) == self.of:
+                return torch.from_numpy(clients)
         raise ConfigError(
-            f"alpha {self.alpha} leaves one of {self.of} shards without any sample in each of {_TRIES} draws; "
-            "choose a higher alpha or fewer shards"
+            f"alpha {self.alpha} leaves one of {self.of} shards without any sample in each of {_MAX_DRAWS} draws; "
+            "use a higher alpha or fewer shards"
         )
 
     def size(self, candidates: int) -> int | None:
         if self.scheme != "iid":
             return None
-        first, last = (-(-candidates * k // self.of) for k in (self.number, self.number + 1))
-        return last - first
+        start, end = (-(-candidates * k // self.of) for k in (self.number, self.number + 1))
+        return end - start
 
 
-def class_indices(wanted: Sequence[int | str], names: Sequence[str]) -> list[int]:
-    """Returns the numbers of classes that are given by number or by name.
+def class_indices(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Returns the numbers of classes that are written as numbers or names, sorted, without duplicates.
 
     Args:
-        names: of all classes; empty where only the files could tell them, and then nothing can be checked.
+        names: of all classes; empty where they are unknown before the files are read. Then nothing is checked, and
+            classes written as names are left out.
 
     Raises:
-        ConfigError: there is no such class, or none was given.
+        ConfigError: there is no such class, or the list is empty.
     """
-    if not wanted:
-        raise ConfigError("at least one class has to be named")
-    found = []
-    for one in wanted:
-        if isinstance(one, str):
-            if one not in names:
+    if not classes:
+        raise ConfigError("at least one class must be listed")
+    numbers = set()
+    for item in classes:
+        if isinstance(item, str):
+            if item not in names:
                 if not names:
                     continue
-                raise ConfigError(f"no class {one!r}.{suggest(one, names)}")
-            found.append(list(names).index(one))
+                raise ConfigError(f"no class {item!r}.{suggest(item, names)}")
+            numbers.add(list(names).index(item))
         else:
-            if one < 0 or (names and one >= len(names)):
-                raise ConfigError(f"no class {one}; there are {len(names) or 'fewer'}, numbered from 0")
-            found.append(one)
-    return sorted(set(found))
+            if item < 0 or (names and item >= len(names)):
+                raise ConfigError(f"no class {item}; there are {len(names) or 'fewer'}, numbered from 0")
+            numbers.add(item)
+    return sorted(numbers)

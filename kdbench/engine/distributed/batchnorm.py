@@ -1,4 +1,4 @@
-"""BatchNorm with statistics over all ranks, for gloo and NCCL."""
+"""BatchNorm with statistics over all ranks, for gloo and NCCL; buffers broadcast from rank 0."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from kdbench.engine.distributed.world import World, all_reduce_sum
 
 
 def per_rank_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the buffers that each rank gathers from its own rows; those of `SyncBatchNorm` are equal on all ranks."""
+    """Yields the buffers that differ between ranks: all except those of `SyncBatchNorm`."""
     for module in model.modules():
         if not isinstance(module, SyncBatchNorm):
             yield from module.buffers(recurse=False)
 
 
 def broadcast_buffers(buffers: Iterable[Tensor], world: World) -> None:
-    """Gives every rank rank 0's values, in place."""
+    """Copies rank 0's values into the buffers of every rank, in place; one broadcast for each dtype."""
     if world.size == 1:
         return
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in buffers:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
-    for same in kinds.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+    buffers_by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in buffers:
+        buffers_by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for group in buffers_by_dtype.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in group])
         dist.broadcast(flat, 0)
-        parts = flat.split([tensor.numel() for tensor in same])
-        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
+        values = flat.split([buffer.numel() for buffer in group])
+        views = [value.view_as(buffer) for value, buffer in zip(values, group, strict=True)]
+        torch._foreach_copy_(group, views)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation with statistics over all ranks; works on gloo (CPU) as well as on NCCL.
+    """Batch normalisation with statistics over all ranks; works with gloo (CPU) as well as NCCL.
 
-    Input (batch, channels, ...). Equals BatchNorm on the concatenated batch, in value and in gradient. Rows that were
-    repeated to make the ranks equal count in no statistic.
+    Equals BatchNorm on the concatenated batch, in value and in gradient. Rows that were repeated to give all ranks
+    equal batches are excluded from the statistics.
+
+    Shape:
+        input: (batch, channels, ...). Returns the same shape.
 
     Attributes:
-        valid: bool (batch,), False for a repeated row; None where every row counts. Set before each forward.
+        valid: bool (batch,), False for a repeated row; None if every row counts. Set before each forward.
     """
 
     world = World()
@@ -55,46 +59,52 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         axes = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        wide = input if input.dtype == torch.float64 else input.float()
-        rows = wide.new_ones(input.shape[0]) if self.valid is None else self.valid.to(wide.dtype)
-        rows = rows.view([-1] + [1] * (input.dim() - 1))
-        count = rows.sum().reshape(1) * (input.numel() // (input.shape[0] * input.shape[1]))
-        sums = all_reduce_sum(torch.cat([(wide * rows).sum(axes), count]))
-        total = sums[-1]
-        mean = sums[:-1] / total
-        centred = wide - mean.view(shape)
-        variance = all_reduce_sum((centred * centred * rows).sum(axes)) / total
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-                # momentum None asks for the plain average over all batches so far.
-                momentum: Any
-                if self.momentum is None and self.num_batches_tracked is not None:
-                    momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
-                else:
-                    momentum = self.momentum or 0.0
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                unbiased = variance * (total / (total - 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        values = input if input.dtype == torch.float64 else input.float()  # sums in half precision lose too much
+        mask = values.new_ones(input.shape[0]) if self.valid is None else self.valid.to(values.dtype)
+        mask = mask.view([-1] + [1] * (input.dim() - 1))
+        local_count = mask.sum().reshape(1) * (input.numel() // (input.shape[0] * input.shape[1]))
+        # The count travels with the sums: one collective instead of two.
+        sums = all_reduce_sum(torch.cat([(values * mask).sum(axes), local_count]))
+        count = sums[-1]
+        mean = sums[:-1] / count
+        centred = values - mean.view(shape)
+        # Two passes, because E[x^2] - E[x]^2 cancels when the mean is large.
+        variance = all_reduce_sum((centred * centred * mask).sum(axes)) / count
+        self._update_running_stats(mean, variance, count)
+        output = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
-            result = result * self.weight.view(shape) + self.bias.view(shape)
-        return result.to(input.dtype)
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
+
+    def _update_running_stats(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        with torch.no_grad():
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            momentum: Any
+            if self.momentum is None and self.num_batches_tracked is not None:
+                # torch's meaning of momentum=None: the mean over all batches so far.
+                momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
+            else:
+                momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
 def convert_sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
-    """Replaces every BatchNorm of a model by one with statistics over all ranks, keeping weights and paths."""
+    """Replaces every BatchNorm of a model by `SyncBatchNorm`, in place; weights and module paths stay the same."""
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-            replaced = SyncBatchNorm(
+            replacement = SyncBatchNorm(
                 child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
             )
-            replaced.load_state_dict(child.state_dict())
-            replaced.to(next(iter(child.state_dict().values())).device if child.state_dict() else "cpu")
-            replaced.train(child.training)
-            replaced.world = world
-            setattr(model, name, replaced)
+            replacement.load_state_dict(child.state_dict())
+            replacement.to(next(iter(child.state_dict().values())).device if child.state_dict() else "cpu")
+            replacement.train(child.training)
+            replacement.world = world
+            setattr(model, name, replacement)
         else:
             convert_sync_batchnorm(child, world)
     return model

@@ -1,6 +1,6 @@
-"""Tensors of which each process holds a share (DTensors, of roles in parts): put together, taken apart, measured.
+"""DTensor helpers: gather full tensors, shard full tensors, and compute norms across ranks.
 
-Everything here takes whole tensors too, and does with them what torch would.
+Every function also accepts plain tensors and then does what torch does.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from kdbench.engine.distributed.world import World
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether this process holds a share of a tensor only (a DTensor)."""
-    loaded = sys.modules.get("torch.distributed.tensor")  # not imported where nothing is parted
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
+    """Returns True for a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # the import is slow, and without it there is no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def full_tensors(tree: Any, *, keep: bool = True) -> Any:
-    """Returns nested mappings and lists with every parted tensor put together, on the CPU.
+    """Gathers every sharded tensor in nested mappings and lists to a full tensor on the CPU.
 
-    All ranks call it, in one order.
+    A collective: all ranks call it with the same tree.
 
     Args:
-        keep: false gives empty tensors instead, on a rank that only takes part.
+        tree: a tensor, a mapping, a list or a tuple; every other value is returned as it is.
+        keep: False on a rank that needs no result; it takes part in the collectives and gets empty tensors.
+
+    Returns:
+        A new tree, or `tree` itself if it contains no sharded tensor.
     """
     if isinstance(tree, Tensor):
         if not is_sharded(tree):
@@ -35,8 +39,8 @@ def full_tensors(tree: Any, *, keep: bool = True) -> Any:
         gathered = tree.full_tensor()
         return gathered.cpu() if keep else gathered.new_empty(0)
     if isinstance(tree, Mapping):
-        found = {key: full_tensors(value, keep=keep) for key, value in tree.items()}
-        return tree if all(found[key] is value for key, value in tree.items()) else found
+        entries = {key: full_tensors(value, keep=keep) for key, value in tree.items()}
+        return tree if all(entries[key] is value for key, value in tree.items()) else entries
     if isinstance(tree, list | tuple):
         items = [full_tensors(value, keep=keep) for value in tree]
         return tree if all(new is old for new, old in zip(items, tree, strict=True)) else type(tree)(items)
@@ -44,8 +48,13 @@ def full_tensors(tree: Any, *, keep: bool = True) -> Any:
 
 
 def shard_like(value: Any, reference: Any) -> Any:
-    """Returns this rank's share of a whole tensor where `like` lies in parts and has its shape; else the value."""
-    if not isinstance(value, Tensor) or not isinstance(reference, Tensor) or not is_sharded(reference) or value.shape != reference.shape:
+    """Shards a full tensor as `reference` is sharded.
+
+    Returns `value` itself if `reference` is not sharded or differs in shape.
+    """
+    if not isinstance(value, Tensor) or not isinstance(reference, Tensor) or not is_sharded(reference):
+        return value
+    if value.shape != reference.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -54,49 +63,57 @@ def shard_like(value: Any, reference: Any) -> Any:
 
 
 def load_full_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads whole weights into a model that may lie in parts."""
-    own = model.state_dict()
-    model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in state.items()})
+    """Loads a state dict of full tensors into a model whose parameters may be sharded."""
+    references = model.state_dict()
+    model.load_state_dict({name: shard_like(value, references.get(name)) for name, value in state.items()})
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a whole state of an optimiser as one whose parameters may lie in parts takes it."""
+    """Shards an optimizer's state dict of full tensors as the optimizer's parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    like = dict(zip(numbers, parameters, strict=True))
-    parts = {n: {k: shard_like(v, like[n]) for k, v in values.items()} for n, values in state["state"].items()}
-    return {**state, "state": parts}
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    references = dict(zip(indices, parameters, strict=True))
+    sharded = {
+        index: {key: shard_like(value, references[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": sharded}
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The share of a tensor that lies in this process."""
+    """Returns this rank's shard of a DTensor; a plain tensor is returned as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def total_norm(tensors: Collection[Tensor], world: World, norm_type: float = 2.0) -> Tensor:
-    """The norm of all tensors as one vector, the same on every rank; order 2 or infinity.
+    """Computes the norm of all tensors, concatenated to one vector; the same on every rank.
 
     Args:
-        tensors: some may lie in parts, of which each rank adds its own.
+        tensors: plain tensors are equal on all ranks; of sharded ones each rank adds its shard.
+        norm_type: 2 or infinity.
     """
-    kinds = [[local_tensor(tensor) for tensor in tensors if is_sharded(tensor) == kind] for kind in (False, True)]
-    norms = [nn.utils.get_total_norm(kind, norm_type, foreach=True) for kind in kinds if kind]
-    if not kinds[1]:
-        return norms[0] if norms else torch.tensor(0.0)
+    sharded = [local_tensor(tensor) for tensor in tensors if is_sharded(tensor)]
+    plain = [tensor for tensor in tensors if not is_sharded(tensor)]
+    plain_norm = nn.utils.get_total_norm(plain, norm_type, foreach=True) if plain else None
+    if not sharded:
+        return torch.tensor(0.0) if plain_norm is None else plain_norm
+    local_norm = nn.utils.get_total_norm(sharded, norm_type, foreach=True)
     if norm_type == 2.0:
-        mine = norms[-1].square()
-        return (world.all_reduce_sum_(mine) + (norms[0].square() if kinds[0] else 0.0)).sqrt()
-    mine = norms[-1].new_zeros(world.size)
-    mine[world.rank] = norms[-1]
-    return torch.stack([world.all_reduce_sum_(mine).max(), *norms[:-1]]).max()
+        square = world.all_reduce_sum_(local_norm.square())
+        return (square + (0.0 if plain_norm is None else plain_norm.square())).sqrt()
+    # A maximum over ranks, by the one reduction that `World` has: each rank fills its own entry.
+    norms = local_norm.new_zeros(world.size)
+    norms[world.rank] = local_norm
+    maximum = world.all_reduce_sum_(norms).max()
+    return maximum if plain_norm is None else torch.maximum(maximum, plain_norm)
 
 
 def clip_grad_norm_(parameters: Collection[nn.Parameter], max_norm: float, world: World) -> Tensor:
-    """Scales gradients down to a total norm of at most `limit`; returns the norm that they had."""
+    """Scales the gradients, in place, to a total norm of at most `max_norm`; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(map(is_sharded, gradients)):
         return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
     norm = total_norm(gradients, world)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the epsilon of torch's clip_grad_norm_
     torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)  # pyright: ignore[reportPrivateImportUsage]
     return norm

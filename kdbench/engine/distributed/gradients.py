@@ -1,7 +1,7 @@
-"""The sum of an update's gradients over all ranks, begun while the backward still runs.
+"""Reduces the gradients of an update over all ranks while the backward still runs.
 
-The runner sums, not a wrapper around a model, so that any wiring of roles and terms is distributed the same way: each
-rank's loss is its share of the whole batch's, and the gradients add up.
+A reducer instead of DistributedDataParallel, which wraps one model: here any wiring of roles and terms is distributed
+in the same way. Each rank's loss is its fraction of the effective batch's loss, so the gradients are summed.
 """
 
 from __future__ import annotations
@@ -19,81 +19,82 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientReducer:
-    """Adds the gradients of some parameters up over all ranks, bucket by bucket.
+    """Sums the gradients of the given parameters over all ranks, bucket by bucket.
 
-    The buckets are the same on every rank and in every step: the parameters from the last to the first, as a backward
-    meets them. A bucket is sent as soon as all of its gradients are there, and never before the buckets in front of
-    it, so that all ranks send in one order whatever their backwards meet first; what a backward left out is sent as
-    zeros at the end. Bits do not depend on when a bucket was sent.
+    The buckets are the same on every rank and in every step. They follow the parameters from the last to the first, the
+    usual order of a backward. A bucket is reduced as soon as all its gradients and all earlier buckets are complete, so
+    all ranks issue their collectives in the same order, whatever the order of their backward. Gradients that a backward
+    did not produce are reduced as zeros in `finish`. The result does not depend on when a bucket was reduced.
 
     Args:
-        parameters: those of one update.
-        world: alone, nothing is done.
-        bucket_bytes: a bucket is closed when it holds so much.
+        parameters: the parameters of one update.
+        world: with one process the reducer does nothing.
+        bucket_bytes: size at which a bucket is full.
 
     Attributes:
-        early: how many buckets were on their way before the last backward was over.
+        overlapped_buckets: number of buckets that were issued before the last backward of a step ended.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.buckets = _buckets(parameters, bucket_bytes) if world.size > 1 else []
         self.overlapped_buckets = 0
-        self._missing: list[int] = []
-        self._sent: list[tuple[Tensor, dist.Work]] = []
-        self._open = False
-        for number, bucket in enumerate(self.buckets):
+        self._pending_gradients: list[int] = []  # by bucket
+        self._in_flight: list[tuple[Tensor, dist.Work]] = []  # flat buffer and collective, in the order of the buckets
+        self._overlaps = False
+        for index, bucket in enumerate(self.buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, index))
 
     def prepare_for_backward(self) -> None:
-        """Says that the next backward completes the gradients: the last micro-batch of a step."""
-        self._wait()  # a step that is tried again (without the compiler) may have sent some already
-        self._missing = [len(bucket) for bucket in self.buckets]
-        self._open = True
+        """Starts overlapping: the next backward, of the last micro-batch of a step, completes the gradients."""
+        self._wait()  # a step that is repeated without the compiler may have issued some buckets before
+        self._pending_gradients = [len(bucket) for bucket in self.buckets]
+        self._overlaps = True
 
     def finish(self) -> None:
-        """Sends what is left and waits; the parameters then hold the sums."""
-        self._open = False
-        self.overlapped_buckets = len(self._sent)
-        while len(self._sent) < len(self.buckets):
-            self._send()
+        """Reduces the remaining buckets and waits; the parameters' gradients are then the sums."""
+        self._overlaps = False
+        self.overlapped_buckets = len(self._in_flight)
+        while len(self._in_flight) < len(self.buckets):
+            self._reduce_next()
         self._wait()
 
-    def _arrived(self, number: int, _: Tensor) -> None:
-        if not self._open:
+    def _on_gradient(self, index: int, _: Tensor) -> None:
+        if not self._overlaps:
             return
-        self._missing[number] -= 1
-        while len(self._sent) < len(self.buckets) and self._missing[len(self._sent)] == 0:
-            self._send()
+        self._pending_gradients[index] -= 1
+        while len(self._in_flight) < len(self.buckets) and self._pending_gradients[len(self._in_flight)] == 0:
+            self._reduce_next()
 
-    def _send(self) -> None:
+    def _reduce_next(self) -> None:
         gradients = []
-        for parameter in self.buckets[len(self._sent)]:
-            if parameter.grad is None:  # a rank whose rows gave none still takes part
+        for parameter in self.buckets[len(self._in_flight)]:
+            if parameter.grad is None:  # another rank may have a gradient, so this one takes part with zeros
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
-        self._sent.append((flat, work))
+        self._in_flight.append((flat, work))
 
     def _wait(self) -> None:
-        for bucket, (flat, work) in zip(self.buckets, self._sent, strict=False):
+        for bucket, (flat, work) in zip(self.buckets, self._in_flight, strict=False):
             work.wait()
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
-        self._sent = []
+            values = flat.split([gradient.numel() for gradient in gradients])
+            views = [value.view_as(gradient) for value, gradient in zip(values, gradients, strict=True)]
+            torch._foreach_copy_(gradients, views)  # pyright: ignore[reportPrivateImportUsage]
+        self._in_flight = []
 
 
 def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """The parameters from the last to the first, in groups of one type and of about one size."""
+    """Groups the parameters, from the last to the first, into buckets of one dtype and about equal size."""
     buckets: list[list[nn.Parameter]] = []
-    filled = 0
+    size = 0
     for parameter in reversed(parameters):
-        if not buckets or filled >= bucket_bytes or parameter.dtype != buckets[-1][0].dtype:
+        if not buckets or size >= bucket_bytes or parameter.dtype != buckets[-1][0].dtype:
             buckets.append([])
-            filled = 0
+            size = 0
         buckets[-1].append(parameter)
-        filled += parameter.numel() * parameter.element_size()
+        size += parameter.numel() * parameter.element_size()
     return buckets

@@ -1,9 +1,9 @@
-"""Large networks in parts: each process keeps a share of a role's weights, gradients and optimiser state (FSDP2).
+"""Sharded roles (FSDP2): each process stores a shard of a role's weights, gradients and optimizer state.
 
-`shard: [student, teacher]` names the roles, `shard: true` takes every one that can be parted. A role is parted block
-by block where its model has a sequence of blocks, else as a whole: a block's weights are gathered for its forward and
-again for its backward, and its gradients are summed by torch, not by the runner. Checkpoints hold whole tensors, so
-that a run may go on, or be evaluated, in parts or not.
+`shard: [student, teacher]` lists the roles; `shard: true` selects every role that can be sharded. A model with a
+sequence of blocks is sharded block by block, any other model as one unit. The weights of a block are gathered for its
+forward and again for its backward; torch, not the runner, reduces its gradients. Checkpoints contain full tensors, so a
+run can be resumed or evaluated with or without sharding.
 """
 
 from __future__ import annotations
@@ -27,36 +27,38 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 def sharded_roles(
     recipe: Recipe, stage: StageConfig, features: Mapping[str, Sequence[Feature]], models: Mapping[str, nn.Module]
 ) -> tuple[str, ...]:
-    """The roles of a stage that lie in parts.
+    """Selects the roles of a stage that `shard:` applies to.
 
     Args:
-        features: what is captured in each role.
-        models: of all roles, to find their blocks; they may live on meta.
+        recipe: supplies `shard`.
+        stage: the stage.
+        features: role -> the features that are extracted from it.
+        models: role -> its model, on any device.
 
     Raises:
-        ConfigError: one that was named cannot be parted, with the reason.
+        ConfigError: a listed role, or the stage, cannot be sharded; the message gives the reason.
     """
-    named = stage.roles if recipe.shard is True else [name for name in recipe.shard or () if name in stage.roles]
-    if not named:
+    names = stage.roles if recipe.shard is True else [name for name in recipe.shard or () if name in stage.roles]
+    if not names:
         return ()
-    place = recipe.locations.get("shard", "shard")
-    reason = _stage_fault(stage)
-    if reason is None and not hasattr(_fsdp(), "set_force_sum_reduction_for_comms"):
-        reason = f"torch {torch.__version__} cannot sum the gradients of parts; it needs a newer one"
-    if reason is not None:
-        raise ConfigError(f"{place}: {reason}. Leave `shard` out.")
-    found = []
-    for name in named:
-        fault = _role_fault(name, stage, features.get(name, ()), models[name])
-        if fault is None:
-            found.append(name)
+    location = recipe.locations.get("shard", "shard")
+    problem = _stage_problem(stage)
+    if problem is None and not hasattr(_fsdp(), "set_force_sum_reduction_for_comms"):
+        problem = f"torch {torch.__version__} cannot sum the gradients of sharded parameters; use a newer torch"
+    if problem is not None:
+        raise ConfigError(f"{location}: {problem}. Remove `shard`.")
+    selected = []
+    for name in names:
+        problem = _role_problem(name, stage, features.get(name, ()), models[name])
+        if problem is None:
+            selected.append(name)
         elif recipe.shard is not True:
-            raise ConfigError(f"{place}: role {name!r} cannot lie in parts: {fault}.")
-    return tuple(found)
+            raise ConfigError(f"{location}: role {name!r} cannot be sharded: {problem}.")
+    return tuple(selected)
 
 
 def shard_roles(network: Network, roles: Collection[str], device: torch.device, world: World) -> None:
-    """Parts the named roles over all ranks, in place; afterwards each process holds its share of their weights."""
+    """Shards the weights of the given roles over all ranks, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -65,36 +67,42 @@ def shard_roles(network: Network, roles: Collection[str], device: torch.device, 
     mesh = init_device_mesh(device.type, (world.size,))
     for name in roles:
         role = network.role(name)
-        role.extractor.stop = False  # a forward that ends early would leave the blocks around the feature gathered
+        role.extractor.stop = False  # a forward that stops early would leave the current blocks gathered
         model = role.model
-        parted: list[Any] = [model.get_submodule(path) for path in block_paths(model)]
-        for block in parted:
+        blocks: list[Any] = [model.get_submodule(path) for path in block_paths(model)]
+        for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        # What stands around the blocks stays gathered until the backward, which may begin at a feature, not at the end.
-        fully_shard(model, mesh=mesh, reshard_after_forward=not _differentiated(role))
-        everything: list[Any] = [*parted, model]
-        for part in everything:
-            part.set_gradient_divide_factor(1.0)  # a rank's loss is its share of the whole batch's: a sum, no mean
-            part.set_force_sum_reduction_for_comms(True)
+        # The layers outside the blocks stay gathered until the backward: it may start at an inner feature, so the hook
+        # on the model's output, which would gather them again, may never run.
+        fully_shard(model, mesh=mesh, reshard_after_forward=not _has_backward(role))
+        units: list[Any] = [*blocks, model]
+        for unit in units:
+            # A rank's loss is its fraction of the effective batch's loss: gradients are summed, not averaged.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     network.sharded = tuple(roles)
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """The paths of a model's blocks: what is made of layers and stands in a sequence. None where weights are tied."""
-    tied = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-    if len({id(parameter) for parameter in tied}) < len(tied):
+    """Returns the paths of a model's blocks: modules with submodules and parameters, in a Sequential or ModuleList.
+
+    A container of blocks is not a block itself. A model with tied parameters has none, because two blocks may share a
+    parameter and FSDP2 shards each parameter in one unit.
+    """
+    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
         return []
     return list(_blocks(model, ""))
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[str]:
     for name, child in module.named_children():
-        own = f"{path}.{name}" if path else name
-        of_blocks = isinstance(child, CONTAINERS) and any(map(_is_block, child.children()))
-        if isinstance(module, CONTAINERS) and _is_block(child) and not of_blocks:
-            yield own
+        child_path = f"{path}.{name}" if path else name
+        contains_blocks = isinstance(child, CONTAINERS) and any(map(_is_block, child.children()))
+        if isinstance(module, CONTAINERS) and _is_block(child) and not contains_blocks:
+            yield child_path
         else:
-            yield from _blocks(child, own)
+            yield from _blocks(child, child_path)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -104,47 +112,54 @@ def _is_block(module: nn.Module) -> bool:
 def _fsdp() -> type | None:
     try:
         from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # torch was built without it
+    except ImportError:  # torch was built without torch.distributed
         return None
     return FSDPModule
 
 
-def _stage_fault(stage: StageConfig) -> str | None:
+def _stage_problem(stage: StageConfig) -> str | None:
+    """Returns why no role of the stage can be sharded, or None."""
     if stage.updates:
-        return "a stage with `updates` takes gradients of some roles at a time, which parts do not"
+        return "a stage with `updates` computes gradients of some roles at a time, which FSDP2 does not support"
     if stage.artifacts:
-        return f"what stage {stage.name!r} makes is made by one process, which would need the whole networks"
+        return f"one process builds the artifacts of stage {stage.name!r}, and it would need the full weights"
     if stage.precision == "fp16":
-        return "fp16 looks at all gradients before a step; take precision: bf16"
+        return "fp16 inspects all gradients before a step; use precision: bf16"
     return None
 
 
-def _role_fault(name: str, stage: StageConfig, features: Sequence[Feature], model: nn.Module) -> str | None:
+def _role_problem(name: str, stage: StageConfig, features: Sequence[Feature], model: nn.Module) -> str | None:
+    """Returns why a role cannot be sharded, or None."""
     role = stage.roles[name]
+    if role.mode == "reuse":
+        return f"it reuses the module of {role.source_role!r}"
     if role.mode not in ("trainable", "frozen"):
-        return f"it is {'the same as' if role.mode == 'same' else f'the {role.mode} of'} {role.source_role!r}"
-    for other in stage.roles.values():
-        if other.name != name and other.source_role == name:
-            return f"role {other.name!r} ({other.mode}) needs all of its weights"
+        return f"it is the {role.mode} of {role.source_role!r}"
+    for follower in stage.roles.values():
+        if follower.name != name and follower.source_role == name:
+            return f"role {follower.name!r} ({follower.mode}) needs its full weights"
     if role.transforms:
-        return "`transform` works on whole weights"
+        return "`transform` needs full weights"
     if stage.ema is not None and stage.export == name:
-        return "`ema` averages whole weights"
+        return "`ema` averages full weights"
     for operand in stage.read_operands():
         if operand.kind == "role" and operand.is_state and operand.role == name:
-            return f"{operand} is read off its whole weights"
+            return f"{operand} needs its full weights"
     if role.mode == "frozen" and not role.upstream_roles:
         return None
+    return _feature_problem(features, model)
+
+
+def _feature_problem(features: Sequence[Feature], model: nn.Module) -> str | None:
+    """Returns which feature is inside a block, where FSDP2 cannot start a backward, or None."""
     blocks = block_paths(model)
     for feature in (feature for feature in features if not feature.is_output):
         path = find_module(model, feature.path)[0]
         if any(path.startswith(f"{block}.") for block in blocks):
-            return (
-                f"{feature} lies inside a block, where a backward cannot begin; read what goes into or out of the block"
-            )
+            return f"{feature} is inside a block, where no backward can start; read the input or output of the block"
     return None
 
 
-def _differentiated(role: Role) -> bool:
-    """Whether a backward may go through a role."""
+def _has_backward(role: Role) -> bool:
+    """Returns True if gradients may flow through the role."""
     return role.trainable or bool(role.config.upstream_roles)

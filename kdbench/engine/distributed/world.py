@@ -1,4 +1,4 @@
-"""Several processes: where this one stands, sums over all of them, and statistics that span them."""
+"""The process group of a run: rank and size, collectives, and gradients through collectives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from kdbench.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """Rank of this process and number of processes; collectives over all ranks.
+
+    The default is a single process, in which every collective returns its argument.
+    """
 
     rank: int = 0
     size: int = 1
@@ -25,82 +28,91 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0, the only rank that writes files."""
         return self.rank == 0
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Adds the tensor up over all ranks, in place."""
+        """Sums a tensor over all ranks, in place and without gradient; returns it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """Returns rank 0's value on every rank."""
+        """Returns rank 0's value on every rank. The value is pickled."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+        container = [value]
+        dist.broadcast_object_list(container)
+        return container[0]
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Runs a block that may fail on one rank alone, such as at a locked folder or a file that one machine lacks.
+        """Raises on all ranks if the block raised a UserError on any rank.
 
-        All ranks leave it together, with an error when any rank had one. No sum or broadcast may stand inside: a rank
-        that failed would not take part.
+        For work that can fail on one rank alone, such as locking a folder or reading a local file. The block itself
+        must contain no collective: a rank that failed would not take part, and the others would wait for ever.
 
         Raises:
-            UserError: this rank's own, or else the first other rank's, with its number.
+            UserError: this rank's error; otherwise the first failed rank's error, prefixed with its rank.
         """
-        own: UserError | None = None
+        local_error: UserError | None = None
         try:
             yield
         except UserError as error:
-            own = error
+            local_error = error
         if self.size > 1:
-            told: list[str | None] = [None] * self.size
-            dist.all_gather_object(told, None if own is None else str(own))
-            other = next((f"process {rank} of {self.size}: {text}" for rank, text in enumerate(told) if text), None)
-            if own is None and other is not None:
-                raise UserError(other)
-        if own is not None:
-            raise own
+            messages: list[str | None] = [None] * self.size
+            dist.all_gather_object(messages, None if local_error is None else str(local_error))
+            failures = (f"process {rank} of {self.size}: {text}" for rank, text in enumerate(messages) if text)
+            first_failure = next(failures, None)
+            if local_error is None and first_failure is not None:
+                raise UserError(first_failure)
+        if local_error is not None:
+            raise local_error
 
 
 @contextmanager
 def init_world(device_type: str) -> Iterator[World]:
-    """Joins the processes that torchrun started; alone without it."""
+    """Initialises the process group of torchrun for the duration of the block.
+
+    Args:
+        device_type: `cuda` selects NCCL, every other type gloo.
+
+    Yields:
+        The world of this process; a single process if torchrun's environment variables are absent.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield World()
         return
-    started_here = not dist.is_initialized()
-    if started_here:
+    owns_group = not dist.is_initialized()
+    if owns_group:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     finally:
-        if started_here:
+        if owns_group:
             dist.destroy_process_group()
 
 
 def set_local_gpu(world: World) -> torch.device:
-    """Takes the GPU of this process: that of its number on its machine.
+    """Makes the GPU with this process's local rank the current device; returns it.
 
     Raises:
-        UserError: the machine has fewer.
+        UserError: the machine has fewer GPUs than local processes.
     """
-    found = torch.cuda.device_count()
-    if world.local_rank >= found:
+    count = torch.cuda.device_count()
+    if world.local_rank >= count:
         raise UserError(
-            f"this machine has {found} GPUs, but torchrun started process {world.local_rank + 1} on it; each needs one "
-            f"of its own: --nproc-per-node {found} at most, or device=cpu."
+            f"this machine has {count} GPUs, but torchrun started process {world.local_rank + 1} on it, and each "
+            f"process needs its own GPU. Use --nproc-per-node {count} or less, or device=cpu."
         )
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         value = value.clone(memory_format=torch.contiguous_format)
@@ -109,34 +121,40 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return all_reduce_sum(gradient)  # itself differentiable: a gradient may go through a gradient
+        return all_reduce_sum(gradient)  # differentiable, for gradients of gradients
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Returns the sum over all ranks, on every rank; the gradients of all ranks' sums come back to each rank's own."""
-    return _SumOverRanks.apply(value)  # type: ignore[no-any-return]
+    """Sums a tensor over all ranks, with gradient; the backward sums the gradients of all ranks."""
+    return _AllReduceSum.apply(value)  # type: ignore[no-any-return]
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
-        ctx.world, ctx.rows = world, rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(world.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        ctx.world, ctx.row_count = world, rows.shape[0]
+        return _all_gather(rows, world)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        start = ctx.world.rank * ctx.rows
-        return all_reduce_sum(gradient)[start : start + ctx.rows], None
+        start = ctx.world.rank * ctx.row_count
+        return all_reduce_sum(gradient)[start : start + ctx.row_count], None
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Returns the rows of all ranks, in rank order, on every rank; gradients flow back to each rank's own."""
+    """Concatenates the rows of all ranks, in rank order; gradients flow back to the rank that owns the row.
+
+    Shape:
+        rows: (batch, ...), the same on every rank. Returns (world.size * batch, ...).
+    """
     if world.size == 1:
         return rows
     if not rows.is_floating_point():
-        parts = [torch.empty_like(rows) for _ in range(world.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-    return _GatherRows.apply(rows, world)  # type: ignore[no-any-return]
+        return _all_gather(rows, world)
+    return _AllGatherRows.apply(rows, world)  # type: ignore[no-any-return]
+
+
+def _all_gather(rows: Tensor, world: World) -> Tensor:
+    blocks = [torch.empty_like(rows) for _ in range(world.size)]
+    dist.all_gather(blocks, rows.contiguous())
+    return torch.cat(blocks)

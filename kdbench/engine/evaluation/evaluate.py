@@ -1,4 +1,4 @@
-"""Measuring a role on a split: whole forward, eval mode, large batches."""
+"""Evaluation of one model on one source: full forward, eval mode, large batches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdbench.data.loading.batch import Batch
 from kdbench.data.loading.source import Source
 from kdbench.engine.distributed.world import World
 from kdbench.engine.evaluation.metrics import MetricSet
@@ -17,7 +18,7 @@ from kdbench.engine.network.features import model_output
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into eval mode for a while, and each back into the mode that it had."""
+    """Sets every module to eval mode and disables gradients inside the block; restores each module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -40,31 +41,43 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     world: World = World(),  # noqa: B008
 ) -> dict[str, float]:
-    """Returns the metrics of a model over a source, each sample once, without augmentation.
+    """Computes the metrics of a model over a source: each sample once, without augmentation.
+
+    A collective: every rank evaluates its part of the samples, and the metrics' states are summed over ranks.
 
     Args:
-        field: what the model sees; a view that evaluation does not offer is read as `image`.
-        teacher: its logits go to the metrics that compare with a teacher.
-        world: the samples are shared out over the ranks, and the sums added up.
+        model: the model.
+        source: the samples.
+        metrics: reset before the first batch.
+        field: the model's input; `image` is used if evaluation batches have no such field.
+        teacher: supplies the logits of metrics that compare with a teacher; without it they are skipped.
+        teacher_field: the teacher's input.
+        batch_size: rows of a batch on each rank.
+        autocast: returns the context of the forwards.
+        world: the process group.
     """
     metrics.reset()
     with eval_mode(model), eval_mode(teacher) if teacher is not None else contextlib.nullcontext():
         for batch in source.evaluation_batches(batch_size):
             with autocast():
                 logits = _logits(model, batch, field)
-                reference = None
+                teacher_logits = None
                 if teacher is not None and metrics.needs_teacher:
-                    reference = _logits(teacher, batch, teacher_field)
-            metrics.update(logits, batch["label"], reference, batch.get("valid"))
+                    teacher_logits = _logits(teacher, batch, teacher_field)
+            metrics.update(logits, batch.fields["label"], teacher_logits, batch.fields.get("valid"))
     metrics.reduce(world.all_reduce_sum_)
     return metrics.compute()
 
 
 def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns the logits of a few images, in eval mode."""
+    """Returns the logits of some images in eval mode, in float32.
+
+    Shape:
+        images: (n, channels, height, width). Returns (n, classes).
+    """
     with eval_mode(model):
         return model_output(model(images)).float()
 
 
-def _logits(model: nn.Module, batch: dict[str, Tensor], field: str) -> Tensor:
-    return model_output(model(batch[field] if field in batch else batch["image"]))
+def _logits(model: nn.Module, batch: Batch, field: str) -> Tensor:
+    return model_output(model(batch.fields[field] if field in batch.fields else batch.fields["image"]))

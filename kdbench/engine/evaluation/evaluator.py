@@ -1,4 +1,4 @@
-"""Who is measured, on what, and which epoch was the best."""
+"""Evaluation of the roles of a stage, and selection of the best epoch."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ from kdbench.engine.evaluation.records import EvaluationLog, PredictionSamples
 from kdbench.engine.network.network import Network, RoleChain
 from kdbench.engine.network.roles import upstream_role
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.train.loop import History
+from kdbench.engine.state.run_state import History
 from kdbench.engine.train.runner import Runner
 from kdbench.errors import TrainingError
 
 SPLIT_NAMES = {"validation": "validation", "eval": "test"}
-"""Source -> what its split is called in logs and summaries, in the order in which they choose the best epoch."""
+"""Source -> name of its split in logs and summaries. The first that exists selects the best epoch."""
 
 
 EXTRA_SPLIT_PREFIX = "eval_"
-"""A source whose name begins so is measured besides, under the rest of its name: `old`, `new`, `forget`, `retain`."""
+"""Sources with this prefix are evaluated too; the rest of the name is the split, such as `old`, `new`, `forget`."""
 
 
 INDEX_FIELD = "index"
-"""The field that says where a sample stands in its own split: the same number in another split is another sample."""
+"""The field with a sample's index in its split. An index of the training split means nothing in another split."""
 
 
-FIGURE_SAMPLES = 8  # samples in the picture of predictions
+FIGURE_SAMPLES = 8
+"""Number of samples in the figure of predictions."""
+
+
+DEFAULT_METRICS = ("top1", "top5", "nll", "ece", "agreement")
 
 
 class Evaluator:
-    """Evaluates the roles of one stage and keeps the history.
+    """Evaluates the roles of one stage, logs the metrics, and keeps the history.
 
-    The exported role (and its average, called `ema`) is measured after an epoch on the validation part, when there is
-    one, and on the test split; the first of these chooses the best epoch. A frozen role that sees the data itself is
-    measured once, before training. A role with a second input, such as the mask of an autoencoder, is not measured.
+    The exported role, its moving average (`ema`) and the roles of `evaluate` are evaluated after an epoch on the
+    validation split, if there is one, on the test split, and on the splits of `eval_*` sources. A frozen role whose
+    input is a field of a source is evaluated once, before training. Roles with a second input, such as the mask of an
+    autoencoder, are not evaluated, because evaluation batches have images only.
     """
 
     def __init__(
@@ -56,149 +61,180 @@ class Evaluator:
     ) -> None:
         self.recipe, self.stage, self.plan, self.sources = recipe, stage, plan, sources
         self.world, self.device, self.log, self.history = world, device, log, history
-        self.splits = {n: split for n, split in SPLIT_NAMES.items() if n in sources and sources[n].classes}
-        self.splits |= {n: n[len(EXTRA_SPLIT_PREFIX) :] for n in sources if n.startswith(EXTRA_SPLIT_PREFIX) and sources[n].classes}
-        if stage.roles[stage.export].extra_inputs:  # an evaluation shows images alone
-            self.splits = {}
-        if stage.export in plan.resolved_stage.unmeasured:
-            self.splits = {}
+        self.splits = self._labelled_splits()
         teacher = agreement_teacher(stage)
-        self.teacher = (
-            teacher if teacher is not None and upstream_role(teacher) is None and not teacher.extra_inputs else None
-        )
+        has_image_input = teacher is not None and upstream_role(teacher) is None and not teacher.extra_inputs
+        self.teacher = teacher if has_image_input else None
+
+    def _labelled_splits(self) -> dict[str, str]:
+        """Returns source -> split, for every split on which the exported role can be evaluated."""
+        export = self.stage.export
+        if self.stage.roles[export].extra_inputs or export in self.plan.resolved_stage.unmeasured:
+            return {}
+        splits = {source: split for source, split in SPLIT_NAMES.items() if source in self.sources}
+        extra = (source for source in self.sources if source.startswith(EXTRA_SPLIT_PREFIX))
+        splits |= {source: source.removeprefix(EXTRA_SPLIT_PREFIX) for source in extra}
+        return {source: split for source, split in splits.items() if self.sources[source].classes}
 
     def evaluate_frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
-        """Measures the frozen roles on the test split, and refuses one below the accuracy that the recipe states.
+        """Evaluates the frozen roles on the test split.
+
+        Returns:
+            Role -> metrics.
 
         Raises:
-            TrainingError: a role is worse than it must be.
+            TrainingError: a role misses a value of its `require`.
         """
-        measured: dict[str, dict[str, float]] = {}
+        metrics_by_role: dict[str, dict[str, float]] = {}
         for name in self.plan.resolved_stage.order:
             config = self.stage.roles[name]
-            if (
-                config.mode != "frozen"
-                or upstream_role(config) is not None
-                or "eval" not in self.splits
-                or config.extra_inputs
-            ):
+            if not self._is_evaluated_frozen(config):
                 continue
-            if self.sources[self.plan.resolved_stage.sources[name]].classes != self.sources["eval"].classes:
-                continue
-            scores = self._measure(network.role(name).model, config, "eval", network, None)
-            self._log(name, "test", scores, epoch=0, step=step)
-            self.history.frozen[name] = {"test": scores}
-            measured[name] = scores
-            _check_required(config, scores)
-        return measured
+            metrics = self._evaluate(network.role(name).model, config, "eval", network)
+            self._log(name, "test", metrics, epoch=0, step=step)
+            self.history.frozen[name] = {"test": metrics}
+            metrics_by_role[name] = metrics
+            _check_required(config, metrics)
+        return metrics_by_role
+
+    def _is_evaluated_frozen(self, config: RoleConfig) -> bool:
+        if config.mode != "frozen" or upstream_role(config) is not None or config.extra_inputs:
+            return False
+        # A teacher of other classes, such as one that was trained on another dataset, has no accuracy here.
+        source = self.sources[self.plan.resolved_stage.sources[config.name]]
+        return "eval" in self.splits and source.classes == self.sources["eval"].classes
 
     def evaluate_trained_roles(self, runner: Runner, epoch: int, step: int) -> bool:
-        """Measures the exported role and its average; says whether this epoch is the best so far."""
+        """Evaluates the exported role, its moving average, and the roles of `evaluate` on every split.
+
+        Args:
+            runner: of the stage.
+            epoch: finished epochs of the stage.
+            step: steps since the run began, over all stages.
+
+        Returns:
+            True if this evaluation of the exported role is the best of the stage so far.
+        """
         metrics: dict[str, dict[str, dict[str, float]]] = {}
-        for role, model in self._moving(runner).items():
+        for role, model in self._trained_models(runner).items():
             config = self.stage.roles.get(role, self.stage.roles[self.stage.export])
             for source, split in self.splits.items():
-                scores = self._measure(model, config, source, runner.network, runner)
-                metrics.setdefault(role, {})[split] = scores
-                self._log(role, split, scores, epoch, step)
-        record = {"stage": self.stage.name, "epoch": epoch, "step": step, "metrics": metrics}
-        self.history.evaluations.append(record)
+                values = self._evaluate(model, config, source, runner.network, runner=runner)
+                metrics.setdefault(role, {})[split] = values
+                self._log(role, split, values, epoch, step)
+        self.history.evaluations.append({"stage": self.stage.name, "epoch": epoch, "step": step, "metrics": metrics})
         if not self.splits:
             return False
         split = next(iter(self.splits.values()))
-        scores = metrics[self.stage.export][split]
-        by = "top1" if "top1" in scores else next(iter(scores))
+        values = metrics[self.stage.export][split]
+        by = "top1" if "top1" in values else next(iter(values))
         best = self.history.best.get(self.stage.name)
         if best is not None:
-            old = best["metrics"][self.stage.export][split][by]
-            if not (scores[by] > old if higher_is_better(by) else scores[by] < old):
+            best_value = best["metrics"][self.stage.export][split][by]
+            if not (values[by] > best_value if higher_is_better(by) else values[by] < best_value):
                 return False
-        self.history.best[self.stage.name] = {**record, "chosen_on": split, "by": by}
+        self.history.best[self.stage.name] = {**self.history.evaluations[-1], "selected_on": split, "by": by}
         return True
 
     def has_evaluated(self, stage: str) -> bool:
+        """Returns True if the history contains an evaluation of the stage."""
         return any(record["stage"] == stage for record in self.history.evaluations)
 
     def final_evaluation(self, runner: Runner, step: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """Adds what is measured once, at the end: agreement on the training split, classes apart, the pictures."""
+        """Evaluates once, at the end: the training split, accuracy by class, confusion matrix, sample predictions.
+
+        Returns:
+            `trained` and `frozen`, each role -> split -> metrics. `trained` is the last evaluation, with the training
+            split added.
+        """
         role, config = self.stage.export, self.stage.roles[self.stage.export]
         last = self.history.evaluations[-1] if self.history.evaluations else {"metrics": {}, "epoch": 0}
-        moving = {name: dict(splits) for name, splits in last["metrics"].items()}
+        metrics = {name: dict(splits) for name, splits in last["metrics"].items()}
         source = self.plan.train_source
-        models = self._moving(runner)
+        models = self._trained_models(runner)
         if self.sources[source].classes and not config.extra_inputs:
-            for name, model in models.items():
-                if name not in (role, "ema"):
-                    continue
-                scores = self._measure(model, config, source, runner.network, runner)
-                moving.setdefault(name, {})["train"] = scores
-                self._log(name, "train", scores, last["epoch"], step)
+            for name in (name for name in models if name in (role, "ema")):
+                values = self._evaluate(models[name], config, source, runner.network, runner=runner)
+                metrics.setdefault(name, {})["train"] = values
+                self._log(name, "train", values, last["epoch"], step)
         if "eval" in self.splits:
-            detail = MetricSet(["per_class", "confusion"], len(self.sources["eval"].classes), self.device)
-            scores = self._measure(models[role], config, "eval", runner.network, runner, detail)
-            self._log(role, "test", scores, last["epoch"], step)
-            samples = self._samples(models[role], runner.network)
-            self.log.figures(step, confusion=detail.confusion(), samples=samples, split="test")
-        return {"moving": moving, "frozen": self.history.frozen}
+            by_class = MetricSet(["per_class", "confusion"], len(self.sources["eval"].classes), self.device)
+            values = self._evaluate(models[role], config, "eval", runner.network, runner=runner, metrics=by_class)
+            self._log(role, "test", values, last["epoch"], step)
+            samples = self._sample_predictions(models[role], runner.network)
+            self.log.figures(step, confusion=by_class.confusion(), samples=samples, split="test")
+        return {"trained": metrics, "frozen": self.history.frozen}
 
     def example_input(self) -> Tensor:
-        """One image of the test split (or of the training split), to time a forward with."""
+        """Returns one image of the test split (or of the training split), to measure latency with."""
         source = self.sources.get("eval") or self.sources[self.plan.train_source]
-        return next(iter(source.evaluation_batches(1)))["image"][0]
+        return next(iter(source.evaluation_batches(1))).fields["image"][0]
 
-    def _moving(self, runner: Runner) -> dict[str, nn.Module]:
-        models = {name: self._answers(name, runner.network) for name in (self.stage.export, *self.stage.evaluate)}
+    def _trained_models(self, runner: Runner) -> dict[str, nn.Module]:
+        names = (self.stage.export, *self.stage.evaluate)
+        models = {name: self._model_with_upstream(name, runner.network) for name in names}
         if runner.average is not None:
             models["ema"] = runner.average
         return models
 
-    def _answers(self, name: str, network: Network) -> nn.Module:
-        """What is evaluated for a role: its model, behind the roles that it sees where those see images too.
+    def _model_with_upstream(self, name: str, network: Network) -> nn.Module:
+        """Returns a role's model, preceded by its upstream roles if these see images.
 
-        What sees the images that a generator makes of noise, or a bank keeps, is shown the evaluation's images instead.
+        If they see noise (a generator) or an index (an image bank), the model alone is returned: in evaluation it sees
+        the images of the split instead of their output.
         """
         config = self.stage.roles[name]
-        noise = self.plan.specs[self.plan.resolved_stage.sources[name]].classes is None
-        if upstream_role(config) is None or noise or self._root(config) == INDEX_FIELD:
+        is_noise = self.plan.specs[self.plan.resolved_stage.sources[name]].classes is None
+        if upstream_role(config) is None or is_noise or self._root_field(config) == INDEX_FIELD:
             return network.role(name).model
         return RoleChain(network, name)
 
-    def _root(self, config: RoleConfig) -> str:
-        """The field of a source at the root of what a role sees."""
+    def _root_field(self, config: RoleConfig) -> str:
+        """Returns the field of a source at the root of a role's input."""
         while (upstream := upstream_role(config)) is not None:
             config = self.stage.roles[upstream]
         return config.input.split(".", 1)[1]
 
-    def _field(self, config: RoleConfig) -> str:
-        """What a role is shown of an evaluation's sample."""
-        root = self._root(config)
-        return "image" if root == INDEX_FIELD else root
+    def _evaluation_field(self, config: RoleConfig) -> str:
+        field = self._root_field(config)
+        return "image" if field == INDEX_FIELD else field
 
-    def _measure(
+    def _evaluate(
         self,
         model: nn.Module,
         config: RoleConfig,
         source: str,
         network: Network,
-        runner: Runner | None,
+        *,
+        runner: Runner | None = None,
         metrics: MetricSet | None = None,
     ) -> dict[str, float]:
+        """Evaluates a model on a source.
+
+        Args:
+            model: the model of a role, or a chain of models.
+            config: of the role; supplies the input field.
+            source: name of the source.
+            network: contains the teacher.
+            runner: supplies autocast and, by its presence, comparison with the teacher; None for frozen roles.
+            metrics: the stage's metrics if None.
+        """
         classes = len(self.sources[source].classes)
-        names = self.stage.metrics or tuple(PartConfig(type=n) for n in ("top1", "top5", "nll", "ece", "agreement"))
+        configs = self.stage.metrics or tuple(PartConfig(type=name) for name in DEFAULT_METRICS)
         teacher = network.role(self.teacher.name).model if self.teacher is not None else None
         return evaluate(
             model,
             self.sources[source],
-            metrics or MetricSet(names, classes, self.device),
-            field=self._field(config),
+            metrics or MetricSet(configs, classes, self.device),
+            field=self._evaluation_field(config),
             teacher=teacher if runner is not None and teacher is not model else None,
-            teacher_field=self._field(self.teacher) if self.teacher is not None else "image",
+            teacher_field=self._evaluation_field(self.teacher) if self.teacher is not None else "image",
             batch_size=self.stage.eval_batch_size,
             **({"autocast": runner.autocast} if runner is not None else {}),
             world=self.world,
         )
 
-    def _log(self, role: str, split: str, scores: Mapping[str, float], epoch: int, step: int) -> None:
+    def _log(self, role: str, split: str, metrics: Mapping[str, float], epoch: int, step: int) -> None:
         self.log.evaluation(
             {
                 "stage": self.stage.name,
@@ -206,46 +242,47 @@ class Evaluator:
                 "step": step,
                 "split": split,
                 "role": role,
-                "metrics": scores,
+                "metrics": metrics,
             }
         )
 
-    def _samples(self, model: nn.Module, network: Network) -> PredictionSamples:
+    def _sample_predictions(self, model: nn.Module, network: Network) -> PredictionSamples:
         batch = next(iter(self.sources["eval"].evaluation_batches(FIGURE_SAMPLES)))
-        images = batch["image"]
+        images = batch.fields["image"]
         teacher = network.role(self.teacher.name).model if self.teacher is not None else None
         return {
             "image": images.cpu(),
-            "label": batch["label"].cpu(),
+            "label": batch.fields["label"].cpu(),
             "student": predict_logits(model, images).cpu(),
             "teacher": predict_logits(teacher, images).cpu() if teacher is not None else None,
         }
 
 
 def agreement_teacher(stage: StageConfig) -> RoleConfig | None:
-    """The first role that teaches the exported one: what agreement is measured with."""
+    """Returns the first role that teaches the exported role in a term; `agreement` compares with its predictions."""
     for term in stage.terms.values():
         for edge in term.edges:
-            taught = edge.student.kind == "role" and edge.student.role == stage.export
-            if not taught or edge.teacher is None or edge.teacher.kind != "role" or edge.teacher.role == stage.export:
+            teaches_export = edge.student.kind == "role" and edge.student.role == stage.export
+            if not teaches_export or edge.teacher is None or edge.teacher.kind != "role":
                 continue
-            if stage.roles[edge.teacher.role].mode != "reuse":
-                return stage.roles[edge.teacher.role]
+            teacher = stage.roles[edge.teacher.role]
+            if teacher.name != stage.export and teacher.mode != "reuse":
+                return teacher
     return None
 
 
-def _check_required(config: RoleConfig, scores: Mapping[str, float]) -> None:
-    """Raises TrainingError when a frozen role misses a value of `require:`."""
-    for metric, least in config.require.items():
-        if metric not in scores:
-            known = ", ".join(scores)
+def _check_required(config: RoleConfig, metrics: Mapping[str, float]) -> None:
+    """Raises TrainingError if a frozen role misses a value of `require`."""
+    for name, limit in config.require.items():
+        if name not in metrics:
             raise TrainingError(
-                f"{config.location}: `require` names {metric!r}, which is not measured; measured: {known}"
+                f"{config.location}: `require` has {name!r}, which is not evaluated. Evaluated metrics: "
+                f"{', '.join(metrics)}"
             )
-        value, higher = scores[metric], higher_is_better(metric)
-        if not (value >= least if higher else value <= least):
+        value, higher = metrics[name], higher_is_better(name)
+        if not (value >= limit if higher else value <= limit):
+            comparison = "at least" if higher else "at most"
             raise TrainingError(
-                f"{config.location}: role {config.name!r} reaches {metric} {value:.2f} on the test split; `require` asks "
-                f"for {'at least' if higher else 'at most'} {least:g}. Check its weights and the normalisation of its "
-                "input before anything is distilled from it."
+                f"{config.location}: role {config.name!r} has {name} {value:.2f} on the test split; `require` demands "
+                f"{comparison} {limit:g}. Check its weights and the normalisation of its input before distilling."
             )

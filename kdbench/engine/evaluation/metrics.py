@@ -1,7 +1,7 @@
-"""Metrics of classification: sums that grow on the device and are read once.
+"""Classification metrics: sums that accumulate on the device and are read once.
 
-`update` never waits for the host: shapes are static, rows that do not count are masked, nothing is indexed by a
-boolean. Every state is a tensor of sums, so that several ranks are joined by adding their states.
+`update` never waits for the device: shapes are static, excluded rows are masked, and no boolean tensor is an index.
+Every state is a tensor of sums, so the states of several ranks are combined by addition.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 
 IGNORE_INDEX = -100
-"""The label of a sample whose label is hidden; such rows count in no metric that reads labels."""
+"""Label of a sample without a visible label; metrics that read labels exclude such rows."""
 
 
 class Metric:
     """Base of all metrics.
 
-    A subclass makes its sums with `counts` and `sums` and adds to them in `update`; `needs_teacher=True` stands in
-    the registration of one that compares with a teacher.
+    A subclass creates its state with `add_count_state` and `add_sum_state` in `__init__` and adds to it in `update`. A
+    metric that compares with a teacher sets `needs_teacher`, in the class and in its registration.
+
+    Args:
+        num_classes: number of logits.
+        device: device of the state.
     """
 
     registered_name = ""
@@ -36,11 +40,11 @@ class Metric:
         self.state: dict[str, Tensor] = {}
 
     def add_count_state(self, name: str, *shape: int) -> None:
-        """Adds a tensor of whole numbers to the state."""
+        """Creates an int64 state of zeros."""
         self.state[name] = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def add_sum_state(self, name: str, *shape: int) -> None:
-        """Adds a tensor of real sums to the state: double precision, where the device has it."""
+        """Creates a floating-point state of zeros: float64, or float32 on MPS, which has no float64."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -51,47 +55,47 @@ class Metric:
 
         Args:
             logits: (batch, classes).
-            label: (batch,) int64; -100 where it is hidden.
-            teacher_logits: (batch, classes), for a metric that needs them.
-            valid: (batch,) bool; False for rows that only pad the batch.
+            label: (batch,) int64; `IGNORE_INDEX` where it is hidden.
+            teacher_logits: (batch, classes), for metrics with `needs_teacher`.
+            valid: (batch,) bool; False for padding rows.
         """
         raise NotImplementedError
 
     def compute(self) -> dict[str, float]:
-        """Reads the sums; waits for the device. A share of nothing is NaN."""
+        """Computes the values from the state; waits for the device. A mean over no rows is NaN."""
         raise NotImplementedError
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Adds the sums of all ranks; `all_reduce` adds one tensor in place over the ranks."""
+        """Sums the state over all ranks; `all_reduce` sums one tensor in place."""
         for tensor in self.state.values():
             all_reduce(tensor)
 
     def reset(self) -> None:
-        """Starts again from nothing."""
+        """Sets the state to zero."""
         for tensor in self.state.values():
             tensor.zero_()
 
     def state_on_host(self) -> dict[str, Tensor]:
-        """Returns the sums on the host."""
+        """Returns a copy of the state on the CPU."""
         return {name: tensor.detach().cpu() for name, tensor in self.state.items()}
 
 
-def _labelled(label: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the rows that count, and labels that are safe to index with: 0 where the row does not count."""
-    keep = label != IGNORE_INDEX
+def _mask_labels(label: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the mask of included rows, and labels that are safe to index with: 0 in excluded rows."""
+    included = label != IGNORE_INDEX
     if valid is not None:
-        keep = keep & valid
-    return keep, torch.where(keep, label, 0)
+        included = included & valid
+    return included, torch.where(included, label, 0)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Half precision loses the tail of a softmax; float64 stays what it is."""
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Converts half precision, which underflows in the tail of a softmax, to float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    """100 * part / whole; NaN when nothing was counted."""
-    return 100.0 * float(part) / float(whole) if float(whole) else float("nan")
+def _percent(part: Tensor, total: Tensor) -> float:
+    """Returns 100 * part / total; NaN if the total is 0."""
+    return 100.0 * float(part) / float(total) if float(total) else float("nan")
 
 
 class _TopK(Metric):
@@ -99,70 +103,70 @@ class _TopK(Metric):
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.add_count_state("right")
-        self.add_count_state("seen")
+        self.add_count_state("correct")
+        self.add_count_state("count")
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        keep, safe = _labelled(label, valid)
+        included, target = _mask_labels(label, valid)
         if self.k == 1:
-            hit = logits.argmax(1) == safe
+            hit = logits.argmax(1) == target
         else:
-            hit = (logits.topk(min(self.k, logits.shape[1]), dim=1).indices == safe[:, None]).any(1)
-        self.state["right"] += (hit & keep).sum()
-        self.state["seen"] += keep.sum()
+            hit = (logits.topk(min(self.k, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
+        self.state["correct"] += (hit & included).sum()
+        self.state["count"] += included.sum()
 
     def compute(self) -> dict[str, float]:
         state = self.state_on_host()
-        return {self.registered_name: _share(state["right"], state["seen"])}
+        return {self.registered_name: _percent(state["correct"], state["count"])}
 
 
 @METRICS.register("top1", injected=("num_classes", "device"), higher=True, unit="%")
 class Top1(_TopK):
-    """Top-1 accuracy: the share of samples whose largest logit is that of the label, in percent."""
+    """Top-1 accuracy: percentage of samples whose largest logit is the label's."""
 
 
 @METRICS.register("top5", injected=("num_classes", "device"), higher=True, unit="%")
 class Top5(_TopK):
-    """Top-5 accuracy: the share of samples whose label is among the five largest logits, in percent.
-
-    With fewer than five classes all of them are taken, so that it is 100.
-    """
+    """Top-5 accuracy: percentage of samples whose label is among the five largest logits; 100 below six classes."""
 
     k = 5
 
 
 @METRICS.register("nll", injected=("num_classes", "device"), higher=False, unit="nats")
 class NegativeLogLikelihood(Metric):
-    """Mean negative log-likelihood of the label, in nats: the cross-entropy without smoothing."""
+    """Mean negative log-likelihood of the label in nats: cross-entropy without label smoothing."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
         self.add_sum_state("nats")
-        self.add_count_state("seen")
+        self.add_count_state("count")
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        keep, safe = _labelled(label, valid)
-        nats = -F.log_softmax(_wide(logits), dim=1).gather(1, safe[:, None])[:, 0]
-        self.state["nats"] += torch.where(keep, nats, 0).to(self.state["nats"].dtype).sum()
-        self.state["seen"] += keep.sum()
+        included, target = _mask_labels(label, valid)
+        nats = -F.log_softmax(_at_least_float32(logits), dim=1).gather(1, target[:, None])[:, 0]
+        self.state["nats"] += torch.where(included, nats, 0).to(self.state["nats"].dtype).sum()
+        self.state["count"] += included.sum()
 
     def compute(self) -> dict[str, float]:
         state = self.state_on_host()
-        return {"nll": _share(state["nats"], state["seen"]) / 100}
+        return {"nll": _percent(state["nats"], state["count"]) / 100}
 
 
 @METRICS.register("ece", injected=("num_classes", "device"), higher=False, unit="%")
 class ExpectedCalibrationError(Metric):
-    """Expected calibration error, in percent (Guo et al. 2017, arXiv 1706.04599).
+    r"""Expected calibration error in percent (Guo et al. 2017, arXiv:1706.04599).
 
-    The confidence of a sample is its largest probability. Samples fall into `bins` bins of equal width, the m-th
-    being ((m-1)/bins, m/bins]:
+    .. math:: \mathrm{ECE} = \sum_m \frac{|B_m|}{n} \, |\mathrm{accuracy}(B_m) - \mathrm{confidence}(B_m)|
 
-        ECE = sum_m |B_m| / n * |accuracy(B_m) - mean confidence(B_m)|
+    The confidence of a sample is its largest probability; bin B_m contains the samples with confidence in
+    ((m - 1) / bins, m / bins].
+
+    Args:
+        bins: number of bins of equal width.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", bins: int = 15) -> None:
@@ -172,42 +176,43 @@ class ExpectedCalibrationError(Metric):
         self.bins = bins
         self.inner_edges = torch.arange(1, bins, dtype=torch.float32, device=self.device) / bins
         self.add_sum_state("confidence", bins)
-        self.add_count_state("right", bins)
-        self.add_count_state("seen", bins)
+        self.add_count_state("correct", bins)
+        self.add_count_state("count", bins)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        keep, safe = _labelled(label, valid)
-        confidence, predicted = F.softmax(_wide(logits), dim=1).max(1)
-        where = torch.bucketize(confidence, self.inner_edges.to(confidence.dtype))
-        member = (where[:, None] == torch.arange(self.bins, device=where.device)) & keep[:, None]
-        total = self.state["confidence"].dtype
-        self.state["confidence"] += torch.where(member, confidence[:, None], 0).to(total).sum(0)
-        self.state["right"] += (member & (predicted == safe)[:, None]).sum(0)
-        self.state["seen"] += member.sum(0)
+        included, target = _mask_labels(label, valid)
+        confidence, predicted = F.softmax(_at_least_float32(logits), dim=1).max(1)
+        bin_index = torch.bucketize(confidence, self.inner_edges.to(confidence.dtype))
+        # A one-hot sum: scatter-add on CUDA adds in no fixed order.
+        in_bin = (bin_index[:, None] == torch.arange(self.bins, device=bin_index.device)) & included[:, None]
+        sum_dtype = self.state["confidence"].dtype
+        self.state["confidence"] += torch.where(in_bin, confidence[:, None], 0).to(sum_dtype).sum(0)
+        self.state["correct"] += (in_bin & (predicted == target)[:, None]).sum(0)
+        self.state["count"] += in_bin.sum(0)
 
     def compute(self) -> dict[str, float]:
         state = self.state_on_host()
-        gap = (state["right"].double() - state["confidence"].double()).abs().sum()
-        return {"ece": _share(gap, state["seen"].sum())}
+        gap = (state["correct"].double() - state["confidence"].double()).abs().sum()
+        return {"ece": _percent(gap, state["count"].sum())}
 
 
 @METRICS.register("agreement", injected=("num_classes", "device"), needs_teacher=True, higher=True, unit="%")
 class Agreement(Metric):
-    """How far the student follows the teacher: `agreement` in percent and `teacher_kl` in nats.
+    """Agreement of student and teacher: `agreement` in percent, `teacher_kl` in nats.
 
-    `agreement` is the share of samples on which student and teacher predict the same class (fidelity in Stanton et
-    al. 2021, arXiv 2106.05945); `teacher_kl` is the mean of KL(teacher || student) at temperature 1. Neither reads
-    the label, so samples with a hidden label count too.
+    `agreement` is the percentage of samples for which both predict the same class (fidelity in Stanton et al. 2021,
+    arXiv:2106.05945). `teacher_kl` is the mean of KL(teacher || student) at temperature 1. Neither reads the label, so
+    samples with a hidden label are included.
     """
 
     needs_teacher = True
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.add_count_state("same")
-        self.add_count_state("seen")
+        self.add_count_state("agreeing")
+        self.add_count_state("count")
         self.add_sum_state("nats")
 
     def update(
@@ -215,48 +220,48 @@ class Agreement(Metric):
     ) -> None:
         if teacher_logits is None:
             raise ValueError("agreement needs teacher_logits")
-        keep = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
-        same = logits.argmax(1) == teacher_logits.argmax(1)
-        student = F.log_softmax(_wide(logits), dim=1)
-        teacher = F.log_softmax(_wide(teacher_logits), dim=1)
+        included = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+        agrees = logits.argmax(1) == teacher_logits.argmax(1)
+        student = F.log_softmax(_at_least_float32(logits), dim=1)
+        teacher = F.log_softmax(_at_least_float32(teacher_logits), dim=1)
         nats = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-        self.state["same"] += (same & keep).sum()
-        self.state["seen"] += keep.sum()
-        self.state["nats"] += torch.where(keep, nats, 0).to(self.state["nats"].dtype).sum()
+        self.state["agreeing"] += (agrees & included).sum()
+        self.state["count"] += included.sum()
+        self.state["nats"] += torch.where(included, nats, 0).to(self.state["nats"].dtype).sum()
 
     def compute(self) -> dict[str, float]:
         state = self.state_on_host()
-        share = _share(state["same"], state["seen"])
-        return {"agreement": share, "teacher_kl": _share(state["nats"], state["seen"]) / 100}
+        agreement = _percent(state["agreeing"], state["count"])
+        return {"agreement": agreement, "teacher_kl": _percent(state["nats"], state["count"]) / 100}
 
 
 @METRICS.register("per_class", injected=("num_classes", "device"), higher=True, unit="%")
 class PerClass(Metric):
-    """Top-1 accuracy of each class, in percent: `per_class/0`, `per_class/1`, ...; NaN for a class without samples."""
+    """Top-1 accuracy of each class in percent, `per_class/0`, `per_class/1`, ...; NaN for a class without samples."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_classes, device)
-        self.add_count_state("right", num_classes)
-        self.add_count_state("seen", num_classes)
+        self.add_count_state("correct", num_classes)
+        self.add_count_state("count", num_classes)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        keep, safe = _labelled(label, valid)
-        self.state["right"].index_add_(0, safe, ((logits.argmax(1) == safe) & keep).long())
-        self.state["seen"].index_add_(0, safe, keep.long())
+        included, target = _mask_labels(label, valid)
+        self.state["correct"].index_add_(0, target, ((logits.argmax(1) == target) & included).long())
+        self.state["count"].index_add_(0, target, included.long())
 
     def compute(self) -> dict[str, float]:
         state = self.state_on_host()
-        pairs = zip(state["right"], state["seen"], strict=True)
-        return {f"per_class/{index}": _share(right, seen) for index, (right, seen) in enumerate(pairs)}
+        pairs = zip(state["correct"], state["count"], strict=True)
+        return {f"per_class/{index}": _percent(correct, count) for index, (correct, count) in enumerate(pairs)}
 
 
 @METRICS.register("confusion", injected=("num_classes", "device"))
 class Confusion(Metric):
-    """Confusion matrix, drawn in TensorBoard: row = the label, column = the predicted class, entry = samples.
+    """Confusion matrix: row = label, column = predicted class, entry = number of samples.
 
-    It is no scalar, so it adds nothing to the numbers of `metrics.jsonl`.
+    Shown as a figure in TensorBoard; `compute` returns no scalar for `metrics.jsonl`.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -266,9 +271,9 @@ class Confusion(Metric):
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        keep, safe = _labelled(label, valid)
-        cell = safe * self.num_classes + logits.argmax(1)
-        self.state["matrix"].view(-1).index_add_(0, cell, keep.long())
+        included, target = _mask_labels(label, valid)
+        cell = target * self.num_classes + logits.argmax(1)
+        self.state["matrix"].view(-1).index_add_(0, cell, included.long())
 
     def compute(self) -> dict[str, float]:
         return {}
@@ -278,29 +283,30 @@ class MetricSet:
     """Several metrics of one role on one split.
 
     Args:
-        metrics: names or `Named` entries of METRICS.
-        num_classes: the number of logits.
-        device: where the sums live.
+        metrics: names or `PartConfig` entries of METRICS.
+        num_classes: number of logits.
+        device: device of the states.
 
     Raises:
-        ConfigError: an unknown name or parameter, or the same metric twice.
+        ConfigError: a name or parameter is unknown, or a metric is listed twice.
     """
 
     def __init__(
         self, metrics: Iterable[str | PartConfig], num_classes: int, device: torch.device | str = "cpu"
     ) -> None:
         self.metrics: dict[str, Metric] = {}
-        self._fed: set[str] = set()
-        for item in metrics:
-            named = PartConfig(type=item) if isinstance(item, str) else item
-            if named.type in self.metrics:
-                raise ConfigError(f"{named.location}: metric {named.type!r} is named twice".lstrip(": "))
-            built = METRICS.build(named.type, named.params, named.location, num_classes=num_classes, device=device)
-            self.metrics[named.type] = built
+        self._updated: set[str] = set()
+        for metric in metrics:
+            config = PartConfig(type=metric) if isinstance(metric, str) else metric
+            if config.type in self.metrics:
+                raise ConfigError(f"{config.location}: metric {config.type!r} is listed twice".lstrip(": "))
+            self.metrics[config.type] = METRICS.build(
+                config.type, config.params, config.location, num_classes=num_classes, device=device
+            )
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any of the metrics reads the teacher's logits."""
+        """True if any metric reads the teacher's logits."""
         return any(metric.needs_teacher for metric in self.metrics.values())
 
     def update(
@@ -308,54 +314,58 @@ class MetricSet:
     ) -> None:
         """Adds one batch to every metric; shapes as in `Metric.update`.
 
-        Without teacher logits, the metrics that need them are passed over and give no value.
+        Without teacher logits, the metrics that need them are skipped and have no value.
         """
         with torch.no_grad():
             for name, metric in self.metrics.items():
                 if metric.needs_teacher and teacher_logits is None:
                     continue
                 metric.update(logits, label, teacher_logits, valid)
-                self._fed.add(name)
+                self._updated.add(name)
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Adds the sums of all ranks, metric by metric; every rank must hold the same metrics."""
+        """Sums the states over all ranks; a collective: every rank needs the same metrics in the same order."""
         for metric in self.metrics.values():
             metric.reduce(all_reduce)
 
     def compute(self) -> dict[str, float]:
-        """Returns all numbers, in the order of the metrics; this waits for the device."""
+        """Returns all values, in the order of the metrics; waits for the device."""
         values: dict[str, float] = {}
         for name, metric in self.metrics.items():
-            if name in self._fed or not metric.needs_teacher:
+            if name in self._updated or not metric.needs_teacher:
                 values.update(metric.compute())
         return values
 
     def confusion(self) -> Tensor | None:
-        """Returns the confusion matrix on the host, or None when it is not among the metrics."""
+        """Returns the confusion matrix on the CPU; None if it is not one of the metrics."""
         metric = self.metrics.get("confusion")
         return metric.state_on_host()["matrix"] if metric else None
 
     def reset(self) -> None:
-        """Starts every metric again from nothing."""
-        self._fed.clear()
+        """Resets every metric."""
+        self._updated.clear()
         for metric in self.metrics.values():
             metric.reset()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Returns all sums, so that a run which is cut off goes on counting."""
-        fed = {name: metric for name, metric in self.metrics.items() if name in self._fed}
-        return {name: dict(metric.state) for name, metric in fed.items()}
+        """Returns the states of all metrics that were updated."""
+        updated = {name: metric for name, metric in self.metrics.items() if name in self._updated}
+        return {name: dict(metric.state) for name, metric in updated.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes over sums of `state_dict` of a set of the same metrics."""
+        """Loads the states of a set with the same metrics."""
         for name, tensors in state.items():
             for key, tensor in tensors.items():
                 self.metrics[name].state[key].copy_(tensor)
-            self._fed.add(name)
+            self._updated.add(name)
 
 
 def higher_is_better(name: str) -> bool:
-    """Says which way a metric improves; `name` is a key of `MetricSet.compute`. True where nothing is declared."""
+    """Returns True if larger values of a metric are better, also for a metric that declares nothing.
+
+    Args:
+        name: a key of `MetricSet.compute`.
+    """
     if name == "teacher_kl":
         return False
     entry = METRICS.entries.get(name.partition("/")[0])

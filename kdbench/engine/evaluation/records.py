@@ -11,7 +11,7 @@ from torch import Tensor
 class EvaluationRecord(TypedDict, total=False):
     """Metrics of one role on one split.
 
-    stage, split, role: names. epoch: finished epochs of the stage. step: optimiser steps since the run began, over all
+    stage, split, role: names. epoch: finished epochs of the stage. step: optimizer steps since the run began, over all
     stages. metrics: the return value of `MetricSet.compute`. seconds: training time since the run began.
     """
 

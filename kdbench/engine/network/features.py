@@ -1,4 +1,4 @@
-"""Any input or output inside a model, by address, without editing the model."""
+"""Feature extraction: any input or output inside a model, by address, without editing the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRACES_RAISE = not torch.__version__.startswith("2.6.")
 
 
 class Feature(NamedTuple):
-    """What to capture inside one role: a module path, which of its calls (from 1), and its output or its input.
+    """The address of a feature inside one role: a module path, the number of the call (from 1), output or input.
 
-    A tuple, because it is a key in the compiled step, where the compiler of torch 2.6 takes no dataclass.
+    A named tuple, because it is a dictionary key in the compiled step: the compiler of torch 2.6 rejects dataclasses.
     """
 
     path: str = "logits"
@@ -41,7 +41,7 @@ def find_module(model: nn.Module, path: str, where: Location | str = "") -> tupl
     Raises:
         ConfigError: no such module; the message names the nearest path.
     """
-    module, walked = model, []
+    module, names = model, []
     for part in path.split("."):
         children = dict(module.named_children())
         if part.lstrip("-").isdigit() and part.startswith("-") and len(children) >= -int(part):
@@ -51,12 +51,12 @@ def find_module(model: nn.Module, path: str, where: Location | str = "") -> tupl
             kind = type(model).__name__
             raise ConfigError(f"{where}: {kind} has no module {path!r}.{suggest(path, paths)}".lstrip(": "))
         module = children[part]
-        walked.append(part)
-    return ".".join(walked), module
+        names.append(part)
+    return ".".join(names), module
 
 
 def model_output(output: Any, name: str = "logits") -> Tensor:
-    """Returns the tensor that a model's output means by `name`: itself, its entry of that name, or its first tensor."""
+    """Returns a tensor of a model's output: the output itself, its entry called `name`, or its first tensor."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -68,36 +68,42 @@ def model_output(output: Any, name: str = "logits") -> Tensor:
     for candidate in candidates:
         if isinstance(candidate, Tensor):
             return candidate
-    raise ConfigError(f"a model's output must hold a tensor called {name!r}; got {type(output).__name__}")
+    raise ConfigError(f"a model's output must contain a tensor called {name!r}; got {type(output).__name__}")
 
 
 def module_state(model: nn.Module, feature: Feature) -> Tensor:
-    """Returns what is read of a module without running it.
+    """Reads a value of a module without running it.
 
-    `/stats`: running mean and variance of a BatchNorm, (2, channels). `/weights`: its parameters as one vector; of the
-    whole model where the address names no module.
+    Returns:
+        `/stats`: running mean and variance of a BatchNorm, (2, channels). `/weights`: the parameters of the module, or
+        of the whole model where the address names no module, as one vector (parameters,).
     """
     module = model if feature.is_output else find_module(model, feature.path)[1]
     if feature.side == "weights":
         return torch.cat([parameter.reshape(-1) for parameter in module.parameters()])
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
-        raise ConfigError(f"{feature}: {type(module).__name__} keeps no running mean and variance")
+        raise ConfigError(f"{feature}: {type(module).__name__} has no running mean and variance")
     return torch.stack([mean, variance])
 
 
 class _LastFeature(Exception):
-    """Ends a forward once nothing that comes later is wanted."""
+    """Ends a forward once all features have been extracted."""
 
 
 class FeatureExtractor:
-    """Hooks on one model that keep the wanted features of each forward.
+    """Extracts features of each forward of one model, by hooks.
 
     Args:
-        model: hooks are set on its modules; set them before compiling the model (later ones never fire).
-        features: what to keep.
-        overwritten: features that an in-place operation overwrites later in the forward: these are cloned.
-        stop: end the forward once the last wanted feature is there. Only when the output itself is not wanted.
+        model: hooks are registered on its modules; register before compiling (later hooks never run).
+        features: to extract.
+        overwritten: features that an in-place operation overwrites later in the forward; they are cloned.
+        stop: end the forward once the last feature is available. Has no effect where the output itself is a feature.
+
+    Attributes:
+        features: without duplicates, in order.
+        inner_features: all features but the model's output.
+        handles: of the hooks.
     """
 
     def __init__(
@@ -110,48 +116,49 @@ class FeatureExtractor:
     ) -> None:
         self.model = model
         self.features = tuple(dict.fromkeys(features))
-        self.inner = tuple(feature for feature in self.features if not feature.is_output)
-        self.stop = stop and len(self.inner) == len(self.features) > 0
+        self.inner_features = tuple(feature for feature in self.features if not feature.is_output)
+        self.stop = stop and len(self.inner_features) == len(self.features) > 0
         self.active = False
-        self.kept: dict[Feature, Tensor] = {}
+        self.values: dict[Feature, Tensor] = {}
         self.calls: dict[str, int] = {}
         by_module: dict[tuple[str, str], list[Feature]] = {}
-        for feature in self.inner:
+        for feature in self.inner_features:
             by_module.setdefault((find_module(model, feature.path)[0], feature.side), []).append(feature)
         self.handles = []
-        for (path, side), wanted in by_module.items():
-            module, hook = model.get_submodule(path), self._hook(path, wanted, overwritten)
-            # An input is taken before the module runs: an in-place module overwrites it.
-            add = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
-            self.handles.append(add(hook, with_kwargs=True))
+        for (path, side), module_features in by_module.items():
+            module, hook = model.get_submodule(path), self._hook(path, module_features, overwritten)
+            # An input is taken before the module runs, because an in-place module overwrites it.
+            register = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+            self.handles.append(register(hook, with_kwargs=True))
 
-    def _hook(self, path: str, wanted: list[Feature], overwritten: frozenset[Feature]) -> Any:
-        repeated = any(feature.call != 1 for feature in wanted)
-        counter = f"{path}/{wanted[0].side}"
+    def _hook(self, path: str, features: list[Feature], overwritten: frozenset[Feature]) -> Any:
+        counts_calls = any(feature.call != 1 for feature in features)
+        counter = f"{path}/{features[0].side}"
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
             if not self.active:
                 return
             call = 1
-            if repeated:
+            if counts_calls:
                 call = self.calls.get(counter, 0) + 1
                 self.calls[counter] = call
-            for feature in wanted:
-                if feature.call == call and feature not in self.kept:
-                    value = model_output(output[0] if output else (*inputs, *named.values()))
-                    self.kept[feature] = value.clone() if feature in overwritten else value
-            if self.stop and len(self.kept) == len(self.inner) and not self._compiler_drops_rest():
+            for feature in features:
+                if feature.call == call and feature not in self.values:
+                    value = model_output(output[0] if output else (*inputs, *kwargs.values()))
+                    self.values[feature] = value.clone() if feature in overwritten else value
+            complete = len(self.values) == len(self.inner_features)
+            if self.stop and complete and not self._compiler_removes_rest():
                 raise _LastFeature
 
         return hook
 
-    def _compiler_drops_rest(self) -> bool:
-        """Whether the compiler, which cannot follow a raise in torch 2.6, leaves out what nobody reads by itself."""
+    def _compiler_removes_rest(self) -> bool:
+        """Returns whether the compiler removes the unused rest of the forward itself; torch 2.6 cannot trace the raise."""
         return not TRACES_RAISE and torch.compiler.is_compiling() and not self.model.training
 
     def __call__(self, *inputs: Tensor) -> dict[Feature, Tensor]:
-        """Runs the model and returns the wanted features."""
-        self.kept = {}
+        """Runs the model and returns the features."""
+        self.values = {}
         self.calls = {}
         self.active = True
         try:
@@ -160,13 +167,14 @@ class FeatureExtractor:
             output = None
         finally:
             self.active = False
-        result = self.kept
-        self.kept = {}  # a feature kept here would keep the whole autograd graph alive
+        result = self.values
+        self.values = {}  # a reference here would keep the autograd graph of the whole step alive
         for feature in self.features:
             if feature.is_output:
                 result[feature] = model_output(output, feature.path)
         return result
 
     def remove(self) -> None:
+        """Removes the hooks."""
         for handle in self.handles:
             handle.remove()

@@ -1,38 +1,72 @@
-"""All roles and terms of a stage as one module: a batch in, one reduced loss per term out."""
+"""All roles and terms of a stage as one module: a micro-batch in, one reduced loss per term out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.config.parse.roles import upstream_closure
 from kdbench.config.schema import InnerStepConfig, OperandConfig, RoleConfig, UpdateConfig
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.distributed.world import World
-from kdbench.engine.network.features import module_state
-from kdbench.engine.network.operands import Batch, OperandReader, Values, given_key, operand_feature
+from kdbench.engine.network.features import Feature, module_state
+from kdbench.engine.network.operands import OperandReader, Values, operand_feature
 from kdbench.engine.network.roles import Role, input_addresses, parse_role_input, root_role, updated_roles
 from kdbench.engine.network.terms import Count, TermGroup
+from kdbench.engine.timer import SectionTimer
+
+
+class RoleRun(NamedTuple):
+    """One role's forward within a step.
+
+    inputs: (source, field) or (role, feature) of everything that the role sees.
+    """
+
+    name: str
+    with_gradient: bool
+    inputs: tuple[tuple[str, str | Feature], ...]
+
+
+class StateRead(NamedTuple):
+    """A value that is read of a role without running it: BatchNorm statistics, or weights as one vector."""
+
+    role: str
+    feature: Feature
+    with_gradient: bool
+
+
+class Wiring(NamedTuple):
+    """Everything that a forward derives from its terms and roles, resolved once and reused in every step.
+
+    terms: in the order in which they are computed. runs: the roles that must run, in order. states: read afterwards.
+    """
+
+    terms: tuple[str, ...]
+    runs: tuple[RoleRun, ...]
+    states: tuple[StateRead, ...]
 
 
 class NamedModules(nn.ModuleDict):
-    """A ModuleDict whose names may be any: a term called `forward` is no method of it."""
+    """A ModuleDict that accepts any name; `nn.ModuleDict` rejects names of its own methods, such as `forward`."""
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
 
 
 class Network(nn.Module):
-    """The roles and terms of a stage, wired.
+    """The roles and terms of a stage, connected.
 
     Args:
-        roles: in an order in which each role's input is there when it runs.
-        terms: by name; those of constant weight 0 are left out by the plan.
-        sources: which source's fields go with each role (the one at the root of its input).
-        world: this process among all.
-        observers: what selectors and makers read of a batch, by who reads (`make.NAME`, `select.N`) and operand.
+        roles: in an order in which the inputs of each role are available when it runs.
+        terms: by name; terms of constant weight 0 were removed by the plan.
+        sources: role -> the source at the root of its input.
+        world: the process group.
+        observers: operands of selectors and artifact builders, by owner (`make.NAME`, `select.N`) and operand name.
+        timer: receives the ends of the sections `student`, `teacher` and `terms`.
     """
 
     def __init__(
@@ -42,6 +76,7 @@ class Network(nn.Module):
         sources: Mapping[str, str],
         world: World = World(),  # noqa: B008
         observers: Mapping[str, Mapping[str, OperandReader]] | None = None,
+        timer: SectionTimer | None = None,
     ) -> None:
         super().__init__()
         self.roles = NamedModules(roles)
@@ -50,8 +85,9 @@ class Network(nn.Module):
         self.world = world
         self.observers = {owner: NamedModules(readers) for owner, readers in (observers or {}).items()}
         self.configs: dict[str, RoleConfig] = {name: role.config for name, role in roles.items()}
-        self.sharded: tuple[str, ...] = ()  # the roles that lie in parts (kdbench.engine.distributed.sharding)
-        self.lap: Callable[[str], None] | None = None  # set by the runner where it times the parts of a step
+        self.sharded: tuple[str, ...] = ()  # set by `kdbench.engine.distributed.sharding.shard`
+        self.timer = timer if timer is not None else SectionTimer(enabled=False)
+        self._wirings: dict[tuple[tuple[str, ...], frozenset[str]], Wiring] = {}
 
     def role(self, name: str) -> Role:
         role = self.roles[name]
@@ -63,144 +99,170 @@ class Network(nn.Module):
         assert isinstance(term, TermGroup)
         return term
 
-    def required_roles(self, terms: Iterable[str]) -> set[str]:
-        """The roles that must run for these terms, those upstream included."""
-        return self.roles_for(operand for name in terms for operand in self.term(name).config.read_operands())
+    # Resolved once
 
-    def candidate_parameters(self, move: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
-        """The parameters that a move could reach, by name: those of its roles, and those of its terms."""
-        roles = updated_roles(move, self.configs)
-        found = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
-        return found | {f"terms.{t}.{n}": p for t in move.terms for n, p in self.term(t).named_parameters()}
-
-    def roles_for(self, operands: Iterable[OperandConfig]) -> set[str]:
-        """The roles that must run so that these operands can be read."""
-        return roles_for_operands(operands, self.configs)
-
-    def valid_counts(self, window: Sequence[Batch], terms: Iterable[str]) -> dict[str, Count]:
-        """What each term's sum is divided by over one effective batch."""
-        groups = {name: self.term(name) for name in terms}
-        return {n: group.count([batch[group.source] for batch in window], self.world) for n, group in groups.items()}
-
-    def run_roles(self, batch: Batch, terms: Iterable[str], moving: Iterable[str]) -> Values:
-        """Runs each role that these terms need once."""
-        return self._run(batch, self.required_roles(terms), moving)
-
-    @torch.no_grad()
-    def run_frozen(self, batch: Batch, names: Iterable[str]) -> Values:
-        """Runs roles of which none moves, and nothing upstream of them; the batch has the fields that they see."""
-        return self._run(batch, upstream_closure(names, self.configs), ())
-
-    def _run(self, batch: Batch, needed: set[str], moving: Iterable[str]) -> Values:
-        """Runs each needed role once, unless the batch has what it gives.
-
-        Without gradient where nothing that moves is the role or stands upstream.
-        """
-        moving = set(moving)
-        with_gradient: set[str] = set()
-        values: Values = {}
-        for name in self.roles:
-            if name not in needed:
-                continue
-            role = self.role(name)
-            config = role.config
-            if root_role(name, self.configs) in moving or not with_gradient.isdisjoint(config.upstream_roles):
-                with_gradient.add(name)
-            fields = batch[self.sources[name]]
-            if role.features and given_key(name, role.features[0]) in fields:
-                values |= {(name, feature): fields[given_key(name, feature)] for feature in role.features}
-                continue
-            for module in role.sync_batchnorms:
-                module.valid = fields.get("valid")
-            with nullcontext() if name in with_gradient else torch.no_grad():
-                for feature, value in role(*(self._input(a, batch, values) for a in input_addresses(config))).items():
-                    values[name, feature] = value
-            if self.lap is not None:
-                self.lap("student" if role.trainable else "teacher")
-        return values
-
-    def _add_module_states(self, operands: Iterable[OperandConfig], moving: Iterable[str], values: Values) -> None:
-        """Adds what is read of a network without running it: statistics of a BatchNorm, weights as one vector."""
-        for leaf in (leaf for operand in operands for leaf in operand.feature_operands() if leaf.is_state):
-            with nullcontext() if root_role(leaf.role, self.configs) in moving else torch.no_grad():
-                values[leaf.role, operand_feature(leaf)] = module_state(self.role(leaf.role).model, operand_feature(leaf))
-
-    @staticmethod
-    def _input(address: str, batch: Batch, values: Values) -> Tensor:
-        if ":" in address:
-            return values[parse_role_input(address)]
-        source, field = address.split(".", 1)
-        return batch[source][field]
-
-    def forward(
-        self, batch: Batch, counts: Mapping[str, Count], terms: Sequence[str], moving: Sequence[str], share: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the weighted total, and one detached vector: the loss of each term, then each one weighted.
+    def wiring(self, terms: Iterable[str], updated: Iterable[str]) -> Wiring:
+        """Resolves the forward of some terms.
 
         Args:
-            batch: one micro-batch.
-            counts: as `counts` gave them for the effective batch that this micro-batch is part of.
-            terms: the terms of this update.
-            moving: the roles that this update moves.
-            share: this micro-batch's share of the effective batch, for terms that depend on no row.
+            terms: in the order in which they are computed.
+            updated: the roles that the update trains. A role runs with gradient if it is one of them or downstream.
         """
-        values = self.run_roles(batch, terms, moving)
-        self._add_module_states((operand for name in terms for operand in self.term(name).config.read_operands()), moving, values)
+        key = (tuple(terms), frozenset(updated))
+        if key not in self._wirings:
+            operands = [operand for name in key[0] for operand in self.term(name).config.read_operands()]
+            self._wirings[key] = self._resolve(key[0], operands, key[1])
+        return self._wirings[key]
+
+    def _resolve(self, terms: tuple[str, ...], operands: Sequence[OperandConfig], updated: Iterable[str]) -> Wiring:
+        updated = set(updated)
+        runs = self._runs(roles_for_operands(operands, self.configs), updated)
+        leaves = [leaf for operand in operands for leaf in operand.feature_operands() if leaf.is_state]
+        states = (StateRead(leaf.role, operand_feature(leaf), self._is_updated(leaf.role, updated)) for leaf in leaves)
+        return Wiring(terms, runs, tuple(dict.fromkeys(states)))
+
+    def _is_updated(self, role: str, updated: set[str]) -> bool:
+        return root_role(role, self.configs) in updated
+
+    def _runs(self, required: Iterable[str], updated: set[str]) -> tuple[RoleRun, ...]:
+        required = set(required)
+        with_gradient: set[str] = set()
+        runs = []
+        for name in self.roles:
+            if name not in required:
+                continue
+            config = self.configs[name]
+            if self._is_updated(name, updated) or not with_gradient.isdisjoint(config.upstream_roles):
+                with_gradient.add(name)
+            runs.append(RoleRun(name, name in with_gradient, _resolve_inputs(config)))
+        return tuple(runs)
+
+    def candidate_parameters(self, update: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
+        """The parameters that an update could train, by name: those of its roles, and those of its terms."""
+        roles = updated_roles(update, self.configs)
+        parameters = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
+        return parameters | {f"terms.{t}.{n}": p for t in update.terms for n, p in self.term(t).named_parameters()}
+
+    # In every step
+
+    def valid_counts(self, window: Sequence[MicroBatch], terms: Iterable[str]) -> dict[str, Count]:
+        """Returns the divisor of each term's sum over one effective batch."""
+        groups = {name: self.term(name) for name in terms}
+        return {n: g.count([batches[g.source] for batches in window], self.world) for n, g in groups.items()}
+
+    def run_roles(self, batches: MicroBatch, runs: Iterable[RoleRun]) -> Values:
+        """Runs each role once, unless its features were precomputed; returns the captured features."""
+        values: Values = {}
+        for name, with_gradient, inputs in runs:
+            role = self.role(name)
+            batch = batches[self.sources[name]]
+            if role.features and (name, role.features[0]) in batch.precomputed:
+                values |= {(name, feature): batch.precomputed[name, feature] for feature in role.features}
+                continue
+            for module in role.sync_batchnorms:
+                module.valid = batch.fields.get("valid")
+            with nullcontext() if with_gradient else torch.no_grad():
+                for feature, value in role(*(_read_input(address, batches, values) for address in inputs)).items():
+                    values[name, feature] = value
+            if self.timer.enabled:
+                self.timer.end_section("student" if role.trainable else "teacher")
+        return values
+
+    @torch.no_grad()
+    def run_frozen(self, batches: MicroBatch, names: Iterable[str]) -> Values:
+        """Runs roles that no update trains and that see nothing trained; the batches hold the fields that they see."""
+        return self.run_roles(batches, self._runs(upstream_closure(names, self.configs), set()))
+
+    def _read_states(self, states: Iterable[StateRead], values: Values) -> None:
+        for name, feature, with_gradient in states:
+            with nullcontext() if with_gradient else torch.no_grad():
+                values[name, feature] = module_state(self.role(name).model, feature)
+
+    def forward(
+        self, batches: MicroBatch, counts: Mapping[str, Count], wiring: Wiring, fraction: float
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the terms of one update.
+
+        Args:
+            batches: one micro-batch.
+            counts: of `valid_counts` for the effective batch that contains this micro-batch.
+            wiring: of `wiring` for the update's terms and roles.
+            fraction: this micro-batch's fraction of the effective batch, for terms that depend on no row.
+
+        Returns:
+            The weighted total (scalar), and one detached float32 vector (2 * terms,): losses, then weighted losses.
+        """
+        values = self.run_roles(batches, wiring.runs)
+        self._read_states(wiring.states, values)
         total: Tensor | None = None
-        losses, shares = [], []
-        for name in terms:
+        losses, weighted_losses = [], []
+        for name in wiring.terms:
             group = self.term(name)
-            loss = group(values, batch, counts[name], share, self.world)
+            loss = group(values, batches, counts[name], fraction, self.world)
             weighted = group.weight * loss
             total = weighted if total is None else total + weighted
             losses.append(loss.detach().float())
-            shares.append(weighted.detach().float())
+            weighted_losses.append(weighted.detach().float())
         assert total is not None
-        if self.lap is not None:
-            self.lap("terms")
-        return total, torch.stack([*losses, *shares])
+        if self.timer.enabled:
+            self.timer.end_section("terms")
+        return total, torch.stack([*losses, *weighted_losses])
 
     @torch.no_grad()
-    def observe(self, batch: Batch, owner: str) -> dict[str, Tensor]:
-        """Reads the operands of a selector or a maker, by name, with every network as it is in evaluation.
+    def observe(self, batches: MicroBatch, owner: str) -> dict[str, Tensor]:
+        """Reads the operands of a selector or an artifact builder, with every network in eval mode.
 
         Args:
             owner: `make.NAME` or `select.N`.
         """
         readers = self.observers[owner]
+        wiring = self._resolve((), [reader.operand for reader in readers.values()], ())  # type: ignore[arg-type]
         modes = [(module, module.training) for module in self.modules()]
-        lap, self.lap = self.lap, None
         self.eval()
         try:
-            operands = [reader.operand for reader in readers.values()]
-            values = self._run(batch, self.roles_for(operands), ())  # type: ignore[arg-type]
-            self._add_module_states(operands, (), values)  # type: ignore[arg-type]
-            return {name: reader(values, batch) for name, reader in readers.items()}
+            with self.timer.paused():
+                values = self.run_roles(batches, wiring.runs)
+                self._read_states(wiring.states, values)
+                return {name: reader(values, batches) for name, reader in readers.items()}
         finally:
-            self.lap = lap
             for module, mode in modes:
                 module.training = mode
 
 
+def _resolve_inputs(config: RoleConfig) -> tuple[tuple[str, str | Feature], ...]:
+    inputs: list[tuple[str, str | Feature]] = []
+    for address in input_addresses(config):
+        if ":" in address:
+            inputs.append(parse_role_input(address))
+        else:
+            source, _, field = address.partition(".")
+            inputs.append((source, field))
+    return tuple(inputs)
+
+
+def _read_input(address: tuple[str, str | Feature], batches: MicroBatch, values: Values) -> Tensor:
+    owner, name = address
+    return values[owner, name] if isinstance(name, Feature) else batches[owner].fields[name]
+
+
 def roles_for_operands(operands: Iterable[OperandConfig], configs: Mapping[str, RoleConfig]) -> set[str]:
-    """The roles that must run so that operands can be read: those that they name, and those that these see."""
-    return upstream_closure(
-        (leaf.role for operand in operands for leaf in operand.feature_operands() if not leaf.is_state), configs
-    )
+    """Returns the roles that must run before operands can be read: their own roles, and all upstream roles."""
+    leaves = (leaf for operand in operands for leaf in operand.feature_operands())
+    return upstream_closure((leaf.role for leaf in leaves if not leaf.is_state), configs)
 
 
 class RoleChain(nn.Module):
-    """A role together with the roles that it sees: what is evaluated where the result is a head on another network.
+    """A role with its upstream roles, for the evaluation of a result that is a head on another network.
 
     Args:
         network: of the stage.
-        name: the role whose output counts.
+        name: the role whose output is evaluated.
     """
 
     def __init__(self, network: Network, name: str) -> None:
         super().__init__()
-        above = upstream_closure(network.configs[name].upstream_roles, network.configs)
-        self.names = [n for n in network.roles if n in above]
+        upstream = upstream_closure(network.configs[name].upstream_roles, network.configs)
+        self.names = [n for n in network.roles if n in upstream]
         self.members = nn.ModuleList(network.role(n) for n in self.names)
         self.last = network.role(name).model
         self.config = network.role(name).config
@@ -215,6 +277,6 @@ class RoleChain(nn.Module):
 
     @staticmethod
     def _inputs(config: RoleConfig, image: Tensor, values: Values) -> list[Tensor]:
-        """Further fields of a training source, such as masks, are not there when a network is evaluated."""
-        found = [values[parse_role_input(config.input)] if ":" in config.input else image]
-        return found + [values[parse_role_input(address)] for address in config.extra_inputs if ":" in address]
+        """Extra inputs that are fields of a training source, such as masks, do not exist in evaluation."""
+        inputs = [values[parse_role_input(config.input)] if ":" in config.input else image]
+        return inputs + [values[parse_role_input(address)] for address in config.extra_inputs if ":" in address]

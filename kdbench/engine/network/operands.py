@@ -1,4 +1,4 @@
-"""What a term, a weigher, a router, a selector or a maker reads: one tensor by its address."""
+"""Operands inside a step: one tensor, read by its address."""
 
 from __future__ import annotations
 
@@ -8,42 +8,36 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from kdbench.config.schema import OperandConfig, TermConfig
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.network.features import Feature
 
-Batch: TypeAlias = dict[str, dict[str, Tensor]]
-"""The fields of each source: `batch["train"]["image"]`."""
-
-
 Values: TypeAlias = dict[tuple[str, Any], Tensor]
-"""What the roles and the terms of a step have given so far: by (role, feature), and by ("term:NAME", output)."""
+"""The outputs of a step so far: features by (role, feature), outputs of terms by ("term:NAME", output)."""
 
 
 def operand_feature(operand: OperandConfig) -> Feature:
+    """Returns the feature of a role that an operand names."""
     return Feature(operand.path, operand.call, operand.side)
 
 
 def term_key(name: str, output: str) -> tuple[str, str]:
-    """Where a term's own output stands among the values; a role's name has no colon."""
+    """Returns the key of a term's output among the values; names of roles contain no colon."""
     return f"term:{name}", output
 
 
-def given_key(role: str, feature: Feature) -> str:
-    """The field of a role's source that holds a feature which was computed before the step; no other field has a colon.
-
-    Whoever puts it there (a teacher that runs ahead, a table of its logits) gives every feature that the role captures,
-    a row for each sample of the batch; the role then does not run.
-    """
-    return f"{role}:{feature}"
-
-
 class OperandReader(nn.Module):
-    """Reads one operand: looks it up, combines its parts, and passes it through its adapter.
+    """Reads one operand: looks it up, combines its parts, and applies its adapter.
 
     Args:
-        operand: what to read.
-        adapter: owned by whoever reads.
-        combiner: of a combined operand, with its parts and its own operands.
-        artifact: the tensor that an earlier stage made, of an operand that names one.
+        operand: the address.
+        adapter: maps the operand to another shape.
+        combiner: of a combined operand.
+        parts: readers of the operands that the combiner combines.
+        operands: readers of the combiner's further operands, by name.
+        artifact: the tensor of an earlier stage, of an operand `artifact:STAGE.NAME`.
+
+    Attributes:
+        has_rows: whether the tensor has one row per sample.
     """
 
     def __init__(
@@ -53,7 +47,7 @@ class OperandReader(nn.Module):
         *,
         combiner: nn.Module | None = None,
         parts: Sequence[OperandReader] = (),
-        named: Mapping[str, OperandReader] | None = None,
+        operands: Mapping[str, OperandReader] | None = None,
         artifact: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -64,20 +58,24 @@ class OperandReader(nn.Module):
         if operand.kind == "term":
             self.key = term_key(operand.role, operand.path)
         self.has_rows = operand.kind != "artifact" and operand.side not in ("stats", "weights")
-        """Whether the tensor has one row per sample."""
         self.adapter = adapter
         self.combiner = combiner
         self.parts = nn.ModuleList(parts)
-        self.named = nn.ModuleDict(named or {})
+        self.operands = nn.ModuleDict(operands or {})
         self.register_buffer("artifact", artifact, persistent=False)
 
-    def forward(self, values: Values, batch: Batch, detach: bool = False) -> Tensor:
-        """Args: detach: no gradient reaches what is read; parameters of a combiner or an adapter still learn."""
+    def forward(self, values: Values, batches: MicroBatch, detach: bool = False) -> Tensor:
+        """Reads the operand.
+
+        Args:
+            detach: no gradient flows into what is read; a combiner and an adapter still learn.
+        """
         if self.combiner is not None:
-            parts = [part(values, batch, detach) for part in self.parts]
-            value = self.combiner(parts, **{name: read(values, batch, detach) for name, read in self.named.items()})
+            parts = [part(values, batches, detach) for part in self.parts]
+            further = {name: reader(values, batches, detach) for name, reader in self.operands.items()}
+            value = self.combiner(parts, **further)
         elif self.kind == "field":
-            value = batch[self.owner][self.name]
+            value = batches[self.owner].fields[self.name]
         elif self.kind == "artifact":
             assert isinstance(self.artifact, Tensor)
             value = self.artifact
@@ -87,18 +85,20 @@ class OperandReader(nn.Module):
         return value if self.adapter is None else self.adapter(value)
 
 
-def operand_source(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
-    """The source whose samples are an operand's rows; None where it has no rows.
+def operand_source(
+    operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]
+) -> str | None:
+    """Returns the source whose samples are an operand's rows; None for an operand without rows.
 
     Args:
-        sources: the source at the root of each role's input.
-        terms: those of the stage.
+        sources: role -> the source at the root of its input.
+        terms: of the stage.
     """
     if operand.kind == "field":
         return operand.role
     if operand.kind == "term":
         return operand_source(terms[operand.role].edges[0].student, sources, terms)
     if operand.kind == "combined":
-        found = (operand_source(part, sources, terms) for part in operand.parts)
-        return next((source for source in found if source is not None), None)
+        candidates = (operand_source(part, sources, terms) for part in operand.parts)
+        return next((source for source in candidates if source is not None), None)
     return sources[operand.role] if operand.kind == "role" else None

@@ -13,14 +13,14 @@ from kdbench.engine.network.roles import input_addresses, parse_role_input
 from kdbench.errors import ConfigError
 
 Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
-"""Per-sample shape of every captured feature."""
+"""Shape of one sample of every extracted feature."""
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What the models must know of the data: classes, what the role sees, and the shape of an image.
+    """Properties of the data that constructors of models receive.
 
-    input: of one sample of the role's first input. image: of the images that evaluation shows.
+    input: shape of one sample of the role's first input. image: shape of the images of the evaluation source.
     """
 
     classes: int | None
@@ -29,6 +29,7 @@ class SampleFacts:
 
     @property
     def injected(self) -> dict[str, Any]:
+        """The constructor arguments, by name."""
         facts: dict[str, Any] = {}
         if self.classes is not None:
             facts["num_classes"] = self.classes
@@ -36,20 +37,21 @@ class SampleFacts:
             facts["input_shape"] = self.input
         if self.image is not None:
             facts["image_shape"] = self.image
-        seen = self.input if self.input is not None and len(self.input) == 3 else self.image
-        if seen is not None and len(seen) == 3:
-            facts |= {"in_channels": seen[0], "image_size": seen[1]}
+        image = self.input if self.input is not None and len(self.input) == 3 else self.image
+        if image is not None and len(image) == 3:
+            facts |= {"in_channels": image[0], "image_size": image[1]}
         return facts
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """What the plan found out about a stage, enough to build it for real.
+    """The results of shape inference on a stage, sufficient to build its network.
 
-    order: roles, each after those that it sees. features: what to capture in each role. terms: the names of the terms
-    that count (those of constant weight 0 are left out). sources: the source at the root of each role's input.
-    fields: of each source, the shape of one sample of each field. samples: how many each source's split has in all.
-    unmeasured: the roles that do not give a value for each class of the evaluation source.
+    order: roles, each after its upstream roles. features: to extract in each role. terms: names of the terms, without
+    terms of constant weight 0. sources: role -> the source at the root of its input. facts: for the model of each
+    role. shapes: of one sample of each feature. overwritten: features that later operations overwrite in place.
+    fields: source -> field -> shape of one sample. samples: size of each source's whole split.
+    unmeasured: roles that do not output a value for each class of the evaluation source.
     """
 
     order: tuple[str, ...]
@@ -64,64 +66,63 @@ class ResolvedStage:
     unmeasured: frozenset[str] = frozenset()
 
     def step_sources(self, stage: StageConfig) -> tuple[str, ...]:
-        """The sources that a step reads: those of the roles, and those whose fields a term reads."""
-        found = list(self.sources.values())
-        found += [a.split(".", 1)[0] for name in self.order for a in input_addresses(stage.roles[name]) if ":" not in a]
-        found += [
-            operand.role
-            for operand in stage.read_operands(self.terms, include_artifacts=False)
-            if operand.kind == "field"
-        ]
-        return tuple(dict.fromkeys(found))
+        """Returns the sources that a step reads: inputs of roles, and fields that terms read."""
+        addresses = (address for name in self.order for address in input_addresses(stage.roles[name]))
+        operands = stage.read_operands(self.terms, include_artifacts=False)
+        sources = list(self.sources.values())
+        sources += [address.split(".", 1)[0] for address in addresses if ":" not in address]
+        sources += [operand.role for operand in operands if operand.kind == "field"]
+        return tuple(dict.fromkeys(sources))
 
 
 def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> PartConfig:
-    """The model that a role is built as; one that follows another role is built as that one."""
-    seen = {config.name}
+    """Returns the model of a role; an average, a snapshot or a reused role has the model of its source role."""
+    visited = {config.name}
     while config.model is None:
-        if config.source_role is None or config.source_role not in roles or config.source_role in seen:
-            raise ConfigError(f"{config.location}: role {config.name!r} has no model and follows none that has one")
+        if config.source_role is None or config.source_role not in roles or config.source_role in visited:
+            raise ConfigError(f"{config.location}: role {config.name!r} has no model, and neither has its source role")
         config = roles[config.source_role]
-        seen.add(config.name)
+        visited.add(config.name)
     return config.model
 
 
 def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
-    """Roles in an order in which each stands after those whose output it sees, and whose network it is.
+    """Orders roles so that each comes after its upstream roles and after the role that it reuses.
 
     Raises:
         ConfigError: the inputs form a cycle or name an unknown role.
     """
-    done: list[str] = []
+    order: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        if name in done:
+        if name in order:
             return
         if name in path:
             raise ConfigError(f"{roles[name].location}: the inputs of {' -> '.join((*path, name))} form a cycle")
-        before = [*roles[name].upstream_roles]
-        if roles[name].mode == "reuse" and roles[name].source_role is not None:
-            before.append(roles[name].source_role or "")
-        for other in before:
-            if other not in roles:
-                raise ConfigError(f"{roles[name].location}: role {name!r} needs {other!r}, which is no role")
-            visit(other, (*path, name))
-        done.append(name)
+        required = [*roles[name].upstream_roles]
+        source_role = roles[name].source_role
+        if roles[name].mode == "reuse" and source_role is not None:
+            required.append(source_role)
+        for role in required:
+            if role not in roles:
+                raise ConfigError(f"{roles[name].location}: role {name!r} needs {role!r}, which is no role")
+            visit(role, (*path, name))
+        order.append(name)
 
     for name in roles:
         visit(name, ())
-    return tuple(done)
+    return tuple(order)
 
 
 def required_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
-    """What to capture in each role: what terms, selectors and makers read, and what other roles see."""
-    wanted: dict[str, list[Feature]] = {name: [] for name in order}
+    """Returns the features to extract in each role: operands of terms, selectors, artifacts, and inputs of roles."""
+    required: dict[str, list[Feature]] = {name: [] for name in order}
     for operand in stage.read_operands(terms):
         if operand.kind == "role" and not operand.is_state:
-            wanted[operand.role].append(operand_feature(operand))
+            required[operand.role].append(operand_feature(operand))
     for name in order:
         for address in input_addresses(stage.roles[name]):
             if ":" in address:
                 role, feature = parse_role_input(address)
-                wanted[role].append(feature)
-    return {name: list(dict.fromkeys(features)) for name, features in wanted.items()}
+                required[role].append(feature)
+    return {name: list(dict.fromkeys(features)) for name, features in required.items()}

@@ -1,4 +1,4 @@
-"""A named network inside a step: how it lives, what it sees, and what is captured in it."""
+"""Roles: named networks inside a step, with the features that are extracted from them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from kdbench.engine.network.features import Feature, FeatureExtractor, find_modu
 
 
 class Role(nn.Module):
-    """A named network, and what is captured inside it.
+    """A named network with its feature extractor.
 
-    A frozen role stays in eval mode whatever anyone calls, so that its statistics and its dropout never move.
+    A frozen role stays in eval mode whatever `train` is called with, so that its BatchNorm statistics never change and
+    its dropout is off.
 
     Args:
-        root: the role whose network, or a part of it, this role is too (`reuse`); it owns parameters and mode.
+        config: of the role.
+        model: the network.
+        features: to extract.
+        overwritten: features that a later operation overwrites in place; they are cloned.
+        root: the role that owns the network of a role with `reuse:`, and with it parameters and mode.
+
+    Attributes:
+        trainable: whether an update may train it.
+        frozen_modules: of `freeze:`; their parameters do not train and their statistics stay.
     """
 
     def __init__(
@@ -35,10 +44,11 @@ class Role(nn.Module):
         if root is None:
             for parameter in model.parameters():
                 parameter.requires_grad_(self.trainable and parameter.requires_grad)
-        self.frozen = [find_module(model, path, config.location)[1] for path in config.freeze]
-        for module in self.frozen:
+        # A plain list: as submodules these would appear twice among the role's parameters.
+        self.frozen_modules = [find_module(model, path, config.location)[1] for path in config.freeze]
+        for module in self.frozen_modules:
             module.requires_grad_(False)
-        self.eval_modules = root.frozen if root is not None else self.frozen
+        self.eval_modules = root.frozen_modules if root is not None else self.frozen_modules
         self.sync_batchnorms = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
         self.extractor = FeatureExtractor(model, features, overwritten=overwritten, stop=True)
         self.features: tuple[Feature, ...] = self.extractor.features
@@ -51,32 +61,33 @@ class Role(nn.Module):
         return self
 
     def forward(self, *inputs: Tensor) -> dict[Feature, Tensor]:
+        """Runs the network, as far as its last feature, and returns the features."""
         return self.extractor(*inputs)
 
 
 def input_addresses(config: RoleConfig) -> tuple[str, ...]:
-    """The addresses of everything that a role sees."""
+    """Returns the addresses of all inputs of a role."""
     return (config.input, *config.extra_inputs)
 
 
 def upstream_role(config: RoleConfig) -> str | None:
-    """The role whose output a role sees first, or None when it sees a field of a source."""
+    """Returns the role whose output is the first input of a role; None if that input is a field of a source."""
     return config.input.split(":", 1)[0] if ":" in config.input else None
 
 
 def parse_role_input(address: str) -> tuple[str, Feature]:
-    """The role and the feature that a `ROLE:PATH` input names."""
+    """Returns the role and the feature that an input `ROLE:PATH` names."""
     role, path = address.split(":", 1)
     return role, Feature(path or "logits")
 
 
 def root_role(name: str, roles: Mapping[str, RoleConfig]) -> str:
-    """The role that owns a role's network: itself, or what it is the `reuse` as."""
+    """Returns the role that owns a role's network: the role itself, or the one that it reuses."""
     while roles[name].mode == "reuse":
         name = roles[name].source_role or ""
     return name
 
 
 def updated_roles(update: UpdateConfig | InnerStepConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
-    """The roles whose own parameters a move moves."""
+    """Returns the roles that own the parameters which an update trains."""
     return tuple(dict.fromkeys(root_role(name, roles) for name in update.models))

@@ -1,79 +1,234 @@
-"""One entry of `terms` inside a step: its edges, what weighs and routes them, and how its losses are reduced."""
+"""One entry of `terms` inside a step: its edges, sample weights and router, and the reduction of its losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.config.schedules import Schedule
 from kdbench.config.schema import EdgeConfig, TermConfig
+from kdbench.data.loading.batch import Batch, MicroBatch
 from kdbench.engine.distributed.world import World, all_gather_rows
-from kdbench.engine.network.operands import Batch, OperandReader, Values, term_key
+from kdbench.engine.network.operands import OperandReader, Values, term_key
 from kdbench.registry import Entry
 from kdbench.terms.base import Term
 
 Count: TypeAlias = "int | Tensor"
-"""By how many valid entries a term's sum is divided: those of the whole effective batch, on all ranks."""
+"""The divisor of a term's sum: the valid entries of the whole effective batch, on all ranks."""
+
+
+class Argument(NamedTuple):
+    """One argument of a part's forward, resolved at construction.
+
+    read: returns the value, or None where the batch has no such field (`forward` then uses its default).
+    has_rows: whether the value has one row per sample, so that it is gathered over ranks for a term that couples rows.
+    """
+
+    name: str
+    read: Callable[[Values, MicroBatch], Tensor | None]
+    has_rows: bool = True
+
+
+def operand_argument(name: str, reader: OperandReader, detach: bool = False) -> Argument:
+    """Resolves an argument that is an operand."""
+    return Argument(name, lambda values, batches: reader(values, batches, detach), reader.has_rows)
+
+
+def field_argument(name: str, source: str) -> Argument:
+    """Resolves an argument that is a field of a source, if the batch has it."""
+    return Argument(name, lambda values, batches: batches[source].fields.get(name))
+
+
+class RowMask:
+    """The valid rows or positions of a term's source: no padding, with a label where one is read, inside `mask:`.
+
+    Args:
+        reads_label: whether the term reads labels.
+        field: the boolean field that the recipe names.
+    """
+
+    def __init__(self, reads_label: bool, field: str | None) -> None:
+        # Masks of rows come first: each holds for every position of its row.
+        self.optional = ("valid", "labelled") if reads_label else ("valid",)
+        self.field = field
+
+    def __call__(self, batch: Batch) -> Tensor | None:
+        """Returns a boolean mask (rows,) or (rows, ...), or None if every entry is valid."""
+        masks = [batch.fields[name] for name in self.optional if name in batch.fields]
+        if self.field is not None:
+            masks.append(batch.fields[self.field])
+        result = None
+        for mask in masks:
+            result = mask if result is None else _expand(result, mask) & mask
+        return result
 
 
 class TermEdge(nn.Module):
-    """One pair of operands of a term: its own instance of the term's class, and what reads each operand."""
+    """One pair of operands of a term, with an instance of the term's class.
+
+    Args:
+        config: the operands.
+        term: this edge's instance.
+        student, teacher: readers of the two operands.
+        operands: readers of the further operands, by name.
+        source: the source whose samples are the rows of the loss.
+        inputs: parameter names of the term's `forward`.
+        mask: valid rows of the source.
+        teacher_grad: whether gradients reach the teacher operand.
+    """
 
     def __init__(
         self,
-        edge: EdgeConfig,
+        config: EdgeConfig,
         term: Term,
         student: OperandReader,
         teacher: OperandReader | None,
-        named: Mapping[str, OperandReader],
+        operands: Mapping[str, OperandReader],
         source: str,
+        inputs: Sequence[str],
+        mask: RowMask,
+        teacher_grad: bool,
     ) -> None:
         super().__init__()
-        self.edge = edge
+        self.config = config
         self.term = term
         self.student = student
         self.teacher = teacher
-        self.named = nn.ModuleDict(named)
+        self.operands = nn.ModuleDict(operands)
         self.source = source
-        """The source whose samples are the rows of the loss."""
+        self.arguments = tuple(self._resolve(inputs, mask, teacher_grad))
+
+    def _resolve(self, inputs: Sequence[str], mask: RowMask, teacher_grad: bool) -> list[Argument]:
+        arguments = []
+        for name in inputs:
+            if name == "student":
+                arguments.append(operand_argument(name, self.student))
+            elif name == "teacher":
+                if self.teacher is not None:
+                    arguments.append(operand_argument(name, self.teacher, detach=not teacher_grad))
+            elif name in self.operands:
+                arguments.append(operand_argument(name, self.operands[name]))  # type: ignore[arg-type]
+            elif name == "mask":
+                arguments.append(Argument(name, lambda values, batches: mask(batches[self.source])))
+            else:  # a field of the batch, `weight` included
+                arguments.append(field_argument(name, self.source))
+        return arguments
 
     @property
     def adapter(self) -> nn.Module | None:
         return self.student.adapter
 
+    def read(self, values: Values, batches: MicroBatch, world: World, gather: bool) -> dict[str, Tensor | None]:
+        """Reads the arguments of the term.
+
+        Args:
+            gather: collect the rows of all ranks, for a term that couples them.
+        """
+        arguments: dict[str, Tensor | None] = {}
+        for name, read, has_rows in self.arguments:
+            value = read(values, batches)
+            if value is not None:
+                arguments[name] = all_gather_rows(value, world) if gather and has_rows else value
+            elif name in ("mask", "weight"):
+                arguments[name] = None
+        return arguments
+
 
 class WiredPart(nn.Module):
-    """A weigher or a router, with what it reads besides the operands of its term."""
+    """A router or a sample weight with readers of its own operands; it also reads those of its term."""
 
-    def __init__(self, part: nn.Module, entry: Entry, named: Mapping[str, OperandReader]) -> None:
+    def __init__(self, part: nn.Module, entry: Entry, operands: Mapping[str, OperandReader]) -> None:
         super().__init__()
         self.part = part
         self.inputs = entry.inputs
-        self.named = nn.ModuleDict(named)
+        self.operands = nn.ModuleDict(operands)
 
-    def forward(self, own: Mapping[str, Any], fields: Mapping[str, Tensor], values: Values, batch: Batch) -> Any:
-        """Args: own: operands of the term, by name. fields: those of its source."""
-        given: dict[str, Any] = {}
+    def forward(self, term_operands: Mapping[str, Any], batch: Batch, values: Values, batches: MicroBatch) -> Any:
+        """Computes the weights.
+
+        Args:
+            term_operands: operands of the term, by name.
+            batch: of the term's source.
+        """
+        arguments: dict[str, Any] = {}
         for name in self.inputs:
-            if name in self.named:
-                given[name] = self.named[name](values, batch)
-            elif name in own:
-                given[name] = own[name]
-            elif name in fields:
-                given[name] = fields[name]
-        return self.part(**given)
+            if name in self.operands:
+                arguments[name] = self.operands[name](values, batches)
+            elif name in term_operands:
+                arguments[name] = term_operands[name]
+            elif name in batch.fields:
+                arguments[name] = batch.fields[name]
+        return self.part(**arguments)
+
+
+class ReductionContext(NamedTuple):
+    """The inputs of a reduction apart from the losses.
+
+    batch: of the term's source, on this rank. mask: its valid rows. weight: of its rows, (rows,).
+    applies_weight: whether the stored field `weight` still has to be applied.
+    fraction: of the effective batch that this micro-batch is.
+    couples: whether the loss of a row depends on rows of other ranks.
+    """
+
+    batch: Batch
+    mask: RowMask
+    weight: Tensor | None
+    applies_weight: bool
+    count: Count
+    fraction: float
+    couples: bool
+    world: World
+
+
+def reduce_rows(loss: Tensor, context: ReductionContext) -> Tensor:
+    """Returns the weighted sum of the valid entries over the valid count of the whole effective batch.
+
+    Args:
+        loss: (rows,) or (rows, ...), one loss a row or position.
+    """
+    world, mask = context.world, context.mask(context.batch)
+    weights = [context.weight, context.batch.fields.get("weight") if context.applies_weight else None]
+    gathered = context.couples and world.size > 1
+    if gathered:  # every rank has the losses of all rows, and contributes its fraction of their sum
+        mask = None if mask is None else all_gather_rows(mask, world)
+        weights = [None if weight is None else all_gather_rows(weight, world) for weight in weights]
+    for weight in weights:
+        if weight is not None:
+            loss = loss * _expand(weight, loss)
+    if mask is not None:
+        loss = torch.where(_expand(mask, loss), loss, 0.0)
+    positions = loss[0].numel() if mask is None or mask.dim() == 1 else 1
+    total = loss.sum() / (context.count * positions)
+    return total * (1.0 / world.size) if gathered else total
+
+
+def reduce_batch(loss: Tensor, context: ReductionContext) -> Tensor:
+    """Returns this rank's fraction of a scalar loss that was computed on the rows of all ranks."""
+    return loss / context.world.size if context.world.size > 1 else loss
+
+
+def reduce_model(loss: Tensor, context: ReductionContext) -> Tensor:
+    """Returns this micro-batch's fraction of a scalar loss that depends on no row."""
+    return loss * context.fraction
+
+
+REDUCTIONS = {"row": reduce_rows, "batch": reduce_batch, "model": reduce_model}
+"""How the losses of each space become one scalar."""
 
 
 class TermGroup(nn.Module):
     """One entry of `terms`: its edges, its weight, and the reduction of its losses.
 
-    The weight and the scheduled parameters are 0-dim tensors that `move` sets before a step; constants stay numbers.
+    The weight and the scheduled parameters are scalar tensors that `set_scheduled` fills before a step; constants stay
+    numbers.
 
     Args:
-        gives: what later terms read of this one: `loss`, `route`, or what its router calls its outputs.
+        mask: valid rows of the term's source.
+        scheduled: tensors with the schedules that they follow.
+        outputs_read: the outputs that later terms read: `loss`, `route`, or further outputs of the router.
     """
 
     def __init__(
@@ -82,197 +237,158 @@ class TermGroup(nn.Module):
         entry: Entry,
         edges: Sequence[TermEdge],
         weight: float | Tensor,
-        moving: Sequence[tuple[Tensor, Schedule]] = (),
+        mask: RowMask,
+        scheduled: Sequence[tuple[Tensor, Schedule]] = (),
         sample_weight: WiredPart | None = None,
         route: WiredPart | None = None,
-        gives: frozenset[str] = frozenset(),
+        outputs_read: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.config = config
         self.edges = nn.ModuleList(edges)
         self.space: str = entry.facts.get("space", "row")
+        self.reduction = REDUCTIONS[self.space]
         self.couples: bool = self.space == "batch" or bool(entry.facts.get("state"))
-        """Whether a row's loss depends on other rows, now or through what the term remembers."""
-        self.inputs = entry.inputs
-        self.reads_label = "label" in entry.inputs
+        """Returns whether a row's loss depends on other rows, of this batch or of earlier ones."""
+        self.reads_weight = "weight" in entry.inputs
         self.weight = weight
-        self.scheduled = tuple(moving)
-        self.sample_weight, self.route, self.outputs_read = sample_weight, route, gives
-        self.plain = sample_weight is None and route is None and not gives
+        self.mask = mask
+        self.scheduled = tuple(scheduled)
+        self.sample_weight, self.route, self.outputs_read = sample_weight, route, outputs_read
+        self.plain = sample_weight is None and route is None and not outputs_read
         self.source: str = edges[0].source
 
-    def set_scheduled(self, value: Callable[[Schedule], float]) -> None:
-        """Sets every scheduled value for the coming step."""
+    def set_scheduled(self, value_of: Callable[[Schedule], float]) -> None:
+        """Fills every scheduled tensor for the coming step."""
         for tensor, schedule in self.scheduled:
-            tensor.fill_(value(schedule))
+            tensor.fill_(value_of(schedule))
 
-    def mask(self, fields: Mapping[str, Tensor]) -> Tensor | None:
-        """Which entries of the batch count: real rows, with a label where one is read, inside `mask`. None: all."""
-        names = ["valid"]
-        if self.reads_label:
-            names.append("labelled")
-        masks = [fields[name] for name in names if name in fields]
-        if self.config.mask is not None:
-            masks.append(fields[self.config.mask])
-        result = None
-        for mask in masks:  # rows first: a mask of rows holds for every token of the row
-            result = mask if result is None else _spread(result, mask) & mask
-        return result
-
-    def count(self, window: Sequence[Mapping[str, Tensor]], world: World) -> Count:
-        """Counts the valid entries of a whole effective batch: all micro-batches, all ranks."""
-        masks = [self.mask(fields) for fields in window]
+    def count(self, window: Sequence[Batch], world: World) -> Count:
+        """Returns the number of valid entries of a whole effective batch: all micro-batches, all ranks."""
+        masks = [self.mask(batch) for batch in window]
         if all(mask is None for mask in masks):
-            return sum(next(iter(fields.values())).shape[0] for fields in window) * world.size
-        rows = [next(iter(fields.values())) for fields in window]
-        counts = [
-            mask.sum() if mask is not None else torch.full((), len(row), dtype=torch.int64, device=row.device)
-            for mask, row in zip(masks, rows, strict=True)
-        ]
+            return sum(batch.size for batch in window) * world.size
+        counts = []
+        for mask, batch in zip(masks, window, strict=True):
+            if mask is None:
+                device = next(iter(batch.fields.values())).device
+                counts.append(torch.full((), batch.size, dtype=torch.int64, device=device))
+            else:
+                counts.append(mask.sum())
         return world.all_reduce_sum_(torch.stack(counts).sum()).clamp(min=1)
 
-    def forward(self, values: Values, batch: Batch, count: Count, share: float, world: World) -> Tensor:
-        """Returns the term's reduced, unweighted loss: this process's share of the whole batch's value."""
-        losses: list[Tensor] = []
+    def forward(self, values: Values, batches: MicroBatch, count: Count, fraction: float, world: World) -> Tensor:
+        """Returns the term's reduced, unweighted loss: this process's part of the whole batch's value."""
         if self.plain:
+            gather = self.couples and world.size > 1
+            losses = []
             for edge in self.edges:
-                read = self._read(edge, values, batch, world)  # type: ignore[arg-type]
-                losses.append(self._reduced(edge, self._loss(edge, read), batch, None, count, share, world))  # type: ignore[arg-type]
+                loss = edge.term(**edge.read(values, batches, world, gather))  # type: ignore[union-attr, operator]
+                context = self._context(batches[edge.source], None, count, fraction, world)  # type: ignore[index]
+                losses.append(self.reduction(loss, context))
         else:
-            losses = self._routed(values, batch, count, share, world)
+            losses = self._weighted_losses(values, batches, count, fraction, world)
         total = losses[0]
         for loss in losses[1:]:
             total = total + loss
         return total
 
-    def _read(self, edge: TermEdge, values: Values, batch: Batch, world: World) -> dict[str, Any]:
-        """The arguments of one edge's term, rows of all ranks where it couples them."""
-        fields = batch[edge.source]
-        gather = self.couples and world.size > 1
-        given: dict[str, Any] = {}
-        for name in self.inputs:
-            of_rows = True
-            if name == "student":
-                value: Any = edge.student(values, batch)
-                of_rows = edge.student.has_rows
-            elif name == "teacher":
-                if edge.teacher is None:
-                    continue
-                value = edge.teacher(values, batch, not self.config.teacher_grad)
-                of_rows = edge.teacher.has_rows
-            elif name in edge.named:
-                reader = edge.named[name]
-                value, of_rows = reader(values, batch), reader.of_rows
-            elif name == "mask":
-                value = self.mask(fields)
-            elif name == "weight":
-                value = fields.get("weight")
-            elif name in fields:
-                value = fields[name]
-            else:
-                continue
-            given[name] = all_gather_rows(value, world) if gather and of_rows and value is not None else value
-        return given
+    def _context(
+        self, batch: Batch, weight: Tensor | None, count: Count, fraction: float, world: World
+    ) -> ReductionContext:
+        applies_weight = not self.reads_weight  # otherwise the term itself has applied it
+        return ReductionContext(batch, self.mask, weight, applies_weight, count, fraction, self.couples, world)
 
-    def _loss(self, edge: TermEdge, given: Mapping[str, Any]) -> Tensor:
-        return edge.term(**given)
-
-    def _reduced(
-        self,
-        edge: TermEdge,
-        loss: Tensor,
-        batch: Batch,
-        weight: Tensor | None,
-        count: Count,
-        share: float,
-        world: World,
-    ) -> Tensor:
-        """Sum of the valid entries, weighted, over the count of the whole effective batch."""
-        if self.space == "batch":
-            return loss / world.size if world.size > 1 else loss
-        if self.space == "model":
-            return loss * share
-        fields = batch[edge.source]
-        mask, own = self.mask(fields), fields.get("weight")
-        if self.couples and world.size > 1:  # every rank has the loss of all rows, and takes its share of it
-            mask = None if mask is None else all_gather_rows(mask, world)
-            own = None if own is None else all_gather_rows(own, world)
-            weight = None if weight is None else all_gather_rows(weight, world)
-            share_of_ranks = 1.0 / world.size
-        else:
-            share_of_ranks = 1.0
-        if weight is not None:
-            loss = loss * _spread(weight, loss)
-        if own is not None and "weight" not in self.inputs:
-            loss = loss * _spread(own, loss)
-        if mask is not None:
-            loss = torch.where(_spread(mask, loss), loss, 0.0)
-        inner = loss[0].numel() if mask is None or mask.dim() == 1 else 1
-        total = loss.sum() / (count * inner)
-        return total if share_of_ranks == 1.0 else total * share_of_ranks
-
-    def _rows(self, batch: Batch) -> int:
-        return next(iter(batch[self.source].values())).shape[0]
-
-    def _routed(self, values: Values, batch: Batch, count: Count, share: float, world: World) -> list[Tensor]:
-        """The same with weights of samples and edges, and with what later terms read of this one."""
+    def _weighted_losses(
+        self, values: Values, batches: MicroBatch, count: Count, fraction: float, world: World
+    ) -> list[Tensor]:
+        """Computes the losses of a term with sample weights, a router, or outputs that later terms read."""
         edges: list[TermEdge] = list(self.edges)  # type: ignore[arg-type]
-        alone = World()  # weights are of this rank's rows; what couples ranks gathers them with the rows
-        read = [self._read(edge, values, batch, alone) for edge in edges]
-        by_row = self.space not in ("batch", "model")
+        # Sample weights are those of this rank's rows; the reduction gathers them together with the rows.
+        operands = [edge.read(values, batches, world, gather=False) for edge in edges]
         losses: list[Tensor] = []
-        if by_row:
-            gathered = read if world.size == 1 else [self._read(edge, values, batch, world) for edge in edges]
-            losses = [self._loss(edge, given) for edge, given in zip(edges, gathered, strict=True)]
-            if self.route is not None or "loss" in self.outputs_read:
-                flat = torch.stack([_per_row(loss) for loss in losses], 1)
-                values[term_key(self.config.name, "loss")] = flat
-        weights: list[Tensor | None] = [None] * len(edges)
-        if self.route is not None:
-            own = {"student": read[0].get("student"), "teachers": [given.get("teacher") for given in read]}
-            if by_row:
-                own["losses"] = values[term_key(self.config.name, "loss")].detach()
-            routed = self.route(own, batch[self.source], values, batch)
-            given_out = routed if isinstance(routed, dict) else {"route": routed}
-            for name, value in given_out.items():
-                values[term_key(self.config.name, name)] = value
-            _refuse_shape("router", given_out["route"], self._rows(batch), len(edges))
-            weights = [given_out["route"][:, number] for number in range(len(edges))]
-        if self.sample_weight is not None:
-            for number, (edge, given) in enumerate(zip(edges, read, strict=True)):
-                weight = self.sample_weight(given, batch[edge.source], values, batch)
-                _refuse_shape("weigher", weight, self._rows(batch))
-                before = weights[number]
-                weights[number] = weight if before is None else weight * before
-        if by_row:
+        if self.space == "row":
+            losses = self._row_losses(edges, operands, values, batches, world)
+        weights = self._edge_weights(edges, operands, values, batches)
+        if self.space == "row":
             return [
-                self._reduced(edge, loss, batch, weight, count, share, world)
+                self.reduction(loss, self._context(batches[edge.source], weight, count, fraction, world))
                 for edge, loss, weight in zip(edges, losses, weights, strict=True)
             ]
         result = []
         for edge, weight in zip(edges, weights, strict=True):
-            fields = dict(batch[edge.source])
-            if weight is not None:
-                fields["weight"] = weight if "weight" not in fields else weight * fields["weight"]
-            weighed = {**batch, edge.source: fields}
-            loss = self._loss(edge, self._read(edge, values, weighed, world))
-            result.append(self._reduced(edge, loss, batch, None, count, share, world))
+            batch = batches[edge.source]
+            if weight is not None:  # a term that couples rows applies the weights itself
+                stored = batch.fields.get("weight")
+                batch = batch.with_fields({"weight": weight if stored is None else weight * stored})
+            weighted: MicroBatch = {**batches, edge.source: batch}
+            loss = edge.term(**edge.read(values, weighted, world, self.couples and world.size > 1))
+            result.append(self.reduction(loss, self._context(batches[edge.source], None, count, fraction, world)))
         return result
 
+    def _row_losses(
+        self,
+        edges: Sequence[TermEdge],
+        operands: Sequence[Mapping[str, Tensor | None]],
+        values: Values,
+        batches: MicroBatch,
+        world: World,
+    ) -> list[Tensor]:
+        """Computes the unreduced losses, and publishes them for routers and later terms."""
+        arguments = operands
+        if self.couples and world.size > 1:
+            arguments = [edge.read(values, batches, world, gather=True) for edge in edges]
+        losses = [edge.term(**of_edge) for edge, of_edge in zip(edges, arguments, strict=True)]
+        if self.route is not None or "loss" in self.outputs_read:
+            values[term_key(self.config.name, "loss")] = torch.stack([_per_sample(loss) for loss in losses], 1)
+        return losses
 
-def _refuse_shape(what: str, weight: Tensor, *expected: int) -> None:
-    """Raises ValueError for weights that would be spread over the loss in another way than meant."""
+    def _edge_weights(
+        self,
+        edges: Sequence[TermEdge],
+        operands: Sequence[Mapping[str, Tensor | None]],
+        values: Values,
+        batches: MicroBatch,
+    ) -> list[Tensor | None]:
+        """Returns one weight per sample for each edge, (rows,): the router's, times the sample weight."""
+        weights: list[Tensor | None] = [None] * len(edges)
+        rows = batches[self.source].size
+        if self.route is not None:
+            term_operands: dict[str, Any] = {
+                "student": operands[0].get("student"),
+                "teachers": [of_edge.get("teacher") for of_edge in operands],
+            }
+            if self.space == "row":
+                term_operands["losses"] = values[term_key(self.config.name, "loss")].detach()
+            outputs = self.route(term_operands, batches[self.source], values, batches)
+            outputs = outputs if isinstance(outputs, dict) else {"route": outputs}
+            for name, value in outputs.items():
+                values[term_key(self.config.name, name)] = value
+            _check_weight_shape("router", outputs["route"], rows, len(edges))
+            weights = [outputs["route"][:, i] for i in range(len(edges))]
+        if self.sample_weight is not None:
+            for number, (edge, of_edge) in enumerate(zip(edges, operands, strict=True)):
+                weight = self.sample_weight(of_edge, batches[edge.source], values, batches)
+                _check_weight_shape("sample weight", weight, rows)
+                routed = weights[number]
+                weights[number] = weight if routed is None else weight * routed
+        return weights
+
+
+def _check_weight_shape(part: str, weight: Tensor, *expected: int) -> None:
+    """Raises ValueError for weights that would broadcast over the loss in an unintended way."""
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"the {what} gives weights of shape {list(weight.shape)} where {list(expected)} was expected: one for each "
-            "sample; it may not fit operands of this shape"
+            f"the {part} returned weights of shape {list(weight.shape)}, expected {list(expected)}: one for each "
+            "sample; it may not support operands of this shape"
         )
 
 
-def _per_row(loss: Tensor) -> Tensor:
-    """One number per sample: the mean over tokens or pixels."""
+def _per_sample(loss: Tensor) -> Tensor:
+    """Returns one number per sample (rows,): the mean over positions."""
     return loss if loss.dim() == 1 else loss.flatten(1).mean(1)
 
 
-def _spread(rows: Tensor, loss: Tensor) -> Tensor:
-    return rows.reshape(rows.shape + (1,) * (loss.dim() - rows.dim()))
+def _expand(rows: Tensor, target: Tensor) -> Tensor:
+    """Appends dimensions of size 1 until `rows` broadcasts over `target`."""
+    return rows.reshape(rows.shape + (1,) * (target.dim() - rows.dim()))

@@ -1,34 +1,42 @@
-"""One step of a stage without computing: who moves by what, and what the first step would have failed at."""
+"""Dry run of one training step on meta tensors: finds the parameters that each update reaches.
+
+Raises what the first real step would raise, before any data is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import InnerStepConfig, StageConfig, TermConfig, UpdateConfig
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.data.source_spec import SourceSpec
 from kdbench.engine.network.network import Network
-from kdbench.engine.network.operands import Batch
 from kdbench.engine.network.resolved_stage import ResolvedStage
 from kdbench.engine.network.roles import updated_roles
 from kdbench.engine.plan.meta import DRY_RUN_ROWS, failures_as_config_errors, meta_batch
 from kdbench.engine.plan.requirements import batch_sizes_text, equal_batch_sizes
-from kdbench.engine.train.bilevel import check_rates, dry_run_inner_step
-from kdbench.errors import ConfigError
+from kdbench.engine.train.bilevel import check_inner_rates, dry_run_inner_step
+from kdbench.errors import ConfigError, Location
 
-Move = TypeVar("Move", UpdateConfig, InnerStepConfig)
+AnyUpdate = TypeVar("AnyUpdate", UpdateConfig, InnerStepConfig)
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """One move: these models (and the terms' own parameters) by these terms.
+    """One update of a step, with the parameters that it reaches.
 
-    ahead: the parameters that its virtual step moves.
+    Attributes:
+        config: models and terms; of the recipe, or the default update.
+        parameters: names of the parameters that get a gradient, the terms' own parameters included.
+        unreached_parameters: names of the trainable parameters of its models that get none.
+        inner_parameters: names of the parameters that its inner step trains.
     """
 
     config: UpdateConfig
@@ -37,172 +45,254 @@ class UpdatePlan:
     inner_parameters: tuple[str, ...] = ()
 
 
-def resolve_updates(stage: StageConfig, terms: tuple[str, ...]) -> tuple[UpdateConfig, ...]:
-    """The stage's updates; without any, one of all trainable roles by all terms."""
+def resolve_updates(stage: StageConfig, terms: Collection[str]) -> tuple[UpdateConfig, ...]:
+    """Returns the stage's updates, restricted to the given terms.
+
+    A stage without `updates` has one update of all trainable roles by all terms. Updates without a term are left out.
+    """
     if stage.updates:
-        kept = [_of_terms(update, terms) for update in stage.updates]
-        return tuple(replace(u, inner_step=u.inner_step and _of_terms(u.inner_step, terms)) for u in kept if u.terms)
-    learning = tuple(name for name, role in stage.roles.items() if role.mode == "trainable")
-    return (UpdateConfig(models=learning, terms=terms),) if terms else ()
+        updates = [_with_terms(update, terms) for update in stage.updates]
+        return tuple(
+            replace(update, inner_step=update.inner_step and _with_terms(update.inner_step, terms))
+            for update in updates
+            if update.terms
+        )
+    models = tuple(name for name, role in stage.roles.items() if role.mode == "trainable")
+    return (UpdateConfig(models=models, terms=tuple(terms)),) if terms else ()
 
 
-def _of_terms(move: Move, terms: tuple[str, ...]) -> Move:
-    return replace(move, terms=tuple(name for name in move.terms if name in terms))
+def _with_terms(update: AnyUpdate, terms: Collection[str]) -> AnyUpdate:
+    return replace(update, terms=tuple(name for name in update.terms if name in terms))
 
 
-def _moves(stage: StageConfig, terms: tuple[str, ...]) -> Iterator[UpdateConfig | InnerStepConfig]:
-    """The stage's updates, and their virtual steps."""
+def _all_steps(stage: StageConfig, terms: Collection[str]) -> Iterator[UpdateConfig | InnerStepConfig]:
+    """Yields the stage's updates, each after its inner step."""
     for update in resolve_updates(stage, terms):
         yield from (update,) if update.inner_step is None else (update.inner_step, update)
 
 
-def dry_run_step(
-    network: Network, stage: StageConfig, layout: ResolvedStage, specs: Mapping[str, SourceSpec], device: torch.device
-) -> tuple[tuple[UpdatePlan, ...], int]:
-    """One step without optimiser: which parameters get a gradient, and how many bytes are kept for the backward."""
-    network.train()
-    rows = dict.fromkeys(layout.step_sources(stage), DRY_RUN_ROWS)
-    batch = meta_batch(specs, rows, device)
-    updates = []
-    most = 0
-    own = {_storage(tensor) for tensor in (*network.parameters(), *network.buffers())}
-    saved: dict[int, int] = {}  # storage -> its bytes: two operations that keep the same tensor keep it once
+class _SavedTensors:
+    """Sums the bytes that autograd saves for the backward; parameters and buffers do not count."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+    def __init__(self, network: nn.Module) -> None:
+        self._network_storages = {_storage_id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+        self._bytes_by_storage: dict[int, int] = {}  # operations that save the same tensor save it once
+
+    def record(self) -> AbstractContextManager[object]:
+        """Starts again at zero; records inside the block."""
+        self._bytes_by_storage.clear()
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._bytes_by_storage.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if _storage_id(tensor) not in self._network_storages:
+            self._bytes_by_storage[_storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for update in resolve_updates(stage, layout.terms):
-        network.zero_grad(set_to_none=True)
-        saved.clear()
-        ahead: tuple[str, ...] = ()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            if update.inner_step is None:
-                total = _forward_in_words(network, stage, batch, update)
-            else:
-                total, ahead = dry_run_inner_step(network, update, partial(_forward_in_words, network, stage, batch))
-        where = update.location if str(update.location) else stage.terms[update.terms[0]].location
-        models, what = ", ".join(update.models) or "any model", ", ".join(update.terms)
-        if not total.requires_grad:
-            said = f"no term of {what} reaches a parameter of {models} that trains"
-            raise ConfigError(f"{where}: nothing to update: {said}")
-        most = max(most, sum(saved.values()))
-        total.backward()
-        learning = {n: p for n, p in network.candidate_parameters(update).items() if p.requires_grad}
-        reached = tuple(n for n, p in learning.items() if p.grad is not None)
-        if all(_is_adapters(name) for name in reached):
-            raise ConfigError(f"{where}: nothing to update: {what} reaches no parameter of {models}; {_ADAPTER_ALONE}")
-        _refuse_unreached(stage, update, reached, where)
-        updates.append(UpdatePlan(update, reached, tuple(n for n in learning if n not in reached), ahead))
-        for name in update.terms if len(update.terms) > 1 and update.inner_step is None else ():
-            _refuse_adapter_alone(network, stage.terms[name], batch, update, learning)
-    network.zero_grad(set_to_none=True)
-    check_rates([(planned.config, planned.inner_parameters, planned.parameters) for planned in updates])
-    return tuple(updates), most
 
-
-_ADAPTER_ALONE = "only an adapter on a detached operand would learn, and nothing would be taught"
-
-
-def _is_adapters(parameter: str) -> bool:
-    return parameter.startswith("terms.") and ".adapter." in parameter
-
-
-def _refuse_unreached(stage: StageConfig, update: UpdateConfig, reached: tuple[str, ...], where: Any) -> None:
-    """A role that an update of the recipe names must be moved by it; without `updates`, some may stand still."""
-    moved = {name.split(".", 1)[0] for name in reached}
-    missing = [name for name in updated_roles(update, stage.roles) if name not in moved]
-    if stage.updates and missing and len(missing) < len(updated_roles(update, stage.roles)):
-        said = f"no term of {', '.join(update.terms)} reaches a parameter of {', '.join(missing)} that trains"
-        raise ConfigError(f"{where}: nothing to update: {said}; leave it out of this update's `models`")
-
-
-def _refuse_adapter_alone(
-    network: Network, config: TermConfig, batch: Batch, update: UpdateConfig, learning: Mapping[str, nn.Parameter]
-) -> None:
-    """A term among others that would train its own adapter and nothing else."""
-    own = {n for n in learning if n.startswith(f"terms.{config.name}.")}
-    if not any(map(_is_adapters, own)) or any(operand.kind == "term" for operand in config.read_operands()):
-        return
-    network.zero_grad(set_to_none=True)
-    network(batch, {config.name: 1}, [config.name], update.models, 1.0)[0].backward()
-    if all(_is_adapters(n) for n, p in learning.items() if p.grad is not None):
-        said = f"term {config.name!r} reaches no parameter of {', '.join(update.models)}; {_ADAPTER_ALONE}"
-        raise ConfigError(f"{config.location}: {said}")
-
-
-def _storage(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _forward_in_words(
-    network: Network, stage: StageConfig, batch: Batch, update: UpdateConfig | InnerStepConfig, why: str = ""
+def dry_run_step(
+    network: Network,
+    stage: StageConfig,
+    resolved_stage: ResolvedStage,
+    specs: Mapping[str, SourceSpec],
+    device: torch.device,
+) -> tuple[tuple[UpdatePlan, ...], int]:
+    """Runs forward and backward of one step, without an optimizer step.
+
+    Returns:
+        The plan of each update, and the bytes that the largest forward saves for its backward, at `DRY_RUN_ROWS` rows.
+
+    Raises:
+        ConfigError: a model or a term fails, or an update has nothing to train.
+    """
+    network.train()
+    batches = meta_batch(specs, dict.fromkeys(resolved_stage.step_sources(stage), DRY_RUN_ROWS), device)
+    forward = partial(_checked_forward, network, stage, batches)
+    saved_tensors = _SavedTensors(network)
+    plans = []
+    largest = 0
+    for update in resolve_updates(stage, resolved_stage.terms):
+        network.zero_grad(set_to_none=True)
+        inner_parameters: tuple[str, ...] = ()
+        with saved_tensors.record():
+            if update.inner_step is None:
+                total = forward(update)
+            else:
+                total, inner_parameters = dry_run_inner_step(network, update, forward)
+        largest = max(largest, saved_tensors.bytes)
+        location = update.location if str(update.location) else stage.terms[update.terms[0]].location
+        candidates = {n: p for n, p in network.candidate_parameters(update).items() if p.requires_grad}
+        reached = _backward(total, candidates, update, location)
+        _check_every_model_reached(stage, update, reached, location)
+        plans.append(UpdatePlan(update, reached, tuple(n for n in candidates if n not in reached), inner_parameters))
+        # `_backward` has checked a single term; after an inner step, terms have no forward of their own.
+        for name in update.terms if len(update.terms) > 1 and update.inner_step is None else ():
+            _check_term_trains_model(network, stage.terms[name], batches, update, candidates)
+    network.zero_grad(set_to_none=True)
+    check_inner_rates([(plan.config, plan.inner_parameters, plan.parameters) for plan in plans])
+    return tuple(plans), largest
+
+
+_ADAPTER_ONLY = "only an adapter on a detached operand would train, and the model would learn nothing"
+
+
+def _is_adapter_parameter(name: str) -> bool:
+    return name.startswith("terms.") and ".adapter." in name
+
+
+def _backward(
+    total: Tensor, candidates: Mapping[str, nn.Parameter], update: UpdateConfig, location: Location
+) -> tuple[str, ...]:
+    """Runs the backward of an update; returns the names of the parameters with a gradient."""
+    models, terms = ", ".join(update.models) or "any model", ", ".join(update.terms)
+    if not total.requires_grad:
+        raise ConfigError(
+            f"{location}: nothing to update: no term of {terms} reaches a trainable parameter of {models}"
+        )
+    total.backward()
+    reached = tuple(name for name, parameter in candidates.items() if parameter.grad is not None)
+    if all(_is_adapter_parameter(name) for name in reached):
+        raise ConfigError(f"{location}: nothing to update: {terms} reaches no parameter of {models}; {_ADAPTER_ONLY}")
+    return reached
+
+
+def _check_every_model_reached(
+    stage: StageConfig, update: UpdateConfig, reached: Collection[str], location: Location
+) -> None:
+    """Checks that an update of the recipe reaches every role in its `models`.
+
+    The default update of a stage without `updates` may leave some trainable roles unreached.
+    """
+    reached_roles = {name.split(".", 1)[0] for name in reached}
+    roles = updated_roles(update, stage.roles)
+    unreached = [name for name in roles if name not in reached_roles]
+    if stage.updates and unreached and len(unreached) < len(roles):
+        raise ConfigError(
+            f"{location}: nothing to update: no term of {', '.join(update.terms)} reaches a trainable parameter of "
+            f"{', '.join(unreached)}; remove it from this update's `models`"
+        )
+
+
+def _check_term_trains_model(
+    network: Network,
+    config: TermConfig,
+    batches: MicroBatch,
+    update: UpdateConfig,
+    candidates: Mapping[str, nn.Parameter],
+) -> None:
+    """Checks that a term with an adapter trains more than the adapter: the other terms of the update would hide it."""
+    names = {name for name in candidates if name.startswith(f"terms.{config.name}.")}
+    if not any(map(_is_adapter_parameter, names)) or _reads_other_terms(config):
+        return
+    network.zero_grad(set_to_none=True)
+    network(batches, {config.name: 1}, network.wiring([config.name], update.models), 1.0)[0].backward()
+    if all(_is_adapter_parameter(name) for name, parameter in candidates.items() if parameter.grad is not None):
+        models = ", ".join(update.models)
+        raise ConfigError(f"{config.location}: term {config.name!r} reaches no parameter of {models}; {_ADAPTER_ONLY}")
+
+
+def _reads_other_terms(config: TermConfig) -> bool:
+    return any(operand.kind == "term" for operand in config.read_operands())
+
+
+def _checked_forward(
+    network: Network,
+    stage: StageConfig,
+    batches: MicroBatch,
+    update: UpdateConfig | InnerStepConfig,
+    batch_note: str = "",
 ) -> Tensor:
-    """One forward whose failures are told as the recipe's faults, naming the term where one is at fault.
+    """Computes the total of an update; a failure names the models, or the term that fails.
 
     Args:
-        why: what is peculiar to this batch.
+        batch_note: added to the messages: what is special about these batches.
     """
-    counts = {name: 1 for name in update.terms}
-    why = f": {why}" if why else ""
-    with failures_as_config_errors(f"{stage.name}: the models cannot run on this data{why}"):
-        network.run_roles(batch, update.terms, update.models)
+    counts = dict.fromkeys(update.terms, 1)
+    note = f": {batch_note}" if batch_note else ""
+    wiring = network.wiring(update.terms, update.models)
+    with failures_as_config_errors(f"{stage.name}: the models cannot run on this data{note}"):
+        network.run_roles(batches, wiring.runs)
     for number, name in enumerate(update.terms):
         config = stage.terms[name]
-        with failures_as_config_errors(f"{config.location}: term {name!r} ({config.type}) cannot work on its operands{why}"):
-            alone = not any(operand.kind == "term" for operand in config.read_operands())
-            network(batch, counts, [name] if alone else update.terms[: number + 1], update.models, 1.0)
-    return network(batch, counts, update.terms, update.models, 1.0)[0]
+        # A term that reads other terms cannot run without those before it.
+        terms = update.terms[: number + 1] if _reads_other_terms(config) else (name,)
+        prefix = f"{config.location}: term {name!r} ({config.type}) cannot be computed from its operands{note}"
+        with failures_as_config_errors(prefix):
+            network(batches, counts, network.wiring(terms, update.models), 1.0)
+    return network(batches, counts, wiring, 1.0)[0]
 
 
 def check_unequal_batches(
     network: Network,
     stage: StageConfig,
-    layout: ResolvedStage,
+    resolved_stage: ResolvedStage,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
     world_size: int,
 ) -> None:
-    """What is compared row by row must come in batches of equal size; where these are not, it fails here in words."""
-    read = layout.step_sources(stage)
+    """Checks that no term or model combines sources whose batches differ in size.
+
+    Runs the forward with a number of rows of its own for each group of sources whose batches are always equal.
+
+    Raises:
+        ConfigError: a model or a term fails on them; the message lists the batch sizes.
+    """
+    sources = resolved_stage.step_sources(stage)
     rows: dict[str, int] = {}
-    for source in read:
-        alike = (other for other in rows if equal_batch_sizes(stage, source, other, specs, world_size))
-        rows[source] = rows.get(next(alike, ""), DRY_RUN_ROWS + len(rows))
+    for source in sources:
+        equals = (name for name in rows if equal_batch_sizes(stage, source, name, specs, world_size))
+        rows[source] = rows.get(next(equals, ""), DRY_RUN_ROWS + len(rows))
     if len(set(rows.values())) < 2:
         return
-    what = f"batches differ in size ({batch_sizes_text(stage, read, specs, world_size)})"
-    for update in _moves(stage, layout.terms):
-        _forward_in_words(network, stage, meta_batch(specs, rows, device), update, what)
+    note = f"batches differ in size ({batch_sizes_text(stage, sources, specs, world_size)})"
+    for update in _all_steps(stage, resolved_stage.terms):
+        _checked_forward(network, stage, meta_batch(specs, rows, device), update, note)
 
 
 def check_last_batch(
     network: Network,
     stage: StageConfig,
-    layout: ResolvedStage,
+    resolved_stage: ResolvedStage,
     specs: Mapping[str, SourceSpec],
     device: torch.device,
     world_size: int,
 ) -> None:
-    """A batch of one row, as it may come at the end of an epoch, must not stop the run after hours."""
-    apart = 1 if stage.sync_batchnorm else world_size  # how many share a batch, each with its own statistics
-    for source in layout.step_sources(stage):
+    """Checks that BatchNorm accepts the last batch of an epoch, which may have one row on a rank.
+
+    Without the check such a run would fail at the end of its first epoch.
+
+    Raises:
+        ConfigError: a batch of one row occurs, and a model cannot normalise it.
+    """
+    sources = resolved_stage.step_sources(stage)
+    statistics_per_batch = 1 if stage.sync_batchnorm else world_size
+    for source in sources:
         size = stage.data[source].batch_size * world_size
         samples = specs[source].samples
-        rest = 0 if samples is None else samples % size
-        if size > apart and not 0 < rest <= apart:
+        remainder = 0 if samples is None else samples % size
+        # A remainder is split evenly over the ranks, so one row each is the smallest case.
+        if size > statistics_per_batch and not 0 < remainder <= statistics_per_batch:
             continue
-        rows = {name: (1 if name == source else DRY_RUN_ROWS) for name in layout.step_sources(stage)}
-        for update in _moves(stage, layout.terms):
+        rows = {name: (1 if name == source else DRY_RUN_ROWS) for name in sources}
+        for update in _all_steps(stage, resolved_stage.terms):
+            batches = meta_batch(specs, rows, device)
+            counts, wiring = dict.fromkeys(update.terms, 1), network.wiring(update.terms, update.models)
             try:
-                network(
-                    meta_batch(specs, rows, device), dict.fromkeys(update.terms, 1), update.terms, update.models, 1.0
-                )
+                network(batches, counts, wiring, 1.0)
             except ValueError as error:
-                why = f"batch_size {size // world_size}" if size <= apart else f"{samples} samples in batches of {size}"
-                place = stage.data[source].locations.get("batch_size", stage.data[source].location)
+                if size <= statistics_per_batch:
+                    cause = f"batch_size {size // world_size}"
+                else:
+                    cause = f"{samples} samples in batches of {size}"
+                location = stage.data[source].locations.get("batch_size", stage.data[source].location)
                 raise ConfigError(
-                    f"{place}: {why} leaves a batch of one row, which BatchNorm cannot normalise "
-                    f"({error}). Choose another batch_size."
+                    f"{location}: {cause} leaves a batch of one row, which BatchNorm cannot normalise ({error}). Use "
+                    "another batch_size."
                 ) from None

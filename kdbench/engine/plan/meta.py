@@ -1,4 +1,4 @@
-"""The meta device, where tensors have shapes but no memory: batches of it, and failures on it in words."""
+"""Tensors on the meta device: shapes without memory. Batches for the dry run, and its errors."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kdbench.data.loading.batch import Batch
 from kdbench.data.source_spec import SourceSpec
-from kdbench.engine.network.operands import Batch
 from kdbench.errors import ConfigError
 
 META = torch.device("meta")
 
 
-DRY_RUN_ROWS = 2  # of the rehearsal's batch: BatchNorm refuses one
+DRY_RUN_ROWS = 2
+"""Rows of a batch in the dry run: BatchNorm rejects a batch of one row in training mode."""
 
 
 def meta_field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> Tensor:
-    """A field of a source, with nothing in it."""
+    """Returns a field of a source with the right shape and dtype, filled with zeros."""
     shape, dtype = spec.fields[name]
     return torch.zeros((rows, *shape), dtype=getattr(torch, dtype), device=device)
 
 
-def meta_batch(specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device: torch.device = META) -> Batch:
-    """A batch of the right shapes and types, with nothing in it."""
+def meta_batch(
+    specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device: torch.device = META
+) -> dict[str, Batch]:
+    """Returns a micro-batch with the right shapes and dtypes, filled with zeros.
+
+    Args:
+        specs: source -> its fields.
+        rows: source -> number of rows; sources that are not in it are left out.
+        device: `meta`, or the CPU for models that cannot be built on meta.
+    """
     return {
-        source: {name: meta_field(spec, name, rows.get(source, DRY_RUN_ROWS), device) for name in spec.fields}
+        source: Batch({name: meta_field(spec, name, rows[source], device) for name in spec.fields})
         for source, spec in specs.items()
         if source in rows
     }
@@ -35,12 +44,19 @@ def meta_batch(specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device:
 
 @contextmanager
 def failures_as_config_errors(context: str) -> Iterator[None]:
-    """Turns the failure of a model or a term on the rehearsal's shapes into the recipe's fault."""
+    """Converts the failure of a model or a term on the dry run's shapes to an error of the recipe.
+
+    Args:
+        context: prefix of the message: location, and the part that fails.
+
+    Raises:
+        ConfigError: instead of the RuntimeError, ValueError, TypeError, IndexError or KeyError that the block raised.
+    """
     try:
         yield
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        hint = " Nothing in a training step may read a tensor's value on the host." if "meta" in reason else ""
+        hint = " A training step must not read the value of a tensor on the host." if "meta" in reason else ""
         raise ConfigError(f"{context}: {type(error).__name__}: {reason}{hint}") from error

@@ -1,8 +1,8 @@
-"""Everything that can be known before training: shapes, sizes, costs, who moves by what. Nothing is computed.
+"""Plan of a stage before training: shapes, parameters, costs, and the parameters that each update reaches.
 
-The plan rehearses a stage on the meta device, where tensors have shapes but no memory: one forward gives the features
-their shapes, the adapters their sizes, and one backward shows which parameters the terms reach. What fails here would
-have failed in the first step; it fails in words, before any data is read.
+Nothing is computed: the plan runs the stage on the meta device, where tensors have shapes but no memory. One forward
+gives the shapes of features and with them the sizes of adapters; one backward finds the parameters that the terms
+reach. Whatever would fail in the first step is reported here, before data is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdbench.config.schema import Recipe, RoleConfig, StageConfig
 from kdbench.data.source_spec import SourceSpec
@@ -33,10 +33,17 @@ from kdbench.registry import TERMS
 
 @dataclass(frozen=True)
 class RolePlan:
-    """What `check` says of a role.
+    """Shapes and costs of one role.
 
-    flops: of one sample's forward, as far as a step runs it (a multiply-add is two). whole_flops: of all of it, as it
-    is evaluated and exported.
+    Attributes:
+        config: of the recipe.
+        model: registered name of the model, or `as ROLE` for a role without a model of its own.
+        parameters, trainable_parameters: numbers of elements.
+        flops: of one sample's forward as a step runs it, up to the last feature that is read; a multiply-add is two.
+        full_forward_flops: of one sample's full forward, as in evaluation.
+        features: feature -> shape of one sample.
+        stop_module: path of the last module that a step runs; None if it runs all of them.
+        overwritten_features: features that a later operation overwrites in place, so that the extractor clones them.
     """
 
     config: RoleConfig
@@ -52,7 +59,20 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage that has been rehearsed."""
+    """A stage whose shapes and updates are known.
+
+    Attributes:
+        stage: of the recipe.
+        resolved_stage: order of the roles, features, shapes; the network is built from it.
+        specs: source -> its fields and sizes.
+        roles: role -> its plan, in the order in which a step runs them.
+        updates: in the order of a step.
+        adapters: term -> descriptions of its adapters.
+        term_parameters: term -> number of its own parameters, adapters included.
+        memory_bytes: estimate for one step: weights, gradients, momentum, saved activations.
+        notes: sentences for the user.
+        sharded_roles: roles whose weights are sharded when there are several processes.
+    """
 
     stage: StageConfig
     resolved_stage: ResolvedStage
@@ -64,19 +84,18 @@ class StagePlan:
     memory_bytes: int
     notes: tuple[str, ...] = field(default_factory=tuple)
     sharded_roles: tuple[str, ...] = ()
-    """The roles whose weights lie in parts, where there are several processes."""
 
     @property
     def train_source(self) -> str:
-        """The source whose length is an epoch: the one that the exported role's input comes from."""
+        """The source whose length is an epoch: the one at the root of the exported role's input."""
         return self.resolved_stage.sources[self.stage.export]
 
     def input_shape(self, role: str) -> tuple[int, ...]:
-        """Shape of one sample of what a role sees."""
+        """Returns the shape of one sample of a role's first input."""
         return self.input_shapes(role)[0]
 
     def input_shapes(self, role: str) -> tuple[tuple[int, ...], ...]:
-        """Shapes of one sample of everything that a role sees."""
+        """Returns the shape of one sample of each of a role's inputs."""
         return tuple(self._shape(address) for address in input_addresses(self.stage.roles[role]))
 
     def _shape(self, address: str) -> tuple[int, ...]:
@@ -94,62 +113,70 @@ def plan_stage(
     world_size: int = 1,
     artifacts: Mapping[str, Tensor] | None = None,
 ) -> StagePlan:
-    """Rehearses one stage.
+    """Plans one stage: checks its requirements, infers shapes, and runs a step on the meta device.
 
     Args:
-        stage: what the recipe says.
-        specs: the fields, classes and sizes of its sources.
-        recipe: for the seed and the settings that stages share.
-        world_size: how many processes share a batch.
-        made: the tensors that earlier stages make, by `STAGE.NAME`, or stand-ins of their shapes.
+        stage: of the recipe.
+        specs: source -> its fields, classes and sizes.
+        recipe: supplies the seed and the settings that stages share.
+        world_size: number of processes that share a batch.
+        artifacts: `STAGE.NAME` -> tensor artifact of an earlier stage, or a tensor of its shape.
 
     Raises:
-        ConfigError: anything that the first step would have failed at.
+        ConfigError: whatever the first step would have failed at.
     """
-    tensors = {name: tensor.to(META) for name, tensor in (artifacts or {}).items()}
+    resolved_stage = _resolve_without_shapes(stage, specs)
+    terms = resolved_stage.terms
+    check_requirements(stage, terms, resolved_stage.sources, specs, world_size)
+    _check_accumulation(stage, terms)
+    _check_selection(stage, world_size)
+    if not terms and stage.terms and (stage.epochs or stage.steps):
+        location = next(iter(stage.terms.values())).location
+        raise ConfigError(f"{location}: nothing to update: every term has weight 0")
+
+    inference = infer_shapes(stage, resolved_stage, specs, recipe.seed)
+    resolved_stage = inference.resolve(is_last_stage=stage.name == recipe.stages[-1].name)
+    models, device = inference.models, inference.device
+    tensors = {
+        name: tensor.to(META) if device == META else torch.zeros(tensor.shape)
+        for name, tensor in (artifacts or {}).items()
+    }
+    # The network takes the inferred models, so the dry run needs no second build of them.
+    network = build_network(stage, resolved_stage, seed=recipe.seed, device=device, models=models, artifacts=tensors)
+    updates, saved_bytes = dry_run_step(network, stage, resolved_stage, specs, device)
+    check_unequal_batches(network, stage, resolved_stage, specs, device, world_size)
+    check_last_batch(network, stage, resolved_stage, specs, device, world_size)
+
+    sources = resolved_stage.step_sources(stage)
+    batch_size = max((stage.data[source].batch_size for source in sources), default=1)
+    return StagePlan(
+        stage,
+        resolved_stage,
+        specs,
+        {name: _plan_role(stage.roles[name], resolved_stage, inference) for name in resolved_stage.order},
+        updates,
+        adapters={name: _describe_adapters(network, name) for name in terms},
+        term_parameters={name: sum(p.numel() for p in network.term(name).parameters()) for name in terms},
+        # The dry run saved activations for DRY_RUN_ROWS rows.
+        memory_bytes=_estimate_memory(network, saved_bytes * batch_size // DRY_RUN_ROWS),
+        notes=_notes(stage, specs, resolved_stage, recipe, updates),
+        sharded_roles=sharded_roles(recipe, stage, resolved_stage.features, models),
+    )
+
+
+def _resolve_without_shapes(stage: StageConfig, specs: Mapping[str, SourceSpec]) -> ResolvedStage:
     terms = tuple(name for name, term in stage.terms.items() if term.weight != 0)
     order = role_order(stage.roles)
     sources = {name: _root_source(name, stage, specs) for name in order}
-    features = required_features(stage, terms, order)
+    features = {name: tuple(features) for name, features in required_features(stage, terms, order).items()}
     fields = {name: {key: shape for key, (shape, _) in spec.fields.items()} for name, spec in specs.items()}
-    totals = {name: spec.population or spec.samples or DRY_RUN_ROWS for name, spec in specs.items()}
-    wanted = {name: tuple(found) for name, found in features.items()}
-    layout = ResolvedStage(order, wanted, terms, sources, {}, fields=fields, samples=totals)
-    check_requirements(stage, terms, sources, specs, world_size)
-    if stage.accumulate > 1:
-        _refuse_coupled_accumulation(stage, terms)
-    _refuse_parted_selection(stage, world_size)
-    if not terms and stage.terms and (stage.epochs or stage.steps):
-        zero = next(iter(stage.terms.values()))
-        raise ConfigError(f"{zero.location}: nothing to update: every term has weight 0")
-
-    found = infer_shapes(stage, layout, specs, recipe.seed)
-    layout, models, device = found.resolve(is_last_stage=stage.name == recipe.stages[-1].name), found.models, found.device
-    tensors = {name: tensor if device == META else torch.zeros(tensor.shape) for name, tensor in tensors.items()}
-    network = build_network(stage, layout, seed=recipe.seed, device=device, models=models, artifacts=tensors)
-    updates, saved = dry_run_step(network, stage, layout, specs, device)
-    check_unequal_batches(network, stage, layout, specs, device, world_size)
-    check_last_batch(network, stage, layout, specs, device, world_size)
-
-    roles = {name: _role_plan(stage.roles[name], layout, found) for name in order}
-    adapters = {
-        name: tuple(_adapter_words(edge) for edge in network.term(name).edges if getattr(edge, "adapter", None))
-        for name in layout.terms
-    }
-    owned = {name: sum(p.numel() for p in network.term(name).parameters()) for name in layout.terms}
-    batch = max((stage.data[source].batch_size for source in layout.step_sources(stage)), default=1)
-    memory = _memory(models, network, saved * batch // DRY_RUN_ROWS)
-    notes = _notes(stage, specs, terms, layout.unmeasured)
-    if recipe.uses_compiler and any(planned.inner_parameters for planned in updates):
-        notes += (
-            "compile: an update with `inner_step` runs as it is: the compiler takes no gradient through a gradient",
-        )
-    sharded = sharded_roles(recipe, stage, layout.features, models)
-    return StagePlan(stage, layout, specs, roles, updates, adapters, owned, memory, notes, sharded)
+    # Some parts are sized by the number of samples; any number serves while it is unknown.
+    samples = {name: spec.population or spec.samples or DRY_RUN_ROWS for name, spec in specs.items()}
+    return ResolvedStage(order, features, terms, sources, {}, fields=fields, samples=samples)
 
 
 def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec]) -> str:
-    """The source that a role's first input comes from; every field on the way must be there."""
+    """Returns the source at the root of a role's first input; checks the fields of the role's own inputs."""
     config = stage.roles[name]
     for address in input_addresses(config):
         if ":" not in address:
@@ -162,74 +189,90 @@ def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec])
 def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConfig) -> None:
     source, name = address.split(".", 1)
     if name not in specs[source].fields:
-        known = ", ".join(sorted(specs[source].fields))
-        raise ConfigError(f"{config.location}: source {source!r} has no field {name!r}. Its fields: {known}")
+        names = ", ".join(sorted(specs[source].fields))
+        raise ConfigError(f"{config.location}: source {source!r} has no field {name!r}. Its fields: {names}")
 
 
-def _refuse_coupled_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
+def _check_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
+    """Checks that no term couples the rows of a batch while `accumulate` splits it into micro-batches."""
+    if stage.accumulate == 1:
+        return
     for name in terms:
         config = stage.terms[name]
         if TERMS.entry(config.type).facts.get("space") == "batch":
             raise ConfigError(
                 f"{config.location}: term {name!r} ({config.type}) couples the rows of a batch, so `accumulate: "
-                f"{stage.accumulate}` would give another loss than the whole batch. Use a larger batch_size, or "
+                f"{stage.accumulate}` would give another loss than the full batch. Use a larger batch_size, or "
                 "several processes."
             )
 
 
-def _refuse_parted_selection(stage: StageConfig, world_size: int) -> None:
-    """Which rows are the best is a question to the whole batch."""
+def _check_selection(stage: StageConfig, world_size: int) -> None:
+    """Checks that no selector runs on a part of the batch: it ranks all rows."""
     for update in stage.updates:
         if update.select is not None and (stage.accumulate > 1 or world_size > 1):
-            parts = f"accumulate: {stage.accumulate}" if stage.accumulate > 1 else f"{world_size} processes"
+            cause = f"accumulate: {stage.accumulate}" if stage.accumulate > 1 else f"{world_size} processes"
             raise ConfigError(
-                f"{update.select.location}: {update.select.type} chooses among the rows of the whole batch, which {parts} "
-                "would part. Use a larger batch_size in one process."
+                f"{update.select.location}: {update.select.type} selects from the rows of the full batch, but {cause} "
+                "would split the batch. Use a larger batch_size in one process."
             )
 
 
-def _role_plan(config: RoleConfig, layout: ResolvedStage, found: ShapeInference) -> RolePlan:
+def _plan_role(config: RoleConfig, resolved_stage: ResolvedStage, inference: ShapeInference) -> RolePlan:
     name = config.name
-    model, features = found.models[name], layout.features[name]
-    inner = [feature for feature in features if not feature.is_output]
-    stops = bool(inner) and len(inner) == len(features)
+    model, features = inference.models[name], resolved_stage.features[name]
+    inner_features = [feature for feature in features if not feature.is_output]
+    stops_early = bool(inner_features) and len(inner_features) == len(features)
     return RolePlan(
         config,
         (config.model.type if config.model else f"as {config.source_role}") or "",
         parameters=sum(p.numel() for p in model.parameters()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        flops=found.flops[name],
-        full_forward_flops=found.full_forward_flops[name],
-        features={feature: layout.shapes[name, feature] for feature in features},
-        stop_module=_last_feature(found.calls[name], inner) if stops else None,
-        overwritten_features=layout.overwritten.get(name, frozenset()),
+        flops=inference.flops[name],
+        full_forward_flops=inference.full_forward_flops[name],
+        features={feature: resolved_stage.shapes[name, feature] for feature in features},
+        stop_module=_last_called(inference.calls[name], inner_features) if stops_early else None,
+        overwritten_features=resolved_stage.overwritten.get(name, frozenset()),
     )
 
 
-def _last_feature(calls: list[ModuleCall], features: list[Feature]) -> str | None:
-    """The wanted module that is called last: the model runs no further."""
-    wanted = {feature.path for feature in features}
-    last = [call.path for call in calls if call.path in wanted]
-    return last[-1] if last else None
+def _last_called(calls: list[ModuleCall], features: list[Feature]) -> str | None:
+    """Returns the path of the feature's module that the forward calls last."""
+    paths = {feature.path for feature in features}
+    return next((call.path for call in reversed(calls) if call.path in paths), None)
 
 
-def _adapter_words(edge: Any) -> str:
-    count = sum(p.numel() for p in edge.adapter.parameters())
-    return f"{type(edge.adapter).__name__} on {edge.edge.student} ({count:,} parameters)"
+def _describe_adapters(network: Network, term: str) -> tuple[str, ...]:
+    edges: list[Any] = [edge for edge in network.term(term).edges if getattr(edge, "adapter", None)]
+    descriptions = []
+    for edge in edges:
+        count = sum(p.numel() for p in edge.adapter.parameters())
+        descriptions.append(f"{type(edge.adapter).__name__} on {edge.config.student} ({count:,} parameters)")
+    return tuple(descriptions)
 
 
-def _memory(models: Mapping[str, nn.Module], network: Network, activations: int) -> int:
-    """Bytes: weights of everything; gradient and momentum of what trains; what the forward keeps for the backward."""
+def _estimate_memory(network: Network, activations: int) -> int:
+    """Returns bytes: float32 weights and buffers, gradient and momentum of trainable parameters, and activations."""
     weights = sum(p.numel() * 4 for p in network.parameters()) + sum(b.numel() * 4 for b in network.buffers())
-    learning = sum(p.numel() * 8 for p in network.parameters() if p.requires_grad)
-    return weights + learning + activations
+    optimizer = sum(p.numel() * 8 for p in network.parameters() if p.requires_grad)
+    return weights + optimizer + activations
 
 
 def _notes(
-    stage: StageConfig, specs: Mapping[str, SourceSpec], terms: tuple[str, ...], unmeasured: frozenset[str]
+    stage: StageConfig,
+    specs: Mapping[str, SourceSpec],
+    resolved_stage: ResolvedStage,
+    recipe: Recipe,
+    updates: tuple[UpdatePlan, ...],
 ) -> tuple[str, ...]:
     notes = [f"data {name}: {spec.problem}" for name, spec in specs.items() if spec.problem]
-    if stage.export in unmeasured:
-        notes.append(f"{stage.export} gives no value for each class, so this stage is not evaluated")
-    notes += [f"term {name} has weight 0 and costs nothing" for name in stage.terms if name not in terms]
-    return tuple(dict.fromkeys(notes))
+    if stage.export in resolved_stage.unmeasured:
+        notes.append(f"{stage.export} does not return a value for each class, so this stage is not evaluated")
+    notes += [f"term {name} has weight 0 and is skipped" for name in stage.terms if name not in resolved_stage.terms]
+    notes = list(dict.fromkeys(notes))
+    if recipe.uses_compiler and any(update.inner_parameters for update in updates):
+        notes.append(
+            "compile: an update with `inner_step` is not compiled, because the compiler does not support second "
+            "derivatives"
+        )
+    return tuple(notes)

@@ -1,8 +1,8 @@
-"""What roles, terms and their parts need of the sources that they read: fields, labels, enough samples, equal rows."""
+"""Requirements of roles, terms and their parts on the sources: fields, labels, number of samples, equal batch sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from kdbench.config.parse.data import is_evaluation
 from kdbench.config.schema import ArtifactConfig, OperandConfig, RoleConfig, StageConfig, TermConfig
@@ -18,28 +18,34 @@ Specs = Mapping[str, SourceSpec]
 def check_requirements(
     stage: StageConfig, terms: Sequence[str], sources: Mapping[str, str], specs: Specs, world_size: int
 ) -> None:
-    """Finds fault with what a stage reads and its sources cannot give.
+    """Checks that a stage's sources provide everything that the stage reads.
 
     Args:
-        terms: those that are not left out.
-        sources: the source at the root of each role's input.
+        stage: the stage.
+        terms: names of the terms whose weight is not constantly 0.
+        sources: role -> the source at the root of its input.
+        specs: source -> its fields and sizes.
+        world_size: number of processes that share a batch.
 
     Raises:
-        ConfigError: a field, a label, a sample or a row is missing, with the place of what misses it.
+        ConfigError: a field, a label, samples or rows are missing; the message has the location that needs them.
     """
     for name in terms:
-        _check_reads(stage.terms[name], sources, specs, stage, world_size)
-    _check_choosers(stage, sources, specs)
-    _check_amounts(stage, specs, world_size)
+        _check_term(stage.terms[name], sources, specs, stage, world_size)
+    _check_selectors(stage, sources, specs)
+    _check_sizes(stage, specs, world_size)
     for config in stage.roles.values():
-        _check_side_by_side(config, stage, specs, world_size)
+        _check_role_sources(config, stage, specs, world_size)
 
 
 def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) -> tuple[int, ...]:
-    """How many rows a process's batches of a source have: whole ones, and those that end (or begin) an epoch."""
+    """Returns the distinct numbers of rows that a process's batches of a source have.
+
+    The first is the batch size; others are the last batch of an epoch, or the first with `overlap`.
+    """
     config, spec = stage.data[source], specs[source]
     size, sizes = config.batch_size, [config.batch_size]
-    if spec.classes is not None and spec.samples is not None:  # noise is drawn, so that every batch is whole
+    if spec.classes is not None and spec.samples is not None:  # batches of noise are always full
         sizes.append(-(-(spec.samples % (size * world_size)) // world_size))
     if config.overlap:
         sizes.append(size // 2)
@@ -47,152 +53,169 @@ def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) 
 
 
 def equal_batch_sizes(stage: StageConfig, first: str, second: str, specs: Specs, world_size: int) -> bool:
-    """Whether the batches of two sources have equally many rows at every step."""
+    """Returns True if the batches of two sources have the same number of rows at every step."""
     sizes = [batch_sizes(stage, source, specs, world_size) for source in (first, second)]
     return sizes[0] == sizes[1] and (len(sizes[0]) == 1 or specs[first].samples == specs[second].samples)
 
 
 def batch_sizes_text(stage: StageConfig, sources: Sequence[str], specs: Specs, world_size: int) -> str:
-    """`train: 16, then 2; noise: 16`."""
-    found = ((source, batch_sizes(stage, source, specs, world_size)) for source in sources)
-    return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in found)
+    """Returns a text such as `train: 16, then 2; noise: 16`."""
+    sizes_by_source = ((source, batch_sizes(stage, source, specs, world_size)) for source in sources)
+    return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in sizes_by_source)
 
 
-def _check_reads(
+def _check_term(
     config: TermConfig, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
 ) -> None:
-    """What a term reads besides its operands must be fields of the source that its student sees."""
+    """Checks the fields that a term, its sample weight and its router read, its mask, and its rows."""
     entry = TERMS.entry(config.type)
-    what = f"term {config.name!r} ({config.type})"
-    for leaf in config.read_operands():
-        if leaf.kind == "field" and leaf.path not in specs[leaf.role].fields:
-            known = ", ".join(sorted(specs[leaf.role].fields))
-            raise ConfigError(f"{leaf.location}: source {leaf.role!r} has no field {leaf.path!r}. Its fields: {known}")
+    title = f"term {config.name!r} ({config.type})"
+    for operand in config.read_operands():
+        if operand.kind == "field" and operand.path not in specs[operand.role].fields:
+            raise ConfigError(f"{operand.location}: {_no_field(operand.role, operand.path, specs)}")
     for edge in config.edges:
+        # A term reads its fields from the source that its student sees.
         source = operand_source(edge.student, sources, stage.terms) or sources[stage.export]
-        fields = specs[source].fields
-        own = {"student", "teacher", "mask", "weight", *config.operands}
-        _refuse_missing(entry, own, source, specs, f"{config.location}: {what}")
+        operands = {"student", "teacher", "mask", "weight", *config.operands}
+        _check_inputs(entry, operands, source, specs, f"{config.location}: {title}")
         for part, registry in ((config.sample_weight, SAMPLE_WEIGHTS), (config.route, ROUTERS)):
             if part is not None:
-                given = {"student", "teachers", "losses", *part.operands, *config.operands}
-                given |= {"teacher"} if edge.teacher is not None else set()
-                said = f"{part.location}: {registry.kind} {part.type!r} of {what}"
-                _refuse_missing(registry.entry(part.type), given, source, specs, said)
-        if config.mask is not None and fields.get(config.mask, ((), ""))[1] != "bool":
-            masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
-            hint = suggest(config.mask, masks) if masks else " It has none."
-            raise ConfigError(f"{config.location}: {what}: source {source!r} has no mask {config.mask!r}.{hint}")
+                operands = {"student", "teachers", "losses", *part.operands, *config.operands}
+                operands |= {"teacher"} if edge.teacher is not None else set()
+                prefix = f"{part.location}: {registry.kind} {part.type!r} of {title}"
+                _check_inputs(registry.entry(part.type), operands, source, specs, prefix)
+        _check_mask(config, title, source, specs)
         if entry.facts.get("space") == "batch" and world_size > 1:
-            _refuse_padded(config, source, sources, specs, stage, world_size)
+            _check_padding(config, source, sources, specs, stage, world_size)
         if edge.teacher is None or entry.facts.get("space") in ("batch", "model"):
             continue
-        other = operand_source(edge.teacher, sources, stage.terms)
-        if other is not None and other != source:
+        teacher_source = operand_source(edge.teacher, sources, stage.terms)
+        if teacher_source is not None and teacher_source != source:
             raise ConfigError(
-                f"{config.location}: {what} compares row by row, but {edge.student} sees source {source!r} and "
-                f"{edge.teacher} sees {other!r}"
+                f"{config.location}: {title} compares row by row, but {edge.student} sees source {source!r} and "
+                f"{edge.teacher} sees source {teacher_source!r}"
             )
 
 
-def _refuse_padded(
-    config: TermConfig, own: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
+def _no_field(source: str, name: str, specs: Specs) -> str:
+    return f"source {source!r} has no field {name!r}. Its fields: {', '.join(sorted(specs[source].fields))}"
+
+
+def _check_mask(config: TermConfig, title: str, source: str, specs: Specs) -> None:
+    fields = specs[source].fields
+    if config.mask is not None and fields.get(config.mask, ((), ""))[1] != "bool":
+        masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
+        hint = suggest(config.mask, masks) if masks else " It has no boolean field."
+        raise ConfigError(f"{config.location}: {title}: source {source!r} has no mask {config.mask!r}.{hint}")
+
+
+def _check_padding(
+    config: TermConfig, source: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
 ) -> None:
-    """Several processes pad a last batch; a term that couples rows knows the padding of its own source only."""
-    for leaf in config.read_operands():
-        source = operand_source(leaf, sources, stage.terms)
-        if source in (None, own) or len(batch_sizes(stage, source, specs, world_size)) == 1:  # type: ignore[arg-type]
+    """Checks a term that couples rows, under several processes, which pad the last batch of an epoch.
+
+    The term excludes the padding of its own source; padded rows of any other source would count.
+    """
+    for operand in config.read_operands():
+        name = operand_source(operand, sources, stage.terms)
+        if name is None or name == source or len(batch_sizes(stage, name, specs, world_size)) == 1:
             continue
         raise ConfigError(
-            f"{leaf.location}: term {config.name!r} couples rows of source {own!r} with those of {source!r}, whose "
-            f"last batch is smaller ({batch_sizes_text(stage, [str(source)], specs, world_size)}): "
-            f"{world_size} processes would pad it. Choose a batch_size that leaves no smaller last batch, or one "
-            "process."
+            f"{operand.location}: term {config.name!r} couples rows of source {source!r} with rows of {name!r}, whose "
+            f"last batch is smaller ({batch_sizes_text(stage, [name], specs, world_size)}); {world_size} processes "
+            "would pad it. Use a batch_size that leaves no smaller last batch, or one process."
         )
 
 
-def _refuse_missing(entry: Entry, given: set[str], source: str, specs: Specs, what: str) -> None:
-    """Raises for the first thing that a part cannot do without and that is neither given nor a field."""
+def _check_inputs(entry: Entry, operands: Collection[str], source: str, specs: Specs, title: str) -> None:
+    """Raises for the first required input of a part that is neither an operand nor a field of the source."""
     fields = specs[source].fields
     for name in entry.inputs:
-        if name not in given and name not in entry.optional_inputs and name not in fields:
+        if name not in operands and name not in entry.optional_inputs and name not in fields:
             hint = " It has no labels." if name == "label" else ""
-            known = ", ".join(sorted(fields))
-            raise ConfigError(f"{what} reads {name!r}, which source {source!r} has not; it has {known}.{hint}")
+            raise ConfigError(f"{title} reads {name!r}; {_no_field(source, name, specs)}.{hint}")
 
 
-def _check_choosers(stage: StageConfig, sources: Mapping[str, str], specs: Specs) -> None:
-    """Selectors read fields of the source that they choose from, and keep no more rows than a batch has."""
+def _check_selectors(stage: StageConfig, sources: Mapping[str, str], specs: Specs) -> None:
+    """Checks the fields that selectors read, and that `keep` is at most the batch size."""
     for update in stage.updates:
         part = update.select
         if part is None or update.keep is None:
             continue
-        first = next(iter(part.operands.values()), None)
-        source = (operand_source(first, sources, stage.terms) if first is not None else None) or sources[stage.export]
+        operand = next(iter(part.operands.values()), None)
+        source = (operand_source(operand, sources, stage.terms) if operand is not None else None) or sources[
+            stage.export
+        ]
         _check_selector(part.type, part.operands, source, specs, part.location)
         size = stage.data[source].batch_size
         if update.keep > max(size, 1):
-            said = f"`keep: {update.keep}` is more than the {size} rows of a batch of source {source!r}"
-            raise ConfigError(f"{part.location}: {said}, so nothing would be chosen")
-
-
-def check_artifact(artifact: ArtifactConfig, specs: Specs) -> None:
-    """Finds fault with a maker, or its selector, that reads labels or other fields which its source has not."""
-    entry, source = ARTIFACTS.entry(artifact.part.type), artifact.source or "train"
-    if entry.facts.get("labels"):
-        _refuse_unlabelled(source, specs, f"{artifact.location}: {artifact.part.type} reads the labels")
-    chooser = artifact.part.params.get(entry.facts.get("selector", ""))
-    if isinstance(chooser, Mapping):
-        _check_selector(str(chooser["type"]), artifact.part.operands, source, specs, artifact.location)
-
-
-def _check_selector(
-    kind: str, operands: Mapping[str, OperandConfig], source: str, specs: Specs, place: Location
-) -> None:
-    given = {"count", "excluded", "seed", *operands}
-    _refuse_missing(SELECTORS.entry(kind), given, source, specs, f"{place}: selector {kind!r}")
-
-
-def _refuse_unlabelled(source: str, specs: Specs, what: str) -> None:
-    known = sorted(specs[source].fields)
-    if "label" not in known:
-        raise ConfigError(f"{what} of source {source!r}, which has none; it has {', '.join(known)}")
-
-
-def _check_amounts(stage: StageConfig, specs: Specs, world_size: int) -> None:
-    """A number of labels, or of rows, must not be more than the samples that there are."""
-    for name, config in stage.data.items():
-        samples = specs[name].samples
-        if isinstance(config.label_fraction, float | int):
-            place = config.locations.get("labels", config.location)
-            _refuse_unlabelled(name, specs, f"{place}: label_fraction {config.label_fraction} keeps labels")
-            if samples is not None and config.label_fraction > max(samples, 1):
-                raise ConfigError(
-                    f"{place}: {config.label_fraction} labels, but source {name!r} has only {samples} samples"
-                )
-        drawn = specs[name].classes is None
-        if samples is not None and config.batch_size * world_size > samples and not drawn and not is_evaluation(name):
-            place = config.locations.get("batch_size", config.location)
-            each = f" on each of {world_size} processes" if world_size > 1 else ""
             raise ConfigError(
-                f"{place}: batch_size {config.batch_size}{each} is more than the {samples} samples of source {name!r}"
+                f"{part.location}: `keep: {update.keep}` is more than the {size} rows of a batch of source {source!r}, "
+                "so every row would be selected"
             )
 
 
-def _check_side_by_side(config: RoleConfig, stage: StageConfig, specs: Specs, world_size: int) -> None:
-    """A role that sees two sources row by row needs batches of equal size from both, at every step."""
-    found, waiting = set(), [config]
-    while waiting:
-        for address in input_addresses(waiting.pop()):
-            head = address.split(":" if ":" in address else ".", 1)[0]
+def check_artifact(artifact: ArtifactConfig, specs: Specs) -> None:
+    """Checks that the source of an artifact has the labels and fields that its builder and its selector read."""
+    entry, source = ARTIFACTS.entry(artifact.part.type), artifact.source or "train"
+    if entry.facts.get("labels"):
+        _check_labels(source, specs, f"{artifact.location}: {artifact.part.type} reads the labels")
+    selector = artifact.part.params.get(entry.facts.get("selects", ""))
+    if isinstance(selector, Mapping):
+        _check_selector(str(selector["type"]), artifact.part.operands, source, specs, artifact.location)
+
+
+def _check_selector(
+    kind: str, operands: Mapping[str, OperandConfig], source: str, specs: Specs, location: Location
+) -> None:
+    # The arguments that every selector gets from its caller.
+    names = {"count", "excluded", "seed", *operands}
+    _check_inputs(SELECTORS.entry(kind), names, source, specs, f"{location}: selector {kind!r}")
+
+
+def _check_labels(source: str, specs: Specs, title: str) -> None:
+    names = sorted(specs[source].fields)
+    if "label" not in names:
+        raise ConfigError(f"{title} of source {source!r}, which has none. Its fields: {', '.join(names)}")
+
+
+def _check_sizes(stage: StageConfig, specs: Specs, world_size: int) -> None:
+    """Checks that a source has at least as many samples as `label_fraction` and `batch_size` ask for."""
+    for name, config in stage.data.items():
+        samples = specs[name].samples
+        if isinstance(config.label_fraction, float | int):
+            location = config.locations.get("label_fraction", config.location)
+            _check_labels(name, specs, f"{location}: label_fraction {config.label_fraction} keeps labels")
+            if samples is not None and config.label_fraction > max(samples, 1):
+                raise ConfigError(
+                    f"{location}: {config.label_fraction} labels, but source {name!r} has only {samples} samples"
+                )
+        is_noise = specs[name].classes is None
+        if samples is None or is_noise or is_evaluation(name):
+            continue
+        if config.batch_size * world_size > samples:
+            location = config.locations.get("batch_size", config.location)
+            ranks = f" on each of {world_size} processes" if world_size > 1 else ""
+            raise ConfigError(
+                f"{location}: batch_size {config.batch_size}{ranks} is more than the {samples} samples of source "
+                f"{name!r}"
+            )
+
+
+def _check_role_sources(config: RoleConfig, stage: StageConfig, specs: Specs, world_size: int) -> None:
+    """Checks that all sources of a role's inputs have batches of equal size at every step."""
+    sources, pending = set(), [config]
+    while pending:
+        for address in input_addresses(pending.pop()):
+            name = address.split(":" if ":" in address else ".", 1)[0]
             if ":" in address:
-                waiting.append(stage.roles[head])
+                pending.append(stage.roles[name])
             else:
-                found.add(head)
-    first, *others = sorted(found)
-    if not all(equal_batch_sizes(stage, first, other, specs, world_size) for other in others):
+                sources.add(name)
+    first, *rest = sorted(sources)
+    if not all(equal_batch_sizes(stage, first, source, specs, world_size) for source in rest):
         raise ConfigError(
-            f"{config.location}: role {config.name!r} sees {' and '.join((first, *others))} side by side, but their "
-            f"batches differ in size ({batch_sizes_text(stage, (first, *others), specs, world_size)}). Give all of them "
-            "one `batch_size` that leaves no smaller last batch."
+            f"{config.location}: role {config.name!r} combines rows of the sources {' and '.join((first, *rest))}, but "
+            f"their batches differ in size ({batch_sizes_text(stage, (first, *rest), specs, world_size)}). Give all of "
+            "them one `batch_size` that leaves no smaller last batch."
         )

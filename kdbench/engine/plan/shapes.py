@@ -1,10 +1,12 @@
-"""Each role of a stage built and run once without computing: its features' shapes, its FLOPs, what overwrites what."""
+"""Shape inference: builds and runs each role of a stage on meta tensors.
+
+Finds the shapes of features, FLOPs, and features that a later operation overwrites in place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,177 +24,224 @@ from kdbench.engine.plan.trace import ModuleCall, trace_modules
 from kdbench.errors import ConfigError, DataError, Location
 
 
-def infer_shapes(stage: StageConfig, layout: ResolvedStage, specs: Mapping[str, SourceSpec], seed: int) -> ShapeInference:
-    """Builds all models on meta (where one cannot live there, all on the CPU), and runs each once in eval mode.
+def infer_shapes(
+    stage: StageConfig, resolved_stage: ResolvedStage, specs: Mapping[str, SourceSpec], seed: int
+) -> ShapeInference:
+    """Builds all models of a stage on meta and runs each once in eval mode.
+
+    If one model cannot be built on meta, all of them are built on the CPU.
 
     Raises:
-        ConfigError: a model cannot take what it sees, or holds no module of that name.
+        ConfigError: a model cannot be built, rejects the shape of its input, or has no module of a given path.
     """
     for device in (META, torch.device("cpu")):
-        found = ShapeInference(stage, layout, specs, seed, device)
+        inference = ShapeInference(stage, resolved_stage, specs, seed, device)
         try:
-            for name in layout.order:
-                found.add_role(name)
-        except _CannotBuild as error:
+            for name in resolved_stage.order:
+                inference.add_role(name)
+        except _BuildError as error:
             if device != META:
-                told = " ".join(str(error.reason).split())[:300] or type(error.reason).__name__
+                reason = " ".join(str(error.cause).split())[:300] or type(error.cause).__name__
                 raise ConfigError(
-                    f"{error.place}: the model cannot be built with these parameters ({told})"
-                ) from error.reason
+                    f"{error.location}: the model cannot be built with these parameters ({reason})"
+                ) from error.cause
             continue
-        return found
+        return inference
     raise AssertionError("unreachable")
 
 
-class _CannotBuild(Exception):
+class _BuildError(Exception):
     """A model cannot be built on this device."""
 
-    def __init__(self, place: Location, reason: Exception) -> None:
-        super().__init__(str(reason))
-        self.place, self.reason = place, reason
+    def __init__(self, location: Location, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.location, self.cause = location, cause
 
 
 class ShapeInference:
-    """The models of a stage, one after the other: what each is built from, and what its features look like.
+    """Shapes, FLOPs and models of a stage's roles; filled role by role, in the order of the resolved stage.
 
     Args:
-        layout: what is known of the stage before any model is built.
+        stage: the stage.
+        resolved_stage: the stage without shapes.
+        specs: source -> its fields.
+        seed: of the recipe, for the models' initial weights on the CPU.
+        device: `meta` or the CPU.
+
+    Attributes:
+        sample_facts: role -> classes and shapes that its model is built from.
+        models: role -> model.
+        calls: role -> its module calls in one forward.
+        full_forward_flops: role -> FLOPs of one sample's full forward; a multiply-add is two.
+        flops: role -> FLOPs of one sample up to the last feature that a step reads.
+        shapes: (role, feature) -> shape of one sample.
+        overwritten_features: role -> features that a later operation of the forward overwrites in place.
+        output_shapes: role -> shape of the model's output for one sample.
     """
 
     def __init__(
-        self, stage: StageConfig, layout: ResolvedStage, specs: Mapping[str, SourceSpec], seed: int, device: torch.device
+        self,
+        stage: StageConfig,
+        resolved_stage: ResolvedStage,
+        specs: Mapping[str, SourceSpec],
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self.stage, self.layout, self.specs, self.seed, self.device = stage, layout, specs, seed, device
+        self.stage, self.resolved_stage, self.specs, self.seed, self.device = stage, resolved_stage, specs, seed, device
         self.sample_facts: dict[str, SampleFacts] = {}
         self.models: dict[str, nn.Module] = {}
         self.calls: dict[str, list[ModuleCall]] = {}
         self.full_forward_flops: dict[str, int] = {}
         self.flops: dict[str, int] = {}
-        self.values: dict[tuple[str, Feature], Tensor] = {}
         self.shapes: dict[tuple[str, Feature], tuple[int, ...]] = {}
         self.overwritten_features: dict[str, frozenset[Feature]] = {}
         self.output_shapes: dict[str, tuple[int, ...]] = {}
+        self._values: dict[tuple[str, Feature], Tensor] = {}
 
     def resolve(self, *, is_last_stage: bool) -> ResolvedStage:
-        """The layout with what was found out.
+        """Returns the resolved stage with the inferred shapes.
 
         Args:
-            last: whether it is the recipe's last stage, whose exported role has to be measured.
+            is_last_stage: the exported role of a recipe's last stage must be measurable, as the recipe's result.
         """
-        found = replace(self.layout, facts=self.sample_facts, shapes=self.shapes, overwritten=self.overwritten_features)
-        return replace(found, unmeasured=self._unmeasured(is_last_stage))
+        return replace(
+            self.resolved_stage,
+            facts=self.sample_facts,
+            shapes=self.shapes,
+            overwritten=self.overwritten_features,
+            unmeasured=self._unmeasured_roles(is_last_stage),
+        )
 
-    def _unmeasured(self, last: bool) -> frozenset[str]:
-        """The roles that cannot be evaluated, because they do not give a value for each class.
+    def _unmeasured_roles(self, is_last_stage: bool) -> frozenset[str]:
+        """Returns the roles whose output is not a vector with one value for each class of the evaluation source.
 
         Raises:
-            ConfigError: the result of the recipe is one of them.
+            ConfigError: one of them is the recipe's result, or listed in `evaluate`.
         """
         spec, stage = self.specs.get("eval"), self.stage
         if spec is None or spec.classes is None:
             return frozenset()
         shapes = self.output_shapes.items()
-        found = frozenset(name for name, shape in shapes if len(shape) != 1 or shape[0] < spec.classes)
+        unmeasured = frozenset(name for name, shape in shapes if len(shape) != 1 or shape[0] < spec.classes)
         for name in (stage.export, *stage.evaluate):
-            if name in found and (last or name in stage.evaluate):
+            if name in unmeasured and (is_last_stage or name in stage.evaluate):
+                key = "export" if name == stage.export else "evaluate"
                 raise ConfigError(
-                    f"{stage.roles[name].location}: role {name!r} gives {list(self.output_shapes[name])} per sample, but what "
-                    f"is evaluated has to give a value for each of the {spec.classes} classes of source 'eval'. Name "
-                    f"another role in `{'export' if name == stage.export else 'evaluate'}`."
+                    f"{stage.roles[name].location}: role {name!r} returns {list(self.output_shapes[name])} for one "
+                    f"sample, but an evaluated role must return a value for each of the {spec.classes} classes of "
+                    f"source 'eval'. Name another role in `{key}`."
                 )
-        return found
+        return unmeasured
 
     def add_role(self, name: str) -> None:
-        """Builds a role on what the roles before it give, and runs it."""
-        stage, config = self.stage, self.stage.roles[name]
-        inputs = [self._value(address) for address in input_addresses(config)]
-        source = self.layout.sources[name]
+        """Builds a role from the shapes of the roles before it, and runs it."""
+        config, features = self.stage.roles[name], self.resolved_stage.features[name]
+        inputs = [self._input(address) for address in input_addresses(config)]
+        source = self.resolved_stage.sources[name]
         self.sample_facts[name] = _sample_facts(source, tuple(inputs[0].shape[1:]), self.specs)
-        model = self.models[name] = self._model(name).eval()
-        for feature in self.layout.features[name]:
+        model = self.models[name] = self._build_model(name).eval()
+        for feature in features:
             if not feature.is_output:
-                find_module(model, feature.path, _operand_place(stage, name, feature) or config.location)
-        seen = " and ".join(str(list(value.shape[1:])) for value in inputs)
-        with failures_as_config_errors(f"{config.location}: role {name!r} cannot take an input of shape {seen}"):
+                find_module(model, feature.path, self._operand_location(name, feature))
+        shapes_text = " and ".join(str(list(value.shape[1:])) for value in inputs)
+        with failures_as_config_errors(f"{config.location}: role {name!r} rejects an input of shape {shapes_text}"):
             with torch.no_grad():
                 self.calls[name] = trace_modules(model, *inputs)
-            with FlopCounterMode(display=False) as whole, torch.no_grad():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
                 output = model(*inputs)
+        self.full_forward_flops[name] = counter.get_total_flops() // DRY_RUN_ROWS
         self.output_shapes[name] = tuple(model_output(output).shape[1:])
-        spoiled = set()
-        for feature in self.layout.features[name]:
-            tensor = model_output(output, feature.path) if feature.is_output else None
-            if tensor is None:
-                tensor, overwritten = self._inner(name, feature)
-                spoiled |= {feature} if overwritten else set()
-            self.shapes[name, feature] = tuple(tensor.shape[1:])
-            self.values[name, feature] = tensor
-        self.overwritten_features[name] = frozenset(spoiled)
-        self.full_forward_flops[name] = whole.get_total_flops() // DRY_RUN_ROWS
-        self.flops[name] = self._flops_in_step(name, inputs)
-        for operand in stage.read_operands(self.layout.terms):
+        self._add_features(name, features, output)
+        self.flops[name] = self._step_flops(name, inputs)
+        self._add_states(name, model)
+
+    def _add_features(self, name: str, features: tuple[Feature, ...], output: object) -> None:
+        overwritten = set()
+        for feature in features:
+            value = model_output(output, feature.path) if feature.is_output else None
+            if value is None:
+                value, is_overwritten = self._inner_feature(name, feature)
+                overwritten |= {feature} if is_overwritten else set()
+            self.shapes[name, feature] = tuple(value.shape[1:])
+            self._values[name, feature] = value
+        self.overwritten_features[name] = frozenset(overwritten)
+
+    def _add_states(self, name: str, model: nn.Module) -> None:
+        """Adds the shapes of statistics and weights that operands read."""
+        for operand in self.stage.read_operands(self.resolved_stage.terms):
             if operand.kind == "role" and operand.role == name and operand.is_state:
+                feature = operand_feature(operand)
                 try:
-                    self.shapes[name, operand_feature(operand)] = tuple(module_state(model, operand_feature(operand)).shape)
+                    self.shapes[name, feature] = tuple(module_state(model, feature).shape)
                 except ConfigError as error:
                     raise ConfigError(f"{operand.location}: {operand}: {error}") from None
 
-    def _flops_in_step(self, name: str, inputs: list[Tensor]) -> int:
-        """FLOPs of one sample as far as the step runs the role: to the last feature that is read, as captured there."""
-        capture = FeatureExtractor(self.models[name], self.layout.features[name], stop=True)
-        if not capture.stop:
+    def _step_flops(self, name: str, inputs: list[Tensor]) -> int:
+        """Counts the FLOPs of one sample as a step runs the role: it stops after the last feature that is read."""
+        extractor = FeatureExtractor(self.models[name], self.resolved_stage.features[name], stop=True)
+        if not extractor.stop:
             return self.full_forward_flops[name]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            capture(*inputs)
-        capture.remove()
+            extractor(*inputs)
+        extractor.remove()
         return counter.get_total_flops() // DRY_RUN_ROWS
 
-    def _model(self, name: str) -> nn.Module:
+    def _build_model(self, name: str) -> nn.Module:
         config = self.stage.roles[name]
         if config.mode == "reuse":
             return reused_module(config, self.models[config.source_role or ""])
         try:
             with self.device:
-                return apply_weight_transforms(config, build_model(config, self.stage.roles, self.sample_facts[name], self.seed))
+                model = build_model(config, self.stage.roles, self.sample_facts[name], self.seed)
+                return apply_weight_transforms(config, model)
         except ConfigError:
-            missing = next((spec.problem for spec in self.specs.values() if spec.problem), None)
-            if self.sample_facts[name].classes is None and missing is not None:  # what it lacks, the data would have told
-                raise DataError(missing) from None
+            # A model without `num_classes` is the consequence of a dataset that is not prepared: report the cause.
+            problem = next((spec.problem for spec in self.specs.values() if spec.problem), None)
+            if self.sample_facts[name].classes is None and problem is not None:
+                raise DataError(problem) from None
             raise
         except (NotImplementedError, RuntimeError) as error:
-            raise _CannotBuild(config.model.location if config.model else config.location, error) from error
+            raise _BuildError(config.model.location if config.model else config.location, error) from error
 
-    def _value(self, address: str) -> Tensor:
+    def _input(self, address: str) -> Tensor:
         if ":" in address:
-            return self.values[parse_role_input(address)]
+            return self._values[parse_role_input(address)]
         source, name = address.split(".", 1)
         return meta_field(self.specs[source], name, DRY_RUN_ROWS, self.device)
 
-    def _inner(self, name: str, feature: Feature) -> tuple[Tensor, bool]:
-        """A tensor like the feature, and whether something overwrites it later in the forward."""
+    def _inner_feature(self, name: str, feature: Feature) -> tuple[Tensor, bool]:
+        """Returns zeros in the shape of a feature, and whether a later operation overwrites it in place."""
         path = find_module(self.models[name], feature.path)[0]
-        found = [c for c in self.calls[name] if c.path == path and c.call == feature.call]
-        signal = (found[0].input if feature.side == "in" else found[0].output) if found else None
-        if signal is None:
-            times = sum(1 for c in self.calls[name] if c.path == path)
-            place = _operand_place(self.stage, name, feature) or self.stage.roles[name].location
+        calls = [call for call in self.calls[name] if call.path == path]
+        call = next((call for call in calls if call.call == feature.call), None)
+        traced = None if call is None else call.input if feature.side == "in" else call.output
+        if traced is None:
+            location = self._operand_location(name, feature)
             raise ConfigError(
-                f"{place}: {feature} of role {name!r} never comes: module {path!r} is called {times} time(s) in a "
-                "forward"
+                f"{location}: {feature} of role {name!r} does not exist: the forward calls module {path!r} "
+                f"{len(calls)} time(s)"
             )
-        return torch.zeros(signal.shape, dtype=signal.dtype, device=self.device), signal.overwritten
+        return torch.zeros(traced.shape, dtype=traced.dtype, device=self.device), traced.overwritten
+
+    def _operand_location(self, role: str, feature: Feature) -> Location:
+        """Returns the location of the first operand that reads the feature; the role's own if no operand does."""
+        for operand in self.stage.read_operands():
+            if (
+                operand.kind == "role"
+                and operand.role == role
+                and operand.path == feature.path
+                and str(operand.location)
+            ):
+                return operand.location
+        return self.stage.roles[role].location
 
 
-def _sample_facts(source: str, seen: tuple[int, ...], specs: Mapping[str, SourceSpec]) -> SampleFacts:
-    """Classes and shapes for a role; where its own source has no classes or images, those of the evaluation source."""
-    own, evaluation = specs[source], specs.get("eval", specs[source])
-    spec = own if own.classes is not None else evaluation
-    image = (evaluation.fields.get("image") or own.fields.get("image") or ((), ""))[0]
-    return SampleFacts(spec.classes, tuple(seen), tuple(image) or None)
+def _sample_facts(source: str, input_shape: tuple[int, ...], specs: Mapping[str, SourceSpec]) -> SampleFacts:
+    """Returns the classes and shapes that a role's model is built from.
 
-
-def _operand_place(stage: StageConfig, role: str, feature: Feature) -> Any:
-    for operand in stage.read_operands():
-        if operand.kind == "role" and operand.role == role and operand.path == feature.path:
-            return f"{operand.location}"
-    return None
+    If the role's source has no classes or no images (noise, features), those of the evaluation source are used.
+    """
+    role_spec, evaluation_spec = specs[source], specs.get("eval", specs[source])
+    classes = role_spec.classes if role_spec.classes is not None else evaluation_spec.classes
+    image = (evaluation_spec.fields.get("image") or role_spec.fields.get("image") or ((), ""))[0]
+    return SampleFacts(classes, input_shape, tuple(image) or None)

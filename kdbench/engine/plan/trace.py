@@ -1,7 +1,7 @@
-"""What happens inside a model during one forward pass: which modules are called, and what comes out of each.
+"""Traces the module calls of one forward, with the tensors that enter and leave each module.
 
-`trace` works on the meta device, so that shapes cost neither memory nor arithmetic. The plan uses it to size adapters
-and to find features that must be cloned; `kdbench inspect` prints it.
+`trace_modules` works on the meta device, where shapes cost neither memory nor arithmetic. Shape inference uses it to
+size adapters and to find features that must be cloned; `kdbench inspect` prints it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TracedTensor:
-    """A tensor on its way into or out of a module.
+    """A tensor that enters or leaves a module.
 
     Attributes:
         shape: with the batch dimension.
         dtype: its element type.
-        overwritten: something wrote into it after the module was done with it (`out += x`, an in-place ReLU): to keep
-            the value that the module itself gave (or, for an input, was given), a hook has to clone it.
+        overwritten: True if a later operation wrote into it (`out += x`, an in-place ReLU). A hook that keeps it has to
+            clone it.
     """
 
     shape: tuple[int, ...]
@@ -36,12 +36,12 @@ class ModuleCall:
     """One call of one module.
 
     Attributes:
-        path: where the module stands in the model (`layer3.0.conv1`); the model itself is the empty path. A module
-            that is registered at several places has the first of its paths.
+        path: the module's path in the model (`layer3.0.conv1`); empty for the model itself. A module that is registered
+            under several paths has the first of them.
         type: the name of its class.
-        call: which call of this module it is, from 1 (`@K` in a recipe).
-        input: the first tensor among its arguments, or None when there is none.
-        output: its output, or the first tensor of a tuple, list or mapping; None when there is none.
+        call: number of this call of the module, from 1 (`@K` in a recipe).
+        input: the first tensor of its arguments, or None.
+        output: its output, or the first tensor in it if that is a tuple, list or mapping; None if there is no tensor.
     """
 
     path: str
@@ -52,71 +52,93 @@ class ModuleCall:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Returns the value itself if it is a tensor, else the first tensor in a tuple, list or mapping, else None."""
+    """Returns the value if it is a tensor, or the first tensor in a tuple, list or mapping; otherwise None."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, tuple | list):
         return None
-    return next((found for item in value if (found := first_tensor(item)) is not None), None)
+    return next((tensor for item in value if (tensor := first_tensor(item)) is not None), None)
+
+
+class _CallRecorder:
+    """Hooks that record each call with its first input and output tensor, and the version of the tensors then.
+
+    A tensor's version counts the in-place writes into it and into its base: a higher version at the end of the forward
+    is an overwritten tensor. The recorder holds the tensors until then.
+    """
+
+    def __init__(self) -> None:
+        self._count_by_path: Counter[str] = Counter()
+        self._open_calls: dict[str, list[int]] = {}  # path -> indices of its calls that have not returned
+        self._calls: list[tuple[str, str, int]] = []
+        self._inputs: dict[int, tuple[Tensor, int]] = {}
+        self._outputs: dict[int, tuple[Tensor, int]] = {}
+
+    def register(self, path: str, module: nn.Module) -> list[Any]:
+        """Registers the hooks; returns their handles."""
+
+        def pre_hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._enter(path, type(module).__name__, (args, kwargs))
+
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            self._leave(path, output)
+
+        return [
+            module.register_forward_pre_hook(pre_hook, with_kwargs=True),
+            module.register_forward_hook(hook),
+        ]
+
+    def module_calls(self) -> list[ModuleCall]:
+        """Returns the calls in the order of their start; called after the forward."""
+        return [
+            ModuleCall(*call, _traced(self._inputs.get(index)), _traced(self._outputs.get(index)))
+            for index, call in enumerate(self._calls)
+        ]
+
+    def _enter(self, path: str, kind: str, arguments: Any) -> None:
+        index = len(self._calls)
+        self._count_by_path[path] += 1
+        self._open_calls.setdefault(path, []).append(index)
+        self._calls.append((path, kind, self._count_by_path[path]))
+        tensor = first_tensor(arguments)
+        if tensor is not None:
+            self._inputs[index] = (tensor, tensor._version)
+
+    def _leave(self, path: str, output: Any) -> None:
+        index = self._open_calls[path].pop()
+        tensor = first_tensor(output)
+        if tensor is not None:
+            self._outputs[index] = (tensor, tensor._version)
+
+
+def _traced(record: tuple[Tensor, int] | None) -> TracedTensor | None:
+    if record is None:
+        return None
+    tensor, version = record
+    return TracedTensor(tuple(tensor.shape), tensor.dtype, tensor._version != version)
 
 
 def trace_modules(model: nn.Module, *inputs: Any) -> list[ModuleCall]:
-    """Runs `model(*inputs)` once without gradients and lists the calls of its modules in the order of their start.
+    """Runs `model(*inputs)` once without gradients and returns its module calls in the order of their start.
 
-    The model stays as it was: hooks are removed, its mode (train or eval) is the caller's choice. In train mode the
-    statistics of normalisation layers move as in any forward pass; on the meta device there are none to move.
-    An error of the model's own forward passes through unchanged.
+    The hooks are removed afterwards, and the mode (train or eval) is the caller's choice. In train mode the statistics
+    of normalisation layers are updated as in any forward, except on meta. Errors of the model's forward are not caught.
 
     Args:
-        model: any module; on `meta` nothing is computed.
+        model: any module; nothing is computed on meta.
         inputs: its arguments, on the same device.
 
     Returns:
-        One entry per call; the model itself is the first, with path "". Modules that were not called are missing.
+        One entry for each call; the first is the model itself, with path "". Modules that were not called have none.
     """
-    calls: Counter[str] = Counter()
-    begun: list[tuple[str, str, int]] = []
-    # Index into `begun` -> the tensor and the number of writes into it when the hook saw it. Keeping the tensors makes
-    # the final comparison possible; a view counts together with the tensor that it looks at.
-    entered: dict[int, tuple[Tensor, int]] = {}
-    left: dict[int, tuple[Tensor, int]] = {}
-    open_calls: dict[str, list[int]] = {}
-
-    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls[path] += 1
-        open_calls.setdefault(path, []).append(len(begun))
-        tensor = first_tensor((args, kwargs))
-        if tensor is not None:
-            entered[len(begun)] = (tensor, tensor._version)
-        begun.append((path, type(module).__name__, calls[path]))
-
-    def after(path: str, output: Any) -> None:
-        index = open_calls[path].pop()
-        tensor = first_tensor(output)
-        if tensor is not None:
-            left[index] = (tensor, tensor._version)
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs, path=path: before(path, module, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(module.register_forward_hook(lambda module, args, output, path=path: after(path, output)))
+    recorder = _CallRecorder()
+    handles = [handle for path, module in model.named_modules() for handle in recorder.register(path, module)]
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-
-    def signal(seen: tuple[Tensor, int] | None) -> TracedTensor | None:
-        if seen is None:
-            return None
-        tensor, version = seen
-        return TracedTensor(tuple(tensor.shape), tensor.dtype, tensor._version != version)
-
-    return [ModuleCall(*call, signal(entered.get(i)), signal(left.get(i))) for i, call in enumerate(begun)]
+    return recorder.module_calls()

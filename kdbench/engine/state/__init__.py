@@ -1,1 +1,1 @@
-"""What is saved and loaded: weights, checkpoints, initial weights of roles, folding of BatchNorm."""
+"""Saving and loading: declared contents of checkpoint files, weights of roles, and folding of BatchNorm."""

@@ -1,82 +1,88 @@
-"""One tree that holds everything a run needs to go on, written so that a kill at any moment leaves a good one."""
+"""Checkpoints: one file with the state of a run. A kill at any moment leaves a complete one."""
 
 from __future__ import annotations
 
 import copy
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdbench.engine.state.run_state import ArtifactFile, ForeignRunError, ModelFile, RunState
 from kdbench.engine.state.weights import read_checkpoint
 from kdbench.errors import CheckpointError
-from kdbench.files import write_atomic
-
-CHECKPOINT_FORMAT = 1
+from kdbench.files import translate_disk_errors, write_atomic
 
 
-def save(path: Path, tree: dict[str, Any], *, keep_previous: bool = False) -> None:
-    """Writes a checkpoint in one step; `keep_previous` keeps the one before it as `<name>.previous`.
+def save(path: Path, content: RunState | ModelFile | ArtifactFile, *, keep_previous: bool = False) -> None:
+    """Writes a checkpoint file in one step.
 
-    A tree holds `export` (a role's name) and `models` (role -> state dict) at least, so that any checkpoint of kdbench
-    can be named as weights.
+    Args:
+        keep_previous: keeps the file before it as `<name>.previous`.
 
     Raises:
-        TrainingError: no space is left; the old checkpoint stays.
+        TrainingError: the file cannot be written; the old checkpoint is unchanged.
     """
-    content = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **_copy_partial_storages(tree)}, content)
+    buffer = io.BytesIO()
+    torch.save(_copy_partial_storages(content.to_tree()), buffer)
     if keep_previous and path.exists():
-        os.replace(path, previous_path(path))  # killed before the next line, `load` finds it there
-    write_atomic(path, content.getvalue())
+        with translate_disk_errors(path):
+            os.replace(path, previous_path(path))  # killed before the next line: `load` reads the previous file
+    write_atomic(path, buffer.getvalue())
 
 
 def _copy_partial_storages(value: Any) -> Any:
-    """The same tree, where a tensor that is part of a larger one is copied: else the larger one would be written."""
+    """Copies each tensor that is a view of a larger storage; torch would otherwise save the whole storage."""
     if isinstance(value, Tensor):
-        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        return value if whole else value.clone()
+        is_complete = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return value if is_complete else value.clone()
     if isinstance(value, dict):
-        result = copy.copy(value)  # a state dict stays one, with what it says of versions
+        result = copy.copy(value)  # keeps the type of a state dict, with its version metadata
         result.update({name: _copy_partial_storages(item) for name, item in value.items()})
         return result
     return [_copy_partial_storages(item) for item in value] if isinstance(value, list) else value
 
 
 def previous_path(path: Path) -> Path:
+    """Returns the path of the checkpoint before the newest."""
     return path.with_name(f"{path.name}.previous")
 
 
-def load(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Reads the newest good checkpoint.
+def load(path: Path, *, identity: str | None = None, stages: Sequence[str] = ()) -> tuple[RunState | None, str]:
+    """Reads the newest good checkpoint of a run.
+
+    Args:
+        path: of the newest checkpoint; the one before it is tried when this one is damaged.
+        identity: of the run; None accepts every run.
+        stages: names of the run's stages, in order; empty: unknown.
 
     Returns:
-        Its tree, or None when there is none yet; and a notice in words when the newest was damaged.
+        The state, or None without any checkpoint; and a notice, empty unless the newest was damaged.
 
     Raises:
-        CheckpointError: there are checkpoints, but none of them is whole and of this format.
+        CheckpointError: checkpoints exist, but none is good, one belongs to another run, or a folder has the name of
+            one.
     """
-    faults = []
+    problems = []
     for candidate in (path, previous_path(path)):
-        if not candidate.exists():
+        if not os.path.lexists(candidate):
             continue
+        if candidate.is_dir():  # the next checkpoint could not be written either
+            raise CheckpointError(
+                f"{candidate} is a folder; a run has a checkpoint file of that name. Remove the folder."
+            )
         try:
-            tree = read_checkpoint(candidate)
+            state = RunState.from_tree(read_checkpoint(candidate), candidate, identity=identity, stages=stages)
+        except ForeignRunError:
+            raise
         except CheckpointError as error:
-            faults.append(str(error))
+            problems.append(str(error))
             continue
-        if not is_kdbench_checkpoint(tree):
-            faults.append(f"{candidate} is no checkpoint of kdbench, or of another version")
-            continue
-        return tree, (f"{faults[0]}; going on from the one before it." if faults else "")
-    if faults:
-        raise CheckpointError(f"{'; '.join(faults)}. Start anew with fresh=true.")
+        return state, (f"{problems[0]}; resuming from the checkpoint before it." if problems else "")
+    if problems:
+        raise CheckpointError(f"{'; '.join(problems)}. No good checkpoint is left: train again with fresh=true.")
     return None, ""
-
-
-def is_kdbench_checkpoint(tree: Any) -> bool:
-    """Whether a file's content is a checkpoint of this program."""
-    return isinstance(tree, dict) and tree.get("format") == CHECKPOINT_FORMAT and "models" in tree

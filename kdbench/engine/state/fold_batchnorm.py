@@ -25,18 +25,20 @@ FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batchnorm(model: nn.Module, example: Tensor, keep_features: Iterable[Feature] = ()) -> tuple[nn.Module, int]:
-    """Returns a copy of a model in eval mode in which BatchNorms are folded away, and how many there were.
+    """Folds the BatchNorms of a copy of a model in eval mode.
 
-    A pair is found by running the model once, so that any model will do: the output of a convolution that is called
-    once goes into a BatchNorm that is called once, and nowhere else. All module paths stay (a folded BatchNorm becomes
-    an `nn.Identity`), so that features keep their addresses and, but for rounding, their values. The original stays as
-    it is, its state dict with it.
+    Runs the model once to find the pairs, so that any model works: the output of a convolution that is called once is
+    the input of a BatchNorm that is called once, and has no other use. Module paths do not change (a folded BatchNorm
+    becomes an `nn.Identity`), so that features keep their addresses and, up to rounding, their values. The original
+    model and its state dict are unchanged.
 
     Args:
-        model: in eval mode; it must not go back to train mode. Hooks are copied with it: fold first, then capture.
+        model: in eval mode; the copy must not return to train mode. Hooks are copied: fold first, then register hooks.
         example: an input of the right shape, on the model's device; its values do not matter.
-        keep: features that will be captured. Where one holds the value between a convolution and its BatchNorm, the
-            two stay apart.
+        keep_features: features that will be extracted. A convolution whose output is one of them is not folded.
+
+    Returns:
+        The folded copy, or the model itself without any pair; and the number of folded BatchNorms.
     """
     pairs = _find_foldable_pairs(model, example, tuple(keep_features))
     if not pairs:
@@ -44,57 +46,59 @@ def fold_batchnorm(model: nn.Module, example: Tensor, keep_features: Iterable[Fe
     folded = copy.deepcopy(model)
     with torch.no_grad():
         for convolution_path, norm_path in pairs:
-            _fold(folded.get_submodule(convolution_path), folded.get_submodule(norm_path))
+            _fold_pair(folded.get_submodule(convolution_path), folded.get_submodule(norm_path))
             parent, _, name = norm_path.rpartition(".")
             setattr(folded.get_submodule(parent), name, nn.Identity())
     return folded, len(pairs)
 
 
-def _fold(convolution: nn.Module, norm: nn.Module) -> None:
+def _fold_pair(convolution: nn.Module, norm: nn.Module) -> None:
     assert isinstance(convolution, FOLDABLE_CONVOLUTIONS) and isinstance(norm, FOLDABLE_NORMS)
     weight, bias = convolution.weight, convolution.bias
-    # In float64: the rounding of the product is then the only one.
-    mean, variance, gamma, beta, own_bias = (
+    # In float64, so that only the final cast rounds.
+    mean, variance, gamma, beta, wide_bias = (
         None if value is None else value.detach().to("cpu", torch.float64)
         for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias, bias)
     )
     assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + norm.eps)
     scale = scale if gamma is None else scale * gamma
-    shift = (0.0 if own_bias is None else own_bias) - mean
+    shift = (0.0 if wide_bias is None else wide_bias) - mean
     shift = shift * scale if beta is None else shift * scale + beta
-    wide = weight.detach().to("cpu", torch.float64) * scale.reshape(-1, *([1] * (weight.dim() - 1)))
-    convolution.weight = nn.Parameter(wide.to(weight), requires_grad=weight.requires_grad)
+    wide_weight = weight.detach().to("cpu", torch.float64) * scale.reshape(-1, *([1] * (weight.dim() - 1)))
+    convolution.weight = nn.Parameter(wide_weight.to(weight), requires_grad=weight.requires_grad)
     convolution.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
 
 
-def _find_foldable_pairs(model: nn.Module, example: Tensor, keep: tuple[Feature, ...]) -> list[tuple[str, str]]:
-    """Runs the model once and lists (path of the convolution, path of its BatchNorm)."""
+def _find_foldable_pairs(
+    model: nn.Module, example: Tensor, keep_features: tuple[Feature, ...]
+) -> list[tuple[str, str]]:
+    """Runs the model once and returns (path of the convolution, path of its BatchNorm) of each foldable pair."""
     paths = {module: path for path, module in model.named_modules()}
-    watch = _ConvolutionUses()
+    uses = _ConvolutionUses()
     handles = []
     for module in model.modules():
         if type(module) in FOLDABLE_CONVOLUTIONS and not module._forward_hooks and not module._forward_pre_hooks:
-            handles.append(module.register_forward_hook(lambda m, _, output: watch.record_output(m, output)))
+            handles.append(module.register_forward_hook(lambda m, _, output: uses.record_output(m, output)))
         elif _is_constant_norm(module):
-            handles.append(module.register_forward_pre_hook(lambda m, args: watch.enter_norm(m, args)))
-            handles.append(module.register_forward_hook(lambda *_: watch.leave_norm()))
-    capture = FeatureExtractor(model, keep)
+            handles.append(module.register_forward_pre_hook(lambda m, args: uses.enter_norm(m, args)))
+            handles.append(module.register_forward_hook(lambda *_: uses.leave_norm()))
+    extractor = FeatureExtractor(model, keep_features)
     try:
-        with torch.no_grad(), watch:
-            capture.active = True
+        with torch.no_grad(), uses:
+            extractor.active = True
             output = model(example)
     finally:
-        capture.remove()
+        extractor.remove()
         for handle in handles:
             handle.remove()
-    seen = {id(leaf) for leaf in (*tree_leaves(output), *capture.kept.values()) if isinstance(leaf, Tensor)}
+    visible_ids = {id(leaf) for leaf in (*tree_leaves(output), *extractor.values.values()) if isinstance(leaf, Tensor)}
 
-    source = {id(values[0]): module for module, values in watch.outputs.items() if len(values) == 1}
+    convolutions = {id(outputs[0]): module for module, outputs in uses.outputs.items() if len(outputs) == 1}
     pairs = []
-    for norm, taken in watch.norm_inputs.items():
-        convolution = source.get(id(taken[0])) if len(taken) == 1 else None
-        if convolution is None or id(taken[0]) in seen or id(taken[0]) in watch.other_use_ids:
+    for norm, inputs in uses.norm_inputs.items():
+        convolution = convolutions.get(id(inputs[0])) if len(inputs) == 1 else None
+        if convolution is None or id(inputs[0]) in visible_ids or id(inputs[0]) in uses.other_use_ids:
             continue
         pairs.append((paths[convolution], paths[norm]))
     return pairs
@@ -105,11 +109,11 @@ def _is_constant_norm(module: nn.Module) -> bool:
 
 
 class _ConvolutionUses(TorchDispatchMode):
-    """Notes what convolutions give, what BatchNorms take, and which convolutions' outputs anything else reads."""
+    """Records outputs of convolutions, inputs of BatchNorms, and the convolution outputs that other operations read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[nn.Module, list[Tensor]] = {}  # per call; kept alive, so that an id means one tensor
+        self.outputs: dict[nn.Module, list[Tensor]] = {}  # one per call; references keep the ids unique
         self.norm_inputs: dict[nn.Module, list[Any]] = {}
         self.convolution_output_ids: set[int] = set()
         self.other_use_ids: set[int] = set()

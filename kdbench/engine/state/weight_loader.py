@@ -1,4 +1,4 @@
-"""What happens to a model between its construction and its first step: weights, precision, layout, folding."""
+"""Prepares a model between its construction and its first step: weights, dtype, memory format, folded BatchNorm."""
 
 from __future__ import annotations
 
@@ -23,33 +23,59 @@ PARAMETER_DTYPES = {"float64": torch.float64}
 
 @dataclass
 class WeightsOrigin:
-    """Where a role's weights came from, for the manifest."""
+    """Origin of a role's initial weights, for the manifest.
+
+    Attributes:
+        source: the recipe, stage or file.
+        sha256: hash of the loaded weights, see `state_hash`.
+        mismatches: messages about entries that were not loaded (`strict: false`).
+    """
 
     source: str = "initialised from the seed"
     sha256: str = ""
     mismatches: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class RunFile:
+    """A model file that a run of known identity has written."""
+
+    path: Path
+    identity: str
+
+
 @dataclass
 class WeightLoader:
     """Prepares the models of one stage; `build_network` calls it for each role.
 
-    artefacts: stage -> its checkpoint file. produced: role -> the checkpoint of the recipe that its weights name.
-    kept: the weights of frozen roles that later stages start from, as they were loaded (before folding).
+    Args:
+        stage_files: stage -> the model file at its end.
+        teacher_files: role -> the model file of the run that its weights name.
+        channels_last: converts models to the channels_last memory format.
+        notice: receives messages for the user.
+
+    Attributes:
+        origins: role -> origin of its weights.
+        frozen_states: role -> state dict as loaded, before folding, of the frozen roles that later stages load.
     """
 
     recipe: Recipe
     stage: StageConfig
     plan: StagePlan
     world: World
-    stage_files: Mapping[str, Path]
-    teacher_files: Mapping[str, Path]
+    stage_files: Mapping[str, RunFile]
+    teacher_files: Mapping[str, RunFile]
     channels_last: bool = False
     notice: Callable[[str], None] = print
     origins: dict[str, WeightsOrigin] = field(default_factory=dict)
     frozen_states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, config: RoleConfig, model: nn.Module) -> nn.Module:
+        """Loads a role's weights and converts its model; returns the model to use.
+
+        Raises:
+            CheckpointError: the weights cannot be read or do not match the model.
+        """
         origin = self.origins.setdefault(config.name, WeightsOrigin())
         if config.weights is not None:
             self._load(config, config.weights, model, origin)
@@ -62,70 +88,79 @@ class WeightLoader:
             model = model.eval()
             if not config.extra_inputs and not _has_state_operand(self.stage, config.name):
                 example = torch.zeros(2, *self.plan.input_shape(config.name), dtype=dtype)
-                model, _ = fold_batchnorm(model, example, _captured_features(self.stage, self.plan, config.name))
+                model, _ = fold_batchnorm(model, example, _features_to_preserve(self.stage, self.plan, config.name))
         elif self.stage.sync_batchnorm:
             model = convert_sync_batchnorm(model, self.world)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def _load(self, config: RoleConfig, weights: WeightsConfig, model: nn.Module, origin: WeightsOrigin) -> None:
-        roles: tuple[str, ...] = ()
+        default_roles: tuple[str, ...] = ()
+        identity = None
         if weights.recipe is not None:
-            file, origin.source = self.teacher_files[config.name], f"recipe {weights.recipe}"
+            run_file = self.teacher_files[config.name]
+            file, identity, origin.source = run_file.path, run_file.identity, f"recipe {weights.recipe}"
         elif weights.stage is not None:
-            file, origin.source = self.stage_files[weights.stage], f"stage {weights.stage}"
-            roles = (config.name,)
+            run_file = self.stage_files[weights.stage]
+            file, identity, origin.source = run_file.path, run_file.identity, f"stage {weights.stage}"
+            default_roles = (config.name,)
         else:
             assert weights.path is not None
             file, origin.source = find_weights_file(weights, self.recipe), str(weights.path)
         if weights.role:
             origin.source += f", {'mean of ' if len(weights.role) > 1 else ''}{' and '.join(weights.role)}"
         content = read_checkpoint(file, weights.location)
-        state = select_state(content, weights, file, roles, use_effective=not config.transforms)
+        state = select_state(
+            content, weights, file, default_roles, use_effective=not config.transforms, identity=identity
+        )
         origin.mismatches = load_state(model, state, f"{weights.location}: {file}", strict=weights.strict)
-        for fault in origin.mismatches:
-            self.notice(f"role {config.name!r}: {fault}")
+        for message in origin.mismatches:
+            self.notice(f"role {config.name!r}: {message}")
 
 
 def find_weights_file(weights: WeightsConfig, recipe: Recipe) -> Path:
-    """The file of `weights: {path: ...}`, from the working directory or else from the recipe's folder."""
+    """Returns the file of `weights: {path: ...}`, relative to the working directory or else to the recipe's folder."""
     assert weights.path is not None
     file = Path(weights.path).expanduser()
-    beside = Path(recipe.path).parent / file
-    return beside if not file.exists() and beside.exists() else file
+    beside_recipe = Path(recipe.path).parent / file
+    return beside_recipe if not file.exists() and beside_recipe.exists() else file
 
 
-def _captured_features(stage: StageConfig, plan: StagePlan, name: str) -> list[Feature]:
-    """The values inside a network that folding must leave as they are.
+def _features_to_preserve(stage: StageConfig, plan: StagePlan, name: str) -> list[Feature]:
+    """Lists the values inside a network that folding must not change.
 
-    Those that are captured in it, and what comes out of, or is captured in, a part of it that is a role of its own: a
-    convolution alone must not answer for the BatchNorm behind it.
+    These are its extracted features, and the features and outputs of each of its modules that is a role itself
+    (`reuse`): folding would move the BatchNorm after such a module into it.
     """
-    found = list(plan.resolved_stage.features[name])
-    for other, config in stage.roles.items():
+    features = list(plan.resolved_stage.features[name])
+    for other_name, config in stage.roles.items():
         if config.mode == "reuse" and config.source_role == name:
             prefix = f"{config.module_path}." if config.module_path else ""
-            inner = [f._replace(path=prefix + f.path) for f in plan.resolved_stage.features[other] if not f.is_output]
-            found += inner + ([Feature(config.module_path)] if config.module_path else [])
-    return found
+            role_features = plan.resolved_stage.features[other_name]
+            features += [f._replace(path=prefix + f.path) for f in role_features if not f.is_output]
+            features += [Feature(config.module_path)] if config.module_path else []
+    return features
 
 
 def _has_state_operand(stage: StageConfig, name: str) -> bool:
-    """Whether something is read off a role's own modules, such as the statistics of a BatchNorm: they must stay."""
-    return any(o.kind == "role" and o.is_state and root_role(o.role, stage.roles) == name for o in stage.read_operands())
+    """Returns whether an operand reads a role's module state, such as BatchNorm statistics; folding removes it."""
+    return any(
+        operand.kind == "role" and operand.is_state and root_role(operand.role, stage.roles) == name
+        for operand in stage.read_operands()
+    )
 
 
 def roles_read_later(recipe: Recipe, stage: StageConfig) -> set[str]:
-    """The roles of a stage whose weights a later stage starts from, and the roles that those are part of."""
-    found = set()
-    for later in recipe.stages:
-        for role in later.roles.values():
+    """Returns the roles of a stage whose weights a later stage loads, and the source roles of `reuse` roles."""
+    names: set[str] = set()
+    for later_stage in recipe.stages:
+        for role in later_stage.roles.values():
             if role.weights is not None and role.weights.stage == stage.name:
-                found |= set(role.weights.role or (role.name,))
-    for name in list(found):
+                names |= set(role.weights.role or (role.name,))
+    for name in list(names):
         while (role := stage.roles.get(name)) is not None and role.mode == "reuse" and role.source_role is not None:
             name = role.source_role
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
 def collect_stage_weights(
@@ -134,18 +169,20 @@ def collect_stage_weights(
     trained_states: Mapping[str, Mapping[str, Tensor]],
     frozen_states: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Mapping[str, Tensor]]:
-    """The weights that a stage leaves: of every role that moved, and of each other one that a later stage reads.
+    """Collects the weights at the end of a stage: of trained roles, and of other roles that a later stage loads.
 
     Args:
-        moved: the runner's own. kept: those of frozen roles, as they were loaded.
+        trained_states: role -> state dict, from the runner.
+        frozen_states: role -> state dict as loaded, before folding.
     """
     states = {**frozen_states, **trained_states}
     for name in roles_read_later(recipe, stage):
-        role, part = stage.roles.get(name), ""
+        role, prefix = stage.roles.get(name), ""
+        # A `reuse` role has no state of its own: cut it out of the state of its source role.
         while role is not None and role.name not in states and role.mode == "reuse" and role.source_role is not None:
-            part = f"{role.module_path}.{part}" if role.module_path else part
+            prefix = f"{role.module_path}.{prefix}" if role.module_path else prefix
             role = stage.roles.get(role.source_role)
         if role is not None and role.name in states and name not in states:
-            whole = states[role.name]
-            states[name] = {key[len(part) :]: value for key, value in whole.items() if key.startswith(part)}
+            source_state = states[role.name]
+            states[name] = {key[len(prefix) :]: value for key, value in source_state.items() if key.startswith(prefix)}
     return states

@@ -1,4 +1,4 @@
-"""Weights in and out: own checkpoints, foreign ones, and the hash that names them."""
+"""Weights: reads checkpoints of kdbench and of others, loads state dicts, and computes the hash that names weights."""
 
 from __future__ import annotations
 
@@ -15,39 +15,50 @@ from torch import Tensor, nn
 
 from kdbench.config.schema import WeightsConfig
 from kdbench.engine.distributed.dtensor import full_tensors
+from kdbench.engine.state.run_state import ModelFile
 from kdbench.errors import CheckpointError, Location, suggest
 
 
 def read_checkpoint(path: str | Path, location: Location | str = "") -> Any:
-    """Reads a checkpoint without running code that it may contain.
+    """Reads a file of torch without running code that it may contain.
+
+    Args:
+        location: of the recipe key that names the file, for messages.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+        CheckpointError: the file is missing, a folder, damaged, or contains Python objects other than tensors.
     """
     path = Path(path)
+    prefix = f"{location}: " if str(location) else ""
     if not path.is_file():
-        raise CheckpointError(f"{location}: there is no checkpoint {path}".lstrip(": "))
+        problem = f"{path} is a folder, not a checkpoint file" if path.is_dir() else f"there is no checkpoint {path}"
+        raise CheckpointError(prefix + problem)
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-                if (spoilt := archive.testzip()) is not None:
-                    raise ValueError(f"its part {spoilt!r} does not have the checksum that it was written with")
-        with warnings.catch_warnings():  # about the pickle's protocol: what matters is told below
+            with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
+                if (damaged_part := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of its part {damaged_part!r} is wrong")
+        with warnings.catch_warnings():  # about the pickle protocol; a real problem raises
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # damaged bytes can end in any of them
-        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
-        if path.is_file() and path.stat().st_size == 0:
-            reason = "the file is empty"
-        elif isinstance(error, pickle.UnpicklingError) and "eights" in reason:
-            reason = "it holds Python objects besides tensors, which kdbench does not load"
-        raise CheckpointError(f"{location}: {path} is damaged or no checkpoint ({reason})".lstrip(": ")) from None
+    except Exception as error:  # damaged bytes can raise any type
+        reason = _damage_reason(path, error)
+        raise CheckpointError(f"{prefix}{path} is damaged or not a checkpoint ({reason})") from None
+
+
+def _damage_reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
+    if isinstance(error, pickle.UnpicklingError) and "eights" in reason:
+        return "it contains Python objects other than tensors, which kdbench does not load"
+    return reason or type(error).__name__
 
 
 def state_hash(module: nn.Module) -> str:
-    """Returns a short hash of a module's parameters and buffers: names, types, shapes and bytes."""
+    """Returns a short hash of a module's parameters and buffers: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -57,98 +68,132 @@ def state_hash(module: nn.Module) -> str:
 
 
 def select_state(
-    content: Any, weights: WeightsConfig, file: Path, default_roles: Sequence[str] = (), *, use_effective: bool = True
+    content: Any,
+    weights: WeightsConfig,
+    file: Path,
+    default_roles: Sequence[str] = (),
+    *,
+    use_effective: bool = True,
+    identity: str | None = None,
 ) -> dict[str, Tensor]:
-    """Finds the state dict inside a checkpoint's content, and translates its names.
+    """Selects the state dict in a checkpoint's content and renames its entries as the recipe says.
 
     Args:
-        roles: those of a checkpoint of kdbench that are wanted (the exported one, unless the recipe says otherwise); of
-            several, the mean of their weights.
-        baked: take the weights that the forward really used, of a role whose weights are transformed (quantised).
+        content: of the file, from kdbench or from another program.
+        weights: the recipe's `weights`.
+        file: for messages.
+        default_roles: roles to read from a checkpoint of kdbench when the recipe names none; empty: the exported role.
+            The weights of several roles are averaged.
+        use_effective: of a role with weight transforms (quantised, pruned), reads the weights that its forward uses.
+        identity: of the run that must have written the file; None: any file, from kdbench or not.
 
     Raises:
-        CheckpointError: the key is not there, what stands there is no state dict, or roles cannot be averaged.
+        CheckpointError: the key or role does not exist, the entry is not a state dict, roles cannot be averaged, or the
+            file belongs to another run.
     """
-    where = f"{weights.location}: {file}"
-    if not weights.key and isinstance(content, Mapping) and "export" in content and "models" in content:
-        wanted = weights.role or default_roles or (content["export"],)
-        models = {**content["models"], **(content.get("baked", {}) if use_effective else {})}
-        for role in wanted:
+    location = f"{weights.location}: {file}"
+    is_model_file = isinstance(content, Mapping) and "export" in content and "models" in content
+    if identity is not None or (is_model_file and not weights.key):
+        try:
+            saved = ModelFile.from_tree(content, file, identity=identity)
+        except CheckpointError as error:
+            raise type(error)(f"{weights.location}: {error}") from None
+        roles = weights.role or default_roles or (saved.export,)
+        models = {**saved.models, **(saved.effective if use_effective else {})}
+        for role in roles:
             if role not in models:
-                raise CheckpointError(f"{where} holds no role {role!r}.{suggest(role, models)}")
-        content = mean_state({role: models[role] for role in wanted}, where)
+                raise CheckpointError(f"{location} has no role {role!r}.{suggest(role, models)}")
+        content = content if weights.key else mean_state({role: models[role] for role in roles}, location)
     elif weights.role:
-        raise CheckpointError(f"{where} is no checkpoint of kdbench, so it has no roles ({', '.join(weights.role)})")
+        raise CheckpointError(
+            f"{location} is not a checkpoint of kdbench, so it has no roles ({', '.join(weights.role)})"
+        )
     if weights.key:
-        for part in weights.key.split("."):
-            if not isinstance(content, Mapping) or part not in content:
-                keys = [str(k) for k in content] if isinstance(content, Mapping) else []
-                raise CheckpointError(f"{where} has no entry {weights.key!r}.{suggest(part, keys)}")
-            content = content[part]
+        content = _entry_at(content, weights.key, location)
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        keys = [str(k) for k in content] if isinstance(content, Mapping) else []
-        hint = f" Its entries: {', '.join(keys[:8])}; choose one with `key`." if keys else ""
-        raise CheckpointError(f"{where} holds no state dict.{hint}")
-    state = {}
-    for name, tensor in content.items():
-        if weights.strip and name.startswith(weights.strip):
-            name = name[len(weights.strip) :]
-        for old, new in weights.rename.items():
-            if name.startswith(old):
-                name = new + name[len(old) :]
-                break
-        state[name] = tensor
-    return state
+        keys = [str(key) for key in content] if isinstance(content, Mapping) else []
+        hint = f" Its entries: {', '.join(keys[:8])}; select one with `key`." if keys else ""
+        raise CheckpointError(f"{location} has no state dict.{hint}")
+    return {_rename_entry(str(name), weights): tensor for name, tensor in content.items()}
+
+
+def _entry_at(content: Any, key: str, location: str) -> Any:
+    """Returns the entry at a dotted key."""
+    for part in key.split("."):
+        if not isinstance(content, Mapping) or part not in content:
+            keys = [str(name) for name in content] if isinstance(content, Mapping) else []
+            raise CheckpointError(f"{location} has no entry {key!r}.{suggest(part, keys)}")
+        content = content[part]
+    return content
+
+
+def _rename_entry(name: str, weights: WeightsConfig) -> str:
+    """Removes the prefix `strip`, then replaces the first matching prefix of `rename`."""
+    if weights.strip:
+        name = name.removeprefix(weights.strip)
+    for old, new in weights.rename.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 def mean_state(states: Mapping[str, Mapping[str, Tensor]], location: Location | str = "") -> Mapping[str, Tensor]:
-    """Averages weights name by name; what is no real number (a count of batches) is the first one's.
+    """Averages state dicts entry by entry; entries that are not floating point are taken from the first.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    (first, own), *others = states.items()
-    for other, state in others:
-        unlike = sorted(set(own) ^ set(state)) or [n for n in own if own[n].shape != state[n].shape]
-        if unlike:
+    (first_role, first_state), *other_states = states.items()
+    for role, state in other_states:
+        differences = sorted(set(first_state) ^ set(state)) or [
+            name for name in first_state if first_state[name].shape != state[name].shape
+        ]
+        if differences:
             raise CheckpointError(
-                f"{location}: the weights of {first!r} and {other!r} cannot be averaged: they differ in {_join_some(unlike)}"
+                f"{location}: the weights of {first_role!r} and {role!r} cannot be averaged: they differ in "
+                f"{_join_some(differences)}"
             )
-    if not others:
-        return own
+    if not other_states:
+        return first_state
     return {
         name: torch.stack([state[name] for state in states.values()]).mean(0) if value.is_floating_point() else value
-        for name, value in own.items()
+        for name, value in first_state.items()
     }
 
 
 def load_state(
     module: nn.Module, state: Mapping[str, Tensor], location: Location | str, *, strict: bool = True
 ) -> list[str]:
-    """Loads a state dict and returns, in words, what did not match (nothing when `strict`).
+    """Loads a state dict into a module.
+
+    Returns:
+        One message for each kind of mismatch; empty when `strict`.
 
     Raises:
         CheckpointError: `strict`, and names or shapes do not match; the message lists them.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    differing = [name for name in own if name in state and own[name].shape != state[name].shape]
-    faults = []
-    if missing:
-        faults.append(f"missing ({len(missing)}): {_join_some(missing)}")
-    if unexpected:
-        faults.append(f"unexpected ({len(unexpected)}): {_join_some(unexpected)}")
-    for name in differing[:4]:
-        faults.append(f"{name} is {list(state[name].shape)} there and {list(own[name].shape)} in the model")
-    if strict and faults:
+    expected = module.state_dict()
+    missing_names = [name for name in expected if name not in state]
+    unexpected_names = [name for name in state if name not in expected]
+    misshapen = [name for name in expected if name in state and expected[name].shape != state[name].shape]
+    problems = []
+    if missing_names:
+        problems.append(f"missing ({len(missing_names)}): {_join_some(missing_names)}")
+    if unexpected_names:
+        problems.append(f"unexpected ({len(unexpected_names)}): {_join_some(unexpected_names)}")
+    for name in misshapen[:4]:
+        shapes = f"{list(state[name].shape)} in the file and {list(expected[name].shape)} in the model"
+        problems.append(f"{name} has shape {shapes}")
+    if strict and problems:
         hint = ""
-        prefix = unexpected[0].split(".", 1)[0] + "." if unexpected and "." in unexpected[0] else ""
-        if prefix and unexpected[0][len(prefix) :] in own:
+        prefix = unexpected_names[0].split(".", 1)[0] + "." if unexpected_names and "." in unexpected_names[0] else ""
+        if prefix and unexpected_names[0][len(prefix) :] in expected:
             hint = f" Try `strip: {prefix}`."
-        raise CheckpointError(f"{location}: the weights do not match the model: {'; '.join(faults)}.{hint}")
-    module.load_state_dict({k: v for k, v in state.items() if k in own and k not in differing}, strict=False)
-    return faults
+        raise CheckpointError(f"{location}: the weights do not match the model: {'; '.join(problems)}.{hint}")
+    module.load_state_dict(
+        {name: value for name, value in state.items() if name in expected and name not in misshapen}, strict=False
+    )
+    return problems
 
 
 def _join_some(names: list[str], limit: int = 5) -> str:

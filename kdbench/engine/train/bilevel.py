@@ -1,12 +1,13 @@
-"""A step that is never taken: the weights to which it would lead, and the loss there, differentiated through the step.
+"""Bilevel updates: a loss at the weights after an inner step, differentiated through that step.
 
-An update with `inner_step` learns by what another step would do: with w the weights that the virtual step moves and f its
-loss, which may depend on this update's parameters v,
+An update with `inner_step` learns from the effect of another step. With w the weights that the inner step trains and f
+its loss, which may depend on this update's parameters v,
 
-    w'(v) = w - lr * df/dw(w, v),    and the update's own loss is taken at w'(v).
+    w'(v) = w - lr * df/dw(w, v),    and the update's own loss is computed at w'(v).
 
-Its gradient with respect to v (and to w, where the update moves w as well) goes through df/dw: a second derivative. The
-step is the plain one: no momentum, no weight decay, no clipping.
+Its gradient with respect to v (and to w, where the update trains w as well) contains the derivative of df/dw, a second
+derivative. The inner step is plain gradient descent: no momentum, no weight decay, no clipping. It is never taken: the
+weights w stay as they are.
 """
 
 from __future__ import annotations
@@ -23,121 +24,127 @@ from torch.optim import Optimizer
 
 from kdbench.config.schedules import Schedule, build_schedule
 from kdbench.config.schema import InnerStepConfig, PartConfig, UpdateConfig
+from kdbench.data.loading.batch import MicroBatch, Window
 from kdbench.engine.distributed.world import World, all_reduce_sum
-from kdbench.engine.network.network import Network
-from kdbench.engine.network.operands import Batch
+from kdbench.engine.network.network import Network, Wiring
 from kdbench.engine.network.terms import Count
 from kdbench.engine.train.meters import LossMeters
 from kdbench.errors import ConfigError
 
-Losses = Callable[[Batch, Mapping[str, Count], Sequence[str], Sequence[str], float], tuple[Tensor, Tensor]]
-"""What `Network.forward` is: a batch in, the weighted total and the vector of losses out."""
+LossFunction = Callable[[MicroBatch, Mapping[str, Count], Wiring, float], tuple[Tensor, Tensor]]
+"""The signature of `Network.forward`: a micro-batch in, the weighted total and the vector of losses out."""
 
 
 def roles_with_gradient(update: UpdateConfig) -> tuple[str, ...]:
-    """The roles through which a gradient goes in either step of an update with `inner_step`."""
-    own = update.inner_step.models if update.inner_step is not None else ()
-    return tuple(dict.fromkeys((*update.models, *own)))
+    """Returns the roles through which a gradient flows in an update, its inner step included."""
+    inner = update.inner_step.models if update.inner_step is not None else ()
+    return tuple(dict.fromkeys((*update.models, *inner)))
 
 
 @contextmanager
 def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Inside the block the network has these tensors in place of some parameters, and copies of what it may write to.
+    """Replaces parameters inside the block, and the buffers of modules in training mode by copies.
 
-    Those are the buffers of modules in training mode: BatchNorm's statistics, banks, counters. What a forward writes
-    there is forgotten. A parameter that several modules share is replaced in all of them. However the block ends, all
-    modules have their own tensors again.
+    The buffers are BatchNorm statistics, memory banks, counters: whatever a forward writes into them is discarded. A
+    parameter that several modules share is replaced in all of them. All modules have their own tensors again after the
+    block, however it ends.
     """
-    own = [(module, module._parameters.copy(), module._buffers.copy()) for module in network.modules()]
-    written = [buffer for module, _, held in own if module.training for buffer in held.values() if buffer is not None]
-    copies = {id(buffer): buffer.clone() for buffer in written}
-    swapped: dict[int, Any] = {id(parameter): value for parameter, value in values.items()}
+    tensors = [(module, module._parameters.copy(), module._buffers.copy()) for module in network.modules()]
+    training_buffers = [b for module, _, buffers in tensors if module.training for b in buffers.values() if b is not None]
+    copies = {id(buffer): buffer.clone() for buffer in training_buffers}
+    replacements: dict[int, Any] = {id(parameter): value for parameter, value in values.items()}
     try:
-        for module, parameters, buffers in own:
-            module._parameters.update({n: swapped[id(p)] for n, p in parameters.items() if id(p) in swapped})
-            module._buffers.update({n: copies[id(b)] for n, b in buffers.items() if id(b) in copies})
+        for module, parameters, buffers in tensors:
+            swapped = {name: replacements[id(p)] for name, p in parameters.items() if id(p) in replacements}
+            module._parameters.update(swapped)
+            module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if id(b) in copies})
         yield
     finally:
-        for module, parameters, buffers in own:
+        for module, parameters, buffers in tensors:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
 
 
-def gradients_through(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """The gradient of a loss, zeros where it reaches nothing, as a function of all that it depends on."""
+def differentiable_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Returns the gradients of a loss as a function of everything that it depends on; zeros where it depends on none."""
     return torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 
 
 def twice_differentiable() -> AbstractContextManager[Any]:
-    """Attention as plain matrix products: its fused kernels have no second derivative."""
+    """Computes attention by plain matrix products: its fused kernels have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass
 class InnerStep:
-    """A virtual step, ready to run.
+    """The inner step of an update.
 
-    parameters: of the network, those that it moves. moving: the roles through which a gradient goes.
-    rates: the different learning rates, which `move` takes from `source`; whose: the number of each parameter's rate.
-    rows: of the terms' losses, those that no update logs; positions: where the meters add them.
+    Attributes:
+        parameters: that it trains.
+        wiring: of its terms.
+        rates: (n,) the distinct learning rates.
+        rate_indices: for each parameter the index of its rate.
+        rate_source: a schedule, or the optimizer groups whose rates are used; None for constant rates.
+        unlogged: indices, in the vector of losses, of the terms that no update logs.
+        meter_indices: of those terms.
     """
 
     config: InnerStepConfig
     parameters: list[nn.Parameter]
-    moving: tuple[str, ...]
+    wiring: Wiring
     rates: Tensor
-    whose: tuple[int, ...]
-    source: Schedule | list[dict[str, Any]] | None
-    rows: Tensor
-    positions: Tensor
+    rate_indices: tuple[int, ...]
+    rate_source: Schedule | list[dict[str, Any]] | None
+    unlogged: Tensor
+    meter_indices: Tensor
 
-    def set_rates(self, scheduled: Callable[[Schedule], float]) -> None:
-        """Sets the rates for the coming step."""
-        if isinstance(self.source, list):
-            for number, group in enumerate(self.source):
+    def set_rates(self, value_of: Callable[[Schedule], float]) -> None:
+        """Fills the rates for the coming step."""
+        if isinstance(self.rate_source, list):
+            for number, group in enumerate(self.rate_source):
                 rate, lr = self.rates[number], group["lr"]
                 rate.copy_(lr) if isinstance(lr, Tensor) else rate.fill_(lr)
-        elif self.source is not None:
-            self.rates.fill_(scheduled(self.source))
+        elif self.rate_source is not None:
+            self.rates.fill_(value_of(self.rate_source))
 
     def losses_after(
         self,
         network: Network,
-        window: Sequence[Batch],
-        share: float,
+        window: Window,
+        fraction: float,
         autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[Losses, list[Tensor]]:
-        """Thinks the step, over the whole effective batch and all ranks.
+    ) -> tuple[LossFunction, list[Tensor]]:
+        """Computes the inner step on the effective batch, summed over ranks.
 
         Returns:
-            The network's forward at the weights to which the step leads; and each micro-batch's own losses of the step
+            The network's forward at the weights after the step, and for each micro-batch the losses of the inner step
             that no update logs.
         """
-        terms = self.config.terms
-        counts = network.valid_counts(window, terms)
+        counts = network.valid_counts(window, self.wiring.terms)
         total: Tensor | None = None
-        seen = []
-        for batch in window:
+        unlogged = []
+        for batches in window:
+            # No parameter is replaced here: this only discards what the forward writes into buffers.
             with swapped_parameters(network, {}), twice_differentiable(), autocast():
-                loss, values = network(batch, counts, terms, self.moving, share)
+                loss, values = network(batches, counts, self.wiring, fraction)
             total = loss if total is None else total + loss
-            seen.append(values.index_select(0, self.rows))
+            unlogged.append(values.index_select(0, self.unlogged))
         assert total is not None
-        gradients = _summed(gradients_through(total, self.parameters), network.world)
-        steps = zip(self.parameters, self.whose, gradients, strict=True)
-        ahead = {own: own - (self.rates[number] * gradient).to(own.dtype) for own, number, gradient in steps}
+        gradients = _summed_over_ranks(differentiable_gradients(total, self.parameters), network.world)
+        steps = zip(self.parameters, self.rate_indices, gradients, strict=True)
+        after = {p: p - (self.rates[index] * gradient).to(p.dtype) for p, index, gradient in steps}
 
-        def losses(
-            batch: Batch, counts: Mapping[str, Count], terms: Sequence[str], moving: Sequence[str], share: float
+        def forward(
+            batches: MicroBatch, counts: Mapping[str, Count], wiring: Wiring, fraction: float
         ) -> tuple[Tensor, Tensor]:
-            with swapped_parameters(network, ahead):
-                return network(batch, counts, terms, self.moving, share)
+            with swapped_parameters(network, after):
+                return network(batches, counts, wiring, fraction)
 
-        return losses, seen if len(self.rows) else []
+        return forward, unlogged if len(self.unlogged) else []
 
 
-def _summed(gradients: Sequence[Tensor], world: World) -> Sequence[Tensor]:
-    """The gradients of the whole batch, on every rank; what comes back through them is summed likewise."""
+def _summed_over_ranks(gradients: Sequence[Tensor], world: World) -> Sequence[Tensor]:
+    """Returns the gradients of the whole batch on every rank; their own gradients are summed over ranks likewise."""
     if world.size == 1:
         return gradients
     flat = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
@@ -147,49 +154,50 @@ def _summed(gradients: Sequence[Tensor], world: World) -> Sequence[Tensor]:
 
 def build_inner_step(
     update: UpdateConfig,
+    network: Network,
     parameters: list[nn.Parameter],
     optimizers: Sequence[Optimizer],
     meters: LossMeters,
     logged: Collection[str],
 ) -> InnerStep:
-    """Makes the virtual step of an update ready.
+    """Builds the inner step of an update.
 
     Args:
-        parameters: those that the step moves.
-        optimizers: of all updates, whose rates the step takes where the recipe says none.
-        meters: where losses are logged that no update logs.
-        logged: the terms that some update logs.
+        parameters: that the step trains.
+        optimizers: of all updates; the step uses their rates where the recipe states none.
+        meters: receive the losses that no update logs.
+        logged: names of the terms that an update logs.
     """
-    after = update.inner_step
-    assert after is not None
-    source: Schedule | list[dict[str, Any]] | None = None
-    whose = (0,) * len(parameters)
+    config = update.inner_step
+    assert config is not None
+    rate_source: Schedule | list[dict[str, Any]] | None = None
+    rate_indices = (0,) * len(parameters)
     rates = [0.0]
-    if after.lr is None:
-        source, whose = _groups(parameters, optimizers)
-        rates = [0.0] * len(source)
-    elif isinstance(after.lr, PartConfig):
-        source = build_schedule(after.lr)
+    if config.lr is None:
+        rate_source, rate_indices = _optimizer_groups(parameters, optimizers)
+        rates = [0.0] * len(rate_source)
+    elif isinstance(config.lr, PartConfig):
+        rate_source = build_schedule(config.lr)
     else:
-        rates = [float(after.lr)]
-    own = [number for number, name in enumerate(after.terms) if name not in logged]
-    device, count = meters.sums.device, len(after.terms)
+        rates = [float(config.lr)]
+    unlogged = [number for number, name in enumerate(config.terms) if name not in logged]
+    device, count = meters.sums.device, len(config.terms)
     return InnerStep(
-        after,
+        config,
         parameters,
-        roles_with_gradient(update),
+        network.wiring(config.terms, roles_with_gradient(update)),
         torch.tensor(rates, device=device, dtype=meters.sums.dtype),
-        whose,
-        source,
-        torch.tensor([*own, *(number + count for number in own)], device=device, dtype=torch.int64),
-        meters.indices(tuple(after.terms[number] for number in own)),
+        rate_indices,
+        rate_source,
+        torch.tensor([*unlogged, *(number + count for number in unlogged)], device=device, dtype=torch.int64),
+        meters.indices(tuple(config.terms[number] for number in unlogged)),
     )
 
 
-def _groups(
+def _optimizer_groups(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]
 ) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
-    """The groups of the optimisers that move these parameters, and for each parameter the number of its group."""
+    """Returns the optimizer groups that contain these parameters, and for each parameter the index of its group."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     number = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
     used = sorted({number[id(parameter)] for parameter in parameters})
@@ -199,89 +207,96 @@ def _groups(
 def dry_run_inner_step(
     network: Network, update: UpdateConfig, forward: Callable[[UpdateConfig | InnerStepConfig], Tensor]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Rehearses an update with a virtual step.
+    """Executes an update with an inner step on meta tensors.
 
     Args:
-        forward: the total of a move on the rehearsal's batch; it tells failures in words.
+        forward: returns the total of an update on the batch of the dry run; reports failures as config errors.
 
     Returns:
-        The update's loss as a function of all that it depends on, and the names of the parameters that the step moves.
+        The update's loss as a function of everything that it depends on, and the names of the parameters that the
+        inner step trains.
 
     Raises:
-        ConfigError: the step moves nothing, cannot be differentiated, or nothing comes after it.
+        ConfigError: the inner step trains nothing, cannot be differentiated, or has no effect on the update's loss.
     """
-    after = update.inner_step
-    assert after is not None
-    steps = _rehearsed(network, after, forward, roles_with_gradient(update))
-    ahead = {own: own - gradient for own, gradient in steps.values()}
-    with swapped_parameters(network, ahead):
+    inner = update.inner_step
+    assert inner is not None
+    gradients = _inner_gradients(network, inner, forward, roles_with_gradient(update))
+    after = {parameter: parameter - gradient for parameter, gradient in gradients.values()}
+    with swapped_parameters(network, after):
         loss = forward(replace(update, models=roles_with_gradient(update)))
-    told: Sequence[Tensor | None] = []
+    effects: Sequence[Tensor | None] = []
     if loss.requires_grad:
-        told = torch.autograd.grad(loss, list(ahead.values()), allow_unused=True, retain_graph=True)
-    own, models = ", ".join(update.terms), ", ".join(after.models)
-    if all(gradient is None for gradient in told):
-        said = f"no term of {own} reads what the virtual step of {models} moves"
-        raise ConfigError(f"{after.location}: nothing comes after this step: {said}")
-    try:  # everywhere: where only some parameters are asked for, autograd leaves out what it cannot differentiate
+        effects = torch.autograd.grad(loss, list(after.values()), allow_unused=True, retain_graph=True)
+    terms, models = ", ".join(update.terms), ", ".join(inner.models)
+    if all(gradient is None for gradient in effects):
+        raise ConfigError(f"{inner.location}: no term of {terms} reads anything that the inner step of {models} trains")
+    try:  # all inputs: for a part of them autograd would skip operations that it cannot differentiate
         loss.backward(retain_graph=True)
     except RuntimeError as error:
-        raise _once(after, error) from error
+        raise _no_second_derivative(inner, error) from error
     reached = any(parameter.grad is not None for parameter in network.candidate_parameters(update).values())
     network.zero_grad(set_to_none=True)
     if not reached:
-        said = f"the gradient of {own} finds no way through the virtual step of {models} by {', '.join(after.terms)}"
-        raise ConfigError(f"{update.location}: nothing to update: {said} to a parameter of {', '.join(update.models)}")
-    return loss, tuple(steps)
+        raise ConfigError(
+            f"{update.location}: nothing to update: the gradient of {terms} does not reach a parameter of "
+            f"{', '.join(update.models)} through the inner step of {models} by {', '.join(inner.terms)}"
+        )
+    return loss, tuple(gradients)
 
 
-def _rehearsed(
+def _inner_gradients(
     network: Network,
-    after: InnerStepConfig,
+    inner: InnerStepConfig,
     forward: Callable[[UpdateConfig | InnerStepConfig], Tensor],
-    moving: tuple[str, ...],
+    models: tuple[str, ...],
 ) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """The parameters that a virtual step moves, by name, and their gradients."""
-    if not after.terms:
-        raise ConfigError(f"{after.location}: no virtual step to take: every term of it has weight 0")
+    """Returns the parameters that an inner step trains, by name, with their gradients."""
+    if not inner.terms:
+        raise ConfigError(f"{inner.location}: the inner step is empty: all of its terms have weight 0")
     with twice_differentiable():
-        total = forward(replace(after, models=moving))
-    learning = {name: p for name, p in network.candidate_parameters(after).items() if p.requires_grad}
-    found: Sequence[Tensor | None] = [None] * len(learning)
-    if total.requires_grad and learning:
+        total = forward(replace(inner, models=models))
+    trainable = {name: p for name, p in network.candidate_parameters(inner).items() if p.requires_grad}
+    gradients: Sequence[Tensor | None] = [None] * len(trainable)
+    if total.requires_grad and trainable:
         try:
-            found = torch.autograd.grad(total, list(learning.values()), create_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(total, list(trainable.values()), create_graph=True, allow_unused=True)
         except RuntimeError as error:
-            raise _once(after, error) from error
-    reached = {name: (p, g) for (name, p), g in zip(learning.items(), found, strict=True) if g is not None}
+            raise _no_second_derivative(inner, error) from error
+    pairs = zip(trainable.items(), gradients, strict=True)
+    reached = {name: (parameter, gradient) for (name, parameter), gradient in pairs if gradient is not None}
     if all(name.startswith("terms.") for name in reached):
-        said = f"no term of {', '.join(after.terms)} reaches a parameter of {', '.join(after.models)}"
-        raise ConfigError(f"{after.location}: no virtual step to take: {said}")
+        terms, models_text = ", ".join(inner.terms), ", ".join(inner.models)
+        raise ConfigError(
+            f"{inner.location}: the inner step is empty: no term of {terms} reaches a parameter of {models_text}"
+        )
     return reached
 
 
-def _once(after: InnerStepConfig, error: RuntimeError) -> ConfigError:
+def _no_second_derivative(inner: InnerStepConfig, error: RuntimeError) -> ConfigError:
     reason = " ".join(str(error).split())[:200]
-    said = f"a gradient goes through this step, but {', '.join(after.terms)} cannot be differentiated twice"
-    return ConfigError(f"{after.location}: {said}: {reason}")
+    return ConfigError(
+        f"{inner.location}: the gradient flows through this inner step, but {', '.join(inner.terms)} cannot be "
+        f"differentiated twice: {reason}"
+    )
 
 
-def check_rates(moves: Sequence[tuple[UpdateConfig, Sequence[str], Sequence[str]]]) -> None:
-    """A virtual step without a rate of its own takes those of the updates that move its parameters.
+def check_inner_rates(updates: Sequence[tuple[UpdateConfig, Sequence[str], Sequence[str]]]) -> None:
+    """Checks that an inner step without a rate of its own can use the rates of the updates that train its parameters.
 
     Args:
-        moves: each update, what its virtual step moves, and what it moves itself.
+        updates: each update, the names of the parameters that its inner step trains, and those that it trains itself.
 
     Raises:
-        ConfigError: no update moves one of them, or several do.
+        ConfigError: no update trains one of the parameters, or several do.
     """
-    for update, ahead, _ in moves:
+    for update, inner_names, _ in updates:
         if update.inner_step is None or update.inner_step.lr is not None:
             continue
-        for name in ahead:
-            count = sum(name in parameters for _, _, parameters in moves)
+        for name in inner_names:
+            count = sum(name in names for _, _, names in updates)
             if count != 1:
-                who = "no update moves" if count == 0 else f"{count} updates move"
+                reason = "no update trains" if count == 0 else f"{count} updates train"
                 raise ConfigError(
-                    f"{update.inner_step.location}: say the learning rate of this step, `lr: 0.1`: {who} {name}"
+                    f"{update.inner_step.location}: the inner step needs a learning rate, `lr: 0.1`: {reason} {name}"
                 )

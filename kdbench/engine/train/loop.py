@@ -1,42 +1,48 @@
-"""One stage from its first step to its last: batches in, log lines, evaluations and checkpoints out."""
+"""The loop over one stage: batches in, log lines, evaluations and checkpoints out."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kdbench.data.loading.batch import Batch, MicroBatch
 from kdbench.data.loading.source import Source
-from kdbench.engine.network.operands import Batch
+from kdbench.engine.state.run_state import History
 from kdbench.engine.train.runner import Runner
 
-DEFAULT_MINUTES = 10.0  # between checkpoints, besides the one after every evaluation
+DEFAULT_MINUTES = 10.0
+"""Minutes between checkpoints, in addition to the checkpoint after every evaluation."""
 
 
 class TrainingLog(Protocol):
-    """What training needs of a tracker."""
+    """The methods of a tracker that the loop calls."""
 
     def progress(self, steps_done: int, phase: str = "") -> None: ...
     def train(self, record: Any) -> None: ...
 
 
 class BatchFeed(Protocol):
-    """What training needs of a feed: the source whose rows it counts, and the micro-batches of every step."""
+    """The micro-batches of every step.
+
+    Attributes:
+        main: the source whose rows are counted as samples.
+    """
 
     main: str
 
-    def windows(self, step: int) -> Iterator[list[Batch]]: ...
+    def windows(self, step: int) -> Iterator[list[MicroBatch]]: ...
 
 
 class Feed:
-    """The batches of all sources at any step, as functions of the step alone.
+    """The batches of all sources, as functions of the step alone.
 
     Args:
-        sources: those that the step reads.
-        main: the one whose length is an epoch; the others go round at their own length.
-        accumulate: micro-batches per step; the last step of an epoch takes what is left.
+        sources: that a step reads.
+        main: the source whose length is an epoch; the others repeat at their own length.
+        accumulate: micro-batches per step; the last step of an epoch has the remaining ones.
     """
 
     def __init__(self, sources: Mapping[str, Source], main: str, accumulate: int = 1) -> None:
@@ -45,22 +51,22 @@ class Feed:
         self.steps_per_epoch = -(-self.batches_per_epoch // accumulate)
 
     def first_microbatch(self, step: int) -> int:
-        """Returns the number of the first micro-batch of a step, counted from the begin of the stage."""
-        epoch, inside = divmod(step, self.steps_per_epoch)
-        return epoch * self.batches_per_epoch + inside * self.accumulate
+        """Returns the number of the first micro-batch of a step, counted from the start of the stage."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * self.batches_per_epoch + step_in_epoch * self.accumulate
 
-    def windows(self, step: int) -> Iterator[list[Batch]]:
+    def windows(self, step: int) -> Iterator[list[MicroBatch]]:
         """Yields the micro-batches of every step from `step` on, without end."""
         first = self.first_microbatch(step)
         streams = {name: self._stream(source, first) for name, source in self.sources.items()}
         while True:
-            left = self.batches_per_epoch - first % self.batches_per_epoch
-            count = min(self.accumulate, left)
+            remaining = self.batches_per_epoch - first % self.batches_per_epoch
+            count = min(self.accumulate, remaining)
             yield [{name: next(stream) for name, stream in streams.items()} for _ in range(count)]
             first += count
 
     @staticmethod
-    def _stream(source: Source, first: int) -> Iterator[Any]:
+    def _stream(source: Source, first: int) -> Iterator[Batch]:
         epoch, start = divmod(first, source.steps_per_epoch)
         while True:
             yield from source.batches(epoch, start)
@@ -68,25 +74,13 @@ class Feed:
 
 
 @dataclass
-class History:
-    """What a run has found so far; it goes into every checkpoint.
-
-    seconds: time in training steps. evaluations: all of them, in order. best: the chosen evaluation of each stage.
-    frozen: what roles that do not move reached, by role and split.
-    """
-
-    seconds: float = 0.0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, dict[str, Any]] = field(default_factory=dict)
-    frozen: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-
-
-@dataclass
 class TrainingLoop:
-    """Drives one runner through one stage.
+    """Trains one runner through one stage.
 
-    evaluate: called after an epoch with its number (finished epochs); it logs, and keeps the best.
-    checkpoint: called when everything may be written down; the logs are complete up to here.
+    Attributes:
+        evaluate: called with the number of finished epochs; logs the metrics and keeps the best epoch.
+        checkpoint: called when the logs are complete up to the present step.
+        steps_before: steps of earlier stages.
     """
 
     runner: Runner
@@ -98,68 +92,61 @@ class TrainingLoop:
     steps_before: int = 0
 
     def run(self) -> None:
-        """Goes on from where the runner stands, to the end of the stage."""
-        runner, stage = self.runner, self.runner.stage
-        per_epoch = runner.steps_per_epoch
-        windows = self.feed.windows(runner.steps_done)
-        every = stage.checkpoint_every
-        minutes = every.get("minutes", math.inf if "steps" in every else DEFAULT_MINUTES)
-        saved = time.monotonic()
-        images = 0
-        began = time.perf_counter()
-        while runner.steps_done < runner.total_steps:
+        """Trains from the runner's position to the end of the stage."""
+        runner, progress = self.runner, self.runner.progress
+        windows = self.feed.windows(progress.steps_done)
+        last_checkpoint = time.monotonic()
+        samples, interval_start = 0, time.perf_counter()
+        while progress.steps_done < progress.total_steps:
             window = next(windows)
-            images += sum(next(iter(batch[self.feed.main].values())).shape[0] for batch in window)
-            runner.lap("data")
+            samples += sum(batches[self.feed.main].size for batches in window)
+            runner.timer.end_section("data")
             runner.begin_step()
             runner.step(window)
-            done = runner.steps_done
-            if runner.logs_at(done):
-                now = time.perf_counter()
-                self._log(images, now - began)
-                images, began = 0, time.perf_counter()
-            self.log.progress(done)
-            at_end = done == runner.total_steps
-            epoch_over = done % per_epoch == 0
-            if at_end or (epoch_over and (done // per_epoch) % stage.eval_every == 0):
-                paused = time.perf_counter()
+            step = progress.steps_done
+            if progress.logs_after(step):
+                self._log(samples, time.perf_counter() - interval_start)
+                samples, interval_start = 0, time.perf_counter()
+            self.log.progress(step)
+            evaluates = progress.evaluates_after(step)
+            if evaluates or self._checkpoint_is_due(step, last_checkpoint):
+                pause_start = time.perf_counter()
                 runner.check_finite_weights()
-                runner.sync_buffers()
-                self.log.progress(done, "evaluating")
-                self.evaluate(-(-done // per_epoch))
+                if evaluates:
+                    runner.eager.sync_buffers()
+                    self.log.progress(step, "evaluating")
+                    self.evaluate(-(-step // progress.steps_per_epoch))
                 self.checkpoint()
-                saved = time.monotonic()
-                began += time.perf_counter() - paused
-                runner.forget_lap()
-            elif self._due(done, every.get("steps"), minutes, saved):
-                paused = time.perf_counter()
-                runner.check_finite_weights()
-                self.checkpoint()
-                saved = time.monotonic()
-                began += time.perf_counter() - paused
-                runner.forget_lap()
+                last_checkpoint = time.monotonic()
+                # Evaluation and checkpoint count neither as training time nor as a section of the step.
+                interval_start += time.perf_counter() - pause_start
+                runner.timer.restart()
 
-    def _due(self, done: int, steps: float | None, minutes: float, saved: float) -> bool:
-        if steps and done % int(steps) == 0:
+    def _checkpoint_is_due(self, step: int, last_checkpoint: float) -> bool:
+        """Returns whether `checkpoint_every` asks for a checkpoint after a step without evaluation."""
+        every = self.runner.stage.checkpoint_every
+        steps = every.get("steps")
+        minutes = every.get("minutes", math.inf if steps else DEFAULT_MINUTES)
+        if steps and step % int(steps) == 0:
             return True
         if minutes == math.inf:
             return False
         world = self.runner.world
-        if world.size > 1 and done % self.runner.stage.log_every:
-            return False  # the ranks' clocks differ: they agree once per log interval, not in every step
-        return bool(world.broadcast((time.monotonic() - saved) > 60 * minutes))
+        if world.size > 1 and step % self.runner.stage.log_every:
+            return False  # the clocks of the ranks differ, so they agree by a broadcast, once per log interval only
+        return bool(world.broadcast((time.monotonic() - last_checkpoint) > 60 * minutes))
 
-    def _log(self, images: int, seconds: float) -> None:
+    def _log(self, samples: int, seconds: float) -> None:
         runner = self.runner
-        _, values = runner.read()
+        _, values = runner.read_log()
         self.history.seconds += seconds
         self.log.train(
             {
                 "stage": runner.stage.name,
-                "epoch": (runner.steps_done - 1) // runner.steps_per_epoch + 1,
-                "step": self.steps_before + runner.steps_done,
+                "epoch": runner.progress.epoch,
+                "step": self.steps_before + runner.progress.steps_done,
                 **values,
-                "images_per_s": round(images * runner.world.size / seconds, 1),
+                "images_per_s": round(samples * runner.world.size / seconds, 1),
                 "seconds": round(self.history.seconds, 2),
             }
         )

@@ -1,4 +1,4 @@
-"""Losses summed on the device and read once per log interval; the first step that is not finite is remembered there."""
+"""Losses that are summed on the device and read once per log interval."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ class LossMeans:
 
 
 class LossMeters:
-    """Adds up each term's loss, unweighted and weighted, without waiting for the device.
+    """Sums each term's loss, unweighted and weighted, without waiting for the device.
 
     Args:
-        terms: names, in the order in which the runner numbers them.
-        device: where the sums live.
+        terms: names of all terms of the stage.
+        device: of the sums.
+
+    Attributes:
+        sums: (2 * terms,) float64: losses, then weighted losses.
+        nonfinite_steps: (2 * terms,) number of steps for which a sum has not been finite. A sum that is not finite
+            stays so until the next reading, which gives the first step.
+        step: scalar, completed steps of the stage.
+        steps: completed steps since the last reading, counted on the host.
     """
 
     def __init__(self, terms: tuple[str, ...], device: torch.device) -> None:
@@ -41,49 +48,53 @@ class LossMeters:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
         self.nonfinite_steps = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)
-        """For how many steps a sum has not been finite: once a loss was not, its sum is not until the next reading."""
         self.step = torch.zeros((), device=device, dtype=torch.int64)
-        self.steps = 0  # since the last reading
+        self.steps = 0
 
     def indices(self, terms: tuple[str, ...]) -> Tensor:
-        """Where the values of an update's terms are added."""
+        """Returns the indices in `sums` of the losses, then of the weighted losses, of some terms."""
         numbers = [self.terms.index(name) for name in terms]
         return torch.tensor(numbers + [n + len(self.terms) for n in numbers], device=self.sums.device)
 
-    def add(self, values: Tensor, positions: Tensor) -> None:
-        """Adds the vector that `Network.forward` gave for the terms at `positions`."""
-        self.sums.index_add_(0, positions, values.to(self.sums.dtype))
+    def add(self, values: Tensor, indices: Tensor) -> None:
+        """Adds the vector that `Network.forward` returned for the terms at `indices`."""
+        self.sums.index_add_(0, indices, values.to(self.sums.dtype))
 
     def end_step(self) -> None:
-        """Counts a step on the device; `steps`, on the host, is counted by whoever drives the steps."""
+        """Counts a step on the device; the runner counts `steps` on the host."""
         self.step += 1
-        self.nonfinite_steps += (self.sums - self.sums) != 0  # NaN where a sum is not finite; fewer kernels than `isfinite`
+        self.nonfinite_steps += (self.sums - self.sums) != 0  # true for NaN and infinity; fewer kernels than `isfinite`
 
     def read(self, world: World) -> LossMeans:
-        """Waits for the device, returns the means and starts anew. Every rank must call it."""
-        reading = self.peek(world)
+        """Returns the means and resets the sums. Waits for the device; all ranks call it."""
+        means = self.peek(world)
         self.sums.zero_()
         self.steps = 0
-        return reading
+        return means
 
     def peek(self, world: World) -> LossMeans:
-        """Waits for the device and returns the means so far. Every rank must call it."""
+        """Returns the means so far. Waits for the device; all ranks call it."""
         sums = world.all_reduce_sum_(self.sums.clone()).tolist()
-        bad = self.nonfinite_steps.clone()
+        nonfinite = self.nonfinite_steps.clone()
         if world.size > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        count = max(self.steps, 1)
-        means = [value / count for value in sums]
-        names, n, step = self.terms, len(self.terms), int(self.step)
-        not_finite = {name: step - since + 1 for name, since in zip(names, bad.tolist()[:n], strict=True) if since}
+            torch.distributed.all_reduce(nonfinite, torch.distributed.ReduceOp.MAX)
+        steps = max(self.steps, 1)
+        means = [value / steps for value in sums]
+        names, count, last = self.terms, len(self.terms), int(self.step)
+        durations = zip(names, nonfinite.tolist()[:count], strict=True)
         return LossMeans(
-            self.steps, dict(zip(names, means[:n], strict=True)), dict(zip(names, means[n:], strict=True)), not_finite
+            self.steps,
+            losses=dict(zip(names, means[:count], strict=True)),
+            weighted=dict(zip(names, means[count:], strict=True)),
+            not_finite={name: last - duration + 1 for name, duration in durations if duration},
         )
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums.cpu(), "step": self.step.cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["sums"].shape != self.sums.shape:  # `copy_` would broadcast
+            raise ValueError(f"sums have shape {tuple(state['sums'].shape)}, expected {tuple(self.sums.shape)}")
         self.sums.copy_(state["sums"])
         self.step.copy_(state["step"])
         self.steps = int(state["steps"])

@@ -1,9 +1,9 @@
-"""From the recipe's `optimizer` to an optimiser of torch.optim with its parameter groups."""
+"""Builds optimizers of torch.optim with their parameter groups, and saves and loads their state."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +15,17 @@ from kdbench.config.schema import OptimizerConfig
 from kdbench.engine.distributed.dtensor import is_sharded
 from kdbench.engine.network.features import find_module
 from kdbench.errors import ConfigError, Location, suggest
-from kdbench.registry import OPTIMIZERS
+from kdbench.registry import OPTIMIZERS, Entry
 
-UNFIT = {
+UNSUPPORTED = {
     "LBFGS": "it evaluates the loss several times per step",
-    "SparseAdam": "it takes sparse gradients only",
+    "SparseAdam": "it accepts sparse gradients only",
 }
-"""Optimisers of torch.optim that the training step cannot drive, and why."""
+"""Optimizers of torch.optim that the training step cannot use, with the reason."""
 
 
 FUSED = ("SGD", "Adam", "AdamW")
-"""Those that have one kernel for the whole update on CUDA; it also takes the loss scale of fp16 without a host read."""
+"""Optimizers with one kernel for the whole update on CUDA, which also applies the loss scale of fp16 on the device."""
 
 
 def build_optimizer(
@@ -35,64 +35,42 @@ def build_optimizer(
     *,
     capture: bool = False,
 ) -> Optimizer:
-    """Builds the optimiser of one update.
+    """Builds the optimizer of one update.
 
-    The first parameter group holds what no entry of `config.groups` matches; then follow the entries' groups in the
-    order of the recipe (empty ones are left out). Within a group, parameters stand in the order of `modules` and of
-    their `named_parameters`, so that the same recipe always gives the same optimiser state. Each group has the key
-    `initial_lr` for `set_lr_factor`. On CUDA the fused implementation is used where there is one, else, as on the CPU,
-    the multi-tensor one (`foreach`), unless the recipe chooses `foreach` or `fused` itself.
+    The first parameter group contains the parameters that no entry of `config.groups` matches; the groups of the
+    entries follow in the order of the recipe, without empty ones. Within a group, parameters are in the order of
+    `modules` and of their `named_parameters`, so that the same recipe always yields the same optimizer state. Each
+    group has the key `initial_lr` for `set_lr_factor`. Unless the recipe chooses `foreach` or `fused`, the fused
+    implementation is used on CUDA where there is one, and the multi-tensor one (`foreach`) otherwise.
 
     An entry's `path` names a module or a parameter, with the role (`student.layer4`) or without (`layer4`, in every
     role that has one); negative indices count from the end. Its `type` is the class of a module (everything inside it
-    matches), `norm` (all normalisation layers) or `bias`. With both, both must hold. `norm` and `bias` may match
-    nothing, because they state a policy; a path or a class that matches nothing is a mistake.
+    matches), `norm` (all normalisation layers) or `bias`. With both, both must match. `norm` and `bias` may match
+    nothing, because they state a policy; a path or a class that matches nothing is an error.
 
     Args:
         config: type, parameters and groups.
         modules: role or term name -> module whose parameters may train.
         only: the parameters that a term of this update reaches; None: all. Those without gradient are always left out.
-        capture: keep learning rate and step count on the device, where the optimiser can (`stays_on_device`).
+        capture: keep learning rate and step count on the device, if the optimizer supports it (`stays_on_device`).
 
     Raises:
-        ConfigError: unknown optimiser or parameter, a value that the optimiser refuses, an entry of `groups` that
+        ConfigError: unknown optimizer or parameter, a value that the optimizer rejects, an entry of `groups` that
             matches nothing, or nothing to train.
     """
     entry = OPTIMIZERS.check(config.type, config.params, config.location)
-    if config.type in UNFIT:
-        raise ConfigError(f"{config.location}: optimizer {config.type!r} cannot be used here: {UNFIT[config.type]}.")
+    if config.type in UNSUPPORTED:
+        raise ConfigError(f"{config.location}: optimizer {config.type!r} is not supported: {UNSUPPORTED[config.type]}.")
     allowed = None if only is None else {id(parameter) for parameter in only}
-    owned = [o for o in _owned(modules) if o.value.requires_grad and (allowed is None or id(o.value) in allowed)]
-    if not owned:
+    candidates = [p for p in _named_parameters(modules) if p.value.requires_grad]
+    parameters = [p for p in candidates if allowed is None or id(p.value) in allowed]
+    if not parameters:
         raise ConfigError(
-            f"{config.location}: nothing to train: {', '.join(modules) or 'no model'} has no parameter that is trainable "
-            "and that a term reaches."
+            f"{config.location}: nothing to train: {', '.join(modules) or 'no model'} has no trainable parameter that "
+            "a term reaches."
         )
-
-    entries = [_Group.read(group, i, config, modules) for i, group in enumerate(config.groups)]
-    members: list[list[Tensor]] = [[] for _ in entries]
-    rest: list[Tensor] = []
-    for parameter in owned:
-        chosen = next((i for i, group in enumerate(entries) if group.matches(parameter)), None)
-        (rest if chosen is None else members[chosen]).append(parameter.value)
-    for group, found in zip(entries, members, strict=True):
-        if not found and not group.is_policy:
-            taken = any(group.matches(parameter) for parameter in owned)
-            reason = "an earlier group has all of it" if taken else "none of it is trained in this stage"
-            raise ConfigError(f"{group.place}: {group.label} matches no parameter that is left: {reason}.")
-
-    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
-    groups += [{"params": found, **g.overrides} for g, found in zip(entries, members, strict=True) if found]
-    params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
-    if not {"foreach", "fused", "differentiable"} & set(params):
-        kinds = {parameter.value.device.type for parameter in owned}
-        parts = any(is_sharded(parameter.value) for parameter in owned)  # torch takes no list of whole and parted tensors
-        if kinds == {"cuda"} and not parts and config.type in FUSED:
-            params["fused"] = True
-        elif "foreach" in entry.parameters:
-            params["foreach"] = kinds <= {"cpu", "cuda"} and not parts
-    if capture and "capturable" in entry.parameters:
-        params.setdefault("capturable", True)
+    groups = _parameter_groups(config, modules, parameters)
+    params = _implementation_params(config, entry, parameters, capture)
     try:
         optimizer = entry.load()(groups, **params)
     except ValueError as error:  # torch checks ranges itself, such as `Invalid learning rate: -1`
@@ -104,68 +82,110 @@ def build_optimizer(
     return optimizer
 
 
+def _parameter_groups(
+    config: OptimizerConfig, modules: Mapping[str, nn.Module], parameters: Sequence[_NamedParameter]
+) -> list[dict[str, Any]]:
+    """Assigns each parameter to the first entry of `config.groups` that matches it.
+
+    Raises:
+        ConfigError: an entry that is no policy matches no parameter.
+    """
+    rules = [_GroupRule.parse(group, i, config, modules) for i, group in enumerate(config.groups)]
+    members: list[list[Tensor]] = [[] for _ in rules]
+    default_group: list[Tensor] = []
+    for parameter in parameters:
+        index = next((i for i, rule in enumerate(rules) if rule.matches(parameter)), None)
+        (default_group if index is None else members[index]).append(parameter.value)
+    for rule, matched in zip(rules, members, strict=True):
+        if not matched and not rule.is_policy:
+            matched_earlier = any(rule.matches(parameter) for parameter in parameters)
+            reason = "an earlier group contains all of it" if matched_earlier else "none of it is trained in this stage"
+            raise ConfigError(f"{rule.location}: {rule.label} matches no remaining parameter: {reason}.")
+    groups: list[dict[str, Any]] = [{"params": default_group}] if default_group else []
+    return groups + [{"params": tensors, **r.overrides} for r, tensors in zip(rules, members, strict=True) if tensors]
+
+
+def _implementation_params(
+    config: OptimizerConfig, entry: Entry, parameters: Sequence[_NamedParameter], capture: bool
+) -> dict[str, Any]:
+    """Returns the constructor arguments: those of the recipe, and the choice of implementation."""
+    params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
+    if not {"foreach", "fused", "differentiable"} & set(params):
+        devices = {parameter.value.device.type for parameter in parameters}
+        # torch's multi-tensor kernels reject lists of sharded and full tensors.
+        sharded = any(is_sharded(parameter.value) for parameter in parameters)
+        if devices == {"cuda"} and not sharded and config.type in FUSED:
+            params["fused"] = True
+        elif "foreach" in entry.parameters:
+            params["foreach"] = devices <= {"cpu", "cuda"} and not sharded
+    if capture and "capturable" in entry.parameters:
+        params.setdefault("capturable", True)
+    return params
+
+
 def stays_on_device(optimizer: Optimizer) -> bool:
-    """Whether a step of the optimiser reads nothing on the host, so that a CUDA graph of it may be replayed."""
+    """Returns whether a step of the optimizer reads nothing on the host, so that it can be part of a CUDA graph."""
     return all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
 
 
-_WAYS = ("lr", "foreach", "fused", "capturable")
-"""How an optimiser computes, not what: a checkpoint made in one way is read in another."""
+_IMPLEMENTATION_KEYS = ("lr", "foreach", "fused", "capturable")
+"""Keys of a group that select an implementation, not a result: a checkpoint of one loads into another."""
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimiser's state with its learning rates as numbers, as they are in every way of computing."""
+    """Returns the optimizer's state with learning rates as numbers, independent of its implementation."""
     state = optimizer.state_dict()
     groups = [{**group, "lr": group["initial_lr"]} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Reads what `optimizer_state` gave, and goes on computing in this optimiser's own way."""
-    own = [{key: group[key] for key in _WAYS if key in group} for group in optimizer.param_groups]
-    groups = [{**saved, **ways} for saved, ways in zip(state["param_groups"], own, strict=True)]
+    """Loads the result of `optimizer_state`, and keeps this optimizer's implementation."""
+    settings_of_groups = [{key: group[key] for key in _IMPLEMENTATION_KEYS if key in group} for group in optimizer.param_groups]
+    groups = [{**saved, **settings} for saved, settings in zip(state["param_groups"], settings_of_groups, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for group, ways in zip(optimizer.param_groups, own, strict=True):
-        group["lr"] = ways["lr"]  # the tensor itself: loading makes a copy
+    for group, settings in zip(optimizer.param_groups, settings_of_groups, strict=True):
+        group["lr"] = settings["lr"]  # the same tensor object: loading copied it
 
 
 def set_lr_factor(optimizer: Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `initial_lr * factor`; never multiplies in place, so errors cannot add up."""
+    """Sets every group's learning rate to `initial_lr * factor`; never multiplies in place, so errors do not add up."""
     for group in optimizer.param_groups:
         value = group["initial_lr"] * factor
-        if isinstance(group["lr"], Tensor):  # a captured step reads the rate from the device
+        if isinstance(group["lr"], Tensor):  # a recorded step reads the rate from the device
             group["lr"].fill_(value)
         else:
             group["lr"] = value
 
 
 @dataclass(frozen=True)
-class _Owned:
-    """A parameter with its full name (`student.layer1.0.conv1.weight`) and the modules around it, outermost first."""
+class _NamedParameter:
+    """A parameter with its full name (`student.layer1.0.conv1.weight`) and its parent modules, outermost first."""
 
     name: str
     value: nn.Parameter
-    around: tuple[nn.Module, ...]
+    parents: tuple[nn.Module, ...]
 
 
-def _owned(modules: Mapping[str, nn.Module]) -> Iterator[_Owned]:
-    seen: set[int] = set()
+def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[_NamedParameter]:
+    """Yields every parameter once, also where roles share it."""
+    visited: set[int] = set()
     for role, model in modules.items():
         by_path = dict(model.named_modules(remove_duplicate=False))
         for path, parameter in model.named_parameters():
-            if id(parameter) in seen:
+            if id(parameter) in visited:
                 continue
-            seen.add(id(parameter))
+            visited.add(id(parameter))
             parts = path.split(".")
-            around = tuple(by_path[".".join(parts[:i])] for i in range(len(parts)))
-            yield _Owned(f"{role}.{path}", parameter, around)
+            parents = tuple(by_path[".".join(parts[:i])] for i in range(len(parts)))
+            yield _NamedParameter(f"{role}.{path}", parameter, parents)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """One entry of `groups`, ready to match."""
+class _GroupRule:
+    """One entry of `groups`."""
 
-    place: Location
+    location: Location
     label: str
     prefixes: tuple[str, ...] | None
     type: str | None
@@ -175,7 +195,7 @@ class _Group:
     def is_policy(self) -> bool:
         return self.prefixes is None and self.type in ("norm", "bias")
 
-    def matches(self, parameter: _Owned) -> bool:
+    def matches(self, parameter: _NamedParameter) -> bool:
         if self.prefixes is not None:
             inside = any(parameter.name == p or parameter.name.startswith(f"{p}.") for p in self.prefixes)
             if not inside:
@@ -184,53 +204,53 @@ class _Group:
             case None:
                 return True
             case "norm":
-                return is_norm(parameter.around[-1])
+                return is_norm(parameter.parents[-1])
             case "bias":
                 last = parameter.name.rsplit(".", 1)[-1]
                 return last == "bias" or last.endswith("_bias")
-        return any(type(module).__name__ == self.type for module in parameter.around)
+        return any(type(module).__name__ == self.type for module in parameter.parents)
 
     @classmethod
-    def read(
+    def parse(
         cls, group: Mapping[str, Any], index: int, config: OptimizerConfig, modules: Mapping[str, nn.Module]
-    ) -> _Group:
-        place = replace(config.location, key=f"{config.location.key}.groups[{index}]".lstrip("."))
+    ) -> _GroupRule:
+        location = replace(config.location, key=f"{config.location.key}.groups[{index}]".lstrip("."))
         path, kind = group.get("path"), group.get("type")
         if path is None and kind is None:
-            raise ConfigError(f"{place}: a group needs `path` or `type`, to say which parameters it holds.")
+            raise ConfigError(f"{location}: a group needs `path` or `type`, which select its parameters.")
         overrides = {key: value for key, value in group.items() if key not in ("path", "type")}
-        OPTIMIZERS.check(config.type, overrides, place)
+        OPTIMIZERS.check(config.type, overrides, location)
         label = " and ".join(f"{key} {group[key]!r}" for key in ("path", "type") if key in group)
-        prefixes = None if path is None else _prefixes(str(path), modules, place)
+        prefixes = None if path is None else _prefixes(str(path), modules, location)
         if kind is not None and kind not in ("norm", "bias"):
             classes = {type(module).__name__ for model in modules.values() for module in model.modules()}
             if kind not in classes:
-                raise ConfigError(f"{place}: no module of type {kind!r}.{suggest(kind, classes | {'norm', 'bias'})}")
-        return cls(place, label, prefixes, kind, overrides)
+                raise ConfigError(f"{location}: no module of type {kind!r}.{suggest(kind, classes | {'norm', 'bias'})}")
+        return cls(location, label, prefixes, kind, overrides)
 
 
-def _prefixes(path: str, modules: Mapping[str, nn.Module], place: Location) -> tuple[str, ...]:
-    """The full names, with role, of all modules and parameters that `path` means."""
-    found, known = [], list(modules)
+def _prefixes(path: str, modules: Mapping[str, nn.Module], location: Location) -> tuple[str, ...]:
+    """Returns the full names, with role, of all modules and parameters that `path` names."""
+    prefixes, names = [], list(modules)
     for role, model in modules.items():
-        own = dict(model.named_parameters())
-        known += [*own, *(name for name, _ in model.named_modules() if name)]
+        parameters = dict(model.named_parameters())
+        names += [*parameters, *(name for name, _ in model.named_modules() if name)]
         if path == role:
-            found.append(role)
+            prefixes.append(role)
         for inner in {path, path.removeprefix(f"{role}.")}:
-            if inner in own:
-                found.append(f"{role}.{inner}")
+            if inner in parameters:
+                prefixes.append(f"{role}.{inner}")
                 continue
             try:
-                found.append(f"{role}.{find_module(model, inner)[0]}")
+                prefixes.append(f"{role}.{find_module(model, inner)[0]}")
             except ConfigError:
                 continue
-    if not found:
-        raise ConfigError(f"{place}: no module or parameter {path!r} in {', '.join(modules)}.{suggest(path, known)}")
-    return tuple(found)
+    if not prefixes:
+        raise ConfigError(f"{location}: no module or parameter {path!r} in {', '.join(modules)}.{suggest(path, names)}")
+    return tuple(prefixes)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: a layer of torch, or one that is called so (`RMSNorm`, `LayerNorm2d`)."""
-    known = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    return isinstance(module, known) or re.search(r"Norm(\dd)?$", type(module).__name__) is not None
+    """Returns whether a module is a normalisation layer: one of torch, or a class named like `RMSNorm`, `LayerNorm2d`."""
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    return isinstance(module, norms) or re.search(r"Norm(\dd)?$", type(module).__name__) is not None

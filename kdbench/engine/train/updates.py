@@ -1,23 +1,23 @@
-"""The moves of a step, ready to run: their parameters and optimisers, and which rows each moves by."""
+"""The updates of a step: their parameters, optimizers and gradient reducers, and the rows that each one uses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.config.schema import Recipe, UpdateConfig
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.distributed.dtensor import is_sharded
 from kdbench.engine.distributed.gradients import GradientReducer
-from kdbench.engine.distributed.world import World
-from kdbench.engine.network.network import Network
-from kdbench.engine.network.operands import Batch, operand_source
+from kdbench.engine.network.network import Network, Wiring
+from kdbench.engine.network.operands import operand_source
 from kdbench.engine.network.roles import updated_roles
 from kdbench.engine.plan.dry_run import UpdatePlan
 from kdbench.engine.plan.plan import StagePlan
-from kdbench.engine.train.bilevel import InnerStep, build_inner_step
+from kdbench.engine.train.bilevel import InnerStep, build_inner_step, roles_with_gradient
 from kdbench.engine.train.meters import LossMeters
 from kdbench.engine.train.optimizers import build_optimizer
 from kdbench.registry import SELECTORS
@@ -25,24 +25,42 @@ from kdbench.registry import SELECTORS
 
 @dataclass
 class Update:
-    """One move of a step, ready to run."""
+    """One update of a step, on the device.
+
+    Attributes:
+        names: of the parameters, as in the plan.
+        wiring: of its terms, resolved once.
+        meter_indices: of its losses.
+        reducer: sums its gradients over ranks.
+        covers_all_parameters: whether its parameters are all that a backward could reach, so that `backward` needs no
+            list of inputs.
+        select: the rows of the batch that it uses; None for all.
+        inner_step: the step at whose end its terms are computed (bilevel).
+    """
 
     config: UpdateConfig
     names: tuple[str, ...]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    wiring: Wiring
     meter_indices: Tensor
     reducer: GradientReducer
     covers_all_parameters: bool
-    """Whether its parameters are all that a backward could reach: then the backward need not be told."""
     select: RowSelection | None = None
     inner_step: InnerStep | None = None
-    """The step at whose end its terms are taken."""
 
 
 @dataclass
 class RowSelection:
-    """Which rows of a batch an update moves by: a selector, who observes for it, and how many rows stay."""
+    """Selects the rows of a batch that an update uses.
+
+    Attributes:
+        selector: returns row numbers, given its operands.
+        inputs: parameter names of the selector.
+        owner: under which the network holds the selector's operands.
+        source: whose rows are selected.
+        keep: a fraction below 1, or a number of rows.
+    """
 
     selector: nn.Module
     inputs: tuple[str, ...]
@@ -50,30 +68,30 @@ class RowSelection:
     source: str
     keep: float | int
 
-    def rows(self, network: Network, batch: Batch) -> Batch:
-        """The batch with the chosen rows of its source; nothing here depends on a value but which rows they are."""
-        fields = batch[self.source]
-        given = {**fields, **network.observe(batch, self.owner)}
-        size = next(iter(fields.values())).shape[0]
-        count = round(size * self.keep) if self.keep < 1 else min(int(self.keep), size)
-        chosen = self.selector(max(count, 1), None, **{n: given[n] for n in self.inputs if n in given})
-        return {**batch, self.source: {name: value.index_select(0, chosen) for name, value in fields.items()}}
+    def select_rows(self, network: Network, batches: MicroBatch) -> MicroBatch:
+        """Returns the micro-batch with the selected rows; the number of rows depends on no value."""
+        batch = batches[self.source]
+        available = {**batch.fields, **network.observe(batches, self.owner)}
+        count = round(batch.size * self.keep) if self.keep < 1 else min(int(self.keep), batch.size)
+        arguments = {name: available[name] for name in self.inputs if name in available}
+        return {**batches, self.source: batch.select(self.selector(max(count, 1), None, **arguments))}
 
 
-def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters, world: World) -> list[Update]:
-    """The updates of a stage in order, on the device of `meters`."""
-    updates = [_update(planned, plan, recipe, network, meters, world) for planned in plan.updates]
+def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters) -> list[Update]:
+    """Builds the updates of a stage in order, on the device of `meters`."""
+    updates = [_build_update(update_plan, plan, recipe, network, meters) for update_plan in plan.updates]
     logged = {name for update in updates for name in update.config.terms}
-    for update, planned in zip(updates, plan.updates, strict=True):
+    for update, update_plan in zip(updates, plan.updates, strict=True):
         if update.config.inner_step is not None:
-            parameters = [network.candidate_parameters(update.config.inner_step)[name] for name in planned.inner_parameters]
-            optimizers = [other.optimizer for other in updates]
-            update.inner_step = build_inner_step(update.config, parameters, optimizers, meters, logged)
+            candidates = network.candidate_parameters(update.config.inner_step)
+            parameters = [candidates[name] for name in update_plan.inner_parameters]
+            optimizers = [each.optimizer for each in updates]
+            update.inner_step = build_inner_step(update.config, network, parameters, optimizers, meters, logged)
     return updates
 
 
-def group_updates(updates: list[Update]) -> list[list[Update]]:
-    """The updates in order, those that move together in one group."""
+def group_updates(updates: Sequence[Update]) -> list[list[Update]]:
+    """Returns the updates in order; updates that see the same weights form one group."""
     groups: list[list[Update]] = []
     for update in updates:
         number = update.config.group
@@ -84,34 +102,41 @@ def group_updates(updates: list[Update]) -> list[list[Update]]:
     return groups
 
 
-def _update(
-    planned: UpdatePlan, plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters, world: World
+def _build_update(
+    update_plan: UpdatePlan, plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters
 ) -> Update:
-    modules = _modules(planned.config, plan, network)
-    owned = network.candidate_parameters(planned.config)
-    parameters = [owned[name] for name in planned.parameters]
-    wanted = planned.config.optimizer or plan.stage.optimizer
-    optimizer = build_optimizer(wanted, modules, parameters, capture=recipe.uses_cuda_graph(meters.device.type))
-    learning = sum(1 for p in network.parameters() if p.requires_grad)
+    config = update_plan.config
+    modules = _modules_by_prefix(config, plan, network)
+    candidates = network.candidate_parameters(config)
+    parameters = [candidates[name] for name in update_plan.parameters]
+    optimizer = build_optimizer(
+        config.optimizer or plan.stage.optimizer,
+        modules,
+        parameters,
+        capture=recipe.uses_cuda_graph(meters.device.type),
+    )
+    trainable = sum(1 for parameter in network.parameters() if parameter.requires_grad)
+    reachable = len(parameters) + len(update_plan.unreached_parameters)
     return Update(
-        planned.config,
-        planned.parameters,
+        config,
+        update_plan.parameters,
         parameters,
         optimizer,
-        meters.indices(planned.config.terms),
-        GradientReducer([p for p in parameters if not is_sharded(p)], world),
-        covers_all_parameters=len(plan.updates) == 1 and len(parameters) + len(planned.unreached_parameters) == learning,
-        select=_selection(planned.config, plan, meters.device),
+        network.wiring(config.terms, roles_with_gradient(config)),
+        meters.indices(config.terms),
+        GradientReducer([parameter for parameter in parameters if not is_sharded(parameter)], network.world),
+        covers_all_parameters=len(plan.updates) == 1 and reachable == trainable,
+        select=_build_selection(config, plan, meters.device),
     )
 
 
-def _modules(update: UpdateConfig, plan: StagePlan, network: Network) -> Mapping[str, nn.Module]:
-    """What an update moves, by the prefix of its parameters' names in the plan."""
+def _modules_by_prefix(update: UpdateConfig, plan: StagePlan, network: Network) -> Mapping[str, nn.Module]:
+    """Returns the modules that an update trains, by the prefix of their parameters' names in the plan."""
     modules: dict[str, nn.Module] = {name: network.role(name).model for name in updated_roles(update, plan.stage.roles)}
     return modules | {f"terms.{name}": network.term(name) for name in update.terms}
 
 
-def _selection(update: UpdateConfig, plan: StagePlan, device: torch.device) -> RowSelection | None:
+def _build_selection(update: UpdateConfig, plan: StagePlan, device: torch.device) -> RowSelection | None:
     if update.select is None or update.keep is None:
         return None
     part = update.select

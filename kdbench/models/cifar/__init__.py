@@ -1,1 +1,1 @@
-"""The networks of the CIFAR-100 tables: parameter counts and outputs equal those of RepDistiller."""
+"""Networks of the CIFAR-100 distillation tables; parameter counts and outputs equal those of RepDistiller."""

@@ -1,18 +1,18 @@
 """ResNet-50 for 32x32 images: He, Zhang, Ren and Sun 2016, https://arxiv.org/abs/1512.03385
 
 The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): the ImageNet network with a
-3x3 first convolution of stride 1 and no pooling behind it. State dicts have the names of the code released with CRD
+3x3 first convolution of stride 1 and no pooling after it. State dicts have the names of the code released with CRD
 (RepDistiller).
 
-Features, for an image of 32x32 (CRD calls them feats[0] to feats[5]):
+Features for an image of 32x32 (feats[0] to feats[5] in CRD):
 
-    path      shape per sample   what it is
+    path      shape per sample   position in the network
     relu      64 x 32 x 32       after the first convolution, BatchNorm and ReLU
-    layer1    256 x 32 x 32      after the ReLU that ends the stage; its input, `layer1.-1.relu3/in`, is the
-    layer2    512 x 16 x 16      pre-activation (after the addition)
+    layer1    256 x 32 x 32      after the last ReLU of the stage; `layer1.-1.relu3/in` is the pre-activation, after the
+    layer2    512 x 16 x 16      addition and before this ReLU
     layer3    1024 x 8 x 8
     layer4    2048 x 4 x 4
-    pool      2048               mean over all places, what the classifier `linear` reads
+    pool      2048               mean over all positions, the input of the classifier `linear`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdbench.registry import MODELS
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolution and a shortcut: (batch, inputs, h, w) -> (batch, 4 width, h / stride, w / stride)."""
+    """Bottleneck of 1x1, 3x3, 1x1 convolutions: (batch, inputs, h, w) -> (batch, 4 width, h / stride, w / stride)."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class BottleneckResNet(nn.Module):
-    """A first convolution and four stages of bottlenecks; see the head of this file for the features."""
+    """A first convolution and four stages of bottlenecks; the module docstring lists the features."""
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -78,5 +78,9 @@ def _bottleneck_stage(blocks: int, inputs: int, width: int, stride: int) -> nn.S
 
 @MODELS.register("resnet50", version=1, paper="https://arxiv.org/abs/1512.03385", image=(3, 32, 32))
 def resnet50(num_classes: int = 100, in_channels: int = 3) -> BottleneckResNet:
-    """ResNet-50 for 32x32 images, bottlenecks in four stages. Features: layer1, layer2, layer3, layer4, pool."""
+    """ResNet-50 for 32x32 images, 23.71 million parameters with 100 classes.
+
+    He et al. 2016; `ResNet50` of RepDistiller. Bottlenecks in four stages. Features: relu 64 x 32 x 32, layer1 256 x 32
+    x 32, layer2 512 x 16 x 16, layer3 1024 x 8 x 8, layer4 2048 x 4 x 4, pool 2048.
+    """
     return BottleneckResNet((3, 4, 6, 3), num_classes, in_channels)

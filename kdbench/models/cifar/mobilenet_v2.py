@@ -1,18 +1,18 @@
 """MobileNetV2 for 32x32 images: Sandler et al. 2018, https://arxiv.org/abs/1801.04381
 
 The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): half the channels, expansion
-6, stride 1 in the second group of blocks, ReLU in place of ReLU6. State dicts have the names of the code released with
+6, stride 1 in the second group of blocks, ReLU instead of ReLU6. State dicts have the names of the code released with
 CRD (RepDistiller).
 
-Features, for an image of 32x32 (CRD calls them feats[0] to feats[5]):
+Features for an image of 32x32 (feats[0] to feats[5] in CRD):
 
-    path      shape per sample   what it is
+    path      shape per sample   position in the network
     conv1     16 x 16 x 16       after the first convolution, BatchNorm and ReLU
-    blocks.1  12 x 16 x 16       after a group's last linear layer, BatchNorm and addition: no ReLU follows inside
+    blocks.1  12 x 16 x 16       after the last projection, BatchNorm and addition of a group; no ReLU follows
     blocks.2  16 x 8 x 8
     blocks.4  48 x 4 x 4
     blocks.6  160 x 2 x 2
-    pool      1280               mean over all places, what `classifier` reads
+    pool      1280               mean over all positions, the input of `classifier`
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from kdbench.models.layers import GlobalAveragePool, init_convolutions
 from kdbench.registry import MODELS
 
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Expansion, channels at full width, blocks, stride of the first block."""
+"""Expansion, channels at full width, number of blocks, stride of the first block."""
 
 
 class InvertedResidual(nn.Module):
-    """Expansion by 1x1, depthwise 3x3, projection by 1x1: (batch, inputs, h, w) -> (batch, outputs, h / s, w / s)."""
+    """1x1 expansion, depthwise 3x3 convolution and linear 1x1 projection, with a shortcut if the shape does not change.
+
+    Shape:
+        (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -49,15 +53,21 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """A first convolution of stride 2, seven groups of blocks, a last convolution of 1280 channels."""
+    """A first convolution of stride 2, seven groups of blocks, and a last convolution of 1280 channels.
+
+    Args:
+        width: factor on the channels of `GROUPS`.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the image.
+    """
 
     def __init__(self, width: float, num_classes: int, in_channels: int) -> None:
         super().__init__()
         channels = int(32 * width)
         self.conv1 = _conv_bn_relu(in_channels, channels, 3, stride=2)
         self.blocks = nn.ModuleList()
-        for expansion, full, count, stride in GROUPS:
-            outputs = int(full * width)
+        for expansion, full_channels, count, stride in GROUPS:
+            outputs = int(full_channels * width)
             group = [InvertedResidual(channels, outputs, stride, expansion)]
             group += [InvertedResidual(outputs, outputs, 1, expansion) for _ in range(count - 1)]
             self.blocks.append(nn.Sequential(*group))
@@ -85,5 +95,9 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Seq
 
 @MODELS.register("mobilenetv2", version=1, paper="https://arxiv.org/abs/1801.04381", image=(3, 32, 32))
 def mobilenetv2(num_classes: int = 100, in_channels: int = 3) -> MobileNetV2:
-    """MobileNetV2 for 32x32 images, half width, expansion 6. Features: blocks.1, blocks.2, blocks.4, blocks.6, pool."""
+    """MobileNetV2 for 32x32 images, half width, expansion 6, 813 thousand parameters with 100 classes.
+
+    Sandler et al. 2018; `MobileNetV2` of RepDistiller. Features: conv1 16 x 16 x 16, blocks.1 12 x 16 x 16, blocks.2 16
+    x 8 x 8, blocks.4 48 x 4 x 4, blocks.6 160 x 2 x 2, pool 1280.
+    """
     return MobileNetV2(0.5, num_classes, in_channels)

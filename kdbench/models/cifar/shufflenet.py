@@ -1,17 +1,17 @@
 """ShuffleNets for 32x32 images: https://arxiv.org/abs/1707.01083 (V1), https://arxiv.org/abs/1807.11164 (V2)
 
 The variants of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): a 1x1 first convolution of
-stride 1 and no pooling behind it. V1 (Zhang et al. 2018) has three groups and 240, 480 and 960 channels; V2 (Ma et al.
+stride 1 and no pooling after it. V1 (Zhang et al. 2018) has three groups and 240, 480 and 960 channels; V2 (Ma et al.
 2018) is of size 1. State dicts have the names of the code released with CRD (RepDistiller).
 
-Features, for an image of 32x32 (CRD calls them feats[0] to feats[4]):
+Features for an image of 32x32 (feats[0] to feats[4] in CRD):
 
-    path      shape per sample, V1 and V2       what it is
+    path      shape per sample, V1 and V2       position in the network
     relu      24 x 32 x 32                      after the first convolution, BatchNorm and ReLU
-    layer1    240 x 16 x 16    116 x 16 x 16    after the ReLU that ends the stage; in V1 its input,
-    layer2    480 x 8 x 8      232 x 8 x 8      `layer1.-1.relu3/in`, is the pre-activation; in V2 the halves are
-    layer3    960 x 4 x 4      464 x 4 x 4      shuffled after it
-    pool      960              1024             mean over all places, what the classifier `linear` reads
+    layer1    240 x 16 x 16    116 x 16 x 16    V1: after the last ReLU of the stage; `layer1.-1.relu3/in` is the
+    layer2    480 x 8 x 8      232 x 8 x 8      pre-activation. V2: after the channel shuffle that follows this ReLU
+    layer3    960 x 4 x 4      464 x 4 x 4
+    pool      960              1024             mean over all positions, the input of the classifier `linear`
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from kdbench.registry import MODELS
 
 
 class ChannelShuffle(nn.Module):
-    """Deals channels out in turn: of g groups of n channels, the first of each group comes first, then the seconds."""
+    """Channel shuffle: transposes the channels from (groups, channels per group) to (channels per group, groups).
+
+    Shape:
+        (batch, channels, height, width) -> the same.
+    """
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -35,16 +39,23 @@ class ChannelShuffle(nn.Module):
 
 
 class ShuffleV1Block(nn.Module):
-    """V1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to its input, or put beside it where it halves."""
+    """Block of V1: grouped 1x1 convolution, shuffle, depthwise 3x3 and grouped 1x1 convolution, with a shortcut.
+
+    With stride 1 the result is added to the input; with stride 2 it is concatenated with the average-pooled input.
+
+    Shape:
+        stride 1: (batch, inputs, h, w) -> the same, with outputs = inputs. stride 2: (batch, inputs, h, w) ->
+        (batch, outputs + inputs, h / 2, w / 2).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
         super().__init__()
         middle = outputs // 4
-        first = 1 if inputs == 24 else groups  # the first block of all sees too few channels to group
-        self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first, bias=False)
+        first_groups = 1 if inputs == 24 else groups  # the first block has too few input channels for groups
+        self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first_groups, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
         self.relu1 = nn.ReLU()
-        self.shuffle1 = ChannelShuffle(first)
+        self.shuffle1 = ChannelShuffle(first_groups)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride, padding=1, groups=middle, bias=False)
         self.bn2 = nn.BatchNorm2d(middle)
         self.relu2 = nn.ReLU()
@@ -60,10 +71,15 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """A first convolution and three stages of grouped blocks; see the head of this file for the features."""
+    """A first convolution and three stages of V1 blocks; the module docstring lists the features."""
 
     def __init__(
-        self, channels: tuple[int, int, int], blocks: tuple[int, int, int], groups: int, num_classes: int, in_channels: int
+        self,
+        channels: tuple[int, int, int],
+        blocks: tuple[int, int, int],
+        groups: int,
+        num_classes: int,
+        in_channels: int,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 24, 1, bias=False)
@@ -72,7 +88,7 @@ class ShuffleNetV1(nn.Module):
         inputs = (24, *channels)
         stages = []
         for number, outputs in enumerate(channels):
-            # The halving block's input stands beside what it computes, so it computes the rest.
+            # The first block concatenates its input, so it computes only the remaining channels.
             first = ShuffleV1Block(inputs[number], outputs - inputs[number], 2, groups)
             rest = [ShuffleV1Block(outputs, outputs, 1, groups) for _ in range(blocks[number] - 1)]
             stages.append(nn.Sequential(first, *rest))
@@ -86,7 +102,7 @@ class ShuffleNetV1(nn.Module):
 
 
 class ShuffleV2Block(nn.Module):
-    """V2: half of the channels passes, the other half takes 1x1, depthwise 3x3 and 1x1; then both are shuffled."""
+    """Block of V2 with stride 1: 1x1, depthwise 3x3 and 1x1 convolutions on half of the channels; then a shuffle."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -102,13 +118,13 @@ class ShuffleV2Block(nn.Module):
         self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        passed, taken = x.chunk(2, dim=1)
-        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(taken)))))
-        return self.shuffle(torch.cat([passed, self.relu3(self.bn3(self.conv3(out)))], dim=1))
+        identity, branch = x.chunk(2, dim=1)
+        branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(branch)))))
+        return self.shuffle(torch.cat([identity, self.relu3(self.bn3(self.conv3(branch)))], dim=1))
 
 
 class ShuffleV2DownBlock(nn.Module):
-    """V2: halves the map on two ways, each giving half of the channels; then both are shuffled."""
+    """Block of V2 with stride 2: two branches, each with half of the output channels; then a shuffle."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -129,14 +145,14 @@ class ShuffleV2DownBlock(nn.Module):
         self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        left = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
-        right = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
-        right = self.relu5(self.bn5(self.conv5(right)))
-        return self.shuffle(torch.cat([left, right], dim=1))
+        branch1 = self.relu2(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        branch2 = self.bn4(self.conv4(self.relu3(self.bn3(self.conv3(x)))))
+        branch2 = self.relu5(self.bn5(self.conv5(branch2)))
+        return self.shuffle(torch.cat([branch1, branch2], dim=1))
 
 
 class ShuffleNetV2(nn.Module):
-    """A first convolution, three stages and a last convolution; see the head of this file for the features."""
+    """A first convolution, three stages and a last convolution; the module docstring lists the features."""
 
     def __init__(
         self, channels: tuple[int, int, int, int], blocks: tuple[int, int, int], num_classes: int, in_channels: int
@@ -147,8 +163,10 @@ class ShuffleNetV2(nn.Module):
         self.relu = nn.ReLU()
         inputs = (24, *channels)
         self.layer1, self.layer2, self.layer3 = (
-            # In the released code `blocks` counts the blocks behind the halving one.
-            nn.Sequential(ShuffleV2DownBlock(inputs[i], channels[i]), *(ShuffleV2Block(channels[i]) for _ in range(blocks[i])))
+            # As in the released code, `blocks` does not count the first block of a stage, which has stride 2.
+            nn.Sequential(
+                ShuffleV2DownBlock(inputs[i], channels[i]), *(ShuffleV2Block(channels[i]) for _ in range(blocks[i]))
+            )
             for i in range(3)
         )
         self.conv2 = nn.Conv2d(channels[2], channels[3], 1, bias=False)
@@ -165,11 +183,19 @@ class ShuffleNetV2(nn.Module):
 
 @MODELS.register("shufflenetv1", version=1, paper="https://arxiv.org/abs/1707.01083", image=(3, 32, 32))
 def shufflenetv1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
-    """ShuffleNet V1 for 32x32 images, three groups. Features: layer1, layer2, layer3, pool."""
+    """ShuffleNet V1 for 32x32 images, three groups, 949 thousand parameters with 100 classes.
+
+    Zhang et al. 2018; `ShuffleV1` of RepDistiller.
+    Features: relu 24 x 32 x 32, layer1 240 x 16 x 16, layer2 480 x 8 x 8, layer3 960 x 4 x 4, pool 960.
+    """
     return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, num_classes, in_channels)
 
 
 @MODELS.register("shufflenetv2", version=1, paper="https://arxiv.org/abs/1807.11164", image=(3, 32, 32))
 def shufflenetv2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
-    """ShuffleNet V2 for 32x32 images, size 1. Features: layer1, layer2, layer3, pool."""
+    """ShuffleNet V2 for 32x32 images, size 1, 1.36 million parameters with 100 classes.
+
+    Ma et al. 2018; `ShuffleV2` of RepDistiller.
+    Features: relu 24 x 32 x 32, layer1 116 x 16 x 16, layer2 232 x 8 x 8, layer3 464 x 4 x 4, pool 1024.
+    """
     return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_channels)

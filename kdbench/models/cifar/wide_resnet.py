@@ -1,17 +1,21 @@
 """Wide ResNets for 32x32 images: Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146
 
-Pre-activation blocks (BatchNorm and ReLU stand before each convolution), without dropout, as in the CIFAR-100
-distillation tables (CRD, https://arxiv.org/abs/1910.10699). To load a checkpoint of the code released with CRD
-(RepDistiller): `rename: {block1.layer: layer1, block2.layer: layer2, block3.layer: layer3}`.
+Pre-activation blocks (BatchNorm and ReLU before each convolution) without dropout, as in the CIFAR-100 distillation
+tables (CRD, https://arxiv.org/abs/1910.10699). To load a checkpoint of the code released with CRD (RepDistiller):
+`rename: {block1.layer: layer1, block2.layer: layer2, block3.layer: layer3}`.
 
-Features, for an image of 32x32 (CRD calls them feats[0] to feats[4]):
+Features for an image of 32x32 (feats[0] to feats[4] in CRD), with C = 16, 32, 64 times the width factor:
 
-    path      shape per sample   what it is
-    conv1     16 x 32 x 32       the first convolution, before any BatchNorm and ReLU
-    layer1    C1 x 32 x 32       what the stage's last addition gives, before the next BatchNorm and ReLU; with that
-    layer2    C2 x 16 x 16       BatchNorm, before the ReLU: `layer2.0.bn1`, `layer3.0.bn1` and `bn1` (feats of
-    layer3    C3 x 8 x 8         layer1, layer2 and layer3 with `preact`)
-    pool      C3                 mean over all places after the last BatchNorm and ReLU, what the classifier `fc` reads
+    path      shape per sample   position in the network
+    conv1     16 x 32 x 32       after the first convolution, before any BatchNorm and ReLU
+    layer1    C1 x 32 x 32       after the last addition of the stage, before the next BatchNorm and ReLU
+    layer2    C2 x 16 x 16
+    layer3    C3 x 8 x 8
+    pool      C3                 mean over all positions after the last BatchNorm and ReLU, the input of the classifier
+                                 `fc`
+
+The features after the next BatchNorm and before its ReLU (feats of layer1, layer2 and layer3 with `preact` in CRD) are
+`layer2.0.bn1`, `layer3.0.bn1` and `bn1`.
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ from kdbench.registry import MODELS
 
 
 class WideBlock(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution, twice, and a shortcut.
+    """Pre-activation residual block: BatchNorm, ReLU and 3x3 convolution, twice.
 
-    (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride). Where the number of channels changes, the
-    shortcut is a 1x1 convolution of the activated input; elsewhere it is the input as it came.
+    If the number of channels changes, the shortcut is a 1x1 convolution of the activated input, otherwise the input.
+
+    Shape:
+        (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -37,7 +43,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        # The name that it has in released checkpoints.
+        # This name is that of the released checkpoints.
         self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,11 +53,13 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A first convolution and three stages of (depth - 4) / 6 blocks; see the head of this file for the features.
+    """A first convolution and three stages of (depth - 4) / 6 blocks; the module docstring lists the features.
 
     Args:
-        depth: 6n + 4 layers.
-        width: multiplies the 16, 32 and 64 channels of the stages.
+        depth: number of layers, 6n + 4.
+        width: factor on the 16, 32 and 64 channels of the stages.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the image.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, in_channels: int) -> None:
@@ -81,23 +89,39 @@ def _wide_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Seque
 
 @MODELS.register("wrn_16_1", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
 def wrn_16_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet for 32x32 images, 16 layers, width factor 1. Features: layer1, layer2, layer3, pool."""
+    """Wide ResNet WRN-16-1 for 32x32 images, 181 thousand parameters with 100 classes.
+
+    Zagoruyko and Komodakis 2016, 16 layers, width factor 1; `wrn_16_1` of RepDistiller.
+    Features: conv1 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    """
     return WideResNet(16, 1, num_classes, in_channels)
 
 
 @MODELS.register("wrn_16_2", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
 def wrn_16_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet for 32x32 images, 16 layers, width factor 2. Features: layer1, layer2, layer3, pool."""
+    """Wide ResNet WRN-16-2 for 32x32 images, 703 thousand parameters with 100 classes.
+
+    Zagoruyko and Komodakis 2016, 16 layers, width factor 2; `wrn_16_2` of RepDistiller.
+    Features: conv1 16 x 32 x 32, layer1 32 x 32 x 32, layer2 64 x 16 x 16, layer3 128 x 8 x 8, pool 128.
+    """
     return WideResNet(16, 2, num_classes, in_channels)
 
 
 @MODELS.register("wrn_40_1", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
 def wrn_40_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet for 32x32 images, 40 layers, width factor 1. Features: layer1, layer2, layer3, pool."""
+    """Wide ResNet WRN-40-1 for 32x32 images, 570 thousand parameters with 100 classes.
+
+    Zagoruyko and Komodakis 2016, 40 layers, width factor 1; `wrn_40_1` of RepDistiller.
+    Features: conv1 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    """
     return WideResNet(40, 1, num_classes, in_channels)
 
 
 @MODELS.register("wrn_40_2", version=1, paper="https://arxiv.org/abs/1605.07146", image=(3, 32, 32))
 def wrn_40_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet for 32x32 images, 40 layers, width factor 2. Features: layer1, layer2, layer3, pool."""
+    """Wide ResNet WRN-40-2 for 32x32 images, 2.26 million parameters with 100 classes.
+
+    Zagoruyko and Komodakis 2016, 40 layers, width factor 2; `wrn_40_2` of RepDistiller.
+    Features: conv1 16 x 32 x 32, layer1 32 x 32 x 32, layer2 64 x 16 x 16, layer3 128 x 8 x 8, pool 128.
+    """
     return WideResNet(40, 2, num_classes, in_channels)

@@ -1,4 +1,4 @@
-"""A CNN for 8x8 images."""
+"""CNN for 8x8 images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from kdbench.registry import MODELS
 
 @MODELS.register("digits_cnn", version=1, image=(1, 8, 8))
 class DigitsCNN(nn.Module):
-    """Three 3x3 convolutions with BatchNorm for 8x8 digits, 43 thousand parameters. Features: layer1 to layer3, pool.
+    """CNN of three 3x3 convolutions with BatchNorm for 8x8 digits, 43 thousand parameters.
 
-    Features for an 8x8 image: `layer1` 32 x 8 x 8, `layer2` 48 x 4 x 4, `layer3` 64 x 4 x 4, each after its ReLU, and
-    `pool` 64, their mean over all places, which the classifier `fc` reads.
+    Features for an 8x8 image: layer1 32 x 8 x 8, layer2 48 x 4 x 4, layer3 64 x 4 x 4, each after the ReLU, and pool
+    64, the mean over all positions and input of the classifier `fc`.
+
+    Shape:
+        (batch, in_channels, height, width) -> (batch, num_classes).
+
+    Args:
+        num_classes: number of classes of the data; injected.
+        in_channels: channels of the image; injected.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""An MLP for 8x8 images."""
+"""MLP for 8x8 images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from kdbench.registry import MODELS
 
 @MODELS.register("digits_mlp", version=1, image=(1, 8, 8))
 class DigitsMLP(nn.Module):
-    """Two hidden layers for 8x8 digits, 6 thousand parameters. Features: layer1, layer2.
+    """MLP with two hidden layers for 8x8 digits, 6 thousand parameters.
 
-    Features: `layer1` and `layer2`, both of `hidden` values per sample, after their ReLU; `fc` is the classifier.
+    Features: layer1 and layer2, `hidden` values per sample each, after the ReLU; the classifier is `fc`.
+
+    Shape:
+        (batch, in_channels, image_size, image_size) -> (batch, num_classes).
 
     Args:
+        num_classes: number of classes of the data; injected.
+        in_channels: channels of the image; injected.
         hidden: units of each hidden layer.
-        image_size: height and width of the image.
+        image_size: height and width of the image; injected.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, hidden: int = 48, image_size: int = 8) -> None:

@@ -1,17 +1,17 @@
-"""Small residual networks of any depth, in parts that recipes can put together: whole, trunk, branch.
+"""Small residual networks of any depth: the whole network, and its trunk and branch as separate models.
 
-The residual block is that of `cifar_resnet` (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2). The widths
-do not depend on the number of blocks, so that a shallower network takes its weights from some blocks of a deeper one
-(`rename: {layer1.2: layer1.1}`).
+The residual block is that of `models.cifar.resnet` (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2). The
+widths do not depend on the number of blocks, so that a shallower network can load its weights from some of the blocks
+of a deeper one (`rename: {layer1.2: layer1.1}`).
 
 Features of `digits_resnet` for an image of 8x8 with width 16:
 
-    path      shape per sample   what it is
+    path      shape per sample   position in the network
     relu      16 x 8 x 8         after the first convolution, BatchNorm and ReLU
-    layer1    16 x 8 x 8         after the ReLU that ends the stage; its blocks are `layer1.0`, `layer1.1`...
+    layer1    16 x 8 x 8         after the last ReLU of the stage; its blocks are `layer1.0`, `layer1.1`, ...
     layer2    32 x 4 x 4
     layer3    64 x 2 x 2
-    pool      64                 mean over all places, what the classifier `fc` reads
+    pool      64                 mean over all positions, the input of the classifier `fc`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kdbench.errors import ConfigError
-from kdbench.models.cifar.resnet import BasicBlock
+from kdbench.models.cifar.resnet import residual_stage
 from kdbench.models.heads import feature_map_shape
 from kdbench.models.layers import GlobalAveragePool, init_convolutions
 from kdbench.registry import MODELS
@@ -27,14 +27,19 @@ from kdbench.registry import MODELS
 
 @MODELS.register("digits_resnet", version=1, paper="https://arxiv.org/abs/1512.03385", image=(1, 8, 8))
 class DigitsResNet(nn.Module):
-    """A residual network of `blocks` per stage, stages of width, twice and four times it, for small images.
+    """Residual network for small images of any size, three stages of `blocks` basic blocks each.
 
-    78 thousand parameters with one block a stage and width 16 for 1x8x8 images; 175 thousand with two, 272 with three.
-    Takes images of any size. Features: relu, layer1 to layer3, pool; see the head of this file.
+    He et al. 2016, section 4.2, with `width`, 2 * width and 4 * width channels. For 1x8x8 images with width 16: 78
+    thousand parameters with one block per stage, 175 with two, 272 with three. Features: relu, layer1 to layer3, pool;
+    the module docstring lists their shapes.
+
+    Shape:
+        (batch, in_channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes, in_channels: of the data; the engine gives them.
-        blocks: in each stage: one number, or one for each of the three.
+        num_classes: number of classes of the data; injected.
+        in_channels: channels of the image; injected.
+        blocks: blocks per stage: one number, or a list of three.
         width: channels of the first stage.
     """
 
@@ -44,7 +49,7 @@ class DigitsResNet(nn.Module):
         super().__init__()
         depths = [blocks] * 3 if isinstance(blocks, int) else list(blocks)
         if len(depths) != 3 or min(depths) < 1:
-            raise ConfigError(f"digits_resnet: blocks must be a number of at least 1, or three of them, got {blocks}")
+            raise ConfigError(f"digits_resnet: blocks must be a number of at least 1, or a list of three, got {blocks}")
         if width < 1:
             raise ConfigError(f"digits_resnet: width must be at least 1, got {width}")
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
@@ -64,18 +69,20 @@ class DigitsResNet(nn.Module):
 
 @MODELS.register("residual_trunk", version=1, paper="https://arxiv.org/abs/1512.03385", image=(1, 8, 8))
 class ResidualTrunk(nn.Module):
-    """The lower stages of `digits_resnet`, without classifier: what several branches share. Its output is a map.
+    """First stages of `digits_resnet` without classifier, as a trunk that several branches share (ONE).
 
     For ONE (Lan, Zhu and Gong 2018, https://arxiv.org/abs/1806.04606): one trunk, several `residual_branch` roles on
-    its output and a `gate_mlp`. Nothing of it is left over when one branch is exported.
+    its output, and a `gate_mlp`, which the exported branch does not need. Features: relu, layer1, layer2. 5 thousand
+    parameters with one stage and width 16, 19 with two.
 
-    Shapes: (batch, channels, height, width) -> (batch, width * 2^(stages - 1), h, w), where each stage but the first
-    halves the map. Features: relu, layer1, layer2. 5 thousand parameters with one stage and width 16, 19 with two.
+    Shape:
+        (batch, channels, height, width) -> (batch, width * 2^(stages - 1), h, w); every stage but the first halves
+        height and width.
 
     Args:
-        in_channels: of the data; the engine gives it.
+        in_channels: channels of the image; injected.
         stages: one or two.
-        blocks: in each stage.
+        blocks: blocks per stage.
         width: channels of the first stage.
     """
 
@@ -83,8 +90,8 @@ class ResidualTrunk(nn.Module):
         super().__init__()
         if stages not in (1, 2) or blocks < 1 or width < 1:
             raise ConfigError(
-                f"residual_trunk: needs one or two stages, and blocks and width of at least 1, got stages {stages}, "
-                f"blocks {blocks}, width {width}"
+                "residual_trunk: stages must be 1 or 2, and blocks and width at least 1, got "
+                f"stages {stages}, blocks {blocks}, width {width}"
             )
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -99,19 +106,20 @@ class ResidualTrunk(nn.Module):
 
 @MODELS.register("residual_branch", version=1, paper="https://arxiv.org/abs/1806.04606", image=(32, 4, 4))
 class ResidualBranch(nn.Module):
-    """One stage of residual blocks, mean over all places and classifier, on another network's map: a branch of ONE.
+    """Branch on a trunk's map: one stage of basic blocks, global average pooling and classifier (ONE).
 
-    On the output of `residual_trunk` with the same `width` and `blocks` it is the rest of `digits_resnet`. Features:
-    layer3, pool.
+    On the output of `residual_trunk` with the same `width` and `blocks` it is the remainder of `digits_resnet`.
+    Features: layer3, pool. 58 thousand parameters from 32 channels.
 
-    Shapes: (batch, channels, height, width) -> (batch, num_classes). 58 thousand parameters from 32 channels.
+    Shape:
+        (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: of the data; the engine gives it.
-        input_shape: of one sample of the map; the engine gives it.
-        blocks: of the stage.
-        widen: channels of the stage over those of the map.
-        stride: by how much the first block shrinks the map.
+        num_classes: number of classes of the data; injected.
+        input_shape: shape of the map per sample; injected.
+        blocks: number of blocks.
+        widen: ratio of the stage's channels to those of the map.
+        stride: stride of the first block.
     """
 
     def __init__(
@@ -135,8 +143,3 @@ class ResidualBranch(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         return self.fc(self.pool(self.layer3(feature)))
-
-
-def residual_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(inputs, outputs, stride)
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

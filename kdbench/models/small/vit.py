@@ -1,18 +1,21 @@
-"""Small vision transformers, whole or with only some patches seen: Dosovitskiy et al. 2020, He et al. 2021.
+"""Small vision transformers and masked autoencoders: Dosovitskiy et al. 2020, He et al. 2021.
 
 `digits_vit` classifies images (https://arxiv.org/abs/2010.11929). `masked_vit` is a masked autoencoder
-(https://arxiv.org/abs/2111.06377): its encoder has the modules of `digits_vit`, so that a later stage takes the weights
-of the encoder (`strict: false`). Its second input ranks the patches: those with the lowest scores are seen, always as
-many as `visible` says, so that shapes never depend on values. Noise of the shape [patches] gives random masks; a
-boolean mask (true: hidden) with the right number of hidden patches gives itself. Two networks on one such field see the
-same patches: Masked Autoencoders Enable Efficient Knowledge Distillers (DMAE, https://arxiv.org/abs/2208.12256).
+(https://arxiv.org/abs/2111.06377); its encoder has the modules of `digits_vit`, so that a later stage can load the
+encoder's weights (`strict: false`).
+
+The second input of `masked_vit` contains one score per patch. The `visible` patches with the lowest scores are encoded;
+their number is fixed, so that shapes never depend on values. Noise of shape [patches] gives random masks; a boolean
+mask (True: hidden) with the right number of hidden patches gives this mask. Two networks on the same score field see
+the same patches, as in Masked Autoencoders Enable Efficient Knowledge Distillers (DMAE,
+https://arxiv.org/abs/2208.12256):
 
     student: {model: {type: masked_vit, visible: 4}, input: [train.image, mask.z]}
     teacher: {model: {type: masked_vit, visible: 4, dim: 64, depth: 8}, input: [train.image, mask.z]}
     models: {target: {model: {type: hidden_patches, visible: 4}, input: [train.image, mask.z], frozen: true}}
 
-Features of both, for n patches that are seen: `blocks.0`, `blocks.1`... (n + 1) x dim, the class token first, and
-`norm`, the same after the last LayerNorm.
+Features of both, for n encoded patches: `blocks.0`, `blocks.1`, ... (n + 1) x dim, with the class token first, and
+`norm` (n + 1) x dim after the last LayerNorm.
 """
 
 from __future__ import annotations
@@ -28,7 +31,16 @@ from kdbench.registry import MODELS
 
 
 class ViTEncoder(nn.Module):
-    """Patches, fixed positions, a class token, and `depth` transformer blocks."""
+    """ViT encoder: patch embedding, fixed position embedding, class token, transformer blocks and LayerNorm.
+
+    Args:
+        name: name of the model in error messages.
+        image: channels, height and width.
+        patch: height and width of a patch.
+        dim: token dimension, a multiple of 4 and of `heads`.
+        depth: number of blocks.
+        heads: attention heads of each block.
+    """
 
     def __init__(self, name: str, image: tuple[int, int, int], patch: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -45,11 +57,19 @@ class ViTEncoder(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # as the linear layer that it is
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # like the equivalent linear layer
         init_linear_layers(self)
 
     def encode(self, image: Tensor, patch_index: Tensor | None = None) -> Tensor:
-        """Returns (batch, 1 + patches, dim); only the patches `kept`, int64 (batch, n), where it is given."""
+        """Encodes all patches, or the selected ones.
+
+        Args:
+            image: (batch, channels, height, width).
+            patch_index: int64 (batch, n), patches to encode; None encodes all.
+
+        Returns:
+            Class token and patch tokens, (batch, 1 + n, dim).
+        """
         tokens = self.patch_embed(image).flatten(2).transpose(1, 2) + self.pos_embed
         if patch_index is not None:
             tokens = tokens.gather(1, patch_index[:, :, None].expand(-1, -1, tokens.shape[2]))
@@ -61,16 +81,22 @@ class ViTEncoder(nn.Module):
 
 @MODELS.register("digits_vit", version=1, paper="https://arxiv.org/abs/2010.11929", image=(1, 8, 8))
 class DigitsViT(ViTEncoder):
-    """A small vision transformer for small images, 51 thousand parameters. Features: blocks.0, blocks.1..., norm.
+    """Small vision transformer for small images, 51 thousand parameters.
 
-    As ViT, with the fixed sine and cosine positions of MAE. The classifier `fc` reads the class token after `norm`.
+    ViT with the fixed sine-cosine position embedding of MAE. The classifier `fc` reads the class token after `norm`.
+    Features for 16 patches: blocks.0 17 x 32, blocks.1 17 x 32, ..., norm 17 x 32.
+
+    Shape:
+        (batch, in_channels, image_size, image_size) -> (batch, num_classes).
 
     Args:
-        num_classes, in_channels, image_size: of the data; the engine gives them.
-        patch: height and width of a patch; it must divide the image's.
-        dim: length of a token.
+        num_classes: number of classes of the data; injected.
+        in_channels: channels of the image; injected.
+        image_size: height and width of the image; injected.
+        patch: height and width of a patch; divides `image_size`.
+        dim: token dimension.
         depth: number of blocks.
-        heads: of each block's attention; they must divide `dim`.
+        heads: attention heads of each block; divides `dim`.
     """
 
     def __init__(
@@ -93,20 +119,28 @@ class DigitsViT(ViTEncoder):
 
 @MODELS.register("masked_vit", version=1, paper="https://arxiv.org/abs/2111.06377")
 class MaskedViT(ViTEncoder):
-    """A masked autoencoder: encodes `visible` patches of an image and predicts the pixels of the hidden ones.
+    """Masked autoencoder: encodes `visible` patches of an image and predicts the pixels of the hidden ones (MAE).
 
-    MAE (He et al. 2021), with the encoder of `digits_vit`. The decoder puts a learnt token at each hidden place, adds
-    positions again, and runs `decoder_depth` blocks of its own; `decoder_pred` gives pixels. The output holds the
-    hidden patches alone, in the order of their places, to be compared with that of `hidden_patches`: the mean squared
-    difference is MAE's loss.
+    He et al. 2021, with the encoder of `digits_vit`. The decoder inserts a learnt mask token at each hidden position,
+    adds a position embedding and applies `decoder_depth` blocks; `decoder_pred` predicts pixels. The output contains
+    the hidden patches only, in the order of their positions, like that of `hidden_patches`; the mean squared difference
+    of both is MAE's loss. 65 thousand parameters. Features for 4 visible patches: blocks.0 5 x 32, ..., norm 5 x 32,
+    decoder_pred 12 x 4.
 
-    Shapes: images and scores (batch, patches) -> (batch, patches - visible, patch^2 * channels).
+    Shape:
+        image (batch, in_channels, image_size, image_size), scores (batch, patches) ->
+        (batch, patches - visible, patch^2 * in_channels).
 
     Args:
-        in_channels, image_size: of the data; the engine gives them.
-        visible: how many patches are seen: those with the lowest scores. 4 of 16 hide three quarters, as MAE does.
-        patch, dim, depth, heads: of the encoder, as of `digits_vit`.
-        decoder_dim, decoder_depth: of the decoder.
+        in_channels: channels of the image; injected.
+        image_size: height and width of the image; injected.
+        visible: number of encoded patches, those with the lowest scores. 4 of 16 hides 75 percent, as MAE does.
+        patch: height and width of a patch; divides `image_size`.
+        dim: token dimension of the encoder.
+        depth: number of encoder blocks.
+        heads: attention heads of each block.
+        decoder_dim: token dimension of the decoder.
+        decoder_depth: number of decoder blocks.
     """
 
     def __init__(
@@ -141,33 +175,37 @@ class MaskedViT(ViTEncoder):
             init_linear_layers(module)
 
     def forward(self, image: Tensor, scores: Tensor) -> Tensor:
-        kept, hidden = split_patches(scores, self.visible)
-        seen = self.decoder_embed(self.encode(image, kept))
-        seen_places = self._decoder_positions(kept)
-        blank = self.mask_token + self._decoder_positions(hidden)
-        # Attention does not mind the order of its tokens: class token, what was seen, what was not.
-        tokens = torch.cat([seen[:, :1], seen[:, 1:] + seen_places, blank], dim=1)
+        visible, hidden = split_patches(scores, self.visible)
+        encoded = self.decoder_embed(self.encode(image, visible))
+        visible_tokens = encoded[:, 1:] + self._decoder_positions(visible)
+        hidden_tokens = self.mask_token + self._decoder_positions(hidden)
+        # Attention is equivariant to the order of the tokens, so they need not be sorted by position.
+        tokens = torch.cat([encoded[:, :1], visible_tokens, hidden_tokens], dim=1)
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens[:, 1 + self.visible :]))
 
-    def _decoder_positions(self, index: Tensor) -> Tensor:
-        table = self.get_buffer("decoder_pos_embed").expand(len(index), -1, -1)
-        return table.gather(1, index[:, :, None].expand(-1, -1, table.shape[2]))
+    def _decoder_positions(self, patch_index: Tensor) -> Tensor:
+        positions = self.get_buffer("decoder_pos_embed").expand(len(patch_index), -1, -1)
+        return positions.gather(1, patch_index[:, :, None].expand(-1, -1, positions.shape[2]))
 
 
 @MODELS.register("hidden_patches", version=1, paper="https://arxiv.org/abs/2111.06377")
 class HiddenPatchPixels(nn.Module):
-    """The pixels that `masked_vit` has to predict: those of the hidden patches, in the order of their places.
+    """Pixels of the hidden patches, the target of `masked_vit`, in the order of the patch positions. No parameters.
 
-    Without parameters. Each patch holds its pixels row by row, the channels of a pixel side by side.
+    A patch is flattened row by row, with the channels of a pixel next to each other.
 
-    Shapes: images and scores (batch, patches) -> (batch, patches - visible, patch^2 * channels).
+    Shape:
+        image (batch, in_channels, image_size, image_size), scores (batch, patches) ->
+        (batch, patches - visible, patch^2 * in_channels).
 
     Args:
-        in_channels, image_size: of the data; the engine gives them.
-        visible, patch: as of the `masked_vit` that is to predict them.
-        standardise: subtract each patch's mean and divide by its deviation, as MAE does for its best results.
+        in_channels: channels of the image; injected.
+        image_size: height and width of the image; injected.
+        visible: number of visible patches, as in the `masked_vit`.
+        patch: height and width of a patch, as in the `masked_vit`.
+        standardise: subtract the mean of each patch and divide by its deviation, as MAE does for its best results.
     """
 
     def __init__(
@@ -186,39 +224,53 @@ class HiddenPatchPixels(nn.Module):
 
     def forward(self, image: Tensor, scores: Tensor) -> Tensor:
         _, hidden = split_patches(scores, self.visible)
-        cut = image.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
-        pixels = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        chosen = pixels.gather(1, hidden[:, :, None].expand(-1, -1, pixels.shape[2]))
+        grid = image.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        pixels = patches.gather(1, hidden[:, :, None].expand(-1, -1, patches.shape[2]))
         if not self.standardise:
-            return chosen
-        variance, mean = torch.var_mean(chosen, dim=2, keepdim=True)
-        return (chosen - mean) / (variance + 1e-6).sqrt()
+            return pixels
+        variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
+        return (pixels - mean) / (variance + 1e-6).sqrt()
 
 
 def split_patches(scores: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Returns the places of the `visible` lowest scores and those of the others, int64, each in rising order.
+    """Splits the patches into the `visible` ones with the lowest scores and the hidden ones.
 
-    Equal scores keep the order of their places.
+    Equal scores are visible in the order of their positions.
+
+    Args:
+        scores: (batch, patches), or a map with as many positions.
+        visible: number of visible patches.
+
+    Returns:
+        int64 (batch, visible) and (batch, patches - visible), positions in ascending order.
     """
     order = scores.flatten(1).to(torch.float32).argsort(dim=1, stable=True)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """Sine and cosine of each patch's column (first half of `dim`) and row (second half), (rows * columns, dim)."""
+    """Computes the sine-cosine position embedding of a patch grid, (rows * columns, dim).
+
+    The first half of `dim` encodes the column, the second half the row.
+    """
     quarter = dim // 4
     frequencies = torch.exp(torch.arange(quarter) * (-math.log(10000) / quarter))
-    tables = []
+    embeddings = []
     for length in (columns, rows):
         angles = torch.arange(length)[:, None] * frequencies
-        tables.append(torch.cat([angles.sin(), angles.cos()], dim=1))
-    across, down = tables
-    both = [across[None].expand(rows, -1, -1), down[:, None].expand(-1, columns, -1)]
-    return torch.cat(both, dim=2).flatten(0, 1)
+        embeddings.append(torch.cat([angles.sin(), angles.cos()], dim=1))
+    by_column, by_row = embeddings
+    halves = [by_column[None].expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)]
+    return torch.cat(halves, dim=2).flatten(0, 1)
 
 
 def patch_grid(name: str, image: tuple[int, int, int], patch: int) -> tuple[int, int]:
-    """How many patches stand below and beside each other."""
+    """Returns the number of rows and columns of patches.
+
+    Raises:
+        ConfigError: the patch size does not divide the image's height and width.
+    """
     _, height, width = image
     if patch < 1 or height % patch or width % patch:
         raise ConfigError(f"{name}: patch must divide the image's height and width ({height}x{width}), got {patch}")
@@ -226,15 +278,19 @@ def patch_grid(name: str, image: tuple[int, int, int], patch: int) -> tuple[int,
 
 
 def check_visible(name: str, visible: int, patches: int) -> int:
-    """Refuses to show no patch, or to hide none."""
+    """Returns a valid number of visible patches.
+
+    Raises:
+        ConfigError: no patch would be visible, or none hidden.
+    """
     if not 0 < visible < patches:
         raise ConfigError(f"{name}: visible must be from 1 to {patches - 1} of {patches} patches, got {visible}")
     return visible
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Draws every linear layer from Xavier's uniform distribution with zero bias, as MAE and JAX's ViT do."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
+    """Initialises every linear layer with Xavier-uniform weights and zero bias, as MAE and the JAX code of ViT do."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)

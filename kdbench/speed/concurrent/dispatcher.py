@@ -1,9 +1,9 @@
-"""Several runs in one process, each in a thread of its own: one moves at a time, and they take turns by steps.
+"""Concurrent runs in one process: each in a thread of its own, one executes at a time, and they alternate by steps.
 
-A run knows nothing of it: whoever drives the gang hands it `Member.attend`, which stands in for `Runner.step` and gives
-the turn away before each step. What the process has one of (torch's generators, number formats) is put right at each
-turn. On CUDA every member launches its kernels into a stream of its own and goes on without waiting, so that the
-device works at several steps at once. Members of one kind may step together as a stack (`joint_step.py`).
+A run does not know about the others. Its runner executes steps through a `ConcurrentStep`, which passes the turn to the
+next run before each step. State that exists once per process (torch's generators, number formats) is restored at each
+turn. On CUDA every run launches its kernels into a stream of its own and continues without waiting, so that the device
+works on several steps at the same time. Runs with students of the same architecture may step jointly (`joint_step`).
 """
 
 from __future__ import annotations
@@ -13,102 +13,122 @@ import ctypes
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
+from kdbench.data.loading.batch import MicroBatch, Window
 from kdbench.data.loading.build import shared_splits
-from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.runner import Runner
-from kdbench.speed.concurrent.joint_step import EXACT, JointStep, stacking_error, stacking_key, stacking_obstacle
+from kdbench.engine.train.steps import EagerStep, StepStrategy
+from kdbench.speed.concurrent.joint_step import (
+    EXACT,
+    JointStep,
+    joint_strategy,
+    stacking_errors,
+    stacking_key,
+    stacking_obstacle,
+)
+from kdbench.speed.cuda_graph import shape_of
 
 T = TypeVar("T")
+StackOption = Literal["auto", True, False]
 
+ROUNDS_PER_CHUNK = 5
+"""Rounds that are timed together while both ways of stepping are tried."""
 
-Stack = Literal["auto", True, False]
-
-
-CHUNK = 5
-"""Rounds that are timed as one, when both forms are tried."""
-
-
-CHUNKS = 8
-"""Chunks of such a trial, alternating; the first of each form warms up."""
+TRIAL_CHUNKS = 8
+"""Chunks of such a trial, alternating between both ways; the first chunk of each warms up."""
 
 
 class ConcurrentRun:
-    """One run of a gang.
+    """One of several runs that the dispatcher alternates.
 
     Args:
-        label: what sets it apart, such as `seed=2`.
+        label: what distinguishes it, such as `seed=2`.
+
+    Attributes:
+        runner: of the present stage.
+        stacking_key: equal for runs that may step jointly; None if this one may not, for the reason `obstacle`.
+        window: the batch of the coming step, once it is available.
+        error: of the last joint step.
+        result: of the whole run, or its exception.
     """
 
-    def __init__(self, gang: Dispatcher[Any], label: str) -> None:
-        self.gang, self.label = gang, label
-        self.go = threading.Semaphore(0)
+    def __init__(self, dispatcher: Dispatcher[Any], label: str) -> None:
+        self.dispatcher, self.label = dispatcher, label
+        self.turn = threading.Semaphore(0)
         self.alive, self.stopping = True, False
         self.runner: Runner | None = None
-        self.ordinary: Callable[[Sequence[Batch]], None] = _nothing
-        self.kind: Any = None
-        self.why_alone = ""
-        self.form: tuple[str, str] | None = None
-        self.window: Sequence[Batch] | None = None
-        self.taken = False
+        self.stacking_key: Hashable | None = None
+        self.obstacle = ""
+        self.recorded_mode: tuple[str, str] | None = None
+        self.window: Window | None = None
+        self.stepped_jointly = False
         self.error: BaseException | None = None
         self.result: Any = None
-        self.stream = torch.cuda.Stream(gang.device) if gang.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(dispatcher.device) if dispatcher.device.type == "cuda" else None
 
-    def attend(self, runner: Runner) -> None:
-        """Steps of this runner are steps of the gang from now on; returns when every member has come as far."""
-        self.runner, self.ordinary, self.form = runner, runner.step, None
-        runner.step = self.step  # type: ignore[method-assign]
-        self.why_alone = stacking_obstacle(runner) if self.gang.stack is not False else ""
-        self.kind = stacking_key(runner) if self.gang.stack is not False and not self.why_alone else None
-        self.gang.turn(self)
+    def join(self, runner: Runner) -> None:
+        """Lets the dispatcher schedule the steps of a runner; returns when every other run has come as far."""
+        self.runner, self.recorded_mode = runner, None
+        stacks = self.dispatcher.stack is not False
+        self.obstacle = stacking_obstacle(runner) if stacks else ""
+        self.stacking_key = stacking_key(runner) if stacks and not self.obstacle else None
+        runner.use(ConcurrentStep(self, runner, runner.strategy))
+        self.dispatcher.pass_turn(self)
 
-    def step(self, window: Sequence[Batch]) -> None:
-        """One step of this member, at its turn, by itself or with others."""
-        runner, self.window = self.runner, window
-        assert runner is not None
-        self.gang.turn(self)  # by then every other member has a batch at hand too
-        runner.forget_lap()
-        if not self.taken:
-            self.gang.together(self)
-        self._record()
-        self.window = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        if self.taken:  # the device has its work: what is left is to count the step
-            self.taken = False
-            perform, runner.perform = runner.perform, _nothing
-            self.ordinary(window)
-            runner.perform = perform
-        else:
-            runner.seed_draws()  # another member has seeded for itself meanwhile
-            self.ordinary(window)
-
-    def _record(self) -> None:
-        """Writes down how its steps are done from the coming one on, whenever that changes."""
-        runner, form = self.runner, self.gang.form_of(self)
-        if runner is None or form is None or form == self.form:
+    def record_mode(self) -> None:
+        """Records in the manifest how the steps are executed from the coming one on, whenever that changes."""
+        runner, mode = self.runner, self.dispatcher.mode_of(self)
+        if runner is None or mode is None or mode == self.recorded_mode:
             return
-        self.form = form
-        steps = {runner.stage.name: {str(runner.steps_done): {"form": form[0], "why": form[1]}}}
-        runs = [member.label for member in self.gang.runs]
-        runner.record({"concurrent": {"label": self.label, "runs": runs, "from_step": steps}})
+        self.recorded_mode = mode
+        position = str(runner.progress.steps_done)
+        labels = [run.label for run in self.dispatcher.runs]
+        steps = {runner.stage.name: {position: {"form": mode[0], "why": mode[1]}}}
+        runner.notices.record({"concurrent": {"label": self.label, "runs": labels, "from_step": steps}})
+
+
+class ConcurrentStep:
+    """A step strategy: waits for the run's turn, then steps jointly with other runs, or by the run's own strategy."""
+
+    def __init__(self, run: ConcurrentRun, runner: Runner, strategy: StepStrategy) -> None:
+        self.concurrent_run, self.runner, self.strategy = run, runner, strategy
+
+    def run(self, window: Window) -> None:
+        run, runner = self.concurrent_run, self.runner
+        run.window = window
+        run.dispatcher.pass_turn(run)  # when it returns, every other run has a batch available too
+        runner.timer.restart()
+        if not run.stepped_jointly:
+            run.dispatcher.step_jointly(run)
+        run.record_mode()
+        run.window = None
+        if run.error is not None:
+            error, run.error = run.error, None
+            raise error
+        if run.stepped_jointly:
+            run.stepped_jointly = False
+            return
+        runner.seed_generators()  # another run has seeded them for itself meanwhile
+        self.strategy.run(window)
+
+    @property
+    def is_eager(self) -> bool:
+        return isinstance(self.strategy, EagerStep)
 
 
 class Dispatcher(Generic[T]):
-    """Runs tasks, one in each thread, that take turns by steps.
+    """Executes tasks, each in a thread, that take turns by steps.
 
     Args:
-        labels: what sets each member apart.
-        device: of all members.
-        stack: whether members of one kind step together: `auto` tries both and takes the faster, on the CPU only where
-            both give the same bits.
-        say: tells the person something about the gang as a whole.
+        labels: what distinguishes each run.
+        device: of all runs.
+        stack: whether runs with equal students step jointly: `auto` times both ways and keeps the faster one, on the
+            CPU only if both give the same bits.
+        notice: receives messages about the runs as a whole.
     """
 
     def __init__(
@@ -116,265 +136,267 @@ class Dispatcher(Generic[T]):
         labels: Sequence[str],
         device: torch.device,
         *,
-        stack: Stack = "auto",
-        say: Callable[[str], None] = print,
+        stack: StackOption = "auto",
+        notice: Callable[[str], None] = print,
     ) -> None:
-        self.device, self.stack, self.say = device, stack, say
+        self.device, self.stack, self.notice = device, stack, notice
         self.runs = [ConcurrentRun(self, label) for label in labels]
-        self.common = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.joint_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stopped = False
-        self.holder: ConcurrentRun | None = None
+        self.current: ConcurrentRun | None = None
         self.threads: dict[ConcurrentRun, threading.Thread] = {}
-        self.stacks: dict[Any, _Stacking] = {}
-        self.told: set[str] = set()
+        self.stacks: dict[Hashable, RunStack] = {}
+        self.reported: set[str] = set()
 
-    def run(self, tasks: Sequence[Callable[[ConcurrentRun], T]]) -> list[T | BaseException]:
-        """Runs one task for each member to its end; returns what each gave or raised, in order.
+    def run_all(self, tasks: Sequence[Callable[[ConcurrentRun], T]]) -> list[T | BaseException]:
+        """Executes one task for each run; returns the result or the exception of each, in order.
 
         Raises:
-            KeyboardInterrupt: the person stopped it; every member has come to rest.
+            KeyboardInterrupt: the user interrupted; no run executes any more.
         """
         threads = torch.get_num_threads()
-        for member, task in zip(self.runs, tasks, strict=True):
-            thread = threading.Thread(target=self._thread, args=(member, task, threads), name=member.label, daemon=True)
-            self.threads[member] = thread
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), shared_splits(), _formats_kept():
+        for run, task in zip(self.runs, tasks, strict=True):
+            thread = threading.Thread(target=self._thread, args=(run, task, threads), name=run.label, daemon=True)
+            self.threads[run] = thread
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), shared_splits(), _number_formats_restored():
             for thread in self.threads.values():
                 thread.start()
-            self._give(self.runs[0])
+            self._give_turn(self.runs[0])
             try:
                 for thread in self.threads.values():
                     thread.join()
             except KeyboardInterrupt:
                 self._stop()
                 raise
-        return [member.result for member in self.runs]
+        return [run.result for run in self.runs]
 
-    def _thread(self, member: ConcurrentRun, task: Callable[[ConcurrentRun], T], threads: int) -> None:
+    def _thread(self, run: ConcurrentRun, task: Callable[[ConcurrentRun], T], threads: int) -> None:
         torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
-        member.go.acquire()
+        run.turn.acquire()
         try:
-            self._refuse_stopped(member)
-            with torch.cuda.stream(member.stream) if member.stream is not None else contextlib.nullcontext():
-                member.result = task(member)
-                if member.stream is not None:
-                    member.stream.synchronize()
+            self._raise_if_stopped(run)
+            with torch.cuda.stream(run.stream) if run.stream is not None else contextlib.nullcontext():
+                run.result = task(run)
+                if run.stream is not None:
+                    run.stream.synchronize()
         except BaseException as error:
-            member.result = error
+            run.result = error
         finally:
-            member.alive = False
-            self._give(self._after(member))
+            run.alive = False
+            self._give_turn(self._next(run))
 
-    # Turns: only the holder moves, so nothing below needs a lock
+    # Turns. Only the run whose turn it is executes, so nothing below needs a lock.
 
-    def turn(self, member: ConcurrentRun) -> None:
-        """Lets every other member go on to its next step, or its end, before this one does."""
-        following = self._after(member)
-        if following is not member:
-            with _formats_kept():
-                self._give(following)
-                member.go.acquire()
-        self._refuse_stopped(member)
+    def pass_turn(self, run: ConcurrentRun) -> None:
+        """Lets every other run continue to its next step, or to its end; returns when it is this run's turn again."""
+        following = self._next(run)
+        if following is not run:
+            with _number_formats_restored():
+                self._give_turn(following)
+                run.turn.acquire()
+        self._raise_if_stopped(run)
 
-    def _after(self, member: ConcurrentRun) -> ConcurrentRun | None:
-        start = self.runs.index(member) + 1
+    def _next(self, run: ConcurrentRun) -> ConcurrentRun | None:
+        start = self.runs.index(run) + 1
         ring = (*self.runs[start:], *self.runs[:start])
-        return next((other for other in ring if other.alive), None)
+        return next((candidate for candidate in ring if candidate.alive), None)
 
-    def _give(self, member: ConcurrentRun | None) -> None:
-        self.holder = member
-        if member is not None:
-            member.go.release()
+    def _give_turn(self, run: ConcurrentRun | None) -> None:
+        self.current = run
+        if run is not None:
+            run.turn.release()
 
-    def _refuse_stopped(self, member: ConcurrentRun) -> None:
+    def _raise_if_stopped(self, run: ConcurrentRun) -> None:
         if self.stopped:
-            member.stopping = True
+            run.stopping = True
             raise KeyboardInterrupt
 
     def _stop(self) -> None:
-        """Ends every member as Ctrl-C ends a run of its own: the holder where it is, the others at their turn."""
+        """Ends every run as Ctrl-C ends a single one: the current run where it is, the others at their turn."""
         self.stopped = True
         while any(thread.is_alive() for thread in self.threads.values()):
-            holder = self.holder
-            if holder is not None and holder.alive and not holder.stopping:
-                holder.stopping = True
-                where, what = ctypes.c_ulong(self.threads[holder].ident or 0), ctypes.py_object(KeyboardInterrupt)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(where, what)
+            current = self.current
+            if current is not None and current.alive and not current.stopping:
+                current.stopping = True
+                thread_id = ctypes.c_ulong(self.threads[current].ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(KeyboardInterrupt))
             time.sleep(0.02)
 
-    # Steps together
+    # Joint steps
 
-    def together(self, member: ConcurrentRun) -> None:
-        """Does the coming step of a whole stack if this member leads one; else leaves the member to itself."""
-        stack = self._stack(member)
-        if stack is None or stack.members[0] is not member or not stack.ready():
+    def step_jointly(self, run: ConcurrentRun) -> None:
+        """Executes the coming step of a whole stack if this run is its first one; otherwise does nothing."""
+        stack = self._stack_of(run)
+        if stack is None or stack.runs[0] is not run or not stack.has_equal_batches() or not stack.steps_jointly_now():
             return
-        if not stack.stacks_now():
-            return
-        windows = [other.window[0] for other in stack.members if other.window is not None]
         try:
-            with self._common(stack.members):
-                stack.joint.perform(windows)
+            with self.joint_section(stack.runs):
+                stack.strategy.run(stack.micro_batches())
         except Exception as error:
-            for other in stack.members:
-                other.error = error
-        for other in stack.members:
-            other.taken = True
+            for member in stack.runs:
+                member.error = error
+        for member in stack.runs:
+            member.stepped_jointly = True
 
-    def _stack(self, member: ConcurrentRun) -> _Stacking | None:
-        """The stack that this member is in, made when its members are all there for the first time."""
+    def _stack_of(self, run: ConcurrentRun) -> RunStack | None:
+        """Returns the stack that contains a run, built when all its runs have a batch for the first time."""
         if self.stack is False:
             return None
-        if member.kind is None:
-            self._tell(f"{member.label}: unstacked, since {member.why_alone}.")
+        if run.stacking_key is None:
+            self._report(f"{run.label}: not stacked, because {run.obstacle}.")
             return None
-        alike = [other for other in self.runs if other.alive and other.kind == member.kind]
-        known = self.stacks.get(member.kind)
-        if known is not None and known.of(alike):
-            return known if known.use else None
-        if any(other.window is None for other in alike):
-            return None  # not all have come as far
-        self.stacks[member.kind] = found = _Stacking(self, alike)
-        return found if found.use else None
+        alike = [each for each in self.runs if each.alive and each.stacking_key == run.stacking_key]
+        stack = self.stacks.get(run.stacking_key)
+        if stack is None or not stack.consists_of(alike):
+            if any(each.window is None for each in alike):
+                return None  # not all have come as far
+            stack = self.stacks[run.stacking_key] = RunStack(self, alike)
+        return stack if stack.enabled else None
 
-    def form_of(self, member: ConcurrentRun) -> tuple[str, str] | None:
-        """How a member's steps are done by now (`stacked`, `unstacked`, `both`), and why; None: not known yet."""
+    def mode_of(self, run: ConcurrentRun) -> tuple[str, str] | None:
+        """Returns how a run's steps are executed (`stacked`, `unstacked`, `both`) and why; None: not decided yet."""
         if self.stack is False:
             return "unstacked", "stack: false"
-        if member.kind is None:
-            return "unstacked", member.why_alone
-        stack = self.stacks.get(member.kind)
-        return (stack.form, stack.why) if stack is not None and stack.has(member) else None
+        if run.stacking_key is None:
+            return "unstacked", run.obstacle
+        stack = self.stacks.get(run.stacking_key)
+        return (stack.mode, stack.reason) if stack is not None and stack.contains(run) else None
 
-    def _tell(self, text: str) -> None:
-        if text not in self.told:
-            self.told.add(text)
-            self.say(text)
+    def _report(self, text: str) -> None:
+        if text not in self.reported:
+            self.reported.add(text)
+            self.notice(text)
 
     @contextlib.contextmanager
-    def _common(self, members: Sequence[ConcurrentRun]) -> Iterator[None]:
-        """One stream for a joint step, after what its members have launched and before what they launch next."""
-        if self.common is None:
+    def joint_section(self, runs: Sequence[ConcurrentRun]) -> Iterator[None]:
+        """Orders a joint step between the kernels that its runs have launched and their next kernels."""
+        if self.joint_stream is None:
             yield
             return
-        for member in members:
-            assert member.stream is not None
-            self.common.wait_stream(member.stream)
-        with torch.cuda.stream(self.common):
+        for run in runs:
+            assert run.stream is not None
+            self.joint_stream.wait_stream(run.stream)
+        with torch.cuda.stream(self.joint_stream):
             yield
-        for member in members:
-            assert member.stream is not None
-            member.stream.wait_stream(self.common)
+        for run in runs:
+            assert run.stream is not None
+            run.stream.wait_stream(self.joint_stream)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-class _Stacking:
-    """Whether the members of one kind are stacked: what speaks against it, and which form is the faster.
+class RunStack:
+    """Runs whose students can be stacked: obstacles, and which way of stepping is faster.
 
     Args:
-        members: all of one kind, each with a batch at hand.
+        runs: all with the same stacking key, each with a batch available.
+
+    Attributes:
+        strategy: executes joint steps.
+        enabled: whether steps are joint at all.
+        reason: of the present mode, for the manifest.
     """
 
-    joint: JointStep
+    strategy: StepStrategy
 
-    def __init__(self, gang: Dispatcher[Any], members: Sequence[ConcurrentRun]) -> None:
-        self.gang, self.members = gang, list(members)
-        self.runners = [member.runner for member in members]
-        self.rounds, self.since = 0, 0.0
-        self.spent: dict[bool, list[float]] = {True: [], False: []}
-        refused = self._refused()
-        self.use = not refused
-        self.trying = self.use and gang.stack == "auto"
-        self.why = refused or (f"both are timed in turn; {self.same}" if self.trying else f"stack: true; {self.same}")
-        if refused:
-            gang.say(f"{', '.join(member.label for member in members)}: unstacked, since {refused}.")
+    def __init__(self, dispatcher: Dispatcher[Any], runs: Sequence[ConcurrentRun]) -> None:
+        self.dispatcher, self.runs = dispatcher, list(runs)
+        self.runners = [run.runner for run in runs]
+        self.rounds, self.chunk_start = 0, 0.0
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        obstacle = self._prepare()
+        self.enabled = not obstacle
+        self.trying = self.enabled and dispatcher.stack == "auto"
+        forced = f"stack: true; {self.accuracy}" if self.enabled else ""
+        self.reason = obstacle or (f"both are timed in turn; {self.accuracy}" if self.trying else forced)
+        if obstacle:
+            dispatcher.notice(f"{', '.join(run.label for run in runs)}: not stacked, because {obstacle}.")
         elif not self.trying:
-            gang.say(f"{len(members)} runs step as one stack ({self.same}).")
+            dispatcher.notice(f"{len(runs)} runs step as one stack ({self.accuracy}).")
 
     @property
-    def form(self) -> str:
-        return "both" if self.trying else "stacked" if self.use else "unstacked"
+    def mode(self) -> str:
+        return "both" if self.trying else "stacked" if self.enabled else "unstacked"
 
-    def has(self, member: ConcurrentRun) -> bool:
-        """Whether a member is in it, with the runner that it was made for."""
-        return member in self.members and self.runners[self.members.index(member)] is member.runner
+    def contains(self, run: ConcurrentRun) -> bool:
+        """Returns whether a run belongs to the stack, with the runner that the stack was built for."""
+        return run in self.runs and self.runners[self.runs.index(run)] is run.runner
 
-    def _refused(self) -> str:
-        """Why these members are not stacked, in words; makes the stack where nothing speaks against it."""
-        gang, runners = self.gang, [runner for runner in self.runners if runner is not None]
+    def consists_of(self, runs: Sequence[ConcurrentRun]) -> bool:
+        """Returns whether these are the stack's runs, with the runners that it was built for."""
+        present = [(id(run), id(run.runner)) for run in runs]
+        return present == [(id(run), id(runner)) for run, runner in zip(self.runs, self.runners, strict=True)]
+
+    def _prepare(self) -> str:
+        """Builds the joint step, or returns the reason why these runs cannot step jointly."""
+        dispatcher, runners = self.dispatcher, [runner for runner in self.runners if runner is not None]
         if len(runners) < 2:
-            return "no other run is left to stack with" if gang.stacks else "no two runs have students of one kind"
-        if any(getattr(runner.perform, "__func__", None) is not Runner.execute for runner in runners) and gang.stacks:
-            return "the others' captured steps stay as they are"  # their memory must not move
-        if not self.ready():
+            return "no other run is left to stack with" if dispatcher.stacks else "no two runs have equal students"
+        if dispatcher.stacks and any(not _steps_eagerly(runner) for runner in runners):
+            return "steps that were recorded as CUDA graphs keep their memory"  # stacking would move it
+        if not self.has_equal_batches():
             return "their batches differ in size"
-        windows = [member.window[0] for member in self.members if member.window is not None]
         try:
-            with gang._common(self.members):
-                exact, own = stacking_error(runners, windows)
-        except Exception as error:  # whatever a network of the user's does when its channels are others'
-            return f"stacked, the student does not run ({' '.join(str(error).split())[:200]})"
+            with dispatcher.joint_section(self.runs):
+                exact, in_precision = stacking_errors(runners, self.micro_batches())
+        except Exception as error:  # anything that a user's network raises when its channels belong to several runs
+            return f"the stacked student does not run ({' '.join(str(error).split())[:200]})"
         if not exact <= EXACT:
-            return f"stacked, the student gives other values (by {exact:.1e} of the largest, in float64)"
-        self.same = "the same bits as unstacked" if own == 0.0 else f"rounding of up to {own:.0e} apart from unstacked"
-        if gang.stack == "auto" and own > 0.0 and gang.device.type == "cpu":
-            return (
-                f"on this CPU a stack rounds otherwise ({self.same}); hydra.launcher.stack=true takes it all the same"
-            )
-        with gang._common(self.members):
-            self.joint = JointStep(runners, gang.say)
+            return f"the stacked student gives other values (by {exact:.1e} of the largest, in float64)"
+        equal = in_precision == 0.0
+        self.accuracy = "the same bits as unstacked" if equal else f"equal up to rounding of {in_precision:.0e}"
+        if dispatcher.stack == "auto" and not equal and dispatcher.device.type == "cpu":
+            return f"on this CPU stacking rounds differently ({self.accuracy}); hydra.launcher.stack=true accepts that"
+        with dispatcher.joint_section(self.runs):
+            self.strategy = joint_strategy(JointStep(runners), dispatcher.notice)
         return ""
 
-    def of(self, members: Sequence[ConcurrentRun]) -> bool:
-        """Whether these are its members, with the runners that it was made for."""
-        now = [(id(member), id(member.runner)) for member in members]
-        return now == [(id(m), id(r)) for m, r in zip(self.members, self.runners, strict=True)]
+    def micro_batches(self) -> list[MicroBatch]:
+        """Returns the micro-batch of each run."""
+        return [run.window[0] for run in self.runs if run.window is not None]
 
-    def ready(self) -> bool:
-        """Whether every member has a batch, and all batches are of one shape."""
-        windows = [member.window for member in self.members]
-        return all(w is not None and len(w) == 1 for w in windows) and len({_shapes(w) for w in windows}) == 1
+    def has_equal_batches(self) -> bool:
+        """Returns whether every run has one micro-batch available, all of one shape."""
+        windows = [run.window for run in self.runs if run.window is not None and len(run.window) == 1]
+        return len(windows) == len(self.runs) and len({shape_of(window) for window in windows}) == 1
 
-    def stacks_now(self) -> bool:
-        """Whether the coming round is a joint one; while both forms are tried, they alternate by chunks."""
+    def steps_jointly_now(self) -> bool:
+        """Returns whether the coming round is a joint one; while both ways are tried, they alternate by chunks of rounds."""
         if not self.trying:
-            return self.use
-        number, inside = divmod(self.rounds, CHUNK)
-        if inside == 0:
-            self.gang.synchronise()
+            return self.enabled
+        chunk, round_in_chunk = divmod(self.rounds, ROUNDS_PER_CHUNK)
+        if round_in_chunk == 0:
+            self.dispatcher.synchronize()
             now = time.perf_counter()
-            if number > 2:  # the first chunk of each form warms up
-                self.spent[number % 2 == 0].append(now - self.since)
-            self.since = now
-            if number == CHUNKS:
+            if chunk > 2:  # the first chunk of each way warms up
+                self.seconds[chunk % 2 == 0].append(now - self.chunk_start)
+            self.chunk_start = now
+            if chunk == TRIAL_CHUNKS:
                 return self._choose()
         self.rounds += 1
-        return number % 2 == 1
+        return chunk % 2 == 1
 
     def _choose(self) -> bool:
-        stacked, alone = (statistics.median(self.spent[form]) / CHUNK for form in (True, False))
-        self.trying, self.use = False, stacked < alone
-        form = "as one stack" if self.use else "each by itself"
-        self.why = f"{1000 * stacked:.1f} ms a round stacked, {1000 * alone:.1f} ms unstacked ({self.same})"
-        self.gang.say(f"{len(self.members)} runs step {form}: {self.why}.")
-        return self.use
+        stacked, alone = (statistics.median(self.seconds[jointly]) / ROUNDS_PER_CHUNK for jointly in (True, False))
+        self.trying, self.enabled = False, stacked < alone
+        times = f"{1000 * stacked:.1f} ms a round stacked, {1000 * alone:.1f} ms unstacked"
+        self.reason = f"{times} ({self.accuracy})"
+        choice = "as one stack" if self.enabled else "separately"
+        self.dispatcher.notice(f"{len(self.runs)} runs step {choice}: {self.reason}.")
+        return self.enabled
 
 
-def _shapes(window: Sequence[Batch] | None) -> tuple[Any, ...]:
-    fields = ((s, n, v.shape, v.dtype) for batch in window or () for s, own in batch.items() for n, v in own.items())
-    return tuple(fields)
-
-
-def _nothing(window: Sequence[Batch]) -> None:
-    """The work of a step that has been done."""
+def _steps_eagerly(runner: Runner) -> bool:
+    strategy = runner.strategy
+    return isinstance(strategy, ConcurrentStep) and strategy.is_eager
 
 
 @contextlib.contextmanager
-def _formats_kept() -> Iterator[None]:
-    """Puts the number formats of the process back, which each member sets for its stage."""
+def _number_formats_restored() -> Iterator[None]:
+    """Restores the number formats of the process afterwards; each run sets them for its stage."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield

@@ -1,28 +1,30 @@
-"""A step of several runs at once: their students stacked, one forward, one backward; the rest is each one's own."""
+"""Joint steps: the students of several runs as one stacked network, with one forward and one backward."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.network.operands import Batch, given_key
+from kdbench.data.loading.batch import MicroBatch, Window
+from kdbench.engine.network.features import Feature
 from kdbench.engine.network.roles import Role, root_role
 from kdbench.engine.train.optimizers import stays_on_device
 from kdbench.engine.train.runner import Runner
+from kdbench.engine.train.steps import StepStrategy
 from kdbench.engine.train.updates import Update
-from kdbench.speed.concurrent.stacked_network import StackedNetwork, difference, unstackable_layer
+from kdbench.speed.concurrent.stacked_network import StackedNetwork, stacking_difference, unstackable_layer
 from kdbench.speed.cuda_graph import CudaGraphStep, CudaRecorder
 
 EXACT = 1e-8
-"""How far, in float64, the stacked students may be from each alone: rounding, far below any mistake."""
+"""Largest relative difference in float64 between stacked students and each student alone: rounding, not an error."""
 
 
-def stacking_key(runner: Runner) -> Any:
-    """Runs of the same kind have students that can be stacked: one architecture, one input, one number format."""
+def stacking_key(runner: Runner) -> Hashable:
+    """Returns a key that is equal for runs whose students can be stacked: architecture, input, number format."""
     role, overwritten = _student(runner)
     tensors = (*role.model.named_parameters(), *role.model.named_buffers())
     return (
@@ -35,7 +37,7 @@ def stacking_key(runner: Runner) -> Any:
 
 
 def stacking_obstacle(runner: Runner) -> str:
-    """Why a run's student cannot be stacked with others, in words; empty where nothing speaks against."""
+    """Returns the reason why a run's student cannot be stacked with others, or an empty string."""
     stage, roles = runner.stage, runner.stage.roles
     export = stage.export
     config = roles[export]
@@ -43,15 +45,15 @@ def stacking_obstacle(runner: Runner) -> str:
     states = (leaf for operand in stage.read_operands() for leaf in operand.feature_operands() if leaf.is_state)
     reasons = {
         "several processes train it": runner.world.size > 1,
-        "its step is compiled (compile=capture is not)": runner.compiling,
-        "fp16 scales the losses of each run by itself": stage.precision == "fp16",
-        "an Apple GPU has no float64 to check it in": runner.device.type == "mps",
+        "its step is compiled (compile=cuda_graph is not)": runner.eager.compiled,
+        "fp16 scales the losses of each run by a factor of its own": stage.precision == "fp16",
+        "an Apple GPU has no float64 to verify it": runner.device.type == "mps",
         "it accumulates over several batches": stage.accumulate > 1,
-        "its step is more than one plain update": update is None or bool(more) or not _plain(update, export),
-        "its student is not trained itself": config.mode != "trainable",
-        "its student sees what other roles give": ":" in config.input or bool(config.extra_inputs),
-        "its student's weights are transformed": bool(config.transforms),
-        "parts of its student are roles of their own": any(
+        "its step is more than one plain update": update is None or bool(more) or not _is_plain(update, export),
+        "its student is not trained directly": config.mode != "trainable",
+        "its student reads outputs of other roles": ":" in config.input or bool(config.extra_inputs),
+        "its student has weight transforms": bool(config.transforms),
+        "modules of its student are reused as other roles": any(
             name != export and root_role(name, roles) == export for name in runner.plan.resolved_stage.order
         ),
         "a term reads its student's weights": any(root_role(leaf.role, roles) == export for leaf in states),
@@ -59,160 +61,156 @@ def stacking_obstacle(runner: Runner) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "") or unstackable_layer(_student(runner)[0].model)
 
 
-def _plain(update: Update, export: str) -> bool:
-    alone = update.select is None and update.config.inner_step is None
-    return alone and update.config.repeat == 1 and export in update.config.models
+def _is_plain(update: Update, export: str) -> bool:
+    config = update.config
+    return update.select is None and config.inner_step is None and config.repeat == 1 and export in config.models
 
 
-def _student(runner: Runner) -> tuple[Role, frozenset[Any]]:
+def _student(runner: Runner) -> tuple[Role, frozenset[Feature]]:
+    """Returns the exported role, and its features that later operations overwrite in place."""
     name = runner.stage.export
     return runner.network.role(name), runner.plan.resolved_stage.overwritten.get(name, frozenset())
 
 
-def stacking_error(runners: Sequence[Runner], window: Sequence[Batch]) -> tuple[float, float]:
-    """How far stacked students are from each alone on a batch of each run: in float64, and as the runs compute."""
+def stacking_errors(runners: Sequence[Runner], window: Sequence[MicroBatch]) -> tuple[float, float]:
+    """Compares stacked students with each student alone on one batch of each run.
+
+    Returns:
+        The largest relative difference in float64, and in the precision in which the runs compute.
+    """
     first = runners[0]
     role, overwritten = _student(first)
-    images = [_image(runner, batch) for runner, batch in zip(runners, window, strict=True)]
+    images = [_student_input(runner, batches) for runner, batches in zip(runners, window, strict=True)]
     models, dtype = [_student(runner)[0].model for runner in runners], next(role.model.parameters()).dtype
-    exact = difference(models, role.features, overwritten, images, torch.float64)
+    exact = stacking_difference(models, role.features, overwritten, images, torch.float64)
     if dtype == torch.float64:
         return exact, exact
-    return exact, difference(models, role.features, overwritten, images, dtype, first.autocast())
+    return exact, stacking_difference(models, role.features, overwritten, images, dtype, first.eager.autocast())
 
 
-def _image(runner: Runner, batch: Batch) -> Tensor:
-    """What a run's student sees."""
+def _student_input(runner: Runner, batches: MicroBatch) -> Tensor:
     source, field = runner.stage.roles[runner.stage.export].input.split(".", 1)
-    return batch[source][field]
+    return batches[source].fields[field]
 
 
 class JointStep:
-    """Steps of several runs at once. To a recorder of steps it is one runner, whose window holds a batch of each run.
+    """A step strategy over several runs: its window contains one micro-batch of each run.
 
-    From its making on, the students' parameters are views of the stacked ones.
+    From its construction on, the students' parameters are views of the stacked ones.
 
     Args:
-        runners: of one kind, none of which is to stay alone.
-        say: tells the person something.
+        runners: with equal `stacking_key` and no `stacking_obstacle`.
+
+    Attributes:
+        network: the networks of all runs.
+        draws_random: whether a run was seen to draw random numbers on the GPU.
     """
 
-    def __init__(self, runners: Sequence[Runner], say: Callable[[str], None]) -> None:
-        self.runners, self.say = list(runners), say
+    def __init__(self, runners: Sequence[Runner]) -> None:
+        self.runners = list(runners)
         first = self.runners[0]
-        self.recipe, self.device, self.world, self.stage = first.recipe, first.device, first.world, first.stage
-        self.export, self.source = first.stage.export, first.network.sources[first.stage.export]
+        self.device, self.export = first.device, first.stage.export
+        self.source = first.network.sources[self.export]
         self.updates = [runner.updates[0] for runner in self.runners]
         self.network = nn.ModuleList(runner.network for runner in self.runners)
         role, overwritten = _student(first)
-        self.features = role.features
-        models = [_student(runner)[0].model for runner in self.runners]
-        self.stacked = StackedNetwork(models, self.features, overwritten)
-        self.stacked.share()
-        wide, others = self.stacked.stacked_of(p for update in self.updates for p in update.parameters)
-        self.inputs = [*wide, *others]
-        self.draws = False
-        self.perform: Callable[[Sequence[Batch]], None] = self.execute
-        if self.recipe.uses_cuda_graph(self.device.type) and all(stays_on_device(u.optimizer) for u in self.updates):
-            _Recorded(self, CudaRecorder(self.device))  # type: ignore[arg-type]
+        self.stacked = StackedNetwork([_student(runner)[0].model for runner in self.runners], role.features, overwritten)
+        self.stacked.alias_parameters()
+        stacked, separate = self.stacked.stacked_parameters(p for update in self.updates for p in update.parameters)
+        self.inputs = [*stacked, *separate]
+        self.draws_random = False
 
-    def execute(self, window: Sequence[Batch]) -> None:
-        """One step of every run, each with its own batch: what the device does, and nothing that the host counts."""
-        values = self._differentiate(window)
-        for runner, batch, own in zip(self.runners, window, values, strict=True):
-            runner.forget_lap()
-            before = runner.differentiate
-            runner.differentiate = _told(runner, own)
-            try:
-                runner.execute([batch])
-            finally:
-                runner.differentiate = before
-            runner.lap("optimiser")
+    def run(self, window: Window) -> None:
+        """Executes one step of every run, each on its own micro-batch."""
+        losses = self._backward(window)
+        for runner, batches, values in zip(self.runners, window, losses, strict=True):
+            runner.timer.restart()
+            runner.eager.run([batches], _add_to_meters(runner, values))
+            runner.timer.end_section("optimiser")
 
-    def _differentiate(self, window: Sequence[Batch]) -> list[Tensor]:
-        """Leaves each run's gradients in its parameters; returns its losses as its network gives them."""
+    def _backward(self, window: Window) -> list[Tensor]:
+        """Leaves each run's gradients in its parameters; returns the losses as each network returns them."""
         for runner, update in zip(self.runners, self.updates, strict=True):
             update.optimizer.zero_grad(set_to_none=True)
-            runner.forget_lap()
-        self.stacked.net.zero_grad(set_to_none=True)
-        with self.runners[0].autocast():
-            given = self.stacked([_image(r, batch) for r, batch in zip(self.runners, window, strict=True)])
-        self._lap("student")
+            runner.timer.restart()
+        self.stacked.network.zero_grad(set_to_none=True)
+        with self.runners[0].eager.autocast():
+            features = self.stacked([_student_input(r, batches) for r, batches in zip(self.runners, window, strict=True)])
+        self._end_section("student")
         totals, losses = [], []
-        for runner, batch, own in zip(self.runners, window, given, strict=True):
-            total, values = self._losses(runner, batch, own)
+        for runner, batches, student_features in zip(self.runners, window, features, strict=True):
+            total, values = self._losses(runner, batches, student_features)
             totals.append(total)
             losses.append(values)
         for runner in self.runners:
-            runner.forget_lap()
+            runner.timer.restart()
         torch.autograd.backward(totals, inputs=self.inputs)
-        self.stacked.hand_out()
-        self._lap("backward")
+        self.stacked.distribute_gradients()
+        self._end_section("backward")
         return losses
 
-    def _losses(self, runner: Runner, batch: Batch, given: dict[Any, Tensor]) -> tuple[Tensor, Tensor]:
-        """A run's own terms, with its own draws, on what its student gave."""
-        runner.forget_lap()
+    def _losses(self, runner: Runner, batches: MicroBatch, features: Mapping[Feature, Tensor]) -> tuple[Tensor, Tensor]:
+        """Computes a run's terms on the features of its student, with the run's own random numbers."""
+        runner.timer.restart()
         [update] = runner.updates
-        fields = {given_key(self.export, feature): value for feature, value in given.items()}
-        batch = {**batch, self.source: {**batch[self.source], **fields}}
-        counts = runner.network.valid_counts([batch], update.config.terms)
-        with self._own_draws(runner), runner.autocast():
-            return runner.losses(batch, counts, update.config.terms, update.config.models, 1.0)
+        batch = batches[self.source].with_precomputed({(self.export, f): value for f, value in features.items()})
+        batches = {**batches, self.source: batch}
+        counts = runner.network.valid_counts([batches], update.wiring.terms)
+        with self._random_numbers_of(runner), runner.eager.autocast():
+            return runner.eager.forward(batches, counts, update.wiring, 1.0)
 
     @contextlib.contextmanager
-    def _own_draws(self, runner: Runner) -> Iterator[None]:
-        """A run draws by its own seed, which no recording can change on its way; what draws nothing needs none."""
+    def _random_numbers_of(self, runner: Runner) -> Iterator[None]:
+        """Seeds torch's generators for one run. A recording cannot change the seed between two runs."""
         on_cuda = self.device.type == "cuda"
         if on_cuda and torch.cuda.is_current_stream_capturing():
-            if self.draws:
-                raise RuntimeError("its runs draw random numbers, each by a seed of its own")
+            if self.draws_random:
+                raise RuntimeError("its runs draw random numbers, each with a seed of its own")
             yield
             return
-        runner.seed_draws()
+        runner.seed_generators()
         before = torch.cuda.get_rng_state(self.device) if on_cuda else None
         yield
         if before is not None:
-            self.draws |= not torch.equal(before, torch.cuda.get_rng_state(self.device))
+            self.draws_random |= not torch.equal(before, torch.cuda.get_rng_state(self.device))
 
-    def _lap(self, part: str) -> None:
+    def _end_section(self, name: str) -> None:
         for runner in self.runners:
-            runner.lap(part)
+            runner.timer.end_section(name)
 
-    # What a recorder of steps asks of a runner besides
+    # Recording as a CUDA graph
 
-    @property
-    def done(self) -> int:
-        return 0
+    def variant(self) -> Hashable:
+        return tuple(runner.eager.variant() for runner in self.runners)
 
-    def logs_at(self, done: int) -> tuple[bool, ...]:
-        """Which of the runs measure their gradient norm in the step `done` after the coming one."""
-        return tuple(runner.logs_at(runner.steps_done + done) for runner in self.runners)
-
-    @property
-    def grad_norm(self) -> list[Tensor | None] | None:
-        norms = [runner.grad_norm for runner in self.runners]
+    def take_grad_norm(self) -> list[Tensor | None] | None:
+        norms = [runner.eager.take_grad_norm() for runner in self.runners]
         return norms if any(norm is not None for norm in norms) else None
 
-    @grad_norm.setter
-    def grad_norm(self, norms: Sequence[Tensor | None] | None) -> None:
-        for runner, norm in zip(self.runners, norms or [None] * len(self.runners), strict=True):
-            runner.grad_norm = norm
+    def put_grad_norm(self, norm: Sequence[Tensor | None] | None) -> None:
+        for runner, run_norm in zip(self.runners, norm or [None] * len(self.runners), strict=True):
+            runner.eager.put_grad_norm(run_norm)
 
-    def restart_scaler(self) -> None:
+    def discard_unfinished(self) -> None:
         for runner in self.runners:
-            runner.restart_scaler()
+            runner.eager.discard_unfinished()
 
 
-class _Recorded(CudaGraphStep):
-    """A joint step is recorded whole or not at all."""
-
-    def _in_parts(self, obstacle: str) -> None:
-        self._forget()
-        self.runner.perform = self.runner.execute
-        self.runner.say(f"the stacked step cannot be one CUDA graph ({obstacle}); it runs as it is.")
+def _add_to_meters(runner: Runner, losses: Tensor) -> Callable[[Update, Window], None]:
+    """Returns a function that only adds losses to the meters, for gradients that exist already."""
+    return lambda update, window: runner.meters.add(losses, update.meter_indices)
 
 
-def _told(runner: Runner, values: Tensor) -> Callable[[Update, Sequence[Batch]], None]:
-    """Stands for making an update's gradients, when they are there already."""
-    return lambda update, _: runner.meters.add(values, update.meter_indices)
+def joint_strategy(joint: JointStep, notice: Callable[[str], None]) -> StepStrategy:
+    """Returns the joint step, as a CUDA graph where recipe, device and optimizers support it."""
+    first = joint.runners[0]
+    if not first.recipe.uses_cuda_graph(joint.device.type):
+        return joint
+    if not all(stays_on_device(update.optimizer) for update in joint.updates):
+        return joint
+
+    def eagerly(obstacle: str) -> StepStrategy:
+        notice(f"the joint step cannot be one CUDA graph ({obstacle}); it runs eagerly.")
+        return joint
+
+    return CudaGraphStep(joint, CudaRecorder(joint.device), eagerly)

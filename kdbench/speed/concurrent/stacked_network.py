@@ -1,9 +1,9 @@
-"""Several networks of one architecture as one: their channels stand side by side.
+"""Several networks of one architecture as one network with their channels side by side.
 
-A convolution becomes a grouped one (each network's channels are groups of their own), BatchNorm and GroupNorm know no
-difference, a linear layer multiplies each network's part by its own matrix, and what works on each value or each
-channel alone stays as it is. Every network's values are then those that it gives by itself, and one kernel does what
-took as many as there are networks.
+A convolution becomes a grouped convolution in which each network's channels form groups; BatchNorm and GroupNorm get
+more channels; a linear layer multiplies each network's part by that network's matrix; layers that treat every value or
+channel separately stay as they are. Each network computes the same values as alone, and one kernel replaces as many
+kernels as there are networks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNTOUCHED = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.Upsample),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
 )
-"""Layers that treat every channel alone and alike."""
+"""Layers that treat every channel separately and equally."""
 
 
 class StackedLinear(nn.Module):
@@ -55,12 +55,12 @@ class StackedLinear(nn.Module):
         weight = self.weight.unflatten(0, (self.networks, -1))
         bias = None if self.bias is None else self.bias.unflatten(0, (self.networks, -1))
         parts = x.unflatten(1, (self.networks, -1))
-        if x.device.type == "cpu":  # a batched product may round otherwise than a single one
+        if x.device.type == "cpu":  # a batched product may round differently from a single one
             biases = [None] * self.networks if bias is None else bias.unbind()
-            own = zip(parts.unbind(1), weight.unbind(), biases, strict=True)
-            return torch.cat([F.linear(part.contiguous(), w, b) for part, w, b in own], 1)
-        parts, across = parts.transpose(0, 1), weight.transpose(1, 2)
-        product = torch.bmm(parts, across) if bias is None else torch.baddbmm(bias.unsqueeze(1), parts, across)
+            layers = zip(parts.unbind(1), weight.unbind(), biases, strict=True)
+            return torch.cat([F.linear(part.contiguous(), w, b) for part, w, b in layers], 1)
+        parts, matrices = parts.transpose(0, 1), weight.transpose(1, 2)
+        product = torch.bmm(parts, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), parts, matrices)
         return product.transpose(0, 1).flatten(1)
 
 
@@ -68,9 +68,9 @@ class StackedNetwork:
     """Networks of one architecture, run as one.
 
     Args:
-        models: in the same mode, with the same parts frozen.
-        features: what is wanted of each.
-        overwritten: those of them that a later operation overwrites in place.
+        models: in the same mode, with the same modules frozen.
+        features: to extract from each.
+        overwritten: features that a later operation overwrites in place.
 
     Raises:
         ValueError: one of their layers cannot be stacked.
@@ -79,78 +79,83 @@ class StackedNetwork:
     def __init__(
         self, models: Sequence[nn.Module], features: Iterable[Feature], overwritten: frozenset[Feature] = frozenset()
     ) -> None:
-        refused = unstackable_layer(models[0])
-        if refused:
-            raise ValueError(refused)
+        obstacle = unstackable_layer(models[0])
+        if obstacle:
+            raise ValueError(obstacle)
         self.models = list(models)
-        self.net = without_hooks(copy.deepcopy(models[0]))
-        for path, module in list(self.net.named_modules()):
-            _widen(self.net, path, module, [model.get_submodule(path) for model in models])
-        self.capture = FeatureExtractor(self.net, features, overwritten=overwritten, stop=True)
+        self.network = remove_hooks(copy.deepcopy(models[0]))
+        for path, module in list(self.network.named_modules()):
+            _stack_layer(self.network, path, module, [model.get_submodule(path) for model in models])
+        self.extractor = FeatureExtractor(self.network, features, overwritten=overwritten, stop=True)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[dict[Feature, Tensor]]:
-        """Returns the features of each network; the inputs are as many, of one shape, with the channels second."""
-        found: list[dict[Feature, Tensor]] = [{} for _ in self.models]
-        for feature, value in self.capture(torch.cat(list(inputs), 1)).items():
-            wide = value.dim() == 4 and not value.is_contiguous()
-            kept = torch.channels_last if wide else torch.contiguous_format
-            for own, part in zip(found, value.chunk(len(self.models), 1), strict=True):
-                own[feature] = part.contiguous(memory_format=kept)
-        return found
+        """Returns the features of each network.
 
-    def share(self) -> None:
-        """Makes the networks' own parameters and buffers views of the stacked ones, from now on.
-
-        Whatever holds them (an optimiser, a checkpoint, an evaluation) goes on as before.
+        Args:
+            inputs: one for each network, all of one shape (batch, channels, ...).
         """
-        for own, stacked, place in self._pairs():
-            own.data = stacked.detach()[place]
+        features: list[dict[Feature, Tensor]] = [{} for _ in self.models]
+        for feature, value in self.extractor(torch.cat(list(inputs), 1)).items():
+            channels_last = value.dim() == 4 and not value.is_contiguous()
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            for of_model, part in zip(features, value.chunk(len(self.models), 1), strict=True):
+                of_model[feature] = part.contiguous(memory_format=memory_format)
+        return features
 
-    def hand_out(self) -> None:
-        """Gives each network's parameters their part of the gradient."""
-        for own, stacked, place in self._pairs():
-            if isinstance(own, nn.Parameter):
-                own.grad = None if stacked.grad is None else stacked.grad[place]
+    def alias_parameters(self) -> None:
+        """Turns the networks' own parameters and buffers into views of the stacked ones.
 
-    def stacked_of(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-        """Splits parameters into those that are stacked (then the stacked ones, once each), and the others."""
-        known = {id(own): stacked for own, stacked, _ in self._pairs()}
-        given = list(parameters)
-        stacked = {id(known[id(p)]): known[id(p)] for p in given if id(p) in known}
-        return list(stacked.values()), [p for p in given if id(p) not in known]
+        Optimizers, checkpoints and evaluations keep working on the same tensor objects.
+        """
+        for tensor, stacked, index in self._pairs():
+            tensor.data = stacked.detach()[index]
+
+    def distribute_gradients(self) -> None:
+        """Gives each network's parameters their part of the stacked gradients."""
+        for tensor, stacked, index in self._pairs():
+            if isinstance(tensor, nn.Parameter):
+                tensor.grad = None if stacked.grad is None else stacked.grad[index]
+
+    def stacked_parameters(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+        """Splits parameters into the stacked tensors that contain some of them (once each), and all others."""
+        stacked_by_id = {id(tensor): stacked for tensor, stacked, _ in self._pairs()}
+        parameters = list(parameters)
+        stacked = {id(stacked_by_id[id(p)]): stacked_by_id[id(p)] for p in parameters if id(p) in stacked_by_id}
+        return list(stacked.values()), [p for p in parameters if id(p) not in stacked_by_id]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor, slice | int]]:
-        """Each network's tensor, the stacked one, and where in it the first lies."""
-        for path, module in self.net.named_modules():
+        """Yields each network's tensor, the stacked one, and the index of the first in the second."""
+        for path, module in self.network.named_modules():
             for number, model in enumerate(self.models):
-                own = model.get_submodule(path)
+                original = model.get_submodule(path)
                 for name, stacked in (*module._parameters.items(), *module._buffers.items()):
                     if stacked is None:
                         continue
-                    value = own._parameters[name] if name in own._parameters else own._buffers[name]
-                    assert value is not None
-                    rows = value.shape[0] if value.dim() else 0
-                    yield value, stacked, slice(number * rows, (number + 1) * rows) if value.dim() else number
+                    tensors = original._parameters if name in original._parameters else original._buffers
+                    tensor = tensors[name]
+                    assert tensor is not None
+                    rows = tensor.shape[0] if tensor.dim() else 0
+                    yield tensor, stacked, slice(number * rows, (number + 1) * rows) if tensor.dim() else number
 
 
 def unstackable_layer(model: nn.Module) -> str:
-    """Which layer of a network cannot be stacked, in words; empty where all can."""
+    """Returns the reason why a layer of a network cannot be stacked, or an empty string."""
     for path, module in model.named_modules():
         kind, where = type(module), f" ({path})" if path else ""
-        inner = any(True for _ in module.children())
+        has_children = any(True for _ in module.children())
         if (kind in (*CONVOLUTIONS, nn.Linear, nn.GroupNorm) and path) or kind in UNTOUCHED:
             continue
         if isinstance(module, NORMS) and kind in NORMS:
             if module.momentum is None:
-                return f"{kind.__name__}{where} averages over all batches so far"
+                return f"{kind.__name__}{where} averages over all previous batches"
             continue
-        if not inner or module._parameters or module._buffers:
-            return f"{kind.__name__}{where} is not known to treat channels apart"
+        if not has_children or module._parameters or module._buffers:
+            return f"{kind.__name__}{where} is not known to treat channels separately"
     return ""
 
 
-def without_hooks(model: nn.Module) -> nn.Module:
-    """Takes away the hooks that a copy of a model brought along; what they did would be found by `difference`."""
+def remove_hooks(model: nn.Module) -> nn.Module:
+    """Removes the hooks of a copied model; `stacking_difference` would reveal a hook that changed values."""
     for module in model.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             for name in (hooks, f"{hooks}_with_kwargs", f"{hooks}_always_called"):
@@ -158,17 +163,17 @@ def without_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def _widen(net: nn.Module, path: str, module: nn.Module, parts: Sequence[nn.Module]) -> None:
-    """Gives a layer of the stacked network the tensors of all, and the numbers that go with them."""
-    count = len(parts)
-    for name, value in module._parameters.items():
-        if value is not None:
-            joined = torch.cat([part._parameters[name].detach() for part in parts])  # type: ignore[union-attr]
-            module._parameters[name] = nn.Parameter(joined, requires_grad=value.requires_grad)
-    for name, value in module._buffers.items():
-        if value is not None:
-            own = [part._buffers[name] for part in parts]
-            module._buffers[name] = torch.cat(own) if value.dim() else torch.stack(own)  # type: ignore[arg-type]
+def _stack_layer(network: nn.Module, path: str, module: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Gives a layer of the stacked network the tensors of all layers, and the sizes that belong to them."""
+    count = len(layers)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            joined = torch.cat([layer._parameters[name].detach() for layer in layers])  # type: ignore[union-attr]
+            module._parameters[name] = nn.Parameter(joined, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            buffers = [layer._buffers[name] for layer in layers]
+            module._buffers[name] = torch.cat(buffers) if buffer.dim() else torch.stack(buffers)  # type: ignore[arg-type]
     if isinstance(module, CONVOLUTIONS):
         module.in_channels, module.out_channels = module.in_channels * count, module.out_channels * count
         module.groups *= count
@@ -180,10 +185,10 @@ def _widen(net: nn.Module, path: str, module: nn.Module, parts: Sequence[nn.Modu
         parent, _, name = path.rpartition(".")
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         assert weight is not None
-        setattr(net.get_submodule(parent), name, StackedLinear(count, weight, bias))
+        setattr(network.get_submodule(parent), name, StackedLinear(count, weight, bias))
 
 
-def difference(
+def stacking_difference(
     models: Sequence[nn.Module],
     features: Iterable[Feature],
     overwritten: frozenset[Feature],
@@ -191,49 +196,59 @@ def difference(
     dtype: torch.dtype,
     autocast: contextlib.AbstractContextManager[object] | None = None,
 ) -> float:
-    """How far the stacked networks are from each alone on these inputs: features, gradients and buffers.
+    """Compares stacked networks with each network alone: features, gradients and buffers.
 
-    The largest difference of a tensor relative to its largest value; 0 means the same bits. Nothing but copies of the
-    networks is touched, and nothing is drawn.
+    Only copies of the networks are modified, and no random number is drawn.
 
     Args:
-        dtype: what the copies compute in. In float64 a true difference stands far above rounding.
+        inputs: one for each network.
+        dtype: of the copies. In float64 a real difference is far larger than rounding.
+
+    Returns:
+        The largest difference in any tensor, relative to its largest value; 0 for equal bits.
     """
     features = tuple(features)
-    alone = [without_hooks(copy.deepcopy(model)).to(dtype) for model in models]
-    stacked = StackedNetwork([copy.deepcopy(model) for model in alone], features, overwritten)
-    shown = [value.detach().to(dtype) for value in inputs]
+    single = [remove_hooks(copy.deepcopy(model)).to(dtype) for model in models]
+    stacked = StackedNetwork([copy.deepcopy(model) for model in single], features, overwritten)
+    inputs = [value.detach().to(dtype) for value in inputs]
     with autocast or contextlib.nullcontext():
-        together = stacked(shown)
-        apart = [
-            FeatureExtractor(model, features, overwritten=overwritten)(value) for model, value in zip(alone, shown, strict=True)
+        stacked_features = stacked(inputs)
+        single_features = [
+            FeatureExtractor(model, features, overwritten=overwritten)(value)
+            for model, value in zip(single, inputs, strict=True)
         ]
-    torch.autograd.backward([_probe(own, number) for number, own in enumerate(together)])
-    for number, own in enumerate(apart):
-        _probe(own, number).backward()
-    stacked.share()
-    stacked.hand_out()
-    pairs = [(one[f], other[f]) for one, other in zip(together, apart, strict=True) for f in features]
+    # One backward for the stack, one for each single network: gradients are compared, too.
+    torch.autograd.backward([_probe_loss(values, number) for number, values in enumerate(stacked_features)])
+    for number, values in enumerate(single_features):
+        _probe_loss(values, number).backward()
+    stacked.alias_parameters()
+    stacked.distribute_gradients()
+    pairs = [
+        (stacked_values[feature], single_values[feature])
+        for stacked_values, single_values in zip(stacked_features, single_features, strict=True)
+        for feature in features
+    ]
     gradients = []
-    for one, other in zip(stacked.models, alone, strict=True):
-        pairs += zip(one.buffers(), other.buffers(), strict=True)
-        for first, second in zip(one.parameters(), other.parameters(), strict=True):
-            if (first.grad is None) != (second.grad is None):
+    for first, second in zip(stacked.models, single, strict=True):
+        pairs += zip(first.buffers(), second.buffers(), strict=True)
+        for parameter, reference in zip(first.parameters(), second.parameters(), strict=True):
+            if (parameter.grad is None) != (reference.grad is None):
                 return math.inf
-            if first.grad is not None and second.grad is not None:
-                gradients.append((first.grad, second.grad))
-    largest = max((float(second.abs().max()) for _, second in gradients), default=0.0)
+            if parameter.grad is not None and reference.grad is not None:
+                gradients.append((parameter.grad, reference.grad))
+    largest = max((float(reference.abs().max()) for _, reference in gradients), default=0.0)
     return max(
-        *(_relative(one, other) for one, other in pairs),
-        *(_relative(one, other, 1e-6 * largest) for one, other in gradients),  # some are nothing but rounding
+        *(_relative_difference(value, reference) for value, reference in pairs),
+        # Some gradients consist of rounding alone, so differences far below the largest gradient do not count.
+        *(_relative_difference(value, reference, 1e-6 * largest) for value, reference in gradients),
         0.0,
     )
 
 
-def _probe(found: dict[Feature, Tensor], number: int) -> Tensor:
-    """A scalar that weighs every value of every feature, for each network otherwise."""
+def _probe_loss(features: dict[Feature, Tensor], number: int) -> Tensor:
+    """Returns a scalar in which every value of every feature has a weight that differs from network to network."""
     total = None
-    for value in found.values():
+    for value in features.values():
         ramp = torch.arange(value.numel(), device=value.device, dtype=torch.float64)
         weights = torch.sin(ramp + number).to(value.dtype).view(value.shape)
         part = (value * weights).sum() / value.shape[0]
@@ -242,11 +257,13 @@ def _probe(found: dict[Feature, Tensor], number: int) -> Tensor:
     return total
 
 
-def _relative(one: Tensor, other: Tensor, floor: float = 0.0) -> float:
-    if one.shape != other.shape:
+def _relative_difference(value: Tensor, reference: Tensor, floor: float = 0.0) -> float:
+    if value.shape != reference.shape:
         return math.inf
-    if torch.equal(one, other):
+    if torch.equal(value, reference):
         return 0.0
-    one, other = one.detach().double(), other.detach().double()
-    gap = float((one - other).abs().max())
-    return gap / max(float(other.abs().max()), floor, 1e-300) if math.isfinite(gap) else math.inf
+    value, reference = value.detach().double(), reference.detach().double()
+    difference = float((value - reference).abs().max())
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / max(float(reference.abs().max()), floor, 1e-300)

@@ -1,4 +1,4 @@
-"""How long one forward pass takes, for the summary. Measured, so no part of what makes two runs equal."""
+"""Latency of one forward, for the summary. A measurement, so it is not compared when two runs are."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import time
 import torch
 from torch import Tensor, nn
 
+WARM_UP_FORWARDS = 3
+
+
+MIN_TIMED_FORWARDS = 3
+"""Number of forwards that are timed even beyond the budget."""
+
 
 def measure_latency(
     model: nn.Module, example: Tensor, *, batch_sizes: tuple[int, ...] = (1, 64), repeats: int = 30, budget: float = 1.0
 ) -> dict[str, float]:
-    """Returns the time of a forward pass in eval mode, in milliseconds, by batch size: of the fastest of `repeats`.
+    """Measures the time of a forward in eval mode, as the minimum over several forwards.
 
-    The fastest pass is the one that whatever else the machine does disturbed least; a median is not repeatable on a
-    busy one.
+    The minimum is the forward that other work on the machine disturbed least; a median is not repeatable on a busy
+    machine.
 
     Args:
-        model: on the device of `example`; every module gets its mode back.
-        example: one input (channels, height, width), or whatever one row of a batch is.
-        batch_sizes: each gives an entry `batch_<size>`.
-        repeats: passes that are timed, after three that warm up.
-        budget: seconds after which a batch size is timed no further (at least three passes are).
+        model: on the device of `example`; the mode of every module is restored.
+        example: one input without batch dimension, such as (channels, height, width).
+        batch_sizes: numbers of rows.
+        repeats: number of timed forwards for each batch size, after three warm-up forwards.
+        budget: seconds for each batch size; at least three forwards are timed.
 
     Returns:
-        Such as `{"batch_1": 0.42, "batch_64": 3.1}`.
+        Milliseconds, such as `{"batch_1": 0.42, "batch_64": 3.1}`.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -38,18 +44,18 @@ def measure_latency(
 
 def _fastest(model: nn.Module, example: Tensor, size: int, repeats: int, budget: float) -> float:
     batch = example.detach()[None].repeat(size, *[1] * example.dim())
-    times: list[float] = []
-    began = time.perf_counter()
-    for number in range(repeats + 3):
+    seconds: list[float] = []
+    first_start = time.perf_counter()
+    for number in range(WARM_UP_FORWARDS + repeats):
         _wait(batch.device)
         start = time.perf_counter()
         model(batch)
         _wait(batch.device)
-        if number >= 3:
-            times.append(time.perf_counter() - start)
-        if len(times) >= 3 and time.perf_counter() - began > budget:
+        if number >= WARM_UP_FORWARDS:
+            seconds.append(time.perf_counter() - start)
+        if len(seconds) >= MIN_TIMED_FORWARDS and time.perf_counter() - first_start > budget:
             break
-    return round(1000 * min(times), 4)
+    return round(1000 * min(seconds), 4)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""A step taken apart: what each of its parts costs in time, in operations and in FLOPs, and what ran on the device.
+"""Profiler of a training step: time, operations and FLOPs of each section, and what ran on the device.
 
-One mechanism measures everything. `Laps` notes something at the end of every part of a step (the clock, an event of
-the device, what has been counted so far, a mark in the profiler's trace); a part's cost is the difference between two
-neighbours. The runner calls it where it already tells its own clock; hooks on roles, terms and optimisers, which are
-taken off again, call it in between. A step that is not being taken apart has none of this.
+One mechanism serves all measurements. A `SectionRecorder` takes a stamp at the end of every section of a step: the
+host's clock, a CUDA event, a count of operations, a mark in the trace of torch's profiler. The cost of a section is the
+difference of two neighbouring stamps. The runner's timer reports the ends of its sections to the recorder; temporary
+hooks on roles, terms and optimizers report the others. A step that is not profiled contains no hooks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,80 +22,89 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdbench.engine.network.operands import Batch
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.train.runner import Runner
-from kdbench.engine.train.timer import SectionTimer
 
 MARK_PREFIX = "kdbench: "
-"""Before the name of a part, in the profiler's trace."""
+"""Prefix of the marks at the ends of sections in the profiler's trace."""
 
 
-Windows = Iterator[list[Batch]]
+Windows = Iterator[list[MicroBatch]]
 
 
-class SectionRecorder(SectionTimer):
-    """The ends of a step's parts, in order.
+class SectionRecorder:
+    """Takes a stamp at the end of each section of a step.
 
     Args:
-        stamp: called at each end with the part's name; returns what is noted.
+        stamp: called with the name of the section; its return value is recorded.
+
+    Attributes:
+        ends: (section, stamp), in order.
     """
 
     def __init__(self, stamp: Callable[[str], Any]) -> None:
-        super().__init__()
         self.stamp = stamp
         self.ends: list[tuple[str, Any]] = []
 
-    def lap(self, part: str) -> None:
-        self.ends.append((part, self.stamp(part)))
+    def end(self, section: str) -> None:
+        """Records the end of a section."""
+        self.ends.append((section, self.stamp(section)))
 
-    def costs(self, between: Callable[[Any, Any], Any]) -> list[tuple[str, Any]]:
-        """Returns (part, cost) in order; `between` takes what was noted at the part's beginning and at its end."""
-        return [(part, between(before, after)) for (_, before), (part, after) in itertools.pairwise(self.ends)]
+    def end_timer_section(self, name: str) -> None:
+        """Records the end of a section of the runner's timer, except `student` and `teacher`, which have hooks."""
+        if name not in ("student", "teacher"):
+            self.end("sum of terms" if name == "terms" else name)
+
+    def costs(self, difference: Callable[[Any, Any], Any]) -> list[tuple[str, Any]]:
+        """Returns (section, cost) in order.
+
+        Args:
+            difference: computes a cost from the stamps at the start and at the end of a section.
+        """
+        return [(section, difference(start, end)) for (_, start), (section, end) in itertools.pairwise(self.ends)]
 
 
 @contextmanager
 def record_sections(runner: Runner, recorder: SectionRecorder) -> Iterator[SectionRecorder]:
-    """While the block runs, every part of the runner's steps ends with a lap.
+    """Records the sections of every step inside the block.
 
-    The parts: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner's
-    step must run as it is written: a compiled or captured one has no parts.
+    Sections: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner must
+    execute its steps eagerly: a compiled step or a CUDA graph has no sections.
     """
-    network, before = runner.network, (runner.clock, runner.network.lap)
-    runner.clock = recorder
-    network.lap = lambda part: recorder.lap("sum of terms") if part == "terms" else None  # roles have hooks of their own
-    parts: dict[str, torch.nn.Module] = {f"forward {n}": network.role(n) for n in runner.plan.resolved_stage.order}
-    parts |= {f"term {n}": network.term(n) for n in runner.plan.resolved_stage.terms}
-    handles: list[Any] = [module.register_forward_hook(_ends(recorder, part)) for part, module in parts.items()]
+    network = runner.network
+    modules: dict[str, torch.nn.Module] = {f"forward {n}": network.role(n) for n in runner.plan.resolved_stage.order}
+    modules |= {f"term {n}": network.term(n) for n in runner.plan.resolved_stage.terms}
+    handles: list[Any] = [module.register_forward_hook(_end_hook(recorder, name)) for name, module in modules.items()]
     for update in runner.updates:
-        handles.append(update.optimizer.register_step_post_hook(_ends(recorder, "optimiser")))
+        handles.append(update.optimizer.register_step_post_hook(_end_hook(recorder, "optimiser")))
     try:
-        yield recorder
+        with runner.timer.forwarded_to(recorder.end_timer_section):
+            yield recorder
     finally:
-        runner.clock, network.lap = before
         for handle in handles:
             handle.remove()
 
 
-def _ends(laps: SectionRecorder, part: str) -> Callable[..., None]:
+def _end_hook(recorder: SectionRecorder, section: str) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        laps.lap(part)
+        recorder.end(section)
 
     return hook
 
 
 def run_step(runner: Runner, windows: Windows) -> int:
-    """One step as training takes it; returns how many samples of the first source it saw."""
-    runner.lap("begin")
+    """Runs one step as in training; returns the number of samples of the training source in it."""
+    runner.timer.end_section("begin")
     window = next(windows)
-    runner.lap("data")
+    runner.timer.end_section("data")
     runner.begin_step()
-    runner.lap("schedules")
+    runner.timer.end_section("schedules")
     runner.step(window)
-    return sum(next(iter(batch[runner.plan.train_source].values())).shape[0] for batch in window)
+    return sum(batches[runner.plan.train_source].size for batches in window)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -104,9 +113,13 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of steps. whole: seconds of each, not taken apart. parts: seconds by part, in the order of a step, of those
-    that were taken apart: each part's median over them, of `data` the mean. samples: of all steps that were not taken
-    apart."""
+    """Times of steps.
+
+    Attributes:
+        step_seconds: of each unrecorded step.
+        section_seconds: section -> median over the recorded steps, in the order of a step; of `data` the mean.
+        samples: number of samples in the unrecorded steps.
+    """
 
     step_seconds: list[float]
     section_seconds: dict[str, float]
@@ -114,75 +127,78 @@ class StepTimes:
 
 
 def time_steps(runner: Runner, windows: Windows, steps: int) -> StepTimes:
-    """Times steps as they run, from one end to the next: what the device does meanwhile is waited for at the end.
+    """Times unrecorded steps, the device's work included.
 
-    On a device that runs behind the host, the steps are timed together, in up to ten equal groups, so that waiting
-    does not slow them.
+    On a device that works asynchronously, steps are timed in up to ten equal groups, so that the synchronisation at the
+    end of a group does not slow every step.
     """
-    group = 1 if runner.device.type == "cpu" else -(-steps // 10)
-    whole, samples, left = [], 0, steps
-    while left > 0:
-        count = min(group, left)
+    group_size = 1 if runner.device.type == "cpu" else -(-steps // 10)
+    step_seconds: list[float] = []
+    samples, remaining = 0, steps
+    while remaining > 0:
+        count = min(group_size, remaining)
         synchronize(runner.device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         samples += sum(run_step(runner, windows) for _ in range(count))
         synchronize(runner.device)
-        whole += [(time.perf_counter() - began) / count] * count
-        left -= count
-    return StepTimes(whole, {}, samples)
+        step_seconds += [(time.perf_counter() - start) / count] * count
+        remaining -= count
+    return StepTimes(step_seconds, {}, samples)
 
 
 def time_sections(runner: Runner, windows: Windows, steps: int) -> StepTimes:
-    """Times `steps` steps whole and as many taken apart, in turn, so that whatever disturbs them falls on both."""
-    whole, apart, samples = [], [], 0
-    stamp, between = _device_clock(runner.device)
+    """Times `steps` unrecorded and `steps` recorded steps, alternating, so that disturbances affect both alike."""
+    step_seconds: list[float] = []
+    costs: list[list[tuple[str, float]]] = []
+    samples = 0
+    stamp, difference = _device_clock(runner.device)
     for _ in range(steps):
-        one = time_steps(runner, windows, 1)
-        whole += one.step_seconds
-        samples += one.samples
-        with record_sections(runner, SectionRecorder(stamp)) as laps:
+        times = time_steps(runner, windows, 1)
+        step_seconds += times.step_seconds
+        samples += times.samples
+        with record_sections(runner, SectionRecorder(stamp)) as recorder:
             run_step(runner, windows)
         synchronize(runner.device)
-        apart.append(laps.costs(between))
-    return StepTimes(whole, _typical(apart), samples)
+        costs.append(recorder.costs(difference))
+    return StepTimes(step_seconds, _average_sections(costs), samples)
 
 
-def _typical(steps: list[list[tuple[str, float]]]) -> dict[str, float]:
-    """Each part's median over the steps; a part that comes several times in a step is added up first.
+def _average_sections(costs: Sequence[Sequence[tuple[str, float]]]) -> dict[str, float]:
+    """Returns section -> median over steps of its total in a step.
 
-    Of `data` it is the mean: batches may be made, and what does not move run ahead, for several steps at once.
+    Of `data` it returns the mean: batches may be augmented, and frozen roles prefetched, for several steps at once.
     """
-    sums: list[defaultdict[str, float]] = []
-    for costs in steps:
-        together: defaultdict[str, float] = defaultdict(float)
-        for part, seconds in costs:
-            together[part] += seconds
-        sums.append(together)
-    parts = dict.fromkeys(part for together in sums for part in together)
+    totals: list[defaultdict[str, float]] = []
+    for step_costs in costs:
+        total: defaultdict[str, float] = defaultdict(float)
+        for section, seconds in step_costs:
+            total[section] += seconds
+        totals.append(total)
+    sections = dict.fromkeys(section for total in totals for section in total)
     return {
-        part: (statistics.mean if part == "data" else statistics.median)([together[part] for together in sums])
-        for part in parts
+        section: (statistics.mean if section == "data" else statistics.median)([total[section] for total in totals])
+        for section in sections
     }
 
 
 def _device_clock(device: torch.device) -> tuple[Callable[[str], Any], Callable[[Any, Any], float]]:
-    """What to note at the end of a part, and the seconds between two notes.
+    """Returns a stamp, and a function that computes the seconds between two stamps.
 
-    On CUDA an event in the stream: the time at which the device came to the end of the part, not the host.
+    On CUDA a stamp is an event in the stream: the time at which the device, not the host, reaches the end of a section.
     """
     if device.type != "cuda":
-        return lambda _: time.perf_counter(), lambda before, after: after - before
+        return lambda _: time.perf_counter(), lambda start, end: end - start
 
-    def event(_: str) -> torch.cuda.Event:
-        noted = torch.cuda.Event(enable_timing=True)
-        noted.record(torch.cuda.current_stream(device))
-        return noted
+    def record_event(_: str) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
 
-    return event, lambda before, after: before.elapsed_time(after) / 1000
+    return record_event, lambda start, end: start.elapsed_time(end) / 1000
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what reaches the dispatcher below autograd: about one kernel each, views aside."""
+    """Counts the operations that reach the dispatcher below autograd: about one kernel each, except for views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,38 +211,46 @@ class OperationCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepCounts:
-    """operations, flops: of one step, by part. A multiply-add is two FLOPs; only convolutions, products of matrices and
-    attention count."""
+    """Counts of one step, by section.
+
+    Attributes:
+        operations: operations below autograd.
+        flops: of convolutions, matrix products and attention; a multiply-add is two.
+    """
 
     operations: dict[str, int]
     flops: dict[str, int]
 
 
 def count_step(runner: Runner, windows: Windows) -> StepCounts:
-    """Counts in two steps, one for the operations and one for the FLOPs (torch's own counter)."""
-    with OperationCounter() as operations:
-        counted = _differences(runner, windows, lambda: operations.total)
-    with FlopCounterMode(display=False) as flops:
-        return StepCounts(counted, _differences(runner, windows, flops.get_total_flops))
+    """Counts the operations of one step and the FLOPs of the next, with torch's FLOP counter."""
+    with OperationCounter() as counter:
+        operations = _count_sections(runner, windows, lambda: counter.total)
+    with FlopCounterMode(display=False) as flop_counter:
+        return StepCounts(operations, _count_sections(runner, windows, flop_counter.get_total_flops))
 
 
-def _differences(runner: Runner, windows: Windows, total: Callable[[], int]) -> dict[str, int]:
-    with record_sections(runner, SectionRecorder(lambda _: total())) as laps:
+def _count_sections(runner: Runner, windows: Windows, total: Callable[[], int]) -> dict[str, int]:
+    with record_sections(runner, SectionRecorder(lambda _: total())) as recorder:
         run_step(runner, windows)
-    found: Counter[str] = Counter()
-    for part, difference in laps.costs(lambda before, after: after - before):
-        found[part] += difference
-    return dict(found)
+    counts: Counter[str] = Counter()
+    for section, count in recorder.costs(lambda start, end: end - start):
+        counts[section] += count
+    return dict(counts)
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What torch's profiler saw, per step. Times are seconds.
+    """Measurements of torch's profiler, per step, in seconds.
 
-    busy: in which the device worked: kernels and copies on CUDA, operations on the CPU. kernels: on CUDA, copies and
-    fills aside; None elsewhere. copies: those. backward: share of the backward pass by whose forward it goes back
-    through (`ROLE` or a term's name as the parts have them), `gradients` for adding into the parameters' gradients.
-    slowest: (operation, seconds by itself, calls), the device's time on CUDA.
+    Attributes:
+        steps: number of profiled steps.
+        busy_seconds: time in which the device worked: kernels and copies on CUDA, operations on the CPU.
+        kernels: number of kernels on CUDA, without copies and fills; None on other devices.
+        copies: number of copies and fills on CUDA; None on other devices.
+        backward_fractions: `forward ROLE` or `term NAME` -> fraction of the backward that belongs to its forward;
+            `gradients` for accumulating into the parameters' gradients.
+        slowest_operations: (operation, seconds without its callees, calls); on CUDA the device's time.
     """
 
     steps: int
@@ -238,16 +262,22 @@ class StepProfile:
 
 
 def profile_steps(runner: Runner, windows: Windows, steps: int, *, mark_sections: bool) -> tuple[StepProfile, Any]:
-    """Profiles a few steps with torch's profiler; returns what it saw, and the profiler, to export its trace.
+    """Profiles some steps with torch's profiler.
 
     Args:
-        apart: mark the ends of the parts in the trace; not where the step is compiled.
-    """
-    cuda = runner.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        runner: of the stage.
+        windows: micro-batches of the coming steps.
+        steps: number of steps.
+        mark_sections: marks the ends of sections in the trace; False for a compiled step, which has none.
 
-    def mark(part: str) -> None:
-        with record_function(f"{MARK_PREFIX}{part}"):
+    Returns:
+        The measurements, and torch's profiler, which can export its trace.
+    """
+    is_cuda = runner.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+
+    def mark(section: str) -> None:
+        with record_function(f"{MARK_PREFIX}{section}"):
             pass
 
     synchronize(runner.device)
@@ -260,49 +290,57 @@ def profile_steps(runner: Runner, windows: Windows, steps: int, *, mark_sections
             for _ in range(steps):
                 run_step(runner, windows)
         synchronize(runner.device)
-    return _read(list(profiler.events() or []), profiler.key_averages(), steps, cuda), profiler
+    return _summarize(list(profiler.events() or []), profiler.key_averages(), steps, is_cuda), profiler
 
 
-def _read(events: list[Any], averages: Iterable[Any], steps: int, cuda: bool) -> StepProfile:
-    worked = [e for e in events if not _is_note(e)]
-    on_device = [e for e in worked if "CUDA" in str(e.device_type)]
-    on_host = [e for e in worked if "CPU" in str(e.device_type)]
-    copies = [e for e in on_device if e.name.startswith(("Memcpy", "Memset"))]
-    kept = on_device if cuda else on_host
-    itself = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = [(row.key, getattr(row, itself) / 1e6 / steps, row.count / steps) for row in averages if not _is_note(row)]
+def _summarize(events: list[Any], averages: Iterable[Any], steps: int, is_cuda: bool) -> StepProfile:
+    operations = [event for event in events if not _is_annotation(event)]
+    device_events = [event for event in operations if "CUDA" in str(event.device_type)]
+    host_events = [event for event in operations if "CPU" in str(event.device_type)]
+    copies = [event for event in device_events if event.name.startswith(("Memcpy", "Memset"))]
+    worked = device_events if is_cuda else host_events
+    self_time = "self_device_time_total" if is_cuda else "self_cpu_time_total"
+    rows = [
+        (average.key, getattr(average, self_time) / 1e6 / steps, average.count / steps)
+        for average in averages
+        if not _is_annotation(average)
+    ]
     rows = sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
     return StepProfile(
         steps=steps,
-        busy_seconds=_covered((e.time_range.start, e.time_range.end) for e in kept) / 1e6 / steps,
-        kernels=(len(on_device) - len(copies)) / steps if cuda else None,
-        copies=len(copies) / steps if cuda else None,
-        backward_fractions=_backward(on_host, _intervals(events), cuda),
+        busy_seconds=_union_length((e.time_range.start, e.time_range.end) for e in worked) / 1e6 / steps,
+        kernels=(len(device_events) - len(copies)) / steps if is_cuda else None,
+        copies=len(copies) / steps if is_cuda else None,
+        backward_fractions=_backward_fractions(host_events, _section_intervals(events), is_cuda),
         slowest_operations=rows[:12],
     )
 
 
-def _is_note(event: Any) -> bool:
-    """Whether an event is somebody's mark (ours, an optimiser's) and no work."""
+def _is_annotation(event: Any) -> bool:
+    """Returns True for marks of this module and annotations of optimizers and the profiler, which are no work."""
     name = getattr(event, "name", None) or event.key
-    return bool(getattr(event, "is_user_annotation", False)) or name.startswith((MARK_PREFIX, "Optimizer.", "ProfilerStep"))
+    return bool(getattr(event, "is_user_annotation", False)) or name.startswith(
+        (MARK_PREFIX, "Optimizer.", "ProfilerStep")
+    )
 
 
-def _covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(intervals):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+def _union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    total, covered_until = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
     return total
 
 
-def _intervals(events: Iterable[Any]) -> list[tuple[float, float, str]]:
-    """(begin, end, part) on the host's clock, in order."""
-    marks = sorted((e for e in events if e.name.startswith(MARK_PREFIX) and "CPU" in str(e.device_type)), key=_start)
-    pairs = itertools.pairwise(marks)
+def _section_intervals(events: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """Returns (start, end, section) on the host's clock, in order, from the marks in the trace."""
+    marks = [event for event in events if event.name.startswith(MARK_PREFIX) and "CPU" in str(event.device_type)]
+    marks.sort(key=_start)
     return [
-        (a.time_range.end, b.time_range.start, b.name[len(MARK_PREFIX) :]) for a, b in pairs if not b.name.endswith("begin")
+        (before.time_range.end, after.time_range.start, after.name[len(MARK_PREFIX) :])
+        for before, after in itertools.pairwise(marks)
+        if not after.name.endswith("begin")
     ]
 
 
@@ -310,39 +348,41 @@ def _start(event: Any) -> float:
     return event.time_range.start
 
 
-def _backward(events: Iterable[Any], parts: list[tuple[float, float, str]], cuda: bool) -> dict[str, float]:
-    """Shares of the backward by the part whose forward it goes back through.
+def _backward_fractions(
+    events: Iterable[Any], intervals: Sequence[tuple[float, float, str]], is_cuda: bool
+) -> dict[str, float]:
+    """Returns section -> fraction of the backward that belongs to the forward of this section.
 
-    Autograd numbers its nodes; the last operation of the forward that carries a node's number made it, and the node's
-    backward carries the same number.
+    Autograd numbers its nodes. The last forward operation with a node's number created the node, and the node's
+    backward has the same number.
     """
-    makers: dict[int, str] = {}
-    spent: defaultdict[str, float] = defaultdict(float)
+    creators: dict[int, str] = {}
+    seconds: defaultdict[str, float] = defaultdict(float)
     position = 0
     for event in sorted(events, key=_start):
         start = event.time_range.start
-        while position < len(parts) and parts[position][1] < start:
+        while position < len(intervals) and intervals[position][1] < start:
             position += 1
-        if position == len(parts):
+        if position == len(intervals):
             break
-        begin, _, part = parts[position]
+        section_start, _, section = intervals[position]
         if event.name.startswith("autograd::engine::evaluate_function"):
-            whose = makers.get(event.sequence_nr, "") if event.sequence_nr >= 0 else "gradients"
-            spent[whose or "sum of terms"] += event.device_time_total if cuda else event.cpu_time_total
-        elif event.sequence_nr >= 0 and begin <= start and part != "backward":
-            makers[event.sequence_nr] = part
-    total = sum(spent.values())
-    return {part: time / total for part, time in spent.items()} if total else {}
+            creator = creators.get(event.sequence_nr, "") if event.sequence_nr >= 0 else "gradients"
+            seconds[creator or "sum of terms"] += event.device_time_total if is_cuda else event.cpu_time_total
+        elif event.sequence_nr >= 0 and section_start <= start and section != "backward":
+            creators[event.sequence_nr] = section
+    total = sum(seconds.values())
+    return {section: value / total for section, value in seconds.items()} if total else {}
 
 
-def add_section_row(chrome: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds a row of its own with the parts of the steps to a Chrome trace, read from the marks in it."""
-    events = list(chrome["traceEvents"])
+def add_section_row(chrome_trace: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a Chrome trace with an additional row that contains the sections of the steps, from the marks in it."""
+    events = list(chrome_trace["traceEvents"])
     marks = [e for e in events if e.get("cat") == "user_annotation" and e.get("name", "").startswith(MARK_PREFIX)]
-    marks.sort(key=lambda e: e["ts"])
-    row = {"ph": "X", "cat": "part", "pid": "parts of the step", "tid": "step"}
+    marks.sort(key=lambda mark: mark["ts"])
+    row = {"ph": "X", "cat": "section", "pid": "sections of the step", "tid": "step"}
     for before, after in itertools.pairwise(marks):
-        name, begin = after["name"][len(MARK_PREFIX) :], before["ts"] + before["dur"]
+        name, start = after["name"][len(MARK_PREFIX) :], before["ts"] + before["dur"]
         if name != "begin":
-            events.append({**row, "name": name, "ts": begin, "dur": max(after["ts"] - begin, 0)})
-    return {**chrome, "traceEvents": events}
+            events.append({**row, "name": name, "ts": start, "dur": max(after["ts"] - start, 0)})
+    return {**chrome_trace, "traceEvents": events}

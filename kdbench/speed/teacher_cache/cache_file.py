@@ -1,11 +1,11 @@
-"""What a frozen network gives for every image that it can be shown, kept on disk: one memory-mapped file of rows.
+"""Teacher cache on disk: the outputs of one frozen role for every variant of every sample, in a memory-mapped file.
 
-A table has a row for each variant of each sample of a split (a crop padded by 4 and a flip: 162 images of a sample).
-Rows are filled as runs need them, and shared by all runs whose networks, data and numbers are the same: the folder's
-name is a hash of everything that a row depends on, which `cache.json` spells out.
+A cache has one row for each variant of each sample of a split (with a crop padded by 4 and a flip: 162 variants). Runs
+fill the rows that they need, and all runs with the same network, data and number formats share the cache: the name of
+its folder is a hash of everything that a row depends on, which `cache.json` lists.
 
-A row is written and synced before it is marked as filled, so that a run may be killed at any moment: what is marked is
-whole, and what is not is computed again.
+A row is written and synced before it is marked as filled. A process may therefore be killed at any time: marked rows
+are complete, and all others are computed again.
 """
 
 from __future__ import annotations
@@ -26,29 +26,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.data.loading.packed_cache import locked
 from kdbench.engine.network.features import Feature
 from kdbench.errors import UserError
-from kdbench.files import read_json, to_strict_json, write_json
+from kdbench.files import file_lock, read_json, to_strict_json, write_json
 
 FORMAT = 1
+"""Version of the file format; part of the hash."""
 
 
 SPARE_BYTES = 2**30
-"""What a table leaves free on its disk."""
+"""Disk space that a new cache leaves free."""
 
 
 PENDING_BYTES, PENDING_SECONDS = 2**26, 5.0
-"""How much, and for how long, is held back before it is written to the disk in one go."""
+"""Size and age at which computed rows are written to disk; a sync for each batch would be slow."""
 
 
 class CacheUnavailable(Exception):
-    """A table cannot be used; the text says why, in words that follow "no table: "."""
+    """A role cannot have a teacher cache; the message is the reason, without a capital letter or a full stop."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where each feature stands in a row. One type holds them all exactly: the widest of theirs."""
+    """Features in a row, concatenated. A row has one dtype: the narrowest that represents all features exactly.
+
+    Attributes:
+        features: in the order of the row.
+        shapes: of each feature, for one sample.
+        dtypes: of each feature.
+    """
 
     features: tuple[Feature, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -56,6 +62,7 @@ class RowLayout:
 
     @property
     def widths(self) -> list[int]:
+        """Number of elements of each feature."""
         return [math.prod(shape) for shape in self.shapes]
 
     @property
@@ -63,46 +70,56 @@ class RowLayout:
         return reduce(torch.promote_types, self.dtypes)
 
     def pack(self, values: Mapping[Feature, Tensor]) -> Tensor:
-        """Puts the features of some samples into rows (samples, elements)."""
+        """Concatenates the features of some samples to rows.
+
+        Shape:
+            values: (samples, *shape) for each feature. Returns (samples, elements).
+        """
         return torch.cat([values[feature].flatten(1).to(self.dtype) for feature in self.features], dim=1)
 
     def unpack(self, rows: Tensor) -> dict[Feature, Tensor]:
-        """Takes rows apart; nothing is copied where there is one feature."""
+        """Splits rows into features, the inverse of `pack`; a single feature is a view of the rows."""
         parts = rows.split(self.widths, dim=1)
-        told = zip(self.features, parts, self.shapes, self.dtypes, strict=True)
-        return {feature: part.reshape(len(rows), *shape).to(dtype) for feature, part, shape, dtype in told}
+        entries = zip(self.features, parts, self.shapes, self.dtypes, strict=True)
+        return {feature: part.reshape(len(rows), *shape).to(dtype) for feature, part, shape, dtype in entries}
 
-    def manifest_entry(self) -> list[list[Any]]:
-        told = zip(self.features, self.shapes, self.dtypes, strict=True)
-        return [[str(feature), list(shape), str(dtype)] for feature, shape, dtype in told]
+    def to_json(self) -> list[list[Any]]:
+        """Returns name, shape and dtype of each feature, as plain data."""
+        entries = zip(self.features, self.shapes, self.dtypes, strict=True)
+        return [[str(feature), list(shape), str(dtype)] for feature, shape, dtype in entries]
 
 
 def cache_key(dependencies: Mapping[str, Any]) -> str:
-    """The name of a table: a hash of everything that its rows depend on."""
+    """Returns the name of a cache's folder: a hash of everything that its rows depend on."""
     text = json.dumps(to_strict_json(dependencies), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class CacheFile:
-    """One table, opened: created where it is missing, taken as it is where another run has begun it.
+    """One teacher cache. Opens the cache of another run, or creates it.
 
     Args:
-        folder: of all tables.
-        content: everything that a row depends on, as plain data; it names the table.
-        columns: of a row.
-        rows: how many there are.
+        folder: folder of all caches.
+        dependencies: everything that a row depends on, as plain data; determines the name.
+        row_layout: features of a row.
+        num_rows: number of rows.
 
     Attributes:
-        name: the last two folders of its path, which names nobody's machine.
-        computed: rows that were computed by this run.
-        fault: why the disk did not take them, in words; they are there for this run all the same.
+        path: folder of this cache.
+        name: last two parts of the path, which contain nothing about the machine.
+        rows: (num_rows, elements), memory-mapped.
+        filled: bool (num_rows,), memory-mapped: rows that are complete.
+        rows_computed: number of rows that this run computed.
+        write_error: why the disk did not accept rows; empty without an error. This run can still read such rows.
 
     Raises:
-        Refused: it does not fit the disk, cannot be written, or is not what its name says.
+        CacheUnavailable: the cache does not fit on the disk, cannot be read or written, or differs from its name.
     """
 
     def __init__(self, folder: Path, dependencies: Mapping[str, Any], row_layout: RowLayout, num_rows: int) -> None:
-        dependencies = to_strict_json({"format": FORMAT, **dependencies, "columns": row_layout.manifest_entry(), "rows": num_rows})
+        dependencies = to_strict_json(
+            {"format": FORMAT, **dependencies, "features": row_layout.to_json(), "rows": num_rows}
+        )
         self.path = folder / cache_key(dependencies)
         self.name = f"{folder.name}/{self.path.name}"
         self.row_layout, self.num_rows = row_layout, num_rows
@@ -110,84 +127,89 @@ class CacheFile:
         self.rows_computed = 0
         self.write_error = ""
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._since = time.monotonic()
+        self._last_write = time.monotonic()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with locked(self._lock, needed=True):
-                self._create(dependencies)
-            self._rows_map = _mapped(self.path / "rows.bin", self.row_bytes)
-            self._filled_map = _mapped(self.path / "filled.bin", num_rows)
+            with file_lock(self._lock):
+                self._create_or_check(dependencies)
+            self._rows_map = _map_file(self.path / "rows.bin", self.row_bytes)
+            self._filled_map = _map_file(self.path / "filled.bin", num_rows)
         except (OSError, ValueError, UserError) as error:
-            raise CacheUnavailable(f"{self.name} cannot be used ({getattr(error, 'strerror', None) or error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise CacheUnavailable(f"{self.name} cannot be used ({reason})") from None
         self.rows = torch.frombuffer(self._rows_map, dtype=row_layout.dtype).view(num_rows, self.row_elements)
         self.filled = torch.frombuffer(self._filled_map, dtype=torch.bool)
 
     @property
     def row_bytes(self) -> int:
+        """Size of all rows."""
         return self.num_rows * self.row_elements * self.row_layout.dtype.itemsize
 
     @property
     def _lock(self) -> Path:
         return self.path / "lock"
 
-    def _create(self, content: Mapping[str, Any]) -> None:
-        """Makes the files. `cache.json` comes last: without it a creation was interrupted, and is begun again."""
-        told, sizes = self.path / "cache.json", {"rows.bin": self.row_bytes, "filled.bin": self.num_rows}
-        if told.exists():
-            if read_json(told) != content:
-                raise CacheUnavailable(f"{self.name} says of itself that it is another one; delete the folder")
+    def _create_or_check(self, dependencies: Mapping[str, Any]) -> None:
+        description, sizes = self.path / "cache.json", {"rows.bin": self.row_bytes, "filled.bin": self.num_rows}
+        if description.exists():
+            if read_json(description) != dependencies:
+                raise CacheUnavailable(f"{self.name} contains the description of another cache; delete the folder")
             if any((self.path / name).stat().st_size != size for name, size in sizes.items()):
                 raise CacheUnavailable(f"{self.name} is damaged; delete the folder")
             return
         free = shutil.disk_usage(self.path).free
         if self.row_bytes + self.num_rows + SPARE_BYTES > free:
-            raise CacheUnavailable(f"it would take {format_bytes(self.row_bytes)} of disk, and {format_bytes(free)} are free")
+            raise CacheUnavailable(
+                f"it would need {format_bytes(self.row_bytes)} of disk space, and {format_bytes(free)} are free"
+            )
         try:
             for name, size in sizes.items():
-                _reserve(self.path / name, size)
-            write_json(told, content)
+                _allocate(self.path / name, size)
+            # Last, because its presence says that the files are complete: without it the next run creates them again.
+            write_json(description, dependencies)
         except (OSError, UserError):
             for name in sizes:
                 (self.path / name).unlink(missing_ok=True)
             raise
 
     def missing_rows(self, indices: Tensor) -> Tensor:
-        """Which of these rows are not filled yet, bool (places,)."""
+        """Returns which of these rows are not filled, bool (indices,)."""
         return ~self.filled.index_select(0, indices)
 
     def read_rows(self, indices: Tensor) -> Tensor:
-        """Returns rows (places, elements), on the CPU."""
+        """Returns rows (indices, elements), on the CPU."""
         return self.rows.index_select(0, indices)
 
     def add_rows(self, indices: Tensor, rows: Tensor) -> None:
-        """Takes computed rows; they are in the table at the latest after `write`."""
+        """Adds computed rows; they can be read after `flush` at the latest."""
         self.rows_computed += len(indices)
         self._pending.append((indices, rows))
-        held = sum(rows.nbytes for _, rows in self._pending)
-        if held >= PENDING_BYTES or time.monotonic() - self._since >= PENDING_SECONDS:
+        size = sum(rows.nbytes for _, rows in self._pending)
+        if size >= PENDING_BYTES or time.monotonic() - self._last_write >= PENDING_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added, syncs it, and only then marks it as filled. A row that another run filled stays."""
+        """Writes and syncs the added rows, then marks them as filled. Rows that another run filled stay unchanged."""
         pending, self._pending = self._pending, []
-        self._since = time.monotonic()
+        self._last_write = time.monotonic()
         if not pending:
             return
-        places, rows = torch.cat([p for p, _ in pending]), torch.cat([r for _, r in pending])
-        with locked(self._lock, needed=True):
-            new = self.missing_rows(places)
-            places = places[new]
-            self.rows[places] = rows[new]
+        indices, rows = torch.cat([indices for indices, _ in pending]), torch.cat([rows for _, rows in pending])
+        with file_lock(self._lock):
+            missing = self.missing_rows(indices)
+            indices = indices[missing]
+            self.rows[indices] = rows[missing]
             try:
+                # The rows must be on disk before the marks: a crash between the two leaves rows unmarked, not wrong.
                 _sync(self._rows_map)
-                self.filled[places] = True
+                self.filled[indices] = True
                 _sync(self._filled_map)
             except OSError as error:
                 self.write_error = error.strerror or str(error)
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Makes a file of zeros and takes its blocks now: a write into mapped memory must not find the disk full."""
+def _allocate(path: Path, size: int) -> None:
+    """Creates a file of zeros and allocates its blocks: on a full disk, writing to mapped memory kills the process."""
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -196,16 +218,16 @@ def _reserve(path: Path, size: int) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(mapped: mmap.mmap) -> None:
-    mapped.flush()
+def _sync(mapping: mmap.mmap) -> None:
+    mapping.flush()
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap:
+def _map_file(path: Path, size: int) -> mmap.mmap:
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), size)
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes in words."""
-    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
+    """Formats a number of bytes, such as `35.1 kB`."""
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size), ("kB", 1e3))
     return f"{count / size:,.1f} {unit}"

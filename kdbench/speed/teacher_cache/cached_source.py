@@ -1,14 +1,14 @@
-"""A source whose batches hold what a frozen role gives for them, from a table that is filled epoch by epoch.
+"""Source whose batches contain the outputs of a frozen role, from a teacher cache that is filled epoch by epoch.
 
-Which images an epoch shows is known before it begins: the draws of all samples are functions of the seed and the epoch.
-So the rows that are missing are computed first, in blocks of one shape, ordered by sample; then the epoch's rows are
-read once into one tensor on the device, and each step picks its own by index. Nothing in a step waits for the host.
+The images of an epoch are known before it starts, because the augmentation parameters of all samples are functions of
+the seed and the epoch. Missing rows are computed first, in batches of one shape, ordered by sample. Then all rows of
+the epoch are copied to the device, and each batch selects its rows by index. No step waits for the device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kdbench.config.identity import part_identity
 from kdbench.data.augment.view import resolve_views
+from kdbench.data.loading.batch import Batch, MicroBatch
 from kdbench.data.loading.source import ResidentSource, Source
+from kdbench.data.source_spec import FieldSpec
 from kdbench.engine.device import describe_device
-from kdbench.engine.network.operands import given_key
+from kdbench.engine.network.features import Feature
 from kdbench.engine.network.resolved_stage import architecture
 from kdbench.engine.network.roles import root_role
 from kdbench.engine.plan.plan import StagePlan
@@ -30,196 +32,244 @@ from kdbench.speed.teacher_cache.cache_file import CacheFile, CacheUnavailable, 
 from kdbench.speed.teacher_cache.prefetch import concat_padded, equal_up_to_rounding, find_coupled_roles
 
 MEMORY_FRACTION = 0.25
-"""How much of the memory an epoch's rows may take."""
+"""Fraction of the available memory that the rows of one epoch may use."""
 
 
 CACHE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
-"""How far a row of a table may be from what the network gives now, as a share of the largest value, by precision."""
+"""Precision -> largest difference between cached and recomputed rows, relative to the feature's largest value."""
 
 
 def cache_size(plan: StagePlan, name: str) -> tuple[int, int, int]:
-    """Samples, variants of each, and bytes in about of the table of a role.
+    """Returns the number of samples, variants of each sample, and the approximate bytes of a role's cache.
 
     Raises:
-        Refused: what the role sees has no finite list of images.
+        CacheUnavailable: the number of images that the role may see is not finite or not known.
     """
     config, stage = plan.stage.roles[name], plan.stage
     if ":" in config.input or config.extra_inputs:
-        raise CacheUnavailable("it sees more than an image of its source")
+        raise CacheUnavailable("its input is more than one image of a source")
     source, field = config.input.split(".", 1)
     spec = plan.specs[source]
     variants = spec.variants.get(field)
     if variants is None:
-        raise CacheUnavailable(f"{config.input} is no image of a dataset")
+        raise CacheUnavailable(f"{config.input} is not an image of a dataset")
     if variants.count is None:
         raise CacheUnavailable(variants.reason)
     samples = spec.population or spec.samples
     if samples is None:
-        raise CacheUnavailable(f"the samples of source {source!r} are not counted yet")
+        raise CacheUnavailable(f"the number of samples of source {source!r} is not known yet")
     elements = sum(torch.Size(shape).numel() for shape in plan.roles[name].features.values())
-    size = {"float64": 8, "bf16": 2, "fp16": 2}.get(stage.precision, 4)
-    return samples, variants.count, samples * variants.count * elements * size
+    element_size = {"float64": 8, "bf16": 2, "fp16": 2}.get(stage.precision, 4)
+    return samples, variants.count, samples * variants.count * elements * element_size
 
 
 class RoleForward:
-    """Runs one role on chosen variants of samples, always at the same number of rows."""
+    """Runs one role on variants of samples, always with the same number of rows.
+
+    Args:
+        runner: supplies the network and autocast.
+        name: the role.
+        source: the role's source.
+        field: the view that the role sees.
+        batch_size: number of rows; smaller batches are padded, because another size may round differently.
+    """
 
     def __init__(self, runner: Runner, name: str, source: ResidentSource, field: str, batch_size: int) -> None:
         self.runner, self.name, self.source, self.batch_size = runner, name, source, batch_size
         self.field, self.view = field, source.views[field]
         self.features = runner.network.role(name).features
 
-    def padded_batch(self, samples: Tensor, draws: Tensor) -> dict[str, dict[str, Tensor]]:
-        """A batch of `rows` rows: the samples' images, and the first one again where there are fewer."""
-        device = self.source.images.device
-        at = concat_padded([samples.to(device)], self.batch_size)
-        image = self.view.augment(self.source.images, at, draws.index_select(0, at))
-        return {self.source.name: {self.field: image}}
+    def padded_batch(self, samples: Tensor, params: Tensor) -> MicroBatch:
+        """Returns the images of the samples, padded to `batch_size` rows by repeating the first.
 
-    def __call__(self, samples: Tensor, draws: Tensor) -> dict[Any, Tensor]:
-        """Returns what the role gives for the samples, by feature."""
+        Args:
+            samples: int64 (rows,), at most `batch_size`.
+            params: augmentation parameters of all samples in the epoch.
+        """
+        device = self.source.images.device
+        indices = concat_padded([samples.to(device)], self.batch_size)
+        images = self.view.augment(self.source.images, indices, params.index_select(0, indices))
+        return {self.source.name: Batch({self.field: images})}
+
+    def __call__(self, samples: Tensor, params: Tensor) -> dict[Feature, Tensor]:
+        """Returns feature -> values (samples, ...); arguments as for `padded_batch`."""
         with self.runner.autocast():
-            values = self.runner.network.run_frozen(self.padded_batch(samples, draws), [self.name])
+            values = self.runner.network.run_frozen(self.padded_batch(samples, params), [self.name])
         return {feature: values[self.name, feature][: len(samples)] for feature in self.features}
 
 
 class CachedSource(Source):
-    """The batches of a source, with the rows of one role.
+    """The batches of a source, with the features of one role from its teacher cache.
 
     Args:
-        inner: the source, or another role's `Tabled` of it.
-        forward: of the role.
-        table: of the role.
-        say: is told once when the disk takes no more rows.
+        inner: the source, or the cached source of another role.
+        forward: computes missing rows.
+        cache: of the role.
+        notice: receives one message if the disk accepts no more rows.
+
+    Attributes:
+        rows_read: number of rows that were read so far.
     """
 
     def __init__(self, inner: Source, forward: RoleForward, cache: CacheFile, notice: Callable[[str], None]) -> None:
         super().__init__(inner.config, inner.options)
         self.classes, self.num_samples, self.population = inner.classes, inner.num_samples, inner.population
-        self.positions, self.checksum = inner.positions, inner.checksum
+        self.indices, self.checksum = inner.indices, inner.checksum
         self.inner, self.forward, self.cache, self.notice = inner, forward, cache, notice
         self.rows_read = 0
-        self._told = False
+        self._reported_write_error = False
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        rows, slots = self._epoch(epoch)
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        rows, row_of_sample = self._load_epoch(epoch)
         for batch in self.inner.batches(epoch, start):
-            own = rows.index_select(0, slots.index_select(0, batch["index"]))
-            values = self.cache.row_layout.unpack(own)
-            yield batch | {given_key(self.forward.name, feature): value for feature, value in values.items()}
+            batch_rows = rows.index_select(0, row_of_sample.index_select(0, batch.fields["index"]))
+            features = self.cache.row_layout.unpack(batch_rows)
+            yield batch.with_precomputed({(self.forward.name, feature): value for feature, value in features.items()})
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         return self.inner.evaluation_batches(batch_size)
 
-    def field_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def field_specs(self) -> dict[str, FieldSpec]:
         return self.inner.field_specs()
 
     def close(self) -> None:
         self.inner.close()
 
-    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The epoch's rows on the device, ordered by sample, and the row of each sample."""
-        device = self.options.device
-        samples, places, draws = epoch_rows(self.forward, epoch)
-        self._fill(samples, places, draws)
-        self.rows_read += len(places)
-        slots = torch.zeros(self.population, dtype=torch.int64)
-        slots[samples] = torch.arange(len(samples))
-        return self.cache.read_rows(places).to(device), slots.to(device)
+    def _load_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Fills the missing rows of an epoch and copies its rows to the device.
 
-    def _fill(self, samples: Tensor, places: Tensor, draws: Tensor) -> None:
-        table, rows = self.cache, self.forward.batch_size
-        missing = table.missing_rows(places)
-        samples, places = samples[missing], places[missing]
-        for start in range(0, len(samples), rows):
-            part = samples[start : start + rows]
-            table.add_rows(places[start : start + rows], table.row_layout.pack(self.forward(part, draws)).cpu())
-        table.flush()
-        if table.write_error and not self._told:
-            self.notice(f"{table.name}: new rows are not kept ({table.write_error}); the run goes on.")
-            self._told = True
+        Returns:
+            The rows, ordered by sample, and for each sample of the split the index of its row.
+        """
+        device = self.options.device
+        samples, indices, params = epoch_rows(self.forward, epoch)
+        self._fill(samples, indices, params)
+        self.rows_read += len(indices)
+        row_of_sample = torch.zeros(self.population, dtype=torch.int64)
+        row_of_sample[samples] = torch.arange(len(samples))
+        return self.cache.read_rows(indices).to(device), row_of_sample.to(device)
+
+    def _fill(self, samples: Tensor, indices: Tensor, params: Tensor) -> None:
+        cache, batch_size = self.cache, self.forward.batch_size
+        missing = cache.missing_rows(indices)
+        samples, indices = samples[missing], indices[missing]
+        for start in range(0, len(samples), batch_size):
+            rows = cache.row_layout.pack(self.forward(samples[start : start + batch_size], params))
+            cache.add_rows(indices[start : start + batch_size], rows.cpu())
+        cache.flush()
+        if cache.write_error and not self._reported_write_error:
+            self.notice(f"{cache.name}: new rows cannot be saved ({cache.write_error}); the run continues.")
+            self._reported_write_error = True
 
 
 def epoch_rows(forward: RoleForward, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What this process sees in an epoch: samples, sorted; their places in the table; all draws, on the device."""
-    draws = forward.source.epoch_params(forward.field, epoch)
-    samples = forward.source.epoch_positions(epoch)
-    codes = forward.view.variant_ids(draws).cpu()  # on the device, whose arithmetic makes the images
+    """Returns the rows of the cache that this process needs in an epoch.
+
+    Returns:
+        The samples, sorted; the index of each sample's row in the cache; the augmentation parameters of all samples, on
+        the device.
+    """
+    params = forward.source.epoch_params(forward.field, epoch)
+    samples = forward.source.epoch_indices(epoch)
+    variants = forward.view.variant_ids(params).cpu()  # computed on the device, so that they round as the images do
     count = forward.view.variant_count.count
     assert count is not None
-    return samples, samples * count + codes[samples], draws
+    return samples, samples * count + variants[samples], params
 
 
 def open_cached_source(
-    runner: Runner, name: str, inner: Source, *, epoch: int, batch_size: int, folder: Path, notice: Callable[[str], None]
+    runner: Runner,
+    name: str,
+    inner: Source,
+    *,
+    epoch: int,
+    batch_size: int,
+    folder: Path,
+    notice: Callable[[str], None],
 ) -> CachedSource:
-    """Finds or makes the table of a role, and checks that it holds what the role gives.
+    """Opens or creates the cache of a role, and checks that it contains the role's outputs.
 
     Args:
-        inner: the source that the role sees, or another role's `Tabled` of it.
-        epoch: of the source, the first that will be shown.
-        rows: that are computed at once.
-        folder: of all tables.
+        runner: of the stage.
+        name: the role.
+        inner: the role's source, or the cached source of another role.
+        epoch: the source's first epoch in this session.
+        batch_size: number of rows that are computed at once.
+        folder: folder of all caches.
+        notice: receives messages to the user.
 
     Raises:
-        Refused: there can be no table, with the reason.
+        CacheUnavailable: the role cannot have a cache; the message is the reason.
     """
     plan = runner.plan
-    samples, variants, _ = cache_size(plan, name)
-    origin = inner
-    while isinstance(origin, CachedSource):
-        origin = origin.inner
-    if not isinstance(origin, ResidentSource):
-        raise CacheUnavailable(f"the images of source {origin.name!r} are read from files")
+    num_samples, num_variants, _ = cache_size(plan, name)
+    source = inner
+    while isinstance(source, CachedSource):
+        source = source.inner
+    if not isinstance(source, ResidentSource):
+        raise CacheUnavailable(f"source {source.name!r} reads its images from files")
     field = plan.stage.roles[name].input.split(".", 1)[1]
-    forward = RoleForward(runner, name, origin, field, batch_size)
-    seen, places, draws = epoch_rows(forward, epoch)
-    probe, at = seen[:batch_size], places[:batch_size]
-    parts = {origin.name: slice(0, max(1, min(origin.batch_size, len(probe) // 2)))}
-    refused = find_coupled_roles(runner.network, forward.padded_batch(probe, draws), parts, [name])
-    if refused:
-        raise CacheUnavailable(refused[name])
-    values = forward(probe, draws)
-    columns = RowLayout(
+    forward = RoleForward(runner, name, source, field, batch_size)
+    samples, indices, params = epoch_rows(forward, epoch)
+
+    # A row is cached by its image alone, so it must not depend on other rows. This is measured, not assumed.
+    probe_samples, probe_indices = samples[:batch_size], indices[:batch_size]
+    subsets = {source.name: slice(0, max(1, min(source.batch_size, len(probe_samples) // 2)))}
+    coupled = find_coupled_roles(runner.network, forward.padded_batch(probe_samples, params), subsets, [name])
+    if coupled:
+        raise CacheUnavailable(coupled[name])
+
+    # Shapes and dtypes are those of real outputs: autocast decides the dtype of each feature.
+    values = forward(probe_samples, params)
+    row_layout = RowLayout(
         forward.features,
         tuple(tuple(values[feature].shape[1:]) for feature in forward.features),
         tuple(values[feature].dtype for feature in forward.features),
     )
-    needed = len(seen) * sum(columns.widths) * columns.dtype.itemsize
-    free = available_memory(origin.images.device)
-    if needed > MEMORY_FRACTION * free:
-        raise CacheUnavailable(f"the rows of an epoch would take {format_bytes(needed)} of {format_bytes(free)} of memory")
-    table = CacheFile(folder, _content(runner, name, forward), columns, samples * variants)
-    _compare(table, at, values, CACHE_TOLERANCE.get(plan.stage.precision, 0.05))
-    return CachedSource(inner, forward, table, notice)
+    required = len(samples) * sum(row_layout.widths) * row_layout.dtype.itemsize
+    available = available_memory(source.images.device)
+    if required > MEMORY_FRACTION * available:
+        raise CacheUnavailable(
+            f"the rows of one epoch would need {format_bytes(required)} of {format_bytes(available)} of memory"
+        )
+    cache = CacheFile(folder, _dependencies(runner, name, forward), row_layout, num_samples * num_variants)
+    _check_values(cache, probe_indices, values, CACHE_TOLERANCE.get(plan.stage.precision, 0.05))
+    return CachedSource(inner, forward, cache, notice)
 
 
-def _compare(table: CacheFile, places: Tensor, values: dict[Any, Tensor], tolerance: float) -> None:
-    """Compares what is in a table with what its role gives now."""
-    known = ~table.missing_rows(places)
-    kept = table.row_layout.unpack(table.read_rows(places[known]))
-    for feature, value in kept.items():
-        if not equal_up_to_rounding(values[feature].cpu()[known], value, tolerance):
-            raise CacheUnavailable(f"{table.name} holds other values than the network gives; delete the folder")
+def _check_values(cache: CacheFile, indices: Tensor, values: Mapping[Feature, Tensor], tolerance: float) -> None:
+    """Compares filled rows with the role's present outputs.
+
+    The hash does not cover the code of a plug-in's network, which may change without a new version.
+    """
+    filled = ~cache.missing_rows(indices)
+    cached_values = cache.row_layout.unpack(cache.read_rows(indices[filled]))
+    for feature, cached in cached_values.items():
+        if not equal_up_to_rounding(values[feature].cpu()[filled], cached, tolerance):
+            raise CacheUnavailable(f"{cache.name} contains other values than the network computes; delete the folder")
 
 
-def _content(runner: Runner, name: str, forward: RoleForward) -> dict[str, Any]:
-    """Everything that a row depends on."""
-    stage, origin, view = runner.stage, forward.source, forward.view
+def _dependencies(runner: Runner, name: str, forward: RoleForward) -> dict[str, Any]:
+    """Returns everything that a row depends on; determines the name of the cache."""
+    stage, source, view = runner.stage, forward.source, forward.view
     config, root = stage.roles[name], stage.roles[root_role(name, stage.roles)]
-    augments = [part_identity(named, AUGMENTATIONS) for named, _ in resolve_views(origin.config.views)[forward.field]]
+    augmentations = resolve_views(source.config.views)[forward.field]
     return {
         "model": part_identity(architecture(root, stage.roles), MODELS),
-        "transforms": [part_identity(named, WEIGHT_TRANSFORMS) for named in root.transforms],
-        "part": config.module_path,
+        "transforms": [part_identity(transform, WEIGHT_TRANSFORMS) for transform in root.transforms],
+        "module_path": config.module_path,
         "weights": state_hash(runner.network.role(root.name).model),
         "precision": stage.precision,
         "device": describe_device(runner.device),
         "torch": torch.__version__,
-        "at_once": forward.batch_size,
-        "data": {"checksum": origin.checksum, "population": origin.population, "stored": list(view.stored_shape)},
+        "batch_size": forward.batch_size,
+        "data": {
+            "checksum": source.checksum,
+            "population": source.population,
+            "stored_shape": list(view.stored_shape),
+        },
         "view": {
-            "augments": augments,
+            "augmentations": [part_identity(augmentation, AUGMENTATIONS) for augmentation, _ in augmentations],
             "mean": None if view.mean is None else view.mean.flatten().tolist(),
             "std": None if view.std is None else view.std.flatten().tolist(),
             "dtype": str(view.dtype),
@@ -229,7 +279,7 @@ def _content(runner: Runner, name: str, forward: RoleForward) -> dict[str, Any]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes of memory: what is free on a GPU, what there is on the machine."""
+    """Returns bytes: the free memory of a GPU, or the total memory of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

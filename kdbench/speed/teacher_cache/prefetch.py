@@ -1,86 +1,96 @@
-"""Look-ahead: a network that does not move gives an image the same values now as some steps later.
+"""Prefetching: runs frozen roles for several coming steps at once, on a batch of a size that suits the device.
 
-So it is run for the coming steps at once, on a batch as large as the device likes, and its rows are handed to the steps
-as fields of their batches (`given_key`). That each row is what the network gives for its image alone, whatever stands
-beside it and whatever was drawn before, is not assumed: the first block of a stage is compared with a part of itself.
+A frozen network gives an image the same output now as some steps later. The steps receive their rows as precomputed
+features of their batches. This requires that each row depends on its image alone, not on the other rows or on random
+numbers; the first block of a stage is compared with a part of itself to check it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from kdbench.data.loading.batch import Batch, MicroBatch, Window
 from kdbench.engine.device import precision_settings
 from kdbench.engine.distributed.world import World
+from kdbench.engine.network.features import Feature
 from kdbench.engine.network.network import Network, roles_for_operands
-from kdbench.engine.network.operands import Batch, Values, given_key
+from kdbench.engine.network.operands import Values
 from kdbench.engine.network.roles import input_addresses, root_role, updated_roles
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 
 ROUNDING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""How far a row may move, as a share of the feature's largest value, when other rows stand beside it. Another batch
-size chooses other kernels, which sum in another order; what mixes rows moves them by more than a hundredth."""
+"""Largest difference of a row between two batch sizes, relative to the feature's largest value.
+
+Another batch size selects other kernels, which sum in another order. A network that couples rows differs by more than a
+hundredth."""
 
 
-COUPLED_ROWS = "its rows depend on the other rows of the batch, or on random draws"
+COUPLED_ROWS = "its rows depend on the other rows of the batch, or on random numbers"
 
 
 def prefetch_obstacles(plan: StagePlan) -> dict[str, str]:
-    """The roles that a step runs and whose networks do not move in the stage, in the order in which they run.
+    """Finds the frozen roles that a step runs, and why some of them cannot run before the step.
 
     Returns:
-        Role -> why it has to run inside the step; empty where it may run before it.
+        Role -> reason, in the order in which the roles run; empty for a role that may run before the step.
     """
-    stage, order = plan.stage, plan.resolved_stage.order
-    moved = {root for update in plan.updates for root in updated_roles(update.config, stage.roles)}
-    found: dict[str, str] = {}
-    # what only makers read runs after the steps
-    run = roles_for_operands(stage.read_operands(plan.resolved_stage.terms, include_artifacts=False), stage.roles)
-    for name in order:
-        config = stage.roles[name]
+    stage = plan.stage
+    trained = {root for update in plan.updates for root in updated_roles(update.config, stage.roles)}
+    # Operands of artifact builders are read after the last step.
+    operands = stage.read_operands(plan.resolved_stage.terms, include_artifacts=False)
+    required = roles_for_operands(operands, stage.roles)
+    obstacles: dict[str, str] = {}
+    for name in plan.resolved_stage.order:
         root = root_role(name, stage.roles)
-        if name not in run or stage.roles[root].mode != "frozen":
-            continue
-        sources = {address.split(".", 1)[0] for address in input_addresses(config) if ":" not in address}
-        sources |= {plan.resolved_stage.sources[other] for other in config.upstream_roles}
-        moving = next((other for other in config.upstream_roles if other not in found), None)
-        inside = next((other for other in config.upstream_roles if found.get(other)), None)
-        if root in moved:
-            found[name] = "an update moves it"
-        elif moving is not None:
-            found[name] = f"it sees {moving}, which moves"
-        elif inside is not None:
-            found[name] = f"it sees {inside}, which runs inside the step"
-        elif len(sources) > 1:
-            found[name] = f"it sees the sources {' and '.join(sorted(sources))} side by side"
-        else:
-            found[name] = ""
-    return found
+        if name in required and stage.roles[root].mode == "frozen":
+            obstacles[name] = "an update trains it" if root in trained else _input_obstacle(plan, name, obstacles)
+    return obstacles
+
+
+def _input_obstacle(plan: StagePlan, name: str, obstacles: Mapping[str, str]) -> str:
+    """Returns why a role's inputs prevent prefetching; empty if they do not.
+
+    Args:
+        plan: of the stage.
+        name: the role.
+        obstacles: of the frozen roles before it; an upstream role that is not in it changes during the stage.
+    """
+    config = plan.stage.roles[name]
+    for upstream in config.upstream_roles:
+        if upstream not in obstacles:
+            return f"it sees {upstream}, which changes during the stage"
+    for upstream in config.upstream_roles:
+        if obstacles[upstream]:
+            return f"it sees {upstream}, which runs inside the step"
+    sources = {address.split(".", 1)[0] for address in input_addresses(config) if ":" not in address}
+    sources |= {plan.resolved_stage.sources[upstream] for upstream in config.upstream_roles}
+    return f"it combines rows of the sources {' and '.join(sorted(sources))}" if len(sources) > 1 else ""
 
 
 class Prefetcher:
-    """The windows of a feed, with what fixed roles give for them.
+    """The windows of a feed, with the features of frozen roles in their batches.
 
-    A stage's steps are parted into blocks by their number alone, so that a run that goes on in the middle of a block
-    computes the whole block again, to the same bits; a block that is cut short by the end of the stage is filled up to
-    the shape of the others. Nothing is read beyond the stage's last step.
+    The steps of a stage are grouped into blocks by their number alone. A run that is resumed inside a block computes
+    the full block again, to the same bits. The last block of a stage is padded to the shape of the others. No batch
+    after the stage's last step is read.
 
     Args:
         feed: the batches.
-        runner: of the stage; its network's roles run with its precision.
-        roles: those that run ahead, in the order in which they run.
-        rows: about how many rows they are run on at once.
-        told: called once, after the first block, with the roles that must run inside the step after all, and why.
+        runner: of the stage; supplies the network and autocast.
+        roles: the roles to prefetch, in the order in which they run.
+        batch_size: approximate number of rows of a block.
+        on_check: called after the first block, with the roles that must run inside the step after all, and why.
 
     Attributes:
-        steps: of a block.
-        rows: of a block, by source.
+        steps_per_block: number of steps of a block.
+        rows_per_block: source -> number of rows of a block.
     """
 
     def __init__(
@@ -89,140 +99,177 @@ class Prefetcher:
         runner: Runner,
         roles: Sequence[str],
         batch_size: int,
-        on_decision: Callable[[dict[str, str]], None] = lambda refused: None,
+        on_check: Callable[[dict[str, str]], None] = lambda rejected: None,
     ) -> None:
-        self.feed, self.runner, self.main, self.on_decision = feed, runner, feed.main, on_decision
+        self.feed, self.runner, self.main, self.on_check = feed, runner, feed.main, on_check
         self.roles = tuple(roles)
         configs, sources = runner.network.configs, runner.network.sources
-        read = dict.fromkeys(sources[name] for name in roles)
-        sizes = {source: feed.sources[source].batch_size * feed.accumulate for source in read}
-        self.steps_per_block = max(1, batch_size // max(sizes.values()))
-        self.rows_per_block = {source: size * self.steps_per_block for source, size in sizes.items()}
+        step_rows = {
+            source: feed.sources[source].batch_size * feed.accumulate
+            for source in dict.fromkeys(sources[name] for name in roles)
+        }
+        self.steps_per_block = max(1, batch_size // max(step_rows.values()))
+        self.rows_per_block = {source: rows * self.steps_per_block for source, rows in step_rows.items()}
         self.fields: dict[str, list[str]] = {source: [] for source in self.rows_per_block}
+        self.precomputed: dict[str, list[tuple[str, Feature]]] = {source: [] for source in self.rows_per_block}
         for name in self.roles:
-            own = [address.split(".", 1)[1] for address in input_addresses(configs[name]) if ":" not in address]
-            # What comes from a table is in the batch already.
-            above = [other for other in configs[name].upstream_roles if other not in self.roles]
-            own += [given_key(other, f) for other in above for f in runner.network.role(other).features]
-            self.fields[sources[name]] += own
+            source, addresses = sources[name], input_addresses(configs[name])
+            self.fields[source] += [address.split(".", 1)[1] for address in addresses if ":" not in address]
+            # Features of cached upstream roles are part of the batches already.
+            cached = [upstream for upstream in configs[name].upstream_roles if upstream not in self.roles]
+            self.precomputed[source] += [(role, f) for role in cached for f in runner.network.role(role).features]
         self.rows_checked = False
 
-    def windows(self, step: int) -> Iterator[list[Batch]]:
+    def windows(self, step: int) -> Iterator[list[MicroBatch]]:
         """Yields the micro-batches of every step from `step` on, to the end of the stage."""
-        inside = step % self.steps_per_block
-        first = step - inside
-        coming = self.feed.windows(first)
-        while first < self.runner.total_steps:
-            ready = deque(self._answered(list(islice(coming, min(self.steps_per_block, self.runner.total_steps - first)))))
-            for _ in range(inside):
+        total_steps = self.runner.progress.total_steps
+        skipped = step % self.steps_per_block
+        first = step - skipped
+        windows = self.feed.windows(first)
+        while first < total_steps:
+            count = min(self.steps_per_block, total_steps - first)
+            ready = deque(self._with_features(list(islice(windows, count))))
+            for _ in range(skipped):
                 ready.popleft()
             while ready:
-                yield ready.popleft()  # nothing here holds on to a step's batch once it is over
-            first, inside = first + self.steps_per_block, 0
+                yield ready.popleft()  # no reference stays here: the memory of a batch is free after its step
+            first, skipped = first + self.steps_per_block, 0
 
-    def _answered(self, windows: list[list[Batch]]) -> list[list[Batch]]:
-        """Runs the roles on all rows of a block, and gives each batch its own."""
-        self.runner.lap("data")
+    def _with_features(self, windows: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """Runs the roles on all rows of a block; returns the windows with their rows of the features."""
+        self.runner.timer.end_section("data")
         batches = [batch for window in windows for batch in window]
-        block = {s: {f: concat_padded([b[s][f] for b in batches], n) for f in self.fields[s]} for s, n in self.rows_per_block.items()}
+        block = {source: self._concatenate([b[source] for b in batches], source) for source in self.rows_per_block}
         if not self.rows_checked:
-            self._check(block, batches)
+            self._check_rows(block, batches)
         if not self.roles:
             return windows
         with self.runner.autocast():
             values = self.runner.network.run_frozen(block, self.roles)
-        at = dict.fromkeys(self.rows_per_block, 0)
-        return [[self._with_rows(batch, values, at) for batch in window] for window in windows]
+        positions = dict.fromkeys(self.rows_per_block, 0)
+        return [[self._add_rows(batch, values, positions) for batch in window] for window in windows]
 
-    def _with_rows(self, batch: Batch, values: Values, at: dict[str, int]) -> Batch:
-        """A batch with its rows of what the roles gave; moves `at`, the place in the block, by source."""
-        given = dict(batch)
+    def _concatenate(self, batches: Sequence[Batch], source: str) -> Batch:
+        """Returns the batch of a block: the inputs of the roles, padded to the block's number of rows."""
+        rows = self.rows_per_block[source]
+        fields = {f: concat_padded([batch.fields[f] for batch in batches], rows) for f in self.fields[source]}
+        keys = self.precomputed[source]
+        return Batch(fields, {k: concat_padded([batch.precomputed[k] for batch in batches], rows) for k in keys})
+
+    def _add_rows(self, batches: MicroBatch, values: Values, positions: dict[str, int]) -> MicroBatch:
+        """Returns a micro-batch with its rows of the roles' features.
+
+        Args:
+            batches: the micro-batch.
+            values: features of the full block.
+            positions: source -> first row of the micro-batch in the block; advanced to the next micro-batch.
+        """
+        result = dict(batches)
         for source in self.rows_per_block:
-            start = at[source]
-            at[source] = stop = start + _length(batch[source])
-            own = {
-                given_key(name, feature): values[name, feature][start:stop]
+            start = positions[source]
+            positions[source] = stop = start + batches[source].size
+            features = {
+                (name, feature): values[name, feature][start:stop]
                 for name in self.roles
                 if self.runner.network.sources[name] == source
                 for feature in self.runner.network.role(name).features
             }
-            given[source] = {**batch[source], **own}
-        return given
+            result[source] = batches[source].with_precomputed(features)
+        return result
 
-    def _check(self, block: Batch, batches: Sequence[Batch]) -> None:
-        """Keeps the roles whose rows are their own; the only place here that waits for the device, once in a stage."""
+    def _check_rows(self, block: MicroBatch, batches: Window) -> None:
+        """Removes the roles whose rows are coupled. Waits for the device, once in a stage."""
         self.rows_checked = True
-        network, parts = self.runner.network, {}
+        network, subsets = self.runner.network, {}
         for source in self.rows_per_block:
-            stop = sum(_length(batch[source]) for batch in batches)
-            parts[source] = slice(stop - max(1, min(_length(batches[0][source]), stop // 2)), stop)
-        refused = union_over_ranks(find_coupled_roles(network, block, parts, self.roles), self.roles, self.runner.world, self.runner.device)
+            # The last rows before the padding.
+            stop = sum(batch[source].size for batch in batches)
+            subsets[source] = slice(stop - max(1, min(batches[0][source].size, stop // 2)), stop)
+        coupled = find_coupled_roles(network, block, subsets, self.roles)
+        rejected = union_over_ranks(coupled, self.roles, self.runner.world, self.runner.device)
         for name in self.roles:
-            inside = next((other for other in network.configs[name].upstream_roles if other in refused), None)
-            if inside is not None:
-                refused.setdefault(name, f"it sees {inside}, which runs inside the step")
-        self.roles = tuple(name for name in self.roles if name not in refused)
-        self.on_decision(refused)
+            upstream = next((role for role in network.configs[name].upstream_roles if role in rejected), None)
+            if upstream is not None:
+                rejected.setdefault(name, f"it sees {upstream}, which runs inside the step")
+        self.roles = tuple(name for name in self.roles if name not in rejected)
+        self.on_check(rejected)
 
 
-def find_coupled_roles(network: Network, block: Batch, parts: Mapping[str, slice], roles: Sequence[str]) -> dict[str, str]:
-    """Runs roles on a block and on a part of its rows, and compares what both give for these.
+def find_coupled_roles(
+    network: Network, block: MicroBatch, subsets: Mapping[str, slice], roles: Collection[str]
+) -> dict[str, str]:
+    """Runs roles on a block and on a subset of its rows, and compares the outputs for the subset.
 
-    Both run without autocast and without TF32: it is asked whether a network couples its rows, not how it rounds.
+    Both run without autocast and without TF32, whose rounding differs more between batch sizes.
 
     Args:
-        parts: the rows of each source.
+        network: contains the roles.
+        block: the rows.
+        subsets: source -> rows of the subset.
+        roles: roles to compare.
 
     Returns:
-        The roles whose rows are not their own, and why.
+        Role -> reason, for the roles whose rows depend on other rows.
     """
-    some = {s: {name: value[parts[s]] for name, value in fields.items()} for s, fields in block.items()}
+    subset = {source: batch.slice(subsets[source]) for source, batch in block.items()}
     with precision_settings("float32"):
-        whole, part = network.run_frozen(block, roles), network.run_frozen(some, roles)
-    found: dict[str, str] = {}
+        block_values, subset_values = network.run_frozen(block, roles), network.run_frozen(subset, roles)
+    coupled: dict[str, str] = {}
     for name in roles:
         source = network.sources[name]
-        rows = _length(block[source])
         for feature in network.role(name).features:
-            values, again = whole[name, feature], part[name, feature]
-            if values.dim() == 0 or len(values) != rows:
-                found.setdefault(name, f"{feature} of {name} has not one row for each sample")
-            elif not equal_up_to_rounding(again, values[parts[source]]):
-                found.setdefault(name, COUPLED_ROWS)
-    return found
+            values = block_values[name, feature]
+            if values.dim() == 0 or len(values) != block[source].size:
+                coupled.setdefault(name, f"{feature} of {name} does not have one row for each sample")
+            elif not equal_up_to_rounding(subset_values[name, feature], values[subsets[source]]):
+                coupled.setdefault(name, COUPLED_ROWS)
+    return coupled
 
 
 def equal_up_to_rounding(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two tensors are equal but for rounding; reads them on the host."""
+    """Compares two tensors on the CPU.
+
+    Args:
+        actual, expected: integer tensors must be equal, NaN is unequal to everything.
+        tolerance: largest difference, relative to the largest absolute value; by dtype if None.
+    """
     if actual.shape != expected.shape:
         return False
     if not actual.is_floating_point():
         return bool((actual == expected).all())
-    allowed = tolerance if tolerance is not None else ROUNDING_TOLERANCE.get(actual.dtype, 0.05)
+    limit = tolerance if tolerance is not None else ROUNDING_TOLERANCE.get(actual.dtype, 0.05)
     actual, expected = actual.cpu().double(), expected.cpu().double()
-    return bool((actual - expected).abs().max() <= allowed * expected.abs().max()) if actual.numel() else True
+    return bool((actual - expected).abs().max() <= limit * expected.abs().max()) if actual.numel() else True
 
 
-def union_over_ranks(refused: Mapping[str, str], names: Sequence[str], world: World, device: torch.device) -> dict[str, str]:
-    """What any process refuses among `names`, all of them do; each keeps its own reason."""
+def union_over_ranks(
+    reasons: Mapping[str, str], names: Collection[str], world: World, device: torch.device
+) -> dict[str, str]:
+    """Combines the rejected names of all ranks, so that all ranks run the same roles in the same way.
+
+    Args:
+        reasons: name -> reason, of this rank.
+        names: all names, in an order that is the same on every rank.
+        world: the process group.
+        device: for the collective.
+
+    Returns:
+        Name -> reason for every name that any rank rejected; with this rank's reason if it has one.
+    """
     if world.size == 1:
-        return dict(refused)
-    flags = world.all_reduce_sum_(torch.tensor([float(name in refused) for name in names], device=device)).tolist()
-    other = "another process found that it must not"
-    return {name: refused.get(name, other) for name, flag in zip(names, flags, strict=True) if flag}
+        return dict(reasons)
+    flags = world.all_reduce_sum_(torch.tensor([float(name in reasons) for name in names], device=device)).tolist()
+    remote = "another process rejected it"
+    return {name: reasons.get(name, remote) for name, flag in zip(names, flags, strict=True) if flag}
 
 
-def _length(fields: Mapping[str, Tensor]) -> int:
-    return next(iter(fields.values())).shape[0]
-
-
-def concat_padded(pieces: Sequence[Tensor], rows: int) -> Tensor:
-    """Puts batches of one field behind each other, in their memory layout; what is missing repeats the first row."""
-    first = pieces[0]
-    missing = rows - sum(len(piece) for piece in pieces)
+def concat_padded(tensors: Sequence[Tensor], rows: int) -> Tensor:
+    """Concatenates batches of one field, padded to `rows` rows by repeating the first row; keeps the memory format."""
+    first = tensors[0]
+    missing = rows - sum(len(tensor) for tensor in tensors)
     if missing:
-        pieces = [*pieces, first[:1].expand(missing, *first.shape[1:])]
-    whole = torch.cat(list(pieces))
+        tensors = [*tensors, first[:1].expand(missing, *first.shape[1:])]
+    result = torch.cat(list(tensors))
     if first.dim() == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
-        return whole.contiguous(memory_format=torch.channels_last)
-    return whole.contiguous()
+        return result.contiguous(memory_format=torch.channels_last)
+    return result.contiguous()

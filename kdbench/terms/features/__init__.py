@@ -1,1 +1,1 @@
-"""Losses on intermediate features: feature maps, summaries of maps, feature vectors, and heads on features."""
+"""Terms on intermediate features: feature maps, summaries of maps, feature vectors, and heads on features."""

@@ -10,24 +10,30 @@ from torch import Size, Tensor, nn
 
 from kdbench.registry import TERMS
 from kdbench.terms.base import Number, Term, check_equal_shapes, check_parameters
-from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_divide, safe_sqrt
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_normalise
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of features (batch, ...) of equal shape, averaged over a sample's elements: (batch,)."""
+    """Averages the squared difference of features (batch, ...) of equal shape over a row's elements: (batch,)."""
     return (at_least_float32(student) - at_least_float32(teacher)).square().flatten(1).mean(1)
 
 
 @TERMS.register("hint", space="row", version=1, features=True, adapter="conv_regressor", paper="arXiv:1412.6550")
 class Hint(Term):
-    """FitNets: the student's feature, through a regressor, equals the teacher's hint.
+    """FitNets: mean squared error between the student's feature, after a regressor, and the teacher's hint.
 
-    loss = mean over elements of (regressor(student) - teacher)^2. The paper writes half the sum; the mean is that of
-    RepDistiller, whose published figures use weight 100. The regressor is the student operand's adapter:
-    `conv_regressor` by default; for vectors write `adapter: linear`.
+    loss = mean over elements of (regressor(student) - teacher)^2
 
-    Romero, Ballas, Kahou, Chassang, Gatta and Bengio, FitNets: Hints for Thin Deep Nets, ICLR 2015, arXiv:1412.6550.
-    Shapes: student (after its adapter), teacher (batch, ...) of equal shape -> (batch,), squared units of the feature.
+    The paper has half the sum; the mean is that of RepDistiller, whose published figures have weight 100. The regressor
+    is the adapter of the student operand: `conv_regressor` by default; for vectors set `adapter: linear`.
+
+    Shape:
+        student (after its adapter), teacher: (batch, ...) of equal shape.
+        Returns (batch,), squared units of the feature.
+
+    References:
+        Romero, Ballas, Kahou, Chassang, Gatta and Bengio, FitNets: Hints for Thin Deep Nets, ICLR 2015,
+        arXiv:1412.6550.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -38,12 +44,12 @@ class Hint(Term):
 
 
 def ab_loss(student: Tensor, teacher: Tensor, margin: Number = 1.0) -> Tensor:
-    """Squared distance to the margin on the teacher's side of zero, summed over a sample's neurons: (batch,).
+    """Sums the squared distance to the margin on the teacher's side of zero over a row's neurons: (batch,).
 
     Args:
         student: pre-activations (batch, ...).
         teacher: pre-activations of equal shape; only their sign is read.
-        margin: m >= 0; a neuron rests once it is past +m where the teacher's is active, past -m where it is not.
+        margin: m >= 0. A neuron has loss 0 beyond +m where the teacher's is active, and beyond -m where it is not.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     active = (teacher > 0).to(student.dtype)
@@ -53,18 +59,27 @@ def ab_loss(student: Tensor, teacher: Tensor, margin: Number = 1.0) -> Tensor:
 
 @TERMS.register("ab", space="row", version=1, features=True, paper="arXiv:1811.03233")
 class ActivationBoundaryTransfer(Term):
-    """Activation boundaries: each of the student's neurons is active where the teacher's is, with a margin.
+    """Activation boundaries: squared hinge loss that activates each student neuron where the teacher's is active.
 
-    loss = sum over neurons of (m - s)_+^2 where t > 0, and of (m + s)_+^2 elsewhere; s and t are features BEFORE the
-    activation (a hook on the batch norm, or `PATH/in` of the ReLU). A sum, in the paper as in the authors' code
-    (bhheo/AB_distillation) and RepDistiller, which both multiply by 3/1000 and halve the weight for each layer
-    farther from the end: fold that into the weights of the edges. The student operand takes the adapter that the
-    paper calls connector: a 1x1 convolution with batch norm, without ReLU (`conv1x1` with `batch_norm: true`).
-    The paper initialises the student's backbone by this term alone, then trains by the labels: two stages.
+    loss = sum over neurons of (m - s)_+^2 where t > 0, and (m + s)_+^2 elsewhere
 
-    Heo, Lee, Yun and Choi, Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons,
-    AAAI 2019, arXiv:1811.03233.
-    Shapes: student (after its adapter), teacher (batch, ...) of equal shape -> (batch,), squared units of the feature.
+    s and t are features BEFORE the activation (a hook on the batch norm, or `PATH/in` of the ReLU). Sum as in the
+    paper, the authors' code (bhheo/AB_distillation) and RepDistiller. Both codes multiply by 3/1000 and halve the
+    weight for each layer farther from the end: include that in the weights of the edges. The student operand has the
+    adapter that the paper calls connector: a 1x1 convolution with batch norm, without ReLU (`conv1x1` with
+    `batch_norm: true`). The paper initialises the student's backbone by this term alone, then trains by the labels: two
+    stages.
+
+    Args:
+        margin: m >= 0.
+
+    Shape:
+        student (after its adapter), teacher: (batch, ...) of equal shape.
+        Returns (batch,), squared units of the feature.
+
+    References:
+        Heo, Lee, Yun and Choi, Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons,
+        AAAI 2019, arXiv:1811.03233.
     """
 
     def __init__(self, margin: Number = 1.0) -> None:
@@ -79,30 +94,30 @@ class ActivationBoundaryTransfer(Term):
         return ab_loss(student, teacher, self.margin)
 
 
-def unit_length(features: Tensor) -> Tensor:
-    """Features (batch, ...) as vectors (batch, elements) of length 1, at least float32; zeros stay zeros."""
-    flat = at_least_float32(features).flatten(1)
-    return safe_divide(flat, safe_sqrt(flat.square().sum(1, keepdim=True)))
-
-
 def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Absolute difference of factors (batch, ...) of length 1, averaged over a sample's elements: (batch,)."""
-    return (unit_length(student) - unit_length(teacher)).abs().mean(1)
+    """Averages the absolute difference of factors (batch, ...) of length 1 over a row's elements: (batch,)."""
+    student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
+    return (safe_normalise(student) - safe_normalise(teacher)).abs().mean(1)
 
 
 @TERMS.register("ft", space="row", version=1, paper="arXiv:1802.04977")
 class FactorTransfer(Term):
-    """Factor transfer: the student's translated feature points where the teacher's paraphrased feature points.
+    """Factor transfer: absolute difference of the student's translated and the teacher's paraphrased feature.
 
-    loss = mean over elements of |F_s / |F_s|_2 - F_t / |F_t|_2|, each factor flattened to one vector. The paper writes
-    the p-norm of this difference and takes p = 1; the mean over elements is that of the authors' L1Loss. RepDistiller
-    compares channel means of squares instead, as attention transfer does: that is the term `at`, not this one.
-    F_t is the output of a paraphraser's encoder, a role trained before by `reconstruction` and then frozen; F_s that
-    of a translator, a trainable role or an adapter on the student's feature.
+    loss = mean over elements of |F_s / |F_s|_2 - F_t / |F_t|_2|, each factor flattened to one vector
 
-    Kim, Park and Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018,
-    arXiv:1802.04977.
-    Shapes: student, teacher (batch, ...) of equal shape -> (batch,), without unit.
+    F_t is the output of a paraphraser's encoder, a role that is trained earlier by `reconstruction` and then frozen.
+    F_s is the output of a translator, a trainable role or an adapter on the student's feature. The paper has the p-norm
+    of this difference, with p = 1; the mean over elements is that of the authors' L1Loss. RepDistiller's version
+    compares channel means of squares, as attention transfer does: that is the term `at`.
+
+    Shape:
+        student, teacher: (batch, ...) of equal shape.
+        Returns (batch,), without unit.
+
+    References:
+        Kim, Park and Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018,
+        arXiv:1802.04977.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -114,15 +129,21 @@ class FactorTransfer(Term):
 
 @TERMS.register("reconstruction", space="row", version=1, paper="arXiv:1802.04977")
 class Reconstruction(Term):
-    """Reconstruction: a network's output equals its target, without any adapter between them.
+    """Reconstruction: mean squared error between a network's output and its target, without an adapter.
 
-    loss = mean over elements of (student - teacher)^2. The paraphraser of factor transfer is trained by it: `student`
-    is the paraphraser's output, `teacher` the teacher's feature that it saw. The mean is RepDistiller's; the paper
-    writes the sum. Unlike `hint` it has no regressor, which would mend what the network itself is to learn.
+    loss = mean over elements of (student - teacher)^2
 
-    Kim, Park and Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018,
-    arXiv:1802.04977.
-    Shapes: student, teacher (batch, ...) of equal shape -> (batch,), squared units of the target.
+    Trains the paraphraser of factor transfer: `student` is the paraphraser's output, `teacher` its input, the teacher's
+    feature. The mean is RepDistiller's; the paper has the sum. `hint` has a regressor by default, which would learn a
+    part of the mapping that the network itself is to learn.
+
+    Shape:
+        student, teacher: (batch, ...) of equal shape.
+        Returns (batch,), squared units of the target.
+
+    References:
+        Kim, Park and Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018,
+        arXiv:1802.04977.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -136,42 +157,53 @@ MIN_VARIANCE = 1e-5
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """((target - mean)^2 / variance + log variance) / 2, averaged over a sample's elements: (batch,), in nats.
+    """Averages ((target - mean)^2 / variance + log variance) / 2 over a row's elements: (batch,), in nats.
 
-    The constant log(2 pi) / 2 is left out. variance must broadcast against the others and be above 0.
+    Leaves out the constant log(2 pi) / 2.
+
+    Args:
+        mean: (batch, ...).
+        target: same shape as `mean`.
+        variance: above 0, broadcastable to `mean`.
     """
     return (((mean - target).square() / variance + variance.log()) / 2).flatten(1).mean(1)
 
 
 @TERMS.register("vid", space="row", version=1, features=True, injected=("shapes",), paper="arXiv:1904.05835")
 class VariationalInformationDistillation(Term):
-    """Variational information distillation: the student's feature tells as much as it can of the teacher's.
+    """Variational information distillation: negative log-likelihood of the teacher's feature given the student's.
 
-    loss = mean over elements of ((t - mu(s))^2 / v_c + log v_c) / 2: the negative log-likelihood of the teacher's
-    feature t (without its constant, so it may be below 0), which bounds the mutual information of t and s. mu is three
-    1x1 convolutions with ReLU between, as wide as the teacher; v_c = softplus(a_c) + 1e-5 one variance per teacher
-    channel, learnt, 5 at first. All belong to the term and train with it. As the authors' code in RepDistiller, whose
-    published figures use weight 1 over the inner layers (one edge each): the larger map is average-pooled. Vectors are
-    maps of one place.
+    loss = mean over elements of ((t - mu(s))^2 / v_c + log v_c) / 2, without the constant (it may be below 0)
 
-    Ahn, Hu, Damianou, Lawrence and Dai, Variational Information Distillation for Knowledge Transfer, CVPR 2019,
-    arXiv:1904.05835.
-    Shapes: student, teacher (batch, channels, height, width) or (batch, width), channels and sizes may differ
-    -> (batch,), nats per element.
+    The loss bounds the mutual information of t and s. mu is three 1x1 convolutions with ReLU between, as wide as the
+    teacher. v_c = softplus(a_c) + 1e-5 is one learnt variance per teacher channel. mu and a belong to the term and
+    train with it. As in the authors' code in RepDistiller, whose published figures have weight 1 over the inner layers
+    (one edge each), the larger map is average-pooled. A vector is treated as a map of size 1 x 1.
+
+    Args:
+        variance: initial v_c, above 0.
+
+    Shape:
+        student, teacher: (batch, channels, height, width) or (batch, width); channels and sizes may differ.
+        Returns (batch,), nats per element.
+
+    References:
+        Ahn, Hu, Damianou, Lawrence and Dai, Variational Information Distillation for Knowledge Transfer, CVPR 2019,
+        arXiv:1904.05835.
     """
 
     def __init__(self, shapes: dict, variance: float = 5.0) -> None:
         super().__init__()
         check_parameters("vid", "above 0", variance=variance)
-        inside, outside = shapes["student"][0], shapes["teacher"][0]
+        student_channels, teacher_channels = shapes["student"][0], shapes["teacher"][0]
         self.mean = nn.Sequential(
-            nn.Conv2d(inside, outside, 1, bias=False),
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(outside, outside, 1, bias=False),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(outside, outside, 1, bias=False),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
         )
-        self.scale = nn.Parameter(torch.full((outside,), math.log(math.expm1(variance))))
+        self.scale = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(variance))))
 
     def check_shapes(self, **shapes: Size) -> None:
         for role in ("student", "teacher"):
@@ -186,14 +218,15 @@ class VariationalInformationDistillation(Term):
             student, teacher = _as_maps(student), _as_maps(teacher)
             size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
             student, teacher = (
-                values if values.shape[2:] == size else F.adaptive_avg_pool2d(values, size)
-                for values in (student, teacher)
+                features if features.shape[2:] == size else F.adaptive_avg_pool2d(features, size)
+                for features in (student, teacher)
             )
             variance = F.softplus(self.scale) + MIN_VARIANCE
             return gaussian_nll(self.mean(student), teacher, variance.view(1, -1, 1, 1))
 
 
 def _as_maps(features: Tensor) -> Tensor:
+    """Returns feature maps (batch, channels, height, width); vectors become maps of size 1 x 1."""
     features = at_least_float32(features)
     return features if features.dim() == 4 else features[:, :, None, None]
 
@@ -202,41 +235,46 @@ PYRAMID_SIZES = (4, 2, 1)
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of maps, and of the maps average-pooled to 4x4, 2x2 and 1x1: (batch,).
+    """Averages the squared difference of maps over the scales of a pyramid: (batch,).
 
     Args:
         student: (batch, channels, height, width), or (batch, elements), which has one scale only.
         teacher: of equal shape.
 
     Returns:
-        (batch,): the mean over the scales, each half as heavy as the one before; scales not below the map's height
-        are left out.
+        (batch,): weighted mean over the map itself and the map average-pooled to 4x4, 2x2 and 1x1. Each scale has half
+        the weight of the previous one. Scales that are not below the map's height are left out.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
-    loss, share, shares = hint_loss(student, teacher), 1.0, 1.0
+    loss, scale_weight, weight_sum = hint_loss(student, teacher), 1.0, 1.0
     for size in PYRAMID_SIZES if student.dim() == 4 else ():
         if size >= student.shape[2]:
             continue
-        share /= 2
-        shares += share
-        pooled = [F.adaptive_avg_pool2d(values, (size, size)) for values in (student, teacher)]
-        loss = loss + share * hint_loss(pooled[0], pooled[1])
-    return loss / shares
+        scale_weight /= 2
+        weight_sum += scale_weight
+        pooled = [F.adaptive_avg_pool2d(features, (size, size)) for features in (student, teacher)]
+        loss = loss + scale_weight * hint_loss(pooled[0], pooled[1])
+    return loss / weight_sum
 
 
 @TERMS.register("hcl", space="row", version=1, features=True, paper="arXiv:2104.09044")
 class HierarchicalContext(Term):
-    """Hierarchical context loss of ReviewKD: the student's feature equals the teacher's at each of several scales.
+    """Hierarchical context loss of ReviewKD: mean squared error of the features at several scales.
 
-    loss = (d(s, t) + d_4 / 2 + d_2 / 4 + d_1 / 8) / (1 + 1/2 + 1/4 + 1/8), d the mean squared difference and d_k that
-    of the maps average-pooled to k x k; a scale not smaller than the map is left out and the others move up, as in the
-    authors' code (dvlab-research/ReviewKD), which warms the term up over 20 epochs: give its weight a schedule. In
-    ReviewKD the student operand is the output of a chain of attention based fusions (ABF) from the deepest layer to the
-    shallowest; with a single layer that chain is convolution and batch norm, an adapter.
+    loss = (d(s, t) + d_4 / 2 + d_2 / 4 + d_1 / 8) / (1 + 1/2 + 1/4 + 1/8)
 
-    Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv:2104.09044.
-    Shapes: student (after its adapter), teacher (batch, channels, height, width) or (batch, elements), equal
-    -> (batch,), squared units of the feature.
+    d is the mean squared difference, d_k that of the maps average-pooled to k x k. A scale that is not smaller than the
+    map is left out and the smaller scales move up, as in the authors' code (dvlab-research/ReviewKD), which warms the
+    term up over 20 epochs: schedule its weight. In ReviewKD the student operand is the output of a chain of attention
+    based fusions (ABF) from the deepest layer to the shallowest; with a single layer that chain is convolution and
+    batch norm, an adapter.
+
+    Shape:
+        student (after its adapter), teacher: (batch, channels, height, width) or (batch, elements), of equal shape.
+        Returns (batch,), squared units of the feature.
+
+    References:
+        Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv:2104.09044.
     """
 
     def check_shapes(self, **shapes: Size) -> None:

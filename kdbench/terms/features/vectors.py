@@ -10,30 +10,27 @@ from torch import Size, Tensor
 
 from kdbench.registry import TERMS
 from kdbench.terms.base import Term, check_equal_shapes
-from kdbench.terms.numerics import at_least_float32, safe_divide, safe_sqrt
+from kdbench.terms.numerics import at_least_float32, safe_divide, safe_normalise, safe_sqrt
 
 
 def to_channel_vectors(features: Tensor) -> Tensor:
-    """Features as vectors in the last dimension, at least float32: maps (batch, channels, h, w) become (batch, h, w,
-    channels); tokens (batch, length, width) and vectors (batch, width) are so already."""
+    """Moves the channels of maps to the last dimension, at least float32: (batch, h, w, channels).
+
+    Tokens (batch, length, width) and vectors (batch, width) already have their channels last.
+    """
     features = at_least_float32(features)
     return features.movedim(1, -1) if features.dim() == 4 else features
 
 
-def scaled_to_length(vectors: Tensor) -> Tensor:
-    """Vectors of the last dimension at length 1; zeros stay zeros."""
-    return safe_divide(vectors, safe_sqrt(vectors.square().sum(-1, keepdim=True)))
-
-
 def mean_over_tokens(loss: Tensor, tokens: Tensor | None) -> Tensor:
-    """Mean over all places of (batch, ...), or over those that `tokens` marks in (batch, length): (batch,).
+    """Averages (batch, ...) over all positions, or (batch, length) over the tokens in the mask `tokens`: (batch,).
 
-    A sample none of whose tokens is marked gives 0.
+    A row without such a token gives 0.
     """
     if tokens is None:
         return loss.reshape(len(loss), -1).mean(1)
-    counts = tokens.to(torch.bool)
-    return safe_divide(torch.where(counts, loss, 0).sum(1), counts.sum(1).to(loss.dtype))
+    token_mask = tokens.to(torch.bool)
+    return safe_divide(torch.where(token_mask, loss, 0).sum(1), token_mask.sum(1).to(loss.dtype))
 
 
 def feature_distance_loss(
@@ -44,29 +41,29 @@ def feature_distance_loss(
     distance: Literal["l1", "l2", "smooth_l1"] = "l2",
     scale: Literal["none", "length", "layer_norm"] = "none",
 ) -> Tensor:
-    """Distance of scaled features, averaged over a sample's elements: (batch,). See `FeatureDistance`."""
+    """Averages the distance of scaled features over a row's elements: (batch,). See `FeatureDistance`."""
     pair = [to_channel_vectors(student), to_channel_vectors(teacher)]
     if scale == "length":
-        pair = [scaled_to_length(values) for values in pair]
+        pair = [safe_normalise(vectors) for vectors in pair]
     elif scale == "layer_norm":
-        pair = [F.layer_norm(values, values.shape[-1:]) for values in pair]
-    kinds = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
-    return mean_over_tokens(kinds[distance](pair[0], pair[1], reduction="none").mean(-1), tokens)
+        pair = [F.layer_norm(vectors, vectors.shape[-1:]) for vectors in pair]
+    losses = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+    return mean_over_tokens(losses[distance](pair[0], pair[1], reduction="none").mean(-1), tokens)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """1 - cosine of the angle between the vectors of student and teacher, averaged over the places: (batch,)."""
-    cosines = (scaled_to_length(to_channel_vectors(student)) * scaled_to_length(to_channel_vectors(teacher))).sum(-1)
+    """Averages 1 - cosine of the vectors of student and teacher over the positions: (batch,)."""
+    cosines = (safe_normalise(to_channel_vectors(student)) * safe_normalise(to_channel_vectors(teacher))).sum(-1)
     return mean_over_tokens(1 - cosines, tokens)
 
 
 def check_tokens(shapes: dict[str, Size]) -> None:
-    """Raises ValueError when `tokens` does not mark the tokens of the student's operand."""
-    marks, student = shapes.get("tokens"), shapes["student"]
-    if marks is not None and (len(student) != 3 or marks[1:] != student[1:2]):
+    """Raises ValueError if `tokens` is not a mask over the tokens of the student's operand."""
+    mask, student = shapes.get("tokens"), shapes["student"]
+    if mask is not None and (len(student) != 3 or mask[1:] != student[1:2]):
         raise ValueError(
-            f"counts marked tokens, so the student's operand must be [length, width] with one mark each, but it is "
-            f"{list(student[1:])} and `tokens` is {list(marks[1:])} per sample"
+            f"has a mask over tokens, so the student's operand must be [length, width] and `tokens` [length], but they "
+            f"are {list(student[1:])} and {list(mask[1:])} per sample"
         )
 
 
@@ -74,20 +71,35 @@ def check_tokens(shapes: dict[str, Size]) -> None:
     "feature_distance", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:2208.12256"
 )
 class FeatureDistance(Term):
-    """Distance of features: absolute, squared or smooth, as they are or scaled, over all or some tokens.
+    """Distance of features: absolute, squared or smooth L1, optionally scaled, over all or some tokens.
 
-    loss = mean over places and channels of d(f(student) - f(teacher)); d(x) = |x| (`l1`), x^2 (`l2`), or x^2 / 2 below
-    1 and |x| - 1/2 above (`smooth_l1`); f leaves vectors as they are, scales each to length 1 (`length`), or to mean 0
-    and variance 1 over the channels (`layer_norm`). `tokens` (a mask, batch x length) says which tokens count.
+    loss = mean over positions and channels of d(f(student) - f(teacher))
+
+    d(x) by `distance`:
+        l1           |x|
+        l2           x^2
+        smooth_l1    x^2 / 2 below 1, |x| - 1/2 above
+    f by `scale`:
+        none         the features themselves
+        length       vectors scaled to length 1
+        layer_norm   vectors scaled to mean 0 and variance 1 over the channels
 
     DMAE compares visible tokens by l1 or l2, without scaling or, with a projector, at length 1 (authors' code,
-    UCSC-VLAA/DMAE). ViT-Linearizer (arXiv:2504.00037) predicts the teacher's last feature at the tokens that the
-    student did not see: `smooth_l1`, `tokens` = the hidden ones. smooth_l1 plus `cosine` is the pair of GPFM and SAK.
+    UCSC-VLAA/DMAE). ViT-Linearizer (arXiv:2504.00037) predicts the teacher's last feature at the tokens that are hidden
+    from the student: `smooth_l1` with `tokens` = the hidden ones. GPFM and SAK have smooth_l1 plus `cosine`.
 
-    Bai, Wang, Xiao, Wei, Wang, Yuille, Zhou and Xie, Masked Autoencoders Enable Efficient Knowledge Distillers, CVPR
-    2023, arXiv:2208.12256.
-    Shapes: student (after its adapter), teacher equal: (batch, width), (batch, length, width) or (batch, channels,
-    height, width); tokens (batch, length), bool or 0/1 -> (batch,), unit of the scaled feature, squared for l2.
+    Args:
+        distance: `l1`, `l2` or `smooth_l1`.
+        scale: `none`, `length` or `layer_norm`.
+
+    Shape:
+        student (after its adapter), teacher: equal, (batch, width), (batch, length, width) or (batch, channels, height,
+            width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
+        Returns (batch,), unit of the scaled feature, squared for l2.
+
+    References:
+        Bai, Wang, Xiao, Wei, Wang, Yuille, Zhou and Xie, Masked Autoencoders Enable Efficient Knowledge Distillers,
+        CVPR 2023, arXiv:2208.12256.
     """
 
     def __init__(
@@ -109,15 +121,20 @@ class FeatureDistance(Term):
 
 @TERMS.register("cosine", space="row", version=1, features=True, operands=("tokens",), paper="arXiv:1910.01108")
 class CosineDistance(Term):
-    """Cosine distance: the student's feature points where the teacher's points, whatever its length.
+    """Cosine distance of the features of student and teacher; the length of a feature has no effect.
 
-    loss = mean over places of 1 - <s, t> / (|s| |t|), one vector per sample, per token or per place of a map.
-    `tokens` (a mask, batch x length) says which tokens count. DistilBERT aligns hidden states so, over the tokens that
-    are no padding. A vector of length 0 counts 1 and gets no gradient.
+    loss = mean over positions of 1 - <s, t> / (|s| |t|)
 
-    Sanh, Debut, Chaumond and Wolf, DistilBERT, a distilled version of BERT, 2019, arXiv:1910.01108.
-    Shapes: student (after its adapter), teacher equal: (batch, width), (batch, length, width) or (batch, channels,
-    height, width); tokens (batch, length), bool or 0/1 -> (batch,), without unit, in [0, 2].
+    One vector per sample, per token or per position of a map. A vector of length 0 has loss 1 and no gradient.
+    DistilBERT aligns hidden states by it, over the tokens that are not padding.
+
+    Shape:
+        student (after its adapter), teacher: equal, (batch, width), (batch, length, width) or (batch, channels, height,
+            width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
+        Returns (batch,), without unit, in [0, 2].
+
+    References:
+        Sanh, Debut, Chaumond and Wolf, DistilBERT, a distilled version of BERT, 2019, arXiv:1910.01108.
     """
 
     def check_shapes(self, **shapes: Size) -> None:
@@ -129,23 +146,23 @@ class CosineDistance(Term):
 
 
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor, label: Tensor) -> Tensor:
-    """1 - the student's feature along its class's direction, over the larger of both lengths: (batch,).
+    """Computes 1 - the student's component along its class mean, over the larger of both lengths: (batch,).
 
     Args:
         student: features (batch, elements).
         teacher: features of equal shape; only their length is read.
-        means: the mean feature of each class (classes, elements).
-        label: classes (batch,), int64. A negative label is a hidden one: the loss is 0 there.
+        means: mean feature of each class (classes, elements).
+        label: classes (batch,), int64. The loss is 0 where it is negative (hidden).
 
     Returns:
-        (batch,) without unit: 0 where the student points along the class mean and is at least as long as the
-        teacher, 1 where it is orthogonal or zero, 2 at most.
+        (batch,), without unit: 0 where the student points along the class mean and is at least as long as the
+        teacher, 1 where it is orthogonal or zero, at most 2.
     """
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
-    centres = means.to(student.dtype).flatten(1)[label.clamp(min=0)]
-    directions = safe_divide(centres, _row_norms(centres).unsqueeze(1))
-    along = (student * directions).sum(1)
-    return torch.where(label < 0, 0, 1 - safe_divide(along, torch.maximum(_row_norms(student), _row_norms(teacher))))
+    directions = safe_normalise(means.to(student.dtype).flatten(1)[label.clamp(min=0)])
+    component = (student * directions).sum(1)
+    max_norm = torch.maximum(_row_norms(student), _row_norms(teacher))
+    return torch.where(label < 0, 0, 1 - safe_divide(component, max_norm))
 
 
 def _row_norms(rows: Tensor) -> Tensor:
@@ -154,19 +171,28 @@ def _row_norms(rows: Tensor) -> Tensor:
 
 @TERMS.register("nd", space="row", version=1, features=True, operands=("means",), paper="arXiv:2305.17007")
 class NormAndDirection(Term):
-    """ND loss of KD++: the student's feature is long, and points to the mean of the teacher's features of its class.
+    """ND loss of KD++: a student feature that is long and points to the teacher's class mean.
 
-    loss = 1 - <f_s, mu_y / |mu_y|> / max(|f_s|, |f_t|), y the label. While the student's feature is the shorter one,
-    the loss also makes it longer; from the teacher's length on only its direction counts. Lengths keep their gradient,
-    as in the authors' code (WangYZ1608/Knowledge-Distillation-via-ND), which adds this term to kd, dkd or ReviewKD at
-    the penultimate feature. `means` are the class means of the teacher's features over the training set, made by an
-    earlier stage: `artifact: STAGE.NAME`. Where the widths differ, the authors' adapter is batch norm, dropout 0.5 and a
-    linear map; `linear` is the nearest one here.
+    loss = 1 - <f_s, mu_y / |mu_y|> / max(|f_s|, |f_t|)
 
-    Wang, Cheng, Duan, Wang, Feng and Kong, Improving Knowledge Distillation via Regularizing Feature Norm and
-    Direction, ECCV 2024, arXiv:2305.17007.
-    Shapes: student (after its adapter), teacher (batch, elements), means (classes, elements), label (batch,)
-    -> (batch,), without unit, in [0, 2].
+    mu_y is the mean of the teacher's features over the class y of the label, an artifact of an earlier stage. While the
+    student's feature is shorter than the teacher's, the loss also makes it longer; beyond that length only the
+    direction counts. Lengths keep their gradient, as in the authors' code
+    (WangYZ1608/Knowledge-Distillation-via-ND), which adds this term to kd, dkd or ReviewKD at the penultimate feature.
+    If the widths differ, the authors' adapter is batch norm, dropout 0.5 and a linear map; the nearest one here is
+    `linear`.
+
+    Shape:
+        student (after its adapter), teacher: (batch, elements). means: (classes, elements). label: (batch,), int64;
+            hidden labels (negative) give 0.
+        Returns (batch,), without unit, in [0, 2].
+
+    Example (recipe):
+        nd: {type: nd, student: {path: layer2, adapter: linear}, teacher: layer2, means: "artifact:means.centres"}
+
+    References:
+        Wang, Cheng, Duan, Wang, Feng and Kong, Improving Knowledge Distillation via Regularizing Feature Norm and
+        Direction, ECCV 2024, arXiv:2305.17007.
     """
 
     def check_shapes(self, **shapes: Size) -> None:

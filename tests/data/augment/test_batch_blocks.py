@@ -1,4 +1,4 @@
-"""Batches that are augmented together are the batches that are augmented alone, by fewer operations."""
+"""Blocks: batches that are augmented together equal batches that are augmented one by one, with fewer operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LISTS = {
+from helpers.data_sources import augmentation, open_source, source_config, training_batches
+
+AUGMENTATIONS = {
     "crop, flip": [("crop", {"padding": 2}), ("flip", {})],
     "mixup": [("crop", {"padding": 2}), ("mixup", {})],
     "cutmix": [("flip", {}), ("cutmix", {})],
@@ -14,8 +16,8 @@ LISTS = {
 }
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations that write something, which on a GPU are the kernels."""
+class OperationCounter(TorchDispatchMode):
+    """Counts operations that write a tensor, which are the kernels on a GPU."""
 
     count = 0
 
@@ -24,58 +26,65 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def source(source_of, make, part, names: str, block: int, **options):
-    views = {"image": tuple(part(name, **params) for name, params in LISTS[names])}
-    found = source_of(make(params={"samples": 103}, batch_size=8, views=views, label_fraction=0.5), **options)
-    found.block_size = block
-    return found
+def block_source(names: str, block_size: int, **options):
+    """Opens a source of 103 samples whose batches of 8 are augmented in blocks."""
+    views = {"image": tuple(augmentation(name, **params) for name, params in AUGMENTATIONS[names])}
+    config = source_config(params={"samples": 103}, batch_size=8, views=views, label_fraction=0.5)
+    source = open_source(config, **options)
+    source.block_size = block_size
+    return source
 
 
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name], other[name]) and one[name].stride() == other[name].stride() for name in one
+def equal_layouts(first, second) -> bool:
+    """Returns whether two batches have bitwise equal fields with equal strides."""
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) and first[name].stride() == second[name].stride() for name in first
     )
 
 
-@pytest.mark.parametrize("names", LISTS)
+@pytest.mark.parametrize("names", AUGMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 3}, {"channels_last": True}], ids=str)
-def test_blocks_give_the_batches_of_single_steps(source_of, make, part, names, options):
-    """Whatever their size: one that divides nothing, and one larger than the epoch."""
-    single = list(source(source_of, make, part, names, 1, **options).batches(2))
-    for block in (3, 5, 99):
-        together = list(source(source_of, make, part, names, block, **options).batches(2))
-        assert len(together) == len(single)
-        assert all(equal(one, other) for one, other in zip(single, together, strict=True)), block
+def test_blocks_equal_single_batches(names, options):
+    """Includes block sizes that do not divide the epoch, and one above the epoch's length."""
+    single = list(training_batches(block_source(names, 1, **options), 2))
+    for block_size in (3, 5, 99):
+        blocks = list(training_batches(block_source(names, block_size, **options), 2))
+        assert len(blocks) == len(single)
+        assert all(equal_layouts(a, b) for a, b in zip(single, blocks, strict=True)), block_size
 
 
-def test_each_batch_mixes_its_own_rows(source_of, make, part):
-    """Rolled over the whole block, the first row of a batch would be mixed with another batch's last."""
-    for batch in source(source_of, make, part, "mixup", 4).batches(0):
-        partners = batch["index"].roll(1)
-        labels = {int(i): int(label) for i, label in zip(batch["index"], batch["label"], strict=True)}
-        assert batch["label_other"].tolist() == [labels[int(i)] for i in partners]
+def test_each_batch_mixes_its_own_rows():
+    """Rolled over the block, the first row of a batch would be mixed with the last row of another batch."""
+    for batch in training_batches(block_source("mixup", 4), 0):
+        labels = {int(index): int(label) for index, label in zip(batch["index"], batch["label"], strict=True)}
+        assert batch["label_other"].tolist() == [labels[int(index)] for index in batch["index"].roll(1)]
 
 
 @pytest.mark.parametrize("start", [1, 4, 7, 11, 12])
-def test_a_start_within_a_block_makes_the_whole_block(source_of, make, part, start):
-    """So that every operation has the shape that it has in a run that was not interrupted."""
-    whole = source(source_of, make, part, "crop, flip", 4)
-    made: list[int] = []
-    augmented = whole.augmented
-    whole.augmented = lambda part, *rest, **named: made.append(len(part.index)) or augmented(part, *rest, **named)
-    rest = list(whole.batches(1, start=start))
-    assert made == [32, 32, 32, 7][min(start // 4, 3) :]
-    assert all(equal(one, other) for one, other in zip(list(whole.batches(1))[start:], rest, strict=True))
+def test_start_within_a_block_augments_the_complete_block(start):
+    """So every operation has the same shape as in a run without interruption."""
+    source = block_source("crop, flip", 4)
+    block_rows: list[int] = []
+    augment = source.augment
+
+    def record_rows(shard, *args, **kwargs):
+        block_rows.append(len(shard.index))
+        return augment(shard, *args, **kwargs)
+
+    source.augment = record_rows
+    rest = list(training_batches(source, 1, start=start))
+    assert block_rows == [32, 32, 32, 7][min(start // 4, 3) :]
+    assert all(equal_layouts(a, b) for a, b in zip(list(training_batches(source, 1))[start:], rest, strict=True))
 
 
-def test_a_block_takes_the_operations_of_one_batch(source_of, make, part):
-    """24 batches in blocks of 8; the draws of the epoch, which are made once, are left out."""
+def test_block_needs_the_operations_of_one_batch():
+    """12 full batches in blocks of 8. The parameters of the epoch, which are drawn once, are not counted."""
     counts = {}
-    for block in (1, 8):
-        own = source(source_of, make, part, "crop, flip", block)
-        tables = {name: own.epoch_params(name, 0) for name in own.views}
-        own.draws = lambda name, epoch, tables=tables: tables[name]
-        with Operations() as operations:
-            assert len(list(own.batches(0))) == 13
-        counts[block] = operations.count
+    for block_size in (1, 8):
+        source = block_source("crop, flip", block_size)
+        params = {name: source.epoch_params(name, 0) for name in source.views}
+        source.epoch_params = lambda name, epoch, params=params: params[name]
+        with OperationCounter() as counter:
+            assert len(list(training_batches(source, 0))) == 13
+        counts[block_size] = counter.count
     assert counts[8] < counts[1] / 4, counts

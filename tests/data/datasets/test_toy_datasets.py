@@ -1,4 +1,4 @@
-"""Digits and synthetic: always there, always the same."""
+"""Digits and synthetic: datasets without a download, whose content never changes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from helpers.data_sources import augmentation, evaluation_batches, open_source, source_config
 from kdbench.config.schema import PartConfig, SourceConfig
 from kdbench.data.datasets.digits import Digits
 from kdbench.data.datasets.synthetic import Synthetic
 from kdbench.data.describe import describe_source
 from kdbench.errors import ConfigError
+from kdbench.registry import DATASETS
 
 
-def test_digits_halves_are_scikit_learns_images_once_each():
+def test_digits_splits_contain_every_image_of_scikit_learn_once():
     train, test = Digits(split="train").load(), Digits(split="test").load()
     values = torch.cat([train.images, test.images]).mul(16).flatten(1)
     labels = torch.cat([train.labels, test.labels])
-    found = sorted((label, tuple(row)) for label, row in zip(labels.tolist(), values.tolist(), strict=True))
+    samples = sorted((label, tuple(row)) for label, row in zip(labels.tolist(), values.tolist(), strict=True))
     data, target = load_digits(return_X_y=True)
-    assert found == sorted((label, tuple(row)) for label, row in zip(target.tolist(), data.tolist(), strict=True))
+    assert samples == sorted((label, tuple(row)) for label, row in zip(target.tolist(), data.tolist(), strict=True))
     assert (
         (len(train.labels), len(test.labels)) == (len(Digits(split="train")), len(Digits(split="test"))) == (901, 896)
     )
@@ -28,17 +30,19 @@ def test_digits_halves_are_scikit_learns_images_once_each():
     assert set(counts.tolist()) <= {0, 1}
 
 
-def test_digits_never_change():
-    """The checksums that runs keep: a change of the halves or of the scaling must not pass unseen."""
+def test_digits_checksums_never_change():
+    """Runs store these checksums, so a change of the halves or of the scaling has to fail here."""
     assert Digits(split="train").checksum().startswith("ff01e24e")
     assert Digits(split="test").checksum().startswith("826c421d")
 
 
-def test_digits_are_normalised_to_zero_mean_and_unit_deviation(source_of, make):
-    batch = next(source_of(make(dataset="digits", batch_size=901)).evaluation_batches(901))
+def test_digits_are_normalised_to_zero_mean_and_unit_deviation():
+    batch = next(evaluation_batches(open_source(source_config(dataset="digits", batch_size=901)), 901))
     assert abs(batch["image"].mean()) < 0.02
     assert abs(batch["image"].std() - 1) < 0.02
-    raw = next(source_of(make(dataset="digits", params={"normalize": False})).evaluation_batches(901))["image"]
+    raw = next(evaluation_batches(open_source(source_config(dataset="digits", params={"normalize": False})), 901))[
+        "image"
+    ]
     assert (raw.min(), raw.max()) == (0, 1)
 
 
@@ -62,34 +66,35 @@ def test_synthetic_classes_can_be_learned(shape):
     assert np.ptp(np.bincount(train.labels)) == 0
 
 
-def test_description_agrees_with_the_sources(source_of, make, part):
-    for one in (
-        make(dataset="digits", label_fraction=50, views={"image": (part("crop", size=6), part("cutmix")), "strong": ()}),
-        make(params={"shape": [1, 9, 9], "samples": 40, "classes": 4}, subset=20),
-        make(name="noise", dataset="gaussian", params={"shape": [3, 2]}),
+def test_spec_agrees_with_the_source():
+    for config in (
+        source_config(
+            dataset="digits",
+            label_fraction=50,
+            views={"image": (augmentation("crop", size=6), augmentation("cutmix")), "strong": ()},
+        ),
+        source_config(params={"shape": [1, 9, 9], "samples": 40, "classes": 4}, subset=20),
+        source_config(name="noise", dataset="gaussian", params={"shape": [3, 2]}),
     ):
-        spec, source = describe_source(one, "data"), source_of(one)
+        spec, source = describe_source(config, "data"), open_source(config)
         assert spec.fields == source.field_specs()
         assert spec.samples == source.num_samples
         assert spec.classes == (len(source.classes) or None)
         assert spec.problem is None
 
 
-def test_description_refuses_what_cannot_be_built(make, part):
+def test_description_raises_the_errors_of_building():
     with pytest.raises(ConfigError, match=r"recipe.yaml:3 data.train: dataset 'digits' has no split 'valid'"):
-        describe_source(make(dataset="digits", split="valid"), "data")
+        describe_source(source_config(dataset="digits", split="valid"), "data")
     with pytest.raises(ConfigError, match=r"no augmentation 'flop'"):
-        describe_source(make(dataset="digits", views={"image": (part("flop"),)}), "data")
+        describe_source(source_config(dataset="digits", views={"image": (augmentation("flop"),)}), "data")
     with pytest.raises(ConfigError, match=r"gaussian: shape must be"):
         describe_source(SourceConfig(name="n", dataset=PartConfig(type="gaussian", params={"shape": [0]})), "data")
 
 
-def test_registrations_state_the_facts():
-    from kdbench.registry import DATASETS
-
-    for name, dataset in (("digits", Digits),):
-        facts = DATASETS.entry(name).facts
-        for split, count in facts["samples"].items():
-            assert count == len(dataset(split=split).load().labels)
-        assert facts["shape"] == dataset().shape
-        assert facts["classes"] == len(dataset().classes)
+def test_facts_of_the_registration_are_true():
+    facts = DATASETS.entry("digits").facts
+    for split, count in facts["samples"].items():
+        assert count == len(Digits(split=split).load().labels)
+    assert facts["shape"] == Digits().shape
+    assert facts["classes"] == len(Digits().classes)

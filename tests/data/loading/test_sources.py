@@ -1,266 +1,263 @@
-"""Sources: order, shards, resume, hidden labels, held-out parts."""
+"""Sources: order, shards, resume, hidden labels, validation splits."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.data_sources import (
+    augmentation,
+    concatenate,
+    equal_batches,
+    evaluation_batches,
+    open_source,
+    source_config,
+    training_batches,
+    views,
+)
 from kdbench.data.loading.build import build_sources
 from kdbench.data.sampling.order import RankShard, epoch_order, num_steps, rank_shard
 from kdbench.errors import ConfigError, DataError
 
 
-def views(part, *names):
-    return {"image": tuple(part(name) for name in names)}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def collect(batches):
-    batches = list(batches)
-    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def test_every_sample_comes_once_per_epoch_and_the_last_batch_is_smaller(source_of, make):
-    source = source_of(make(params={"samples": 50}, batch_size=16))
-    batches = list(source.batches(0))
+def test_epoch_contains_every_sample_once_and_its_last_batch_is_smaller():
+    source = open_source(source_config(params={"samples": 50}, batch_size=16))
+    batches = list(training_batches(source, 0))
     assert [len(batch["index"]) for batch in batches] == [16, 16, 16, 2]
     assert source.steps_per_epoch == 4
-    assert sorted(collect(batches)["index"].tolist()) == list(range(50))
+    assert sorted(concatenate(batches)["index"].tolist()) == list(range(50))
 
 
-def test_epochs_and_seeds_and_sources_have_their_own_order(source_of, make):
-    first = collect(source_of().batches(0))["index"]
-    assert torch.equal(first, collect(source_of().batches(0))["index"])
-    for other in (source_of().batches(1), source_of(seed=2).batches(0), source_of(make(name="other")).batches(0)):
-        assert not torch.equal(first, collect(other)["index"])
+def test_order_depends_on_epoch_seed_and_source():
+    order = concatenate(training_batches(open_source(), 0))["index"]
+    assert torch.equal(order, concatenate(training_batches(open_source(), 0))["index"])
+    for source, epoch in ((open_source(), 1), (open_source(seed=2), 0), (open_source(source_config(name="other")), 0)):
+        assert not torch.equal(order, concatenate(training_batches(source, epoch))["index"])
 
 
-def test_order_does_not_depend_on_what_ran_before(source_of, part, make):
-    source = source_of(make(views=views(part, "crop", "mixup")))
-    expected = list(source.batches(3))
+def test_batches_do_not_depend_on_previous_passes():
+    source = open_source(source_config(views=views("crop", "mixup")))
+    expected = list(training_batches(source, 3))
     torch.rand(7)
-    list(source.batches(5))
-    assert all(itertools.starmap(same, zip(expected, source.batches(3), strict=True)))
+    list(training_batches(source, 5))
+    assert equal_batches(expected, training_batches(source, 3))
 
 
-def test_building_and_reading_leave_the_global_generator_alone(source_of, part, make):
+def test_sources_do_not_use_the_global_generator():
     state = torch.get_rng_state()
-    list(source_of(make(views=views(part, "crop", "cutmix"), label_fraction=0.5), validation=0.2).batches(0))
+    config = source_config(views=views("crop", "cutmix"), label_fraction=0.5)
+    list(training_batches(open_source(config, validation=0.2), 0))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_starting_in_the_middle_gives_the_same_batches(source_of, part, make):
-    source = source_of(make(views=views(part, "crop", "flip", "cutmix"), label_fraction=0.5, params={"samples": 100}))
-    whole, rest = list(source.batches(4)), list(source.batches(4, start=3))
-    assert len(rest) == len(whole) - 3
-    assert all(itertools.starmap(same, zip(whole[3:], rest, strict=True)))
+def test_start_in_the_middle_gives_the_same_batches():
+    config = source_config(views=views("crop", "flip", "cutmix"), label_fraction=0.5, params={"samples": 100})
+    source = open_source(config)
+    epoch, rest = list(training_batches(source, 4)), list(training_batches(source, 4, start=3))
+    assert len(rest) == len(epoch) - 3
+    assert equal_batches(epoch[3:], rest)
 
 
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_give_the_global_batch(source_of, part, make, world, mixing):
-    """Images, labels and mixing partners too: what a sample looks like does not depend on the ranks."""
-    augments = {"image": (part("crop"), part("flip"), part("cutout", size=6), part(mixing))}
-    alone = source_of(make(batch_size=4 * world, params={"samples": 4 * world * 3}, views=augments))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_give_the_global_batch(world_size, mixing):
+    """Includes images, labels and mixing partners: no value of a sample depends on the number of ranks."""
+    parts = (augmentation("crop"), augmentation("flip"), augmentation("cutout", size=6), augmentation(mixing))
+    options = {"params": {"samples": 4 * world_size * 3}, "views": {"image": parts}}
+    single = open_source(source_config(batch_size=4 * world_size, **options))
     ranks = [
-        source_of(make(batch_size=4, params={"samples": 4 * world * 3}, views=augments), rank=rank, world_size=world)
-        for rank in range(world)
+        training_batches(open_source(source_config(batch_size=4, **options), rank=rank, world_size=world_size), 1)
+        for rank in range(world_size)
     ]
-    for whole, *shards in zip(alone.batches(1), *(rank.batches(1) for rank in ranks), strict=True):
-        for rank, one in enumerate(shards):
-            assert "valid" not in one
-            for key in whole:
-                assert torch.equal(one[key], whole[key][rank::world]), key
+    for global_batch, *shards in zip(training_batches(single, 1), *ranks, strict=True):
+        for rank, shard in enumerate(shards):
+            assert "valid" not in shard
+            for field in global_batch:
+                assert torch.equal(shard[field], global_batch[field][rank::world_size]), field
 
 
-def test_padded_rows_are_marked_and_every_sample_is_valid_once(source_of, make):
-    ranks = [source_of(make(batch_size=4, params={"samples": 25}), rank=r, world_size=3) for r in range(3)]
-    seen = []
-    for shards in zip(*(rank.batches(0) for rank in ranks), strict=True):
-        assert len({len(one["index"]) for one in shards}) == 1
-        assert len({"valid" in one for one in shards}) == 1
-        for one in shards:
-            valid = one.get("valid", torch.ones(len(one["index"]), dtype=torch.bool))
+def test_padded_rows_are_marked_and_every_sample_is_valid_once():
+    config = source_config(batch_size=4, params={"samples": 25})
+    ranks = [training_batches(open_source(config, rank=rank, world_size=3), 0) for rank in range(3)]
+    valid_indices = []
+    for shards in zip(*ranks, strict=True):
+        assert len({len(shard["index"]) for shard in shards}) == 1
+        assert len({"valid" in shard for shard in shards}) == 1
+        for shard in shards:
+            valid = shard.get("valid", torch.ones(len(shard["index"]), dtype=torch.bool))
             assert valid.dtype == torch.bool
-            seen += one["index"][valid].tolist()
-    assert sorted(seen) == list(range(25))
+            valid_indices += shard["index"][valid].tolist()
+    assert sorted(valid_indices) == list(range(25))
 
 
-def test_a_last_batch_smaller_than_the_world_gives_every_rank_a_row():
+def test_last_batch_smaller_than_the_world_gives_every_rank_a_row():
     order = torch.arange(9)
-    parts = [rank_shard(order, 1, 2, rank, 4) for rank in range(4)]
-    assert [part.index.tolist() for part in parts] == [[8], [8], [8], [8]]
-    assert [part.valid.tolist() for part in parts if part.valid is not None] == [[True], [False], [False], [False]]
+    shards = [rank_shard(order, 1, 2, rank, 4) for rank in range(4)]
+    assert [shard.index.tolist() for shard in shards] == [[8], [8], [8], [8]]
+    assert [shard.valid.tolist() for shard in shards if shard.valid is not None] == [[True], [False], [False], [False]]
 
 
-def test_order_keeps_to_the_positions_it_was_given():
-    positions = torch.tensor([2, 5, 11, 12])
-    assert sorted(epoch_order(positions, 1, "train", 0).tolist()) == positions.tolist()
+def test_epoch_order_is_a_permutation_of_the_indices():
+    indices = torch.tensor([2, 5, 11, 12])
+    assert sorted(epoch_order(indices, 1, "train", 0).tolist()) == indices.tolist()
     assert num_steps(10, 4, 1) == 3
     assert num_steps(10, 2, 2) == 3
 
 
-@pytest.mark.parametrize(("batch_size", "world"), [(7, 1), (64, 1), (3, 2), (5, 3)])
-def test_a_sample_looks_the_same_whatever_the_batch(source_of, part, make, batch_size, world):
-    augments = views(part, "crop", "flip")
-    params = {"samples": 40, "shape": [1, 8, 8]}
-    expected = collect(source_of(make(batch_size=40, params=params, views=augments)).batches(2))
-    by_index = dict(zip(expected["index"].tolist(), expected["image"], strict=True))
-    for rank in range(world):
-        name = "train"
-        source = source_of(
-            make(name=name, batch_size=min(batch_size, 40 // world), params=params, views=augments),
-            rank=rank,
-            world_size=world,
-        )
-        for batch in source.batches(2):
+@pytest.mark.parametrize(("batch_size", "world_size"), [(7, 1), (64, 1), (3, 2), (5, 3)])
+def test_augmented_sample_does_not_depend_on_the_batch(batch_size, world_size):
+    options = {"params": {"samples": 40, "shape": [1, 8, 8]}, "views": views("crop", "flip")}
+    expected = concatenate(training_batches(open_source(source_config(batch_size=40, **options)), 2))
+    images_by_index = dict(zip(expected["index"].tolist(), expected["image"], strict=True))
+    config = source_config(batch_size=min(batch_size, 40 // world_size), **options)
+    for rank in range(world_size):
+        for batch in training_batches(open_source(config, rank=rank, world_size=world_size), 2):
             for index, image in zip(batch["index"].tolist(), batch["image"], strict=True):
-                assert torch.equal(image, by_index[index])
+                assert torch.equal(image, images_by_index[index])
 
 
-def test_views_of_a_sample_have_their_own_draws(source_of, part, make):
-    source = source_of(
-        make(views={"image": (part("crop"),), "image_strong": (part("crop"), part("cutout", size=8)), "raw": ()})
-    )
-    batch = next(source.batches(0))
+def test_views_of_a_sample_have_independent_parameters():
+    strong = (augmentation("crop"), augmentation("cutout", size=8))
+    source = open_source(source_config(views={"image": (augmentation("crop"),), "image_strong": strong, "raw": ()}))
+    batch = next(training_batches(source, 0))
     assert not torch.equal(batch["image"], batch["image_strong"])
-    plain = collect(source.evaluation_batches(512))
-    assert torch.equal(batch["raw"], plain["raw"][batch["index"]])
-    assert torch.equal(plain["image"], plain["raw"])  # evaluation augments nothing
-    assert torch.equal(plain["image_strong"], plain["raw"])
+    evaluation = concatenate(evaluation_batches(source, 512))
+    assert torch.equal(batch["raw"], evaluation["raw"][batch["index"]])
+    assert torch.equal(evaluation["image"], evaluation["raw"])  # evaluation does not augment
+    assert torch.equal(evaluation["image_strong"], evaluation["raw"])
 
 
-def test_mixing_gives_the_partner_and_the_share(source_of, part, make):
-    source = source_of(make(views={"image": (part("mixup"),), "raw": ()}))
-    batch = next(source.batches(0))
-    share = batch["mix"].view(-1, 1, 1, 1)
-    torch.testing.assert_close(batch["image"], share * batch["raw"] + (1 - share) * batch["raw"].roll(1, 0))
+def test_mixup_blends_with_the_partner_by_the_field_mix():
+    source = open_source(source_config(views={"image": (augmentation("mixup"),), "raw": ()}))
+    batch = next(training_batches(source, 0))
+    weight = batch["mix"].view(-1, 1, 1, 1)
+    torch.testing.assert_close(batch["image"], weight * batch["raw"] + (1 - weight) * batch["raw"].roll(1, 0))
     assert torch.equal(batch["label_other"], batch["label"].roll(1))
 
 
-def test_evaluation_gives_every_sample_once_in_order(source_of, make):
-    whole = collect(source_of(make(params={"samples": 45})).evaluation_batches(8))
-    assert whole["index"].tolist() == list(range(45))
-    ranks = [list(source_of(make(params={"samples": 45}, batch_size=8), rank=r, world_size=4).evaluation_batches(8)) for r in range(4)]
+def test_evaluation_yields_every_sample_once_in_order():
+    config = source_config(params={"samples": 45}, batch_size=8)
+    assert concatenate(evaluation_batches(open_source(config), 8))["index"].tolist() == list(range(45))
+    ranks = [list(evaluation_batches(open_source(config, rank=rank, world_size=4), 8)) for rank in range(4)]
     assert [[len(batch["index"]) for batch in rank] for rank in ranks] == [[8, 4]] * 4  # 45 = 4 * 11 + 1
-    told = [batch["index"][batch["valid"]] if "valid" in batch else batch["index"] for rank in ranks for batch in rank]
-    assert sorted(torch.cat(told).tolist()) == list(range(45))
+    indices = [
+        batch["index"][batch["valid"]] if "valid" in batch else batch["index"] for rank in ranks for batch in rank
+    ]
+    assert sorted(torch.cat(indices).tolist()) == list(range(45))
 
 
-def test_hidden_labels_never_leak(source_of, part, make):
-    source = source_of(make(label_fraction=20, params={"samples": 100}, views=views(part, "crop", "mixup")))
-    shown = source_of(make(params={"samples": 100})).evaluation_batches(100)
-    truth = next(shown)["label"]
-    for batch in (collect(source.batches(0)), collect(source.evaluation_batches(30))):
+def test_hidden_labels_are_in_no_field():
+    options = {"params": {"samples": 100}}
+    source = open_source(source_config(label_fraction=20, views=views("crop", "mixup"), **options))
+    true_labels = next(evaluation_batches(open_source(source_config(**options)), 100))["label"]
+    for batch in (concatenate(training_batches(source, 0)), concatenate(evaluation_batches(source, 30))):
         assert torch.equal(batch["labelled"], batch["label"] != -100)
-        assert torch.equal(batch["label"][batch["labelled"]], truth[batch["index"]][batch["labelled"]])
+        assert torch.equal(batch["label"][batch["labelled"]], true_labels[batch["index"]][batch["labelled"]])
         assert torch.bincount(batch["label"][batch["labelled"]]).tolist() == [2] * 10
-    batch = next(source.batches(0))
+    batch = next(training_batches(source, 0))
     assert torch.equal(batch["label_other"], batch["label"].roll(1))
 
 
-def test_kept_labels_depend_on_the_seed_alone(source_of, make):
-    def kept(**options):
-        batch = collect(source_of(make(label_fraction=0.2, batch_size=8), **options).evaluation_batches(64))
+def test_labelled_samples_depend_on_the_seed_alone():
+    def labelled(**options):
+        source = open_source(source_config(label_fraction=0.2, batch_size=8), **options)
+        batch = concatenate(evaluation_batches(source, 64))
         return batch["index"][batch["labelled"]].tolist()
 
-    assert kept() == kept(dtype=torch.float64)
-    assert kept() != kept(seed=2)
+    assert labelled() == labelled(dtype=torch.float64)
+    assert labelled() != labelled(seed=2)
 
 
-def test_subset_is_balanced_and_keeps_the_positions_of_the_split(source_of, make):
-    source = source_of(make(subset=30, params={"samples": 200}))
-    batch = collect(source.evaluation_batches(64))
+def test_subset_is_balanced_and_keeps_the_indices_of_the_split():
+    source = open_source(source_config(subset=30, params={"samples": 200}))
+    batch = concatenate(evaluation_batches(source, 64))
     assert source.num_samples == 30
     assert source.population == 200
     assert torch.bincount(batch["label"]).tolist() == [3] * 10
     assert batch["index"].max() >= 30
-    everything = next(source_of(make(params={"samples": 200})).evaluation_batches(200))
-    assert torch.equal(batch["image"], everything["image"][batch["index"]])
+    full_split = next(evaluation_batches(open_source(source_config(params={"samples": 200})), 200))
+    assert torch.equal(batch["image"], full_split["image"][batch["index"]])
 
 
-def test_validation_is_held_out_of_every_source_of_the_same_split(make, part):
+def test_validation_is_held_out_of_every_source_of_the_same_split():
+    options = {"params": {"samples": 100}}
     data = {
-        "train": make(label_fraction=20, params={"samples": 100}, views=views(part, "crop")),
-        "unlabelled": make(name="unlabelled", params={"samples": 100}),
-        "eval": make(name="eval", split="test", params={"samples": 100}),
+        "train": source_config(label_fraction=20, views=views("crop"), **options),
+        "unlabelled": source_config(name="unlabelled", **options),
+        "eval": source_config(name="eval", split="test", **options),
     }
     sources = build_sources(data, validation=0.2, seed=1, device="cpu", data_root="data")
-    held_out = collect(sources["validation"].evaluation_batches(64))
-    assert torch.bincount(held_out["label"]).tolist() == [2] * 10
-    assert "labelled" not in held_out
+    validation = concatenate(evaluation_batches(sources["validation"], 64))
+    assert torch.bincount(validation["label"]).tolist() == [2] * 10
+    assert "labelled" not in validation
     for name in ("train", "unlabelled"):
-        rest = collect(sources[name].batches(0))["index"].tolist()
-        assert sorted(rest + held_out["index"].tolist()) == list(range(100))
+        indices = concatenate(training_batches(sources[name], 0))["index"].tolist()
+        assert sorted(indices + validation["index"].tolist()) == list(range(100))
     assert sources["eval"].num_samples == 100
     assert sources["train"].images is sources["unlabelled"].images  # type: ignore[attr-defined]  # loaded once
-    plain = build_sources(
-        {"train": make(params={"samples": 100})}, validation=None, seed=1, device="cpu", data_root="d"
-    )
-    images = next(plain["train"].evaluation_batches(100))["image"]
-    assert torch.equal(held_out["image"], images[held_out["index"]])
+    full_split = next(evaluation_batches(open_source(source_config(**options)), 100))
+    assert torch.equal(validation["image"], full_split["image"][validation["index"]])
 
 
-def test_validation_shows_the_views_of_evaluation(make, part):
-    """A network that is measured on half of an image is measured so on held-out samples too."""
-    halves = {"image": (), "left": (part("half", side="left"),)}
+def test_validation_has_the_views_of_evaluation():
+    """A network that is evaluated on half of an image needs that half of the validation samples too."""
+    evaluation_views = {"image": (), "half": (augmentation("half", side="left"),)}
+    options = {"params": {"samples": 40}}
     data = {
-        "train": make(params={"samples": 40}, views={**halves, "image": (part("flip"),)}),
-        "eval": make(name="eval", split="test", params={"samples": 40}, views=halves),
+        "train": source_config(views={**evaluation_views, "image": (augmentation("flip"),)}, **options),
+        "eval": source_config(name="eval", split="test", views=evaluation_views, **options),
     }
     sources = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")
-    held_out = collect(sources["validation"].evaluation_batches(64))
-    half = held_out["image"].shape[3] // 2
-    assert torch.equal(held_out["left"][..., :half], held_out["image"][..., :half])
-    assert not held_out["left"][..., half:].any() and held_out["image"][..., half:].any()
+    validation = concatenate(evaluation_batches(sources["validation"], 64))
+    middle = validation["image"].shape[3] // 2
+    assert torch.equal(validation["half"][..., :middle], validation["image"][..., :middle])
+    assert not validation["half"][..., middle:].any() and validation["image"][..., middle:].any()
 
 
-def test_labels_are_drawn_from_what_validation_leaves(make):
-    data = {"train": make(label_fraction=20, params={"samples": 40})}
+def test_label_fraction_draws_from_the_samples_that_are_not_held_out():
+    data = {"train": source_config(label_fraction=20, params={"samples": 40})}
     source = build_sources(data, validation=20, seed=1, device="cpu", data_root="data")["train"]
-    assert collect(source.evaluation_batches(64))["labelled"].tolist() == [True] * 20
+    assert concatenate(evaluation_batches(source, 64))["labelled"].tolist() == [True] * 20
 
 
-def test_noise_is_whole_and_a_function_of_the_step(source_of, make):
-    config = make(name="noise", dataset="gaussian", batch_size=6, params={"shape": [5], "samples": 20})
-    source = source_of(config)
-    batches = list(source.batches(2))
+def test_generated_batches_are_full_and_a_function_of_the_step():
+    options = {"name": "noise", "dataset": "gaussian", "params": {"shape": [5], "samples": 20}}
+    source = open_source(source_config(batch_size=6, **options))
+    batches = list(training_batches(source, 2))
     assert [batch["z"].shape for batch in batches] == [(6, 5)] * source.steps_per_epoch
-    assert all(itertools.starmap(same, zip(batches[2:], source.batches(2, start=2), strict=True)))
-    assert not torch.equal(batches[0]["z"], next(source.batches(3))["z"])
-    ranks = [
-        source_of(
-            make(name="noise", dataset="gaussian", batch_size=3, params={"shape": [5], "samples": 20}), rank=r, world_size=2
-        )
-        for r in range(2)
-    ]
-    for whole, *shards in zip(batches, *(rank.batches(2) for rank in ranks), strict=True):
-        for rank, one in enumerate(shards):
-            assert torch.equal(one["z"], whole["z"][rank::2])
-            assert torch.equal(one["index"], whole["index"][rank::2])
-    values = collect(source_of(make(dataset="gaussian", name="n", batch_size=1000)).batches(0))["z"]
+    assert equal_batches(batches[2:], training_batches(source, 2, start=2))
+    assert not torch.equal(batches[0]["z"], next(training_batches(source, 3))["z"])
+    config = source_config(batch_size=3, **options)
+    ranks = [training_batches(open_source(config, rank=rank, world_size=2), 2) for rank in range(2)]
+    for global_batch, *shards in zip(batches, *ranks, strict=True):
+        for rank, shard in enumerate(shards):
+            assert torch.equal(shard["z"], global_batch["z"][rank::2])
+            assert torch.equal(shard["index"], global_batch["index"][rank::2])
+
+
+def test_gaussian_is_standard_normal():
+    source = open_source(source_config(dataset="gaussian", name="n", batch_size=1000))
+    values = concatenate(training_batches(source, 0))["z"]
     assert abs(values.mean()) < 0.01
     assert abs(values.std() - 1) < 0.01
 
 
-def test_the_spec_is_what_the_batches_are(source_of, part, make):
+def test_field_specs_are_those_of_the_batches():
     configs = [
-        make(label_fraction=0.5, views={"image": (part("crop", size=24), part("mixup")), "other": ()}),
-        make(name="noise", dataset="gaussian"),
-        make(dataset="digits", split="test"),
+        source_config(
+            label_fraction=0.5,
+            views={"image": (augmentation("crop", size=24), augmentation("mixup")), "other": ()},
+        ),
+        source_config(name="noise", dataset="gaussian"),
+        source_config(dataset="digits", split="test"),
     ]
-    for one in configs:
+    for config in configs:
         for dtype in (torch.float32, torch.float64):
-            source = source_of(one, dtype=dtype)
-            batch = next(source.batches(0))
-            found = {name: (tuple(value.shape[1:]), str(value.dtype)[6:]) for name, value in batch.items()}
-            assert found == source.field_specs()
+            source = open_source(config, dtype=dtype)
+            batch = next(training_batches(source, 0))
+            specs = {name: (tuple(value.shape[1:]), str(value.dtype)[6:]) for name, value in batch.items()}
+            assert specs == source.field_specs()
 
 
 @pytest.mark.parametrize(
@@ -268,11 +265,15 @@ def test_the_spec_is_what_the_batches_are(source_of, part, make):
     [
         ({"batch_size": 600}, {}, r"recipe.yaml:3 data.train: batch_size: 600 is more than the 512 samples"),
         ({"batch_size": 300}, {"world_size": 2}, r"300 on each of 2 processes is more than the 512"),
-        ({"label_fraction": 5}, {}, r"data.train: labels: 5 leaves 'class5', .* without any label"),
-        ({"label_fraction": 0.001}, {}, r"labels: 0.001 leaves .* without any label"),
-        ({"label_fraction": 9999}, {}, r"data.train: labels: 9999 samples were asked for, but there are only 512"),
-        ({"label_fraction": 1.5}, {}, r"labels must be a share in \(0, 1\] or a whole number of at least 2, got 1.5"),
-        ({"subset": -1}, {}, r"subset must be a share"),
+        ({"label_fraction": 5}, {}, r"data.train: label_fraction: 5 leaves 'class5', .* without any label"),
+        ({"label_fraction": 0.001}, {}, r"label_fraction: 0.001 leaves .* without any label"),
+        ({"label_fraction": 9999}, {}, r"data.train: label_fraction: 9999 samples were asked for, .* only 512"),
+        (
+            {"label_fraction": 1.5},
+            {},
+            r"label_fraction must be a fraction in \(0, 1\] or a whole number of at least 2, got 1.5",
+        ),
+        ({"subset": -1}, {}, r"subset must be a fraction"),
         ({}, {"validation": 5}, r"recipe.yaml:3 data.train: validation: 5 has no sample of 'class5'"),
         ({}, {"validation": 512}, r"512 leaves train no sample of 'class0'"),
         ({}, {"validation": 1.0}, r"leaves train no sample"),
@@ -282,43 +283,41 @@ def test_the_spec_is_what_the_batches_are(source_of, part, make):
         ({"params": {"samples": 3}}, {}, r"data.train: synthetic: needs at least one sample per class"),
     ],
 )
-def test_mistakes_are_told_with_their_place(make, changes, options, message):
+def test_configuration_errors_name_the_location(changes, options, message):
     with pytest.raises(ConfigError, match=message):
-        build_sources(
-            {"train": make(**changes)},
-            **({"validation": None, "seed": 1, "device": "cpu", "data_root": "data"} | options),
-        )
+        open_source(source_config(**changes), **options)
 
 
-def test_validation_needs_a_train_source(make):
-    for data in ({"eval": make(name="eval")}, {"train": make(dataset="gaussian")}):
-        with pytest.raises(ConfigError, match="held out from the source `train`"):
+def test_validation_without_a_labelled_train_source_is_rejected():
+    for data in ({"eval": source_config(name="eval")}, {"train": source_config(dataset="gaussian")}):
+        with pytest.raises(ConfigError, match="needs a source `train` with labels"):
             build_sources(data, validation=0.1, seed=1, device="cpu", data_root="data")
 
 
-def test_two_views_may_not_both_mix(source_of, part, make):
+def test_two_mixing_views_are_rejected():
     with pytest.raises(ConfigError, match="views image and other both mix"):
-        source_of(make(views={"image": (part("mixup"),), "other": (part("cutmix"),)}))
+        open_source(source_config(views={"image": (augmentation("mixup"),), "other": (augmentation("cutmix"),)}))
 
 
-def test_an_evaluation_source_may_be_smaller_than_its_batch(source_of, make):
-    source = source_of(make(name="eval", batch_size=64, params={"samples": 20}))
+def test_evaluation_source_may_be_smaller_than_its_batch():
+    source = open_source(source_config(name="eval", batch_size=64, params={"samples": 20}))
     assert source.num_samples == 20
 
 
-def test_an_empty_split_is_refused(source_of, make, monkeypatch):
+def test_empty_split_is_rejected(monkeypatch):
     monkeypatch.setattr("kdbench.data.datasets.synthetic.Synthetic.__len__", lambda self: 0)
     with pytest.raises(DataError, match=r"data.train: synthetic: the split 'train' is empty"):
-        source_of()
+        open_source()
 
 
-def test_making_a_batch_reads_no_value(source_of, part, make):
-    """Under FakeTensorMode every host read raises."""
-    source = source_of(make(label_fraction=0.5, views={"image": (part("crop"), part("flip"), part("cutmix")), "raw": ()}))
+def test_augment_reads_no_value_on_the_host():
+    """FakeTensorMode raises at every host read."""
+    parts = (augmentation("crop"), augmentation("flip"), augmentation("cutmix"))
+    source = open_source(source_config(label_fraction=0.5, views={"image": parts, "raw": ()}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         index = torch.empty(8, dtype=torch.int64)
-        stored = {name: (torch.empty(512, 3, 32, 32, dtype=torch.uint8), index) for name in source.views}
-        tables = {name: torch.empty(512, view.num_params) for name, view in source.views.items()}
-        batch = source.augment(RankShard(index, index), stored, None, tables)
+        images = {name: (torch.empty(512, 3, 32, 32, dtype=torch.uint8), index) for name in source.views}
+        params = {name: torch.empty(512, view.num_params) for name, view in source.views.items()}
+        batch = source.augment(RankShard(index, index), images, None, params)
     assert batch["image"].shape == (8, 3, 32, 32)
     assert {"label", "label_other", "mix", "labelled", "index", "raw"} < batch.keys()

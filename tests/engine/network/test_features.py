@@ -39,9 +39,9 @@ def test_negative_indices_count_from_the_end():
 def test_the_kth_call_is_the_kth():
     model = RepeatedLayer()
     first = model.shared(stem_of(model))
-    kept = FeatureExtractor(model, [Feature("shared"), Feature("shared", 2)], overwritten=frozenset([Feature("shared", 2)]))(
-        IMAGE
-    )
+    kept = FeatureExtractor(
+        model, [Feature("shared"), Feature("shared", 2)], overwritten=frozenset([Feature("shared", 2)])
+    )(IMAGE)
     assert_close(kept[Feature("shared")], first, rtol=0, atol=0)
     assert_close(kept[Feature("shared", 2)], model.shared(first), rtol=0, atol=0)
     assert not torch.equal(kept[Feature("shared")], kept[Feature("shared", 2)])
@@ -107,9 +107,9 @@ def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
     assert run.plan.roles["teacher"].overwritten_features == {Feature("layer1.0.bn2")}
     batch = next(run.windows())[0]
     model = run.model("teacher")
-    features = run.network.run_roles(batch, ["at"], [])
+    features = run.network.run_roles(batch, run.network.wiring(["at"], []).runs)
     with torch.no_grad():
-        x = model.maxpool(model.relu(model.bn1(model.conv1(batch["train"]["image"]))))
+        x = model.maxpool(model.relu(model.bn1(model.conv1(batch["train"].fields["image"]))))
         block = model.layer1[0]
         true = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
     assert_close(features["teacher", Feature("layer1.0.bn2")], true, rtol=0, atol=0)
@@ -127,7 +127,7 @@ def test_a_captured_feature_does_not_outlive_its_forward():
     model = Layers()
     capture = FeatureExtractor(model, [Feature("layer1")])
     capture(IMAGE)
-    assert capture.kept == {}
+    assert capture.values == {}
 
 
 STOPPING = """
@@ -164,7 +164,7 @@ def test_hooks_do_nothing_outside_of_a_captured_forward():
     model = Layers()
     capture = FeatureExtractor(model, [Feature("layer1")], stop=True)
     assert model(IMAGE).shape == (3, 4)
-    assert capture.kept == {}
+    assert capture.values == {}
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -174,7 +174,7 @@ def test_removed_hooks_are_gone(side):
     capture.remove()
     capture.active = True
     model(IMAGE)
-    assert capture.kept == {}
+    assert capture.values == {}
 
 
 def test_an_output_is_found_by_its_name():
@@ -200,8 +200,8 @@ def test_a_role_that_sees_another_ones_output_sees_the_entry_that_it_names():
         """
     )
     batch = next(run.windows())[0]
-    features = run.network.run_roles(batch, ["n"], ["generator", "student"])
-    image = run.model("generator")(batch["noise"]["z"])["image"]
+    features = run.network.run_roles(batch, run.network.wiring(["n"], ["generator", "student"]).runs)
+    image = run.model("generator")(batch["noise"].fields["z"])["image"]
     assert image.abs().max() > 0
     assert_close(features["student", Feature("logits")], run.model()(image), rtol=0, atol=0)
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from helpers.plugin_parts import CALLS
 from helpers.recipes import build_stage, equal_weights, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from kdbench.data.loading.batch import Batch
 from kdbench.engine.distributed.world import World
 from kdbench.errors import ConfigError
 
@@ -28,20 +29,20 @@ batch_size: 32
 
 def loss_of(run, batch, terms=None, share=1.0) -> Tensor:
     terms = terms or list(run.network.terms)
-    counts = run.network.counts([batch], terms)
-    return run.network(batch, counts, terms, run.plan.updates[0].config.models, share)[0]
+    counts = run.network.valid_counts([batch], terms)
+    return run.network(batch, counts, run.network.wiring(terms, run.plan.updates[0].config.models), share)[0]
 
 
 @pytest.mark.parametrize("labels", ["", "label_fraction: 20\n"], ids=["all labels", "20 labels"])
 def test_accumulation_equals_the_whole_batch(labels):
     whole = build_stage(BASE + labels)
     parts_of = build_stage(BASE.replace("batch_size: 32", "batch_size: 8") + "accumulate: 4\n" + labels)
-    assert whole.runner.steps_per_epoch == parts_of.runner.steps_per_epoch == 2
+    assert whole.runner.progress.steps_per_epoch == parts_of.runner.progress.steps_per_epoch == 2
     whole.step(6)
     parts_of.step(6)
     for name, value in whole.weights().items():
         assert_close(parts_of.weights()[name], value, rtol=1e-12, atol=1e-13)
-    one, other = whole.runner.read()[0], parts_of.runner.read()[0]
+    one, other = whole.runner.read_log()[0], parts_of.runner.read_log()[0]
     assert_close(torch.tensor(list(one.losses.values())), torch.tensor(list(other.losses.values())), rtol=1e-6, atol=0)
 
 
@@ -57,15 +58,15 @@ def test_a_mean_of_means_would_give_other_weights():
 def test_the_last_window_of_an_epoch_is_divided_by_what_it_holds():
     run = build_stage(BASE.replace("batch_size: 32", "batch_size: 12") + "accumulate: 4\n")  # 64 = 48 + 12 + 4
     first, last = itertools.islice(run.windows(), 2)
-    assert [len(b["train"]["label"]) for b in first] == [12] * 4
-    assert [len(b["train"]["label"]) for b in last] == [12, 4]
+    assert [len(b["train"].fields["label"]) for b in first] == [12] * 4
+    assert [len(b["train"].fields["label"]) for b in last] == [12, 4]
     assert run.network.valid_counts(last, ["kd"]) == {"kd": 16}
 
 
 def test_hidden_labels_equal_left_out_rows():
     run = build_stage(BASE + "label_fraction: 20\n")
     batch = next(run.windows())[0]
-    fields = batch["train"]
+    fields = batch["train"].fields
     kept = fields["labelled"]
     assert 0 < int(kept.sum()) < len(kept)
     logits = run.model()(fields["image"][kept])
@@ -75,8 +76,8 @@ def test_hidden_labels_equal_left_out_rows():
 def test_where_masks_a_term_like_left_out_rows():
     run = build_stage(BASE.replace("kd: {type: kd,", "kd: {type: kd, mask: labelled,") + "label_fraction: 20\n")
     batch = next(run.windows())[0]
-    fields = batch["train"]
-    few = {"train": {name: value[fields["labelled"]] for name, value in fields.items()}}
+    fields = batch["train"].fields
+    few = {"train": batch["train"].select(fields["labelled"].nonzero().squeeze(1))}
     assert_close(loss_of(run, batch, ["kd"]), loss_of(run, few, ["kd"]), rtol=1e-12, atol=0)
     everywhere = build_stage(BASE + "label_fraction: 20\n")
     assert abs(loss_of(everywhere, batch, ["kd"]) - loss_of(run, batch, ["kd"])) > 1e-8
@@ -90,18 +91,18 @@ def test_where_names_a_field_that_exists():
 def test_padded_rows_count_nowhere_even_when_their_loss_is_not_finite():
     run = build_stage(BASE)
     batch = next(run.windows())[0]
-    fields = {name: value.clone() for name, value in batch["train"].items()}
+    fields = {name: value.clone() for name, value in batch["train"].fields.items()}
     fields["valid"] = torch.arange(len(fields["label"])) < 20
     fields["image"][20:] = torch.inf
-    cut = {"train": {name: value[:20] for name, value in batch["train"].items()}}
-    padded = loss_of(run, {"train": fields})
+    cut = {"train": batch["train"].slice(slice(20))}
+    padded = loss_of(run, {"train": Batch(fields)})
     assert_close(padded, loss_of(run, cut), rtol=1e-12, atol=0)
 
 
 def test_no_valid_row_gives_zero_and_not_nan():
     run = build_stage(BASE + "label_fraction: 20\n")
     batch = next(run.windows())[0]
-    batch["train"]["labelled"] = torch.zeros_like(batch["train"]["labelled"])
+    batch["train"].fields["labelled"] = torch.zeros_like(batch["train"].fields["labelled"])
     assert loss_of(run, batch, ["ce"]).item() == 0
 
 
@@ -109,12 +110,14 @@ def test_row_weights_multiply_and_the_count_stays():
     run = build_stage(BASE)
     batch = next(run.windows())[0]
     plain = loss_of(run, batch, ["kd"])
-    batch["train"]["weight"] = torch.full((32,), 0.25, dtype=torch.float64)
+    batch["train"].fields["weight"] = torch.full((32,), 0.25, dtype=torch.float64)
     assert_close(loss_of(run, batch, ["kd"]), 0.25 * plain)
 
 
 def test_several_edges_are_summed():
-    run = build_stage(BASE.replace("kd: {type: kd, weight: 0.7}", "kd: {type: kd, weight: 0.7, student: [student, student]}"))
+    run = build_stage(
+        BASE.replace("kd: {type: kd, weight: 0.7}", "kd: {type: kd, weight: 0.7, student: [student, student]}")
+    )
     single = build_stage(BASE)
     batch = next(run.windows())[0]
     assert_close(loss_of(run, batch, ["kd"]), 2 * loss_of(single, batch, ["kd"]))
@@ -187,10 +190,10 @@ def test_the_logged_total_is_the_sum_of_the_weighted_losses_over_the_interval():
         run.runner.begin_step()
         expected.append(loss_of(run, window[0]).item())
         run.runner.step(window)
-    reading, values = run.runner.read()
+    reading, values = run.runner.read_log()
     assert_close(values["total"], sum(expected) / 3, rtol=1e-6, atol=0)
     assert_close(values["terms"]["kd"]["weighted"], 0.7 * values["terms"]["kd"]["loss"], rtol=1e-6, atol=0)
-    assert reading.steps == 3 and run.runner.read()[0].steps == 0
+    assert reading.steps == 3 and run.runner.read_log()[0].steps == 0
 
 
 def test_clip_limits_the_norm_and_reports_the_one_before():
@@ -198,8 +201,8 @@ def test_clip_limits_the_norm_and_reports_the_one_before():
     before = clipped.weights()
     free.step()
     clipped.step()
-    norm = float(clipped.runner.grad_norm)
-    assert_close(norm, float(free.runner.grad_norm), rtol=1e-9, atol=0)
+    norm = float(clipped.runner.eager.grad_norm)
+    assert_close(norm, float(free.runner.eager.grad_norm), rtol=1e-9, atol=0)
     assert norm > 0.01
     moved = torch.cat([(clipped.weights()[n] - before[n]).flatten() for n in before]).norm()
     assert_close(float(moved), 0.2 * 0.01, rtol=1e-4, atol=0)

@@ -46,12 +46,16 @@ def test_a_frozen_role_with_dropout_gives_the_same_targets_in_every_step():
     run = build_stage(FROZEN)
     batch = next(run.windows())[0]
     key = ("teacher", run.plan.resolved_stage.features["teacher"][0])
-    one = run.network.run_roles(batch, ["kd"], ["student"])[key]
-    two = run.network.run_roles(batch, ["kd"], ["student"])[key]
+    one = run.network.run_roles(batch, run.network.wiring(["kd"], ["student"]).runs)[key]
+    two = run.network.run_roles(batch, run.network.wiring(["kd"], ["student"]).runs)[key]
     assert torch.equal(one, two)
-    student = ("student", run.plan.resolved_stage.features["student"][0])  # negative control: train mode, other statistics
+    student = (
+        "student",
+        run.plan.resolved_stage.features["student"][0],
+    )  # negative control: train mode, other statistics
     assert not torch.equal(
-        run.network.run_roles(batch, ["kd"], ["student"])[student], run.model().eval()(batch["train"]["image"])
+        run.network.run_roles(batch, run.network.wiring(["kd"], ["student"]).runs)[student],
+        run.model().eval()(batch["train"].fields["image"]),
     )
 
 
@@ -144,8 +148,10 @@ def test_roles_and_terms_may_have_the_names_of_a_modules_own_methods():
     run = build_stage(text)
     before = run.weights()
     run.step(2)
-    assert not equal_weights(before, run.weights()) and equal_weights(run.weights("train"), build_stage(text).weights("train"))
-    assert set(run.runner.state_dict()["terms"]) == {"forward", "values", "keys"}
+    assert not equal_weights(before, run.weights()) and equal_weights(
+        run.weights("train"), build_stage(text).weights("train")
+    )
+    assert set(run.runner.training_state().terms) == {"forward", "values", "keys"}
 
 
 def test_a_part_of_a_frozen_network_answers_alone_as_it_is():
@@ -182,4 +188,4 @@ def test_an_adapter_of_a_further_operand_is_used():
     batch_size: 16
     """
     names = [name for name, _ in build_stage(text).network.named_parameters()]
-    assert any("route.named.read.adapter" in name for name in names)
+    assert any("route.operands.read.adapter" in name for name in names)

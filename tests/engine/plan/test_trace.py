@@ -1,13 +1,15 @@
-"""What `trace` says happens inside a model."""
+"""`trace_modules` reports calls, shapes and in-place writes of one forward."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.plan.trace import first_tensor, trace_modules
+from kdbench.engine.plan.trace import ModuleCall, TracedTensor, first_tensor, trace_modules
 
 
 class Residual(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(3)
         self.act = nn.ReLU(inplace=True)
@@ -19,49 +21,61 @@ class Residual(nn.Module):
         return {"logits": self.act(out), "input": x}
 
 
-def test_lists_calls_in_the_order_of_their_start_with_shapes():
+def input_of(call: ModuleCall) -> TracedTensor:
+    assert call.input is not None
+    return call.input
+
+
+def output_of(call: ModuleCall) -> TracedTensor:
+    assert call.output is not None
+    return call.output
+
+
+def test_calls_are_in_the_order_of_their_start_and_have_shapes():
     with torch.device("meta"):
         calls = trace_modules(nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 2)), nn.Flatten()), torch.zeros(2, 3, 4, 4))
     assert [(c.path, c.type) for c in calls] == [
         ("", "Sequential"), ("0", "Sequential"), ("0.0", "Conv2d"), ("1", "Flatten")
     ]  # fmt: skip
-    assert [c.input.shape for c in calls] == [(2, 3, 4, 4), (2, 3, 4, 4), (2, 3, 4, 4), (2, 5, 3, 3)]
-    assert [c.output.shape for c in calls] == [(2, 45), (2, 5, 3, 3), (2, 5, 3, 3), (2, 45)]
+    assert [input_of(c).shape for c in calls] == [(2, 3, 4, 4), (2, 3, 4, 4), (2, 3, 4, 4), (2, 5, 3, 3)]
+    assert [output_of(c).shape for c in calls] == [(2, 45), (2, 5, 3, 3), (2, 5, 3, 3), (2, 45)]
 
 
-def test_sees_what_is_overwritten_in_place_on_meta_and_on_cpu():
+def test_in_place_writes_are_detected_on_meta_and_on_cpu():
     for device in ("meta", "cpu"):
         with torch.device(device):
             calls = {call.path: call for call in trace_modules(Residual().eval(), torch.zeros(2, 3, 4, 4))}
-        assert calls["bn"].output.overwritten  # by the addition and the ReLU
-        assert calls["act"].input.overwritten and not calls["act"].output.overwritten
-        assert not calls["bn"].input.overwritten
-        assert calls[""].output.shape == (2, 3, 4, 4)
+        assert output_of(calls["bn"]).overwritten  # by the addition and the ReLU
+        assert input_of(calls["act"]).overwritten and not output_of(calls["act"]).overwritten
+        assert not input_of(calls["bn"]).overwritten
+        assert output_of(calls[""]).shape == (2, 3, 4, 4)
         assert "unused" not in calls
 
 
-def test_numbers_the_calls_of_a_module_that_is_used_again():
+def test_repeated_calls_of_a_module_are_numbered():
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    assert [(c.path, c.call) for c in trace_modules(model, torch.zeros(2, 4))] == [("", 1), ("0", 1), ("1", 1), ("0", 2)]
+    assert [(c.path, c.call) for c in trace_modules(model, torch.zeros(2, 4))] == [
+        ("", 1), ("0", 1), ("1", 1), ("0", 2)
+    ]  # fmt: skip
 
 
-def test_a_module_that_calls_itself_keeps_its_calls_apart():
+def test_recursive_calls_keep_their_tensors_apart():
     class Recursive(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.shape[0] == 1 else self(x[1:])
 
     calls = trace_modules(Recursive(), torch.zeros(3, 2))
-    assert [(c.call, c.input.shape[0], c.output.shape[0]) for c in calls] == [(1, 3, 1), (2, 2, 1), (3, 1, 1)]
+    assert [(c.call, input_of(c).shape[0], output_of(c).shape[0]) for c in calls] == [(1, 3, 1), (2, 2, 1), (3, 1, 1)]
 
 
-def test_takes_keyword_arguments_and_outputs_without_tensors():
+def test_keyword_arguments_and_outputs_without_tensors_are_accepted():
     class Inner(nn.Module):
         def forward(self, *, x: Tensor) -> tuple[int, list[Tensor]]:
             return 3, [x[:1]]
 
     class Outer(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.inner = Inner()
 
@@ -70,10 +84,10 @@ def test_takes_keyword_arguments_and_outputs_without_tensors():
 
     outer, inner = trace_modules(Outer(), torch.zeros(5, 2))
     assert outer.output is None
-    assert (inner.input.shape, inner.output.shape) == ((5, 2), (1, 2))
+    assert (input_of(inner).shape, output_of(inner).shape) == ((5, 2), (1, 2))
 
 
-def test_leaves_no_hooks_even_when_the_model_fails():
+def test_hooks_are_removed_even_if_the_model_fails():
     model = nn.Sequential(nn.Linear(4, 4))
     for image in (torch.zeros(2, 4), torch.zeros(2, 5)):
         try:
@@ -83,7 +97,7 @@ def test_leaves_no_hooks_even_when_the_model_fails():
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_first_tensor_looks_into_containers():
+def test_first_tensor_searches_nested_containers():
     x = torch.zeros(1)
     assert first_tensor({"a": None, "b": (1, [x])}) is x
     assert first_tensor((1, "a")) is None

@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions: the same function, the same addresses."""
+"""BatchNorm folded into convolutions: equal outputs, equal feature addresses."""
 
 import copy
 
@@ -11,8 +11,8 @@ from kdbench.engine.state.fold_batchnorm import fold_batchnorm
 from kdbench.registry import MODELS
 
 
-def ready(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Gives every BatchNorm statistics and coefficients of its own, as training would."""
+def with_random_statistics(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Gives every BatchNorm different statistics and coefficients, as training would."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -34,17 +34,17 @@ def difference(model: nn.Module, folded: nn.Module, image: Tensor) -> float:
     ("name", "pairs"),
     [("resnet20", 21), ("wrn_16_1", 6), ("vgg8", 5), ("digits_cnn", 3), ("torchvision/resnet18", 20)],
 )
-def test_gives_the_same_logits(name, pairs):
+def test_folding_keeps_the_logits(name, pairs):
     size = MODELS.entry(name).facts["image"] if "/" not in name else (3, 64, 64)
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model, image = ready(MODELS.build(name, {}), dtype), torch.randn(3, *size, dtype=dtype)
+        model, image = with_random_statistics(MODELS.build(name, {}), dtype), torch.randn(3, *size, dtype=dtype)
         folded, count = fold_batchnorm(model, image[:2])
         assert count == pairs
         assert difference(model, folded, image) < bound
 
 
-def test_leaves_the_original_and_its_hooks_alone():
-    model, image = ready(MODELS.build("resnet20", {})), torch.randn(2, 3, 32, 32).double()
+def test_folding_changes_neither_the_original_nor_its_hooks():
+    model, image = with_random_statistics(MODELS.build("resnet20", {})), torch.randn(2, 3, 32, 32).double()
     before = copy.deepcopy(model.state_dict())
     folded, _ = fold_batchnorm(model, image, [Feature("layer1")])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -60,27 +60,27 @@ FEATURES = [
 
 
 def test_features_keep_their_addresses_and_values():
-    model, image = ready(MODELS.build("resnet20", {})), torch.randn(2, 3, 32, 32).double()
+    model, image = with_random_statistics(MODELS.build("resnet20", {})), torch.randn(2, 3, 32, 32).double()
     folded, count = fold_batchnorm(model, image, FEATURES)
-    assert count == 21 - 2  # conv1 of layer1.0, and the input of bn1 of layer1.1, stay what they are
+    assert count == 21 - 2  # conv1 of layer1.0, and the input of bn1 of layer1.1, are features
     with torch.no_grad():
-        expected, got = FeatureExtractor(model, FEATURES)(image), FeatureExtractor(folded, FEATURES)(image)
+        expected, actual = FeatureExtractor(model, FEATURES)(image), FeatureExtractor(folded, FEATURES)(image)
     for feature in FEATURES:
-        torch.testing.assert_close(got[feature], expected[feature], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual[feature], expected[feature], rtol=1e-10, atol=1e-10)
 
 
 class Branch(nn.Module):
-    """Reads a convolution's output in the ways that `how` names."""
+    """Uses a convolution's output in one of several ways."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, use: str) -> None:
         super().__init__()
-        self.how = how
+        self.use = use
         self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4, affine=how != "no affine")
+        self.norm = nn.BatchNorm2d(4, affine=use != "no affine")
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.conv(x)
-        match self.how:
+        match self.use:
             case "read elsewhere":
                 return self.norm(y) + y
             case "overwritten":
@@ -97,41 +97,41 @@ class Branch(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "how", ["read elsewhere", "overwritten", "changed on the way", "returned", "convolution twice", "norm twice"]
+    "use", ["read elsewhere", "overwritten", "changed on the way", "returned", "convolution twice", "norm twice"]
 )
-def test_keeps_apart_what_is_not_a_plain_pair(how):
-    model = ready(Branch(how))
+def test_a_pair_with_other_uses_is_not_folded(use):
+    model = with_random_statistics(Branch(use))
     folded, count = fold_batchnorm(model, torch.randn(2, 3, 8, 8).double())
     assert count == 0 and folded is model
 
 
-@pytest.mark.parametrize("how", ["plain", "no affine"])
-def test_folds_with_and_without_affine_and_bias(how):
+@pytest.mark.parametrize("use", ["plain", "no affine"])
+def test_pairs_fold_with_and_without_affine_and_bias(use):
     for bias in (True, False):
-        model = Branch(how)
+        model = Branch(use)
         if not bias:
             model.conv.bias = None
-        model, image = ready(model), torch.randn(2, 3, 8, 8).double()
+        model, image = with_random_statistics(model), torch.randn(2, 3, 8, 8).double()
         folded, count = fold_batchnorm(model, image)
         assert count == 1 and difference(model, folded, image) < 1e-12
 
 
-def test_norm_that_still_learns_is_left():
-    model = ready(Branch("plain"))
+def test_a_norm_in_train_mode_is_not_folded():
+    model = with_random_statistics(Branch("plain"))
     model.norm.train()
     assert fold_batchnorm(model, torch.randn(2, 3, 8, 8).double())[1] == 0
 
 
-def test_gradients_pass_through_to_what_stands_upstream():
-    model = ready(MODELS.build("digits_cnn", {}))
+def test_gradients_flow_through_a_folded_network():
+    model = with_random_statistics(MODELS.build("digits_cnn", {}))
     image = torch.randn(2, 1, 8, 8).double().requires_grad_()
     folded, _ = fold_batchnorm(model, image)
-    expected, got = (torch.autograd.grad(m(image).square().sum(), image)[0] for m in (model, folded))
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    expected, actual = (torch.autograd.grad(m(image).square().sum(), image)[0] for m in (model, folded))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_keeps_the_memory_format():
-    model = ready(MODELS.build("vgg8", {})).to(memory_format=torch.channels_last)
+def test_folding_keeps_the_memory_format():
+    model = with_random_statistics(MODELS.build("vgg8", {})).to(memory_format=torch.channels_last)
     folded, _ = fold_batchnorm(model, torch.randn(2, 3, 32, 32).double())
     weight = folded.get_submodule("block1.0").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

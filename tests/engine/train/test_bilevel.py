@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from helpers.recipes import StageHarness, build_stage, equal_weights, plugin_registration  # noqa: F401
-from kdbench.engine.network.operands import Batch
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.train.bilevel import swapped_parameters
 
 T, RATE = 2.0, 0.3
@@ -52,17 +52,17 @@ def gated(*overrides: str, norm: str = "batch", text: str = GATED) -> StageHarne
     return run
 
 
-def gradients(run: StageHarness, number: int = 0, window: list[Batch] | None = None) -> dict[str, Tensor]:
+def gradients(run: StageHarness, number: int = 0, window: list[MicroBatch] | None = None) -> dict[str, Tensor]:
     """What an update leaves in its parameters."""
     update = run.runner.updates[number]
     run.runner.begin_step()
-    run.runner.compute_gradients(update, window or next(run.windows()))
+    run.runner.eager.compute_gradients(update, window or next(run.windows()))
     return {name: p.grad.clone() for name, p in zip(update.names, update.parameters, strict=True) if p.grad is not None}
 
 
-def inner(student: Callable[[Tensor], Tensor], run: StageHarness, batch: Batch, gate: nn.Module) -> Tensor:
+def inner(student: Callable[[Tensor], Tensor], run: StageHarness, batch: MicroBatch, gate: nn.Module) -> Tensor:
     """share * T^2 KL + (1 - share) * CE, written out; the share is no way to the student."""
-    image, label = batch["train"]["image"], batch["train"]["label"]
+    image, label = batch["train"].fields["image"], batch["train"].fields["label"]
     ours = student(image)
     with torch.no_grad():
         theirs = run.model("teacher")(image)
@@ -73,11 +73,13 @@ def inner(student: Callable[[Tensor], Tensor], run: StageHarness, batch: Batch, 
     return (share * soft + (1 - share) * hard).mean()
 
 
-def held_loss(student: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-    return F.cross_entropy(student(batch["held"]["image"]), batch["held"]["label"])
+def held_loss(student: Callable[[Tensor], Tensor], batch: MicroBatch) -> Tensor:
+    return F.cross_entropy(student(batch["held"].fields["image"]), batch["held"].fields["label"])
 
 
-def unrolled(run: StageHarness, batch: Batch, wanted: list[nn.Parameter], rate: float = RATE) -> tuple[Tensor, ...]:
+def unrolled(
+    run: StageHarness, batch: MicroBatch, wanted: list[nn.Parameter], rate: float = RATE
+) -> tuple[Tensor, ...]:
     """The gradient of the held-out loss after one step, by torch.func on copies of the networks."""
     student, gate = copy.deepcopy(run.model()), copy.deepcopy(run.model("gate"))
     own = dict(run.model().named_parameters())
@@ -135,11 +137,11 @@ def test_the_gradient_of_the_gate_is_that_of_real_steps_taken_with_a_little_more
 
 def test_without_the_step_or_without_a_way_through_it_the_gate_gets_nothing():
     run = gated()
-    run.runner.updates[0].inner_step.source = None  # type: ignore[union-attr]
+    run.runner.updates[0].inner_step.rate_source = None  # type: ignore[union-attr]
     run.runner.updates[0].inner_step.rates.zero_()  # type: ignore[union-attr]
     assert all(not gradient.any() for gradient in gradients(run).values())
     run = gated()
-    kept = run.network.term("soft").weigh, run.network.term("hard").weigh
+    kept = run.network.term("soft").sample_weight, run.network.term("hard").sample_weight
     for weigh in kept:
         part = weigh.part  # type: ignore[union-attr]
         forward = part.forward
@@ -153,7 +155,9 @@ def test_nobody_notices_the_virtual_step():
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
     own = {name: id(tensor) for name, tensor in [*run.network.named_parameters(), *run.network.named_buffers()]}
     gradients(run, window=batch)
-    assert equal_weights(before, run.network.state_dict()), "no weight, no statistic of a BatchNorm and no mean of a class"
+    assert equal_weights(before, run.network.state_dict()), (
+        "no weight, no statistic of a BatchNorm and no mean of a class"
+    )
     assert own == {n: id(t) for n, t in [*run.network.named_parameters(), *run.network.named_buffers()]}
     gradients(run, 1, window=batch)
     moved = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -173,13 +177,13 @@ def test_tensors_are_back_in_their_places_after_a_failure_inside():
 def test_a_step_of_several_micro_batches_is_that_of_the_whole_batch():
     whole = gated(norm="layer")
     window = next(whole.windows())
-    halves: list[Batch] = [
-        {source: {n: v[half::2] for n, v in fields.items()} for source, fields in window[0].items()} for half in (0, 1)
+    halves: list[MicroBatch] = [
+        {source: batch.slice(slice(half, None, 2)) for source, batch in window[0].items()} for half in (0, 1)
     ]
     run = gated(norm="layer")
     gate = run.model("gate")
     for model in (gate, whole.model("gate")):  # the mean of the classes so far would be that of one half
-        model._remember = lambda t, g: None
+        model._update_class_means = lambda t, g: None
         model.mean.uniform_(generator=torch.Generator().manual_seed(1))
     expected, found = gradients(whole, window=window), gradients(run, window=halves)
     for name, value in expected.items():
@@ -213,12 +217,14 @@ def test_an_update_may_learn_where_its_own_models_begin_and_what_they_are_led_to
     batch = next(run.windows())[0]
     student, target = run.model(), run.model("target")
     own = dict(student.named_parameters())
-    image = batch["train"]["image"]
+    image = batch["train"].fields["image"]
     loss = (student(image) - target(image)).square().mean(1).mean()
     steps = torch.autograd.grad(loss, list(own.values()), create_graph=True)
     ahead = {name: p - 0.5 * g for (name, p), g in zip(own.items(), steps, strict=True)}
     wanted = [*student.parameters(), *target.parameters()]
-    outer = F.cross_entropy(functional_call(student, ahead, (batch["held"]["image"],)), batch["held"]["label"])
+    outer = F.cross_entropy(
+        functional_call(student, ahead, (batch["held"].fields["image"],)), batch["held"].fields["label"]
+    )
     expected = torch.autograd.grad(outer, wanted)
     found = gradients(run)
     for (name, value), right in zip(found.items(), expected, strict=True):
@@ -230,10 +236,10 @@ def test_an_update_may_learn_where_its_own_models_begin_and_what_they_are_led_to
 def test_a_loss_that_only_a_virtual_step_takes_is_logged():
     run = build_stage(META.replace("LR", "0.5"))
     batch = next(run.windows())[0]
-    image = batch["train"]["image"]
+    image = batch["train"].fields["image"]
     expected = float((run.model()(image) - run.model("target")(image)).square().mean().detach())
     run.step(1)
-    assert run.runner.read()[0].losses["near"] == pytest.approx(expected, rel=1e-6)
+    assert run.runner.read_log()[0].losses["near"] == pytest.approx(expected, rel=1e-6)
 
 
 def rates(run: StageHarness, steps: int) -> list[list[float]]:
@@ -250,7 +256,7 @@ def test_the_rate_is_what_the_recipe_says_or_that_of_the_update_that_moves_the_m
     assert rates(gated(), 2) == [[0.3], [0.3]]
     scheduled = build_stage(META.replace("LR", "{type: linear, start: 1, end: 0, by: step}"))
     assert [rate for [rate] in rates(scheduled, 3)] == pytest.approx(
-        [1 - i / scheduled.runner.total_steps for i in range(3)]
+        [1 - i / scheduled.runner.progress.total_steps for i in range(3)]
     )
     text = GATED.replace("hard], lr: 0.3}", "hard]}")
     grouped = "optimizer={type: SGD, lr: 0.3, groups: [{path: student.fc, lr: 0.03}]}"
@@ -267,11 +273,11 @@ def test_a_virtual_step_at_the_models_own_rates_is_the_step_that_plain_descent_t
     assert virtual is not None
     losses, _ = virtual.losses_after(run.network, batch, 1.0, run.runner.autocast)
     counts = run.network.valid_counts(batch, ["held"])
-    ahead = losses(batch[0], counts, ["held"], ["gate"], 1.0)[0]
-    here = run.network(batch[0], counts, ["held"], ["gate"], 1.0)[0]
+    ahead = losses(batch[0], counts, run.network.wiring(["held"], ["gate"]), 1.0)[0]
+    here = run.network(batch[0], counts, run.network.wiring(["held"], ["gate"]), 1.0)[0]
     gradients(run, 1, window=batch)
-    run.runner._move(run.runner.updates[1])
-    there = run.network(batch[0], counts, ["held"], ["gate"], 1.0)[0]
+    run.runner.eager._apply(run.runner.updates[1])
+    there = run.network(batch[0], counts, run.network.wiring(["held"], ["gate"]), 1.0)[0]
     assert_close(ahead, there, rtol=1e-12, atol=0)
     assert not torch.allclose(ahead, here, rtol=1e-3), "control: the step leads somewhere"
 
@@ -291,7 +297,7 @@ batch_size: 16
 def test_a_virtual_step_moves_the_adapters_of_its_terms_as_well():
     run = build_stage(ADAPTED)
     batch = next(run.windows())[0]
-    image = batch["train"]["image"]
+    image = batch["train"].fields["image"]
     first, adapter = run.model().layer1, run.network.term("near").edges[0].adapter
     target = run.model("teacher").layer1(image.flatten(1)).detach()
     own = {f"0.{n}": p for n, p in first.named_parameters()} | {f"1.{n}": p for n, p in adapter.named_parameters()}

@@ -56,7 +56,7 @@ def operations(run: StageHarness) -> int:
     run.step(1)
     window = next(itertools.islice(run.windows(), 1))
     run.runner.begin_step()
-    assert not run.runner.logs_at(run.runner.steps_done + 1)
+    assert not run.runner.progress.logs_after(run.runner.progress.steps_done + 1)
     with OperationCounter() as found:
         run.runner.step(window)
     return found.total

@@ -63,7 +63,7 @@ def test_every_step_has_the_values_of_the_formula():
 def test_a_resumed_run_has_the_values_of_its_place():
     first = build_stage(TEXT).step(10)
     second = build_stage(TEXT)
-    second.runner.load_state_dict(first.runner.state_dict())
+    second.runner.load_training_state(first.runner.training_state())
     second.runner.begin_step()
     for key, value in expected(10).items():
         assert_close(found(second)[key], value, rtol=1e-6, atol=1e-7, msg=key)
@@ -78,7 +78,7 @@ def test_the_scheduled_values_are_the_ones_that_the_step_uses():
     for step in range(6):
         window = next(windows)
         run.runner.begin_step()
-        image, label = window[0]["train"]["image"], window[0]["train"]["label"]
+        image, label = window[0]["train"].fields["image"], window[0]["train"].fields["label"]
         ours, theirs = run.model()(image), run.model("teacher")(image)
         values = expected(step)
         t = values["temperature"]
@@ -95,7 +95,7 @@ def test_the_scheduled_values_are_the_ones_that_the_step_uses():
             + 1e-3 * values["scale"] * ours.square().sum(1).mean()
         ).detach()
         run.runner.step(window)
-        _, logged = run.runner.read()
+        _, logged = run.runner.read_log()
         assert_close(logged["total"], total.item(), rtol=1e-5, atol=1e-6)
         assert_close(logged["terms"]["kd"]["weight"], values["kd"], rtol=1e-6, atol=0)
         assert_close(logged["lr"], 0.4 * values["factor"], rtol=1e-12, atol=0)

@@ -70,9 +70,9 @@ def bare_step(run: StageHarness) -> Callable[[], None]:
 
     def work() -> None:
         with torch.no_grad():
-            target = F.log_softmax(teacher(batch["image"]) / temperature, dim=1)
-        logits = student(batch["image"])
-        loss = terms["ce"].weight * F.cross_entropy(logits, batch["label"])
+            target = F.log_softmax(teacher(batch.fields["image"]) / temperature, dim=1)
+        logits = student(batch.fields["image"])
+        loss = terms["ce"].weight * F.cross_entropy(logits, batch.fields["label"])
         soft = F.log_softmax(logits / temperature, dim=1)
         kl = F.kl_div(soft, target, reduction="batchmean", log_target=True)
         optimizer.zero_grad()
@@ -91,7 +91,7 @@ def test_the_plain_step_costs_what_it_did(name):
 
 
 def test_more_work_would_be_noticed():
-    run = build_stage(with_synthetic_data(load_recipe("digits/kd", ["terms.kd.weigh={type: focal}"])))
+    run = build_stage(with_synthetic_data(load_recipe("digits/kd", ["terms.kd.sample_weight={type: focal}"])))
     assert operations(one_step(run)).total - operations(bare_step(run)).total > MORE_THAN_BARE["digits/kd"]
 
 

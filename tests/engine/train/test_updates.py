@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from helpers.recipes import StageHarness, build_stage, equal_weights, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.network.features import Feature
-from kdbench.engine.network.operands import Batch
 from kdbench.engine.train.averages import copy_state
 
 GAME = """
@@ -36,11 +36,11 @@ def game(repeat: int = 1):
     return build_stage(GAME.replace("REPEAT", str(repeat)))
 
 
-def move(run: StageHarness, number: int, window: list[Batch]) -> None:
+def move(run: StageHarness, number: int, window: list[MicroBatch]) -> None:
     """One update alone."""
     update = run.runner.updates[number]
-    run.runner.compute_gradients(update, window)
-    run.runner._move(update)
+    run.runner.eager.compute_gradients(update, window)
+    run.runner.eager._apply(update)
 
 
 def test_each_update_moves_its_own_models_only():
@@ -60,7 +60,7 @@ def test_the_generators_gradient_comes_through_the_frozen_teacher_and_the_studen
     run = game()
     window = next(run.windows())
     run.runner.begin_step()
-    noise = window[0]["noise"]["z"]
+    noise = window[0]["noise"].fields["z"]
     generator = run.model("generator")
     image = generator(noise)["image"]
     student, teacher = run.model(), run.model("teacher")
@@ -84,13 +84,13 @@ def test_the_generators_output_is_detached_where_it_does_not_move():
     batch = next(run.windows())[0]
     key = ("student", Feature("logits"))
     output = ("generator", Feature("image"))
-    moving = run.network.run_roles(batch, ["fool"], ["generator"])
+    moving = run.network.run_roles(batch, run.network.wiring(["fool"], ["generator"]).runs)
     assert (
         moving[output].requires_grad
         and moving[key].requires_grad
         and moving["teacher", Feature("logits")].requires_grad
     )
-    resting = run.network.run_roles(batch, ["mimic"], ["student"])
+    resting = run.network.run_roles(batch, run.network.wiring(["mimic"], ["student"]).runs)
     assert not resting[output].requires_grad and resting[key].requires_grad
     assert not resting["teacher", Feature("logits")].requires_grad
 
@@ -99,7 +99,7 @@ def by_hand(run, steps: int, repeat: int):
     """The game written out: simultaneous nothing, one move after the other, each over a fresh forward."""
     generator, student, teacher = (run.model(name) for name in ("generator", "student", "teacher"))
     for window in itertools.islice(run.windows(), steps):
-        z = window[0]["noise"]["z"]
+        z = window[0]["noise"].fields["z"]
         for model, sign in [(generator, -1.0), *[(student, 1.0)] * repeat]:
             image = generator(z)["image"]
             image = image if model is generator else image.detach()
@@ -127,17 +127,17 @@ def test_ordered_updates_see_the_new_weights_and_repeat_counts():
 def test_a_term_of_a_repeated_update_is_logged_as_the_mean_over_the_repeats():
     run = game(3)
     runner, seen = run.runner, []
-    losses = runner.losses
+    forward = runner.eager.forward
 
-    def spy(batch, counts, terms, moving, share):
-        total, values = losses(batch, counts, terms, moving, share)
-        seen.extend(float(values[0]) for term in terms if term == "mimic")
+    def spy(batches, counts, wiring, fraction):
+        total, values = forward(batches, counts, wiring, fraction)
+        seen.extend(float(values[0]) for term in wiring.terms if term == "mimic")
         return total, values
 
-    runner.losses = spy
+    runner.eager.forward = spy
     runner.begin_step()
     runner.step(next(run.windows()))
-    reading = runner.read()[0]
+    reading = runner.read_log()[0]
     assert reading.steps == 1 and len(seen) == 3
     assert reading.losses["mimic"] == pytest.approx(sum(seen) / 3, rel=1e-6)
     assert reading.losses["mimic"] != pytest.approx(sum(seen), rel=1e-3)  # negative control: the sum is another number
@@ -166,9 +166,9 @@ def test_mutual_learning_equals_two_hand_written_simultaneous_updates():
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9) for model in (a, b)]
     for window in itertools.islice(expected.windows(), 6):
         batch = window[0]["train"]
-        ours, theirs = a(batch["image"]), b(batch["image"])
+        ours, theirs = a(batch.fields["image"]), b(batch.fields["image"])
         losses = [
-            F.cross_entropy(own, batch["label"])
+            F.cross_entropy(own, batch.fields["label"])
             + F.kl_div(own.log_softmax(1), other.detach().log_softmax(1), reduction="batchmean", log_target=True)
             for own, other in ((ours, theirs), (theirs, ours))
         ]
@@ -229,7 +229,7 @@ terms:
   ce: cross_entropy
   consistent: {type: kd, teacher: shadow, weight: 0.5}
   still: {type: kd, teacher: old, weight: 0.5}
-  anchor: {type: kd, teacher: first, weight: 0.1}
+  anchor: {type: kd, teacher: initial, weight: 0.1}
 optimizer: {type: SGD, lr: 0.3, momentum: 0.9}
 ema: 0.9
 precision: float64
@@ -241,10 +241,10 @@ batch_size: 32
 def test_averages_and_snapshots_follow_their_formulas():
     run = build_stage(FOLLOWERS)
     start = run.weights()
-    assert all(equal_weights(start, run.weights(role)) for role in ("shadow", "old", "first"))
+    assert all(equal_weights(start, run.weights(role)) for role in ("shadow", "old", "initial"))
     shadow, average = run.weights("shadow"), run.weights()
     snapshots = {0: start}
-    per_epoch = run.runner.steps_per_epoch
+    per_epoch = run.runner.progress.steps_per_epoch
     assert per_epoch == 2
     for step in range(1, 11):
         run.step()
@@ -262,14 +262,14 @@ def test_averages_and_snapshots_follow_their_formulas():
             snapshots[step] = student
         renewed = (step - 1) // (2 * per_epoch) * (2 * per_epoch)
         assert equal_weights(run.weights("old"), snapshots[renewed]), step
-    assert equal_weights(run.weights("first"), start)
+    assert equal_weights(run.weights("initial"), start)
     assert not equal_weights(run.weights("old"), start) and "layer1.1.running_mean" in shadow
 
 
 def test_roles_that_follow_get_no_gradient_and_stay_in_eval_mode():
     run = build_stage(FOLLOWERS).step(2)
     run.network.train()
-    for role in ("shadow", "old", "first"):
+    for role in ("shadow", "old", "initial"):
         assert not any(module.training for module in run.network.role(role).modules())
         assert all(p.grad is None for p in run.model(role).parameters())
     assert not any(module.training for module in run.runner.average.modules())
@@ -298,11 +298,11 @@ def test_peers_that_move_together_are_unscaled_by_the_scale_that_their_losses_ha
             "optimizer: {type: SGD, lr: 0.2}\nprecision: fp16\nepochs: 2\nbatch_size: 16\n"
         )
         run = build_stage(text)
-        run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=interval)
+        run.runner.eager.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=interval)
         return run.step(4)
 
     growing, constant = peers(1), peers(10**6)
-    assert growing.runner.scaler.get_scale() > 64.0 == constant.runner.scaler.get_scale()
+    assert growing.runner.eager.scaler.get_scale() > 64.0 == constant.runner.eager.scaler.get_scale()
     for name in ("a", "b"):
         for one, other in zip(growing.weights(name).values(), constant.weights(name).values(), strict=True):
             assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -317,7 +317,7 @@ def test_a_limit_on_the_gradients_holds_for_them_as_they_are_without_the_scale()
             f"precision: fp16\nclip: {clip}\nepochs: 2\nbatch_size: 16\n"
         )
         run = build_stage(text)
-        run.runner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        run.runner.eager.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return run.step(4)
 
     weak, strong = limited(2.0, 0.1), limited(1024.0, 0.1)
@@ -335,10 +335,12 @@ def test_every_step_of_a_stage_draws_for_itself():
         run.runner.begin_step()
         seeds.append(torch.initial_seed())
         run.runner.step(window)
-        if run.runner.logs_at(run.runner.steps_done):
-            run.runner.read()
+        if run.runner.progress.logs_after(run.runner.progress.steps_done):
+            run.runner.read_log()
     assert len(set(seeds)) == 9
-    other = build_stage("student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF, "seed=7")
+    other = build_stage(
+        "student: {model: {type: t_layers, dropout: 0.3}}\nterms: {ce: cross_entropy}\n" + BRIEF, "seed=7"
+    )
     other.runner.begin_step()
     assert torch.initial_seed() not in seeds
 

@@ -1,4 +1,4 @@
-"""Making data: what a stage makes is what the formula says, and a dataset like any other that a later stage reads."""
+"""Tests dataset artifacts: their content equals the formula, and a later stage reads them like any dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdbench.experiment.run import Outcome
 
 # Noisy student
 
-PSEUDO = "stages.self.stages.label.make.pseudo"
+PSEUDO = "stages.self.stages.label.artifacts.pseudo"
 
 
 def noisy_student(*overrides: str):
@@ -22,18 +22,20 @@ def noisy_student(*overrides: str):
 
 
 def expected_set(recipe, outcome: Outcome, teacher: str) -> list[tuple[int, int]]:
-    """(sample, label) of what this stage's network says of clean images: labelled samples, then 30 a class."""
-    seen = source_samples(recipe, "first")
-    net = load_role_model(outcome, "student", teacher, "digits_cnn")
+    """Returns (sample, label): the labelled samples, then 30 pseudo-labels per class by a stage's network."""
+    samples = source_samples(recipe, "first")
+    model = load_role_model(outcome, "student", teacher, "digits_cnn")
     with torch.no_grad():
-        confidence, label = net(seen["image"]).softmax(-1).max(-1)
-    rows = seen["labelled"].nonzero().flatten().tolist()
-    found = [(row, int(seen["label"][row])) for row in rows]
+        confidence, label = model(samples["image"]).softmax(-1).max(-1)
+    rows = samples["labelled"].nonzero().flatten().tolist()
+    pairs = [(row, int(samples["label"][row])) for row in rows]
     for c in range(10):
-        own = [r for r in range(len(label)) if label[r] == c and confidence[r] >= 0.3 and not seen["labelled"][r]]
-        own.sort(key=lambda row: -float(confidence[row]))
-        found += [(own[k % len(own)], c) for k in range(30) if own]
-    return found
+        candidates = [
+            r for r in range(len(label)) if label[r] == c and confidence[r] >= 0.3 and not samples["labelled"][r]
+        ]
+        candidates.sort(key=lambda row: -float(confidence[row]))
+        pairs += [(candidates[k % len(candidates)], c) for k in range(30) if candidates]
+    return pairs
 
 
 def stored_set(recipe, outcome: Outcome, name: str) -> list[tuple[Tensor, int]]:
@@ -41,8 +43,8 @@ def stored_set(recipe, outcome: Outcome, name: str) -> list[tuple[Tensor, int]]:
     return list(zip(content["images"], content["labels"].tolist(), strict=True))
 
 
-def follows_the_newest_teacher(recipe, outcome: Outcome) -> bool:
-    """Whether the set of each round holds, one after the other, what the student of the round before says."""
+def rounds_use_the_previous_student(recipe, outcome: Outcome) -> bool:
+    """Checks that the set of each round has the pseudo-labels of the previous round's student, in order."""
     original = next(
         iter(
             build_sources(
@@ -64,60 +66,58 @@ def follows_the_newest_teacher(recipe, outcome: Outcome) -> bool:
     return True
 
 
-def test_each_round_learns_what_the_last_student_says_of_clean_images(tmp_path):
+def test_noisy_student_is_trained_on_pseudo_labels_of_the_previous_student(tmp_path):
     recipe = noisy_student()
     outcome = run_recipe(recipe, tmp_path / "run")
-    assert follows_the_newest_teacher(recipe, outcome)
-    told = run_manifest(outcome)["made"]["label@2.pseudo"]
-    assert told["kind"] == "dataset" and told["maker"] == "pseudo_labels" and told["checksum"]
-    assert told["source"]["name"] == "train" and set(told["roles"]) == {"student"}
-    stages = run_manifest(outcome)
-    assert told["parameters"] == {"threshold": 0.3, "per_class": 30, "keep_labels": True}, stages
+    assert rounds_use_the_previous_student(recipe, outcome)
+    entry = run_manifest(outcome)["artifacts"]["label@2.pseudo"]
+    assert entry["kind"] == "dataset" and entry["builder"] == "pseudo_labels" and entry["checksum"]
+    assert entry["source"]["name"] == "train" and set(entry["roles"]) == {"student"}
+    assert entry["parameters"] == {"threshold": 0.3, "per_class": 30, "keep_labels": True}
 
 
-def test_control_a_teacher_that_is_never_replaced(tmp_path):
-    """The network of the first stage labels in every round."""
+def test_control_first_teacher_in_every_round_gives_other_labels(tmp_path):
     recipe = noisy_student("stages.self.stages.label.student.weights.stage=first")
-    assert not follows_the_newest_teacher(recipe, run_recipe(recipe, tmp_path / "run"))
+    assert not rounds_use_the_previous_student(recipe, run_recipe(recipe, tmp_path / "run"))
 
 
-def test_noisy_student_goes_on_in_the_round_in_which_it_was_stopped(tmp_path):
-    """Twelve steps are the first network's, twelve those of each student."""
+def test_interrupted_noisy_student_resumes_in_the_same_round(tmp_path):
+    """The first network takes twelve steps, each student twelve more."""
     assert resume_differences(noisy_student(), tmp_path, 27) == []
 
 
 # Consensus
 
-FEW = ("stages.teach.epochs=6", "stages.distil.epochs=1", "stages.label.epochs=0")
+SHORT = ("stages.teach.epochs=6", "stages.distil.epochs=1", "stages.label.epochs=0")
 
 
-def unanimous(recipe, outcome: Outcome) -> bool:
-    """Whether the set holds the public samples on which all three teachers agree, with that label, and no others."""
-    seen = source_samples(recipe, "label")
-    said = []
+def set_is_unanimous(recipe, outcome: Outcome) -> bool:
+    """Checks that the set has exactly the public samples on which all three teachers agree, with that label."""
+    samples = source_samples(recipe, "label")
+    predictions = []
     for role in ("a", "b", "c"):
         with torch.no_grad():
-            said.append(load_role_model(outcome, role, "teach", "digits_cnn")(seen["image"]).argmax(-1))
-    agree = (said[0] == said[1]) & (said[1] == said[2])
+            predictions.append(load_role_model(outcome, role, "teach", "digits_cnn")(samples["image"]).argmax(-1))
+    agree = (predictions[0] == predictions[1]) & (predictions[1] == predictions[2])
     content = artifact_content(outcome, "label.agreed")
-    return content["labels"].tolist() == said[0][agree].tolist() and not agree.all()
+    return content["labels"].tolist() == predictions[0][agree].tolist() and not agree.all()
 
 
-def test_the_student_learns_the_public_samples_on_which_the_teachers_agree(tmp_path):
-    recipe = short_recipe("digits/consensus", *FEW, steps=None)
+def test_consensus_student_is_trained_on_public_samples_with_agreement(tmp_path):
+    recipe = short_recipe("digits/consensus", *SHORT, steps=None)
     outcome = run_recipe(recipe, tmp_path / "run")
-    assert unanimous(recipe, outcome)
+    assert set_is_unanimous(recipe, outcome)
     public = set(source_samples(recipe, "label")["index"].tolist())
     private = [set(source_samples(recipe, "teach", f"private_{name}")["index"].tolist()) for name in "abc"]
     assert not public & set.union(*private) and sum(map(len, private)) == len(set.union(*private)) == 270
     stage = recipe.stages[-1]
     assert {source.artifact for source in stage.data.values() if source.name != "eval"} - {None} == {"label.agreed"}
-    assert list(stage.roles) == ["student"], "no teacher and no private source reaches the student"
+    assert list(stage.roles) == ["student"], "the student's stage has neither teacher nor private source"
 
 
-def test_control_the_mean_of_the_teachers_says_something_of_every_sample(tmp_path):
-    recipe = short_recipe("digits/consensus", *FEW, "stages.label.make.agreed.agreement=false", steps=None)
-    assert not unanimous(recipe, run_recipe(recipe, tmp_path / "run"))
+def test_control_mean_of_the_teachers_labels_every_sample(tmp_path):
+    recipe = short_recipe("digits/consensus", *SHORT, "stages.label.artifacts.agreed.agreement=false", steps=None)
+    assert not set_is_unanimous(recipe, run_recipe(recipe, tmp_path / "run"))
 
 
 # A generated dataset
@@ -125,11 +125,11 @@ def test_control_the_mean_of_the_teachers_says_something_of_every_sample(tmp_pat
 GENERATED = ("data.noise.samples=512",)
 
 
-def labels_of(outcome: Outcome) -> Tensor:
+def generated_labels(outcome: Outcome) -> Tensor:
     return artifact_content(outcome, "generator.images")["labels"]
 
 
-def test_the_generated_images_are_a_balanced_dataset_that_the_student_reads(tmp_path):
+def test_generated_images_are_a_balanced_dataset_that_the_student_reads(tmp_path):
     recipe = short_recipe("digits/generated_set", *GENERATED, steps=60)
     outcome = run_recipe(recipe, tmp_path / "run")
     content = artifact_content(outcome, "generator.images")
@@ -138,40 +138,46 @@ def test_the_generated_images_are_a_balanced_dataset_that_the_student_reads(tmp_
     torch.testing.assert_close(content["fields"]["soft"].argmax(-1), content["labels"])
     files = {"generator.images": outcome.folder.path / "stages" / "generator.images.pt"}
     distil = recipe.stages[-1]
-    source = build_sources(distil.data, validation=None, seed=1, device="cpu", data_root="data", artifact_files=files)["train"]
-    seen = torch.cat([batch["image"] for batch in source.evaluation_batches(64)])
-    assert torch.equal(seen, content["images"]), "as stored: normalised already"
-    told = run_manifest(outcome)["made"]["generator.images"]
-    assert told["kind"] == "dataset" and told["maker"] == "generate" and set(told["roles"]) == {"generator", "teacher"}
-    assert told["summary"]["kept"] == len(content["labels"])
+    source = build_sources(distil.data, validation=None, seed=1, device="cpu", data_root="data", artifact_files=files)[
+        "train"
+    ]
+    images = torch.cat([batch.fields["image"] for batch in source.evaluation_batches(64)])
+    assert torch.equal(images, content["images"]), "stored images are normalised already"
+    entry = run_manifest(outcome)["artifacts"]["generator.images"]
+    assert entry["kind"] == "dataset" and entry["builder"] == "generate"
+    assert set(entry["roles"]) == {"generator", "teacher"} and entry["summary"]["kept"] == len(content["labels"])
 
 
-def test_no_training_image_is_read(tmp_path):
-    """Only the test split has files behind it, for the evaluation."""
+def test_generated_set_reads_the_test_split_alone(tmp_path):
     recipe = short_recipe("digits/generated_set")
     for stage in recipe.stages:
         assert {s.split for s in stage.data.values() if s.dataset.type == "digits"} == {"test"}
 
 
-def test_control_unbalanced_and_read_from_elsewhere(tmp_path):
-    recipe = short_recipe("digits/generated_set", *GENERATED, "stages.generator.make.images.balanced=false", steps=60)
-    counts = torch.bincount(labels_of(run_recipe(recipe, tmp_path / "run")), minlength=10)
+def test_control_unbalanced_set_and_training_data(tmp_path):
+    recipe = short_recipe(
+        "digits/generated_set", *GENERATED, "stages.generator.artifacts.images.balanced=false", steps=60
+    )
+    counts = torch.bincount(generated_labels(run_recipe(recipe, tmp_path / "run")), minlength=10)
     assert len(set(counts[counts > 0].tolist())) > 1
-    other = short_recipe("digits/generated_set", "stages.distil.data.train={dataset: digits}")
-    assert {s.split for s in other.stages[-1].data.values() if s.dataset.type == "digits"} == {"test", "train"}
+    with_training_data = short_recipe("digits/generated_set", "stages.distil.data.train={dataset: digits}")
+    assert {s.split for s in with_training_data.stages[-1].data.values() if s.dataset.type == "digits"} == {
+        "test",
+        "train",
+    }
 
 
-# Whole runs
-
-
-@pytest.mark.slow
-def test_a_noisy_student_is_better_than_its_first_teacher(tmp_path):
-    """With seed 1 it ends at 90.0."""
-    found = top1_scores(run_recipe(load_recipe("digits/noisy_student", []), tmp_path / "run"))
-    assert found[-1] > 70 and found[-1] > found[1] + 5
+# Full runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bar"), [("consensus", 80), ("generated_set", 65)])  # 87.2 and 78.1 with seed 1
-def test_a_student_of_made_data_learns(name, bar, tmp_path):
-    assert top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > bar
+def test_noisy_student_exceeds_its_first_teacher(tmp_path):
+    """Measured (seed 1): 90.0 at the end."""
+    accuracies = top1_scores(run_recipe(load_recipe("digits/noisy_student", []), tmp_path / "run"))
+    assert accuracies[-1] > 70 and accuracies[-1] > accuracies[1] + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "accuracy"), [("consensus", 80), ("generated_set", 65)])  # 87.2 and 78.1 with seed 1
+def test_student_of_a_dataset_artifact_reaches_the_accuracy(name, accuracy, tmp_path):
+    assert top1_scores(run_recipe(load_recipe(f"digits/{name}", []), tmp_path / "run"))[-1] > accuracy

@@ -1,4 +1,4 @@
-"""Students of fewer bits, of three values, of fewer channels: the exported weights take only the allowed values."""
+"""Tests quantised, ternary and pruned students: the exported weights have the allowed values only."""
 
 from __future__ import annotations
 
@@ -16,110 +16,119 @@ from kdbench.config.schema import Recipe
 LAYERS = ("layer1.0.weight", "layer2.0.weight", "fc.weight")  # of digits_mlp
 
 
-def exported(recipe: Recipe, out: Any) -> dict[str, Tensor]:
-    """The weights that a run hands on."""
+def exported_weights(recipe: Recipe, out: Any) -> dict[str, Tensor]:
+    """Runs a recipe and loads the exported weights."""
     tree = torch.load(run_recipe(recipe, out).folder.last, weights_only=True)
-    return tree["baked"].get("student") or tree["models"]["student"]
+    return tree["effective"].get("student") or tree["models"]["student"]
 
 
 def values_per_bucket(weight: Tensor, bucket: int = 256) -> int:
     return max(len(part.unique()) for part in weight.flatten().split(bucket))
 
 
-def most_values(name: str, out: Any, *overrides: str) -> int:
-    state = exported(short_recipe(name, *overrides, steps=3), out)
+def max_values_per_bucket(name: str, out: Any, *overrides: str) -> int:
+    """Returns the largest number of different weights in a bucket of a short run's student."""
+    state = exported_weights(short_recipe(name, *overrides, steps=3), out)
     return max(values_per_bucket(state[layer]) for layer in LAYERS)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_quantised_weights_take_2_to_the_bits_values_per_bucket(bits, tmp_path):
-    used = most_values("digits/quantised_distillation", tmp_path / "q", f"student.transform.0.bits={bits}")
-    assert 2 <= used <= 2**bits
+def test_quantised_weights_have_at_most_2_to_the_bits_values_per_bucket(bits, tmp_path):
+    count = max_values_per_bucket("digits/quantised_distillation", tmp_path / "q", f"student.transform.0.bits={bits}")
+    assert 2 <= count <= 2**bits
 
 
-def test_without_its_transform_the_student_takes_any_value(tmp_path):
-    assert most_values("digits/quantised_distillation", tmp_path / "f", "student.transform=null") > 200, "control"
-    off = most_values("digits/differentiable_quantisation", tmp_path / "d", "stages.points.student.transform=null")
-    assert off > 200, "control"
+def test_control_student_without_transform_has_many_values(tmp_path):
+    assert max_values_per_bucket("digits/quantised_distillation", tmp_path / "f", "student.transform=null") > 200, (
+        "control"
+    )
+    count = max_values_per_bucket(
+        "digits/differentiable_quantisation", tmp_path / "d", "stages.points.student.transform=null"
+    )
+    assert count > 200, "control"
 
 
 def test_quantised_levels_are_evenly_spaced_between_the_extremes_of_their_bucket(tmp_path):
-    state = exported(short_recipe("digits/quantised_distillation", steps=3), tmp_path / "q")
+    state = exported_weights(short_recipe("digits/quantised_distillation", steps=3), tmp_path / "q")
     for layer in LAYERS:
         for part in state[layer].flatten().double().split(256):
             steps = (part - part.min()) / (part.max() - part.min()) * 15
             assert (steps - steps.round()).abs().max() < 1e-4
 
 
-def test_learnt_points_move_while_the_weights_behind_them_stay():
+def test_learnt_points_change_and_float_weights_do_not():
     run = build_stage(short_recipe("digits/differentiable_quantisation"), stage=1)
     before = run.weights()
     run.step(3)
     after = run.weights()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name for name in changed if "points" in name} == {name for name in before if "points" in name} != set()
-    assert not {name for name in changed if name.endswith("original")}
-    still = build_stage(
+    changes = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in changes if "points" in name} == {name for name in before if "points" in name} != set()
+    assert not {name for name in changes if name.endswith("original")}
+    fixed = build_stage(
         short_recipe("digits/differentiable_quantisation", "stages.points.optimizer={type: Adam, lr: 0}"), stage=1
     )
-    assert equal_weights(still.weights(), still.step(3).weights()), "control: nothing learns"
+    assert equal_weights(fixed.weights(), fixed.step(3).weights()), "control: learning rate 0"
 
 
 def test_learnt_quantisation_exports_four_values_per_bucket(tmp_path):
-    assert 2 <= most_values("digits/differentiable_quantisation", tmp_path / "d") <= 4
+    assert 2 <= max_values_per_bucket("digits/differentiable_quantisation", tmp_path / "d") <= 4
 
 
-def ternary(state: dict[str, Tensor]) -> bool:
-    """Whether each layer of digits_cnn holds -a, 0 and a and nothing else."""
-    found = []
+def is_ternary(state: dict[str, Tensor]) -> bool:
+    """Checks that each layer of digits_cnn has exactly the values -a, 0 and a."""
+    results = []
     for layer in ("layer1.0.weight", "layer2.0.weight", "layer3.0.weight", "fc.weight"):
         values = state[layer].unique()
-        found.append(len(values) == 3 and values[1] == 0 and values[0] == -values[2])
-    return all(found)
+        results.append(len(values) == 3 and values[1] == 0 and values[0] == -values[2])
+    return all(results)
 
 
 def test_ternary_weights_are_minus_a_zero_or_a(tmp_path):
-    assert ternary(exported(short_recipe("digits/ternary", steps=3), tmp_path / "t"))
-    control = exported(short_recipe("digits/ternary", "stages.ternary.student.transform=null", steps=3), tmp_path / "c")
-    assert not ternary(control)
+    assert is_ternary(exported_weights(short_recipe("digits/ternary", steps=3), tmp_path / "t"))
+    control = exported_weights(
+        short_recipe("digits/ternary", "stages.ternary.student.transform=null", steps=3), tmp_path / "c"
+    )
+    assert not is_ternary(control)
 
 
 def zero_channels(state: dict[str, Tensor]) -> list[float]:
-    """The share of output channels that are all zero, convolution by convolution."""
+    """Returns the fraction of output channels that are zero, for each convolution."""
     weights = [state[f"layer{n}.0.weight"] for n in (1, 2, 3)]
     return [float((weight.flatten(1) == 0).all(1).double().mean()) for weight in weights]
 
 
-def test_half_of_the_channels_are_zero_and_stay_so(tmp_path):
-    assert zero_channels(exported(short_recipe("digits/pruned", steps=3), tmp_path / "p")) == [0.5, 0.5, 0.5]
-    control = exported(short_recipe("digits/pruned", "stages.pruned.student.transform=null", steps=3), tmp_path / "c")
+def test_half_of_the_channels_stay_zero(tmp_path):
+    assert zero_channels(exported_weights(short_recipe("digits/pruned", steps=3), tmp_path / "p")) == [0.5, 0.5, 0.5]
+    control = exported_weights(
+        short_recipe("digits/pruned", "stages.pruned.student.transform=null", steps=3), tmp_path / "c"
+    )
     assert zero_channels(control) == [0, 0, 0]
 
 
-def test_the_pruned_channels_are_those_of_least_norm_in_the_dense_network(tmp_path):
+def test_pruned_channels_have_the_smallest_norms_in_the_dense_network(tmp_path):
     outcome = run_recipe(short_recipe("digits/pruned", steps=3), tmp_path / "p")
     dense = torch.load(outcome.folder.stage("dense"), weights_only=True)["models"]["student"]
-    left = torch.load(outcome.folder.last, weights_only=True)["baked"]["student"]
+    pruned = torch.load(outcome.folder.last, weights_only=True)["effective"]["student"]
     for layer in ("layer1.0.weight", "layer2.0.weight", "layer3.0.weight"):
         norms = dense[layer].abs().flatten(1).sum(1)
-        gone = (left[layer].flatten(1) == 0).all(1)
-        assert norms[gone].max() <= norms[~gone].min()
+        zero = (pruned[layer].flatten(1) == 0).all(1)
+        assert norms[zero].max() <= norms[~zero].min()
 
 
 @pytest.mark.parametrize("name", ["digits/quantised_distillation", "digits/pruned"])
-def test_a_killed_run_ends_as_an_undisturbed_one(name, tmp_path):
+def test_interrupted_run_resumes(name, tmp_path):
     assert resume_differences(short_recipe(name), tmp_path, *((1,) if "quant" in name else (1, 3))) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "bar"),
+    ("name", "accuracy"),
     [
         ("digits/quantised_distillation", 94.0),  # 97.4 with seed 1; the teacher has 98.9
-        ("digits/differentiable_quantisation", 88.0),  # 94.0 with seed 1; its float self 97.5
+        ("digits/differentiable_quantisation", 88.0),  # 94.0 with seed 1; its float original 97.5
         ("digits/ternary", 80.0),
         ("digits/pruned", 80.0),
     ],
 )
-def test_the_student_learns(name, bar):
-    assert top1_scores(run_recipe(load_recipe(name, []), "whole"))[-1] > bar
+def test_full_run_reaches_the_accuracy(name, accuracy):
+    assert top1_scores(run_recipe(load_recipe(name, []), "whole"))[-1] > accuracy

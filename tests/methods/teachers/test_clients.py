@@ -1,4 +1,4 @@
-"""Clients that share no data: which samples reach which network, told by their index."""
+"""Tests federated clients: private samples, identified by their index, reach no other client's network."""
 
 from __future__ import annotations
 
@@ -22,67 +22,67 @@ from kdbench.models.small.cnn import DigitsCNN
 from kdbench.models.small.mlp import DigitsMLP
 from kdbench.models.small.resnet import DigitsResNet
 
-Reached = dict[str, set[int]]
+SamplesBySource = dict[str, set[int]]
 HOMES = ("home1", "home2", "home3")
 
 
 @contextmanager
-def watching() -> Iterator[dict[str, Reached]]:
-    """Notes the index of every training sample that runs through a network, by the network's first role name.
+def record_samples() -> Iterator[dict[str, SamplesBySource]]:
+    """Records the indices of the training samples that run through each network: role -> source -> indices.
 
-    Whatever a role follows or shares (a snapshot, a copy of the weights) counts for that role alone: a sample that was
-    only seen by a client leaves it as weights or as scores of other samples, never as itself.
+    Samples of a snapshot or of a reused module count for its source role. A client's samples leave it as weights or as
+    scores of other samples only.
     """
-    seen: dict[str, Reached] = defaultdict(lambda: defaultdict(set))
-    run = Network._run
+    samples: dict[str, SamplesBySource] = defaultdict(lambda: defaultdict(set))
+    original_run = Network._run
 
-    def noted(self: Network, batch: Any, needed: set[str], moving: Any) -> Any:
+    def recording_run(self: Network, batch: Any, needed: set[str], moving: Any) -> Any:
         for name in needed:
             config = self.configs[name]
-            owner = config.source_role if config.mode in ("snapshot", "same") and config.source_role else name
+            role = config.source_role if config.mode in ("snapshot", "reuse") and config.source_role else name
             source = self.sources[name]
-            if not batch[source]["index"].is_meta:  # the plan's rehearsal has no samples
-                seen[owner][source].update(batch[source]["index"].tolist())
-        return run(self, batch, needed, moving)
+            if not batch[source].fields["index"].is_meta:  # the dry run has no samples
+                samples[role][source].update(batch[source].fields["index"].tolist())
+        return original_run(self, batch, needed, moving)
 
-    Network._run = noted  # type: ignore[method-assign]
+    Network._run = recording_run  # type: ignore[method-assign]
     try:
-        yield seen
+        yield samples
     finally:
-        Network._run = run  # type: ignore[method-assign]
+        Network._run = original_run  # type: ignore[method-assign]
 
 
-def indices(recipe: Recipe, stage: str = "") -> Reached:
-    """Source -> the index of every sample that it gives."""
+def source_indices(recipe: Recipe, stage: str = "") -> SamplesBySource:
+    """Returns the indices of all samples of each source."""
     config = next(s for s in recipe.stages if not stage or s.name == stage)
-    opened = build_sources(config.data, validation=None, seed=recipe.seed, device=torch.device("cpu"), data_root="data")
-    names = ("train", *HOMES)
-    return {n: {int(i) for row in opened[n].evaluation_batches(512) for i in row["index"]} for n in names if n in opened}
+    sources = build_sources(
+        config.data, validation=None, seed=recipe.seed, device=torch.device("cpu"), data_root="data"
+    )
+    batches = {name: sources[name].evaluation_batches(512) for name in ("train", *HOMES) if name in sources}
+    return {name: {int(i) for batch in batches[name] for i in batch.fields["index"]} for name in batches}
 
 
-def leaks(recipe: Recipe, out: Path, owners: dict[str, str]) -> dict[str, int]:
-    """How many private samples of others each network saw.
+def count_leaks(recipe: Recipe, out: Path, owners: dict[str, str]) -> dict[str, int]:
+    """Counts the private samples of other clients that each network sees.
 
     Args:
-        owners: role -> the source of its private samples; a role that is not there has none.
+        owners: role -> the source of its private samples; other roles have no private samples.
     """
-    held = indices(recipe)
-    with watching() as seen:
+    samples_by_source = source_indices(recipe)
+    with record_samples() as samples_by_role:
         run_recipe(recipe, out)
-    assert owners.keys() <= seen.keys(), "every client ran"
-    private = {source: held[source] for source in HOMES}
-    found = {}
-    for role, by_source in seen.items():
-        reached = set().union(*by_source.values())
-        others = set().union(*(own for source, own in private.items() if source != owners.get(role)))
-        found[role] = len(reached & others)
-    return found
+    assert owners.keys() <= samples_by_role.keys(), "every client runs"
+    leaks = {}
+    for role, by_source in samples_by_role.items():
+        foreign = [samples_by_source[source] for source in HOMES if source != owners.get(role)]
+        leaks[role] = len(set().union(*by_source.values()) & set().union(*foreign))
+    return leaks
 
 
 @pytest.mark.parametrize("name", ["digits/fedmd", "digits/feddf"])
-def test_the_shards_are_disjoint_and_leave_the_public_images_out(name):
-    held = indices(load_recipe(name), "private" if "fedmd" in name else "local@1")
-    parts = [held["train"], *(held[source] for source in HOMES)]
+def test_private_and_public_samples_are_disjoint(name):
+    samples = source_indices(load_recipe(name), "private" if "fedmd" in name else "local@1")
+    parts = [samples["train"], *(samples[source] for source in HOMES)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 901 and all(len(part) > 30 for part in parts)
 
 
@@ -91,51 +91,51 @@ def test_the_shards_are_disjoint_and_leave_the_public_images_out(name):
 FEDMD = {"cnn": "home1", "mlp": "home2", "resnet": "home3"}
 
 
-def test_fedmd_keeps_private_samples_at_home(tmp_path):
-    found = leaks(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path / "run", FEDMD)
-    assert set(found) == set(FEDMD) and not any(found.values())
+def test_fedmd_shows_private_samples_to_their_client_alone(tmp_path):
+    leaks = count_leaks(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path / "run", FEDMD)
+    assert set(leaks) == set(FEDMD) and not any(leaks.values())
 
 
-def test_negative_control_a_client_that_reads_anothers_images_is_found(tmp_path):
+def test_control_client_on_anothers_images_is_detected(tmp_path):
     swapped = short_recipe("digits/fedmd", "stages.agree.rounds=1", "models.mlp.input=home1.image")
-    assert leaks(swapped, tmp_path / "run", FEDMD)["mlp"] > 0
-    told = ("stages.agree.stages.digest.models.cnn.input=home1.image",)
-    asked = short_recipe("digits/fedmd", "stages.agree.rounds=1", *told)
-    # The server would ask about a client's own images; its scores would then go to all: the plan refuses the rows.
+    assert count_leaks(swapped, tmp_path / "run", FEDMD)["mlp"] > 0
+    private_digest = ("stages.agree.stages.digest.models.cnn.input=home1.image",)
+    mixed = short_recipe("digits/fedmd", "stages.agree.rounds=1", *private_digest)
+    # A consensus on a client's private images would pass its scores to all clients: planning rejects different rows.
     with pytest.raises(Exception, match="compares row by row"):
-        leaks(asked, tmp_path / "asked", FEDMD)
+        count_leaks(mixed, tmp_path / "mixed", FEDMD)
 
 
-def test_fedmd_learns_the_mean_of_what_all_clients_said(tmp_path):
+def test_fedmd_target_is_the_mean_of_the_clients_logits(tmp_path):
     recipe = short_recipe("digits/fedmd", "stages.agree.rounds=1", steps=1)
     out = run_recipe(recipe, tmp_path / "run")
     stage = next(s for s in recipe.stages if s.name == "digest@1")
     source = build_sources(stage.data, validation=None, seed=1, device=torch.device("cpu"), data_root="data")["train"]
-    image = next(iter(source.batches(0)))["image"].double()
+    image = next(iter(source.batches(0))).fields["image"].double()
     models = {"cnn": DigitsCNN(), "mlp": DigitsMLP(), "resnet": DigitsResNet(width=8)}
-    said, now = [], []
+    targets, logits = [], []
     for role, model in models.items():
         model.double().load_state_dict(saved_weights(out, role, "private"))
         with torch.no_grad():
-            said.append(model.eval()(image))
-            now.append(model.train()(image))
-    consensus = torch.stack(said).mean(0)
-    expected = sum(float(F.l1_loss(own, consensus)) for own in now)
+            targets.append(model.eval()(image))
+            logits.append(model.train()(image))
+    consensus = torch.stack(targets).mean(0)
+    expected = sum(float(F.l1_loss(output, consensus)) for output in logits)
     line = next(e for e in read_json_lines(out.folder.metrics) if e.get("stage") == "digest@1" and "terms" in e)
     assert line["terms"]["consensus"]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_stopped_fedmd_goes_on_in_the_midst_of_a_round(tmp_path):
+def test_interrupted_fedmd_resumes_in_the_middle_of_a_round(tmp_path):
     assert resume_differences(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path, 5) == []
 
 
 @pytest.mark.slow
 def test_fedmd_clients_gain_from_each_other(tmp_path):
-    """Seen (seed 1): cnn 79.9 alone, 88.7 after the last digest and 85.9 after the last revisit."""
+    """Measured (seed 1): cnn 79.9 alone, 88.7 after the last digest and 85.9 after the last revisit."""
     out = run_recipe(load_recipe("digits/fedmd"), tmp_path / "run")
     cnn = top1_scores(out, "cnn")
     assert max(cnn) > 86 and max(top1_scores(out, "resnet")) > 84
-    assert cnn[-1] > cnn[1], "better than with its own images alone"
+    assert cnn[-1] > cnn[1], "better than on its own images alone"
 
 
 # FedDF
@@ -143,50 +143,52 @@ def test_fedmd_clients_gain_from_each_other(tmp_path):
 FEDDF = {"client1": "home1", "client2": "home2", "client3": "home3"}
 
 
-def test_feddf_keeps_private_samples_at_home(tmp_path):
-    found = leaks(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path / "run", FEDDF)
-    assert set(found) == {*FEDDF, "server"} and not any(found.values())
+def test_feddf_shows_private_samples_to_their_client_alone(tmp_path):
+    leaks = count_leaks(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path / "run", FEDDF)
+    assert set(leaks) == {*FEDDF, "server"} and not any(leaks.values())
 
 
-def test_negative_control_a_server_that_distils_on_private_images_is_found(tmp_path):
+def test_control_distillation_on_private_images_is_detected(tmp_path):
     private = [f"stages.round.stages.fuse.models.{role}.input=home1.image" for role in ("server", *FEDDF)]
-    found = leaks(short_recipe("digits/feddf", "stages.round.rounds=1", *private), tmp_path / "run", FEDDF)
-    assert found["server"] > 0 and found["client2"] > 0
+    leaks = count_leaks(short_recipe("digits/feddf", "stages.round.rounds=1", *private), tmp_path / "run", FEDDF)
+    assert leaks["server"] > 0 and leaks["client2"] > 0
 
 
-def begins_at_the_mean(out: Any, first: str = "fuse@1") -> bool:
+def starts_at_the_mean(out: Any, stage: str = "fuse@1") -> bool:
     clients = [saved_weights(out, f"client{n}", "local@1") for n in (1, 2, 3)]
-    server = saved_weights(out, "server", first)
+    server = saved_weights(out, "server", stage)
     means = {name: torch.stack([c[name].double() for c in clients]).mean(0) for name in clients[0]}
     return all(torch.allclose(means[name], server[name].double(), atol=1e-6) for name in means)
 
 
-def test_feddf_begins_fusion_at_the_mean_of_the_clients_weights(tmp_path):
-    still = "stages.round.stages.fuse.epochs=0"
-    recipe = short_recipe("digits/feddf", "stages.round.rounds=1", still)
-    assert begins_at_the_mean(run_recipe(recipe, tmp_path / "mean"))
-    one = "stages.round.stages.fuse.models.server.weights.role=[client1]"
-    assert not begins_at_the_mean(
-        run_recipe(short_recipe("digits/feddf", "stages.round.rounds=1", still, one), tmp_path / "one")
+def test_feddf_fusion_starts_at_the_mean_of_the_clients_weights(tmp_path):
+    no_training = "stages.round.stages.fuse.epochs=0"
+    recipe = short_recipe("digits/feddf", "stages.round.rounds=1", no_training)
+    assert starts_at_the_mean(run_recipe(recipe, tmp_path / "mean"))
+    one_client = "stages.round.stages.fuse.models.server.weights.role=[client1]"
+    assert not starts_at_the_mean(
+        run_recipe(short_recipe("digits/feddf", "stages.round.rounds=1", no_training, one_client), tmp_path / "control")
     )
 
 
-def test_feddf_clients_begin_where_the_server_stands(tmp_path):
-    out = run_recipe(short_recipe("digits/feddf", "stages.round.stages.local.epochs=0", "stages.round.rounds=2"), tmp_path / "r")
-    for stage, of in (("local@1", "begin"), ("local@2", "fuse@1")):
-        server = saved_weights(out, "server", of)
+def test_feddf_clients_start_from_the_servers_weights(tmp_path):
+    out = run_recipe(
+        short_recipe("digits/feddf", "stages.round.stages.local.epochs=0", "stages.round.rounds=2"), tmp_path / "r"
+    )
+    for stage, server_stage in (("local@1", "begin"), ("local@2", "fuse@1")):
+        server = saved_weights(out, "server", server_stage)
         for client in FEDDF:
-            own = saved_weights(out, client, stage)
-            assert all(torch.equal(own[name], server[name]) for name in server)
+            weights = saved_weights(out, client, stage)
+            assert all(torch.equal(weights[name], server[name]) for name in server)
 
 
-def test_a_stopped_feddf_goes_on_between_clients_and_server(tmp_path):
+def test_interrupted_feddf_resumes_between_clients_and_server(tmp_path):
     assert resume_differences(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path, 3) == []
 
 
 @pytest.mark.slow
-def test_feddf_server_beats_its_clients_and_the_mere_mean(tmp_path):
-    """Seen (seed 1): server 92.1; the best client before the last fusion 85.8."""
+def test_feddf_server_exceeds_its_clients(tmp_path):
+    """Measured (seed 1): server 92.1; the best client before the last fusion 85.8."""
     out = run_recipe(load_recipe("digits/feddf"), tmp_path / "run")
     assert top1_scores(out, "server")[-1] > 86
     assert top1_scores(out, "server")[-1] > max(top1_scores(out, f"client{n}")[-1] for n in (1, 2, 3))

@@ -1,5 +1,7 @@
 """Hints and attention maps."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ def maps():
     return torch.randn(3, 4, 6, 6, requires_grad=True), torch.randn(3, 5, 6, 6)
 
 
-def test_a_hint_is_the_mean_over_elements_whatever_the_rank():
+def test_hint_is_the_mean_over_elements_for_any_rank():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 4, 5, 6)
     loss = hint_loss(student, teacher)
@@ -24,7 +26,7 @@ def test_a_hint_is_the_mean_over_elements_whatever_the_rank():
     assert_close(hint_loss(2 * student, 2 * teacher), 4 * loss)
 
 
-def test_attention_maps_have_length_one_and_do_not_see_scale_or_channels(maps):
+def test_attention_maps_have_length_one_and_are_invariant_to_scale_and_channel_order(maps):
     student, teacher = maps
     assert_close(attention_map(student).norm(dim=1), torch.ones(3))
     loss = at_loss(student, teacher)
@@ -33,33 +35,33 @@ def test_attention_maps_have_length_one_and_do_not_see_scale_or_channels(maps):
     assert_close(at_loss(-student[:, [3, 1, 0, 2]], teacher), loss)
 
 
-def test_attention_sees_the_place(maps):
+def test_attention_depends_on_the_position(maps):
     student, _ = maps
     assert (at_loss(student.flip(3), student) > 0.001).all()
 
 
 @pytest.mark.parametrize("p", [1.0, 3.0])
-def test_an_odd_power_sees_no_sign(maps, p):
+def test_attention_with_odd_exponent_is_invariant_to_the_sign(maps, p):
     student, teacher = maps
     assert_close(at_loss(-student, teacher, p), at_loss(student, teacher, p))
 
 
-def test_the_larger_map_is_average_pooled_whichever_side_it_is_on(maps):
+def test_larger_map_is_average_pooled_on_either_side(maps):
     student, _ = maps
     small = torch.randn(3, 7, 3, 2)
     pooled = F.avg_pool2d(student, (2, 3))
     assert_close(at_loss(student, small), at_loss(pooled, small))
     assert_close(at_loss(small, student), at_loss(small, pooled))
-    tall, wide = torch.randn(3, 2, 6, 3), torch.randn(3, 2, 3, 6)  # each side is the larger one in one direction
+    tall, wide = torch.randn(3, 2, 6, 3), torch.randn(3, 2, 3, 6)  # each is the larger one in one direction
     assert_close(at_loss(tall, wide), at_loss(F.avg_pool2d(tall, (2, 1)), F.avg_pool2d(wide, (1, 2))))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.5])
-def test_a_dead_feature_gives_finite_numbers(maps, p):
+def test_zero_feature_gives_finite_loss_and_gradient(maps, p):
     student, teacher = maps
-    dead = (student * torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1)).detach().requires_grad_()
-    loss = at_loss(dead, teacher, p)
+    zero_row = (student * torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1, 1)).detach().requires_grad_()
+    loss = at_loss(zero_row, teacher, p)
     loss.sum().backward()
     assert loss.isfinite().all()
-    assert dead.grad.isfinite().all()
-    assert dead.grad.abs().max() < 1
+    assert zero_row.grad.isfinite().all()
+    assert zero_row.grad.abs().max() < 1

@@ -1,0 +1,1 @@
+"""Test cases of the terms in `kdbench.terms.features`."""
