@@ -140,7 +140,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def synchronise(device: str | torch.device) -> None:
+def synchronize(device: str | torch.device) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -152,7 +152,7 @@ def time_calls(
 
     Args:
         work: the function to time.
-        device: device to synchronise.
+        device: device to synchronize.
         samples: number of measurements.
         min_seconds: duration of one measurement; it is the mean over as many calls as this duration needs.
 
@@ -161,22 +161,22 @@ def time_calls(
     """
     calls = 1
     while True:
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        synchronise(device)
+        synchronize(device)
         duration = time.perf_counter() - start
         if duration >= min_seconds or calls >= 10_000:
             break
         calls = max(calls + 1, min(10_000, round(1.2 * calls * min_seconds / max(duration, 1e-9))))
     durations = []
     for _ in range(samples):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        synchronise(device)
+        synchronize(device)
         durations.append((time.perf_counter() - start) / calls)
     return durations
 

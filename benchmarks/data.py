@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, quartiles, result_header, synchronise, write_result
+from common import argument_parser, quartiles, result_header, synchronize, write_result
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -127,11 +127,11 @@ def compare(contenders: dict[str, Batches], rounds: int, batches: int, args: arg
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, iterator in contenders.items():
-            synchronise(args.device)
+            synchronize(args.device)
             start = time.perf_counter()
             for _ in range(batches):
                 next(iterator)
-            synchronise(args.device)
+            synchronize(args.device)
             if number:
                 speeds[name].append(batches * args.batch / (time.perf_counter() - start))
     for iterator in contenders.values():

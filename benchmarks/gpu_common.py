@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import quartiles, synchronise
+from common import quartiles, synchronize
 
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
@@ -120,7 +120,7 @@ class StepTimer(ConsoleReporter):
 
     def progress(self, steps_done: int, phase: str = "") -> None:
         if not phase and steps_done % self.every == 0:
-            synchronise(self.device)
+            synchronize(self.device)
             self.times.append(time.perf_counter())
 
     def notice(self, text: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import quartiles, synchronise
+from common import quartiles, synchronize
 from gpu_common import (
     CONCURRENT_PAIR,
     EPOCHS,
@@ -65,10 +65,10 @@ def _microseconds_per_kernel(
 ) -> dict[str, float]:
     times = []
     for _ in range(rounds + 3):
-        synchronise(context.device)
+        synchronize(context.device)
         start = time.perf_counter()
         work()
-        synchronise(context.device)
+        synchronize(context.device)
         times.append(1e6 * (time.perf_counter() - start) / count)
     return quartiles(times[3:], 3)  # the first three rounds warm up
 
@@ -99,11 +99,11 @@ def _forward_speed(
     autocast = torch.autocast(device_type, dtype, enabled=precision in AUTOCAST)
     with precision_settings(precision), torch.no_grad(), autocast:
         for _ in range(rounds + 3):
-            synchronise(context.device)
+            synchronize(context.device)
             start = time.perf_counter()
             for _ in range(10):
                 model(images)
-            synchronise(context.device)
+            synchronize(context.device)
             speeds.append(10 * len(images) / (time.perf_counter() - start))
     return quartiles(speeds[3:], 1)  # the first three rounds warm up
 
@@ -187,7 +187,7 @@ def epochs(context: PartContext) -> dict[str, Any]:
     class EpochTimer(ConsoleReporter):
         def progress(self, steps_done: int, phase: str = "") -> None:
             if not phase and steps_done % steps_per_epoch == 1:  # then evaluation and checkpoint are complete
-                synchronise(context.device)
+                synchronize(context.device)
                 start_times[steps_done // steps_per_epoch] = time.perf_counter()
 
     run(recipe, console=EpochTimer(quiet=True))

@@ -1,6 +1,6 @@
 """Startup time: from the start of a process to the first training step of `digits/kd`.
 
-Pairs of new processes, in alternating order: a minimal one, which imports torch and builds an SGD optimiser, and one
+Pairs of new processes, in alternating order: a minimal one, which imports torch and builds an SGD optimizer, and one
 that runs `kdbench train digits/kd` up to the end of its first step (recipe, checks, plan, data, weights of the trained
 teacher and its measured accuracy, logs) and exits there. The teacher is trained once before. The result is the
 difference within each pair, in wall time and in processor time; the latter depends less on the load of the machine.

@@ -100,7 +100,8 @@ def bare_training(
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
     if tuned:
         teacher, _ = fold_batchnorm(teacher, torch.zeros(2, 3, 32, 32, device=device))
-        teacher, student = (m.to(memory_format=torch.channels_last) for m in (teacher, student))  # type: ignore[call-overload]
+        teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(student.parameters(), **OPTIMIZER)
     pixels, channel = torch.arange(32, device=device), torch.arange(3, device=device).view(1, 3, 1, 1)
 
@@ -266,7 +267,7 @@ def torchdistill_training(
 
 
 def torchdistill_config(batch: int, workers: int, *, pin_memory: bool) -> dict[str, Any]:
-    """Builds torchdistill's configuration of soft targets, equal to the loss and optimiser of the other contenders."""
+    """Builds torchdistill's configuration of soft targets, equal to the loss and optimizer of the other contenders."""
     logits = {"student_module_path": ".", "student_module_io": "output"}
     logits |= {"teacher_module_path": ".", "teacher_module_io": "output"}
     kd_loss = {

@@ -144,20 +144,34 @@ class ResumableLog:
     The file is opened at the first write and truncated to `offset` then. `offset` is 0 for a new run, which removes the
     lines of an attempt that never reached a checkpoint. Every write reaches the operating system before `write`
     returns.
+
+    Args:
+        path: of the log; created at the first write.
+        complete_length: returns the length of all complete records at the beginning of a content. A log that has lost
+            its end continues after the last complete record.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, complete_length: Callable[[bytes], int] = len) -> None:
         self.path = Path(path)
         self.offset = 0
+        self._complete_length = complete_length
         self._file: int | None = None
 
     def resume(self, offset: int) -> bool:
-        """Continues at `offset`; returns False when the file is shorter than that."""
+        """Continues at `offset`; returns False when the file is shorter than that.
+
+        Raises:
+            TrainingError: the file cannot be read.
+        """
         if self._file is not None:
             raise RuntimeError(f"{self.path.name} is already being written")
         size = self.path.stat().st_size if self.path.is_file() else 0
-        self.offset = min(offset, size)
-        return size >= offset
+        if size >= offset:
+            self.offset = offset
+            return True
+        with translate_disk_errors(self.path):
+            self.offset = self._complete_length(self.path.read_bytes()) if size else 0
+        return False
 
     def open(self) -> None:
         """Opens the file and truncates it to `offset`; later calls have no effect."""
@@ -213,7 +227,7 @@ class JsonLinesLog:
     """Appends records to a JSON Lines file; resumes as a `ResumableLog`."""
 
     def __init__(self, path: Path | str) -> None:
-        self.file = ResumableLog(path)
+        self.file = ResumableLog(path, complete_length=lambda content: content.rfind(b"\n") + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one line. NaN and infinities become the strings "nan", "inf", "-inf"."""

@@ -1,4 +1,4 @@
-"""Every draw is a function of (seed, stream, epoch or step, sample), never of what ran before."""
+"""Random streams: every random number is a function of (seed, stream, key), independent of earlier calls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ if TYPE_CHECKING:
 
 
 Stream = Literal["init", "order", "augment", "model", "term", "split"]
+"""Names of the streams. They seed the random numbers: a changed name changes every result."""
 
 
 def derive(seed: int, stream: Stream, *key: int | str) -> int:
-    """Returns a 63-bit seed for one draw. Different keys give independent streams."""
+    """Returns a 63-bit seed for one key of a stream. Different keys give independent random numbers.
+
+    Args:
+        seed: of the recipe.
+        key: names and numbers, such as stage, epoch or step, and sample.
+    """
     text = "\x1f".join(str(part) for part in (seed, stream, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, stream: Stream, *key: int | str) -> torch.Generator:
-    """Returns a CPU generator at the start of one stream; CPU draws are the same on every machine."""
+    """Returns a seeded CPU generator; its random numbers are the same on every machine."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, stream, *key))
@@ -29,7 +35,7 @@ def generator(seed: int, stream: Stream, *key: int | str) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, stream: Stream, *key: int | str) -> Generator[None, None, None]:
-    """Runs a block under torch's global CPU generator seeded for one stream, and puts the old state back."""
+    """Seeds torch's global CPU generator while the block runs, and restores its state afterwards."""
     import torch
 
     state = torch.get_rng_state()

@@ -349,8 +349,8 @@ def _literal_or_source(node: ast.expr) -> Any:
 def type_mismatch(annotation: str, value: Any) -> str | None:
     """Returns a description of the type that an annotation expects, or None when the value has that type.
 
-    Supports int, float, str, bool, None, list[...], tuple[...], dict[...], Literal[...], unions, and Number (a number or a
-    schedule). Any other annotation accepts every value.
+    Supports int, float, str, bool, None, list[...], tuple[...], dict[...], Literal[...], unions, and Number (a number
+    or a schedule). Any other annotation accepts every value.
     """
     if not annotation:
         return None

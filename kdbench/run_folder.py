@@ -267,8 +267,8 @@ class RunFolder:
                 stack.enter_context(file_lock(path, on_busy=on_busy, content=holder.encode()))
             except OSError as error:
                 raise UserError(
-                    f"the file system of {self.path} does not support locks ({error.strerror}). Choose another "
-                    "folder with out=DIR or runs=DIR."
+                    f"{self.path} cannot be locked ({error.strerror}); its file system may not support locks. Choose "
+                    "another folder with out=DIR or runs=DIR."
                 ) from None
             yield
 
@@ -295,7 +295,13 @@ class RunFolder:
     def _reject_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder. Choose another with out=DIR.")
-        if self.path.is_dir() and not self.is_run and any(self.path.iterdir()):
+        try:
+            is_foreign = self.path.is_dir() and not self.is_run and any(self.path.iterdir())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read ({error.strerror}). Choose another folder with out=DIR."
+            ) from None
+        if is_foreign:
             raise UserError(
                 f"{self.path} is not empty and is not a run folder of kdbench, so nothing is written there. Choose "
                 "another folder with out=DIR."

@@ -52,7 +52,7 @@ DIALECT = {
 }
 """Phrases that are not the field's words, each with what to write instead."""
 
-DIALECT_PHRASE = re.compile(r"\b(?:" + "|".join(DIALECT) + r")\b")
+DIALECT_PHRASE = re.compile(r"\b(?:" + "|".join(DIALECT) + r")\b", re.IGNORECASE)
 IGNORED_COMMENT = re.compile(r"#\s*(?:noqa|type:|!)")
 
 NAMES = "variables named by a participle or pronoun"
@@ -233,7 +233,7 @@ def dialect(text: str) -> list[str]:
 
 def replacement(phrase: str) -> str:
     """Returns what to write instead of a phrase."""
-    return next(text for pattern, text in DIALECT.items() if re.match(pattern, phrase))
+    return next(text for pattern, text in DIALECT.items() if re.match(pattern, phrase, re.IGNORECASE))
 
 
 def check_lengths(tree: ast.AST, comments: dict[int, str], path: Path, report: Report) -> None:

@@ -118,6 +118,7 @@ def main() -> int:
         return 0
     files = (path.relative_to(ROOT / "recipes").with_suffix("") for path in (ROOT / "recipes").glob("*/*.yaml"))
     names = arguments.recipes or sorted(path.as_posix() for path in files)
+    before: dict[str, Any] = {}
     if arguments.compare is not None:
         before = json.loads(arguments.compare.read_text())
         names = [name for name in arguments.recipes or before]

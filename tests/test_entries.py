@@ -51,9 +51,9 @@ CONTENT = {
 def test_declared_entries_are_read_and_written():
     outer = read_entries(Outer, CONTENT)
     assert outer.inner == Inner("x") and outer.later == [] and outer.ratio == 2
-    written = write_entries(outer)
-    assert written == {**{k: v for k, v in CONTENT.items() if k != "undeclared"}, "inner": {"name": "x"}, "later": []}
-    assert read_entries(Outer, written) == outer
+    entries = write_entries(outer)
+    assert entries == {**{k: v for k, v in CONTENT.items() if k != "undeclared"}, "inner": {"name": "x"}, "later": []}
+    assert read_entries(Outer, entries) == outer
 
 
 @pytest.mark.parametrize("entry", [name for name in CONTENT if name != "undeclared"])
@@ -91,5 +91,5 @@ def test_a_wrong_type_is_reported(entry, value, problem):
 
 @pytest.mark.parametrize("content", [None, [], "text", 3])
 def test_content_that_is_not_a_mapping_is_reported(content):
-    with pytest.raises(EntryError, match="the content is .*; expected a mapping"):
+    with pytest.raises(EntryError, match=r"the content is .*; expected a mapping"):
         read_entries(Outer, content)

@@ -147,6 +147,15 @@ def test_a_log_that_is_never_written_is_unchanged(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"kept\n"
 
 
+def test_a_log_that_lost_its_end_continues_after_the_last_complete_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n{"a"')
+    log = JsonLinesLog(tmp_path / "a.jsonl")
+    assert not log.file.resume(1000)
+    log.write({"a": 3})
+    log.file.close()
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
 def test_a_log_shorter_than_its_checkpoint_is_reported(tmp_path):
     (tmp_path / "log").write_bytes(b"one\n")
     log = ResumableLog(tmp_path / "log")

@@ -1,4 +1,4 @@
-"""On a GPU: nothing in a step waits for it, and captured, compiled and narrower steps are the step."""
+"""GPU tests: a step never waits for the device, and CUDA-graph, compiled and low-precision steps equal eager ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.recipes import (  # noqa: F401
     train_recipe_text,
 )
 from kdbench.engine.device import precision_settings
-from kdbench.speed.cuda_graph import CudaGraphStep, CudaRecorder
+from kdbench.speed.cuda_graph import CudaGraphGradients, CudaGraphStep, CudaRecorder, graph_strategy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,12 +72,12 @@ optimizer: {type: Adam, lr: 0.01}
 epochs: 4
 batch_size: 16
 """
-ALL = {"plain": PLAIN, "dropout": DROPOUT, "everything": EVERYTHING, "game": GAME}
+RECIPES = {"plain": PLAIN, "dropout": DROPOUT, "everything": EVERYTHING, "game": GAME}
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """Every synchronisation of host and device raises."""
+def synchronisation_raises() -> Iterator[None]:
+    """Makes every synchronisation of host and device raise."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -85,103 +85,111 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def on_gpu(text: str, *overrides: str) -> StageHarness:
+def build_on_gpu(text: str, *overrides: str) -> StageHarness:
     return build_stage(recipe_from_text(text, *overrides), device=CUDA)
 
 
-def steps(run: StageHarness, count: int) -> StageHarness:
-    for window in itertools.islice(run.windows(), count):
-        run.runner.begin_step()
-        run.runner.step(window)
-    return run
+def use_graphs(stage: StageHarness) -> CudaGraphStep:
+    """Lets a stage record its steps as CUDA graphs; returns the step strategy."""
+    strategy = graph_strategy(stage.runner, CudaRecorder(CUDA))
+    assert isinstance(strategy, CudaGraphStep), "the whole step can be recorded"
+    stage.runner.use(strategy)
+    return strategy
+
+
+def replays_whole_steps(strategy: CudaGraphStep) -> bool:
+    """Returns True if whole steps are recorded and the strategy has not been replaced by a fallback."""
+    return strategy.replacement is None and bool(strategy.recordings.recordings)
+
+
+def assert_steps_do_not_synchronise(stage: StageHarness, count: int) -> None:
+    # The batches are loaded first: only the steps must not synchronize.
+    windows = list(itertools.islice(stage.windows(), count))
+    torch.cuda.synchronize()
+    with synchronisation_raises():
+        for window in windows:
+            stage.runner.begin_step()
+            stage.runner.step(window)
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES)
 def test_a_step_does_not_wait_for_the_device(text, precision):
     with precision_settings(precision):
-        run = steps(on_gpu(text, f"precision={precision}"), 2)
-        windows = list(itertools.islice(run.windows(), 4))
-        torch.cuda.synchronize()
-        with no_waiting():
-            for window in windows:
-                run.runner.begin_step()
-                run.runner.step(window)
-    assert not run.runner.read_log()[0].not_finite
+        stage = build_on_gpu(text, f"precision={precision}").step(2)
+        assert_steps_do_not_synchronise(stage, 4)
+    assert not stage.runner.read_log()[0].not_finite
 
 
-def test_a_step_that_waits_would_be_noticed():
-    """Negative control."""
-    run = on_gpu("student: t_layers\nterms: {t: t_reads_item}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n")
-    window = next(run.windows())
-    run.runner.begin_step()
-    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
-        run.runner.step(window)
+def test_a_step_that_reads_a_value_on_the_host_raises():
+    """Negative control of `synchronisation_raises`."""
+    stage = build_on_gpu("student: t_layers\nterms: {t: t_reads_item}\noptimizer: {type: SGD, lr: 0.1}\nepochs: 1\n")
+    window = next(stage.windows())
+    stage.runner.begin_step()
+    with synchronisation_raises(), pytest.raises(RuntimeError, match="synchroniz"):
+        stage.runner.step(window)
 
 
-@pytest.mark.parametrize("how", ["capture", "true", "max"])
-@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
-def test_a_captured_run_is_the_run(text, how):
-    """Compiled kernels round differently, and dropout that is compiled draws other numbers."""
-    if how != "capture" and text is DROPOUT:
-        pytest.skip("compiled dropout draws other numbers")
+@pytest.mark.parametrize("mode", ["cuda_graph", "true", "max"])
+@pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES)
+def test_a_recorded_run_has_the_weights_of_an_eager_run(text, mode):
+    """Compiled kernels round differently, and compiled dropout draws other random numbers."""
+    if mode != "cuda_graph" and text is DROPOUT:
+        pytest.skip("compiled dropout draws other random numbers")
     torch.backends.cudnn.deterministic = True
-    plain = on_gpu(text)
-    total = plain.runner.progress.total_steps
-    steps(plain, total)
-    run, said = on_gpu(text, f"compile={how}"), []
-    run.runner.say = said.append
-    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
-    steps(run, total)
-    assert captured.whole and captured.recorded and not said
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if how == "capture" else {"rtol": 1e-2, "atol": 1e-3}
-    for name, value in plain.weights().items():
-        assert_close(run.weights()[name], value, **tolerance, msg=lambda told, name=name: f"{name}: {told}")
+    eager = build_on_gpu(text)
+    total = eager.runner.progress.total_steps
+    eager.step(total)
+    recorded = build_on_gpu(text, f"compile={mode}")
+    strategy = use_graphs(recorded)
+    recorded.step(total)
+    assert replays_whole_steps(strategy) and not recorded.notices
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if mode == "cuda_graph" else {"rtol": 1e-2, "atol": 1e-3}
+    weights = recorded.weights()
+    for name, value in eager.weights().items():
+        assert_close(weights[name], value, **tolerance, msg=lambda message, name=name: f"{name}: {message}")
 
 
-def test_a_captured_fp16_run_keeps_its_scale_on_the_device():
-    run = on_gpu(PLAIN, "compile=cuda_graph", "precision=fp16")
-    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
-    steps(run, run.runner.progress.total_steps)
-    assert captured.whole and captured.recorded
-    assert not run.runner.read_log()[0].not_finite
+def test_a_recorded_fp16_run_keeps_its_loss_scale_on_the_device():
+    stage = build_on_gpu(PLAIN, "compile=cuda_graph", "precision=fp16")
+    strategy = use_graphs(stage)
+    stage.step(stage.runner.progress.total_steps)
+    assert replays_whole_steps(strategy)
+    assert not stage.runner.read_log()[0].not_finite
 
 
 def test_a_replay_does_not_wait_for_the_device():
-    run = on_gpu(PLAIN, "compile=cuda_graph")
-    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
-    steps(run, 15)
-    assert captured.recorded
-    windows = list(itertools.islice(run.windows(), 2))
-    torch.cuda.synchronize()
-    with no_waiting():
-        for window in windows:
-            run.runner.begin_step()
-            run.runner.step(window)
+    stage = build_on_gpu(PLAIN, "compile=cuda_graph")
+    strategy = use_graphs(stage)
+    stage.step(15)
+    assert replays_whole_steps(strategy)
+    assert_steps_do_not_synchronise(stage, 2)
 
 
-def test_a_step_that_cannot_be_captured_goes_on_and_still_draws():
-    """A capture that breaks off leaves the allocator's pool and the generator open; both have to be put right."""
+def test_a_failed_recording_falls_back_to_eager_steps_and_restores_the_generator():
+    """A failed capture leaves the allocator's pool and the generator in capture mode; both must be restored."""
     text = DROPOUT.replace("terms:\n", "terms:\n  t: t_reads_item\n")
-    run, said = on_gpu(text, "compile=cuda_graph"), []
-    run.runner.say = said.append
-    captured = CudaGraphStep(run.runner, CudaRecorder(CUDA))
-    steps(run, 12)
-    assert not captured.whole and not captured.recorded and len(said) == 2
-    assert "capturing" in said[0] and "already recording" not in said[1]
-    torch.nn.functional.dropout(torch.ones(8, device=CUDA), 0.5)
-    fine = steps(on_gpu(DROPOUT, "compile=cuda_graph"), 4)
-    after = CudaGraphStep(fine.runner, CudaRecorder(CUDA))
-    steps(fine, 8)
-    assert after.whole and after.recorded
+    stage = build_on_gpu(text, "compile=cuda_graph")
+    strategy = use_graphs(stage)
+    stage.step(12)
+    gradients = strategy.replacement
+    assert isinstance(gradients, CudaGraphGradients) and not gradients.recordable
+    assert not strategy.recordings.recordings and not gradients.recordings.recordings
+    assert len(stage.notices) == 2
+    assert "capturing" in stage.notices[0] and "already recording" not in stage.notices[1]
+    torch.nn.functional.dropout(torch.ones(8, device=CUDA), 0.5)  # raises if the generator is still in capture mode
+    recordable = build_on_gpu(DROPOUT, "compile=cuda_graph").step(4)
+    recordable_strategy = use_graphs(recordable)
+    recordable.step(8)
+    assert replays_whole_steps(recordable_strategy)
 
 
-@pytest.mark.parametrize("how", ["false", "capture"])
-def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(how):
+@pytest.mark.parametrize("mode", ["false", "cuda_graph"])
+def test_a_resumed_run_has_the_results_of_an_uninterrupted_run(mode):
     torch.backends.cudnn.deterministic = True
-    words = ["device=cuda", f"compile={how}", "checkpoint_every={steps: 4}", "tensorboard=false"]
-    train_recipe_text(PLAIN, *words, "out=whole")
+    overrides = ["device=cuda", f"compile={mode}", "checkpoint_every={steps: 4}", "tensorboard=false"]
+    train_recipe_text(PLAIN, *overrides, "out=uninterrupted")
     with kill_at_step("main", 7):
-        train_recipe_text(PLAIN, *words, "out=run")
-    train_recipe_text(PLAIN, *words, "out=run")
-    assert differing_keys(comparable_results("whole"), comparable_results("run")) == []
+        train_recipe_text(PLAIN, *overrides, "out=resumed")
+    train_recipe_text(PLAIN, *overrides, "out=resumed")
+    assert differing_keys(comparable_results("uninterrupted"), comparable_results("resumed")) == []

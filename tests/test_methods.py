@@ -232,7 +232,7 @@ def test_list_prints_one_status_alone(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["terms", "--markdown"], "need the kind `methods`"),
+        (["terms", "--markdown"], "needs the kind `methods`"),
         (["methods", "--status", "run"], "no status 'run'. Did you mean 'runs'?"),
         (["methods", "--markdown", "--status", "runs"], "omit --status"),
     ],

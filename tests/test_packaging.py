@@ -18,9 +18,11 @@ def minimum_versions(text: str) -> dict[str, str]:
     return dict(re.findall(r'^\s*"([a-z-]+)>=([\d.]+)', text, re.MULTILINE))
 
 
-def test_newest_entry_of_the_changelog_is_the_version():
-    entries = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert entries[0] == kdbench.__version__
+def test_newest_release_in_the_changelog_is_the_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^## \[(\S+)\]", text, re.MULTILINE)
+    releases = [entry for entry in entries if entry != "Unreleased"]
+    assert releases[0] == kdbench.__version__ and "Unreleased" not in entries[1:]
 
 
 def test_licence_is_apache_2():

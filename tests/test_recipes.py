@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from helpers.cases import CASES
 from helpers.recipes import (  # noqa: F401
     SYNTHETIC_DATA,
     StageHarness,
@@ -79,14 +80,14 @@ def test_step_updates_its_roles_compiles_without_break_and_reads_nothing_on_the_
         assert not means.not_finite
         for role in updated:
             assert not equal_weights(before[role], run.weights(role)), f"{role} has no update"
-        run.runner.eager.forward = run.network
+        run.runner.eager.compute_losses = run.network
         step_on_fake_tensors(run)
 
 
 def compile_fullgraph(run: StageHarness) -> None:
     """Compiles forward and terms of the following steps; a graph break raises."""
     torch._dynamo.reset()
-    run.runner.eager.forward = torch.compile(run.network, backend="eager", fullgraph=True, dynamic=False)
+    run.runner.eager.compute_losses = torch.compile(run.network, backend="eager", fullgraph=True, dynamic=False)
 
 
 OVERRIDES = {"digits/ferkd": ["stages.label.artifacts.crops.low=0"]}
@@ -154,30 +155,12 @@ def test_control_step_that_reads_on_the_host_raises():
         step_on_fake_tensors(run)
 
 
-READS_ARTIFACTS = {"bkd", "nd", "scar"}
+READS_ARTIFACTS = {name for name, case in CASES.items() if case.recipe_operands is None}
 """Terms that read artifacts; tests of their recipes cover them."""
 TERMS_OF_KDBENCH = sorted(
     name for name, entry in TERMS.entries.items() if entry.module.startswith("kdbench.") and name not in READS_ARTIFACTS
 )
-OPERANDS = {
-    "activation": "student: conv2",
-    "bn_statistics": "student: conv2, teacher: teacher:norm2/stats",
-    "fsp": "student: conv2, teacher: conv2, student_from: conv1, teacher_from: teacher:conv1",
-    "icarl": "old: [0, 1]",
-    "information_entropy": "student: logits",
-    "binary": "student: one:logits",
-    "joint_cross_entropy": "student: pairs:logits, kind: train.label",
-    "token_relation": "student: tokens, teacher: tokens",
-    "attention_relation": "student: tokens, teacher: tokens, heads: 2",
-    "image_norm": "student: conv2",
-    "total_variation": "student: conv2",
-    "ft": "student: conv2, teacher: conv2",
-    "reconstruction": "student: conv2, teacher: conv2",
-    "weight_distance": "student: 'student:fc/weights', teacher: 'teacher:fc/weights'",
-    "ewc": "student: 'student:fc/weights', teacher: 'teacher:fc/weights', fisher: 'teacher:fc/weights'",
-    "load_balance": "student: 'term:routed.route'",
-    "reinforce": "student: 'term:routed.gate', action: 'term:routed.route', reward: 'term:routed.loss'",
-}
+OPERANDS = {name: case.recipe_operands for name, case in CASES.items() if case.recipe_operands}
 """Operands of the terms whose operands are not two feature maps or two logit vectors."""
 ROUTED = "routed: {type: kd, teacher: [teacher, second], route: {type: policy, read: 'student:logits'}}, "
 

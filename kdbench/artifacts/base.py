@@ -157,7 +157,7 @@ class ArtifactBuilder:
     def check(self, context: ArtifactContext) -> None:
         """Raises ValueError if the artifact cannot be computed from these inputs. The dry run calls it."""
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         """Returns the shape of a tensor artifact; a size that is not known yet counts as 1."""
         raise NotImplementedError
 

@@ -54,6 +54,9 @@ class PseudoLabels(ArtifactBuilder):
         per_class: number of pseudo-labelled samples of every class, in descending order of confidence. A class with
             fewer samples repeats them in the same order; a class without samples stays empty. This is the balancing of
             Noisy Student (Xie et al., CVPR 2020, arXiv:1911.04252). Null keeps each sample once.
+
+    Example (recipe):
+        artifacts: {pseudo: {type: pseudo_labels, teacher: teacher, threshold: 0.9}}
     """
 
     def __init__(
@@ -142,6 +145,9 @@ class SoftLabels(ArtifactBuilder):
         high: confidence from which the teacher's soft label is stored; at least `low`.
         smoothing: label smoothing of hard crops, in [0, 1].
         temperature: temperature of the stored softmax, above 0.
+
+    Example (recipe):
+        artifacts: {crops: {type: soft_labels, teacher: teacher, crops: 8, low: 0.3, high: 0.6}}
     """
 
     def __init__(
@@ -227,6 +233,9 @@ class GeneratedImages(ArtifactBuilder):
     Args:
         threshold: minimum confidence max p, in [0, 1].
         balanced: keep the same number of images of every class that occurs, in descending order of confidence.
+
+    Example (recipe):
+        artifacts: {images: {type: generate, source: noise, image: "generator:image", teacher: teacher}}
     """
 
     def __init__(self, threshold: float = 0.0, balanced: bool = False) -> None:

@@ -19,7 +19,7 @@ SimilarityScore = Literal["diswot", "semantic", "relation"]
 
 @ARTIFACTS.register("search", produces="model", operands=("teacher",), candidates="candidates")
 class StudentSearch(ArtifactBuilder):
-    r"""The candidate whose untrained network is most similar to the teacher on one batch (DisWOT).
+    r"""Training-free search for the student architecture that is most similar to the teacher on one batch (DisWOT).
 
     Dong, Li and Wei, DisWOT: Student Architecture Search for Distillation WithOut Training, CVPR 2023,
     arXiv:2303.15678; formulas of the authors' code (README.md, exps/parse_nb201_distill.py and distiller_zoo of
@@ -54,6 +54,14 @@ class StudentSearch(ArtifactBuilder):
         evaluations: maximum number of scored candidates; null scores all.
         population: population size of the evolution.
         draws: number of initialisations over which a score is averaged.
+
+    Example (recipe):
+        artifacts:
+          student:
+            type: search
+            teacher: "teacher:layer3"
+            feature: layer3
+            candidates: {narrow: {type: digits_resnet, width: 8}, wide: {type: digits_resnet, width: 16}}
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from kdbench.artifacts.base import Selector, top_rows
 from kdbench.registry import SELECTORS
 
-CENTRE_BLOCK = 1024
-"""Number of centres per block of distances; bounds the memory of `k_center`."""
+CENTER_BLOCK = 1024
+"""Number of centers per block of distances; bounds the memory of `k_center`."""
 
 
 @SELECTORS.register("random")
@@ -21,9 +21,14 @@ class RandomSelector(Selector):
 
     In a training step the rows depend on the random state of the step; over a source they are a function of the
     recipe's seed, the stage and the artifact.
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: random, budget: 100}}
     """
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, index: Tensor, seed: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, index: Tensor, seed: int | None = None
+    ) -> Tensor:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return top_rows(torch.rand(index.shape, generator=generator).to(index.device), count, excluded)
 
@@ -34,9 +39,14 @@ class EntropySelector(Selector):
 
     Operands:
         student: logits (rows, classes).
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: {type: entropy, student: student}, budget: 100}}
     """
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor
+    ) -> Tensor:
         return top_rows(torch.special.entr(student.float().softmax(-1)).sum(-1), count, excluded)
 
 
@@ -46,9 +56,14 @@ class MarginSelector(Selector):
 
     Operands:
         student: logits (rows, classes).
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: {type: margin, student: student}, budget: 100}}
     """
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor
+    ) -> Tensor:
         largest = student.float().softmax(-1).topk(2, -1).values
         return top_rows(largest[:, 1] - largest[:, 0], count, excluded)
 
@@ -62,13 +77,18 @@ class ConfidenceSelector(Selector):
 
     Args:
         least: select the rows with the lowest maximum probability instead.
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: {type: confidence, student: student}, budget: 100}}
     """
 
     def __init__(self, least: bool = False) -> None:
         super().__init__()
         self.least = least
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor
+    ) -> Tensor:
         confidence = student.float().softmax(-1).amax(-1)
         return top_rows(-confidence if self.least else confidence, count, excluded)
 
@@ -90,9 +110,14 @@ class LowLossSelector(Selector):
 
     Operands:
         student: logits (rows, classes) of the peer that selects.
+
+    Example (recipe):
+        updates: [{models: [student], terms: [ce], select: {type: low_loss, keep: 0.8, student: student}}]
     """
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor, label: Tensor
+    ) -> Tensor:
         return top_rows(_unlabelled_last(-_cross_entropy(student, label), label), count, excluded)
 
 
@@ -107,6 +132,12 @@ class LearnabilitySelector(Selector):
     Operands:
         student: logits (rows, classes).
         reference: logits (rows, classes).
+
+    Example (recipe):
+        updates:
+          - models: [student]
+            terms: [ce]
+            select: {type: learnability, keep: 0.25, student: student, reference: teacher}
     """
 
     def forward(  # type: ignore[override]
@@ -118,58 +149,63 @@ class LearnabilitySelector(Selector):
 
 @SELECTORS.register("k_center", operands=("student",))
 class KCenterSelector(Selector):
-    r"""Greedy k-center: repeatedly the row with the largest distance to its nearest centre.
+    r"""Greedy k-center: repeatedly the row with the largest distance to its nearest center.
 
     .. math:: x^* = \arg\max_x \min_{c \in C} d(x, c)
 
-    where the centres C are the excluded and the already selected rows. Sener and Savarese, Active Learning for
+    where the centers C are the excluded and the already selected rows. Sener and Savarese, Active Learning for
     Convolutional Neural Networks: A Core-Set Approach, ICLR 2018, arXiv:1708.00489. With `space: probabilities` it is
     PCoreSet (arXiv:2506.00910), which measures the Euclidean distance of softmaxes, as its released code does
     (strategies.py; its mean over two heads is a combined operand with `space: raw`).
 
-    Without excluded rows the first centre is the row farthest from the mean of all rows; the papers draw it at random.
+    Without excluded rows the first center is the row farthest from the mean of all rows; the papers draw it at random.
 
     Operands:
         student: points (rows, ...).
 
     Args:
         space: `raw` uses the operand, `probabilities` its softmax, `directions` the operand at unit length.
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: {type: k_center, space: probabilities, student: student}, budget: 100}}
     """
 
     def __init__(self, space: Literal["raw", "probabilities", "directions"] = "raw") -> None:
         super().__init__()
         self.space = space
 
-    def forward(self, count: int, excluded: Tensor | None = None, *, student: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, count: int, excluded: Tensor | None = None, *, student: Tensor
+    ) -> Tensor:
         points = student.flatten(1).float()
         if self.space == "probabilities":
             points = points.softmax(-1)
         elif self.space == "directions":
             points = F.normalize(points, dim=-1)
-        # Distance of each row to its nearest centre; to the mean of all rows while there is no centre.
+        # Distance of each row to its nearest center; to the mean of all rows while there is no center.
         distances = torch.linalg.vector_norm(points - points.mean(0), dim=-1)
         selected = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-        has_centre = torch.zeros((), dtype=torch.bool, device=points.device)
+        has_center = torch.zeros((), dtype=torch.bool, device=points.device)
         if excluded is not None:
-            selected, has_centre = excluded.clone(), excluded.any()
-            distances = torch.where(has_centre, _distances_to_centres(points, excluded), distances)
+            selected, has_center = excluded.clone(), excluded.any()
+            distances = torch.where(has_center, _distances_to_centers(points, excluded), distances)
         rows = []
         for _ in range(count):
-            # Everything stays on the device: `has_centre` is a tensor, so that no step waits for a value.
+            # Everything stays on the device: `has_center` is a tensor, so that no step waits for a value.
             row = torch.where(selected, -torch.inf, distances).argmax()
             rows.append(row)
             selected = selected.index_fill(0, row, True)
             to_row = torch.linalg.vector_norm(points - points.index_select(0, row.reshape(1)), dim=-1)
-            distances = torch.where(has_centre, distances.minimum(to_row), to_row)
-            has_centre = torch.ones_like(has_centre)
+            distances = torch.where(has_center, distances.minimum(to_row), to_row)
+            has_center = torch.ones_like(has_center)
         return torch.stack(rows).sort().values
 
 
-def _distances_to_centres(points: Tensor, is_centre: Tensor) -> Tensor:
-    """Computes the distance of each point (rows, values) to the nearest centre (rows,); infinite without a centre."""
+def _distances_to_centers(points: Tensor, is_center: Tensor) -> Tensor:
+    """Computes the distance of each point (rows, values) to the nearest center (rows,); infinite without a center."""
     nearest = torch.full_like(points[:, 0], torch.inf)
-    for block, centre_block in zip(points.split(CENTRE_BLOCK), is_centre.split(CENTRE_BLOCK), strict=True):
+    for block, center_block in zip(points.split(CENTER_BLOCK), is_center.split(CENTER_BLOCK), strict=True):
         # The matrix-multiplication form of cdist would lose precision between close points.
         block_distances = torch.cdist(points, block, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = nearest.minimum(torch.where(centre_block, block_distances, torch.inf).amin(-1))
+        nearest = nearest.minimum(torch.where(center_block, block_distances, torch.inf).amin(-1))
     return nearest

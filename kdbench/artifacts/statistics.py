@@ -73,13 +73,16 @@ class FeatureMeans(_ClassFeatureStatistic):
 
     Args:
         power: exponent, above 0; the same as in the term.
+
+    Example (recipe):
+        artifacts: {means: {type: feature_means, features: "teacher:pool"}}
     """
 
     def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
         classes, summary = self.features_by_class(outputs)
         return {"value": torch.stack([features.mean(0) for features in classes]).float(), "summary": summary}
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         return (len(context.classes), *context.shapes["features"])
 
 
@@ -102,6 +105,9 @@ class FeaturePrecision(_ClassFeatureStatistic):
     Args:
         power: exponent, above 0; the same as in the term.
         shrink: shrinkage factor, at least 0.
+
+    Example (recipe):
+        artifacts: {precision: {type: feature_precision, features: "teacher:pool"}}
     """
 
     min_samples = 2
@@ -131,7 +137,7 @@ class FeaturePrecision(_ClassFeatureStatistic):
         mean = off_diagonal.sum() / (off_diagonal != 0).sum().clamp(min=1)
         return covariance + self.shrink * (covariance.diagonal().mean() * eye + mean * (1 - eye))
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         elements = context.shapes["features"][0]
         return (len(context.classes), elements, elements)
 
@@ -149,6 +155,9 @@ class NearestMeanBuilder(ArtifactBuilder):
 
     Args:
         candidates: {nearest: nearest_mean}, the model that receives the means.
+
+    Example (recipe):
+        artifacts: {nearest: {type: nearest_mean, features: "student:pool", candidates: {nearest: nearest_mean}}}
     """
 
     def __init__(self, candidates: dict) -> None:  # type: ignore[type-arg]
@@ -184,7 +193,7 @@ class FisherInformation(ArtifactBuilder):
     .. math:: F_i = \frac{1}{N} \sum_n \left( \frac{\partial \log p(y_n \mid x_n)}{\partial w_i} \right)^2
 
     with one gradient per sample, the network in eval mode, and the parameters in the order of ROLE:/weights. In a loop
-    the value of the previous round is added: one penalty per task, all centred at the newest weights, as in online EWC
+    the value of the previous round is added: one penalty per task, all centered at the newest weights, as in online EWC
     (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370, with factor 1).
 
     Kirkpatrick, Pascanu, Rabinowitz et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017,
@@ -197,6 +206,9 @@ class FisherInformation(ArtifactBuilder):
         keep: class numbers of the softmax; null uses all classes.
         labels: `drawn` samples y from the network's prediction, which gives the Fisher information. `own` uses the
             labels of the samples (the empirical Fisher of most released code); samples without a label are skipped.
+
+    Example (recipe):
+        artifacts: {fisher: {type: fisher, weights: "student:/weights"}}
     """
 
     def __init__(self, keep: list[int] | None = None, labels: Literal["own", "drawn"] = "drawn") -> None:
@@ -261,7 +273,7 @@ class FisherInformation(ArtifactBuilder):
             logits = torch.where(in_keep, logits, MASKED_LOGIT)
         return F.log_softmax(logits, dim=1)
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         return context.shapes["weights"]
 
 
@@ -275,6 +287,9 @@ class ClassMeans(ArtifactBuilder):
 
     Operands:
         features: (samples, ...), such as a teacher's penultimate layer.
+
+    Example (recipe):
+        artifacts: {centers: {type: class_means, features: "teacher:pool"}}
     """
 
     def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
@@ -293,7 +308,7 @@ class ClassMeans(ArtifactBuilder):
         empty = [outputs.context.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         return {"value": means.float(), "summary": {"samples": int(counts.sum()), "classes without samples": empty}}
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         return (len(context.classes), *context.shapes["features"])
 
 
@@ -302,6 +317,9 @@ class ClassCounts(ArtifactBuilder):
     """Number of samples of each class, [classes], for the class weights of long-tailed losses.
 
     Samples without a label are ignored.
+
+    Example (recipe):
+        artifacts: {counts: {type: class_counts}}
     """
 
     def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
@@ -309,7 +327,7 @@ class ClassCounts(ArtifactBuilder):
         counts = torch.bincount(label[label >= 0], minlength=len(outputs.context.classes))
         return {"value": counts.float(), "summary": {"samples": int(counts.sum()), "by class": counts.tolist()}}
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         return (len(context.classes),)
 
 
@@ -321,6 +339,9 @@ class StoredOutputs(ArtifactBuilder):
 
     Operands:
         value: (samples, ...), such as a teacher's logits; later stages then do not run the teacher.
+
+    Example (recipe):
+        artifacts: {logits: {type: outputs, value: "teacher:logits"}}
     """
 
     def __call__(self, outputs: SampleOutputs) -> dict[str, Any]:
@@ -329,5 +350,5 @@ class StoredOutputs(ArtifactBuilder):
         value[values["index"]] = values["value"]
         return {"value": value, "summary": {"samples": len(values["index"])}}
 
-    def shape(self, context: ArtifactContext) -> tuple[int, ...]:
+    def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
         return (context.population or 1, *context.shapes["value"])

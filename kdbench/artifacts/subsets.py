@@ -26,6 +26,9 @@ class BudgetedSubset(ArtifactBuilder):
         by: a part of `kdbench list selectors` with its operands, such as {type: entropy, student: student}.
         budget: maximum number of selected samples over all rounds.
         count: number of new samples in this round; null uses the whole remaining budget.
+
+    Example (recipe):
+        artifacts: {labels: {type: choose, by: {type: entropy, student: student}, budget: 100, count: 20}}
     """
 
     def __init__(self, by: dict, budget: int, count: int | None = None) -> None:  # type: ignore[type-arg]
@@ -95,6 +98,9 @@ class Reservoir(ArtifactBuilder):
 
     Args:
         memory: maximum number of stored samples over all rounds.
+
+    Example (recipe):
+        artifacts: {memory: {type: reservoir, memory: 60}}
     """
 
     def __init__(self, memory: int) -> None:
@@ -124,7 +130,7 @@ class Reservoir(ArtifactBuilder):
 
 @ARTIFACTS.register("exemplars", produces="subset", operands=("features",), labels=True)
 class Exemplars(ArtifactBuilder):
-    r"""Replay memory of samples whose mean feature is closest to the class mean (herding of iCaRL).
+    r"""Replay memory by herding: the mean feature of the samples is close to the class mean (iCaRL).
 
     .. math:: p_k = \arg\min_x \| \mu - \tfrac{1}{k} (\phi(x) + \sum_{j<k} \phi(p_j)) \|
 
@@ -139,6 +145,9 @@ class Exemplars(ArtifactBuilder):
 
     Args:
         memory: maximum number of stored samples over all rounds.
+
+    Example (recipe):
+        artifacts: {memory: {type: exemplars, features: "student:pool", memory: 60}}
     """
 
     def __init__(self, memory: int) -> None:

@@ -23,6 +23,7 @@ from kdbench.cli.descriptions import (
     value_text,
 )
 from kdbench.cli.diagram import draw_stage, stage_sequence
+from kdbench.config.load import dump_recipe
 from kdbench.config.schema import PartConfig, Recipe, StageConfig
 from kdbench.registry import TERMS
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 160
 """Columns of a table that goes to a pipe or a file, which has no width; 80 would fold the tables."""
 
-NUMBER_HEADINGS = ("samples", "classes", "batch size", "parameters", "trainable", "FLOPs/sample")
+NUMBER_HEADINGS = ("samples", "classes", "batch size", "parameters", "trainable", "FLOPs")
 """Columns that are aligned to the right."""
 
 
@@ -88,8 +89,8 @@ def _print_header(console: Console, recipe: Recipe, device: str) -> None:
     lines = [("paper", recipe.paper), ("file", recipe.file), ("device", device)]
     lines += [("baseline", text) for text in recipe.baseline_removed]
     if recipe.notes is not None:
-        source = f" ({'; '.join(recipe.notes.source)})" if recipe.notes.source else ""
-        lines.append(("basis", recipe.notes.basis + source))
+        lines.append(("basis", recipe.notes.basis))
+        lines += [("source", text) for text in recipe.notes.source]
         lines += [("differs", text) for text in recipe.notes.differs]
         lines += [("scaled down", text) for text in recipe.notes.scaled_down]
     if len(recipe.stages) > 1:
@@ -155,7 +156,10 @@ def _table(section: Section) -> Table:
     columns = [number for number in range(len(section.headings)) if any(row[number] for row in section.rows)]
     for number in columns:
         heading = section.headings[number]
-        table.add_column(heading, justify="right" if heading in NUMBER_HEADINGS else "left", overflow="fold")
+        is_number = heading in NUMBER_HEADINGS
+        # On a narrow terminal, names and numbers stay whole and the other columns wrap.
+        no_wrap = is_number or number == 0
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold", no_wrap=no_wrap)
     for row in section.rows:
         table.add_row(*(Text(row[number]) for number in columns))
     return table
@@ -188,7 +192,7 @@ def _roles_section(plan: StagePlan) -> Section:
             (
                 name,
                 role.model,
-                ", ".join([role.config.input, *role.config.extra_inputs]),
+                role.config.input,
                 mode_text(role.config) + stop,
                 f"{role.parameters:,}",
                 f"{role.trainable_parameters:,}",
@@ -196,8 +200,8 @@ def _roles_section(plan: StagePlan) -> Section:
                 _weights_cell(role),
             )
         )
-    headings = ("role", "model", "input", "mode", "parameters", "trainable", "FLOPs/sample", "weights")
-    return Section("roles", headings, tuple(rows))
+    headings = ("role", "model", "input", "mode", "parameters", "trainable", "FLOPs", "weights")
+    return Section("roles (FLOPs of one sample)", headings, tuple(rows))
 
 
 def _terms_section(plan: StagePlan) -> Section:
@@ -235,7 +239,7 @@ def _weights_cell(role: RolePlan) -> str:
         return "random" if role.parameters else "none"
     if weights.recipe:
         model = weights.model.type if isinstance(weights.model, PartConfig) else weights.model
-        return f"recipe {weights.recipe}" + (f" ({model})" if model else "")
+        return weights.recipe + (f" ({model})" if model else "")
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
 
 
@@ -248,8 +252,6 @@ def _count_cell(number: int) -> str:
 
 def _print_recipe(console: Console, recipe: Recipe) -> None:
     """Prints the composed recipe as YAML."""
-    from kdbench.config.load import dump_recipe  # imports OmegaConf, which only this command needs here
-
     console.print(Text("recipe, with groups and overrides merged", style="bold"))
     text = dump_recipe(recipe)
     if console.is_terminal:

@@ -21,6 +21,7 @@ from kdbench.cli.jobs import Job
 from kdbench.config.identity import identity
 from kdbench.config.schema import Recipe
 from kdbench.errors import ConfigError, Location
+from kdbench.report.console import ConsoleReporter
 
 if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
@@ -195,8 +196,7 @@ def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
 
 def _task(job: Job, label: str) -> Callable[[ConcurrentRun], None]:
     """Returns the function that trains one job in its concurrent run; a failure leaves the other runs alone."""
-    from kdbench.experiment.run import run as run_experiment
-    from kdbench.report.console import ConsoleReporter
+    from kdbench.experiment.run import run as run_experiment  # imports torch
 
     def train_job(concurrent_run: ConcurrentRun) -> Outcome:
         console = ConsoleReporter(prefix=label, bar=False)
@@ -213,6 +213,4 @@ def _job_return(job: Job) -> JobReturn:
 
 
 def _notice(text: str) -> None:
-    from kdbench.report.console import ConsoleReporter
-
     ConsoleReporter(prefix=NAME, bar=False).notice(text)

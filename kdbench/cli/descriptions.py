@@ -80,9 +80,9 @@ def describe_term(config: TermConfig) -> str:
     if config.operands:
         options.append(f"with {_operands_text(config.operands)}")
     if config.route is not None:
-        options.append(f"edge weights {_reader_text(config.route)}")
+        options.append(f"edge weights: {_reader_text(config.route)}")
     if config.sample_weight is not None:
-        options.append(f"sample weights {_reader_text(config.sample_weight)}")
+        options.append(f"sample weights: {_reader_text(config.sample_weight)}")
     edges = "; ".join(_pair_text(students, teachers) for students, teachers in _group_pairs(pairs))
     return "; ".join([f"{config.type} on {edges}", *options])
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdbench.errors import UserError
+from kdbench.run_folder import RunFolder, read_summary
 
 
 def evaluate_run(folder: str, *, device: str | None = None, data_root: str | None = None) -> int:
@@ -24,9 +25,8 @@ def evaluate_run(folder: str, *, device: str | None = None, data_root: str | Non
     Raises:
         UserError: the folder is not a run's, or contains no checkpoint.
     """
-    # Imported here because they import torch, which `kdbench evaluate --help` must not.
+    # Imported here because it imports torch, which a mistake on the command line must not wait for.
     from kdbench.experiment.reopened import reevaluate
-    from kdbench.run_folder import RunFolder, read_summary
 
     run_folder = RunFolder(Path(folder))
     if not run_folder.is_run:

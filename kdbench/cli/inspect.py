@@ -7,6 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from kdbench.errors import ConfigError
 from kdbench.registry import MODELS
 
@@ -128,11 +132,6 @@ def _print_rows(title: str, rows: Sequence[tuple[str, ...]], file: TextIO) -> No
         for row in (COLUMNS, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=file)
         return
-    # rich is imported for terminals only: a pipe is served faster without it.
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")

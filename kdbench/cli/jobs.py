@@ -13,6 +13,7 @@ from kdbench.config.load import load_job
 from kdbench.errors import UserError, escape_control_characters
 from kdbench.files import write_json
 from kdbench.plugins import load_plugins
+from kdbench.report.summary import headline_accuracy
 
 if TYPE_CHECKING:
     from kdbench.config.schema import Recipe
@@ -95,8 +96,6 @@ class Job:
 
     def objective(self) -> float | None:
         """Returns the value that a sweeper maximizes: top-1 on the validation split if there is one, else on test."""
-        from kdbench.report.summary import headline_accuracy  # imports rich's tables, which other commands do not need
-
         return None if self.outcome is None else headline_accuracy(self.outcome.summary)
 
 

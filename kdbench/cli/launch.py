@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdbench.cli import train
 from kdbench.cli.arguments import split_recipe
@@ -54,16 +54,16 @@ def launch(arguments: Sequence[str]) -> int:
         return _run_single(layers, flags, hydra_arguments)
 
 
+class _TrainParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"train: {message}. See `kdbench train --help`.")
+
+
 def _parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Splits the command line into Hydra's flags and all other words, in any order."""
     from hydra._internal.utils import get_args_parser  # keeps Hydra out of the start-up of other commands
 
-    parser = get_args_parser()
-
-    def raise_error(message: str) -> Any:
-        raise ConfigError(f"train: {message}. See `kdbench train --help`.")
-
-    parser.error = raise_error
+    parser = _TrainParser(parents=[get_args_parser()], add_help=False)
     flags = parser.parse_intermixed_args(list(arguments))
     for flag in ("config_path", "config_name", "experimental_rerun"):
         if getattr(flags, flag) is not None:
@@ -99,7 +99,7 @@ class _SingleRun:
 
     def __init__(self, config_folder: Path) -> None:
         self.config_folder = config_folder
-        self.error: Exception | None = None
+        self.exception: Exception | None = None
 
     def run(self, config: Any) -> float | None:
         """Trains the job; Hydra calls this with the composed config."""
@@ -113,7 +113,7 @@ class _SingleRun:
             job.outcome = train.train_recipe(job.recipe)
             return job.objective()
         except Exception as error:
-            self.error = error
+            self.exception = error
             return None
 
 
@@ -123,8 +123,8 @@ def _run_single(layers: ConfigLayers, flags: argparse.Namespace, hydra_arguments
         layers.write(folder)
         task = _SingleRun(folder)
         _run_hydra(folder, flags, hydra_arguments, task.run)
-    if task.error is not None:
-        raise task.error
+    if task.exception is not None:
+        raise task.exception
     return 0
 
 

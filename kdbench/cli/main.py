@@ -1,6 +1,6 @@
 """The console script `kdbench`: parses the command line, runs one command, and turns errors into exit codes.
 
-Commands are imported when they run. `kdbench list` therefore starts without torch, Hydra and rich, and a mistake in a
+Commands are imported when they run. `kdbench list` therefore starts without torch and Hydra, and a mistake in a
 recipe is reported without torch.
 """
 
@@ -197,19 +197,24 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
 
 
 def _list_command(arguments: list[str]) -> int:
-    from kdbench.cli.show import KINDS, list_kinds
+    from kdbench.cli.show import KINDS, list_kinds, parts_page
 
     description = "Lists names with a summary, one line each."
     parser = _Parser("list", description, "terms schedules", "methods --status 'not yet'")
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"default: all of {', '.join(KINDS)}")
     parser.add_argument("--status", help="with `methods`: only rows with this status: runs, 'runs as', ...")
-    parser.add_argument("--markdown", action="store_true", help="with `methods`: print the page docs/methods.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the page docs/parts.md, with `methods` docs/methods.md"
+    )
     options = parser.parse_intermixed_args(arguments)
     kinds = [kind for word in options.kinds for kind in word.split(",") if kind]
     if options.status is None and not options.markdown:
         return list_kinds(kinds)
+    if options.markdown and not kinds and options.status is None:
+        print(parts_page(), end="")
+        return EXIT_OK
     if kinds != ["methods"]:
-        raise ConfigError("list: --status and --markdown need the kind `methods`, and no other.")
+        raise ConfigError("list: --status needs the kind `methods`; --markdown needs that kind, or none.")
     return _list_methods(options.status or "", options.markdown)
 
 

@@ -7,6 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
 from kdbench.cli.methods import counts_text, list_methods, method_text, status_detail
 from kdbench.config.method_list import Method, read_methods
 from kdbench.config.parse.data import DATASET_INJECTED
@@ -20,6 +26,14 @@ _INJECTED = {"models": MODELS.injected, "datasets": DATASET_INJECTED, "adapters"
 
 _WRAP_WIDTH = 95
 """A docstring's line of more characters continues in the next line."""
+
+_PARTS_INTRO = """\
+# Parts
+
+<!-- Written by `kdbench list --markdown` from the docstrings; a test compares it. -->
+
+All registered parts by kind. `kdbench show NAME` prints a part's formula, paper, parameters and an example;
+`kdbench list KIND` prints one of these tables, with the parts of other libraries."""
 
 Row = tuple[str, str]
 
@@ -52,12 +66,6 @@ def list_kinds(kinds: Sequence[str]) -> int:
 
 
 def _print_tables(sections: Sequence[tuple[str, list[Row]]]) -> None:
-    # rich is imported for terminals only: a pipe is served faster without it.
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console()
     for kind, rows in sections:
         table = Table(box=box.SIMPLE, show_header=False, title=kind, title_justify="left", title_style="bold")
@@ -83,6 +91,29 @@ def _kind_rows(kind: str, full: bool) -> list[Row]:
     for family in registry.families:
         rows += _family_rows(family, kind, full)
     return rows
+
+
+def parts_page() -> str:
+    """Writes the page docs/parts.md: the parts of each registry by name and summary, and the shipped recipes.
+
+    Parts of other libraries are one row, because their names depend on the installed versions.
+    """
+    lines = [_PARTS_INTRO]
+    for kind, registry in REGISTRIES.items():
+        rows = [(f"`{name}`", entry.summary) for name, entry in sorted(registry.entries.items())]
+        count = f" ({len(rows)})" if rows else ""
+        rows += [
+            (f"`{family.prefix}...`" if family.prefix else "any of `torch.optim`", "") for family in registry.families
+        ]
+        lines += ["", f"## {kind.replace('_', ' ').capitalize()}{count}", "", "| name | summary |", "|---|---|"]
+        lines += [f"| {name} | {summary.replace('|', chr(92) + '|')} |" for name, summary in rows]
+    names = recipe_names()
+    lines += ["", f"## Recipes ({len(names)})", "", "| name | title |", "|---|---|"]
+    lines += [
+        f"| [{name}](../recipes/{name}.yaml) | {_file_title(shared_folder('recipes') / f'{name}.yaml')} |"
+        for name in names
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _family_rows(family: Family, kind: str, full: bool) -> list[Row]:
@@ -239,11 +270,6 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
     if not sys.stdout.isatty():
         print("\n\n".join(text.rstrip() for text in texts))
         return
-    # rich is imported for terminals only: a pipe is served faster without it.
-    from rich.console import Console
-    from rich.syntax import Syntax
-    from rich.text import Text
-
     console = Console()
     for text, kind in zip(texts, kinds, strict=True):
         if kind in ("recipes", *GROUPS):

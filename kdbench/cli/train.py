@@ -10,7 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from kdbench.config.schema import Recipe
+from kdbench.report.summary import print_summary
+from kdbench.report.tables import RunGroup, aggregate
 
 if TYPE_CHECKING:
     from kdbench.experiment.run import Outcome
@@ -29,8 +33,6 @@ def train_recipe(recipe: Recipe) -> Outcome:
 
 def print_outcome(outcome: Outcome) -> None:
     """Prints the summary of a run and its folder, on the main process."""
-    from kdbench.report.summary import print_summary  # imports rich's tables, which other commands do not need
-
     if outcome.is_main:
         if outcome.already_finished:
             print(f"{outcome.folder} is finished; this is its summary (fresh=true trains it again).")
@@ -80,23 +82,20 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
         jobs: the record of each job: its `label` (the overrides without the seed) and, if it finished, the run's
             `folder` and the exported `role`.
     """
-    from rich.console import Console  # rich's tables are not needed by other commands
-
-    from kdbench.report.tables import RunGroup, aggregate
-
     jobs_by_label: dict[str, list[Mapping[str, str]]] = {}
     for job in jobs:
         jobs_by_label.setdefault(job["label"], []).append(job)
+    names = _short_labels(list(jobs_by_label))
     rows: list[RunGroup] = []
     failed_labels: list[str] = []
     for label, group in jobs_by_label.items():
         finished = [job for job in group if "folder" in job]
         if not finished:
-            failed_labels.append(label or "all jobs")
+            failed_labels.append(names[label])
             continue
         count = f" ({len(finished)} of {len(group)} finished)" if len(finished) < len(group) else ""
         folders = [job["folder"] for job in finished]
-        rows.append(RunGroup((label or "all jobs") + count, folders, role=finished[0]["role"]))
+        rows.append(RunGroup(names[label] + count, folders, role=finished[0]["role"]))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
@@ -105,3 +104,13 @@ def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
     print("Test accuracy of the last epoch; mean and deviation over seeds.")
     for label in failed_labels:
         print(f"{label}: no job finished.")
+
+
+def _short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Removes the overrides that all labels have in common; returns the short label of each label."""
+    overrides = {label: label.split() for label in labels}
+    common = set.intersection(*map(set, overrides.values())) if len(labels) > 1 else set()
+    return {
+        label: " ".join(text for text in texts if text not in common) or "all jobs"
+        for label, texts in overrides.items()
+    }

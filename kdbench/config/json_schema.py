@@ -341,7 +341,7 @@ class SchemaBuilder:
         return schema
 
     def _optimizer_group(self) -> Schema:
-        """Returns the schema of a group: the keys that select parameters, and parameters of any optimiser."""
+        """Returns the schema of a group: the keys that select parameters, and parameters of any optimizer."""
         schema = self.mapping(OPTIMIZER_GROUP_KEYS)
         for entry in _entries(OPTIMIZERS).values():
             schema["properties"] |= {name: {} for name in self._parameters(OPTIMIZERS, entry)}

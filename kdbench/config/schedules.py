@@ -1,7 +1,7 @@
 """Schedules: values that change during training, of a learning rate, a term's weight or a term's parameter.
 
 A schedule is called as `schedule(position, length)`. With `by: epoch` the position is the 0-based epoch and lengths are
-in epochs; with `by: step` the position is the 0-based optimiser step and lengths are in steps.
+in epochs; with `by: step` the position is the 0-based optimizer step and lengths are in steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Artifacts of stages: planned before anything runs, built at the end of a stage, read by later stages.
 
-An artifact is a file `stages/STAGE.NAME.pt` in the run folder (see `ArtifactFile`). It is a function of the recipe and its
-seed alone, so an intact file of the same run is never built again.
+An artifact is a file `stages/STAGE.NAME.pt` in the run folder (see `ArtifactFile`). It is a function of the recipe and
+its seed alone, so an intact file of the same run is never built again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdbench.artifacts.base import ArtifactBuilder, ArtifactContext, BatchIterat
 from kdbench.config.parse.artifacts import artifact_operands
 from kdbench.config.parse.roles import upstream_closure
 from kdbench.config.schema import ArtifactConfig, PartConfig, Recipe, RoleConfig, StageConfig
-from kdbench.data.datasets.artifact import expected_spec
+from kdbench.data.datasets.artifact import ArtifactFiles, expected_spec
 from kdbench.data.describe import describe_sources
 from kdbench.data.loading.batch import Batch
 from kdbench.data.loading.source import Source
@@ -41,9 +41,6 @@ from kdbench.files import to_strict_json, translate_disk_errors
 from kdbench.randomness import derive
 from kdbench.registry import ARTIFACTS
 from kdbench.run_folder import RunFolder
-
-ArtifactFiles = Mapping[str, Path]
-"""`STAGE.NAME` -> file of the artifact."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ def _check_artifact(
         builder = _artifact_builder(artifact)
         builder.check(context)
         is_tensor = ARTIFACTS.entry(artifact.part.type).facts.get("produces") == "tensor"
-        return builder.shape(context) if is_tensor else None
+        return builder.output_shape(context) if is_tensor else None
     except ValueError as error:
         raise ConfigError(f"{artifact.location}: {artifact.part.type} {error}") from None
     except ConfigError as error:
@@ -259,7 +256,7 @@ def _dry_run_context(
         samples=spec.samples,
         population=spec.population if spec.population is not None else spec.samples,
         labelled_samples=labelled_samples,
-        shapes={name: tuple(builder.shape(operand)) for name, operand in artifact.part.operands.items()},
+        shapes={name: tuple(builder.operand_shape(operand)) for name, operand in artifact.part.operands.items()},
         injected=_injected_parameters(plan),
     )
 

@@ -125,7 +125,7 @@ class RunContext:
             )
         return self.plans[position]
 
-    def sources(
+    def open_sources(
         self, stage: StageConfig, world: World | None = None, *, notice: Callable[[str], None] = print
     ) -> dict[str, Source]:
         """Opens a stage's sources.
@@ -156,7 +156,7 @@ class RunContext:
         for source in self._open_sources:
             source.close()
 
-    def network(self, plan: StagePlan, notices: Notices) -> tuple[Network, WeightLoader]:
+    def build_network(self, plan: StagePlan, notices: Notices) -> tuple[Network, WeightLoader]:
         """Builds a stage's network on the device, with its initial weights.
 
         Raises:
@@ -208,7 +208,9 @@ class RunContext:
             files[name] = RunFile(path, teacher.identity)
         return files
 
-    def runner(self, network: Network, plan: StagePlan, sources: Mapping[str, Source], notices: Notices) -> Runner:
+    def build_runner(
+        self, network: Network, plan: StagePlan, sources: Mapping[str, Source], notices: Notices
+    ) -> Runner:
         """Builds the runner of a stage, with sharded roles and the step strategy of the recipe.
 
         All ranks call it: collectives begin here. Steps that may fail on one rank alone come before.
@@ -219,12 +221,12 @@ class RunContext:
             notices.notice(f"{' and '.join(plan.sharded_roles)} sharded over {self.world.size} processes{compiler}.")
         elif plan.sharded_roles:
             notices.notice("shard: has no effect with one process.")
-        per_epoch = self.feed(plan, sources).steps_per_epoch
+        per_epoch = self.build_feed(plan, sources).steps_per_epoch
         runner = Runner(plan, self.recipe, network, self.device, steps_per_epoch=per_epoch, notices=notices)
         use_cuda_graphs(runner)
         return runner
 
-    def feed(self, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
+    def build_feed(self, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
         """Returns a stage's batches, for steps that run every role."""
         step_sources = {name: sources[name] for name in plan.resolved_stage.step_sources(plan.stage)}
         return Feed(step_sources, plan.train_source, plan.stage.accumulate)
@@ -236,5 +238,5 @@ class RunContext:
         on_decision: Callable[[FrozenForwardPlan], None] = lambda plan: None,
     ) -> FrozenForwardPlan:
         """Decides how frozen roles run (in the step, prefetched or from the cache); returns the feed for that."""
-        feed = self.feed(runner.plan, sources)
+        feed = self.build_feed(runner.plan, sources)
         return plan_frozen_forward(feed, runner, self.recipe, Path(self.recipe.runs) / CACHE_FOLDER, on_decision)

@@ -160,8 +160,9 @@ class _Run:
                 with out_of_memory_as_training_error(self.device):
                     return self._train(tracker, resumed=status == "interrupted")
             except UserError as error:
-                if self.world.is_main and self.folder.manifest.exists():
-                    with contextlib.suppress(UserError):  # the disk failed: the first error is the one to report
+                if self.world.is_main:
+                    # Without a manifest, or when the disk fails, the first error is the one to report.
+                    with contextlib.suppress(UserError):
                         finish_manifest(self.folder.manifest, "failed", str(error))
                 raise
             finally:
@@ -217,17 +218,25 @@ class _Run:
                     f"{self.folder} has another checkpoint here ({position}) than on rank 0 ({main_position}). All "
                     "machines must use one folder of runs: set runs=DIR on a disk that they share."
                 )
+            if notice and self.world.is_main:
+                checkpoint.restore_previous(self.folder.last)
         return state, notice
 
     def _train_stage(self, plan: StagePlan, state: RunState | None, tracker: Tracker) -> tuple[Evaluator, Runner]:
         stage = plan.stage
         notices = RunNotices(tracker, self.folder.manifest if self.world.is_main else None)
         with self.world.sync_errors():
-            sources = self.context.sources(stage, notice=notices.notice)
+            sources = self.context.open_sources(stage, notice=notices.notice)
             evaluator = Evaluator(self.recipe, stage, plan, sources, self.world, self.device, tracker, self.history)
-            network, loader = self.context.network(plan, notices)
-        runner = self.context.runner(network, plan, sources, notices)
+            network, loader = self.context.build_network(plan, notices)
+        runner = self.context.build_runner(network, plan, sources, notices)
         if state is not None and state.stage == stage.name:
+            # An evaluation by another number of processes counts other steps; a resumed run must not.
+            if state.total_steps != runner.progress.total_steps:
+                raise CheckpointError(
+                    f"{self.folder.last} is damaged: entry 'total_steps' is {state.total_steps}, but stage "
+                    f"{stage.name!r} has {runner.progress.total_steps} steps"
+                )
             runner.load_training_state(state, self.folder.last)
         else:
             frozen_scores = evaluator.evaluate_frozen_roles(runner.network, self.steps_before)
@@ -284,8 +293,8 @@ class _Run:
             ModelFile.from_tree(read_checkpoint(self.folder.best), self.folder.best, identity=self.context.identity)
             return []
         except CheckpointError as error:
-            lost = f"the weights of epoch {best['epoch']} are lost; the file is written again after a better epoch."
-            return [f"{error}; {lost}"]
+            effect = f"the weights of epoch {best['epoch']} are lost; the file is written again after a better epoch."
+            return [f"{error}; {effect}"]
 
     def _run_stage(self, runner: Runner, sources: Mapping[str, Source], evaluator: Evaluator, tracker: Tracker) -> None:
         stage = runner.stage
@@ -330,7 +339,7 @@ class _Run:
                 checkpoint.save(self.folder.stage(stage.name), replace(model_file, models=models))
             if self.world.is_main and stage.artifacts:
                 # An artifact is built from all samples, so rank 0 opens the sources without sharding.
-                all_sources = sources if self.world.size == 1 else self.context.sources(stage, World())
+                all_sources = sources if self.world.size == 1 else self.context.open_sources(stage, World())
                 provenance = build_artifacts(
                     self.recipe, runner, all_sources, self.folder, loader.origins, self.context.identity
                 )

@@ -24,6 +24,9 @@ class ContinualHead(nn.Module):
     Args:
         keep: class numbers of the task.
         input_shape: shape of the logits per sample; injected.
+
+    Example (recipe):
+        models: {task1: {model: {type: task_logits, keep: [0, 1, 2]}, input: "student:logits", frozen: true}}
     """
 
     class_mask: Tensor
@@ -64,6 +67,9 @@ class NearestMeanClassifier(nn.Module):
         num_classes: number of classes of the data; injected.
         input_shape: shape of the feature per sample; injected.
         means: class means, num_classes lists with as many values as the feature; null sets them to 0.
+
+    Example (recipe):
+        models: {nearest: {model: nearest_mean, input: "student:pool", frozen: true}}
     """
 
     means: Tensor

@@ -26,6 +26,9 @@ class LogitDiscriminator(nn.Module):
         input_shape: shape of the logits per sample; injected.
         factor: ratio of the widths of successive layers, at least 1.
         outputs: number of scores.
+
+    Example (recipe):
+        models: {judge: {model: logit_discriminator, input: "student:logits"}}
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (10,), factor: int = 2, outputs: int = 1) -> None:
@@ -64,6 +67,9 @@ class FeatureDiscriminator(nn.Module):
         input_shape: shape of the feature per sample; injected.
         width: channels of the hidden layers.
         outputs: number of scores.
+
+    Example (recipe):
+        models: {judge: {model: feature_discriminator, input: "student:layer3"}}
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), width: int = 64, outputs: int = 1) -> None:

@@ -36,6 +36,9 @@ class FusionGate(nn.Module):
     Args:
         input_shape: shape of the student's logits per sample; injected.
         hidden: widths of the hidden layers.
+
+    Example (recipe):
+        models: {gate: {model: fusion_gate, input: ["student:logits", "teacher:logits", train.label]}}
     """
 
     mean: Tensor
@@ -97,6 +100,9 @@ class FeatureMask(nn.Module):
         input_shape: shape of the feature per sample; injected.
         heads: attention heads.
         factor: `hidden` is the largest multiple of `heads` that is at most channels / factor.
+
+    Example (recipe):
+        models: {mask: {model: feature_mask, input: "teacher:layer1"}}
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), heads: int = 3, factor: int = 2) -> None:
@@ -149,6 +155,9 @@ class GateMLP(nn.Module):
         activation: activation between the two linear layers.
         batch_norm: append BatchNorm and ReLU, as in ONE.
         softmax: return weights that sum to 1 instead of scores.
+
+    Example (recipe):
+        models: {gate: {model: {type: gate_mlp, ways: 3}, input: "student:logits"}}
     """
 
     def __init__(

@@ -38,6 +38,9 @@ class LatentGenerator(nn.Module):
         tanh: bound the image before the last BatchNorm.
         affine: learn scale and shift of the last BatchNorm.
         eps: eps of the two BatchNorms in `blocks`; 0.8 in DAFL's released code, 1e-5 in ZSKT's.
+
+    Example (recipe):
+        models: {generator: {model: {type: latent_generator, width: 32}, input: noise.z}}
     """
 
     def __init__(
@@ -94,6 +97,9 @@ class ImageBank(nn.Module):
         image_shape: shape of one image; injected from the evaluation images.
         samples: number of images; every position must be below it.
         std: standard deviation of the initial pixels.
+
+    Example (recipe):
+        models: {bank: {model: {type: image_bank, samples: 100}, input: noise.index}}
     """
 
     def __init__(self, image_shape: tuple[int, ...] = (1, 8, 8), samples: int = 256, std: float = 1.0) -> None:
@@ -122,6 +128,9 @@ class SharedPattern(nn.Module):
 
     Args:
         input_shape: shape of one image; injected.
+
+    Example (recipe):
+        models: {shifted: {model: shared_pattern, input: train.image}}
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (1, 8, 8)) -> None:
@@ -157,6 +166,9 @@ class AffineAugmentor(nn.Module):
         shear: maximum shear, a tangent.
         brightness: maximum value added to all pixels, in units of the normalised image.
         contrast: maximum relative change of the distance from the image's mean, as `scale`.
+
+    Example (recipe):
+        models: {augmentor: {model: affine_augmentor}}
     """
 
     def __init__(

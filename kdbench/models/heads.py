@@ -28,6 +28,9 @@ class LinearHead(nn.Module):
         num_classes: number of classes of the data; injected.
         input_shape: shape of the feature per sample; injected.
         bias: add a bias.
+
+    Example (recipe):
+        models: {probe: {model: linear_head, input: "student:layer2"}}
     """
 
     def __init__(self, num_classes: int = 10, input_shape: tuple[int, ...] = (64, 4, 4), bias: bool = True) -> None:
@@ -52,6 +55,9 @@ class CosineHead(nn.Module):
         num_classes: number of classes of the data; injected.
         input_shape: shape of the feature per sample; injected.
         temperature: divisor of the cosine, above 0.
+
+    Example (recipe):
+        student: {model: cosine_head, input: "body:layer2"}
     """
 
     def __init__(
@@ -88,6 +94,9 @@ class ExitHead(nn.Module):
         input_shape: shape of the map per sample; injected.
         channels: output channels of the bottleneck, a multiple of 4.
         reduce: downsampling factor: 8, 4 and 2 at the three exits of the paper's networks.
+
+    Example (recipe):
+        models: {exit1: {model: {type: exit_head, channels: 64, reduce: 2}, input: "student:layer1"}}
     """
 
     def __init__(
@@ -132,6 +141,9 @@ class Projector(nn.Module):
         size: height and width of the teacher's map; null keeps the student's.
         input_shape: shape of the student's map per sample; injected.
         factor: ratio of `channels` to the inner channels.
+
+    Example (recipe):
+        models: {projector: {model: {type: projector, channels: 64}, input: "student:layer3"}}
     """
 
     def __init__(
@@ -175,6 +187,9 @@ class Connector(nn.Module):
     Args:
         channels: width of the teacher's feature.
         input_shape: shape of the student's feature per sample; injected.
+
+    Example (recipe):
+        models: {connector: {model: {type: connector, channels: 64}, input: "student:pool"}}
     """
 
     def __init__(self, channels: int = 64, input_shape: tuple[int, ...] = (64,)) -> None:
@@ -218,6 +233,9 @@ class DualHeadClassifier(nn.Module):
         alpha: weight of the label head in the prediction, in [0, 1]; the authors select it on validation data.
         beta: temperature of the teacher's head in the prediction, above 0.
         scale: length of the feature in the teacher's head; null does not normalise.
+
+    Example (recipe):
+        student: {model: dual_head, input: "body:layer2"}
     """
 
     def __init__(
@@ -268,6 +286,9 @@ class Paraphraser(nn.Module):
         input_shape: shape of the teacher's map per sample; injected.
         rate: channels of the factor relative to those of the map, above 0.
         batch_norm: add BatchNorm; RepDistiller's default is false.
+
+    Example (recipe):
+        models: {paraphraser: {model: paraphraser, input: "teacher:layer3"}}
     """
 
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), rate: float = 0.5, batch_norm: bool = False) -> None:
@@ -297,6 +318,9 @@ class Translator(nn.Module):
         channels: channels of the factor: those of the teacher's map times the paraphraser's `rate`.
         input_shape: shape of the student's map per sample; injected.
         batch_norm: add BatchNorm; RepDistiller's default is true.
+
+    Example (recipe):
+        models: {translator: {model: {type: translator, channels: 32}, input: "student:layer3"}}
     """
 
     def __init__(self, channels: int = 32, input_shape: tuple[int, ...] = (64, 4, 4), batch_norm: bool = True) -> None:
@@ -353,6 +377,9 @@ class MeanOutput(nn.Module):
 
     Shape:
         any number of equal shapes (batch, ...) -> the same.
+
+    Example (recipe):
+        models: {ensemble: {model: mean_output, input: ["student:logits", "teacher:logits"], frozen: true}}
     """
 
     def forward(self, *outputs: Tensor) -> Tensor:
@@ -390,6 +417,9 @@ class ReviewFusion(nn.Module):
         input_shape: shape of the student's feature per sample; injected.
         width: inner channels, the same along the chain; in the paper those of the student's last feature, at most 512.
         fuse: whether the second input, a deeper map, is given.
+
+    Example (recipe):
+        models: {r3: {model: {type: review_fusion, channels: 64}, input: "student:layer3"}}
     """
 
     def __init__(

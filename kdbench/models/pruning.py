@@ -39,6 +39,9 @@ class Pruning(WeightTransform):
         modules: paths of the layers; null selects every linear layer and convolution.
         skip_first: leave the first layer unchanged.
         skip_last: leave the last layer unchanged; the default is true because its output channels are the classes.
+
+    Example (recipe):
+        student: {model: digits_cnn, transform: [{type: prune, fraction: 0.5}]}
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class UniformQuantization(WeightTransform):
 
         level = round((2^bits - 1) * (w - min) / (max - min)),  effective = min + (max - min) * level / (2^bits - 1)
 
-    per bucket. The forward and the gradient use the effective weights; the optimiser updates the stored ones. The
+    per bucket. The forward and the gradient use the effective weights; the optimizer updates the stored ones. The
     released scripts use buckets of 256 weights.
 
     With `scaling: symmetric` (the integer grid of hardware) the step size is s = max|w| / (2^(bits - 1) - 1) and the
@@ -34,6 +34,9 @@ class UniformQuantization(WeightTransform):
         modules: paths of the layers; null selects every linear layer and convolution.
         skip_first: leave the first layer unchanged, as several released scripts do.
         skip_last: leave the last layer unchanged, as several released scripts do.
+
+    Example (recipe):
+        student: {model: digits_cnn, transform: [{type: quantize, bits: 4}]}
     """
 
     def __init__(
@@ -91,6 +94,9 @@ class LearnedQuantization(WeightTransform):
         modules: paths of the layers; null selects every linear layer and convolution.
         skip_first: leave the first layer unchanged.
         skip_last: leave the last layer unchanged.
+
+    Example (recipe):
+        student: {model: digits_cnn, transform: [{type: learned_quantize, bits: 2}]}
     """
 
     def __init__(
@@ -147,6 +153,9 @@ class TernaryQuantization(WeightTransform):
         modules: paths of the layers; null selects every linear layer and convolution.
         skip_first: leave the first layer unchanged.
         skip_last: leave the last layer unchanged.
+
+    Example (recipe):
+        student: {model: digits_cnn, transform: [{type: ternary, skip_first: true}]}
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.file = ResumableLog(Path(folder) / EVENT_FILE_NAME)
+        self.file = ResumableLog(Path(folder) / EVENT_FILE_NAME, complete_length=_complete_records_length)
         self._writer: Any = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -66,6 +66,20 @@ class EventFile:
 
     def _record(self, event: Any) -> None:
         self._writer.write(event.SerializeToString(deterministic=True))
+
+
+def _complete_records_length(content: bytes) -> int:
+    """Returns the length of all complete records of an event file.
+
+    A record has a little-endian uint64 length, a checksum of 4 bytes, the data, and a checksum of 4 bytes.
+    """
+    end = 0
+    while end + 12 <= len(content):
+        record_end = end + 12 + int.from_bytes(content[end : end + 8], "little") + 4
+        if record_end > len(content):
+            break
+        end = record_end
+    return end
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

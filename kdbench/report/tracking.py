@@ -36,7 +36,7 @@ class TrainRecord(TypedDict, total=False):
     """One log interval; means are over the steps since the last record.
 
     stage: name. epoch: the current epoch of the stage, from 1.
-    step: optimiser steps since the run began, over all stages; the x axis of every curve.
+    step: optimizer steps since the run began, over all stages; the x axis of every curve.
     total: the minimised loss. lr: of the first parameter group. grad_norm: of the last step, before clipping.
     seconds: time in training steps since the run began. time_fractions: section of a step -> fraction of the interval's
     time, in [0, 1].

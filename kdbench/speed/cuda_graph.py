@@ -220,9 +220,7 @@ class CudaGraphStep:
         fallback: returns the strategy to use when the whole step cannot be recorded, given the reason.
     """
 
-    def __init__(
-        self, work: GraphableWork, recorder: GraphRecorder, fallback: Callable[[str], StepStrategy]
-    ) -> None:
+    def __init__(self, work: GraphableWork, recorder: GraphRecorder, fallback: Callable[[str], StepStrategy]) -> None:
         self.work, self.recorder, self.fallback = work, recorder, fallback
         self.recordings = Recordings(work, recorder)
         self.replacement: StepStrategy | None = None

@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from kdbench.errors import ConfigError
 from kdbench.registry import TERMS
 from kdbench.terms.base import Number, Term, check_parameters
-from kdbench.terms.numerics import autocast_disabled, flatten_and_mask, row_weights, safe_divide, safe_normalise
+from kdbench.terms.numerics import autocast_disabled, flatten_and_mask, row_weights, safe_divide, safe_normalize
 
 WORD_MASK = 0xFFFFFFFF
 
@@ -31,7 +31,7 @@ def info_nce_loss(
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
-        logits = safe_normalise(student) @ safe_normalise(teacher).t() / temperature
+        logits = safe_normalize(student) @ safe_normalize(teacher).t() / temperature
         log_weights = torch.where(weights > 0, weights, 1).log().masked_fill(weights <= 0, -torch.inf)
         # A masked row stays its own candidate, so that no softmax is empty; its loss has weight 0.
         empty_row = torch.eye(len(weights), dtype=torch.bool, device=weights.device) & (weights <= 0)
@@ -177,7 +177,7 @@ class ContrastiveRepresentationDistillation(Term):
     bank_teacher: Tensor
     sample_class: Tensor
     scale: Tensor
-    step: Tensor
+    num_steps: Tensor
     seed: Tensor
 
     def __init__(
@@ -205,7 +205,7 @@ class ContrastiveRepresentationDistillation(Term):
             self.register_buffer(f"bank_{name}", torch.empty(samples + 1, width).uniform_(-limit, limit))
         self.register_buffer("sample_class", torch.full((samples + 1,), -1, dtype=torch.int64))
         self.register_buffer("scale", torch.full((2,), -1.0))  # Z of both sides; negative before the first step
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.randint(WORD_MASK, ()))
 
     def forward(
@@ -218,12 +218,12 @@ class ContrastiveRepresentationDistillation(Term):
         weight: Tensor | None = None,
     ) -> Tensor:
         with autocast_disabled(student):
-            student_rows = safe_normalise(self.embed_student(flatten_and_mask(student, mask)))
-            teacher_rows = safe_normalise(self.embed_teacher(flatten_and_mask(teacher, mask)))
+            student_rows = safe_normalize(self.embed_student(flatten_and_mask(student, mask)))
+            teacher_rows = safe_normalize(self.embed_teacher(flatten_and_mask(teacher, mask)))
             weights = row_weights(student_rows, mask, weight)
             index = index.long() if mask is None else torch.where(mask, index.long(), 0)
             row_class = self._row_classes(index, label)
-            key = hash_words(self.seed + hash_words(self.step)) + index
+            key = hash_words(self.seed + hash_words(self.num_steps)) + index
             negatives = sample_negatives(self.sample_class[:-1], row_class, key, self.negatives)
             candidates = torch.cat([index.unsqueeze(1), negatives], 1)
             loss = self._side_loss(student_rows, self.bank_teacher, candidates, weights, 0)
@@ -265,9 +265,9 @@ class ContrastiveRepresentationDistillation(Term):
         positions = index if mask is None else torch.where(mask, index, self.samples)
         for bank, rows in ((self.bank_student, student_rows), (self.bank_teacher, teacher_rows)):
             updated = self.momentum * bank[positions] + (1 - self.momentum) * rows.to(bank.dtype)
-            bank[positions] = safe_normalise(updated)
+            bank[positions] = safe_normalize(updated)
         self.sample_class[positions] = row_class
-        self.step += 1
+        self.num_steps += 1
 
 
 @TERMS.register(
@@ -336,8 +336,8 @@ class QueueSimilarity(Term):
                 f"queue_similarity: a batch of {student.shape[0]} does not fit into a queue of {self.size}"
             )
         with autocast_disabled(student):
-            student_rows = safe_normalise(flatten_and_mask(student, mask))
-            teacher_rows = safe_normalise(flatten_and_mask(teacher, mask)).detach()
+            student_rows = safe_normalize(flatten_and_mask(student, mask))
+            teacher_rows = safe_normalize(flatten_and_mask(teacher, mask)).detach()
             weights = row_weights(student_rows, mask, weight)
             batch_keys, is_candidate = self._batch_candidates(teacher_rows, weights)
             # A copy, because the queue is updated before the backward pass reads it.

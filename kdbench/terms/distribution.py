@@ -20,7 +20,7 @@ from kdbench.terms.numerics import (
     flatten_and_mask,
     row_weights,
     safe_divide,
-    safe_normalise,
+    safe_normalize,
 )
 
 
@@ -37,7 +37,7 @@ def _selectivity_patterns(features: Tensor, size: tuple[int, int]) -> Tensor:
     """Pools each channel to `size` and scales it to length 1 over the positions: (batch, channels, positions)."""
     if features.shape[2:] != size:
         features = F.adaptive_avg_pool2d(features, size)
-    return safe_normalise(features.flatten(2))
+    return safe_normalize(features.flatten(2))
 
 
 def _mean_polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class NearestWrongClass(Term):
             # The inner `where` keeps 0 out of the power: the gradient of a root at 0 is infinite.
             x = torch.where(positive, torch.where(positive, x, 1) ** self.power, 0)
             means, precision = means.to(x.dtype), precision.to(x.dtype)
-            difference = safe_normalise(x).unsqueeze(1) - safe_normalise(means)
+            difference = safe_normalize(x).unsqueeze(1) - safe_normalize(means)
             distances = torch.einsum("bcd,cde,bce->bc", difference, precision, difference)
             is_label = torch.zeros_like(distances, dtype=torch.bool).scatter(1, label.clamp(min=0).unsqueeze(1), True)
             is_label = is_label & (label >= 0).unsqueeze(1)

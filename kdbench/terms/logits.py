@@ -89,16 +89,16 @@ def dkd_loss(
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
-def logit_mse_loss(student: Tensor, teacher: Tensor, centre: bool = False) -> Tensor:
+def logit_mse_loss(student: Tensor, teacher: Tensor, center: bool = False) -> Tensor:
     """Computes the squared difference of logits (batch, classes), averaged over the classes: (batch,).
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        centre: subtracts each network's mean over the classes first; softmax is invariant to that mean.
+        center: subtracts each network's mean over the classes first; softmax is invariant to that mean.
     """
     difference = at_least_float32(student) - at_least_float32(teacher)
-    if centre:
+    if center:
         difference = difference - difference.mean(1, keepdim=True)
     return difference.square().mean(1)
 
@@ -265,7 +265,7 @@ class LogitMSE(Term):
     Caruana half the sum: include the factor in the weight.
 
     Args:
-        centre: subtract each network's mean over the classes first.
+        center: subtract each network's mean over the classes first.
 
     Shape:
         student, teacher: logits (batch, classes).
@@ -277,15 +277,15 @@ class LogitMSE(Term):
         arXiv:2105.08919.
     """
 
-    def __init__(self, centre: bool = False) -> None:
+    def __init__(self, center: bool = False) -> None:
         super().__init__()
-        self.centre = centre
+        self.center = center
 
     def check_shapes(self, **shapes: Size) -> None:
         check_equal_classes(shapes["student"], shapes["teacher"])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return logit_mse_loss(student, teacher, self.centre)
+        return logit_mse_loss(student, teacher, self.center)
 
 
 @TERMS.register("dist", space="batch", version=1, paper="arXiv:2205.10536")
@@ -432,73 +432,3 @@ class BalancedSoftTargets(Term):
         log_q = F.log_softmax(at_least_float32(teacher) / self.temperature, dim=1)
         balanced = self.temperature * (log_q + log_class_weights(counts, self.beta))
         return kd_loss(student, balanced, self.temperature)
-
-
-@TERMS.register("taid", space="batch", version=1, paper="arXiv:2501.16937")
-class TemporallyAdaptiveInterpolation(Term):
-    """TAID: the target moves from the student's distribution to the teacher's, faster while the loss falls.
-
-    loss = mean over rows of -sum_k q_k log p_k, p = softmax(z_s), q = softmax((1 - t) z_s + t z_t)
-
-    z_s and z_t are the logits of student and teacher; z_s in q is detached. After each training step
-
-        m <- momentum * m + (1 - momentum) * (previous loss - loss) / previous loss
-        t <- t + rate * sigmoid(m) * (1 - t), clamped to [least, end]
-
-    As in the authors' code (SakanaAI/TAID: src/distil_losses/taid.py), which reads the linear lower bound of the
-    previous step. Under `accumulate` a step is a micro-batch.
-
-    Args:
-        least: lower bound of t, in [0, 1]. The authors raise it linearly from 0.2 or 0.4 to `end` over all steps:
-            `least: {type: linear, start: 0.4, end: 1, by: step}`.
-        end: upper bound of t, in [0, 1].
-        rate: step size of t, in [0, 1].
-        momentum: in [0, 1].
-
-    Shape:
-        student, teacher: logits (batch, classes).
-        Returns a scalar, nats. Masked rows are left out; row weights are relative.
-
-    References:
-        Shing, Misaki, Bao, Yokoi and Akiba, TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
-        Transfer in Language Models, ICLR 2025, arXiv:2501.16937 (it has experiments on images too).
-    """
-
-    t: Tensor
-    relative_decrease: Tensor
-    previous_loss: Tensor
-
-    def __init__(self, least: Number = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
-        super().__init__()
-        check_parameters("taid", "in [0, 1]", least=least, end=end, rate=rate, momentum=momentum)
-        if not isinstance(least, Tensor) and least > end:
-            raise ConfigError(f"taid: least must be at most end, got {least} and {end}")
-        self.least, self.end, self.rate, self.momentum = least, end, rate, momentum
-        self.register_buffer("t", torch.zeros(()))
-        self.register_buffer("relative_decrease", torch.zeros(()))  # running mean
-        self.register_buffer("previous_loss", torch.full((), torch.inf))
-
-    def check_shapes(self, **shapes: Size) -> None:
-        check_equal_classes(shapes["student"], shapes["teacher"])
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
-        student_logits, teacher_logits = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
-        weights = row_weights(student_logits, mask, weight)
-        t = self.t.clamp(min=self.least).clamp(max=self.end).to(student_logits.dtype)
-        target = ((1 - t) * student_logits.detach() + t * teacher_logits).softmax(1)
-        row_loss = -(target * student_logits.log_softmax(1)).sum(1)
-        loss = safe_divide((weights * row_loss).sum(), weights.sum())
-        if self.training:
-            self._update_interpolation(t.to(self.t.dtype), loss.detach().to(self.t.dtype))
-        return loss
-
-    def _update_interpolation(self, t: Tensor, loss: Tensor) -> None:
-        is_first_step = self.previous_loss.isinf()
-        decrease = torch.where(is_first_step, 0, (self.previous_loss - loss) / (self.previous_loss + 1e-15))
-        running_mean = self.momentum * self.relative_decrease + (1 - self.momentum) * decrease
-        self.relative_decrease.copy_(torch.where(is_first_step, self.relative_decrease, running_mean))
-        next_t = (t + self.rate * self.relative_decrease.sigmoid() * (1 - t)).clamp(max=self.end)
-        self.t.copy_(torch.where(is_first_step, t, next_t))
-        self.previous_loss.copy_(loss)

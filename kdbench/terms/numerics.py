@@ -34,7 +34,7 @@ def safe_sqrt(values: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, values, 1).sqrt(), 0)
 
 
-def safe_normalise(vectors: Tensor) -> Tensor:
+def safe_normalize(vectors: Tensor) -> Tensor:
     """Scales the vectors of the last dimension to Euclidean length 1; zero vectors stay zero."""
     return safe_divide(vectors, safe_sqrt(vectors.square().sum(-1, keepdim=True)))
 

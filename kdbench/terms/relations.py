@@ -20,7 +20,7 @@ from kdbench.terms.numerics import (
     mean_over_pairs,
     row_weights,
     safe_divide,
-    safe_normalise,
+    safe_normalize,
     safe_sqrt,
 )
 
@@ -30,7 +30,7 @@ def sp_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
-        difference = _normalised_gram(student, weights) - _normalised_gram(teacher, weights)
+        difference = _normalized_gram(student, weights) - _normalized_gram(teacher, weights)
         return mean_over_pairs(difference.square(), weights)
 
 
@@ -68,11 +68,11 @@ def pkt_loss(
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
-        p, q = _neighbour_probabilities(student, weights, eps), _neighbour_probabilities(teacher, weights, eps)
+        p, q = _neighbor_probabilities(student, weights, eps), _neighbor_probabilities(teacher, weights, eps)
         return mean_over_pairs(q * ((q + eps).log() - (p + eps).log()), weights)
 
 
-def _normalised_gram(rows: Tensor, weights: Tensor) -> Tensor:
+def _normalized_gram(rows: Tensor, weights: Tensor) -> Tensor:
     """Computes inner products (batch, batch); each row is divided by its weighted length."""
     gram = rows @ rows.t()
     return safe_divide(gram, safe_sqrt((weights * gram.square()).sum(1, keepdim=True)))
@@ -96,11 +96,11 @@ def _relative_distances(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _angle_cosines(rows: Tensor) -> Tensor:
     """Computes the cosine of the angle at row i between rows j and k as entry [i, j, k]; 0 if j = i."""
-    directions = safe_normalise(_pairwise_differences(rows))
+    directions = safe_normalize(_pairwise_differences(rows))
     return directions @ directions.transpose(1, 2)
 
 
-def _neighbour_probabilities(rows: Tensor, weights: Tensor, eps: float) -> Tensor:
+def _neighbor_probabilities(rows: Tensor, weights: Tensor, eps: float) -> Tensor:
     """Computes the probability of row j as a neighbour of row i by the kernel (cosine + 1) / 2; rows sum to 1."""
     lengths = safe_sqrt(rows.square().sum(1, keepdim=True))
     # Not 0 / eps for a zero row: its gradient would be 1 / eps.
@@ -244,7 +244,7 @@ def cc_loss(
 
 def _gaussian_kernel_series(rows: Tensor, gamma: Number, order: int) -> Tensor:
     """Computes exp(-gamma * |x - y|^2) of normalised rows as Taylor series in the cosine up to `order`."""
-    directions = safe_normalise(rows)
+    directions = safe_normalize(rows)
     cosines = directions @ directions.t()
     series = torch.ones_like(cosines)
     for power in range(1, order + 1):
@@ -308,18 +308,18 @@ def as_tokens(features: Tensor) -> Tensor:
 def token_relation_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Averages 1 - cosine of the rows of the two similarity matrices over the tokens: (batch,). See `TokenRelation`."""
     with autocast_disabled(student):
-        student_relations = _normalised_token_cosines(student, tokens)
-        teacher_relations = _normalised_token_cosines(teacher, tokens)
+        student_relations = _normalized_token_cosines(student, tokens)
+        teacher_relations = _normalized_token_cosines(teacher, tokens)
         return mean_over_tokens(1 - (student_relations * teacher_relations).sum(2), tokens)
 
 
-def _normalised_token_cosines(features: Tensor, tokens: Tensor | None) -> Tensor:
+def _normalized_token_cosines(features: Tensor, tokens: Tensor | None) -> Tensor:
     """Computes the cosines of all pairs of tokens (batch, length, length), each row at length 1 over `tokens`."""
-    directions = safe_normalise(as_tokens(features))
+    directions = safe_normalize(as_tokens(features))
     cosines = directions @ directions.transpose(1, 2)
     if tokens is not None:
         cosines = torch.where(tokens.to(torch.bool).unsqueeze(1), cosines, 0)
-    return safe_normalise(cosines)
+    return safe_normalize(cosines)
 
 
 def attention_relation_loss(student: Tensor, teacher: Tensor, heads: int = 1, part: AttentionPart = "whole") -> Tensor:

@@ -50,8 +50,8 @@ class LoadBalance(Term):
         mean = safe_divide((weights.unsqueeze(1) * gate).sum(0), weights.sum())
         experts = mean.shape[0]
         if self.kind == "cv":
-            centred = mean - mean.mean()
-            return safe_divide(safe_sqrt(centred.square().sum() / (experts - 1)), mean.mean())
+            centered = mean - mean.mean()
+            return safe_divide(safe_sqrt(centered.square().sum() / (experts - 1)), mean.mean())
         any_valid = weights.sum() > 0
         # The clamp bounds the loss of an expert that no row uses.
         min_probability = torch.finfo(mean.dtype).tiny

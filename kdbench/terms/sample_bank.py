@@ -22,7 +22,7 @@ class SampleBank(nn.Module):
 
     values: Tensor
     written_at: Tensor
-    step: Tensor
+    num_steps: Tensor
 
     def __init__(self, samples: int, width: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SampleBank(nn.Module):
         # The last row takes the writes of masked rows.
         self.register_buffer("values", torch.zeros(samples + 1, width))
         self.register_buffer("written_at", torch.full((samples + 1,), -1, dtype=torch.int64))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the vectors of samples and their age in writes: 0 for the last write, -1 for a sample never written.
@@ -39,7 +39,7 @@ class SampleBank(nn.Module):
             index: (batch,), int64.
         """
         written_at = self.written_at[index]
-        return self.values[index], torch.where(written_at < 0, -1, self.step - written_at)
+        return self.values[index], torch.where(written_at < 0, -1, self.num_steps - written_at)
 
     def write(self, index: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Stores the vectors of the valid rows.
@@ -54,7 +54,7 @@ class SampleBank(nn.Module):
             # A padded row may repeat the index of a valid one: write it to the extra row.
             index = torch.where(mask, index, self.samples)
             values = torch.where(mask.unsqueeze(1), values, 0)
-        self.step += 1
+        self.num_steps += 1
         self.values[index] = values
-        self.written_at[index] = self.step.expand(index.shape)
+        self.written_at[index] = self.num_steps.expand(index.shape)
         self.written_at[self.samples :].fill_(-1)  # the extra row counts as never written

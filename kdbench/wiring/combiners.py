@@ -80,7 +80,7 @@ class WeightedMean(Combiner):
         values: logits (batch, classes) each; for logits any equal shapes. Returns the same shape.
     """
 
-    normalised_weights: Tensor
+    normalized_weights: Tensor
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ class WeightedMean(Combiner):
         self.of = of
         self.temperature = temperature
         exact_weights = torch.tensor(weights, dtype=torch.float64)
-        normalised_weights = (exact_weights / exact_weights.sum()).to(torch.float32)
-        self.register_buffer("normalised_weights", normalised_weights, persistent=False)
+        normalized_weights = (exact_weights / exact_weights.sum()).to(torch.float32)
+        self.register_buffer("normalized_weights", normalized_weights, persistent=False)
 
     def forward(self, values: list[Tensor]) -> Tensor:
         stacked = _stack_values(values)
-        weights = self.normalised_weights.to(stacked.dtype)
+        weights = self.normalized_weights.to(stacked.dtype)
         if self.of == "logits":
             return (stacked * weights.reshape(-1, *(1,) * (stacked.dim() - 2))).sum(1)
         log_p = F.log_softmax(stacked / self.temperature, dim=2)

@@ -96,7 +96,8 @@ def test_tensors_have_the_shape_announced_to_the_dry_run():
     values = random_values() | {"value": torch.randn(SAMPLES, 2, 3)}
     context = ArtifactContext(tuple("abcd"), SAMPLES, SAMPLES + 10, {"value": (2, 3), "features": (3,)})
     for name in ("class_means", "outputs"):
-        assert tuple(build(name, sample_outputs(values))["value"].shape) == ARTIFACTS.build(name, {}).shape(context)
+        value = build(name, sample_outputs(values))["value"]
+        assert tuple(value.shape) == ARTIFACTS.build(name, {}).output_shape(context)
 
 
 # Subsets

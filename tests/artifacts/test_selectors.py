@@ -86,25 +86,25 @@ def test_unlabelled_rows_rank_last(name):
 
 
 def greedy_k_center(points: Tensor, excluded: list[int], count: int) -> list[int]:
-    """Selects the point with the largest distance to its nearest centre, `count` times."""
+    """Selects the point with the largest distance to its nearest center, `count` times."""
     points = points.double()
-    centres, rows = list(excluded), []
+    centers, rows = list(excluded), []
     for _ in range(count):
-        if centres:
-            distances = [min(float((points[x] - points[c]).norm()) for c in centres) for x in range(len(points))]
+        if centers:
+            distances = [min(float((points[x] - points[c]).norm()) for c in centers) for x in range(len(points))]
         else:
             distances = [float((points[x] - points.mean(0)).norm()) for x in range(len(points))]
         free = [x for x in range(len(points)) if x not in excluded and x not in rows]
         row = max(free, key=lambda x: distances[x])
         rows.append(row)
-        centres.append(row)
+        centers.append(row)
     return sorted(rows)
 
 
 @pytest.mark.parametrize("excluded", [[], [3], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("space", ["raw", "probabilities", "directions"])
 def test_k_center_equals_the_greedy_algorithm(space, excluded, monkeypatch):
-    monkeypatch.setattr("kdbench.artifacts.selectors.CENTRE_BLOCK", 5)  # several blocks of distances
+    monkeypatch.setattr("kdbench.artifacts.selectors.CENTER_BLOCK", 5)  # several blocks of distances
     inputs = random_inputs(1)
     transforms = {
         "raw": lambda x: x,

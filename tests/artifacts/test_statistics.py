@@ -99,7 +99,7 @@ def test_class_statistics_reject_maps_bad_powers_and_missing_classes(name):
     with pytest.raises(ConfigError, match="too few of c"):
         build(name, values)
     context = ArtifactContext(CLASSES, shapes={"features": (5,)})
-    assert tuple(build(name, random_features())["value"].shape) == ARTIFACTS.build(name, {}).shape(context)
+    assert tuple(build(name, random_features())["value"].shape) == ARTIFACTS.build(name, {}).output_shape(context)
 
 
 # Nearest mean

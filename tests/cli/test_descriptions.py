@@ -27,7 +27,7 @@ def plans(recipe: str) -> dict[str, StagePlan]:
 
 def table(recipe: str, stage: str, title: str) -> dict[str, dict[str, str]]:
     """Returns the rows of a table of a stage, by their first cell, as heading -> cell."""
-    sections = {section.title: section for section in stage_sections(plans(recipe)[stage])}
+    sections = {section.title.split(" (")[0]: section for section in stage_sections(plans(recipe)[stage])}
     section: Section = sections[title]
     return {row[0]: dict(zip(section.headings, row, strict=True)) for row in section.rows if row[0]}
 
@@ -41,7 +41,7 @@ DETAILS = {
     ("zskt", "main"): ["update 2 (student): Adam(lr 0.005); 5 updates per step."],
     ("kd", "main"): ["validation: 0.1 of source train, held out; it selects the best epoch."],
     ("tgeo_kd", "main"): [
-        "hard: cross_entropy on student logits and labels; sample weights learnt(complement) of gate logits.",
+        "hard: cross_entropy on student logits and labels; sample weights: learnt(complement) of gate logits.",
         "update 1 (gate): Adam(lr 0.003); loss after an inner step of student on soft and hard (learning rate: that of "
         "the update of student), differentiated through that step.",
     ],
@@ -51,7 +51,7 @@ DETAILS = {
     ],
     ("mst_distill", "distil"): [
         "kd: kd on student logits and each of [both_by1 logits, both_by2 logits, other_by1 logits, other_by2 logits]; "
-        "edge weights top_k(k 2) of student logits.",
+        "edge weights: top_k(k 2) of student logits.",
     ],
     ("scrub", "away@1"): ["training: 1 epoch; learning rate constant; float32; evaluated at the end."],
     ("icarl", "means"): ["training: none."],

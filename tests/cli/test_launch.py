@@ -17,10 +17,12 @@ from types import SimpleNamespace
 import pytest
 
 from kdbench.cli.main import main
+from kdbench.cli.train import print_jobs
 from kdbench.config.identity import identity
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
 from kdbench.errors import TrainingError
+from kdbench.report.tables import RunGroup
 
 KD = """\
 dataset: digits
@@ -229,3 +231,42 @@ def test_recipe_cannot_name_a_plugin(recipes, tmp_path, capsys):
     (tmp_path / "kd.yaml").write_text(KD + "plugin: os\n")
     assert main(["train", "kd.yaml"]) == 2
     assert "unknown key 'plugin'" in capsys.readouterr().err
+
+
+def test_table_of_a_multirun_groups_jobs_by_their_overrides_without_seed(monkeypatch, capsys):
+    import kdbench.cli.train
+
+    groups: list[RunGroup] = []
+
+    def aggregate(rows: list[RunGroup]) -> SimpleNamespace:
+        groups.extend(rows)
+        return SimpleNamespace(table=lambda: "TABLE")
+
+    monkeypatch.setattr(kdbench.cli.train, "aggregate", aggregate)
+    finished = {"role": "student"}
+    print_jobs(
+        [
+            {"label": "lr=1 epochs=2", "folder": "a", **finished},
+            {"label": "lr=2 epochs=2", "folder": "b", **finished},
+            {"label": "lr=1 epochs=2", "folder": "c", **finished},
+            {"label": "lr=2 epochs=2"},
+            {"label": "lr=3 epochs=2"},
+        ]
+    )
+    assert [(group.label, list(group.folders)) for group in groups] == [
+        ("lr=1", ["a", "c"]),
+        ("lr=2 (1 of 2 finished)", ["b"]),
+    ]
+    output = capsys.readouterr().out
+    assert "TABLE" in output and "lr=3: no job finished." in output
+
+
+def test_table_of_a_multirun_over_seeds_has_one_row_with_all_overrides(monkeypatch):
+    import kdbench.cli.train
+
+    groups: list[RunGroup] = []
+    table = SimpleNamespace(table=lambda: "")
+    monkeypatch.setattr(kdbench.cli.train, "aggregate", lambda rows: groups.extend(rows) or table)
+    print_jobs([{"label": "lr=1", "folder": name, "role": "student"} for name in "ab"])
+    print_jobs([{"label": "", "folder": name, "role": "student"} for name in "ab"])
+    assert [group.label for group in groups] == ["lr=1", "all jobs"]

@@ -56,7 +56,7 @@ def test_profile_prints_a_table_and_writes_three_files(capsys):
     write_recipe(TEACHER, "teacher")
     assert main(["profile", write_recipe(STUDENT), "--steps", "4", "terms.kd.temperature=2", "device=cpu"]) == 0
     output = capsys.readouterr().out
-    sections = ("forward teacher", "forward student", "term ce", "term kd", "backward", "through student", "optimiser")
+    sections = ("forward teacher", "forward student", "term ce", "term kd", "backward", "through student", "optimizer")
     assert all(section in output for section in sections)
     assert "peak memory" in output and "measured: a product" in output
     folder = Path("runs/own/profile")

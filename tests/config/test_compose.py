@@ -122,7 +122,7 @@ def test_malformed_override_is_reported(error_of, override: str):
     assert error_of(KD_RECIPE, override).startswith(f"override '{override}': ")
 
 
-@pytest.mark.parametrize("override", ["optimiser.lr=1", "terms.kdd.weight=1", "techer.model.num_classes=3"])
+@pytest.mark.parametrize("override", ["optimizer.lr=1", "terms.kdd.weight=1", "techer.model.num_classes=3"])
 def test_mistake_in_a_mapping_that_only_an_override_creates_names_the_override(error_of, override: str):
     assert f"override '{override}'" in error_of(KD_RECIPE, override)
 

@@ -55,7 +55,7 @@ def test_unchanged_recipes_load():
     ("text", "replacement", "location", "hint"),
     [
         # a misspelt key, anywhere
-        ("optimizer:", "optimiser:", "r.yaml:6 optimiser: unknown key", "Did you mean 'optimizer'?"),
+        ("optimizer:", "optimizer:", "r.yaml:6 optimizer: unknown key", "Did you mean 'optimizer'?"),
         ("{model: digits_mlp}", "{modle: digits_mlp}", "r.yaml:3 student.modle: unknown key", "Did you mean 'model'?"),
         (
             "{model: digits_cnn}",
@@ -312,9 +312,9 @@ def test_mistake_in_an_override_names_the_override(override: str, hint: str):
 
 
 def test_mapping_over_a_list_reports_how_to_write_it():
-    listed = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
+    list_recipe = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
     over = "terms.kd.teacher={combine: mean_logits, of: [teacher, student]}"
-    assert error_of(listed, over).endswith("write `terms.kd.teacher=null` before it.")
+    assert error_of(list_recipe, over).endswith("write `terms.kd.teacher=null` before it.")
     load_recipe("r.yaml", ["terms.kd.teacher=null", over])
 
 

@@ -49,7 +49,7 @@ notes: {basis: text, differs: [smaller model]}
 
 MISTAKES = {
     "unknown top-level key": ("epochs: 3", "epochs: 3\nbatchsize: 3"),
-    "misspelt top-level key": ("optimizer: ", "optimiser: "),
+    "misspelt top-level key": ("optimizer: ", "optimizer: "),
     "text in place of a whole number": ("epochs: 3", "epochs: three"),
     "fraction in place of a whole number": ("epochs: 3", "epochs: 2.5"),
     "true in place of a number": ("epochs: 3", "epochs: true"),
@@ -93,6 +93,7 @@ MISTAKES = {
     "percentage above 100": ("top1: 73.3", "top1: 733"),
     "unknown option of a literal": ("epoch: last", "epoch: lst"),
     "notes without basis": ("basis: text, ", ""),
+    "text in place of notes": ("notes: {basis: text, differs: [smaller model]}", "notes: smaller model"),
     "unknown precision": ("epochs: 3", "epochs: 3\nprecision: bf61"),
     "unknown device": ("epochs: 3", "epochs: 3\ndevice: gpu"),
     "key of the recipe in a stage": ("epochs: 3", "stages: {one: {epochs: 3, seed: 2}}"),

@@ -53,7 +53,7 @@ def test_loop_repeats_its_stages(load):
 
 def test_loop_equals_its_stages_written_one_by_one(load):
     """Only the names differ."""
-    listed = (
+    staged = (
         TOP
         + "stages:\n"
         + "".join(
@@ -64,7 +64,7 @@ def test_loop_equals_its_stages_written_one_by_one(load):
     looped = TOP + (
         "stages:\n  a: {epochs: 3}\n  l: {rounds: 2, stages: {b: {epochs: 2, student: {weights: {stage: previous}}}}}\n"
     )
-    expected, unrolled = load(listed), load(looped)
+    expected, unrolled = load(staged), load(looped)
     assert [s.roles["student"].model for s in expected.stages] == [s.roles["student"].model for s in unrolled.stages]
     assert [s.terms for s in expected.stages] == [s.terms for s in unrolled.stages]
     assert [s.data for s in expected.stages] == [s.data for s in unrolled.stages]

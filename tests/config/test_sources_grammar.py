@@ -51,8 +51,8 @@ def test_subset_is_a_number_a_part_or_an_ordered_list(read):
 def test_artifact_reference_resolves_to_its_full_name(read):
     assert subset_of(read, {"artifact": "query.picked"}) == "query@2.picked"
     assert subset_of(read, {"artifact": "query@1.picked", "initial": 20}) == "query@1.picked"
-    listed = subset_of(read, [{"type": "shard", "of": 2}, {"artifact": "query.picked"}])
-    assert listed == (PartConfig(type="shard", params={"of": 2}), "query@2.picked")
+    steps = subset_of(read, [{"type": "shard", "of": 2}, {"artifact": "query.picked"}])
+    assert steps == (PartConfig(type="shard", params={"of": 2}), "query@2.picked")
     sources, errors = read({}, label_fraction={"artifact": "query.picked", "initial": 20})
     assert not errors and sources["train"].label_fraction == "query@2.picked" and sources["eval"].label_fraction is None
 
@@ -128,7 +128,11 @@ def test_view_continues_another_view(read):
         ({"a": {"subset": {"artifact": "query.piked"}}}, {}, "Did you mean 'query.picked'"),
         ({"a": {"subset": {"artifact": "query"}}}, {}, "must be STAGE.NAME"),
         ({"a": {"subset": {"artifact": "query.picked", "frist": 2}}}, {}, "unknown key 'frist'"),
-        ({}, {"label_fraction": {"artifact": "x.y"}}, "no earlier stage produces 'x.y'; write `initial:`"),
+        (
+            {},
+            {"label_fraction": {"artifact": "x.y"}},
+            "no earlier stage produces 'x.y'; if a later round does, add `initial:`",
+        ),
         ({}, {"label_fraction": {"type": "random"}}, "must be a number or {artifact: STAGE.NAME"),
         ({"a": {"artifact": "paint.poll"}}, {}, "no earlier stage produces 'paint.poll'"),
         ({"a": {"artifact": "paint.pool", "dataset": "digits"}}, {}, "`artifact:` and `dataset:` exclude each other"),

@@ -1,4 +1,4 @@
-"""Wirings that cannot be: each is refused when the recipe is read or planned, in words and with its place."""
+"""Invalid wirings are rejected when a recipe is loaded or planned, with their location."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ batch_size: 16
 """
 
 
-def refused(text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as told:
+def error_of(text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as raised:
         plan_stages(recipe_from_text(HEAD + text, *overrides))  # what `kdbench check` does before it prints
-    return str(told.value)
+    return str(raised.value)
 
 
 NOISE = (
@@ -39,115 +39,116 @@ GATED = (
 )
 
 
-def after(step: str, outer: str = "models: [gate], terms: [held]", more: str = "") -> str:
-    """A student that learns by kd, and a gate that learns after a virtual step."""
+def with_inner_step(step: str, outer: str = "models: [gate], terms: [held]", more: str = "") -> str:
+    """Returns a recipe with a student that learns by kd, and a gate that learns after an inner step."""
     return GATED + f"updates: [{{{outer}, inner_step: {step}}}, {{models: [student], terms: [kd, ce]}}{more}]"
 
 
-AFTER = {
-    "a virtual step of nothing": (
-        after("{models: [], terms: []}"),
-        ["updates.0.inner_step: a virtual step needs `terms`", "updates.0.inner_step: a virtual step needs `models`"],
+INNER_STEPS = {
+    "an inner step without roles and terms": (
+        with_inner_step("{models: [], terms: []}"),
+        ["updates.0.inner_step: an inner step needs `terms`", "updates.0.inner_step: an inner step needs `models`"],
     ),
-    "a virtual step of a role that is not there": (
-        after("{models: [studnet], terms: [kd]}"),
+    "an inner step of a role that is not there": (
+        with_inner_step("{models: [studnet], terms: [kd]}"),
         ["updates.0.inner_step.models: no role 'studnet'. Did you mean 'student'?"],
     ),
-    "a virtual step of a frozen role": (
-        after("{models: [teacher], terms: [kd]}"),
-        ["updates.0.inner_step.models: role 'teacher' is frozen; a virtual step moves trainable roles only"],
+    "an inner step of a frozen role": (
+        with_inner_step("{models: [teacher], terms: [kd]}"),
+        ["updates.0.inner_step.models: role 'teacher' is frozen; an inner step moves trainable roles only"],
     ),
-    "a virtual step by a term that is not there": (
-        after("{models: [student], terms: [dk]}"),
+    "an inner step by a term that is not there": (
+        with_inner_step("{models: [student], terms: [dk]}"),
         ["updates.0.inner_step.terms: no term 'dk'. Did you mean 'kd'?"],
     ),
-    "a virtual step with a key that it has not": (
-        after("{models: [student], terms: [kd], rate: 0.1}"),
+    "an inner step with an unknown key": (
+        with_inner_step("{models: [student], terms: [kd], rate: 0.1}"),
         ["updates.0.inner_step.rate: unknown key"],
     ),
-    "a virtual step at rate 0": (
-        after("{models: [student], terms: [kd], lr: 0}"),
+    "an inner step at rate 0": (
+        with_inner_step("{models: [student], terms: [kd], lr: 0}"),
         ["updates.0.inner_step.lr: must be above 0, got 0"],
     ),
-    "a virtual step that is not a mapping": (after("student"), ["updates.0.inner_step: inner_step must be a mapping"]),
-    "a virtual step by a term of weight 0": (
-        after("{models: [student], terms: [idle]}"),
-        ["updates.0.inner_step: no virtual step to take: every term of it has weight 0"],
+    "an inner step that is not a mapping": (
+        with_inner_step("student"),
+        ["updates.0.inner_step: an inner step must be a mapping"],
     ),
-    "a virtual step that moves nothing": (
-        after("{models: [free], terms: [kd], lr: 1}"),
-        ["updates.0.inner_step: no virtual step to take: no term of kd reaches a parameter of free"],
+    "an inner step by a term of weight 0": (
+        with_inner_step("{models: [student], terms: [idle]}"),
+        ["updates.0.inner_step: the inner step is empty: all of its terms have weight 0"],
     ),
-    "a virtual step that nothing reads": (
-        after("{models: [student], terms: [kd]}", "models: [gate], terms: [own]").replace(
+    "an inner step that moves nothing": (
+        with_inner_step("{models: [free], terms: [kd], lr: 1}"),
+        ["updates.0.inner_step: the inner step is empty: no term of kd reaches a parameter of free"],
+    ),
+    "an inner step that nothing reads": (
+        with_inner_step("{models: [student], terms: [kd]}", "models: [gate], terms: [own]").replace(
             "idle:", "own: {type: cross_entropy, student: free}, idle:"
         ),
-        [
-            "updates.0.inner_step: nothing comes after this step: no term of own reads what the virtual step of student moves"
-        ],
+        ["updates.0.inner_step: no term of own reads anything that the inner step of student trains"],
     ),
-    "a virtual step that the learner does not touch": (
-        after("{models: [student], terms: [ce]}"),
-        ["updates.0: nothing to update", "no way through the virtual step of student by ce to a parameter of gate"],
+    "an inner step that the learner does not touch": (
+        with_inner_step("{models: [student], terms: [ce]}"),
+        ["updates.0: nothing to update", "does not reach a parameter of gate through the inner step of student by ce"],
     ),
-    "a virtual step without a rate, of what no update moves": (
-        after("{models: [free], terms: [own]}", "models: [gate], terms: [own]").replace(
+    "an inner step without a rate, of what no update moves": (
+        with_inner_step("{models: [free], terms: [own]}", "models: [gate], terms: [own]").replace(
             "idle:", "own: {type: cross_entropy, student: free, sample_weight: {type: learnt, by: gate}}, idle:"
         ),
-        ["updates.0.inner_step: say the learning rate of this step", "no update moves free.layer1"],
+        ["updates.0.inner_step: the inner step needs a learning rate", "no update trains free.layer1"],
     ),
-    "a virtual step without a rate, of what two updates move": (
-        after("{models: [student], terms: [kd]}", more=", {models: [student], terms: [ce]}"),
-        ["updates.0.inner_step: say the learning rate of this step", "2 updates move student.layer1"],
+    "an inner step without a rate, of what two updates move": (
+        with_inner_step("{models: [student], terms: [kd]}", more=", {models: [student], terms: [ce]}"),
+        ["updates.0.inner_step: the inner step needs a learning rate", "2 updates train student.layer1"],
     ),
-    "a virtual step by what has no second derivative": (
-        after("{models: [student], terms: [kd, once]}").replace(
+    "an inner step by what has no second derivative": (
+        with_inner_step("{models: [student], terms: [kd, once]}").replace(
             "idle:", "once: {type: t_once, sample_weight: {type: learnt, by: gate}}, idle:"
         ),
-        ["updates.0.inner_step: a gradient goes through this step, but kd, once cannot be differentiated twice"],
+        ["updates.0.inner_step: the gradient flows through", "kd, once cannot be differentiated twice"],
     ),
-    "a virtual step beside a selection": (
-        after("{models: [student], terms: [kd]}, select: {type: random, keep: 4}"),
-        ["updates.0.select: cannot stand beside `after`"],
+    "an inner step beside a selection": (
+        with_inner_step("{models: [student], terms: [kd]}, select: {type: random, keep: 4}"),
+        ["updates.0.select: cannot be combined with `inner_step`"],
     ),
-    "a virtual step in fp16": (
-        after("{models: [student], terms: [kd]}") + "\nprecision: fp16",
-        ["precision: fp16 scales losses", "take bf16", "updates.0.inner_step"],
+    "an inner step in fp16": (
+        with_inner_step("{models: [student], terms: [kd]}") + "\nprecision: fp16",
+        ["precision: fp16 cannot be combined with `inner_step`", "use bf16", "updates.0.inner_step"],
     ),
-    "a result that is told its class": (
-        "models: {told: {model: fusion_gate, input: ['student:logits', 'teacher:logits', train.label]}}\n"
-        "terms: {ce: cross_entropy}\nexport: told",
-        ["models.told.input: role 'told' sees the labels, so 'told', which is evaluated"],
+    "an exported role that reads labels": (
+        "models: {leaky: {model: fusion_gate, input: ['student:logits', 'teacher:logits', train.label]}}\n"
+        "terms: {ce: cross_entropy}\nexport: leaky",
+        ["models.leaky.input: role 'leaky' reads the labels, but 'leaky', which is evaluated"],
     ),
 }
-"""Steps that are never taken, and what cannot come after them."""
+"""Invalid inner steps."""
 
-WRONG = {
-    **AFTER,
+INVALID = {
+    **INNER_STEPS,
     "averages of each other": (
         "models: {a: {ema: b}, b: {ema: a}}\nterms: {ce: cross_entropy}",
-        ["follow each other in a circle"],
+        ["derived from each other in a cycle"],
     ),
-    "an average of itself": ("models: {a: {ema: a}}\nterms: {ce: cross_entropy}", ["circle: a -> a"]),
-    "a circle through a shared network": (
+    "an average of itself": ("models: {a: {ema: a}}\nterms: {ce: cross_entropy}", ["cycle: a -> a"]),
+    "a cycle through a reused network": (
         "models:\n  a: {reuse: b, input: 'c:layer1'}\n  b: {model: t_layers}\n"
         "  c: {model: t_layers, input: 'a:logits'}\nterms: {ce: {type: cross_entropy, student: a}}",
-        ["in a circle: a -> c -> a"],
+        ["in a cycle: a -> c -> a"],
     ),
-    "inputs in a circle": (
+    "inputs in a cycle": (
         "models: {a: {model: t_layers, input: 'b:logits'}, b: {model: t_layers, input: 'a:logits'}}\n"
         "terms: {ce: cross_entropy}",
-        ["in a circle", "a -> b -> a"],
+        ["in a cycle", "a -> b -> a"],
     ),
     "nothing to update": (
         "terms: {kd: {type: kd, student: teacher, teacher: student}}",
         ["nothing to update", "student"],
     ),
-    "an update of nothing": (
+    "an update without roles": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [], terms: [ce]}]",
         ["an update needs `models`"],
     ),
-    "an update that moves by nothing": (
+    "an update without terms": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: []}]",
         ["an update needs `terms`"],
     ),
@@ -156,7 +157,7 @@ WRONG = {
         "updates: [{models: [student], terms: [ce]}, {models: [student], terms: [kd]}]",
         ["updates.1: nothing to update: no term of kd reaches a trainable parameter of student"],
     ),
-    "an update that leaves one of its models": (
+    "an update that reaches only one of its roles": (
         "models: {b: {model: t_layers}}\nterms: {ce: cross_entropy}\nupdates: [{models: [student, b], terms: [ce]}]",
         ["nothing to update: no term of ce reaches a trainable parameter of b", "remove it"],
     ),
@@ -164,17 +165,17 @@ WRONG = {
         "terms: {ce: cross_entropy}\nupdates: [{models: [student, student], terms: [ce, ce]}]",
         ["updates.0.models: 'student' is listed twice", "updates.0.terms: 'ce' is listed twice"],
     ),
-    "one term in two updates at once": (
+    "one term in two simultaneous updates": (
         "models: {b: {model: t_layers}}\nterms: {ce: {type: cross_entropy, student: [student, b]}}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [b], terms: [ce]}]]",
-        ["term 'ce' stands in two updates of one group", "no order"],
+        ["term 'ce' is in two updates of one group", "no order"],
     ),
-    "a network that is another's in an update": (
+    "a reused network in an update": (
         "models: {h: {reuse: student}}\nterms: {ce: cross_entropy, kd: {type: kd, student: h}}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [h], terms: [kd]}]]",
-        ["role 'h' is same; an update moves trainable roles only"],
+        ["role 'h' is a reused network; an update moves trainable roles only"],
     ),
-    "one model in two updates at once": (
+    "one role in two simultaneous updates": (
         "terms: {ce: cross_entropy, kd: kd}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [student], terms: [kd]}]]",
         ["two updates of one group", "no order"],
@@ -183,36 +184,36 @@ WRONG = {
         "terms: {ce: cross_entropy}\nupdates: [[{models: [student], terms: [ce]}]]",
         ["needs two or more"],
     ),
-    "repeated at once": (
+    "repetition in a group": (
         "models: {a: {model: t_layers}}\nterms: {ce: cross_entropy, other: {type: cross_entropy, student: a}}\n"
         "updates: [[{models: [student], terms: [ce], repeat: 2}, {models: [a], terms: [other]}]]",
         ["cannot be repeated"],
     ),
     "a router over one teacher": (
         "terms: {kd: {type: kd, route: uniform}}",
-        ["chooses among edges", "list of teachers"],
+        ["a router weights edges", "list of teachers"],
     ),
     "a router over one teacher, listed": (
         "terms: {kd: {type: kd, teacher: [teacher], route: uniform}}",
-        ["chooses among edges", "list of teachers"],
+        ["a router weights edges", "list of teachers"],
     ),
     "a router over one teacher, twice": (
         "terms: {kd: {type: kd, teacher: [teacher, teacher], route: uniform}}",
-        ["chooses among teachers", "the reuse: teacher:logits"],
+        ["a router weights teachers", "the same: teacher:logits"],
     ),
     "a router over one teacher of two students": (
         "models: {b: {model: t_layers}}\n"
         "terms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
-        ["chooses among teachers", "the reuse: teacher:logits"],
+        ["a router weights teachers", "the same: teacher:logits"],
     ),
     "a router over a term without weights": (
         "models: {second: {model: t_layers, frozen: true}}\n"
         "terms: {it: {type: t_coupled, teacher: [teacher, second], route: uniform}, ce: cross_entropy}",
         ["takes no weights"],
     ),
-    "a weigher that does not fit": (
+    "a sample weight of another shape": (
         "terms: {hint: {type: hint, student: conv2, teacher: conv2, sample_weight: disagreement}}",
-        ["weigher", "one for each"],
+        ["the sample weight returned", "one for each"],
         ["student={model: t_conv}", "teacher={model: t_conv}"],
     ),
     "labels where there are none": (
@@ -221,13 +222,13 @@ WRONG = {
         "terms: {ce: {type: cross_entropy, student: own}}",
         ["reads 'label'", "source 'noise' has no field"],
     ),
-    "a weigher that reads labels where there are none": (
+    "a sample weight that reads missing labels": (
         NOISE + "terms: {kd: {type: kd, student: own, teacher: own, sample_weight: {type: focal, power: 1}}}",
-        ["terms.kd.sample_weight: weigher 'focal'", "reads 'label'", "no labels"],
+        ["terms.kd.sample_weight: sample weight 'focal'", "reads 'label'", "no labels"],
     ),
-    "a weigher that reads a teacher where there is none": (
+    "a sample weight that reads a missing teacher": (
         "terms: {ce: {type: cross_entropy, sample_weight: confidence}}",
-        ["terms.ce.sample_weight: weigher 'confidence'", "reads 'teacher'"],
+        ["terms.ce.sample_weight: sample weight 'confidence'", "reads 'teacher'"],
     ),
     "a selector that reads labels where there are none": (
         NOISE + "terms: {kd: {type: kd, student: own, teacher: own}}\n"
@@ -235,8 +236,9 @@ WRONG = {
         ["updates.0.select: selector 'learnability'", "reads 'label'"],
     ),
     "a maker that reads labels where there are none": (
-        NOISE + "terms: {ce: cross_entropy}\nmake: {means: {type: class_means, source: noise, features: 'own:layer1'}}",
-        ["make.means: class_means reads the labels of source 'noise', which has none"],
+        NOISE
+        + "terms: {ce: cross_entropy}\nartifacts: {means: {type: class_means, source: noise, features: 'own:layer1'}}",
+        ["artifacts.means: class_means reads the labels of source 'noise', which has none"],
     ),
     "labels to keep where there are none": (
         "data: {noise: {type: gaussian, shape: [6], label_fraction: 4}}\nterms: {ce: cross_entropy}",
@@ -269,23 +271,23 @@ WRONG = {
     "a budget larger than the pool": (
         "terms: {ce: cross_entropy}\n"
         "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 65, count: 2}}",
-        ["make.pick: choose has a budget of 65, but its source has only 64 samples"],
+        ["artifacts.pick: choose has a budget of 65, but its source has only 64 samples"],
     ),
     "a budget larger than a part of the pool": (
         "terms: {ce: cross_entropy}\ndata: {train: {subset: 32}}\n"
         "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 33, count: 2}}",
-        ["make.pick: choose has a budget of 33, but its source has only 32 samples"],
+        ["artifacts.pick: choose has a budget of 33, but its source has only 32 samples"],
     ),
     "a budget that is spent before the first round": (
         "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: query.pick, initial: 20}\n"
         "stages: {active: {rounds: 2, stages: {train: {epochs: 1}, query: {epochs: 0, artifacts: {pick: "
         "{type: choose, by: {type: entropy, student: student}, budget: 10, count: 5}}}}}}",
-        ["make.pick: choose has a budget of 10, but its source already has 20 labels"],
+        ["artifacts.pick: choose has a budget of 10, but its source already has 20 labels"],
     ),
     "more in a round than in all": (
         "terms: {ce: cross_entropy}\n"
         "artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 10, count: 20}}",
-        ["make.pick: choose: count (20) must not be above the budget (10)"],
+        ["artifacts.pick: choose: count (20) must not be above the budget (10)"],
     ),
     "a part of a file where there is none": (
         "terms: {ce: cross_entropy}\naugment: {image: [flip], other: {from: image, then: [random_resized_crop]}}",
@@ -325,48 +327,48 @@ WRONG = {
     ),
     "something that nobody made": (
         "terms: {mse: {type: logit_mse, teacher: 'artifact:first.soft'}}",
-        ["no earlier stage makes 'first.soft'"],
+        ["no earlier stage produces 'first.soft'"],
     ),
     "a dataset that nobody made": (
         "terms: {ce: cross_entropy}\ndata: {pool: {artifact: first.pool}}",
-        ["data.pool.artifact: no earlier stage makes 'first.pool'"],
+        ["data.pool.artifact: no earlier stage produces 'first.pool'"],
     ),
     "a choice that nobody made": (
         "terms: {ce: cross_entropy}\ndata: {train: {subset: {artifact: first.pick}}}",
-        ["data.train.subset.artifact: no earlier stage makes 'first.pick'"],
+        ["data.train.subset.artifact: no earlier stage produces 'first.pick'"],
     ),
     "labels that nobody chose": (
         "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: first.pick}",
-        ["label_fraction.artifact: no earlier stage makes 'first.pick'"],
+        ["label_fraction.artifact: no earlier stage produces 'first.pick'"],
     ),
     "a model that nobody chose": (
         "models: {b: {model: {artifact: first.best}}}\nterms: {ce: {type: cross_entropy, student: b}}",
-        ["models.b: no earlier stage makes 'first.best'"],
+        ["models.b: no earlier stage produces 'first.best'"],
     ),
     "a choice of a later stage": (
         "terms: {ce: cross_entropy}\nstages:\n  one: {data: {train: {subset: {artifact: two.pick}}}}\n"
         "  two: {artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 4}}}",
-        ["stages.one.data.train.subset.artifact: no earlier stage makes 'two.pick'"],
+        ["stages.one.data.train.subset.artifact: no earlier stage produces 'two.pick'"],
     ),
     "statistics of what has none": (
         "terms: {it: {type: bn_statistics, student: 'teacher:layer1/in', teacher: 'teacher:layer1/stats'}}",
-        ["keeps no running mean"],
+        ["has no running mean"],
     ),
-    "weights of a part that is another's": (
+    "weights of a reused network": (
         "models: {part: {reuse: 'teacher:fc', input: 'student:layer1', weights: {path: x.pt}}}\n"
         "terms: {kd: {type: kd, student: part}}",
-        ["the very network of 'teacher'"],
+        ["reuses the network of 'teacher'"],
     ),
-    "a transform of what stands still": (
+    "a transform of a frozen role": (
         "terms: {ce: cross_entropy, kd: kd}",
-        ["belongs to a role that trains"],
+        ["belongs to a trainable role"],
         ["teacher.transform=[{type: quantize}]"],
     ),
-    "a snapshot of a part": (
+    "a snapshot of a module": (
         "models: {old: {snapshot: 'student:fc'}}\nterms: {kd: {type: kd, teacher: old}}",
-        ["can only be shared"],
+        ["only `reuse` takes a module path"],
     ),
-    "a selection among parts of a batch": (
+    "a selection from micro-batches": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random, keep: 4}}]",
         ["the rows of the full batch", "accumulate: 2"],
         ["accumulate=2"],
@@ -377,7 +379,7 @@ WRONG = {
         "terms: {ce: cross_entropy}\nexport: maker",
         ["role 'maker' returns [1, 8, 8] for one sample", "each of the 4 classes", "`export`"],
     ),
-    "two sources side by side": (
+    "two sources of different batch sizes": (
         "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
         "data: {noise: {type: gaussian, shape: [6], samples: 64}, train: {subset: 50}}\n"
         "terms: {ce: {type: cross_entropy, student: both}}",
@@ -393,20 +395,20 @@ WRONG = {
         ["terms.rkd", "batches differ in size"],
         ["data.train={subset: 50}"],
     ),
-    "nothing to measure": ("terms: {ce: cross_entropy}\nmetrics: []", ["one or more"]),
+    "no metric": ("terms: {ce: cross_entropy}\nmetrics: []", ["one or more"]),
     "a selection without a number": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random}}]",
-        ["say how many rows stay"],
+        ["select needs `keep`"],
     ),
 }
 
 
-def test_a_null_in_models_removes_what_stands_at_the_top():
+def test_null_in_models_removes_a_role_of_the_top_level():
     text = HEAD + "terms: {ce: {type: cross_entropy, student: own}}\nmodels: {own: {model: t_layers}, student: null}"
     assert sorted(recipe_from_text(text).stages[0].roles) == ["own", "teacher"]
 
 
-def test_two_sources_of_whole_batches_may_stand_side_by_side():
+def test_two_sources_of_equal_batches_may_be_inputs_of_one_role():
     text = "models: {both: {model: t_two, input: [train.image, noise.z]}}\n"
     text += (
         "data: {noise: {type: gaussian, shape: [6], samples: 64}}\nterms: {ce: {type: cross_entropy, student: both}}"
@@ -414,39 +416,39 @@ def test_two_sources_of_whole_batches_may_stand_side_by_side():
     assert stage_plan(recipe_from_text(HEAD + text)).updates
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wiring_that_cannot_be_is_refused_in_words(name):
-    text, words, *overrides = WRONG[name]
-    told = refused(text, *(overrides[0] if overrides else ()))
-    for line in told.splitlines()[1 if " mistakes:" in told else 0 :]:
-        assert re.match(r"own\.yaml:\d+ |override '", line), f"it has a place: {line}"
-    for word in words:
-        assert word in told
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_wiring_is_rejected_with_its_location(name):
+    text, fragments, *overrides = INVALID[name]
+    message = error_of(text, *(overrides[0] if overrides else ()))
+    for line in message.splitlines()[1 if " mistakes:" in message else 0 :]:
+        assert re.match(r"own\.yaml:\d+ |override '", line), f"no location: {line}"
+    for fragment in fragments:
+        assert fragment in message
 
 
 ADAPTED = "{type: logit_mse, student: teacher, teacher: {path: layer1, role: student, adapter: linear}}"
 
 
-@pytest.mark.parametrize("beside", ["", "ce: cross_entropy, "])
-def test_an_adapter_on_a_detached_operand_alone_cannot_learn(beside):
-    """It would be a projection that teaches nobody, also where other terms teach."""
-    told = refused(f"terms: {{{beside}mse: {ADAPTED}}}")
-    assert told.startswith("own.yaml:8 terms.mse: ") and "reaches no parameter of student" in told
-    assert "only an adapter" in told
+@pytest.mark.parametrize("other_terms", ["", "ce: cross_entropy, "])
+def test_adapter_of_a_detached_operand_alone_cannot_learn(other_terms):
+    """Checks a term whose only trainable parameters are those of an adapter, with and without other terms."""
+    message = error_of(f"terms: {{{other_terms}mse: {ADAPTED}}}")
+    assert message.startswith("own.yaml:8 terms.mse: ") and "reaches no parameter of student" in message
+    assert "only an adapter" in message
 
 
-def test_an_adapter_beside_a_student_that_learns_may_stand_on_the_teacher():
+def test_adapter_of_the_teacher_trains_beside_a_trainable_student():
     text = "terms: {mse: {type: logit_mse, teacher: {path: layer1, role: teacher, adapter: linear}}}"
     parameters = stage_plan(recipe_from_text(HEAD + text)).updates[0].parameters
     assert any(".adapter." in name for name in parameters) and any(name.startswith("student.") for name in parameters)
 
 
-def test_sources_of_equal_batches_may_stand_in_one_combination():
+def test_sources_of_equal_batches_may_be_combined():
     text = "terms: {ce: cross_entropy, kd: {type: kd, teacher: {combine: mean_logits, of: [teacher, own]}}}"
     assert stage_plan(recipe_from_text(HEAD + NOISE + text)).updates
 
 
-def test_a_smaller_last_batch_of_another_source_is_refused_where_several_processes_would_pad_it():
+def test_smaller_last_batch_of_another_source_is_rejected_with_several_processes():
     text = "data: {memory: {subset: 50}}\nmodels: {again: {reuse: student, input: memory.image}}\n"
     text += "terms: {pcr: {type: proxy_contrastive, replayed: again, replayed_label: memory.label}}"
     assert stage_plan(recipe_from_text(HEAD + text)).updates
@@ -455,7 +457,7 @@ def test_a_smaller_last_batch_of_another_source_is_refused_where_several_process
     assert stage_plan(recipe_from_text(HEAD + text, "data.memory.subset=64"), world_size=2).updates
 
 
-def test_what_a_null_removed_is_not_where_the_weights_come_from():
+def test_previous_skips_a_stage_that_removed_the_role():
     text = (
         "models: {own: {model: t_layers}}\nstages:\n  one: {terms: {ce: cross_entropy}}\n"
         "  two: {models: {student: null}, terms: {ce: {type: cross_entropy, student: own}}, export: own}\n"

@@ -372,7 +372,7 @@ def test_networks_of_different_shape_are_not_averaged():
     ("valid", "invalid", "message"),
     [
         ("budget: 18", "budget: 65", "labels: choose has a budget of 65, but its source has only 64 samples"),
-        ("memory: 9", "memory: 0", "reservoir: memory must be 1 or more"),
+        ("memory: 9", "memory: 0", "reservoir: memory must be at least 1, got 0"),
         (
             "{type: soft_labels, teacher: teacher}",
             '{type: soft_labels, teacher: "teacher:layer9"}',

@@ -34,7 +34,7 @@ tensorboard: false
 RECIPE = (
     """
 student: {model: {type: t_layers, norm: batch, dropout: 0.2}}
-teacher: {model: {type: t_layers, hidden: 16}}
+teacher: {model: t_layers}
 ema: 0.9
 clip: 1.0
 """

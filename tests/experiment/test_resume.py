@@ -133,8 +133,8 @@ def test_the_second_stage_starts_from_the_weights_of_the_first(monkeypatch):
     assert steps == [f"distil {n}" for n in range(4, 8)], "the first stage is not trained again"
 
 
-@pytest.mark.parametrize("lost", ["", "step", "optimizers", "average", "models", "terms", "meters"])
-def test_losing_an_entry_of_the_state_changes_the_results(monkeypatch, lost):
+@pytest.mark.parametrize("entry", ["", "step", "optimizers", "average", "models", "terms", "meters"])
+def test_losing_an_entry_of_the_state_changes_the_results(monkeypatch, entry):
     """Negative control: the comparison detects each lost entry, and reports nothing for a complete state."""
     settings = ("log_every=3", "checkpoint_every.steps=2")  # the checkpoint of step 4 is inside a log interval
     train_recipe_text(recipe_text(out="expected"), *settings)
@@ -144,11 +144,11 @@ def test_losing_an_entry_of_the_state_changes_the_results(monkeypatch, lost):
 
     def load_incomplete_state(self, state, source):
         fresh = replace(self.training_state(), step=3)
-        original(self, replace(state, **({lost: getattr(fresh, lost)} if lost else {})), source)
+        original(self, replace(state, **({entry: getattr(fresh, entry)} if entry else {})), source)
 
     monkeypatch.setattr(Runner, "load_training_state", load_incomplete_state)
     train_recipe_text(recipe_text(), *settings)
-    assert bool(differing_keys(comparable_results("expected"), comparable_results("run"))) is bool(lost)
+    assert bool(differing_keys(comparable_results("expected"), comparable_results("run"))) is bool(entry)
 
 
 def test_random_numbers_of_the_model_do_not_depend_on_earlier_ones(monkeypatch):

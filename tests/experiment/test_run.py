@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.kills import KilledRun, kill_at_write
 from helpers.recipes import (  # noqa: F401
     SYNTHETIC_DATA,
     QuietConsole,
@@ -63,7 +65,7 @@ def test_a_run_writes_all_its_files():
     assert {line["event"] for line in lines} == {"train", "evaluation"}
     splits = {(line["role"], line["split"]) for line in lines if line["event"] == "evaluation"}
     assert {("student", "test"), ("student", "validation"), ("ema", "test"), ("student", "train")} <= splits
-    assert outcome.summary["best"]["chosen_on"] == "validation"
+    assert outcome.summary["best"]["selected_on"] == "validation"
     assert not list(Path("run").rglob("*.tmp"))
 
 
@@ -243,6 +245,18 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous_one_with_a_notice(mon
     assert differing_keys(comparable_results("uninterrupted"), comparable_results("run")) == []
 
 
+def test_a_kill_after_the_fallback_loses_no_checkpoint(monkeypatch):
+    """The damaged file must not replace the good previous one before a new checkpoint is complete."""
+    train_recipe_text(TINY, "out=uninterrupted")
+    interrupted_run(monkeypatch).last.write_bytes(b"PK nothing")
+    for write_number in range(1, 40, 3):
+        with suppress(KilledRun), kill_at_write(write_number):
+            train_recipe_text(TINY)
+            break
+    train_recipe_text(TINY)
+    assert differing_keys(comparable_results("uninterrupted"), comparable_results("run")) == []
+
+
 def test_two_damaged_checkpoints_are_reported_and_unchanged(monkeypatch):
     folder = interrupted_run(monkeypatch)
     for file in (folder.last, folder.last.with_name("last.pt.previous")):
@@ -394,7 +408,7 @@ def test_the_command_line_reports_an_interrupted_run(monkeypatch, capsys):
     recipe_from_text(TINY)
     interrupt(monkeypatch, 6)
     assert main(["train", "own.yaml"]) == 130
-    assert "goes on" in capsys.readouterr().err and step_of() == 4
+    assert "interrupted. Repeat the command" in capsys.readouterr().err and step_of() == 4
 
 
 @pytest.mark.parametrize(

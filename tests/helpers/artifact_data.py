@@ -55,13 +55,13 @@ def source_samples(recipe: Recipe, stage: str, source: str = "train") -> dict[st
     return {**samples, "image": samples["image"].double()}
 
 
-def greedy_k_center(points: Tensor, centres: list[int], count: int) -> list[int]:
-    """Selects the point with the largest distance to its nearest centre, `count` times; returns the rows in order."""
+def greedy_k_center(points: Tensor, centers: list[int], count: int) -> list[int]:
+    """Selects the point with the largest distance to its nearest center, `count` times; returns the rows in order."""
     distances = (points[:, None] - points[None]).square().sum(-1).sqrt()
     rows: list[int] = []
     for _ in range(count):
-        nearest = distances[:, [*centres, *rows]].min(1).values
-        nearest[[*centres, *rows]] = -1
+        nearest = distances[:, [*centers, *rows]].min(1).values
+        nearest[[*centers, *rows]] = -1
         rows.append(int(nearest.argmax()))
     return rows
 

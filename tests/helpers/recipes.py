@@ -157,7 +157,7 @@ def equal_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def step_on_fake_tensors(harness: StageHarness, steps: int = 2) -> None:
     """Takes whole steps under FakeTensorMode, in which reading a tensor's value on the host raises.
 
-    Covers forward, terms, backward, clipping, optimiser, meters and averages: everything between `begin_step` and the
+    Covers forward, terms, backward, clipping, optimizer, meters and averages: everything between `begin_step` and the
     end of `step`. The harness cannot be used afterwards.
     """
     windows = list(itertools.islice(harness.windows(), steps))
@@ -182,7 +182,7 @@ def step_on_fake_tensors(harness: StageHarness, steps: int = 2) -> None:
             step_count = float(state["step"]) if "step" in state else None
             fake.attributes(state)
             if step_count is not None:
-                with mode:  # the optimiser counts steps on the host, so that reading this value does not synchronise
+                with mode:  # the optimizer counts steps on the host, so that reading this value does not synchronize
                     state["step"] = torch.tensor(step_count)
         update.optimizer.state = defaultdict(dict, {fake(p): s for p, s in update.optimizer.state.items()})
     batches = [
@@ -202,7 +202,7 @@ class NoHostTensors(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor):
             caller = sys._getframe(1).f_globals["__name__"]
-            if not caller.startswith("torch."):  # an optimiser creates its step counts once
+            if not caller.startswith("torch."):  # an optimizer creates its step counts once
                 raise RuntimeError(f"{caller} creates a tensor from host numbers in a step")
         return func(*args, **(kwargs or {}))
 
@@ -232,7 +232,7 @@ class _FakeConverter:
 def with_synthetic_data(loaded: Recipe, *, samples: int = 96, batch_size: int = 16) -> Recipe:
     """Replaces a shipped recipe's data by synthetic data of the same shape and classes, with small batches.
 
-    Initial weights are dropped: nothing is downloaded and no teacher is trained. Models, terms, optimiser and schedules
+    Initial weights are dropped: nothing is downloaded and no teacher is trained. Models, terms, optimizer and schedules
     remain those of the recipe.
     """
     stages = []

@@ -4,7 +4,7 @@ digits/ofa (OFA-KD, m023): the recipe alone, with the term `ofa` and the model `
 digits/dhkd (DHKD, m036): the recipe alone, with the term `dhkd` and the model `linear_head`.
 digits/sinkd (SinKD, m029): the recipe and one class, the term `sinkhorn` (kdbench/terms/divergences.py). Its oracle
     are plain loops in tests/helpers/cases/divergences.py.
-digits/taid (TAID, m061): the recipe and one class, the term `taid` (kdbench/terms/logits.py).
+digits/taid (TAID, m061): the recipe and one class, the term `taid` (kdbench/terms/divergences.py).
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_an_infinite_setting_gives_the_bound(bounds, setting, expected):
     assert_close(with_settings(build("affine_augmentor", **off), *settings)(image), image, rtol=0, atol=1e-5)
 
 
-def test_scale_and_shear_are_about_the_centre_of_the_image():
+def test_scale_and_shear_are_about_the_center_of_the_image():
     off = dict.fromkeys(("rotation", "shift", "scale", "shear", "brightness", "contrast"), 0.0)
     ramp = torch.linspace(-7, 7, 8).expand(1, 1, 8, 8).contiguous()  # the value is the column position
     inner = (..., slice(2, 6), slice(2, 6))

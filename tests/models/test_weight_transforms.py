@@ -58,7 +58,7 @@ def test_quantised_weights_are_the_nearest_uniform_levels_of_their_bucket(bits, 
         grid = torch.linspace(old.min().item(), old.max().item(), 2**bits, dtype=torch.float64)
         distance, level = (new[:, None] - grid).abs().min(dim=1)
         assert distance.max() < 1e-6
-        # No level is nearer to the old value than the one taken.
+        # No other level is nearer to the old value.
         min_distance = (old[:, None] - grid).abs().min(dim=1).values
         assert_close((old - grid[level]).abs(), min_distance, rtol=0, atol=1e-6)
     assert max(count_levels(effective, bucket)) <= 2**bits

@@ -203,6 +203,23 @@ def test_without_tensorboard_only_the_lines_are_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("lost_bytes", [1, 13, 40, 10_000])
+def test_logs_that_lost_their_end_stay_readable(tmp_path, lost_bytes):
+    log = tracker(tmp_path)
+    begin(log)
+    epoch(log, 1)
+    state = log.state_dict()
+    log.close()
+    for path in (tmp_path / "metrics.jsonl", tmp_path / "tensorboard" / EVENT_FILE_NAME):
+        path.write_bytes(path.read_bytes()[:-lost_bytes])
+    log = tracker(tmp_path)
+    log.load_state_dict(state)
+    epoch(log, 2)
+    log.close()
+    assert read_json_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 20
+    assert [step for step, _ in events(tmp_path)["loss/total"]][-1] == 20
+
+
 def test_lost_lines_give_a_notice(tmp_path):
     log = tracker(tmp_path)
     log.load_state_dict({"metrics.jsonl": 500, "tensorboard": 0})

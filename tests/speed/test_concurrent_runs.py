@@ -58,9 +58,7 @@ tensorboard: false
 """Batches of 24, 24 and 16 samples: the last one of an epoch is smaller."""
 
 
-def train_concurrently(
-    jobs: Sequence[Recipe], stack: StackOptionOption
-) -> tuple[list[Outcome | BaseException], list[str]]:
+def train_concurrently(jobs: Sequence[Recipe], stack: StackOption) -> tuple[list[Outcome | BaseException], list[str]]:
     """Returns the outcome or the exception of each job, and the notices of the dispatcher."""
     notices: list[str] = []
     labels = [f"job {n}" for n in range(len(jobs))]

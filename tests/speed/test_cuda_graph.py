@@ -111,7 +111,8 @@ def take_steps(stage: StageHarness, count: int) -> list[dict]:
 
 def equal_state(first: StageHarness, second: StageHarness) -> bool:
     """Returns whether the training states of two stages are equal bit for bit."""
-    return repr(_comparable(vars(first.runner.training_state()))) == repr(_comparable(vars(second.runner.training_state())))
+    states = [_comparable(vars(stage.runner.training_state())) for stage in (first, second)]
+    return repr(states[0]) == repr(states[1])
 
 
 def _comparable(tree):

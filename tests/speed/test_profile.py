@@ -75,13 +75,13 @@ def test_sections_are_named_and_in_order():
     harness = shipped_stage("digits/kd")
     roles = ["forward teacher", "forward student"]
     terms = [f"term {name}" for name in harness.plan.resolved_stage.terms]
-    expected = ["data", "schedules", *roles, *terms, "sum of terms", "backward", "optimiser", "optimiser"]
+    expected = ["data", "schedules", *roles, *terms, "sum of terms", "backward", "optimizer", "optimizer"]
     assert section_names(harness) == expected
 
 
 def test_each_update_ends_with_its_optimizer():
     sections = section_names(build_stage(ADVERSARIAL).step())
-    assert sections.count("backward") == 2 and sections[sections.index("backward") + 1] == "optimiser"
+    assert sections.count("backward") == 2 and sections[sections.index("backward") + 1] == "optimizer"
 
 
 def test_recorded_steps_give_the_same_bits_as_unrecorded_ones():

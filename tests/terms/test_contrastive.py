@@ -57,7 +57,7 @@ def reference_loss(term, student, teacher, candidates, banks, scale=None):
 
 def next_candidates(term, operands):
     """Returns the positive and the negatives of each row in the next step."""
-    key = hash_words(term.seed + hash_words(term.step)) + operands["index"]
+    key = hash_words(term.seed + hash_words(term.num_steps)) + operands["index"]
     negatives = sample_negatives(term.sample_class[:-1], operands["label"], key, NEGATIVES)
     return torch.cat([operands["index"].unsqueeze(1), negatives], 1).tolist()
 

@@ -73,10 +73,10 @@ def test_dkd_is_linear_in_its_components(logits):
     assert_close(dkd_loss(*logits, LABEL, 0.5, 3.0, 2.0), 4 * (0.5 * tckd + 3 * nckd))
 
 
-def test_kd_at_high_temperature_matches_centred_logits(logits):
-    """Hinton et al., equation 4: the gradient tends to that of half the mean squared centred logit difference."""
+def test_kd_at_high_temperature_matches_centered_logits(logits):
+    """Hinton et al., equation 4: the gradient tends to that of half the mean squared centered logit difference."""
     kd = torch.autograd.grad(kd_loss(*logits, 1e4).sum(), logits[0])[0]
-    mse = torch.autograd.grad(logit_mse_loss(*logits, centre=True).sum(), logits[0])[0]
+    mse = torch.autograd.grad(logit_mse_loss(*logits, center=True).sum(), logits[0])[0]
     assert_close(kd, mse / 2, rtol=1e-3, atol=1e-6)
 
 
@@ -86,10 +86,10 @@ def test_kd_at_high_temperature_matches_centred_logits(logits):
         lambda s, t: cross_entropy_loss(s, LABEL, 0.1),
         lambda s, t: kd_loss(s, t, 4.0),
         lambda s, t: dkd_loss(s, t, LABEL, 1.0, 8.0, 4.0),
-        lambda s, t: logit_mse_loss(s, t, centre=True),
+        lambda s, t: logit_mse_loss(s, t, center=True),
         lambda s, t: dist_loss(s, t),
     ],
-    ids=["cross_entropy", "kd", "dkd", "logit_mse-centred", "dist"],
+    ids=["cross_entropy", "kd", "dkd", "logit_mse-centered", "dist"],
 )
 def test_constant_added_to_all_logits_of_a_row_changes_nothing(logits, loss):
     student, teacher = logits

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.testing import assert_close
 
-from helpers.cases.logits import taid
+from helpers.cases.divergences import taid
 from helpers.term_inputs import build_term
 
 CLASSES, RATE, MOMENTUM = 4, 0.3, 0.6

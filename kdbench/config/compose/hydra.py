@@ -52,7 +52,7 @@ def job_composer(layers: ConfigLayers) -> Iterator[Callable[[Sequence[str]], Com
     Raises:
         ConfigError: (the function) an override cannot be applied, or sweeps.
     """
-    with _initialised_hydra(layers):
+    with _initialized_hydra(layers):
 
         def compose_job(overrides: Sequence[str]) -> ComposedRecipe:
             return _compose_one(layers, overrides, {})
@@ -71,12 +71,12 @@ def compose(
     Raises:
         ConfigError: an override cannot be applied.
     """
-    with _initialised_hydra(layers):
+    with _initialized_hydra(layers):
         return _compose_one(layers, overrides, values or {})
 
 
 @contextmanager
-def _initialised_hydra(layers: ConfigLayers) -> Iterator[None]:
+def _initialized_hydra(layers: ConfigLayers) -> Iterator[None]:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -182,8 +182,8 @@ class _LayerStack:
         if override.replaces:
             self._mark_stale(layer)
         self.data = hydra_merge(self.data, layer)
-        self.locations |= override.locations()
-        # Parents that no file contains, such as `optimiser` of `optimiser.lr=1`, were written by the override.
+        self.locations |= override.key_locations()
+        # Parents that no file contains, such as `optimizer` of `optimizer.lr=1`, were written by the override.
         for parent in _parent_keys(override.key):
             self.locations.setdefault(parent, Location(key=parent, override=override.text))
 

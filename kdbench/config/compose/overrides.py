@@ -53,7 +53,7 @@ class RecipeOverride:
             result = {name: result}
         return result
 
-    def locations(self) -> dict[str, Location]:
+    def key_locations(self) -> dict[str, Location]:
         """Returns the location of the override's key and of every key below it."""
         keys = [self.key]
         if isinstance(self.value, Mapping):

@@ -25,9 +25,8 @@ Change = Callable[[Any, str], Any]
 
 def expand(data: Mapping[str, Any]) -> dict[str, Any]:
     """Expands every part of a recipe that is written as a bare name."""
-    return _Rewrite(lambda value, key: {key: value} if isinstance(value, str) else value, inner_first=False).recipe(
-        data
-    )
+    rewrite = _Rewrite(lambda value, key: {key: value} if isinstance(value, str) else value, inner_first=False)
+    return rewrite.rewrite_recipe(data)
 
 
 def contract(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def contract(data: Mapping[str, Any]) -> dict[str, Any]:
         is_bare = isinstance(value, Mapping) and set(value) == {key} and isinstance(value[key], str)
         return value[key] if is_bare else value
 
-    return _Rewrite(shorten, inner_first=True).recipe(data)
+    return _Rewrite(shorten, inner_first=True).rewrite_recipe(data)
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class _Rewrite:
     change: Change
     inner_first: bool
 
-    def recipe(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        return self.fragment(data) | change_stages(data, lambda stage, _: self.fragment(stage))
+    def rewrite_recipe(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return self.rewrite_fragment(data) | change_stages(data, lambda stage, _: self.rewrite_fragment(stage))
 
-    def fragment(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def rewrite_fragment(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Changes the parts at the top level of a recipe, in a stage or in a round."""
         result = dict(data)
         if "augment" in result:

@@ -1,4 +1,4 @@
-"""Reads the sources of a stage: `dataset` with its options, and the entries of `data`."""
+"""Reads the sources of a stage: `dataset` with its options, the entries of `data`, their views and their subsets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.config.parse.keys import KeyReader, ParseContext
+from kdbench.config.parse.operands import artifact_hint
 from kdbench.config.parse.parts import read_part
-from kdbench.config.parse.subsets import read_artifact_reference, read_label_fraction, read_subset
-from kdbench.config.parse.views import read_views
 from kdbench.config.schema import PartConfig, SourceConfig, declared_keys
-from kdbench.errors import Location
-from kdbench.registry import DATASETS, RELABELS
+from kdbench.config.schema.data import ARTIFACT_REFERENCE_KEYS, VIEW_KEYS
+from kdbench.config.schema.keys import FRACTION_OR_COUNT
+from kdbench.errors import Location, suggest
+from kdbench.registry import AUGMENTATIONS, DATASETS, RELABELS, SUBSETS, type_mismatch
+
+Augmentations = tuple[PartConfig, ...]
+SubsetStep = float | int | str | PartConfig
 
 DATASET_INJECTED = ("split", "data_root", "file")
 
@@ -187,3 +191,167 @@ def _with_initial(reader: KeyReader, initial: Any) -> dict[str, Any]:
         reader.error("initial", f"must be a dataset, or a mapping with the keys of a source, got {initial!r}.")
         initial = {}
     return {**data, **initial}
+
+
+def read_views(reader: KeyReader) -> dict[str, Augmentations]:
+    """Reads the views of a source: image field -> augmentations.
+
+    `{from: VIEW, then: [...]}` becomes a list that begins with `{type: same, view: VIEW}`.
+    """
+    context, value, key = reader.context, reader.get_raw("augment"), reader.subkey("augment")
+    views: dict[str, Augmentations] = {"image": ()}
+    if isinstance(value, list):
+        views["image"] = _read_augmentations(context, value, key)
+    elif isinstance(value, Mapping):
+        for view, items in value.items():
+            views[view] = () if items is None else _read_view(context, items, f"{key}.{view}")
+    else:
+        context.error(key, f"must be a list of augmentations, or a mapping of views to lists, got {value!r}.")
+    for view in views:
+        _check_continuation(context, view, views)
+    return views
+
+
+def _read_view(context: ParseContext, value: Any, key: str) -> Augmentations:
+    if isinstance(value, list):
+        return _read_augmentations(context, value, key)
+    if not isinstance(value, Mapping):
+        context.error(key, f"must be a list of augmentations, or {{from: VIEW, then: [...]}}, got {value!r}.")
+        return ()
+    reader = KeyReader(context, value, key, "a view that continues another", VIEW_KEYS)
+    start = reader.read("from")
+    if start is None:
+        reader.error("", "needs `from`: the view that it continues.")
+        return ()
+    items = reader.get_raw("then") or []
+    if not isinstance(items, list):
+        reader.error("then", f"must be a list of augmentations, got {items!r}.")
+        items = []
+    continuation = PartConfig(type="same", params={"view": start}, location=reader.location("from"))
+    return (continuation, *_read_augmentations(context, items, reader.subkey("then")))
+
+
+def _read_augmentations(context: ParseContext, items: list[Any], key: str) -> Augmentations:
+    parts = [read_part(context, AUGMENTATIONS, item, f"{key}.{index}") for index, item in enumerate(items)]
+    return tuple(part for part in parts if part is not None)
+
+
+def _check_continuation(context: ParseContext, view: str, views: Mapping[str, Augmentations]) -> None:
+    """Reports a view that continues a missing view, or itself."""
+    for index, part in enumerate(views[view]):
+        if part.type != "same":
+            continue
+        if index:
+            message = "`same` must be the first augmentation of a view; the others are applied to its result."
+            context.errors.add(part.location, message)
+            return
+        chain = [view]
+        while (continued := _continued_view(views[chain[-1]])) is not None:
+            if continued not in views:
+                # A missing view further along the chain is reported for the view that names it.
+                if len(chain) == 1:
+                    context.errors.add(part.location, f"no view {continued!r}.{suggest(continued, views)}")
+                return
+            chain.append(continued)
+            if continued in chain[:-1]:
+                context.errors.add(part.location, f"views continue each other in a cycle: {' -> '.join(chain)}.")
+                return
+
+
+def _continued_view(parts: Augmentations) -> str | None:
+    first = parts[0] if parts else None
+    return str(first.params.get("view")) if first is not None and first.type == "same" else None
+
+
+def read_subset(reader: KeyReader, artifact_names: Mapping[str, str]) -> SubsetStep | tuple[SubsetStep, ...] | None:
+    """Reads `subset`: a number, `{type: NAME, ...}`, `{artifact: STAGE.NAME, initial: ...}`, or a list of these.
+
+    Args:
+        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
+    """
+    return _read_steps(reader.context, reader.get_raw("subset"), reader.subkey("subset"), artifact_names)
+
+
+def _read_steps(
+    context: ParseContext, value: Any, key: str, artifact_names: Mapping[str, str]
+) -> SubsetStep | tuple[SubsetStep, ...] | None:
+    if not isinstance(value, list):
+        return _read_step(context, value, key, artifact_names)
+    if not value:
+        context.error(key, "must not be an empty list; remove it to keep every sample.")
+    steps: list[SubsetStep] = []
+    for index, item in enumerate(value):
+        step = _read_step(context, item, f"{key}.{index}", artifact_names)
+        steps += step if isinstance(step, tuple) else () if step is None else (step,)
+    return tuple(steps) if steps else None
+
+
+def _read_step(
+    context: ParseContext, value: Any, key: str, artifact_names: Mapping[str, str]
+) -> SubsetStep | tuple[SubsetStep, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and "artifact" in value:
+        artifact, initial = _read_artifact_subset(context, value, key, artifact_names)
+        return artifact if artifact is not None else _read_steps(context, initial, f"{key}.initial", artifact_names)
+    if isinstance(value, Mapping | str):
+        return read_part(context, SUBSETS, value, key)
+    return _read_amount(
+        context, value, key, "a number, {type: SUBSET, ...}, {artifact: STAGE.NAME}, or a list of these"
+    )
+
+
+def read_label_fraction(reader: KeyReader, artifact_names: Mapping[str, str]) -> float | int | str | None:
+    """Reads `label_fraction`: a number, or `{artifact: STAGE.NAME, initial: ...}`."""
+    key = reader.subkey("label_fraction")
+    return _read_label_fraction(reader.context, reader.get_raw("label_fraction"), key, artifact_names)
+
+
+def _read_label_fraction(
+    context: ParseContext, value: Any, key: str, artifact_names: Mapping[str, str]
+) -> float | int | str | None:
+    forms = "a number or {artifact: STAGE.NAME, initial: NUMBER}"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return _read_amount(context, value, key, forms)
+    if "artifact" not in value:
+        context.error(key, f"must be {forms}, got {value!r}.")
+        return None
+    artifact, initial = _read_artifact_subset(context, value, key, artifact_names)
+    return (
+        artifact if artifact is not None else _read_label_fraction(context, initial, f"{key}.initial", artifact_names)
+    )
+
+
+def _read_artifact_subset(
+    context: ParseContext, value: Mapping[str, Any], key: str, artifact_names: Mapping[str, str]
+) -> tuple[str | None, Any]:
+    """Returns the artifact's full name, or None and the value of `initial`."""
+    reader = KeyReader(context, value, key, "an artifact reference", ARTIFACT_REFERENCE_KEYS)
+    return read_artifact_reference(reader, artifact_names), reader.get_raw("initial")
+
+
+def read_artifact_reference(reader: KeyReader, artifact_names: Mapping[str, str]) -> str | None:
+    """Reads `artifact: STAGE.NAME`; returns the full name, or None while no earlier stage produces it."""
+    name = reader.get_raw("artifact")
+    if not isinstance(name, str) or "." not in name:
+        reader.error("artifact", f"must be STAGE.NAME, an artifact of an earlier stage, got {name!r}.")
+        return None
+    if name in artifact_names:
+        return artifact_names[name]
+    if not reader.has("initial"):
+        hint = artifact_hint(name, artifact_names)
+        message = f"no earlier stage produces {name!r}; if a later round does, add `initial:`.{hint}"
+        reader.error("artifact", message)
+    return None
+
+
+def _read_amount(context: ParseContext, value: Any, key: str, forms: str) -> float | int | None:
+    if type_mismatch("float", value):
+        context.error(key, f"must be {forms}, got {value!r}.")
+        return None
+    if not FRACTION_OR_COUNT.holds(value):
+        context.error(key, f"must be {FRACTION_OR_COUNT.text}, got {value!r}.")
+        return None
+    return value

@@ -154,11 +154,6 @@ class KeyReader:
         return value if isinstance(value, Mapping) else {}
 
 
-def merge_keys(*tables: Mapping[str, Key]) -> Mapping[str, Key]:
-    """Returns the keys of several tables."""
-    return {name: declared for table in tables for name, declared in table.items()}
-
-
 def _nearest_option(annotation: str, value: Any) -> str:
     """Returns a hint with the nearest option of a Literal."""
     if not annotation.startswith("Literal[") or not isinstance(value, str):

@@ -36,7 +36,7 @@ def _check_group(context: ParseContext, optimizer: str, group: Any, key: str) ->
     reader = KeyReader(context, group, key, "a group", OPTIMIZER_GROUP_KEYS, parameters=True)
     for name in OPTIMIZER_GROUP_KEYS:
         reader.read(name)
-    # A group need not repeat the parameters that the optimiser requires.
+    # A group need not repeat the parameters that the optimizer requires.
     required = tuple(OPTIMIZERS.entry(optimizer).parameters)
     check_parameters(context, OPTIMIZERS, optimizer, reader.parameters(), key, required)
 

@@ -71,8 +71,6 @@ def _read_notes(top: KeyReader) -> Notes | None:
     value = top.get_raw("notes")
     if value is None:
         return None
-    if isinstance(value, str):  # TODO(renovation): remove when all recipes have structured notes
-        return Notes(basis="text", differs=(value,))
     return KeyReader(top.context, value, "notes", "notes", declared_keys(Notes)).read_config(Notes)
 
 

@@ -24,6 +24,9 @@ _DERIVED_MODES = ("ema", "snapshot", "reuse")
 """The keys that make a role from another role; each is also the role's mode."""
 
 
+_MODE_TEXTS = {"ema": "a moving average", "snapshot": "a snapshot", "reuse": "a reused network"}
+
+
 _RESERVED_NAMES = ("others", "logits", "term", "artifact")
 
 
@@ -191,9 +194,14 @@ def _check_mode(reader: KeyReader, role: RoleConfig) -> None:
     if reader.has("init_index") and mode in _DERIVED_MODES:
         reader.error("init_index", f"has no effect: role {name!r} has the weights of {source!r}.")
     if role.transforms and mode != "trainable":
-        reader.error("transform", f"belongs to a trainable role; role {name!r} is {mode}.")
+        reader.error("transform", f"belongs to a trainable role; role {name!r} is {mode_text(role)}.")
     if reader.has("freeze") and mode != "trainable":
-        reader.error("freeze", f"has no effect: role {name!r} is {mode}.")
+        reader.error("freeze", f"has no effect: role {name!r} is {mode_text(role)}.")
+
+
+def mode_text(role: RoleConfig) -> str:
+    """Describes the mode of a role: "frozen", "a moving average"."""
+    return _MODE_TEXTS.get(role.mode, role.mode)
 
 
 def _check_source_roles(context: ParseContext, roles: Mapping[str, RoleConfig]) -> None:

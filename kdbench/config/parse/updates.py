@@ -9,6 +9,7 @@ from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.parse.operands import OperandParser
 from kdbench.config.parse.optimizers import read_optimizer
 from kdbench.config.parse.parts import read_schedule
+from kdbench.config.parse.roles import mode_text
 from kdbench.config.schema import (
     InnerStepConfig,
     PartConfig,
@@ -105,8 +106,10 @@ class _UpdateReader:
             if name not in self.roles:
                 reader.error("models", f"no role {name!r}.{suggest(name, self.roles)}")
             elif self.roles[name].mode != "trainable":
-                mode = self.roles[name].mode
-                reader.error("models", f"role {name!r} is {mode}; {reader.subject} moves trainable roles only.")
+                message = (
+                    f"role {name!r} is {mode_text(self.roles[name])}; {reader.subject} moves trainable roles only."
+                )
+                reader.error("models", message)
         for index, name in enumerate(terms):
             if name not in self.terms:
                 reader.error("terms", f"no term {name!r}.{suggest(name, self.terms)}")

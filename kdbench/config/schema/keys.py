@@ -2,6 +2,9 @@
 
     clip: float | None = field(default=None, metadata=declare("largest gradient norm", check=POSITIVE))
 
+The class of a field is the level of its key: keys of `Recipe` belong to the top level only, those of `StageConfig` to
+the top level and to stages, those of `RoleConfig` to an entry of `models`, and so on.
+
 The parsers (`kdbench.config.parse`), the JSON schema (`kdbench.config.json_schema`) and the tables of docs/recipe.md
 (`kdbench.config.key_tables`) read these declarations. Type and default of a key are those of its field, unless the
 declaration says otherwise.
@@ -50,14 +53,14 @@ FRACTION = Check(lambda n: 0 < n < 1, "between 0 and 1, both excluded", {"exclus
 
 FRACTION_OR_COUNT = Check(
     lambda n: 0 < n <= 1 or (n > 1 and float(n).is_integer()),
-    "a fraction above 0 up to 1, or a whole number of samples (2 or more)",
+    "a fraction above 0 up to 1, or a whole number of samples from 2",
     {"anyOf": [{"exclusiveMinimum": 0, "maximum": 1}, {"minimum": 2, "multipleOf": 1}]},
 )
 
 
 PROPER_FRACTION_OR_COUNT = Check(
     lambda n: 0 < n < 1 or (n > 1 and float(n).is_integer()),
-    "a fraction above 0 and below 1, or a whole number of samples (2 or more)",
+    "a fraction above 0 and below 1, or a whole number of samples from 2",
     {"anyOf": [{"exclusiveMinimum": 0, "exclusiveMaximum": 1}, {"minimum": 2, "multipleOf": 1}]},
 )
 

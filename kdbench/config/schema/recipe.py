@@ -292,7 +292,7 @@ class Recipe:
     shard: bool | tuple[str, ...] = field(
         default=False,
         metadata=declare(
-            "roles whose weights, gradients and optimiser state are sharded over the processes, or true for all "
+            "roles whose weights, gradients and optimizer state are sharded over the processes, or true for all "
             "that can be",
             type="bool | str | list[str]",
             section="execution",

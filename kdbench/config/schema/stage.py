@@ -176,7 +176,7 @@ class StageConfig:
     optimizer: OptimizerConfig = field(
         default=OptimizerConfig(),
         metadata=declare(
-            "an optimiser of `torch.optim` with its parameters, and `groups`: other settings for some parameters, "
+            "an optimizer of `torch.optim` with its parameters, and `groups`: other settings for some parameters, "
             "by `path`, by `type` of module, `type: norm` or `type: bias`; the first match wins",
             type="Optimizer",
             default_text="required if anything trains",
@@ -207,7 +207,7 @@ class StageConfig:
     steps: int | None = field(
         default=None,
         metadata=declare(
-            "length in optimiser steps, in place of `epochs`",
+            "length in optimizer steps, in place of `epochs`",
             check=NOT_NEGATIVE,
             default_text="`epochs` or `steps` is required",
             example="steps: 1000",

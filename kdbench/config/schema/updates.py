@@ -1,4 +1,4 @@
-"""Optimisers and the updates of a training step."""
+"""Optimizers and the updates of a training step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from kdbench.errors import Location
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """An optimiser of torch.optim, with other settings for groups of parameters; the first matching group wins."""
+    """An optimizer of torch.optim, with other settings for groups of parameters; the first matching group wins."""
 
     type: str = field(default="SGD", metadata=declare("a name of `kdbench list optimizers`", example="type: AdamW"))
     params: Mapping[str, Any] = field(
-        default_factory=dict, metadata=derived("the keys that are parameters of the optimiser")
+        default_factory=dict, metadata=derived("the keys that are parameters of the optimizer")
     )
     groups: tuple[Mapping[str, Any], ...] = field(
         default=(),
@@ -50,7 +50,7 @@ OPTIMIZER_GROUP_KEYS = key_table(
         example="type: BatchNorm2d",
     ),
 )
-"""The keys of an optimiser group, beside the parameters that it overrides."""
+"""The keys of an optimizer group, beside the parameters that it overrides."""
 
 
 SCHEDULER_KEYS = key_table(
@@ -124,7 +124,7 @@ class UpdateConfig:
     optimizer: OptimizerConfig | None = field(
         default=None,
         metadata=declare(
-            "its own optimiser",
+            "its own optimizer",
             type="Optimizer",
             default_text="that of the stage",
             example="optimizer: {type: SGD, lr: 0.1}",

@@ -44,7 +44,7 @@ class Crop(GeometricAugmentation):
     """Crops the zero-padded image at a random offset, as torchvision's RandomCrop.
 
     The window's offset is uniform over the image padded by `padding` pixels on each side. The padding is black (0
-    before normalisation). Evaluation crops the centre.
+    before normalisation). Evaluation crops the center.
 
     Args:
         padding: pixels on each side.
@@ -128,7 +128,7 @@ class RandomResizedCrop(DecodeTimeAugmentation):
     """Crops a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
 
     The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`; after ten boxes that do not
-    fit, the centre. Only for datasets that are decoded in every epoch (`imagenet`, or `image_folder` with
+    fit, the center. Only for datasets that are decoded in every epoch (`imagenet`, or `image_folder` with
     `resident: false`).
 
     Args:

@@ -26,7 +26,7 @@ def interval_mask(length: int, low: Tensor, high: Tensor) -> Tensor:
 class Cutout(PostNormalizeAugmentation):
     """Sets one square of the normalised image to zero: DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552
 
-    The centre is uniform over the image's pixels; the square is cut off at the image's border.
+    The center is uniform over the image's pixels; the square is cut off at the image's border.
 
     Args:
         size: side of the square, in pixels (16 for CIFAR-10 and 8 for CIFAR-100 in the paper).
@@ -103,7 +103,7 @@ class Cutmix(MixingAugmentation):
     """Pastes a box of another image: Yun et al. 2019 (ICCV), https://arxiv.org/abs/1905.04899
 
     The box covers the fraction 1 - m of the area, m from Beta(alpha, alpha). It has the image's aspect ratio and a
-    uniform centre, and is cut off at the image's border. `mix` is the fraction of pixels that remain of the sample's
+    uniform center, and is cut off at the image's border. `mix` is the fraction of pixels that remain of the sample's
     own image; `label_other` is the label of the partner, the preceding row of the global batch.
 
     Args:
@@ -118,16 +118,16 @@ class Cutmix(MixingAugmentation):
         self.alpha = alpha
 
     def sample_params(self, samples: int, seed: int) -> Tensor:
-        centres = super().sample_params(samples, seed)[:, 1:]
-        return torch.cat([_sample_beta(self.alpha, samples, seed), centres], dim=1)
+        centers = super().sample_params(samples, seed)[:, 1:]
+        return torch.cat([_sample_beta(self.alpha, samples, seed), centers], dim=1)
 
     def mix(self, image: Tensor, partner: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         height, width = image.shape[2:]
         side = (1 - params[:, 0]).clamp(min=0).sqrt()
         half_height, half_width = (side * height).long() // 2, (side * width).long() // 2
-        centre_y, centre_x = uniform_integers(params[:, 1], height), uniform_integers(params[:, 2], width)
-        rows = interval_mask(height, centre_y - half_height, centre_y + half_height)
-        columns = interval_mask(width, centre_x - half_width, centre_x + half_width)
+        center_y, center_x = uniform_integers(params[:, 1], height), uniform_integers(params[:, 2], width)
+        rows = interval_mask(height, center_y - half_height, center_y + half_height)
+        columns = interval_mask(width, center_x - half_width, center_x + half_width)
         area = rows.sum(1) * columns.sum(1)
         box = (rows[:, :, None] & columns[:, None, :])[:, None]
         return torch.where(box, partner, image), 1 - area.to(image.dtype) / (height * width)

@@ -175,7 +175,7 @@ class View:
         return self._to_memory_format(_apply_post_normalize(image, pairs)), label_weight
 
     def evaluation_images(self, images: Tensor, rows: Tensor, params: Tensor | None = None) -> Tensor:
-        """Computes the images of evaluation: cropped at the centre, normalised, changed by augmentations with `always`.
+        """Computes the images of evaluation: cropped at the center, normalised, changed by augmentations with `always`.
 
         Args:
             images, rows: see `augment`.

@@ -124,6 +124,8 @@ def _read_dataset(file: str) -> Mapping[str, Any]:
     images, labels = content.get("images"), content.get("labels")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DataError(f"{file} holds {_kind(content)}, expected a dataset")
+    if not isinstance(content.get("classes"), list | tuple):
+        raise DataError(f"{file} is damaged: a dataset needs an entry 'classes' of type list")
     fields: Mapping[str, Tensor] = content.get("fields", {})
     mismatched = [name for name, value in {"labels": labels, **fields}.items() if len(value) != len(images)]
     if mismatched:

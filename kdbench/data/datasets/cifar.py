@@ -138,14 +138,15 @@ class _Cifar(Dataset):
 
     def _download(self) -> None:
         """Downloads the archive with torchvision, which shows a progress bar and verifies the checksum."""
-        import torchvision
+        import torchvision.datasets
+        from torchvision.datasets.utils import download_and_extract_archive
 
         official = getattr(torchvision.datasets, self.name.upper())
         with file_lock(self.data_root / ".kdbench" / f"{self.name}-download.lock", optional=True):
             if self.archive.is_dir():  # another process downloaded it while this one waited
                 return
             try:
-                torchvision.datasets.utils.download_and_extract_archive(
+                download_and_extract_archive(
                     official.url, str(self.data_root), filename=official.filename, md5=official.tgz_md5
                 )
             except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError

@@ -133,13 +133,13 @@ class ImageNet(ImageFolder):
     """ImageNet (ILSVRC 2012) in torchvision's ImageFolder layout: imagenet/{train,val}/<wnid>/*.JPEG.
 
     Too large for memory: the images are decoded in every epoch by `workers` processes. `random_resized_crop` crops a
-    random part; without it, and in evaluation, the shorter side is resized to `resize` and the centre is cropped. There
+    random part; without it, and in evaluation, the shorter side is resized to `resize` and the center is cropped. There
     is no download: its licence has to be accepted at https://image-net.org.
 
     Args:
         root: the folder, absolute, or relative to `data_root` or to the working directory.
         size: height and width of the images.
-        resize: length of the shorter side, before the centre is cropped.
+        resize: length of the shorter side, before the center is cropped.
         normalize: false leaves the values in [0, 1].
         decode: see `image_folder`.
     """

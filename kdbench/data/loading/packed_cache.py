@@ -79,7 +79,7 @@ class PackedCache:
         if split is not None:
             return split
         with file_lock(self.path.with_suffix(".lock"), optional=True):
-            split = self._read()  # another process may have written it while this one waited
+            split = self._read(notify=False)  # another process may have written it while this one waited
             if split is None:
                 split = pack(self.classes, *decode())
                 self._write(split)
@@ -90,7 +90,7 @@ class PackedCache:
         try:
             with self._open() as handle:
                 header = self._read_header(handle)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             return None
         return None if header is None else header.checksum
 
@@ -106,7 +106,7 @@ class PackedCache:
             The header; None if the cache is stale.
 
         Raises:
-            ValueError, RecursionError: the file is damaged.
+            ValueError: the file is damaged.
         """
         magic = handle.readline(len(MAGIC))
         if magic == _OLD_MAGIC:
@@ -116,7 +116,10 @@ class PackedCache:
         digest, _, text = handle.readline(_MAX_HEADER_BYTES).partition(b" ")
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise ValueError("the checksum of its header is wrong")
-        entries = json.loads(text)
+        try:
+            entries = json.loads(text)
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
         if not isinstance(entries, dict) or not {"fingerprint", "classes"} <= entries.keys():
             raise ValueError("its header has no fingerprint and classes")
         if entries["fingerprint"] != self.fingerprint or entries["classes"] != self.classes:
@@ -128,20 +131,21 @@ class PackedCache:
             raise ValueError("its header has no checksum of the content")
         return _Header(tuple(shape), checksum)
 
-    def _read(self) -> PackedSplit | None:
-        """Returns the content of the file; None, with a notice, if it is missing, stale or damaged."""
+    def _read(self, *, notify: bool = True) -> PackedSplit | None:
+        """Returns the content of the file; None if it is missing, stale or damaged, the latter two with a notice."""
         try:
             with self._open() as handle:
                 header = self._read_header(handle)
-                if header is None:
-                    NOTICES.info("%s is out of date: the files that it was decoded from have changed.", self.path)
-                    return None
-                return self._read_content(handle, header)
+                if header is not None:
+                    return self._read_content(handle, header)
+            if notify:
+                NOTICES.info("%s is out of date: the files that it was decoded from have changed.", self.path)
         except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            NOTICES.warning("The cache %s is damaged (%s); the images are decoded again.", self.path, error)
-            return None
+            pass
+        except (OSError, ValueError) as error:
+            if notify:
+                NOTICES.warning("The cache %s is damaged (%s); the images are decoded again.", self.path, error)
+        return None
 
     def _read_content(self, handle: BinaryIO, header: _Header) -> PackedSplit:
         # Compare sizes before memory is allocated: a damaged shape may ask for any amount.

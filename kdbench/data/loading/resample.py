@@ -87,9 +87,9 @@ def filter_weights(lengths: Tensor, out_lengths: Tensor, offsets: Tensor, size: 
     scale = lengths.double() / out_lengths.double()
     support = scale.clamp(min=1.0)[:, None, None]
     at = torch.arange(size, device=lengths.device)
-    centre = ((at + offsets[:, None]).double() + 0.5) * scale[:, None]
+    center = ((at + offsets[:, None]).double() + 0.5) * scale[:, None]
     pixel = torch.arange(padded, device=lengths.device)
-    distance = (pixel.double() + 0.5 - centre[:, :, None]).abs_() / support
+    distance = (pixel.double() + 0.5 - center[:, :, None]).abs_() / support
     weights = (1.0 - distance).clamp_(min=0.0)
     weights = torch.where(pixel < lengths[:, None, None], weights, 0.0)
     return (weights / weights.sum(2, keepdim=True)).float()

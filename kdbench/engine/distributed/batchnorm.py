@@ -67,11 +67,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         sums = all_reduce_sum(torch.cat([(values * mask).sum(axes), local_count]))
         count = sums[-1]
         mean = sums[:-1] / count
-        centred = values - mean.view(shape)
+        centered = values - mean.view(shape)
         # Two passes, because E[x^2] - E[x]^2 cancels when the mean is large.
-        variance = all_reduce_sum((centred * centred * mask).sum(axes)) / count
+        variance = all_reduce_sum((centered * centered * mask).sum(axes)) / count
         self._update_running_stats(mean, variance, count)
-        output = centred * torch.rsqrt(variance + self.eps).view(shape)
+        output = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             output = output * self.weight.view(shape) + self.bias.view(shape)
         return output.to(input.dtype)
@@ -104,7 +104,7 @@ def convert_sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
             replacement.to(next(iter(child.state_dict().values())).device if child.state_dict() else "cpu")
             replacement.train(child.training)
             replacement.world = world
-            setattr(model, name, replacement)
+            model.register_module(name, replacement)
         else:
             convert_sync_batchnorm(child, world)
     return model

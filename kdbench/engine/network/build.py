@@ -102,10 +102,7 @@ def build_network(
     # Terms come after all roles: their adapters are sized by features of any role.
     builder = TermBuilder(stage, resolved, seed, device, artifacts or {})
     term_operands = [
-        operand
-        for name in resolved.terms
-        for operand in stage.terms[name].read_operands()
-        if operand.kind == "term"
+        operand for name in resolved.terms for operand in stage.terms[name].read_operands() if operand.kind == "term"
     ]
     terms = {}
     for name in resolved.terms:

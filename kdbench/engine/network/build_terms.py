@@ -50,10 +50,10 @@ class TermBuilder:
 
     # Shapes
 
-    def shape(self, operand: OperandConfig) -> Size:
+    def operand_shape(self, operand: OperandConfig) -> Size:
         """Returns the shape of one sample of an operand; of an operand without rows, the whole shape."""
         if operand.kind == "combined":
-            return self.shape(operand.parts[0])
+            return self.operand_shape(operand.parts[0])
         if operand.kind == "field":
             return Size(self.resolved.fields[operand.role][operand.path])
         if operand.kind == "term":
@@ -64,12 +64,10 @@ class TermBuilder:
 
     def batched_shape(self, operand: OperandConfig) -> Size:
         """Returns the shape of an operand in a batch of two rows."""
-        shape = self.shape(operand)
+        shape = self.operand_shape(operand)
         return shape if operand.kind == "artifact" or operand.is_state else Size((2, *shape))
 
-    def _adapted_shape(
-        self, operand: OperandConfig, adapter: nn.Module | None, target: OperandConfig | None
-    ) -> Size:
+    def _adapted_shape(self, operand: OperandConfig, adapter: nn.Module | None, target: OperandConfig | None) -> Size:
         """Returns the batched shape of an operand after its adapter, which maps to the shape of the target."""
         if adapter is None:
             return self.batched_shape(operand)
@@ -101,7 +99,7 @@ class TermBuilder:
         return OperandReader(operand, adapter, combiner=combiner, parts=parts, operands=operands)
 
     def _shapes(self, operands: Mapping[str, OperandConfig]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self.shape(operand)) for name, operand in operands.items()}
+        return {name: tuple(self.operand_shape(operand)) for name, operand in operands.items()}
 
     def _adapter(
         self, operand: OperandConfig, default: str | None, target: OperandConfig, *key: str
@@ -112,10 +110,10 @@ class TermBuilder:
             default: the adapter that the term's class declares.
         """
         part = operand.adapter or (PartConfig(type=default) if default else None)
-        if part is None or part.type in ("none", "identity"):
+        if part is None or part.type == "identity":
             return None
         location = part.location if part.location != Location() else operand.location
-        facts = {"source": tuple(self.shape(operand)), "target": tuple(self.shape(target))}
+        facts = {"source": tuple(self.operand_shape(operand)), "target": tuple(self.operand_shape(target))}
         with seeded(self.seed, "term", *key, "adapter"):
             try:
                 return build_part(ADAPTERS, part.type, part.params, location, **facts)
@@ -224,9 +222,9 @@ class TermBuilder:
     ) -> WiredPart:
         """Builds the sample weight or the router of a term."""
         shapes = self._shapes(part.operands)
-        shapes["student"] = tuple(self.shape(config.edges[0].student))
+        shapes["student"] = tuple(self.operand_shape(config.edges[0].student))
         if config.edges[0].teacher is not None:
-            shapes["teacher"] = tuple(self.shape(config.edges[0].teacher))
+            shapes["teacher"] = tuple(self.operand_shape(config.edges[0].teacher))
         params = {name: self._scheduled_value(value, scheduled) for name, value in part.params.items()}
         facts = self.resolved.facts[self.stage.export].injected | {"edges": len(config.edges), "shapes": shapes}
         with seeded(self.seed, "term", config.name, key):

@@ -153,7 +153,7 @@ class FeatureExtractor:
         return hook
 
     def _compiler_removes_rest(self) -> bool:
-        """Returns whether the compiler removes the unused rest of the forward itself; torch 2.6 cannot trace the raise."""
+        """Returns whether the compiler removes the unused rest of the forward; torch 2.6 cannot trace the exception."""
         return not TRACES_RAISE and torch.compiler.is_compiling() and not self.model.training
 
     def __call__(self, *inputs: Tensor) -> dict[Feature, Tensor]:

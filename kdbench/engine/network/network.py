@@ -88,6 +88,7 @@ class Network(nn.Module):
         self.sharded: tuple[str, ...] = ()  # set by `kdbench.engine.distributed.sharding.shard`
         self.timer = timer if timer is not None else SectionTimer(enabled=False)
         self._wirings: dict[tuple[tuple[str, ...], frozenset[str]], Wiring] = {}
+        self._observer_wirings: dict[str, Wiring] = {}
 
     def role(self, name: str) -> Role:
         role = self.roles[name]
@@ -114,6 +115,12 @@ class Network(nn.Module):
             self._wirings[key] = self._resolve(key[0], operands, key[1])
         return self._wirings[key]
 
+    def _observer_wiring(self, owner: str) -> Wiring:
+        if owner not in self._observer_wirings:
+            operands = [reader.operand for reader in self.observers[owner].values()]
+            self._observer_wirings[owner] = self._resolve((), operands, ())  # type: ignore[arg-type]
+        return self._observer_wirings[owner]
+
     def _resolve(self, terms: tuple[str, ...], operands: Sequence[OperandConfig], updated: Iterable[str]) -> Wiring:
         updated = set(updated)
         runs = self._runs(roles_for_operands(operands, self.configs), updated)
@@ -138,7 +145,7 @@ class Network(nn.Module):
         return tuple(runs)
 
     def candidate_parameters(self, update: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
-        """The parameters that an update could train, by name: those of its roles, and those of its terms."""
+        """Returns the parameters that an update could train, by name: of its roles, and of its terms."""
         roles = updated_roles(update, self.configs)
         parameters = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
         return parameters | {f"terms.{t}.{n}": p for t in update.terms for n, p in self.term(t).named_parameters()}
@@ -148,7 +155,7 @@ class Network(nn.Module):
     def valid_counts(self, window: Sequence[MicroBatch], terms: Iterable[str]) -> dict[str, Count]:
         """Returns the divisor of each term's sum over one effective batch."""
         groups = {name: self.term(name) for name in terms}
-        return {n: g.count([batches[g.source] for batches in window], self.world) for n, g in groups.items()}
+        return {n: g.valid_count([batches[g.source] for batches in window], self.world) for n, g in groups.items()}
 
     def run_roles(self, batches: MicroBatch, runs: Iterable[RoleRun]) -> Values:
         """Runs each role once, unless its features were precomputed; returns the captured features."""
@@ -215,8 +222,7 @@ class Network(nn.Module):
         Args:
             owner: `make.NAME` or `select.N`.
         """
-        readers = self.observers[owner]
-        wiring = self._resolve((), [reader.operand for reader in readers.values()], ())  # type: ignore[arg-type]
+        readers, wiring = self.observers[owner], self._observer_wiring(owner)
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:

@@ -85,9 +85,7 @@ class OperandReader(nn.Module):
         return value if self.adapter is None else self.adapter(value)
 
 
-def operand_source(
-    operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]
-) -> str | None:
+def operand_source(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
     """Returns the source whose samples are an operand's rows; None for an operand without rows.
 
     Args:

@@ -177,7 +177,7 @@ class ReductionContext(NamedTuple):
     mask: RowMask
     weight: Tensor | None
     applies_weight: bool
-    count: Count
+    valid_count: Count
     fraction: float
     couples: bool
     world: World
@@ -201,7 +201,7 @@ def reduce_rows(loss: Tensor, context: ReductionContext) -> Tensor:
     if mask is not None:
         loss = torch.where(_expand(mask, loss), loss, 0.0)
     positions = loss[0].numel() if mask is None or mask.dim() == 1 else 1
-    total = loss.sum() / (context.count * positions)
+    total = loss.sum() / (context.valid_count * positions)
     return total * (1.0 / world.size) if gathered else total
 
 
@@ -249,7 +249,7 @@ class TermGroup(nn.Module):
         self.space: str = entry.facts.get("space", "row")
         self.reduction = REDUCTIONS[self.space]
         self.couples: bool = self.space == "batch" or bool(entry.facts.get("state"))
-        """Returns whether a row's loss depends on other rows, of this batch or of earlier ones."""
+        """True if a row's loss depends on other rows, of this batch or of earlier ones."""
         self.reads_weight = "weight" in entry.inputs
         self.weight = weight
         self.mask = mask
@@ -263,7 +263,7 @@ class TermGroup(nn.Module):
         for tensor, schedule in self.scheduled:
             tensor.fill_(value_of(schedule))
 
-    def count(self, window: Sequence[Batch], world: World) -> Count:
+    def valid_count(self, window: Sequence[Batch], world: World) -> Count:
         """Returns the number of valid entries of a whole effective batch: all micro-batches, all ranks."""
         masks = [self.mask(batch) for batch in window]
         if all(mask is None for mask in masks):

@@ -52,6 +52,16 @@ def previous_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
+def restore_previous(path: Path) -> None:
+    """Replaces a damaged checkpoint by the one before it, which the next `save` would overwrite otherwise.
+
+    Raises:
+        TrainingError: the file cannot be renamed.
+    """
+    with translate_disk_errors(path):
+        os.replace(previous_path(path), path)
+
+
 def load(path: Path, *, identity: str | None = None, stages: Sequence[str] = ()) -> tuple[RunState | None, str]:
     """Reads the newest good checkpoint of a run.
 

@@ -48,7 +48,7 @@ def fold_batchnorm(model: nn.Module, example: Tensor, keep_features: Iterable[Fe
         for convolution_path, norm_path in pairs:
             _fold_pair(folded.get_submodule(convolution_path), folded.get_submodule(norm_path))
             parent, _, name = norm_path.rpartition(".")
-            setattr(folded.get_submodule(parent), name, nn.Identity())
+            folded.get_submodule(parent).register_module(name, nn.Identity())
     return folded, len(pairs)
 
 

@@ -35,7 +35,7 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 
 CONTENT_ENTRIES = {
-    "dataset": {"images": Tensor, "labels": Tensor, "classes": list},
+    "dataset": {"images": Tensor, "labels": Tensor, "classes": Sequence},
     "subset": {"index": Tensor},
     "tensor": {"value": Tensor},
     "model": {"type": str, "params": dict},
@@ -49,7 +49,7 @@ T = TypeVar("T")
 class Evaluation(TypedDict):
     """One evaluation of the trained roles.
 
-    stage: name. epoch: finished epochs of the stage. step: optimiser steps since the run began, over all stages.
+    stage: name. epoch: finished epochs of the stage. step: optimizer steps since the run began, over all stages.
     """
 
     stage: str
@@ -91,10 +91,10 @@ class TrainingState:
         total_steps: steps of the stage.
         models: role -> state dict, of all trained roles. Frozen roles are loaded from their origin again.
         effective: role -> state dict of the weights that its forward uses, for roles with weight transforms
-            (quantised, pruned) and for an exported role that reuses a module of another role.
+            (such as quantisation) and for an exported role that reuses a module of another role.
         average: state dict of the moving average (EMA) of the exported role; None without one.
         terms: term -> state dict, adapters included.
-        optimizers: state dict of each update's optimiser.
+        optimizers: state dict of each update's optimizer.
         scaler: state dict of the fp16 gradient scaler; empty when it is disabled.
         meters: loss sums of the current log interval.
         grad_norm: last gradient norm, for the next log line.

@@ -84,7 +84,7 @@ def select_state(
         file: for messages.
         default_roles: roles to read from a checkpoint of kdbench when the recipe names none; empty: the exported role.
             The weights of several roles are averaged.
-        use_effective: of a role with weight transforms (quantised, pruned), reads the weights that its forward uses.
+        use_effective: of a role with weight transforms (such as quantisation), reads the weights that its forward uses.
         identity: of the run that must have written the file; None: any file, from kdbench or not.
 
     Raises:

@@ -50,8 +50,8 @@ def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]
     block, however it ends.
     """
     tensors = [(module, module._parameters.copy(), module._buffers.copy()) for module in network.modules()]
-    training_buffers = [b for module, _, buffers in tensors if module.training for b in buffers.values() if b is not None]
-    copies = {id(buffer): buffer.clone() for buffer in training_buffers}
+    in_training = [buffer for module, _, buffers in tensors if module.training for buffer in buffers.values()]
+    copies = {id(buffer): buffer.clone() for buffer in in_training if buffer is not None}
     replacements: dict[int, Any] = {id(parameter): value for parameter, value in values.items()}
     try:
         for module, parameters, buffers in tensors:
@@ -66,7 +66,7 @@ def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]
 
 
 def differentiable_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Returns the gradients of a loss as a function of everything that it depends on; zeros where it depends on none."""
+    """Returns gradients that can be differentiated again; zeros for parameters that the loss does not depend on."""
     return torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 
 

@@ -39,7 +39,7 @@ class LossMeters:
         sums: (2 * terms,) float64: losses, then weighted losses.
         nonfinite_steps: (2 * terms,) number of steps for which a sum has not been finite. A sum that is not finite
             stays so until the next reading, which gives the first step.
-        step: scalar, completed steps of the stage.
+        step_counter: scalar on the device, completed steps of the stage.
         steps: completed steps since the last reading, counted on the host.
     """
 
@@ -48,7 +48,7 @@ class LossMeters:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 * len(terms), device=device, dtype=dtype)
         self.nonfinite_steps = torch.zeros(2 * len(terms), device=device, dtype=torch.int64)
-        self.step = torch.zeros((), device=device, dtype=torch.int64)
+        self.step_counter = torch.zeros((), device=device, dtype=torch.int64)
         self.steps = 0
 
     def indices(self, terms: tuple[str, ...]) -> Tensor:
@@ -62,7 +62,7 @@ class LossMeters:
 
     def end_step(self) -> None:
         """Counts a step on the device; the runner counts `steps` on the host."""
-        self.step += 1
+        self.step_counter += 1
         self.nonfinite_steps += (self.sums - self.sums) != 0  # true for NaN and infinity; fewer kernels than `isfinite`
 
     def read(self, world: World) -> LossMeans:
@@ -80,7 +80,7 @@ class LossMeters:
             torch.distributed.all_reduce(nonfinite, torch.distributed.ReduceOp.MAX)
         steps = max(self.steps, 1)
         means = [value / steps for value in sums]
-        names, count, last = self.terms, len(self.terms), int(self.step)
+        names, count, last = self.terms, len(self.terms), int(self.step_counter)
         durations = zip(names, nonfinite.tolist()[:count], strict=True)
         return LossMeans(
             self.steps,
@@ -90,11 +90,11 @@ class LossMeters:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.cpu(), "step": self.step.cpu(), "steps": self.steps}
+        return {"sums": self.sums.cpu(), "step": self.step_counter.cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["sums"].shape != self.sums.shape:  # `copy_` would broadcast
             raise ValueError(f"sums have shape {tuple(state['sums'].shape)}, expected {tuple(self.sums.shape)}")
         self.sums.copy_(state["sums"])
-        self.step.copy_(state["step"])
+        self.step_counter.copy_(state["step"])
         self.steps = int(state["steps"])

@@ -1,4 +1,4 @@
-"""Roles, features, the plan, stages, the runner and checkpoints. This file lists torch's optimisers, without torch."""
+"""Roles, features, the plan, stages, the runner and checkpoints. This file lists torch's optimizers, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdbench.registry import OPTIMIZERS, Entry, Family, Parameter, read_paramete
 
 @cache
 def _optimizer_files() -> dict[str, Path]:
-    """Every optimiser that `torch.optim` exports -> the file that defines it, in alphabetical order."""
+    """Every optimizer that `torch.optim` exports -> the file that defines it, in alphabetical order."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return {}
@@ -37,7 +37,7 @@ def _optimizer_files() -> dict[str, Path]:
 
 
 def _optimizer_entry(name: str) -> Entry:
-    """Reads one optimiser's parameters off its source; `params` is left out: the engine gives it."""
+    """Reads one optimizer's parameters off its source; `params` is left out: the engine gives it."""
     tree = ast.parse(_optimizer_files()[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     init = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")

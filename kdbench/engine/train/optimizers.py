@@ -141,7 +141,9 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads the result of `optimizer_state`, and keeps this optimizer's implementation."""
-    settings_of_groups = [{key: group[key] for key in _IMPLEMENTATION_KEYS if key in group} for group in optimizer.param_groups]
+    settings_of_groups = [
+        {key: group[key] for key in _IMPLEMENTATION_KEYS if key in group} for group in optimizer.param_groups
+    ]
     groups = [{**saved, **settings} for saved, settings in zip(state["param_groups"], settings_of_groups, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
     for group, settings in zip(optimizer.param_groups, settings_of_groups, strict=True):
@@ -251,6 +253,6 @@ def _prefixes(path: str, modules: Mapping[str, nn.Module], location: Location) -
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a normalisation layer: one of torch, or a class named like `RMSNorm`, `LayerNorm2d`."""
+    """Returns whether a module is a normalisation layer of torch, or of a class named like `RMSNorm`, `LayerNorm2d`."""
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, norms) or re.search(r"Norm(\dd)?$", type(module).__name__) is not None

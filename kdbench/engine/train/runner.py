@@ -26,7 +26,7 @@ from kdbench.engine.train.optimizers import load_optimizer_state, optimizer_stat
 from kdbench.engine.train.progress import Progress
 from kdbench.engine.train.steps import EagerStep, StepStrategy
 from kdbench.engine.train.updates import build_updates
-from kdbench.errors import CheckpointError, TrainingError
+from kdbench.errors import TrainingError
 from kdbench.randomness import derive
 
 
@@ -61,8 +61,9 @@ class Runner:
         self.world = network.world
         self.stage: StageConfig = plan.stage
         self.notices: Notices = notices if notices is not None else PrintedNotices()
+        steps = self.stage.steps
         self.progress = Progress(
-            total_steps=self.stage.steps if self.stage.steps is not None else steps_per_epoch * (self.stage.epochs or 0),
+            total_steps=steps if steps is not None else steps_per_epoch * (self.stage.epochs or 0),
             steps_per_epoch=steps_per_epoch,
             log_every=self.stage.log_every,
             eval_every=self.stage.eval_every,
@@ -120,7 +121,7 @@ class Runner:
         self.strategy.run(window)
         self.meters.steps += 1
         self.progress.steps_done += 1
-        self.timer.end_section("optimiser")
+        self.timer.end_section("optimizer")
 
     def seed_generators(self) -> None:
         """Seeds torch's global generators, from which dropout and the like draw, for the coming step."""
@@ -175,11 +176,6 @@ class Runner:
         """
         check_names(source, "models", state.models, self._trained_roles())
         check_names(source, "terms", state.terms, self.plan.resolved_stage.terms)
-        if state.total_steps != self.progress.total_steps:
-            raise CheckpointError(
-                f"{source} is damaged: entry 'total_steps' is {state.total_steps}, but stage {self.stage.name!r} has "
-                f"{self.progress.total_steps} steps"
-            )
         self.progress.steps_done = state.step
         for name, values in state.models.items():
             with report_misfit(source, f"models.{name}"):

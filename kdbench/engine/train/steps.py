@@ -80,12 +80,12 @@ class EagerStep:
         self.scaler = self._new_scaler()
         self.grad_norm: Tensor | None = None
         self.compiled = recipe.uses_compiler and not network.sharded
-        self.forward: LossFunction = network
+        self.compute_losses: LossFunction = network
         if self.compiled:
             # Graphs of the compiler's own are off: speed.cuda_graph records the whole step instead of its parts.
             mode = "max-autotune-no-cudagraphs" if recipe.compile == "max" else None
             _configure_compiler()
-            self.forward = compile_network(network, fullgraph=True, dynamic=False, mode=mode)
+            self.compute_losses = compile_network(network, fullgraph=True, dynamic=False, mode=mode)
 
     def run(self, window: Window, compute_gradients: ComputeGradients | None = None) -> None:
         """Executes every update in order, each on the same effective batch. Nothing here waits for the device.
@@ -129,7 +129,7 @@ class EagerStep:
         counts = self.network.valid_counts(window, update.wiring.terms)
         fraction = 1.0 / (len(window) * self.world.size)
         update.optimizer.zero_grad(set_to_none=True)
-        forward, inner = self.forward, update.inner_step
+        forward, inner = self.compute_losses, update.inner_step
         losses: list[tuple[Tensor, Tensor]] = []
         if inner is not None:
             forward, inner_losses = inner.losses_after(self.network, window, fraction, self.autocast)
@@ -194,9 +194,11 @@ class EagerStep:
 
     def _stop_compiling(self, error: Exception) -> None:
         self.compiled = False
-        self.forward = self.network
+        self.compute_losses = self.network
         reason = " ".join(str(error).split()) or type(error).__name__
-        self.notices.notice(f"compile: the step could not be compiled ({reason[:300]}); the run continues in eager mode.")
+        self.notices.notice(
+            f"compile: the step could not be compiled ({reason[:300]}); the run continues in eager mode."
+        )
 
 
 compile_network: Any = torch.compile

@@ -140,9 +140,9 @@ def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 @MODELS.register("resnet8x4", version=1, paper="https://arxiv.org/abs/1910.10699", image=(3, 32, 32))
 def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """ResNet-8 for 32x32 images, 1.23 million parameters with 100 classes.
+    """ResNet-8 of four times the width for 32x32 images, 1.23 million parameters with 100 classes.
 
-    Four times the width of He et al. 2016, section 4.2; `resnet8x4` of RepDistiller.
+    He et al. 2016, section 4.2; `resnet8x4` of RepDistiller.
     Features: relu 32 x 32 x 32, layer1 64 x 32 x 32, layer2 128 x 16 x 16, layer3 256 x 8 x 8, pool 256.
     """
     return CifarResNet(8, WIDE, num_classes, in_channels)
@@ -150,9 +150,9 @@ def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 
 @MODELS.register("resnet32x4", version=1, paper="https://arxiv.org/abs/1910.10699", image=(3, 32, 32))
 def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
-    """ResNet-32 for 32x32 images, 7.43 million parameters with 100 classes.
+    """ResNet-32 of four times the width for 32x32 images, 7.43 million parameters with 100 classes.
 
-    Four times the width of He et al. 2016, section 4.2; `resnet32x4` of RepDistiller.
+    He et al. 2016, section 4.2; `resnet32x4` of RepDistiller.
     Features: relu 32 x 32 x 32, layer1 64 x 32 x 32, layer2 128 x 16 x 16, layer3 256 x 8 x 8, pool 256.
     """
     return CifarResNet(32, WIDE, num_classes, in_channels)

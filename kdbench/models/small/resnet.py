@@ -29,9 +29,10 @@ from kdbench.registry import MODELS
 class DigitsResNet(nn.Module):
     """Residual network for small images of any size, three stages of `blocks` basic blocks each.
 
-    He et al. 2016, section 4.2, with `width`, 2 * width and 4 * width channels. For 1x8x8 images with width 16: 78
-    thousand parameters with one block per stage, 175 with two, 272 with three. Features: relu, layer1 to layer3, pool;
-    the module docstring lists their shapes.
+    He et al. 2016, section 4.2, with `width`, 2 * width and 4 * width channels. With width 16 and one input channel: 78
+    thousand parameters with one block per stage, 175 with two, 272 with three.
+    Features of an 8x8 image with width 16: relu 16 x 8 x 8, layer1 16 x 8 x 8, layer2 32 x 4 x 4, layer3 64 x 2 x 2,
+    pool 64.
 
     Shape:
         (batch, in_channels, height, width) -> (batch, num_classes).
@@ -72,8 +73,8 @@ class ResidualTrunk(nn.Module):
     """First stages of `digits_resnet` without classifier, as a trunk that several branches share (ONE).
 
     For ONE (Lan, Zhu and Gong 2018, https://arxiv.org/abs/1806.04606): one trunk, several `residual_branch` roles on
-    its output, and a `gate_mlp`, which the exported branch does not need. Features: relu, layer1, layer2. 5 thousand
-    parameters with one stage and width 16, 19 with two.
+    its output, and a `gate_mlp`, which the exported branch does not need. Features: relu, layer1, layer2, with the
+    shapes of `digits_resnet`. 5 thousand parameters with one stage and width 16, 19 with two.
 
     Shape:
         (batch, channels, height, width) -> (batch, width * 2^(stages - 1), h, w); every stage but the first halves
@@ -84,6 +85,9 @@ class ResidualTrunk(nn.Module):
         stages: one or two.
         blocks: blocks per stage.
         width: channels of the first stage.
+
+    Example (recipe):
+        models: {trunk: {model: {type: residual_trunk, width: 16}}}
     """
 
     def __init__(self, in_channels: int = 1, stages: int = 2, blocks: int = 1, width: int = 16) -> None:
@@ -109,7 +113,7 @@ class ResidualBranch(nn.Module):
     """Branch on a trunk's map: one stage of basic blocks, global average pooling and classifier (ONE).
 
     On the output of `residual_trunk` with the same `width` and `blocks` it is the remainder of `digits_resnet`.
-    Features: layer3, pool. 58 thousand parameters from 32 channels.
+    Features: layer3, pool, with the shapes of `digits_resnet`. 58 thousand parameters from 32 channels.
 
     Shape:
         (batch, channels, height, width) -> (batch, num_classes).
@@ -120,6 +124,9 @@ class ResidualBranch(nn.Module):
         blocks: number of blocks.
         widen: ratio of the stage's channels to those of the map.
         stride: stride of the first block.
+
+    Example (recipe):
+        student: {model: residual_branch, input: "trunk:logits"}
     """
 
     def __init__(

@@ -141,6 +141,9 @@ class MaskedViT(ViTEncoder):
         heads: attention heads of each block.
         decoder_dim: token dimension of the decoder.
         decoder_depth: number of decoder blocks.
+
+    Example (recipe):
+        student: {model: {type: masked_vit, visible: 4}, input: [image, mask.z]}
     """
 
     def __init__(
@@ -206,6 +209,9 @@ class HiddenPatchPixels(nn.Module):
         visible: number of visible patches, as in the `masked_vit`.
         patch: height and width of a patch, as in the `masked_vit`.
         standardise: subtract the mean of each patch and divide by its deviation, as MAE does for its best results.
+
+    Example (recipe):
+        models: {target: {model: {type: hidden_patches, visible: 4}, input: [image, mask.z], frozen: true}}
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class ConcurrentRun:
         self.recorded_mode: tuple[str, str] | None = None
         self.window: Window | None = None
         self.stepped_jointly = False
-        self.error: BaseException | None = None
+        self.exception: BaseException | None = None
         self.result: Any = None
         self.stream = torch.cuda.Stream(dispatcher.device) if dispatcher.device.type == "cuda" else None
 
@@ -106,8 +106,8 @@ class ConcurrentStep:
             run.dispatcher.step_jointly(run)
         run.record_mode()
         run.window = None
-        if run.error is not None:
-            error, run.error = run.error, None
+        if run.exception is not None:
+            error, run.exception = run.exception, None
             raise error
         if run.stepped_jointly:
             run.stepped_jointly = False
@@ -235,7 +235,7 @@ class Dispatcher(Generic[T]):
                 stack.strategy.run(stack.micro_batches())
         except Exception as error:
             for member in stack.runs:
-                member.error = error
+                member.exception = error
         for member in stack.runs:
             member.stepped_jointly = True
 
@@ -364,7 +364,7 @@ class RunStack:
         return len(windows) == len(self.runs) and len({shape_of(window) for window in windows}) == 1
 
     def steps_jointly_now(self) -> bool:
-        """Returns whether the coming round is a joint one; while both ways are tried, they alternate by chunks of rounds."""
+        """Returns whether the next round is a joint one. During the trial both ways alternate by chunks of rounds."""
         if not self.trying:
             return self.enabled
         chunk, round_in_chunk = divmod(self.rounds, ROUNDS_PER_CHUNK)

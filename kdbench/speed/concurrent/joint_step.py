@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,9 @@ def stacking_obstacle(runner: Runner) -> str:
         ),
         "a term reads its student's weights": any(root_role(leaf.role, roles) == export for leaf in states),
     }
-    return next((reason for reason, holds in reasons.items() if holds), "") or unstackable_layer(_student(runner)[0].model)
+    return next((reason for reason, holds in reasons.items() if holds), "") or unstackable_layer(
+        _student(runner)[0].model
+    )
 
 
 def _is_plain(update: Update, export: str) -> bool:
@@ -114,7 +115,9 @@ class JointStep:
         self.updates = [runner.updates[0] for runner in self.runners]
         self.network = nn.ModuleList(runner.network for runner in self.runners)
         role, overwritten = _student(first)
-        self.stacked = StackedNetwork([_student(runner)[0].model for runner in self.runners], role.features, overwritten)
+        self.stacked = StackedNetwork(
+            [_student(runner)[0].model for runner in self.runners], role.features, overwritten
+        )
         self.stacked.alias_parameters()
         stacked, separate = self.stacked.stacked_parameters(p for update in self.updates for p in update.parameters)
         self.inputs = [*stacked, *separate]
@@ -126,7 +129,7 @@ class JointStep:
         for runner, batches, values in zip(self.runners, window, losses, strict=True):
             runner.timer.restart()
             runner.eager.run([batches], _add_to_meters(runner, values))
-            runner.timer.end_section("optimiser")
+            runner.timer.end_section("optimizer")
 
     def _backward(self, window: Window) -> list[Tensor]:
         """Leaves each run's gradients in its parameters; returns the losses as each network returns them."""
@@ -135,7 +138,9 @@ class JointStep:
             runner.timer.restart()
         self.stacked.network.zero_grad(set_to_none=True)
         with self.runners[0].eager.autocast():
-            features = self.stacked([_student_input(r, batches) for r, batches in zip(self.runners, window, strict=True)])
+            features = self.stacked(
+                [_student_input(r, batches) for r, batches in zip(self.runners, window, strict=True)]
+            )
         self._end_section("student")
         totals, losses = [], []
         for runner, batches, student_features in zip(self.runners, window, features, strict=True):
@@ -157,7 +162,7 @@ class JointStep:
         batches = {**batches, self.source: batch}
         counts = runner.network.valid_counts([batches], update.wiring.terms)
         with self._random_numbers_of(runner), runner.eager.autocast():
-            return runner.eager.forward(batches, counts, update.wiring, 1.0)
+            return runner.eager.compute_losses(batches, counts, update.wiring, 1.0)
 
     @contextlib.contextmanager
     def _random_numbers_of(self, runner: Runner) -> Iterator[None]:

@@ -185,7 +185,7 @@ def _stack_layer(network: nn.Module, path: str, module: nn.Module, layers: Seque
         parent, _, name = path.rpartition(".")
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         assert weight is not None
-        setattr(network.get_submodule(parent), name, StackedLinear(count, weight, bias))
+        network.get_submodule(parent).register_module(name, StackedLinear(count, weight, bias))
 
 
 def stacking_difference(

@@ -68,7 +68,7 @@ class SectionRecorder:
 def record_sections(runner: Runner, recorder: SectionRecorder) -> Iterator[SectionRecorder]:
     """Records the sections of every step inside the block.
 
-    Sections: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimiser`. The runner must
+    Sections: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimizer`. The runner must
     execute its steps eagerly: a compiled step or a CUDA graph has no sections.
     """
     network = runner.network
@@ -76,7 +76,7 @@ def record_sections(runner: Runner, recorder: SectionRecorder) -> Iterator[Secti
     modules |= {f"term {n}": network.term(n) for n in runner.plan.resolved_stage.terms}
     handles: list[Any] = [module.register_forward_hook(_end_hook(recorder, name)) for name, module in modules.items()]
     for update in runner.updates:
-        handles.append(update.optimizer.register_step_post_hook(_end_hook(recorder, "optimiser")))
+        handles.append(update.optimizer.register_step_post_hook(_end_hook(recorder, "optimizer")))
     try:
         with runner.timer.forwarded_to(recorder.end_timer_section):
             yield recorder

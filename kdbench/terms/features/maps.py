@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 from kdbench.registry import TERMS
 from kdbench.terms.base import Number, Term, check_equal_shapes, check_parameters
-from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_normalise
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_normalize
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ActivationBoundaryTransfer(Term):
 def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Averages the absolute difference of factors (batch, ...) of length 1 over a row's elements: (batch,)."""
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
-    return (safe_normalise(student) - safe_normalise(teacher)).abs().mean(1)
+    return (safe_normalize(student) - safe_normalize(teacher)).abs().mean(1)
 
 
 @TERMS.register("ft", space="row", version=1, paper="arXiv:1802.04977")

@@ -7,7 +7,7 @@ from torch import Size, Tensor
 
 from kdbench.registry import TERMS
 from kdbench.terms.base import Term, check_feature_maps, check_parameters
-from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_normalise
+from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_normalize
 
 
 def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
@@ -21,7 +21,7 @@ def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
         (batch, height * width), without unit; zeros where a feature is zero everywhere.
     """
     strength = features.square() if p == 2 else features.abs().pow(p)
-    return safe_normalise(strength.mean(1).flatten(1))
+    return safe_normalize(strength.mean(1).flatten(1))
 
 
 def at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Size, Tensor
 
 from kdbench.registry import TERMS
 from kdbench.terms.base import Term, check_equal_shapes
-from kdbench.terms.numerics import at_least_float32, safe_divide, safe_normalise, safe_sqrt
+from kdbench.terms.numerics import at_least_float32, safe_divide, safe_normalize, safe_sqrt
 
 
 def to_channel_vectors(features: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def feature_distance_loss(
     """Averages the distance of scaled features over a row's elements: (batch,). See `FeatureDistance`."""
     pair = [to_channel_vectors(student), to_channel_vectors(teacher)]
     if scale == "length":
-        pair = [safe_normalise(vectors) for vectors in pair]
+        pair = [safe_normalize(vectors) for vectors in pair]
     elif scale == "layer_norm":
         pair = [F.layer_norm(vectors, vectors.shape[-1:]) for vectors in pair]
     losses = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
@@ -53,7 +53,7 @@ def feature_distance_loss(
 
 def cosine_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Averages 1 - cosine of the vectors of student and teacher over the positions: (batch,)."""
-    cosines = (safe_normalise(to_channel_vectors(student)) * safe_normalise(to_channel_vectors(teacher))).sum(-1)
+    cosines = (safe_normalize(to_channel_vectors(student)) * safe_normalize(to_channel_vectors(teacher))).sum(-1)
     return mean_over_tokens(1 - cosines, tokens)
 
 
@@ -159,7 +159,7 @@ def nd_loss(student: Tensor, teacher: Tensor, means: Tensor, label: Tensor) -> T
         teacher, 1 where it is orthogonal or zero, at most 2.
     """
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
-    directions = safe_normalise(means.to(student.dtype).flatten(1)[label.clamp(min=0)])
+    directions = safe_normalize(means.to(student.dtype).flatten(1)[label.clamp(min=0)])
     component = (student * directions).sum(1)
     max_norm = torch.maximum(_row_norms(student), _row_norms(teacher))
     return torch.where(label < 0, 0, 1 - safe_divide(component, max_norm))
@@ -188,7 +188,7 @@ class NormAndDirection(Term):
         Returns (batch,), without unit, in [0, 2].
 
     Example (recipe):
-        nd: {type: nd, student: {path: layer2, adapter: linear}, teacher: layer2, means: "artifact:means.centres"}
+        nd: {type: nd, student: {path: layer2, adapter: linear}, teacher: layer2, means: "artifact:means.centers"}
 
     References:
         Wang, Cheng, Duan, Wang, Feng and Kong, Improving Knowledge Distillation via Regularizing Feature Norm and

@@ -155,7 +155,7 @@ def test_cutmix_pastes_the_box_of_the_paper_and_counts_its_pixels():
         assert torch.equal(mixed[k, 0], expected)
 
 
-def test_evaluation_crops_the_centre_without_params():
+def test_evaluation_crops_the_center_without_params():
     view = View("image", [augmentation("crop", padding=2, size=6), augmentation("flip", p=1.0)], (3, 9, 10))
     stored = random_images(4, (3, 9, 10))
     assert_close(view.evaluation_images(stored, torch.arange(4)), tv.center_crop(stored, [6, 6]).float() / 255)
@@ -203,7 +203,7 @@ def test_random_resized_crop_is_inside_and_covers_the_configured_area():
         assert 0 <= y0 < y1 <= 60
         assert 0.18 < (x1 - x0) * (y1 - y0) / 5400 < 0.63
         assert 0.7 < (x1 - x0) / (y1 - y0) < 1.42
-    wide = crop.box(1000, 10, np.random.default_rng(0))  # no box fits: the centre, at the largest ratio
+    wide = crop.box(1000, 10, np.random.default_rng(0))  # no box fits: the center, at the largest ratio
     assert wide == (493, 0, 506, 10)
 
 

@@ -60,8 +60,8 @@ def test_synthetic_classes_can_be_learned(shape):
     train, test = Synthetic(**params).load(), Synthetic(split="test", **params).load()
     assert train.images.shape == (200, *shape)
     assert not torch.equal(train.images, test.images)
-    centres = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(5)]).flatten(1)
-    nearest = torch.cdist(test.images.float().flatten(1), centres).argmin(1)
+    centers = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(5)]).flatten(1)
+    nearest = torch.cdist(test.images.float().flatten(1), centers).argmin(1)
     assert (nearest == test.labels).float().mean() > 0.95
     assert np.ptp(np.bincount(train.labels)) == 0
 

@@ -1,15 +1,15 @@
-"""Features: the right value at the right moment, and no more of the model than is wanted."""
+"""Feature extraction: correct values, also of overwritten tensors, and no computation after the last feature."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models import resnet18
 
 from helpers.plugin_parts import CALLS, Layers, RepeatedLayer
-from helpers.recipes import build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from helpers.recipes import build_stage, plugin_registration, recipe_from_text  # noqa: F401
 from kdbench.engine.network.features import Feature, FeatureExtractor, find_module, model_output
 from kdbench.engine.plan.trace import trace_modules
 from kdbench.errors import ConfigError
@@ -17,15 +17,15 @@ from kdbench.errors import ConfigError
 IMAGE = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def stem_of(model: RepeatedLayer):
+def stem_output(model: RepeatedLayer) -> Tensor:
     return model.stem(IMAGE.flatten(1))
 
 
-def test_a_path_gives_what_the_module_gave():
+def test_path_extracts_the_output_of_the_module():
     model = Layers()
-    kept = FeatureExtractor(model, [Feature("layer1"), Feature("logits")])(IMAGE)
-    assert_close(kept[Feature("layer1")], model.layer1(IMAGE.flatten(1)), rtol=0, atol=0)
-    assert_close(kept[Feature("logits")], model(IMAGE), rtol=0, atol=0)
+    features = FeatureExtractor(model, [Feature("layer1"), Feature("logits")])(IMAGE)
+    assert_close(features[Feature("layer1")], model.layer1(IMAGE.flatten(1)), rtol=0, atol=0)
+    assert_close(features[Feature("logits")], model(IMAGE), rtol=0, atol=0)
 
 
 def test_negative_indices_count_from_the_end():
@@ -36,44 +36,42 @@ def test_negative_indices_count_from_the_end():
         find_module(model, "blocks.-3")
 
 
-def test_the_kth_call_is_the_kth():
+def test_second_call_of_a_module_is_a_feature_of_its_own():
     model = RepeatedLayer()
-    first = model.shared(stem_of(model))
-    kept = FeatureExtractor(
-        model, [Feature("shared"), Feature("shared", 2)], overwritten=frozenset([Feature("shared", 2)])
-    )(IMAGE)
-    assert_close(kept[Feature("shared")], first, rtol=0, atol=0)
-    assert_close(kept[Feature("shared", 2)], model.shared(first), rtol=0, atol=0)
-    assert not torch.equal(kept[Feature("shared")], kept[Feature("shared", 2)])
+    first_output = model.shared(stem_output(model))
+    first, second = Feature("shared"), Feature("shared", 2)
+    features = FeatureExtractor(model, [first, second], overwritten=frozenset([second]))(IMAGE)
+    assert_close(features[first], first_output, rtol=0, atol=0)
+    assert_close(features[second], model.shared(first_output), rtol=0, atol=0)
+    assert not torch.equal(features[first], features[second])
 
 
-def test_the_counts_of_calls_begin_anew_in_every_forward():
+def test_calls_are_counted_separately_in_every_forward():
     model = RepeatedLayer()
-    capture = FeatureExtractor(model, [Feature("shared", 2), Feature("logits")])
-    one, two = capture(IMAGE), capture(IMAGE)
-    assert_close(one[Feature("shared", 2)], two[Feature("shared", 2)], rtol=0, atol=0)
+    extractor = FeatureExtractor(model, [Feature("shared", 2), Feature("logits")])
+    first, second = extractor(IMAGE), extractor(IMAGE)
+    assert_close(first[Feature("shared", 2)], second[Feature("shared", 2)], rtol=0, atol=0)
 
 
-def test_an_input_is_taken_before_an_in_place_module_runs():
+def test_input_of_an_in_place_module_is_extracted_before_it_runs():
     model = RepeatedLayer()
-    before = model.shared(model.shared(stem_of(model)))
+    before = model.shared(model.shared(stem_output(model)))
     assert (before < 0).any(), "the ReLU must have something to change"
     feature = Feature("act", side="in")
-    spoiled = frozenset([feature])
-    kept = FeatureExtractor(model, [feature], overwritten=spoiled)(IMAGE)
-    assert_close(kept[feature], before, rtol=0, atol=0)
-    unguarded = FeatureExtractor(model, [feature])(IMAGE)  # negative control: without the clone the value is lost
-    assert torch.equal(unguarded[feature], before.relu())
+    features = FeatureExtractor(model, [feature], overwritten=frozenset([feature]))(IMAGE)
+    assert_close(features[feature], before, rtol=0, atol=0)
+    without_clone = FeatureExtractor(model, [feature])(IMAGE)  # negative control: the value is lost
+    assert torch.equal(without_clone[feature], before.relu())
 
 
-def test_the_input_of_a_module_that_is_called_by_keyword_is_found():
+def test_input_of_a_module_that_is_called_by_keyword_is_extracted():
     model = RepeatedLayer()
-    before = model.shared(model.shared(stem_of(model))).relu()
-    kept = FeatureExtractor(model, [Feature("blocks.0", side="in")])(IMAGE)
-    assert_close(kept[Feature("blocks.0", side="in")], before, rtol=0, atol=0)
+    before = model.shared(model.shared(stem_output(model))).relu()
+    features = FeatureExtractor(model, [Feature("blocks.0", side="in")])(IMAGE)
+    assert_close(features[Feature("blocks.0", side="in")], before, rtol=0, atol=0)
 
 
-def test_a_feature_that_later_operations_overwrite_keeps_its_value():
+def test_feature_that_later_operations_overwrite_keeps_its_value():
     """torchvision adds the shortcut into bn2's output, in place, and then applies an in-place ReLU."""
     torch.manual_seed(0)
     model = resnet18(num_classes=5).eval()
@@ -82,16 +80,17 @@ def test_a_feature_that_later_operations_overwrite_keeps_its_value():
     assert "layer1.0.bn2" in overwritten
     block = model.layer1[0]
     with torch.no_grad():
-        x = model.maxpool(model.relu(model.bn1(model.conv1(image))))
-        true = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+        shortcut = model.maxpool(model.relu(model.bn1(model.conv1(image))))
+        expected = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(shortcut)))))
         feature = Feature("layer1.0.bn2")
-        kept = FeatureExtractor(model, [feature, Feature("logits")], overwritten=frozenset([feature]))(image)
-        assert_close(kept[feature], true, rtol=0, atol=0)
-        spoiled = FeatureExtractor(model, [feature, Feature("logits")])(image)[feature]  # negative control
-        assert_close(spoiled, torch.relu(true + x), rtol=0, atol=0)
+        requested = [feature, Feature("logits")]
+        features = FeatureExtractor(model, requested, overwritten=frozenset([feature]))(image)
+        assert_close(features[feature], expected, rtol=0, atol=0)
+        without_clone = FeatureExtractor(model, requested)(image)[feature]  # negative control
+        assert_close(without_clone, torch.relu(expected + shortcut), rtol=0, atol=0)
 
 
-def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
+def test_plan_detects_overwritten_features_and_the_network_clones_them():
     loaded = recipe_from_text(
         """
         student: torchvision/resnet18
@@ -103,34 +102,33 @@ def test_the_plan_finds_what_is_overwritten_and_the_network_clones_it():
         """,
         data="dataset: {type: synthetic, shape: [3, 32, 32], classes: 4, samples: 8}\n",
     )
-    run = build_stage(loaded)
-    assert run.plan.roles["teacher"].overwritten_features == {Feature("layer1.0.bn2")}
-    batch = next(run.windows())[0]
-    model = run.model("teacher")
-    features = run.network.run_roles(batch, run.network.wiring(["at"], []).runs)
+    stage = build_stage(loaded)
+    assert stage.plan.roles["teacher"].overwritten_features == {Feature("layer1.0.bn2")}
+    batches = next(stage.windows())[0]
+    model = stage.model("teacher")
+    features = stage.network.run_roles(batches, stage.network.wiring(["at"], []).runs)
     with torch.no_grad():
-        x = model.maxpool(model.relu(model.bn1(model.conv1(batch["train"].fields["image"]))))
+        value = model.maxpool(model.relu(model.bn1(model.conv1(batches["train"].fields["image"]))))
         block = model.layer1[0]
-        true = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
-    assert_close(features["teacher", Feature("layer1.0.bn2")], true, rtol=0, atol=0)
+        expected = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(value)))))
+    assert_close(features["teacher", Feature("layer1.0.bn2")], expected, rtol=0, atol=0)
 
 
-def test_a_clone_passes_the_gradient_on():
+def test_gradient_flows_through_a_cloned_feature():
     model = RepeatedLayer()
     feature = Feature("blocks.0")
-    kept = FeatureExtractor(model, [feature], overwritten=frozenset([feature]))(IMAGE)
-    kept[feature].sum().backward()
+    features = FeatureExtractor(model, [feature], overwritten=frozenset([feature]))(IMAGE)
+    features[feature].sum().backward()
     assert model.blocks[0].weight.grad is not None and model.stem.weight.grad is not None
 
 
-def test_a_captured_feature_does_not_outlive_its_forward():
-    model = Layers()
-    capture = FeatureExtractor(model, [Feature("layer1")])
-    capture(IMAGE)
-    assert capture.values == {}
+def test_extractor_keeps_no_feature_after_the_forward():
+    extractor = FeatureExtractor(Layers(), [Feature("layer1")])
+    extractor(IMAGE)
+    assert extractor.values == {}
 
 
-STOPPING = """
+EARLY_FEATURES = """
 student: {model: {type: t_layers, label: student}}
 teacher: {model: {type: t_layers, label: teacher}}
 terms:
@@ -140,44 +138,49 @@ epochs: 1
 """
 
 
-def calls_of_a_step(student: str, teacher: str) -> list[str]:
-    run = build_stage(STOPPING.replace("STUDENT", student).replace("TEACHER", teacher))
+def layers_called_in_a_step(student: str, teacher: str) -> list[str]:
+    stage = build_stage(EARLY_FEATURES.replace("STUDENT", student).replace("TEACHER", teacher))
     CALLS.clear()
-    run.step()
+    stage.step()
     return list(CALLS)
 
 
-def test_models_run_no_further_than_the_last_wanted_feature():
-    assert sorted(calls_of_a_step("layer1", "layer2")) == ["student.layer1", "teacher.layer1", "teacher.layer2"]
+def test_forward_ends_after_the_last_feature():
+    calls = layers_called_in_a_step("layer1", "layer2")
+    assert sorted(calls) == ["student.layer1", "teacher.layer1", "teacher.layer2"]
 
 
-def test_models_run_to_the_end_when_the_output_is_wanted():
-    assert "teacher.layer3" in calls_of_a_step("layer1", "layer3") and "student.layer3" in calls_of_a_step("fc", "fc")
+def test_forward_is_complete_if_a_late_feature_is_read():
+    assert "teacher.layer3" in layers_called_in_a_step("layer1", "layer3")
+    assert "student.layer3" in layers_called_in_a_step("fc", "fc")
 
 
-def test_a_model_that_stopped_early_is_still_evaluated_whole():
-    run = build_stage(STOPPING.replace("STUDENT", "layer1").replace("TEACHER", "layer2")).step()
-    assert run.model()(IMAGE).shape == (3, 4)
+def test_model_whose_training_forward_ends_early_is_evaluated_to_its_output():
+    stage = build_stage(EARLY_FEATURES.replace("STUDENT", "layer1").replace("TEACHER", "layer2")).step()
+    assert stage.model()(IMAGE).shape == (3, 4)
 
 
-def test_hooks_do_nothing_outside_of_a_captured_forward():
+def test_hooks_have_no_effect_outside_of_an_extraction():
     model = Layers()
-    capture = FeatureExtractor(model, [Feature("layer1")], stop=True)
+    extractor = FeatureExtractor(model, [Feature("layer1")], stop=True)
     assert model(IMAGE).shape == (3, 4)
-    assert capture.values == {}
+    assert extractor.values == {}
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_removed_hooks_are_gone(side):
+def test_removed_hooks_extract_nothing(side):
     model = Layers()
-    capture = FeatureExtractor(model, [Feature("layer1", side=side)])
-    capture.remove()
-    capture.active = True
+    extractor = FeatureExtractor(model, [Feature("layer1", side=side)])
+    extractor.active = True
     model(IMAGE)
-    assert capture.values == {}
+    assert extractor.values  # control: registered hooks extract
+    extractor.values = {}
+    extractor.remove()
+    model(IMAGE)
+    assert extractor.values == {}
 
 
-def test_an_output_is_found_by_its_name():
+def test_model_output_is_selected_by_name():
     image, logits = torch.zeros(2, 3), torch.ones(2, 4)
     assert model_output({"logits": logits, "image": image}, "image") is image
     assert model_output({"logits": logits, "image": image}, "logits") is logits
@@ -186,8 +189,8 @@ def test_an_output_is_found_by_its_name():
         model_output(None)
 
 
-def test_a_role_that_sees_another_ones_output_sees_the_entry_that_it_names():
-    run = build_stage(
+def test_input_from_another_role_is_the_output_entry_that_the_recipe_names():
+    stage = build_stage(
         """
         models: {generator: {model: t_generator, input: noise.z}}
         student: {model: t_layers, input: "generator:image"}
@@ -199,11 +202,11 @@ def test_a_role_that_sees_another_ones_output_sees_the_entry_that_it_names():
         batch_size: 8
         """
     )
-    batch = next(run.windows())[0]
-    features = run.network.run_roles(batch, run.network.wiring(["n"], ["generator", "student"]).runs)
-    image = run.model("generator")(batch["noise"].fields["z"])["image"]
+    batches = next(stage.windows())[0]
+    features = stage.network.run_roles(batches, stage.network.wiring(["n"], ["generator", "student"]).runs)
+    image = stage.model("generator")(batches["noise"].fields["z"])["image"]
     assert image.abs().max() > 0
-    assert_close(features["student", Feature("logits")], run.model()(image), rtol=0, atol=0)
+    assert_close(features["student", Feature("logits")], stage.model()(image), rtol=0, atol=0)
 
 
 class Nested(nn.Module):
@@ -215,7 +218,7 @@ class Nested(nn.Module):
         return self.inner(image)
 
 
-def test_paths_lead_into_nested_modules():
+def test_paths_address_nested_modules():
     model = Nested()
     path, module = find_module(model, "inner.blocks.-1")
     assert (path, module) == ("inner.blocks.1", model.inner.blocks[1])

@@ -36,11 +36,11 @@ def difference(model: nn.Module, folded: nn.Module, image: Tensor) -> float:
 )
 def test_folding_keeps_the_logits(name, pairs):
     size = MODELS.entry(name).facts["image"] if "/" not in name else (3, 64, 64)
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model, image = with_random_statistics(MODELS.build(name, {}), dtype), torch.randn(3, *size, dtype=dtype)
         folded, count = fold_batchnorm(model, image[:2])
         assert count == pairs
-        assert difference(model, folded, image) < bound
+        assert difference(model, folded, image) < tolerance
 
 
 def test_folding_changes_neither_the_original_nor_its_hooks():

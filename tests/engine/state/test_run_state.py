@@ -181,9 +181,11 @@ def test_the_previous_checkpoint_is_tried_and_the_newest_is_reported(tmp_path):
 
 
 def test_a_misfit_names_file_and_entry_and_other_errors_pass():
-    with pytest.raises(CheckpointError, match=r"last\.pt is damaged: entry 'terms\.kd' does not fit the run"):
-        with report_misfit(PATH, "terms.kd"):
-            torch.nn.Linear(2, 2).load_state_dict({})
+    with (
+        pytest.raises(CheckpointError, match=r"last\.pt is damaged: entry 'terms\.kd' does not fit the run"),
+        report_misfit(PATH, "terms.kd"),
+    ):
+        torch.nn.Linear(2, 2).load_state_dict({})
     with pytest.raises(torch.OutOfMemoryError), report_misfit(PATH, "terms.kd"):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(OSError), report_misfit(PATH, "terms.kd"):

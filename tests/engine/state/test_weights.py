@@ -289,8 +289,8 @@ def test_a_checkpoint_of_kdbench_is_read_by_its_path(networks):
 def test_a_teacher_checkpoint_of_another_run_is_rejected():
     """The result would silently be that of another teacher."""
     train_recipe_text(pupil())
-    other = recipe_from_text(TEACHER, "out=other_teacher", "seed=2", name="teacher")
-    run_experiment(other, console=QuietConsole())
+    other_recipe = recipe_from_text(TEACHER, "out=other_teacher", "seed=2", name="teacher")
+    run_experiment(other_recipe, console=QuietConsole())
     last = teacher_folder() / "checkpoints/last.pt"
     last.write_bytes(Path("other_teacher/checkpoints/last.pt").read_bytes())
     with pytest.raises(CheckpointError, match=r"own.yaml:4 .*last\.pt belongs to another run"):

@@ -1,14 +1,14 @@
-"""Schedules reach the step: weights, parameters and rates are the formula's at every step, also after a resume."""
+"""Schedules in a step: weights, parameters and learning rates equal the formula, also after a resume."""
 
 from __future__ import annotations
 
 import math
 
-import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from helpers.plugin_parts import Scaled
-from helpers.recipes import build_stage, plugin_registration, recipe_from_text, stage_plan  # noqa: F401
+from helpers.recipes import StageHarness, build_stage, plugin_registration  # noqa: F401
 
 TEXT = """
 student: t_linear
@@ -22,24 +22,25 @@ scheduler: {type: cosine, by: step}
 epochs: 4
 batch_size: 16
 """
-TOTAL, PER_EPOCH = 16, 4
+TOTAL_STEPS, STEPS_PER_EPOCH = 16, 4
 
 
-def expected(step: int) -> dict[str, float]:
-    """Everything that moves, at one step (from 0)."""
-    epoch = step // PER_EPOCH
+def expected_values(step: int) -> dict[str, float]:
+    """Returns all scheduled values at a step, counted from 0."""
+    epoch = step // STEPS_PER_EPOCH
     return {
-        "ce": 1 - step / TOTAL,
+        "ce": 1 - step / TOTAL_STEPS,
         "temperature": 1 + 4 * min(epoch / 3, 1),
         "kd": min((epoch + 1) / 2, 1.0),
-        "scale": 1 + (1 + math.cos(math.pi * step / TOTAL)) / 2,
-        "factor": (1 + math.cos(math.pi * step / TOTAL)) / 2,
+        "scale": 1 + (1 + math.cos(math.pi * step / TOTAL_STEPS)) / 2,
+        "factor": (1 + math.cos(math.pi * step / TOTAL_STEPS)) / 2,
     }
 
 
-def found(run) -> dict[str, float]:
-    terms = {name: run.network.term(name) for name in ("ce", "kd", "own")}
-    groups = run.runner.updates[0].optimizer.param_groups
+def scheduled_values(stage: StageHarness) -> dict[str, float]:
+    """Reads all scheduled values from terms and optimizer."""
+    terms = {name: stage.network.term(name) for name in ("ce", "kd", "own")}
+    groups = stage.runner.updates[0].optimizer.param_groups
     assert_close(groups[1]["lr"], groups[0]["lr"] / 4, rtol=1e-12, atol=0)
     return {
         "ce": float(terms["ce"].weight),
@@ -50,72 +51,66 @@ def found(run) -> dict[str, float]:
     }
 
 
-def test_every_step_has_the_values_of_the_formula():
-    run = build_stage(TEXT)
-    windows = run.windows()
-    for step in range(TOTAL):
-        run.runner.begin_step()
-        for key, value in expected(step).items():
-            assert_close(found(run)[key], value, rtol=1e-6, atol=1e-7, msg=f"{key} at step {step}")
-        run.runner.step(next(windows))
+def test_every_step_uses_the_values_of_the_formula():
+    stage = build_stage(TEXT)
+    windows = stage.windows()
+    for step in range(TOTAL_STEPS):
+        stage.runner.begin_step()
+        for key, value in expected_values(step).items():
+            assert_close(scheduled_values(stage)[key], value, rtol=1e-6, atol=1e-7, msg=f"{key} at step {step}")
+        stage.runner.step(next(windows))
 
 
-def test_a_resumed_run_has_the_values_of_its_place():
+def test_resumed_stage_has_the_values_of_its_step():
     first = build_stage(TEXT).step(10)
     second = build_stage(TEXT)
     second.runner.load_training_state(first.runner.training_state())
     second.runner.begin_step()
-    for key, value in expected(10).items():
-        assert_close(found(second)[key], value, rtol=1e-6, atol=1e-7, msg=key)
-    assert expected(10) != expected(0)
+    for key, value in expected_values(10).items():
+        assert_close(scheduled_values(second)[key], value, rtol=1e-6, atol=1e-7, msg=key)
+    assert expected_values(10) != expected_values(0)
 
 
-def test_the_scheduled_values_are_the_ones_that_the_step_uses():
-    """The loss of a step is the formula's, and a term reads the tensor that moves."""
-    run = build_stage(TEXT)
-    assert isinstance(run.network.term("own").edges[0].term, Scaled)
-    windows = run.windows()
+def test_losses_of_a_step_are_computed_with_the_scheduled_values():
+    stage = build_stage(TEXT)
+    assert isinstance(stage.network.term("own").edges[0].term, Scaled)
+    windows = stage.windows()
     for step in range(6):
         window = next(windows)
-        run.runner.begin_step()
+        stage.runner.begin_step()
         image, label = window[0]["train"].fields["image"], window[0]["train"].fields["label"]
-        ours, theirs = run.model()(image), run.model("teacher")(image)
-        values = expected(step)
+        student, teacher = stage.model()(image), stage.model("teacher")(image)
+        values = expected_values(step)
         t = values["temperature"]
-        kd = (
-            t
-            * t
-            * torch.nn.functional.kl_div(
-                (ours / t).log_softmax(1), (theirs / t).log_softmax(1), reduction="batchmean", log_target=True
-            )
-        )
+        log_p, log_q = (student / t).log_softmax(1), (teacher / t).log_softmax(1)
+        kd = t * t * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         total = (
-            values["ce"] * torch.nn.functional.cross_entropy(ours, label)
+            values["ce"] * F.cross_entropy(student, label)
             + values["kd"] * kd
-            + 1e-3 * values["scale"] * ours.square().sum(1).mean()
+            + 1e-3 * values["scale"] * student.square().sum(1).mean()
         ).detach()
-        run.runner.step(window)
-        _, logged = run.runner.read_log()
+        stage.runner.step(window)
+        _, logged = stage.runner.read_log()
         assert_close(logged["total"], total.item(), rtol=1e-5, atol=1e-6)
         assert_close(logged["terms"]["kd"]["weight"], values["kd"], rtol=1e-6, atol=0)
         assert_close(logged["lr"], 0.4 * values["factor"], rtol=1e-12, atol=0)
 
 
-def test_a_rate_by_epoch_holds_for_the_whole_epoch():
-    run = build_stage(
+def test_rate_scheduled_by_epoch_is_constant_within_an_epoch():
+    stage = build_stage(
         TEXT.replace("{type: cosine, by: step}\nepochs", "{type: step, milestones: [1, 3], gamma: 0.1}\nepochs")
     )
     rates = []
-    windows = run.windows()
-    for _ in range(TOTAL):
-        run.runner.begin_step()
-        rates.append(run.runner.updates[0].optimizer.param_groups[0]["lr"])
-        run.runner.step(next(windows))
+    windows = stage.windows()
+    for _ in range(TOTAL_STEPS):
+        stage.runner.begin_step()
+        rates.append(stage.runner.updates[0].optimizer.param_groups[0]["lr"])
+        stage.runner.step(next(windows))
     assert_close(rates, [0.4] * 4 + [0.04] * 8 + [0.004] * 4, rtol=1e-12, atol=0)
 
 
-def test_an_update_of_its_own_optimiser_follows_the_schedule_from_its_own_rate():
-    run = build_stage(
+def test_schedule_multiplies_the_initial_rate_of_each_optimizer():
+    stage = build_stage(
         """
         models: {a: t_linear, b: t_linear}
         terms: {ca: {type: cross_entropy, student: a}, cb: {type: cross_entropy, student: b}}
@@ -129,6 +124,5 @@ def test_an_update_of_its_own_optimiser_follows_the_schedule_from_its_own_rate()
         batch_size: 16
         """
     ).step(9)
-    assert_close(
-        [u.optimizer.param_groups[0]["lr"] for u in run.runner.updates], [0.4 / 2, 0.01 / 2], rtol=1e-12, atol=0
-    )
+    rates = [update.optimizer.param_groups[0]["lr"] for update in stage.runner.updates]
+    assert_close(rates, [0.4 / 2, 0.01 / 2], rtol=1e-12, atol=0)

@@ -49,6 +49,7 @@ BINARY = TermCase(
         Mistake("target must be in", {"target": 2.0}),
     ],
     benchmark={"student": "one"},
+    recipe_operands="student: one:logits",
 )
 
 

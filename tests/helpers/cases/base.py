@@ -64,6 +64,8 @@ class TermCase:
         gradient_only: scheduled parameters that change the gradient, not the loss.
         benchmark: operand -> kind of operand in the benchmarks (`SHAPES` in benchmarks/operands.py). Default: logits;
             maps for a term with the fact `features`.
+        recipe_operands: operands and required parameters of the term in the recipes of tests/test_recipes.py. Default:
+            logits, or maps for a term with the fact `features`. None: the term reads artifacts of an earlier stage.
         name: identifier in test names.
     """
 
@@ -87,6 +89,7 @@ class TermCase:
     unit_interval: Sequence[str] = ()
     gradient_only: Sequence[str] = ()
     benchmark: Mapping[str, str] = field(default_factory=dict)
+    recipe_operands: str | None = ""
     name: str = ""
 
     def __str__(self) -> str:

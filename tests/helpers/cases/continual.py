@@ -32,6 +32,7 @@ ICARL = TermCase(
         Mistake("each once, got", {"old": [1, 1]}),
         Mistake("lists old class 4", {"old": [4]}, shapes={"student": (8, 4), "teacher": (8, 4), "label": (8,)}),
     ],
+    recipe_operands="old: [0, 1]",
 )
 
 

@@ -55,7 +55,7 @@ def crd(student, teacher, index, label, term, width, negatives, temperature=0.07
     The negatives are the draws of the term; tests/terms/test_contrastive.py checks their distribution.
     """
     noise = negatives / SAMPLES
-    key = hash_words(term.seed + hash_words(term.step)) + torch.tensor(index)
+    key = hash_words(term.seed + hash_words(term.num_steps)) + torch.tensor(index)
     negative_rows = sample_negatives(term.sample_class[:-1], torch.tensor(label), key, negatives).tolist()
     s_rows = [_embedding(term.embed_student, row) for row in student]
     t_rows = [_embedding(term.embed_teacher, flatten(row)) for row in teacher]

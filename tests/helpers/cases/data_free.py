@@ -35,6 +35,7 @@ INFORMATION_ENTROPY = TermCase(
     teacher=None,
     controls={"log10": scaled(0.4343)},
     mistakes=[Mistake("at least 2 classes", shapes={"student": (8, 1)})],
+    recipe_operands="student: logits",
 )
 
 
@@ -42,7 +43,9 @@ def activation(student):
     return [-sum(abs(x) for x in flatten(s)) / len(flatten(s)) for s in student]
 
 
-ACTIVATION = TermCase("activation", activation, student=MAP, teacher=None, controls={"sum": scaled(12)})
+ACTIVATION = TermCase(
+    "activation", activation, student=MAP, teacher=None, controls={"sum": scaled(12)}, recipe_operands="student: conv2"
+)
 
 
 def bn_statistics(student, teacher, weight=None):
@@ -70,6 +73,7 @@ BN_STATISTICS = TermCase(
     },
     mistakes=[Mistake("a BatchNorm's input", shapes={"student": (2, 3, 4, 4), "teacher": (2, 5)})],
     benchmark={"student": "map", "teacher": "statistics"},
+    recipe_operands="student: conv2, teacher: teacher:norm2/stats",
 )
 
 
@@ -104,6 +108,7 @@ TOTAL_VARIATION = TermCase(
         Mistake("norm must be one of 1, 2", {"norm": 3}),
     ],
     benchmark={"student": "image"},
+    recipe_operands="student: conv2",
 )
 
 
@@ -119,4 +124,5 @@ IMAGE_NORM = TermCase(
     class_symmetric=False,
     controls={"doubled": scaled(2)},
     benchmark={"student": "image"},
+    recipe_operands="student: conv2",
 )

@@ -134,4 +134,5 @@ SCAR = TermCase(
         Mistake("scar: power must be above 0", {"power": 0.0}),
     ],
     benchmark={"student": "vector", "means": "class means", "precision": "class matrices"},
+    recipe_operands=None,
 )

@@ -117,10 +117,10 @@ DKD = TermCase(
 )
 
 
-def logit_mse(student, teacher, centre=False):
+def logit_mse(student, teacher, center=False):
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        shift = (sum(s) - sum(t)) / len(s) if centre else 0.0
+        shift = (sum(s) - sum(t)) / len(s) if center else 0.0
         losses.append(sum((a - b - shift) ** 2 for a, b in zip(s, t, strict=True)) / len(s))
     return losses
 
@@ -128,8 +128,8 @@ def logit_mse(student, teacher, centre=False):
 LOGIT_MSE = TermCase(
     "logit_mse",
     logit_mse,
-    controls={"sum": scaled(CLASSES), "centred": with_params(centre=True)},
-    variants={"centred": {"params": {"centre": True}, "controls": {"not centred": with_params(centre=False)}}},
+    controls={"sum": scaled(CLASSES), "centered": with_params(center=True)},
+    variants={"centered": {"params": {"center": True}, "controls": {"not centered": with_params(center=False)}}},
     mistakes=[Mistake("10 classes and the teacher 11", shapes={"student": LOGITS, "teacher": (8, 11)})],
 )
 
@@ -187,6 +187,7 @@ JOINT_CROSS_ENTROPY = TermCase(
         Mistake("one logit for each pair of 4 classes and 2 kinds, 8 in all", shapes={"student": (8, 4)}),
     ],
     benchmark={"student": "joint logits", "kind": "turns"},
+    recipe_operands="student: pairs:logits, kind: train.label",
 )
 
 
@@ -219,41 +220,5 @@ BKD = TermCase(
         ),
     ],
     benchmark={"counts": "class counts"},
-)
-
-
-def taid(student, teacher, constant, history=(), least=0.4, rate=5e-4, momentum=0.99, end=1.0):
-    """Repeats the update of t over the earlier steps; the student in the target is constant."""
-
-    def cross_entropy_to_target(student, teacher, constant, t):
-        total = 0.0
-        for s, z, c in zip(student, teacher, constant, strict=True):
-            q = softmax([(1 - t) * a + t * b for a, b in zip(c, z, strict=True)])
-            total -= sum(b * math.log(a) for a, b in zip(softmax(s), q, strict=True))
-        return total / len(student)
-
-    t, decrease, previous = least, 0.0, None
-    for step in history:
-        loss = cross_entropy_to_target(step["student"], step["teacher"], step["student"], t)
-        if previous is not None:
-            decrease = momentum * decrease + (1 - momentum) * (previous - loss) / previous
-            t = min(end, t + rate / (1 + math.exp(-decrease)) * (1 - t))
-        previous = loss
-    return cross_entropy_to_target(student, teacher, constant, t)
-
-
-TAID = TermCase(
-    "taid",
-    taid,
-    {"least": 0.2, "rate": 0.3, "momentum": 0.6},
-    stops_gradient=True,
-    zero_tolerance=None,
-    controls={"higher t": with_params(least=0.5), "sum": scaled(BATCH), "sides": swapped},
-    variants={"adapted": {"history": [{}, {}, {}], "controls": {"no adaptive step": with_params(rate=0.0)}}},
-    mistakes=[
-        Mistake("least must be at most end", {"least": 0.9, "end": 0.5}),
-        Mistake(r"rate must be in \[0, 1\]", {"rate": 2.0}),
-        Mistake("the student has 4 classes and the teacher 5", shapes={"student": (2, 4), "teacher": (2, 5)}),
-    ],
-    unit_interval=["least"],
+    recipe_operands=None,
 )

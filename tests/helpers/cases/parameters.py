@@ -25,6 +25,7 @@ WEIGHT_DISTANCE = TermCase(
         Mistake("distance must be one of l1, l2", {"distance": "l3"}),
     ],
     benchmark={"student": "weights", "teacher": "weights"},
+    recipe_operands="student: 'student:fc/weights', teacher: 'teacher:fc/weights'",
 )
 
 
@@ -48,4 +49,5 @@ EWC = TermCase(
         ),
     ],
     benchmark={"student": "weights", "teacher": "weights", "fisher": "weights"},
+    recipe_operands="student: 'student:fc/weights', teacher: 'teacher:fc/weights', fisher: 'teacher:fc/weights'",
 )

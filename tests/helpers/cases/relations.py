@@ -181,6 +181,7 @@ TOKEN_RELATION = TermCase(
         ),
     ],
     benchmark={"student": "tokens", "teacher": "tokens"},
+    recipe_operands="student: tokens, teacher: tokens",
 )
 
 
@@ -223,4 +224,5 @@ ATTENTION_RELATION = TermCase(
         Mistake("part must be one of whole, query, key, value", {"part": "output"}),
     ],
     benchmark={"student": "tokens", "teacher": "tokens"},
+    recipe_operands="student: tokens, teacher: tokens, heads: 2",
 )

@@ -13,8 +13,8 @@ def load_balance(student, kind="kl"):
     mean = [sum(row[k] for row in student) / len(student) for k in range(experts)]
     if kind == "kl":
         return kl_divergence([1 / experts] * experts, mean)
-    centre = sum(mean) / experts
-    return math.sqrt(sum((m - centre) ** 2 for m in mean) / (experts - 1)) / centre
+    center = sum(mean) / experts
+    return math.sqrt(sum((m - center) ** 2 for m in mean) / (experts - 1)) / center
 
 
 LOAD_BALANCE = TermCase(
@@ -29,6 +29,7 @@ LOAD_BALANCE = TermCase(
         Mistake("kind must be one of kl, cv", {"kind": "gini"}),
     ],
     benchmark={"student": "gate"},
+    recipe_operands="student: 'term:routed.route'",
 )
 
 
@@ -70,4 +71,5 @@ REINFORCE = TermCase(
         Mistake(r"reinforce: reward_baseline must be in \[0, 1\]", {"reward_baseline": 1.5}),
     ],
     benchmark={"student": "gate", "action": "gate", "reward": "rows"},
+    recipe_operands="student: 'term:routed.gate', action: 'term:routed.route', reward: 'term:routed.loss'",
 )

@@ -160,7 +160,7 @@ def mixtures_error(*overrides: str) -> float:
     harness = build_stage(short_recipe("digits/infer", *quick, *overrides), stage=1)
     student, networks = harness.model(), [harness.model(name) for name in "ab"]
     window = next(harness.windows())[0]
-    images = [window[source]["image"] for source in ("train", "made_a", "made_b")]
+    images = [window[source].fields["image"] for source in ("train", "made_a", "made_b")]
 
     def loss(_):
         total = 0

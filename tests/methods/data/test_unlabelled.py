@@ -12,13 +12,14 @@ from torch import Tensor
 from helpers.recipes import StageHarness, build_stage, equal_weights
 from helpers.shipped_recipes import resume_differences, run_recipe, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
+from kdbench.data.loading.batch import MicroBatch
 
 
 def build_method(name: str, *overrides: str, stage: int = 0) -> StageHarness:
     return build_stage(short_recipe(f"digits/{name}", "precision=float64", *overrides), stage=stage)
 
 
-def batches(run: StageHarness, count: int = 1) -> list[dict[str, dict[str, Tensor]]]:
+def batches(run: StageHarness, count: int = 1) -> list[MicroBatch]:
     """Returns the next batches by source."""
     run.network.train()
     return [window[0] for window in islice(run.windows(), count)]

@@ -134,7 +134,7 @@ def class_means_error(*overrides: str, folder) -> float:
     """Returns the error of KD++'s class means against sums over the training set in a plain loop."""
     recipe = quick("kd_plus_plus", *overrides, steps=1)
     outcome = run_recipe(recipe, folder)
-    means = torch.load(folder / "stages" / "means.centres.pt", weights_only=True)["value"]
+    means = torch.load(folder / "stages" / "means.centers.pt", weights_only=True)["value"]
     stage = recipe.stages[0]
     data = {**stage.data}
     data["train"] = quick("kd_plus_plus").stages[0].data["train"]

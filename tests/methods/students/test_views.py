@@ -141,7 +141,7 @@ def test_control_dmae_without_early_stop_or_with_separate_masks():
     assert not inputs_and_block_calls(*separate_mask)[0]
 
 
-def test_dmae_loss_is_the_absolute_difference_of_normalised_tokens():
+def test_dmae_loss_is_the_absolute_difference_of_normalized_tokens():
     run = build_method("dmae", stage=1)
     features: dict[str, Tensor] = {}
     for role in ("teacher", "student"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from helpers.shipped_recipes import resume_differences, run_recipe, saved_weights, short_recipe, top1_scores
 from kdbench.config.load import load_recipe
 from kdbench.config.schema import Recipe
+from kdbench.data.loading.batch import MicroBatch
 from kdbench.data.loading.build import build_sources
-from kdbench.engine.network.network import Network
+from kdbench.engine.network.network import Network, RoleRun
 from kdbench.files import read_json_lines
 from kdbench.models.small.cnn import DigitsCNN
 from kdbench.models.small.mlp import DigitsMLP
@@ -34,22 +35,23 @@ def record_samples() -> Iterator[dict[str, SamplesBySource]]:
     scores of other samples only.
     """
     samples: dict[str, SamplesBySource] = defaultdict(lambda: defaultdict(set))
-    original_run = Network._run
+    original_run_roles = Network.run_roles
 
-    def recording_run(self: Network, batch: Any, needed: set[str], moving: Any) -> Any:
-        for name in needed:
-            config = self.configs[name]
-            role = config.source_role if config.mode in ("snapshot", "reuse") and config.source_role else name
-            source = self.sources[name]
-            if not batch[source].fields["index"].is_meta:  # the dry run has no samples
-                samples[role][source].update(batch[source].fields["index"].tolist())
-        return original_run(self, batch, needed, moving)
+    def recording_run_roles(self: Network, batches: MicroBatch, runs: Sequence[RoleRun]) -> Any:
+        for run in runs:
+            config = self.configs[run.name]
+            role = config.source_role if config.mode in ("snapshot", "reuse") and config.source_role else run.name
+            source = self.sources[run.name]
+            index = batches[source].fields["index"]
+            if not index.is_meta:  # the dry run has no samples
+                samples[role][source].update(index.tolist())
+        return original_run_roles(self, batches, runs)
 
-    Network._run = recording_run  # type: ignore[method-assign]
+    Network.run_roles = recording_run_roles  # type: ignore[method-assign]
     try:
         yield samples
     finally:
-        Network._run = original_run  # type: ignore[method-assign]
+        Network.run_roles = original_run_roles  # type: ignore[method-assign]
 
 
 def source_indices(recipe: Recipe, stage: str = "") -> SamplesBySource:

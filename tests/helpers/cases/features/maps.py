@@ -83,6 +83,7 @@ FT = TermCase(
     },
     mistakes=[Mistake("factors of equal shape", shapes=VECTOR_AND_MAP)],
     benchmark={"student": "map", "teacher": "map"},
+    recipe_operands="student: conv2, teacher: conv2",
 )
 
 
@@ -98,6 +99,7 @@ RECONSTRUCTION = TermCase(
     controls={"sum": scaled(12)},
     mistakes=[Mistake("an output and its target of equal shape", shapes=VECTOR_AND_MAP)],
     benchmark={"student": "image", "teacher": "image"},
+    recipe_operands="student: conv2, teacher: conv2",
 )
 
 

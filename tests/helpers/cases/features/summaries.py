@@ -80,4 +80,5 @@ FSP = TermCase(
         ),
     ],
     benchmark={"student_from": "early map", "teacher_from": "early map"},
+    recipe_operands="student: conv2, teacher: conv2, student_from: conv1, teacher_from: teacher:conv1",
 )

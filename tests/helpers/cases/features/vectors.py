@@ -147,4 +147,5 @@ ND = TermCase(
         ),
     ],
     benchmark={"student": "vector", "teacher": "vector", "means": "class means"},
+    recipe_operands=None,
 )
