@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: trainings that alternate in one process, quartiles, machine description, JSON results.
+"""Helpers of the benchmarks: alternating trainings in one process, quartiles, machine description, JSON results.
 
 Run a benchmark as a script (`python benchmarks/step.py ...`), so that Python finds this file in the same folder.
 """
@@ -24,7 +24,7 @@ import torchvision
 import kdbench
 
 Training = Callable[[Callable[[], None]], None]
-"""A training without end that calls its argument after every step."""
+"""Function that trains until its argument raises an exception. It calls the argument after every step."""
 
 
 class TrainingEnd(BaseException):
@@ -36,7 +36,7 @@ class PacedTraining:
 
     Args:
         training: the training.
-        threads: intra-op threads of torch in this thread.
+        threads: number of intra-op threads of torch in this training.
     """
 
     def __init__(self, training: Training, threads: int) -> None:
@@ -48,7 +48,7 @@ class PacedTraining:
         self.thread.start()
 
     def run_steps(self, count: int) -> None:
-        """Runs `count` more steps and returns; raises the error of the training if it failed."""
+        """Runs `count` more steps. Raises the error of the training if the training failed."""
         self.steps_left = count
         self.resume.release()
         self.paused.acquire()
@@ -89,14 +89,14 @@ def measure(
     Alternating distributes the load of other processes over all contenders.
 
     Args:
-        contenders: trainings by name.
+        contenders: name -> training.
         rounds: number of measured rounds; one more round before them warms up.
-        steps: steps per turn.
+        steps: number of steps per turn (the steps of one contender before the next contender runs).
         device: cpu or cuda.
         batch: images per step.
 
     Returns:
-        Images per second of every turn, by contender.
+        Name -> images per second of every turn.
     """
     generator = random.Random(0)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -122,7 +122,7 @@ def quartiles(values: list[float], digits: int) -> dict[str, float]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Returns device, threads, load average and versions for the header of a result."""
+    """Returns device, number of threads, load average and library versions, for the header of a result."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -154,10 +154,10 @@ def time_calls(
         work: the function to time.
         device: device to synchronize.
         samples: number of measurements.
-        min_seconds: duration of one measurement; it is the mean over as many calls as this duration needs.
+        min_seconds: minimum duration of one measurement. A measurement is the mean over as many calls as needed.
 
     Returns:
-        Seconds per call of each measurement.
+        Seconds per call, one value per measurement.
     """
     calls = 1
     while True:
@@ -196,12 +196,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def result_header(what: str, script: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Sets the number of threads and builds the header of a result: measurement, date, command and machine.
+    """Sets torch's number of threads and returns the header of a result: measurement, date, command and machine.
 
     Args:
         what: description of the measurement.
         script: file of the benchmark.
-        args: its arguments; paths are left out of the command.
+        args: arguments of the benchmark. The command in the header contains no paths.
     """
     torch.set_num_threads(args.threads)
     arguments = {
@@ -223,7 +223,7 @@ def today() -> str:
 
 
 def write_result(result: dict[str, Any], out: Path | None) -> None:
-    """Writes a result as JSON if there is an output file."""
+    """Writes a result as JSON, if the user gave an output file."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,11 +4,11 @@ Contenders, which alternate in one process in a new order each round:
 
     single                  the steps of one run, as in `kdbench train`, without logs and evaluations
     concurrent              N runs that alternate by steps (on CUDA in separate streams)
-    concurrent, stacked     the same with their students stacked into one network of grouped convolutions
+    concurrent, stacked     the same, with all students stacked into one network of grouped convolutions
 
-A step of concurrent runs consists of one step of each run. The result is its time divided by that of a single run's
-step, within a round: 1 means that the additional runs are free, N that there is no gain. The weights are random
-initialisations, which do not change the time.
+A step of concurrent runs consists of one step of each run. The result is the time of this step divided by the time of
+a single run's step in the same round: 1 means that the additional runs are free, N means that there is no gain. All
+weights are random, which does not change the time.
 
 To reproduce (CIFAR-100 as for benchmarks/step.py):
 
@@ -50,7 +50,10 @@ epochs: 240
 
 
 def train_steps(recipe: Recipe, on_start: Callable[[Runner], None], tick: Callable[[], None]) -> None:
-    """Trains without end; calls `on_start` with the runner before the first step and `tick` after every step."""
+    """Trains until `tick` raises an exception.
+
+    Calls `on_start` with the runner before the first step and `tick` after every step.
+    """
     with open_stage(recipe) as stage:
         on_start(stage.runner)
         for window in stage.feed.windows(0):
@@ -64,7 +67,7 @@ def single_run(recipe: Recipe) -> Training:
 
 
 def concurrent_runs(recipes: Sequence[Recipe], stack: StackOption, notices: list[str]) -> Training:
-    """Builds a training of concurrent runs; appends the dispatcher's messages to `notices`."""
+    """Returns a training of several concurrent runs. Messages of the runs are appended to `notices`."""
 
     def train(tick: Callable[[], None]) -> None:
         labels = [f"seed={recipe.seed}" for recipe in recipes]

@@ -5,10 +5,10 @@ torchvision dataset of the same images with a DataLoader (PIL images, transforms
 lists. Streaming: JPEG files in class folders that are decoded in every epoch, as kdbench's source and as ImageFolder
 with a DataLoader, with the same number of worker processes.
 
-The contenders of a list alternate. A turn of streaming is a whole epoch; a shorter one would start with batches that
-the workers decoded during the other contender's turn. Streaming is also measured with one thread in the main
-process: kdbench flips and normalises there (on a GPU the device does), and on a CPU without more cores than workers
-every parallel operation of the main process waits for a core of a worker.
+The two contenders take turns. A turn of streaming is a whole epoch, because a shorter turn would start with batches
+that the workers decoded during the other contender's turn. Streaming is also measured with one thread in the main
+process. On a CPU, kdbench flips and normalises in the main process, and if there are only as many cores as workers,
+every parallel operation of the main process waits for a core.
 
     python benchmarks/data.py --data DATA --workers 2 --out data.json      # without --data: random images
 """
@@ -116,13 +116,13 @@ def compare(contenders: dict[str, Batches], rounds: int, batches: int, args: arg
     """Measures the images per second of contenders that alternate.
 
     Args:
-        contenders: batch iterators by name, one of them `kdbench`.
-        rounds: measured rounds; one more round before them warms up.
-        batches: batches per turn.
+        contenders: name -> iterator over batches. One name is `kdbench`.
+        rounds: number of measured rounds; one more round before them warms up.
+        batches: number of batches per turn.
         args: arguments of the benchmark.
 
     Returns:
-        Images per second of each contender, and the ratio of kdbench to the others within the rounds.
+        Images per second of each contender, and in each round the ratio of kdbench to every other contender.
     """
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -146,7 +146,7 @@ def compare(contenders: dict[str, Batches], rounds: int, batches: int, args: arg
 
 
 def speeds_text(result: dict[str, Any]) -> str:
-    """Formats the medians of a comparison for the terminal."""
+    """Formats the median speeds of a comparison as text for the terminal."""
     medians = {name: values["median"] for name, values in result["images_per_second"].items()}
     return ", ".join(f"{name} {median:,.0f}" for name, median in medians.items()) + " images/s"
 
@@ -188,7 +188,7 @@ def write_jpeg_files(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def streaming(args: argparse.Namespace, rounds: int, batches: int, folder: Path) -> dict[str, Any]:
-    """Compares the contenders on JPEG files, with one and with all threads in the main process."""
+    """Compares the contenders on JPEG files, first with one thread in the main process and then with all threads."""
     count, height, width, size = (batches * args.batch, *((64, 80, 32) if args.quick else (375, 500, 224)))
     images_folder = folder / "images"
     write_jpeg_files(images_folder, count, (height, width))

@@ -4,9 +4,9 @@
 
 Repeat the command until it prints "all parts are complete". Each part runs in a separate process and writes one JSON
 file (`measured` next to `predicted`); `state.json` contains the status of the parts. A part that does not fit into the
-remaining minutes is left to the next call; long runs resume from their checkpoints. `--list` prints the parts, `--only
-NAME ...` selects parts, `--again NAME ...` repeats parts. On a CPU, `--device cpu --quick` runs every part at toy size,
-to check that it works.
+remaining minutes is measured in the next call; long runs resume from their checkpoints. `--list` prints the parts,
+`--only NAME ...` selects parts, `--again NAME ...` repeats parts. On a CPU, `--device cpu --quick` runs every part at
+toy size, to check that it works.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_parts(args: argparse.Namespace, state: dict[str, dict[str, Any]]) -> int
     pending = [name for name in PARTS if name in args.only and not _is_complete(state.get(name, {}))]
     for position, name in enumerate(pending):
         remaining = end - time.monotonic()
-        # The first part always starts: it would not fit into a later call either.
+        # The first part always starts, because it would not fit into a later call either.
         if not args.quick and position and remaining < 60 * PARTS[name].minutes:
             break
         start = time.monotonic()
@@ -81,7 +81,7 @@ def run_parts(args: argparse.Namespace, state: dict[str, dict[str, Any]]) -> int
         if error:
             entry["error"] = error
         if status == "interrupted" and PARTS[name].resumes:
-            entry["attempts"] -= 1  # its checkpoint has advanced
+            entry["attempts"] -= 1  # the call was no failure: the checkpoint of the part has advanced
         write_state(args.out, state)
         print(f"{name}: {status}, {entry['seconds']:.0f} s" + (f" ({error})" if error else ""), flush=True)
         if status == "interrupted":
@@ -92,15 +92,15 @@ def run_parts(args: argparse.Namespace, state: dict[str, dict[str, Any]]) -> int
 
 
 def _is_complete(entry: dict[str, Any]) -> bool:
-    """Returns True if a part needs no further call: it is done, skipped, or has failed `MAX_ATTEMPTS` times."""
+    """Returns whether a part needs no further call, because it is done, skipped, or has failed `MAX_ATTEMPTS` times."""
     return entry.get("status") in ("done", "skipped") or entry.get("attempts", 0) >= MAX_ATTEMPTS
 
 
 def attempt(name: str, args: argparse.Namespace, seconds: float) -> tuple[str, str]:
-    """Measures a part in a separate process (with `--quick` in this one).
+    """Measures a part of the benchmark in a separate process, or in this process with `--quick`.
 
     Returns:
-        Status (done, skipped, failed or interrupted), and the reason if it is not done.
+        Status (done, skipped, failed or interrupted), and the reason; the reason of "done" is empty.
     """
     if args.quick:
         code, stderr = measure_part(name, args), ""
@@ -122,8 +122,8 @@ def run_command(command: list[str], seconds: float) -> tuple[int, str]:
     """Runs a command and returns its exit code and stderr.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer than `seconds`. All its child processes are killed too, because a
-            sweep that continued would share the GPU with the next part.
+        subprocess.TimeoutExpired: the command took longer than `seconds`. It is killed with all child processes,
+            because otherwise they would share the GPU with the next part.
     """
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -143,7 +143,7 @@ def _forwarded_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def measure_part(name: str, args: argparse.Namespace) -> int:
-    """Measures one part in this process and writes its JSON file; a skipped part contains the reason."""
+    """Measures one part in this process and writes its JSON file. For a skipped part, the file contains the reason."""
     part = PARTS[name]
     flags = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("only", "again", "minutes", "part")})
     result = result_header(part.what, __file__, flags) | {"part": name}
@@ -161,7 +161,7 @@ def measure_part(name: str, args: argparse.Namespace) -> int:
 
 
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reads the status of the parts by name; empty before the first call."""
+    """Returns name -> status of the parts that earlier calls of the script measured."""
     file = folder / "state.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 

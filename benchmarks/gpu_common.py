@@ -32,16 +32,16 @@ epochs: 240
 HEADLINE_PAIR, CONCURRENT_PAIR = ("resnet32x4", "resnet8x4"), ("resnet56", "resnet20")
 EPOCHS = 240
 FASTEST = ("precision=bf16", "compile=true")
-"""The settings of the goals in NOTES.md."""
+"""Overrides of the settings for which NOTES.md has goals."""
 
 
 class PartSkipped(Exception):
-    """A part cannot be measured on this machine; the message is the reason."""
+    """Raised if a part of the benchmark cannot be measured on this machine. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class PartContext:
-    """Input of a part.
+    """Arguments and folder for the measurement of one part of the benchmark.
 
     Attributes:
         args: arguments of gpu.py.
@@ -64,18 +64,18 @@ class PartContext:
         return 4 if self.quick else 64
 
     def dataset(self) -> str:
-        """Returns the recipe's dataset: CIFAR-100, or random images of the same number without `--data`."""
+        """Returns the dataset of the recipes: CIFAR-100, or without `--data` as many random images."""
         if self.quick:
             return "{type: synthetic, shape: [3, 16, 16], classes: 4, samples: 16}"
         return "cifar100" if self.args.data else "{type: synthetic, shape: [3, 32, 32], classes: 100, samples: 50000}"
 
     def settings(self) -> list[str]:
-        """Returns the overrides that all recipes share."""
+        """Returns the overrides that all recipes have in common."""
         data = [f"data_root={self.args.data.resolve()}"] if self.args.data else []
         return [f"device={self.device}", f"runs={self.folder / 'runs'}", "tensorboard=false", *data]
 
     def recipe_file(self, pair: tuple[str, str] = HEADLINE_PAIR) -> Path:
-        """Writes the recipe of a (teacher, student) pair and returns its file."""
+        """Writes the recipe of a (teacher, student) pair and returns the path of the file."""
         teacher, student = ("resnet8x4", "resnet8x4") if self.quick else pair
         text = RECIPE.format(dataset=self.dataset(), batch=self.batch, teacher=teacher, student=student)
         file = self.folder / "recipes" / f"{pair[0]}_{pair[1]}.yaml"
@@ -84,7 +84,7 @@ class PartContext:
         return file
 
     def recipe(self, *overrides: str, pair: tuple[str, str] = HEADLINE_PAIR) -> Recipe:
-        """Loads the recipe of a pair with overrides."""
+        """Loads the recipe of a (teacher, student) pair with overrides."""
         if self.quick:  # compiling for a CPU takes minutes
             overrides = tuple(override for override in overrides if override not in ("compile=true", "compile=max"))
         return load_recipe(str(self.recipe_file(pair)), [*self.settings(), *overrides])
@@ -95,10 +95,10 @@ class BenchmarkPart:
     """One part of the benchmark.
 
     Attributes:
-        what: description.
-        measure: measures the part; returns the content of `measured` in its result.
+        what: description of the measurement.
+        measure: function that measures the part and returns the entry `measured` of its JSON file.
         minutes: approximate duration on a GPU.
-        predicted: predictions of NOTES.md for one H200.
+        predicted: predictions in NOTES.md for one H200 GPU.
         resumes: whether an interrupted part resumes from a checkpoint in the next call.
     """
 
@@ -110,7 +110,7 @@ class BenchmarkPart:
 
 
 class StepTimer(ConsoleReporter):
-    """Records the time after every `every` steps, when the device has completed them."""
+    """Console that records the time after every `every` steps, when the device has completed the steps."""
 
     def __init__(self, device: str, every: int) -> None:
         super().__init__(quiet=True)
@@ -127,7 +127,10 @@ class StepTimer(ConsoleReporter):
         self.notices.append(text)
 
     def intervals(self, skip: int) -> list[float]:
-        """Returns the seconds between records without the first `skip`, which contain compilation and graph capture."""
+        """Returns the seconds between consecutive records, without the first `skip` intervals.
+
+        These first intervals contain the compilation and the recording of CUDA graphs.
+        """
         intervals = [end - start for start, end in zip(self.times, self.times[1:], strict=False)]
         return intervals[min(skip, max(len(intervals) - 2, 0)) :]
 

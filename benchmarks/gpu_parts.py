@@ -1,4 +1,4 @@
-"""Parts of the GPU benchmark (gpu.py) with their predictions for one H200 (NOTES.md)."""
+"""The parts (measurements) of the GPU benchmark gpu.py, with the predictions in NOTES.md for one H200 GPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def _microseconds_per_kernel(
 
 
 def teacher_forward(context: PartContext) -> dict[str, Any]:
-    """Measures the images per second of the headline teacher in eval, at the training and the prefetch batch size."""
+    """Measures the images per second of the resnet32x4 teacher in eval mode.
+
+    The batch sizes are those of training (64) and of prefetching (1024).
+    """
     size, batch_sizes = (16, (2, 4)) if context.quick else (32, (64, 1024))
     name = "resnet8x4" if context.quick else HEADLINE_PAIR[0]
     result: dict[str, Any] = {}
@@ -112,7 +115,7 @@ def _forward_speed(
 
 
 def profile_step(*overrides: str) -> Callable[[PartContext], dict[str, Any]]:
-    """Builds a part that profiles the headline pair's step with `kdbench profile`: time, kernels, MFU, memory."""
+    """Returns a measurement that profiles the step of resnet32x4 -> resnet8x4: time, kernels, MFU, memory."""
 
     def measure(context: PartContext) -> dict[str, Any]:
         folder = context.folder / "profiles" / folder_name(*overrides)
@@ -125,7 +128,12 @@ def profile_step(*overrides: str) -> Callable[[PartContext], dict[str, Any]]:
 
 
 def frozen_forward(mode: str) -> Callable[[PartContext], dict[str, Any]]:
-    """Builds a part that measures a run whose teacher runs in the step (inline), ahead of it, or from a cache."""
+    """Returns a measurement of the speed of a run.
+
+    Args:
+        mode: when the frozen teacher runs. `inline`: in each step; `prefetch`: before the step, for several batches at
+            once; `cache`: never, because its outputs are read from a cache.
+    """
 
     def measure(context: PartContext) -> dict[str, Any]:
         return run_speed(context, *FASTEST, f"frozen_forward={mode}", steps=1600)
@@ -137,7 +145,7 @@ def frozen_forward(mode: str) -> Callable[[PartContext], dict[str, Any]]:
 
 
 def concurrent_runs(context: PartContext) -> dict[str, Any]:
-    """Measures the wall time of four students in one process relative to a single one."""
+    """Measures the wall time of four students in one process, divided by the wall time of a single student."""
     seeds, steps = ("1,2", 8) if context.quick else ("1,2,3,4", 1200)
     fastest = FASTEST[:1] if context.quick else FASTEST
     overrides = [f"steps={steps}", "epochs=null", "fresh=true", f"log_every={max(steps // 12, 1)}", *fastest]
@@ -158,7 +166,8 @@ def _sweep(context: PartContext, name: str, overrides: list[str]) -> dict[str, A
     """Runs `kdbench train -m` in a separate process.
 
     Returns:
-        `speeds`, images per second of every log line but the first two of each run, and `seconds` of the process.
+        `speeds` (images per second in every log line, except for the first two lines of each run) and `seconds` (the
+        duration of the process).
     """
     runs = context.folder / "runs" / f"sweep_{name}"
     settings = [override for override in context.settings() if not override.startswith("runs=")]
@@ -177,8 +186,11 @@ def _sweep(context: PartContext, name: str, overrides: list[str]) -> dict[str, A
 
 
 def epochs(context: PartContext) -> dict[str, Any]:
-    """Measures epochs of the headline pair with evaluation and checkpoint, and projects 240 of them with deviation."""
-    count, start_epoch = 8, 5  # the graph of the last, smaller batch is captured in the fourth epoch
+    """Measures epochs of resnet32x4 -> resnet8x4 with evaluation and checkpoint.
+
+    From their mean and deviation, the duration of 240 epochs is estimated.
+    """
+    count, start_epoch = 8, 5  # the CUDA graph of the last, smaller batch is recorded in the fourth epoch
     start_times: dict[int, float] = {}
     folder = context.folder / "runs" / "epochs"
     recipe = context.recipe(*FASTEST, f"epochs={count + 1}", "scheduler=null", "fresh=true", f"out={folder}")
@@ -203,7 +215,10 @@ def epochs(context: PartContext) -> dict[str, Any]:
 
 
 def accuracy(seed: int, *overrides: str) -> Callable[[PartContext], dict[str, Any]]:
-    """Builds a part that trains cifar100/kd for 30 epochs with a shortened schedule; it resumes an interrupted run."""
+    """Returns a measurement that trains cifar100/kd for 30 epochs with a shortened schedule.
+
+    An interrupted run is resumed.
+    """
 
     def measure(context: PartContext) -> dict[str, Any]:
         if context.quick:
@@ -222,7 +237,10 @@ def accuracy(seed: int, *overrides: str) -> Callable[[PartContext], dict[str, An
 
 
 def compare_accuracies(context: PartContext) -> dict[str, Any]:
-    """Checks that compiled bf16 is within the deviation over seeds of eager float32."""
+    """Compares the mean accuracies of compiled bf16 and eager float32.
+
+    `within_deviation` is True if they differ by at most the deviation of float32 over the seeds.
+    """
     top1_by_setting: dict[str, list[float]] = {}
     for name, part in PARTS.items():
         if name.startswith("accuracy "):
@@ -241,7 +259,11 @@ def compare_accuracies(context: PartContext) -> dict[str, Any]:
 
 
 def train_teacher(model: str) -> Callable[[PartContext], dict[str, Any]]:
-    """Builds a part that trains the teacher run of the recipes (same run identity), compiled; it can resume."""
+    """Returns a measurement that trains the teacher of the CIFAR-100 recipes with a compiled step.
+
+    The run has the identity that the recipes expect, so that students can use the weights. An interrupted run is
+    resumed.
+    """
 
     def measure(context: PartContext) -> dict[str, Any]:
         if context.quick:
@@ -259,7 +281,7 @@ def train_teacher(model: str) -> Callable[[PartContext], dict[str, Any]]:
 
 def _require_data(context: PartContext) -> None:
     if context.args.data is None:
-        raise PartSkipped("--data FOLDER with CIFAR-100 is missing; accuracies need it")
+        raise PartSkipped("--data FOLDER is missing; accuracies need the images of CIFAR-100")
 
 
 UNFUSED_KERNELS, FUSED_KERNELS = 234, 169
@@ -305,10 +327,13 @@ PARTS: dict[str, BenchmarkPart] = {
         "300 steps against mdistiller", compare_with_peer("mdistiller"), 4, {"kdbench_over": [4, 8]}
     ),
     "frozen inline": BenchmarkPart(
-        "teacher in the step", frozen_forward("inline"), 3, {"minutes_of_240_epochs": [3.1, 3.5]}
+        "teacher in each step", frozen_forward("inline"), 3, {"minutes_of_240_epochs": [3.1, 3.5]}
     ),
     "frozen prefetch": BenchmarkPart(
-        "teacher ahead of the step", frozen_forward("prefetch"), 3, {"teacher_seconds_per_epoch": 0.41}
+        "teacher on several batches before their steps",
+        frozen_forward("prefetch"),
+        3,
+        {"teacher_seconds_per_epoch": 0.41},
     ),
     "frozen cache": BenchmarkPart(
         "teacher outputs from a cache", frozen_forward("cache"), 4, {"minutes_of_240_epochs": [1.3, 1.7]}
@@ -336,4 +361,4 @@ PARTS: dict[str, BenchmarkPart] = {
         for model in ("resnet56", "resnet110", "wrn_40_2", "vgg13", "resnet50")
     },
 }
-"""Parts in descending order of importance, with the predictions of NOTES.md for one H200."""
+"""Parts of the benchmark in descending order of importance, with the predictions in NOTES.md for one H200 GPU."""

@@ -1,4 +1,4 @@
-"""Peers of the GPU benchmark: torchdistill and mdistiller with their own code and data loaders."""
+"""Peers (other distillation frameworks) in the GPU benchmark: torchdistill and mdistiller with their data loaders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdbench.registry import DATASETS, MODELS
 
 
 def compare_with_peer(peer: str) -> Callable[[PartContext], dict[str, Any]]:
-    """Builds a part that measures 300 steps of a peer and then kdbench's fastest settings on the same machine."""
+    """Returns a measurement of 300 steps of a peer (torchdistill or mdistiller) and of kdbench's fastest settings."""
 
     def measure(context: PartContext) -> dict[str, Any]:
         train = {"torchdistill": _torchdistill, "mdistiller": _mdistiller}[peer](context)
@@ -27,7 +27,7 @@ def compare_with_peer(peer: str) -> Callable[[PartContext], dict[str, Any]]:
         steps_done = 0
 
         class EnoughSteps(BaseException):
-            """Ends the peer's training, which has no end of its own."""
+            """Raised in the peer's training loop to end it."""
 
         def tick() -> None:
             nonlocal steps_done
@@ -80,7 +80,7 @@ def _torchdistill(context: PartContext) -> Training:
 
 
 def _mdistiller(context: PartContext) -> Training:
-    """Builds mdistiller's loop: its trainer's `train_iter` with its loader and tqdm, as in tools/train.py."""
+    """Returns mdistiller's training loop: `train_iter` with its data loader and tqdm, as in tools/train.py."""
     args = context.args
     if args.mdistiller is None:
         raise PartSkipped("--mdistiller FOLDER (a checkout of megvii-research/mdistiller) is missing")
@@ -122,5 +122,5 @@ def _mdistiller(context: PartContext) -> Training:
 
 
 def _cifar_folder(data: Path) -> Path:
-    """Returns the folder that contains `cifar-100-python`, as torchvision expects it."""
+    """Returns the folder that contains the folder `cifar-100-python`, as torchvision expects."""
     return next((path.parent for path in data.rglob("cifar-100-python")), data)

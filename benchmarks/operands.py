@@ -1,8 +1,8 @@
-"""Operands of every registered term, sample weight and router, as in a recipe on CIFAR-sized images.
+"""Random operands (inputs) for every registered term, sample weight and router, as in a recipe on CIFAR-sized images.
 
-Used by terms.py (cost of each part) and scaling.py (growth of the cost). Terms take their operands from their test case
-(tests/helpers/cases), sample weights and routers from `WIRING_OPERANDS`. Default operands are logits, and feature maps
-for terms with the fact `features`.
+terms.py (cost of each part) and scaling.py (growth of the cost) use this module. The kinds of operands are declared in
+the test case of a term (tests/helpers/cases), and in `WIRING_OPERANDS` for sample weights and routers. By default,
+operands are logits, or feature maps for terms that are registered with `features=True`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Size:
     """Sizes of a benchmark.
 
     Attributes:
-        batch: rows.
-        classes: classes of the data.
-        samples: size of the source, for terms with a memory.
+        batch: number of rows (samples) of a batch.
+        classes: number of classes of the data.
+        samples: number of training samples, for terms with one stored vector per sample.
     """
 
     batch: int = 64
@@ -62,7 +62,7 @@ SHAPES: dict[str, Callable[[Size], tuple[int, ...]]] = {
     "statistics": lambda size: (2, WIDTH),
     "weights": lambda size: (278_324,),
 }
-"""Shapes of the kinds of operands: logits, the last map of a resnet20, tokens of a small vision transformer, ..."""
+"""Kind of operand -> shape: logits, the last map of a resnet20, tokens of a small vision transformer, ..."""
 KINDS_WITHOUT_ROWS = ("class means", "class matrices", "class counts", "statistics", "weights")
 WIRING_OPERANDS: dict[str, dict[str, str]] = {
     "outside": {"judge": "logits"},
@@ -71,7 +71,7 @@ WIRING_OPERANDS: dict[str, dict[str, str]] = {
     "top_k": {"read": "vector"},
     "policy": {"read": "vector"},
 }
-"""Kinds of the operands of a sample weight or router, if they are not logits."""
+"""Sample weight or router -> operand -> kind of the operand. All other operands are logits."""
 WIRING_PARAMS: dict[str, Callable[[Size], dict[str, Any]]] = {
     "outside": lambda size: {"classes": list(range(size.classes // 2))},
     "top_k": lambda size: {"k": 2},
@@ -80,10 +80,10 @@ WIRING_PARAMS: dict[str, Callable[[Size], dict[str, Any]]] = {
 
 @dataclass
 class BuiltPart:
-    """A part with its operands.
+    """A part (a term, sample weight or router) with its operands.
 
     Attributes:
-        differentiated: tensors that get a gradient: the parameters of the part and the student operand.
+        differentiated: tensors for which a gradient is computed: parameters of the part, and the student operand.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class BuiltPart:
     differentiated: list[Tensor] = field(default_factory=list)
 
     def work(self) -> None:
-        """Runs the part forward and backward, as one training step does."""
+        """Runs one forward and backward pass of the part, as a training step does."""
         output = self.part(**self.operands)
         values = list(output.values()) if isinstance(output, dict) else [output]
         means = [value.float().mean() for value in values if value.requires_grad]
@@ -106,12 +106,12 @@ class BuiltPart:
 
 
 def names() -> list[tuple[str, str]]:
-    """Returns (kind, name) of every registered part."""
+    """Returns pairs (kind, name) of all registered terms, sample weights and routers."""
     return [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.entries]
 
 
 def build(kind: str, name: str, size: Size, device: torch.device | str) -> BuiltPart:
-    """Builds a part with random operands, which depend only on its name and the sizes.
+    """Builds a part (a term, sample weight or router) with random operands. They depend only on its name and the sizes.
 
     Raises:
         KeyError: the kind of an operand is not declared, neither in the term's test case nor in `WIRING_OPERANDS`.
@@ -139,7 +139,7 @@ def build(kind: str, name: str, size: Size, device: torch.device | str) -> Built
 
 
 def operand_kinds(kind: str, entry: Entry) -> dict[str, str]:
-    """Returns the kind of each float operand of a part, by name."""
+    """Returns operand -> kind, for all float operands of a part (a term, sample weight or router)."""
     default = "map" if entry.facts.get("features") else "logits"
     declared: Mapping[str, str] = WIRING_OPERANDS.get(entry.name, {})
     if kind == "term":
@@ -148,7 +148,7 @@ def operand_kinds(kind: str, entry: Entry) -> dict[str, str]:
 
 
 def _required_params(entry: Entry) -> dict[str, Any]:
-    """Returns the constructor parameters without a default, with the values of the test case."""
+    """Returns the required constructor parameters of a term, with values from the test case of the term."""
     params = CASES[entry.name].params if entry.name in CASES else {}
     return {name: value for name, value in params.items() if entry.parameters[name].default is REQUIRED}
 
@@ -156,7 +156,7 @@ def _required_params(entry: Entry) -> dict[str, Any]:
 def _draw_operand(
     operand: str, kinds: Mapping[str, str], size: Size, generator: torch.Generator, *, optional: bool
 ) -> Any:
-    """Draws one operand; None leaves out an optional one."""
+    """Draws a random operand. Returns None for an optional operand without a declared kind."""
     if operand == "label":
         return torch.randint(size.classes, (size.batch,), generator=generator)
     if operand == "index":
@@ -178,9 +178,9 @@ def _draw_operand(
 
 
 class WorkCounter(TorchDispatchMode):
-    """Counts work without a clock: elements that operations write, FLOPs of products, operations.
+    """Counts the work of torch operations: number of operations, elements that they write, and FLOPs of products.
 
-    A view writes nothing. A write of rows into a bank counts the rows, not the bank.
+    A view writes no elements. An operation that writes rows into a larger tensor counts only these rows.
     """
 
     def __init__(self) -> None:
@@ -208,12 +208,12 @@ class WorkCounter(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Elements written plus FLOPs: one number for the growth of the cost."""
+        """Number of written elements plus FLOPs, as one measure of the cost."""
         return self.elements + self.flops
 
 
 def count(work: Callable[[], None]) -> WorkCounter:
-    """Counts the work of one call."""
+    """Counts the work (operations, written elements, FLOPs) of one call of `work`."""
     with WorkCounter() as counter:
         work()
     return counter

@@ -2,8 +2,9 @@
 
 Each part is measured at increasing sizes along each axis. The exponent of the cost is fitted on the larger half of the
 sizes, for the counted work (elements written and FLOPs, equal on every machine) and for the time. Parts that grow
-faster than allowed are flagged: a loss per row must be linear in the batch, a loss that couples rows may be quadratic,
-and only a memory may depend on the number of samples. `EXPECTED` lists parts with steeper mathematics.
+faster than allowed are flagged. A loss per row must be linear in the batch size, and a loss that couples rows may be
+quadratic. Only terms that store one vector per sample may depend on the number of samples. `EXPECTED` lists the parts
+whose definition requires a faster growth.
 
     python benchmarks/scaling.py --out scaling.json
 """
@@ -37,7 +38,10 @@ SLACK = 0.2
 
 
 def allowed_exponent(kind: str, name: str, axis: str) -> float:
-    """Returns the allowed exponent: 1 in the batch (2 if rows are coupled), 1 in the classes, 0 in the samples."""
+    """Returns the allowed exponent of the cost along an axis.
+
+    It is 1 for the batch size (2 if the loss couples rows), 1 for the classes, and 0 for the samples.
+    """
     if (name, axis) in EXPECTED:
         return EXPECTED[name, axis][0]
     couples = kind == "term" and REGISTRIES[kind].entry(name).facts.get("space") == "batch"
@@ -45,7 +49,10 @@ def allowed_exponent(kind: str, name: str, axis: str) -> float:
 
 
 def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
-    """Fits the slope of log cost over log size on the larger half of the sizes, where constant costs matter least."""
+    """Fits the exponent of the cost: the slope of log cost over log size.
+
+    Only the larger half of the sizes is used, because constant costs matter least there.
+    """
     start = min(len(sizes) // 2, len(sizes) - 2)
     xs, ys = ([math.log(max(value, 1e-12)) for value in values[start:]] for values in (sizes, costs))
     return statistics.linear_regression(xs, ys).slope
@@ -54,19 +61,20 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
 def measure(
     kind: str, name: str, axis: str, sizes: Sequence[int], base: Size, device: str, samples: int
 ) -> dict[str, Any]:
-    """Measures one part along one axis.
+    """Measures the cost of one part (a term, sample weight or router) at several sizes along one axis.
 
     Args:
-        kind: registry of the part.
+        kind: "term", "sample weight" or "router".
         name: name of the part.
         axis: batch, classes or samples.
-        sizes: sizes along the axis.
-        base: sizes of the other axes.
+        sizes: sizes along this axis.
+        base: sizes along the two other axes.
         device: cpu or cuda.
-        samples: timings of each size; 0 measures no times.
+        samples: number of timings per size; 0: no times are measured.
 
     Returns:
-        Allowed exponent, counted work and its exponent, `flagged`, and times with their exponent if measured.
+        Allowed exponent, counted work and its exponent, `flagged` (whether the growth is too fast), and the measured
+        times with their exponent.
     """
     work, time = [], []
     for value in sizes:

@@ -1,9 +1,10 @@
 """Startup time: from the start of a process to the first training step of `digits/kd`.
 
-Pairs of new processes, in alternating order: a minimal one, which imports torch and builds an SGD optimizer, and one
-that runs `kdbench train digits/kd` up to the end of its first step (recipe, checks, plan, data, weights of the trained
-teacher and its measured accuracy, logs) and exits there. The teacher is trained once before. The result is the
-difference within each pair, in wall time and in processor time; the latter depends less on the load of the machine.
+The script starts pairs of new processes, in alternating order. The first process of a pair imports torch and builds an
+SGD optimizer. The second process runs `kdbench train digits/kd` to the end of its first step (recipe, checks, plan,
+data, weights of the trained teacher and its measured accuracy, logs) and exits. The teacher is trained once before. The
+result is the difference between the two processes of a pair, in wall time and in processor time. Processor time
+depends less on the load of the machine.
 
     python benchmarks/startup.py --out benchmarks/results/startup.json
 """
@@ -42,12 +43,12 @@ os._exit(1)
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment with .pyc files enabled, as for an installed package."""
+    """Returns environment variables for the processes, with .pyc files enabled as for an installed package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def time_process(code: str, *arguments: str) -> tuple[float, float]:
-    """Runs `code` in a new process and returns its wall and processor time in seconds.
+    """Runs Python code in a new process and returns its wall time and processor time in seconds.
 
     Raises:
         SystemExit: the process failed.

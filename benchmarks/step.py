@@ -2,8 +2,8 @@
 
 Every contender trains the same two networks from the same weights on the same images, with random crop, flip and
 normalisation, cross-entropy plus soft targets at temperature 4, and SGD with momentum. The contenders alternate in one
-process, in a new order each round, so that the load of other processes affects all alike. A speed is images per second
-over one turn; ratios are computed within a round. The contenders:
+process, in a new order each round, so that the load of other processes affects all contenders equally. A speed is
+images per second over one turn; ratios are computed within a round. The contenders:
 
     kdbench                        a complete run of `kdbench train`, including logs
     kdbench, compiled              the same with `compile=true`
@@ -65,7 +65,7 @@ TORCHDISTILL_CONTENDERS = {"torchdistill": False, "torchdistill, teacher in eval
 
 
 def build_networks(stage: StageConfig, images: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Builds a recipe's teacher and student, and estimates the teacher's BatchNorm statistics on some images."""
+    """Builds the teacher and the student of a recipe. Estimates the teacher's BatchNorm statistics on `images`."""
     torch.manual_seed(0)
     teacher, student = (
         MODELS.build(model.type, model.params, num_classes=CLASSES)
@@ -88,12 +88,12 @@ def bare_training(
     """Builds a minimal hand-written training loop.
 
     Args:
-        teacher: the teacher, copied.
-        student: the student, copied.
+        teacher: teacher, of which a copy is used.
+        student: student, of which a copy is trained.
         images: uint8 (samples, 3, 32, 32).
         labels: int64 (samples,).
         device: cpu or cuda.
-        tuned: use channels_last and folded BatchNorm, as kdbench does.
+        tuned: whether to use channels_last and folded BatchNorm, as kdbench does.
     """
     teacher, student = copy.deepcopy(teacher).to(device).eval(), copy.deepcopy(student).to(device).train()
     data, target = F.pad(images.to(device), (4, 4, 4, 4)), labels.to(device)
@@ -132,7 +132,7 @@ def bare_training(
 
 
 def kdbench_training(recipe: Recipe) -> Training:
-    """Builds a complete run of kdbench (plan, logs, TensorBoard) whose progress bar is replaced by the step counter."""
+    """Returns a complete run of kdbench (plan, logs, TensorBoard) as a training that reports each step."""
 
     def train(tick: Callable[[], None]) -> None:
         class StepCounter(ConsoleReporter):
@@ -148,7 +148,7 @@ def kdbench_training(recipe: Recipe) -> Training:
 def contender_recipes(
     args: argparse.Namespace, teacher: nn.Module, student: nn.Module, scratch: Path
 ) -> dict[str, Recipe]:
-    """Builds the recipe of each kdbench contender, with the initial weights that all contenders share."""
+    """Returns name -> recipe of the kdbench contenders. All recipes load the same initial weights from files."""
     settings = [f"pair={args.pair}", f"device={args.device}", f"data_root={args.data.resolve()}"]
     for name, model in (("teacher", teacher), ("student", student)):
         torch.save(model.state_dict(), scratch / f"{name}.pt")
@@ -161,7 +161,7 @@ def contender_recipes(
 
 
 def compute_bound(teacher: nn.Module, student: nn.Module, device: str) -> dict[str, float]:
-    """Measures the peak rate of a matrix product and computes the images per second at this rate."""
+    """Measures the peak rate of a matrix product, and computes an upper bound of the images per second from it."""
     image = torch.zeros(BATCH, 3, 32, 32, device=device)
     teacher, student = (copy.deepcopy(model).to(device) for model in (teacher, student))
     with FlopCounterMode(display=False) as counter:
@@ -213,9 +213,9 @@ def torchdistill_training(
         labels: int64 (samples,).
         device: cpu or cuda.
         workers: processes of the data loader.
-        teacher_eval: set the teacher to eval mode, which torchdistill does not do.
-        registry_models: train torchdistill's resnet56 and resnet20 with the weights of the networks; otherwise train
-            the networks themselves, whose architecture torchdistill does not have.
+        teacher_eval: whether to set the teacher to eval mode. torchdistill leaves it in train mode.
+        registry_models: whether to train torchdistill's own resnet56 and resnet20, with the weights of `teacher` and
+            `student`. False: train `teacher` and `student`, for architectures that torchdistill does not have.
         batch: batch size.
     """
     from torchdistill.core.distillation import get_distillation_box  # pyright: ignore[reportMissingImports]
@@ -267,7 +267,7 @@ def torchdistill_training(
 
 
 def torchdistill_config(batch: int, workers: int, *, pin_memory: bool) -> dict[str, Any]:
-    """Builds torchdistill's configuration of soft targets, equal to the loss and optimizer of the other contenders."""
+    """Returns torchdistill's configuration for soft targets, with the loss and the optimizer of all contenders."""
     logits = {"student_module_path": ".", "student_module_io": "output"}
     logits |= {"teacher_module_path": ".", "teacher_module_io": "output"}
     kd_loss = {
@@ -292,7 +292,10 @@ def torchdistill_config(batch: int, workers: int, *, pin_memory: bool) -> dict[s
 
 
 def speed_ratios(speeds: dict[str, list[float]], contender: str) -> dict[str, dict[str, float]]:
-    """Computes the ratios of a kdbench contender's speed to each other contender's, within the rounds."""
+    """Returns name -> quartiles of the speed of a kdbench contender divided by the speed of the named peer.
+
+    Each ratio is computed within one round.
+    """
     return {
         name: quartiles([a / b for a, b in zip(speeds[contender], values, strict=True)], 3)
         for name, values in speeds.items()

@@ -34,7 +34,7 @@ epochs: 240
 
 
 def plain_step(device: str, batch: int, classes: int, model: str, samples: int) -> list[float]:
-    """Measures the seconds of plain steps, after three steps of warm-up."""
+    """Returns the seconds of several plain training steps (cross-entropy only), after three warm-up steps."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plain.yaml"
         text = RECIPE.format(classes=classes, samples=max(2048, 2 * classes), model=model, batch=batch)
@@ -47,13 +47,13 @@ def plain_step(device: str, batch: int, classes: int, model: str, samples: int) 
 
 
 def measure(device: str, size: Size, samples: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Measures time and counted work of every part, or of those in `only`."""
+    """Measures time and work of every term, sample weight and router, or only of the names in `only`."""
     results: dict[str, dict[str, Any]] = {}
     for kind, name in names():
         if only and name not in only:
             continue
         part = build(kind, name, size, device)
-        part.work()  # warm-up: leaves one-time allocations out
+        part.work()  # warm-up, so that one-time allocations are not measured
         work = count(part.work)
         seconds = time_calls(part.work, device, samples=samples)
         results[f"{kind} {name}"] = {

@@ -1,4 +1,4 @@
-"""Runs the console script `kdbench` for `python -m kdbench`."""
+"""Runs the command line of kdbench for `python -m kdbench`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Declared file contents: dataclasses whose annotations are checked when a file is read back.
+"""Dataclasses that declare the content of a file; the types of the entries are checked when the file is read.
 
-Each kind of file that kdbench reads again has a dataclass that declares its entries. `read_entries` builds the
-dataclass from the mapping in the file and reports a missing entry, or an entry of the wrong type, by name.
+Each kind of file that kdbench reads back has a dataclass that declares the file's entries. `read_entries` builds the
+dataclass from the mapping in the file, and reports the name of an entry that is missing or has the wrong type.
 Annotations may be plain types, unions, `Literal`, `list[...]`, mappings, nested dataclasses and `TypedDict`.
 """
 
@@ -18,13 +18,17 @@ T = TypeVar("T")
 
 
 class EntryError(ValueError):
-    """A missing entry, or an entry of the wrong type; the text names the entry."""
+    """Error for an entry of a file that is missing or has the wrong type. The message names the entry."""
 
 
 def read_entries(declaration: type[T], content: Any) -> T:
-    """Builds a dataclass from a mapping after checking the type of every entry, nested ones included.
+    """Builds a dataclass from a mapping after checking the types of all entries, including nested entries.
 
-    Entries without a default are required. Undeclared entries are ignored.
+    Entries without a default are required. Entries that the dataclass does not declare are ignored.
+
+    Args:
+        declaration: the dataclass.
+        content: the mapping, as read from a file.
 
     Raises:
         EntryError: an entry is missing or has the wrong type.
@@ -33,7 +37,7 @@ def read_entries(declaration: type[T], content: Any) -> T:
 
 
 def write_entries(instance: Any) -> dict[str, Any]:
-    """Returns the entries of a dataclass as a mapping; nested dataclasses become mappings, other values are kept."""
+    """Returns a dataclass as a mapping from field name to value, in which nested dataclasses are mappings too."""
     values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
     return {name: write_entries(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
@@ -57,7 +61,7 @@ def _type_hints(declaration: type) -> dict[str, Any]:
 
 
 def _read_value(hint: Any, value: Any, name: str) -> Any:
-    """Checks one value against its annotation; builds nested dataclasses."""
+    """Checks one value against its type annotation, and returns it. A mapping becomes the declared dataclass."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
@@ -95,7 +99,11 @@ def _check_typed_dict(declaration: Any, value: Any, name: str) -> Any:
 
 
 def _read_union(hints: tuple[Any, ...], value: Any, name: str) -> Any:
-    """Accepts a value that fits one member; reports the problem of the member that is not None."""
+    """Returns a value that fits one member of a union.
+
+    Raises:
+        EntryError: the value fits no member. The message describes the mismatch with the last member.
+    """
     if value is None and type(None) in hints:
         return None
     members = [hint for hint in hints if hint is not type(None)]
@@ -108,7 +116,7 @@ def _read_union(hints: tuple[Any, ...], value: Any, name: str) -> Any:
 
 
 def _is_instance(value: Any, expected: type) -> bool:
-    """Tells bool and int apart; an int is accepted for a float."""
+    """Returns whether a value has the expected type. A bool is not an int, and an int is accepted as a float."""
     if isinstance(value, bool):
         return expected is bool
     return isinstance(value, (int, float) if expected is float else expected)

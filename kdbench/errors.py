@@ -1,6 +1,6 @@
-"""Exceptions for users' mistakes, and the parts of their messages.
+"""Exceptions for users' mistakes, and helpers that format their messages.
 
-A message is one paragraph: the location, what is wrong, what was expected, and the nearest right name.
+A message is one paragraph: the location, the mistake, the expected value, and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Location:
-    """The origin of a value of the recipe: a line of a file, or an override on the command line."""
+    """The place where a key of the recipe was written: a line of a file, or an override on the command line."""
 
     key: str = ""
     file: str | None = None
@@ -47,37 +47,45 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A condition that ends training, such as a loss that is not finite or a full disk. Saved files stay."""
+    """A condition that ends training, such as a loss that is not finite or a full disk. Saved files are kept."""
 
 
 def escape_control_characters(text: str) -> str:
-    """Escapes control characters, since names of files and classes may contain commands to a terminal."""
+    """Escapes control characters, since names of files and classes may contain escape sequences of a terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
     )
 
 
-def suggest(name: str, names: Iterable[str], *, limit: int = 12) -> str:
-    """Returns a hint for a name that is not among `names`: " Did you mean 'x'? Known: ...".
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns the hint " Did you mean 'x'?", where 'x' is the name nearest to `name`; empty if no name is near."""
+    closest = _similar_names(name, names, count=1, cutoff=0.5)
+    return f" Did you mean {closest[0]!r}?" if closest else ""
+
+
+def suggest(name: str, names: Iterable[str], *, limit: int = 12, listing: str = "") -> str:
+    """Returns a hint for a name that is not among `names`: " Did you mean 'x'? Valid names: x, y."
 
     Args:
-        limit: a longer list of names is cut to the nearest ones.
+        limit: maximum number of names that the hint lists.
+        listing: sentence that names a command or page with all names. It is added if there are more than `limit` names.
     """
     names = sorted(names)
+    hint = did_you_mean(name, names)
+    if len(names) <= limit:
+        return f"{hint} Valid names: {', '.join(names)}." if names else hint
+    similar = _similar_names(name, names, count=5, cutoff=0.75)[1:]
+    if similar:
+        hint += f" Similar names: {', '.join(similar)}."
+    elif not hint and not listing:
+        hint = f" Some of the {len(names)} valid names: {', '.join(names[:limit])}."
+    return f"{hint} {listing}" if listing else hint
+
+
+def _similar_names(name: str, names: Iterable[str], *, count: int, cutoff: float) -> list[str]:
+    """Returns at most `count` names whose similarity to `name` is at least `cutoff`, the nearest name first."""
     # Upper and lower case count alike: `Sgd` is nearer to `SGD` than a comparison of letters says.
-    names_by_lower_case = {known_name.lower(): known_name for known_name in names}
-
-    def matches(count: int, cutoff: float) -> list[str]:
-        keys = difflib.get_close_matches(str(name).lower(), names_by_lower_case, n=count, cutoff=cutoff)
-        return [names_by_lower_case[key] for key in keys]
-
-    closest = matches(1, 0.5)
-    hint = f" Did you mean {closest[0]!r}?" if closest else ""
-    if not names:
-        return hint
-    if len(names) > limit:
-        similar = matches(limit, 0.3)
-        examples = f"Similar: {', '.join(similar)}" if similar else f"Known: {', '.join(names[:limit])}, ..."
-        return f"{hint} {examples} ({len(names)} in all)."
-    return f"{hint} Known: {', '.join(names)}."
+    names_by_lower_case = {valid_name.lower(): valid_name for valid_name in names}
+    keys = difflib.get_close_matches(str(name).lower(), names_by_lower_case, n=count, cutoff=cutoff)
+    return [names_by_lower_case[key] for key in keys]

@@ -1,4 +1,4 @@
-"""Files that survive a kill: atomic writes, resumable logs, locks, and readers that report the path of a bad file."""
+"""File operations that survive a kill: atomic writes, resumable logs, locks, and readers that name a bad file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kdbench.errors import TrainingError, UserError
 
 @contextmanager
 def translate_disk_errors(path: Path | str) -> Generator[None, None, None]:
-    """Raises a TrainingError that names the path instead of an OSError.
+    """Context manager: converts an OSError to a TrainingError that names the path.
 
-    Covers a full disk, an exhausted quota, a removed folder, a read-only file system and I/O errors.
+    Such errors are a full disk, an exhausted quota, a removed folder, a read-only file system and I/O errors.
     """
     path = Path(path)
     try:
@@ -45,8 +45,8 @@ def translate_disk_errors(path: Path | str) -> Generator[None, None, None]:
 def to_strict_json(data: Any) -> Any:
     """Converts `data` to values that strict JSON can represent.
 
-    NaN and the infinities become the strings "nan", "inf" and "-inf", which `float()` reads back; all other numbers
-    round-trip exactly. Keys become strings, tuples lists, paths text.
+    NaN and the infinities become the strings "nan", "inf" and "-inf", which `float()` converts back. All other
+    numbers keep their exact value. Keys become strings, tuples become lists, and paths become strings.
     """
     if isinstance(data, float):
         return float(data) if math.isfinite(data) else str(float(data))
@@ -61,12 +61,12 @@ def to_strict_json(data: Any) -> Any:
 
 
 def write_atomic(path: Path | str, content: bytes) -> None:
-    """Replaces a file in one step: temporary file, fsync, rename, fsync of the folder.
+    """Replaces a file atomically: writes a temporary file, syncs it, renames it, and syncs the folder.
 
     A kill at any moment leaves either the old or the new file.
 
     Raises:
-        TrainingError: the file cannot be written; the old file is unchanged.
+        TrainingError: the file cannot be written. The old file is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -89,31 +89,31 @@ def write_atomic(path: Path | str, content: bytes) -> None:
 
 
 def write_json(path: Path | str, data: Any) -> None:
-    """Writes strict JSON (see `to_strict_json`), indented, in one step.
+    """Writes data as indented, strict JSON (see `to_strict_json`), with an atomic replacement of the file.
 
     Raises:
-        TrainingError: the file cannot be written; the old file is unchanged.
+        TrainingError: the file cannot be written. The old file is unchanged.
     """
     text = json.dumps(to_strict_json(data), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file and returns its content.
 
     Raises:
-        UserError: the file is missing, a folder, unreadable or not JSON; the message names it.
+        UserError: the file is missing, is a folder, cannot be read or is not JSON. The message names the file.
     """
     return _parse_json(path, _read_text(path))
 
 
 def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """Reads all complete lines of a JSON Lines file.
+    """Reads all complete lines of a JSON Lines file and returns one mapping per line.
 
-    The incomplete last line of a run in progress is left out.
+    The last line of a run in progress can be incomplete; it is left out.
 
     Raises:
-        UserError: the file is missing or unreadable, or a line is not JSON; the message names file and line.
+        UserError: the file is missing or unreadable, or a line is not JSON. The message names the file and the line.
     """
     lines = _read_text(path).split("\n")[:-1]
     return [_parse_json(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
@@ -139,16 +139,17 @@ def _parse_json(location: Path | str, text: str) -> Any:
 
 
 class ResumableLog:
-    """An append-only log that a resumed run truncates at the offset of its checkpoint and continues.
+    """An append-only log. A resumed run cuts it at the offset in its checkpoint and then appends to it.
 
-    The file is opened at the first write and truncated to `offset` then. `offset` is 0 for a new run, which removes the
-    lines of an attempt that never reached a checkpoint. Every write reaches the operating system before `write`
-    returns.
+    The file is opened at the first write, and cut at `offset` at that time. For a new run `offset` is 0, which
+    removes the lines of an attempt that never reached a checkpoint. Every write reaches the operating system before
+    `write` returns.
 
     Args:
-        path: of the log; created at the first write.
-        complete_length: returns the length of all complete records at the beginning of a content. A log that has lost
-            its end continues after the last complete record.
+        path: path of the log file, which is created at the first write.
+        complete_length: function of a file's content that returns the length of all complete records at its
+            beginning. If the file is shorter than the offset of the checkpoint, the log continues after the last
+            complete record.
     """
 
     def __init__(self, path: Path | str, complete_length: Callable[[bytes], int] = len) -> None:
@@ -158,7 +159,9 @@ class ResumableLog:
         self._file: int | None = None
 
     def resume(self, offset: int) -> bool:
-        """Continues at `offset`; returns False when the file is shorter than that.
+        """Sets the offset at which the log continues. Returns False if the file is shorter than `offset`.
+
+        In that case the log continues after the last complete record of the file.
 
         Raises:
             TrainingError: the file cannot be read.
@@ -174,7 +177,7 @@ class ResumableLog:
         return False
 
     def open(self) -> None:
-        """Opens the file and truncates it to `offset`; later calls have no effect."""
+        """Opens the file and cuts it at `offset`. Has no effect if the file is already open."""
         if self._file is None:
             with translate_disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,10 +186,10 @@ class ResumableLog:
                 os.lseek(self._file, self.offset, os.SEEK_SET)
 
     def write(self, content: bytes) -> None:
-        """Appends all of `content`.
+        """Appends `content` completely.
 
         Raises:
-            TrainingError: the disk is full or fails; `offset` stays at the last complete write.
+            TrainingError: the disk is full or fails. `offset` remains at the end of the last complete write.
         """
         self.open()
         assert self._file is not None
@@ -203,17 +206,17 @@ class ResumableLog:
         self.offset += len(content)
 
     def sync(self) -> int:
-        """Flushes the file to the disk; returns the offset for the checkpoint."""
+        """Flushes the file to the disk and returns the offset, which a checkpoint stores."""
         if self._file is not None:
             with translate_disk_errors(self.path):
                 os.fsync(self._file)
         return self.offset
 
     def flush(self) -> None:
-        """Does nothing: `write` buffers nothing. TensorBoard's RecordWriter calls it."""
+        """Does nothing, because `write` does not buffer. TensorBoard's RecordWriter calls this method."""
 
     def close(self) -> None:
-        """Closes the file; a file that was never written to is unchanged."""
+        """Closes the file. A file that was never written to is unchanged."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -224,13 +227,13 @@ class ResumableLog:
 
 
 class JsonLinesLog:
-    """Appends records to a JSON Lines file; resumes as a `ResumableLog`."""
+    """Appends records to a JSON Lines file. `file` is the `ResumableLog` with which a run resumes."""
 
     def __init__(self, path: Path | str) -> None:
         self.file = ResumableLog(path, complete_length=lambda content: content.rfind(b"\n") + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one line. NaN and infinities become the strings "nan", "inf", "-inf"."""
+        """Writes one record as one line. NaN and infinities become the strings "nan", "inf", "-inf"."""
         text = json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
         self.file.write((text + "\n").encode())
 
@@ -239,18 +242,18 @@ class JsonLinesLog:
 def file_lock(
     path: Path, *, on_busy: Callable[[], object] | None = None, optional: bool = False, content: bytes = b""
 ) -> Generator[None, None, None]:
-    """Holds an exclusive lock on a file while the block runs; waits while another process holds it.
+    """Context manager: holds an exclusive lock on a file. Waits as long as another process holds the lock.
 
-    The operating system releases the lock when this process dies. A forked child does not inherit it.
+    The operating system releases the lock when this process dies. A forked child does not inherit the lock.
 
     Args:
-        path: the lock file; it and its folder are created.
-        on_busy: called once before waiting; it may raise to give up.
-        optional: runs the block without a lock when the folder is not writable or the file system has no locks.
-        content: what the lock file contains while the lock is held, such as the process id.
+        path: the lock file. The file and its folder are created.
+        on_busy: function that is called once before waiting. It may raise an exception instead of waiting.
+        optional: whether the block runs without a lock if the folder is not writable or the file system has no locks.
+        content: content of the lock file while the lock is held, such as the process id.
 
     Raises:
-        OSError: not `optional`, and the lock file cannot be created, locked or written.
+        OSError: the lock file cannot be created, locked or written, and `optional` is False.
     """
     try:
         descriptor = _acquire_lock(path, on_busy, content)
@@ -300,7 +303,10 @@ _LOCK_DESCRIPTORS: set[int] = set()
 
 
 def _close_lock_descriptors() -> None:
-    """Closes inherited locks in a forked data worker; it would otherwise hold them after its parent was killed."""
+    """Closes inherited lock files in a forked data worker.
+
+    Otherwise the worker would hold the locks after its parent was killed.
+    """
     for descriptor in _LOCK_DESCRIPTORS:
         os.close(descriptor)
     _LOCK_DESCRIPTORS.clear()

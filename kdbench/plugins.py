@@ -1,7 +1,8 @@
-"""Plug-ins: registered parts of users, from modules named on the command line and entry points of installed packages.
+"""Plug-ins: Python modules of users that register parts (terms, adapters, networks, ...).
 
-A plug-in is a module that declares parts with `@TERMS.register("name", ...)` or another registry's decorator. A recipe
-cannot name a plug-in: the person at the command line decides which code runs, not a file from elsewhere.
+A plug-in registers parts with `@TERMS.register("name", ...)` or the decorator of another registry. Plug-ins are named
+on the command line, or are entry points of installed packages. A recipe cannot name a plug-in, so that the person at
+the command line decides which code runs, and not a file from another person.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ _loaded_modules: set[str] = set()
 
 
 def load_plugins(modules: Iterable[str] = ()) -> None:
-    """Adds the parts of `modules` and of installed plug-ins to the registries.
+    """Adds the parts of the given modules and of installed plug-ins to the registries.
 
-    Each module is read once per process, and imported only when one of its parts is built.
+    Each module is read once per process, and is imported only when one of its parts is built.
+
+    Args:
+        modules: names of the modules on the command line.
 
     Raises:
-        ConfigError: a module does not exist or cannot be parsed, or declares a name that exists already.
+        ConfigError: a module does not exist, cannot be parsed, or declares a name that exists already.
     """
     requested = [*(name for name in os.environ.get(_ENVIRONMENT_VARIABLE, "").split(",") if name), *modules]
     if requested and os.getcwd() not in sys.path:

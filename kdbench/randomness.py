@@ -1,4 +1,4 @@
-"""Random streams: every random number is a function of (seed, stream, key), independent of earlier calls."""
+"""Random streams: every random number is a function of (seed, stream, key), and not of earlier random numbers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def derive(seed: int, stream: Stream, *key: int | str) -> int:
     """Returns a 63-bit seed for one key of a stream. Different keys give independent random numbers.
 
     Args:
-        seed: of the recipe.
-        key: names and numbers, such as stage, epoch or step, and sample.
+        seed: the recipe's seed.
+        stream: what the random numbers are used for, such as `init` or `order`.
+        key: names and numbers, such as the stage, the epoch or step, and the sample.
     """
     text = "\x1f".join(str(part) for part in (seed, stream, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, stream: Stream, *key: int | str) -> torch.Generator:
-    """Returns a seeded CPU generator; its random numbers are the same on every machine."""
+    """Returns a CPU generator for one key of a stream. Its random numbers are the same on every machine."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, stream, *key))
@@ -35,7 +36,10 @@ def generator(seed: int, stream: Stream, *key: int | str) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, stream: Stream, *key: int | str) -> Generator[None, None, None]:
-    """Seeds torch's global CPU generator while the block runs, and restores its state afterwards."""
+    """Context manager: seeds torch's global CPU generator for one key of a stream.
+
+    The state of the generator is restored after the block.
+    """
     import torch
 
     state = torch.get_rng_state()

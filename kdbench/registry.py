@@ -1,14 +1,9 @@
-"""Registries: the parts that a recipe can name, with their signatures, read without importing torch.
+"""Registries of the parts (terms, models, datasets, ...) that a recipe can name. torch is not imported.
 
-A part is declared once, with a decorator on its class or function:
-
-    @TERMS.register("kd", space="row", version=1)
-    class SoftTargets(Term): ...
-
-The registry reads the declarations (name, facts, constructor signature, docstring) from the syntax trees of its
-package. A recipe is therefore checked in milliseconds; the module of a part is imported when the part is first built.
-`Registry.add_plugin` adds the parts of a user's module; a `Family` adds a catalogue of another library (torchvision,
-timm, torch.optim).
+A decorator on a class or function declares a part: `@TERMS.register("kd", space="row", version=1)`. A registry reads
+these declarations (name, keyword arguments, constructor signature, docstring) from the syntax trees of its package.
+A recipe is therefore checked in milliseconds; the module of a part is imported when the part is first built.
+`Registry.add_plugin` adds the parts of a user's module, and a `Family` adds the parts of another library.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kdbench.errors import ConfigError, Location, suggest
+from kdbench.errors import ConfigError, Location, did_you_mean, suggest
 
 
 class _Required:
@@ -35,7 +30,7 @@ REQUIRED: Any = _Required()
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a registered part. `annotation` is the source text of its type."""
+    """A parameter of a registered part. `annotation` is the source text of the parameter's type."""
 
     name: str
     annotation: str
@@ -43,7 +38,7 @@ class Parameter:
 
     @property
     def schedulable(self) -> bool:
-        """True when the recipe may give a schedule instead of a number."""
+        """True if a recipe may set the parameter to a schedule instead of a number."""
         return "Number" in self.annotation
 
     def __str__(self) -> str:
@@ -53,7 +48,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Entry:
-    """The declaration of a registered part, as read from its source."""
+    """The declaration of a registered part (a term, a model, ...), read from its source code.
+
+    Attributes:
+        symbol: name of the class or function in `module`.
+        facts: keyword arguments of the decorator, such as `space` and `version`.
+        inputs: parameters of `forward` (or `__call__`) after self. They are the operands of the part.
+        optional_inputs: names in `inputs` that have a default.
+    """
 
     name: str
     module: str
@@ -62,26 +64,31 @@ class Entry:
     parameters: Mapping[str, Parameter]
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[str, ...] = ()
-    """Parameters of `forward` (or `__call__`) after self: the operands of the part."""
     optional_inputs: tuple[str, ...] = ()
-    """The names in `inputs` that have a default."""
     loader: Callable[[], Any] | None = field(default=None, compare=False)
     module_doc: str = ""
 
     @property
     def version(self) -> int:
-        """The version of the part's results, part of a run's identity. Its author raises it when results change."""
+        """Version number of the part, which its author increases when its results change. It is in a run's hash."""
         return int(self.facts.get("version", 1))
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring."""
+        """First line of the part's docstring."""
         return self.doc.strip().split("\n", 1)[0] if self.doc.strip() else ""
 
-    def signature(self) -> str:
-        """Returns `name(parameter: type = default, ...)`, without the parameters that the framework injects."""
+    def describe_parameters(self) -> str:
+        """Returns "Its parameters: name: type = default, ...", without the parameters that the framework injects."""
         injected = self.facts.get("injected", ())
-        return f"{self.name}({', '.join(str(p) for p in self.parameters.values() if p.name not in injected)})"
+        parameters = [str(parameter) for parameter in self.parameters.values() if parameter.name not in injected]
+        return f"Its parameters: {', '.join(parameters)}." if parameters else "It has no parameters."
+
+    def describe_missing(self, names: Collection[str]) -> str:
+        """Returns "needs `a`. Its parameters: ..."; empty if `names` contains every required parameter."""
+        required = (parameter.name for parameter in self.parameters.values() if parameter.default is REQUIRED)
+        missing = [f"`{name}`" for name in required if name not in names]
+        return f"needs {', '.join(missing)}. {self.describe_parameters()}" if missing else ""
 
     def load(self) -> Any:
         """Imports the part; returns its class or function."""
@@ -92,12 +99,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Family:
-    """The parts of another library under a prefix, such as `torchvision/resnet18`; an empty prefix adds plain names.
+    """The parts of another library under a common or empty prefix, such as `torchvision/` in `torchvision/resnet18`.
 
     Attributes:
-        names: returns the names without importing the library; empty when the library is not installed.
-        entry: returns the declaration of one name.
-        install_hint: how to install the library, for the error message.
+        names: function that returns all names without the prefix, or an empty list if the library is not installed.
+        entry: function that returns the declaration of the part with a given name.
+        install_hint: text for error messages that explains how to install the library.
     """
 
     prefix: str
@@ -107,14 +114,14 @@ class Family:
 
 
 class Registry:
-    """The parts of one kind, by name.
+    """Registry of all parts of one kind, such as all terms or all models.
 
     Args:
-        variable: name of the variable that holds this registry, as decorators spell it (`TERMS`).
-        kind: the kind in messages (`term`).
-        package: package with the modules that declare the shipped parts.
-        injected: parameters that the framework sets where a signature has them; a recipe may override them.
-        catalog: module that adds families of other libraries' parts when it is imported.
+        variable: name of the global variable that contains this registry, such as `TERMS`.
+        kind: name of the kind in messages, such as `term`.
+        package: package whose modules declare the parts.
+        injected: constructor parameters that the framework sets unless the recipe sets them.
+        catalog: module that adds families (parts of other libraries) to the registry when it is imported.
     """
 
     def __init__(
@@ -129,9 +136,10 @@ class Registry:
         self._plugin_entries: dict[str, Entry] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
-        """Returns a decorator that declares a class or function under `name`.
+        """Returns a decorator that registers a class or function under `name`.
 
-        The facts must be literals, since they are read from the source without importing it.
+        Args:
+            facts: properties of the part. They must be literals, because they are read from the source code.
         """
 
         def decorate(part: Any) -> Any:
@@ -153,35 +161,44 @@ class Registry:
         return entries
 
     def add_plugin(self, module: str) -> None:
-        """Adds the parts of a plug-in module. The module itself is imported when one of its parts is built.
+        """Adds the parts of a user's module. The module is imported when one of its parts is first built.
 
         Raises:
-            ConfigError: there is no such module, or it declares a name that exists already.
+            ConfigError: there is no such module, or the module declares a name that already exists.
         """
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise ConfigError(f"plug-in {module!r}: no such module; it must be installed or in the current folder.")
+            raise ConfigError(f"plug-in {module!r}: no such module; install it or run kdbench in its folder.")
         entries = self._read_declarations(Path(spec.origin), module)
         self._add_entries(self._plugin_entries, entries, reserved=self._shipped_entries)
 
     @property
+    def plural(self) -> str:
+        """Plural of the kind, such as `sample_weights`. It is an argument of `kdbench list`."""
+        return f"{self.kind.replace(' ', '_')}s"
+
+    @property
+    def listing(self) -> str:
+        """Sentence for messages, such as "`kdbench list terms` lists all terms."."""
+        return f"`kdbench list {self.plural}` lists all {self.plural.replace('_', ' ')}."
+
+    @property
     def entries(self) -> dict[str, Entry]:
-        """All parts by name, without the families."""
+        """Name -> declaration, for all parts except those of other libraries."""
         return {**self._shipped_entries, **self._plugin_entries}
 
     def names(self) -> list[str]:
-        """Returns all names, including the families of installed libraries."""
+        """Returns the names of all parts, including the parts of other installed libraries."""
         names = list(self.entries)  # read first: this imports the catalog, which adds the families
         return names + [f"{family.prefix}{name}" for family in self.families for name in family.names()]
 
     def entry(self, name: str, location: Location | str = "") -> Entry:
-        """Returns the entry called `name`.
+        """Returns the declaration of the part called `name`.
 
         Raises:
-            ConfigError: there is no such name (the message suggests the nearest), or its library is not installed.
+            ConfigError: there is no such part (the message suggests the nearest name), or its library is missing.
         """
-        entry = self.entries.get(name)
-        if entry is not None:
+        if (entry := self.entries.get(name)) is not None:
             return entry
         candidates = list(self.entries)
         for family in self.families:
@@ -198,25 +215,25 @@ class Registry:
                 candidates = [f"{family.prefix}{family_name}" for family_name in family_names]
                 break
             candidates += family_names
-        raise ConfigError(f"{location}: no {self.kind} {name!r}.{suggest(name, candidates)}".lstrip(": "))
+        message = f"no {self.kind} {name!r}.{suggest(name, candidates, listing=self.listing)}"
+        raise ConfigError(f"{location}: {message}".lstrip(": "))
 
     def check(self, name: str, params: Mapping[str, Any], location: Location | str = "") -> Entry:
-        """Checks the names and types of parameters against the signature, without importing the part.
+        """Checks parameters of a part against its signature, without importing the part. Returns its declaration.
 
         Raises:
-            ConfigError: an unknown name, an unknown or missing parameter, or a value of another type.
+            ConfigError: the part does not exist, or a parameter is unknown, is missing or has the wrong type.
         """
         entry = self.entry(name, location)
         for key, value in params.items():
             parameter = entry.parameters.get(key)
             if parameter is None:
                 raise ConfigError(
-                    f"{location}: {self.kind} {name!r} has no parameter {key!r}.{suggest(key, entry.parameters)} "
-                    f"Write {entry.signature()}"
+                    f"{location}: {self.kind} {name!r} has no parameter {key!r}.{did_you_mean(key, entry.parameters)} "
+                    f"{entry.describe_parameters()}"
                 )
-            expected_type = type_mismatch(parameter.annotation, value)
-            if expected_type:
-                raise ConfigError(f"{location}: {self.kind} {name!r}: {key} must be {expected_type}, got {value!r}")
+            if expected_type := type_mismatch(parameter.annotation, value):
+                raise ConfigError(f"{location}: {self.kind} {name!r}: {key} must be {expected_type}, got {value!r}.")
         self._check_required(entry, {*params, *entry.facts.get("injected", ()), *self.injected}, location)
         return entry
 
@@ -224,10 +241,10 @@ class Registry:
         """Checks the parameters and builds the part.
 
         Args:
-            injected: values from the framework, passed only to a part whose signature has them.
+            injected: values from the framework. A value is passed if the signature has the parameter.
 
         Raises:
-            ConfigError: as `check`; also a missing parameter that nothing injects.
+            ConfigError: a parameter is unknown, is missing or has the wrong type.
         """
         entry = self.check(name, {k: v for k, v in params.items() if not _is_tensor(v)}, location)
         defaults = {key: value for key, value in injected.items() if key in entry.parameters and key not in params}
@@ -235,13 +252,8 @@ class Registry:
         return entry.load()(**{**defaults, **params})
 
     def _check_required(self, entry: Entry, names: Collection[str], location: Location | str) -> None:
-        missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in names]
-        if missing:
-            raise ConfigError(
-                f"{location}: {self.kind} {entry.name!r} needs {', '.join(missing)}. Write {entry.signature()}".lstrip(
-                    ": "
-                )
-            )
+        if missing := entry.describe_missing(names):
+            raise ConfigError(f"{location}: {self.kind} {entry.name!r} {missing}".lstrip(": "))
 
     def _add_entries(
         self, target: dict[str, Entry], entries: list[Entry], reserved: Mapping[str, Entry] | None = None
@@ -266,9 +278,8 @@ class Registry:
         for node in tree.body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
-            for decorator in node.decorator_list:
-                if self._is_registration(decorator):
-                    entries.append(_build_entry(node, decorator, module, classes, module_doc))
+            calls = [decorator for decorator in node.decorator_list if self._is_registration(decorator)]
+            entries += [_build_entry(node, call, module, classes, module_doc) for call in calls]
         return entries
 
     def _is_registration(self, node: ast.expr) -> TypeGuard[ast.Call]:
@@ -311,20 +322,19 @@ def _build_entry(
 
 
 def _find_method(node: ast.ClassDef, name: str, classes: Mapping[str, ast.ClassDef]) -> ast.FunctionDef | None:
-    """Finds a method in a class or in its base classes of the same file."""
+    """Returns the method of a class or of its base classes in the same file, or None."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == name:
             return item
     for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            method = _find_method(classes[base.id], name, classes)
-            if method is not None:
-                return method
+        parent = classes.get(base.id) if isinstance(base, ast.Name) else None
+        if parent is not None and (method := _find_method(parent, name, classes)):
+            return method
     return None
 
 
 def read_parameters(node: ast.FunctionDef, *, skip_self: bool) -> dict[str, Parameter]:
-    """Reads a function's parameters from its syntax tree. A default that is not a literal becomes its source text."""
+    """Reads a function's parameters from its syntax tree. A default that is not a literal is stored as source text."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -333,9 +343,8 @@ def read_parameters(node: ast.FunctionDef, *, skip_self: bool) -> dict[str, Para
     result: dict[str, Parameter] = {}
     for argument, default in pairs:
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-        result[argument.arg] = Parameter(
-            argument.arg, annotation, REQUIRED if default is None else _literal_or_source(default)
-        )
+        value = REQUIRED if default is None else _literal_or_source(default)
+        result[argument.arg] = Parameter(argument.arg, annotation, value)
     return result
 
 
@@ -347,10 +356,9 @@ def _literal_or_source(node: ast.expr) -> Any:
 
 
 def type_mismatch(annotation: str, value: Any) -> str | None:
-    """Returns a description of the type that an annotation expects, or None when the value has that type.
+    """Returns None if a value has the type of an annotation, else a description of the expected type.
 
-    Supports int, float, str, bool, None, list[...], tuple[...], dict[...], Literal[...], unions, and Number (a number
-    or a schedule). Any other annotation accepts every value.
+    Supports built-in types, Literal, unions, and Number (a number or a schedule). Other annotations accept any value.
     """
     if not annotation:
         return None
@@ -373,7 +381,7 @@ def _matches_type(node: ast.expr, value: Any) -> bool:
 
 
 def _matches_name(name: str, value: Any) -> bool:
-    """Compares a value with a type without arguments."""
+    """Returns whether a value has a type without type arguments, such as `int`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)  # Python's bool is an int
     match name:
         case "int":
@@ -395,7 +403,7 @@ def _matches_name(name: str, value: Any) -> bool:
 
 
 def _matches_generic(name: str, arguments: ast.expr, value: Any) -> bool:
-    """Compares a value with a type with arguments, such as `list[int]`."""
+    """Returns whether a value has a type with type arguments, such as `list[int]`."""
     items = arguments.elts if isinstance(arguments, ast.Tuple) else [arguments]
     match name:
         case "Literal":
@@ -433,8 +441,7 @@ def _describe_type(node: ast.expr) -> str:
         names |= {"Number": "a number or a schedule", "dict": "a mapping", "list": "a list", "tuple": "a list"}
         return names.get(node.id, node.id)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
-        inner = node.slice
-        parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         if node.value.id == "Literal":
             return "one of " + ", ".join(str(getattr(p, "value", "?")) for p in parts)
         if node.value.id in ("list", "tuple", "Sequence"):
@@ -470,20 +477,23 @@ OPTIMIZERS = Registry(
 )
 
 REGISTRIES = {
-    "models": MODELS,
-    "datasets": DATASETS,
-    "augmentations": AUGMENTATIONS,
-    "terms": TERMS,
-    "adapters": ADAPTERS,
-    "sample_weights": SAMPLE_WEIGHTS,
-    "routers": ROUTERS,
-    "combiners": COMBINERS,
-    "weight_transforms": WEIGHT_TRANSFORMS,
-    "subsets": SUBSETS,
-    "relabellings": RELABELS,
-    "artifacts": ARTIFACTS,
-    "selectors": SELECTORS,
-    "metrics": METRICS,
-    "schedules": SCHEDULES,
-    "optimizers": OPTIMIZERS,
+    registry.plural: registry
+    for registry in (
+        MODELS,
+        DATASETS,
+        AUGMENTATIONS,
+        TERMS,
+        ADAPTERS,
+        SAMPLE_WEIGHTS,
+        ROUTERS,
+        COMBINERS,
+        WEIGHT_TRANSFORMS,
+        SUBSETS,
+        RELABELS,
+        ARTIFACTS,
+        SELECTORS,
+        METRICS,
+        SCHEDULES,
+        OPTIMIZERS,
+    )
 }

@@ -1,4 +1,4 @@
-"""The folder of a run: paths of its files, the lock for its one writer, and the status of the run."""
+"""The folder of a run: the paths of its files, the lock that admits one writer, and the status of the run."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ Status = Literal["new", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class ManifestEntries:
-    """The entries of manifest.json that kdbench reads back; the others are for people.
+    """The entries of manifest.json that kdbench reads back. All other entries are only for people.
 
     Attributes:
-        format: `RUN_FORMAT`.
-        status: of the last session.
+        format: the constant `RUN_FORMAT`.
+        status: status of the last session (one start of the run).
         identity: hash of everything that the results depend on.
         started: time of the first session, ISO 8601.
-        roles: by role, merged over the sessions.
-        artifacts: by `STAGE.NAME`, merged over the sessions.
-        frozen_forward: by stage, merged over the sessions.
+        roles: role -> facts about the role, merged over the sessions.
+        artifacts: `STAGE.NAME` -> facts about the artifact, merged over the sessions.
+        frozen_forward: stage -> mode of its frozen roles (`inline`, `prefetch` or `cache`), merged over the sessions.
         sessions: one mapping per start of the run.
     """
 
@@ -79,11 +79,11 @@ Metrics = Mapping[str, float | str]
 
 @dataclass(frozen=True)
 class EvaluationEntries:
-    """Metrics by role and split at one epoch.
+    """Metrics of all roles on all splits at one epoch.
 
     Attributes:
         metrics: role -> split -> metric -> value.
-        epoch: finished epochs; None when the run evaluated nothing.
+        epoch: number of finished epochs; None if the run did not evaluate.
     """
 
     metrics: Mapping[str, Mapping[str, Metrics]]
@@ -92,7 +92,7 @@ class EvaluationEntries:
 
 @dataclass(frozen=True)
 class BestEntries:
-    """Metrics at the best epoch. `description` says how it was selected."""
+    """Metrics at the best epoch. `description` states how the best epoch was selected."""
 
     metrics: Mapping[str, Mapping[str, Metrics]]
     epoch: int
@@ -112,7 +112,7 @@ class ModelEntries:
 
 @dataclass(frozen=True)
 class PublishedEntries:
-    """Comparison with the published score."""
+    """Comparison of the run's score with the published score."""
 
     description: str
 
@@ -122,8 +122,8 @@ class SummaryEntries:
     """The entries of summary.json that kdbench reads back.
 
     Attributes:
-        frozen: role -> split -> metric -> value, of the frozen roles.
-        models: role -> entries.
+        frozen: role -> split -> metric -> value, for the frozen roles.
+        models: role -> size, cost and weights of the role.
     """
 
     recipe: str
@@ -142,10 +142,10 @@ class SummaryEntries:
 
 
 class RunFolder:
-    """One run's folder and the paths of its files.
+    """The folder of one run, with the paths of its files.
 
     Args:
-        path: the folder; it need not exist yet.
+        path: path of the folder, which need not exist yet.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -161,15 +161,15 @@ class RunFolder:
         self.best = self.checkpoints / "best.pt"
 
     def stage(self, name: str) -> Path:
-        """Returns the path of the weights at the end of a stage."""
+        """Returns the path of the file with the weights at the end of a stage."""
         return self.checkpoints / f"stage_{name}.pt"
 
     def artifact(self, stage: str, name: str) -> Path:
-        """Returns the path of an artifact that a stage builds."""
+        """Returns the path of the file with an artifact that a stage builds."""
         return self.path / "stages" / f"{stage}.{name}.pt"
 
     def epoch(self, epoch: int) -> Path:
-        """Returns the path of the weights after an epoch."""
+        """Returns the path of the file with the weights after an epoch."""
         return self.checkpoints / f"epoch_{epoch:04d}.pt"
 
     def __str__(self) -> str:
@@ -186,9 +186,9 @@ class RunFolder:
             return False
 
     def status(self) -> Status:
-        """Returns the status of the run, read from the files in the folder.
+        """Returns the status of the run, which is determined from the files in the folder.
 
-        A damaged manifest or summary counts as an interrupted run: the last checkpoint is complete, and the next start
+        A run with a damaged manifest or summary is `interrupted`: its last checkpoint is complete, and the next start
         writes both files again. `problems` reports the damage.
 
         Raises:
@@ -206,7 +206,7 @@ class RunFolder:
         return "finished" if finished else "interrupted"
 
     def problems(self) -> list[str]:
-        """Reports a damaged manifest and a damaged summary, one message each; a missing file is no damage."""
+        """Returns one message for a damaged manifest and one for a damaged summary. A missing file is not damaged."""
         messages = []
         for path, read in ((self.manifest, read_manifest), (self.summary, read_summary)):
             if os.path.lexists(path):
@@ -217,11 +217,11 @@ class RunFolder:
         return messages
 
     def create(self) -> None:
-        """Creates the folder and its parents; reuses the folder of an earlier attempt.
+        """Creates the folder and its parents. Reuses the folder of an earlier attempt.
 
         Raises:
-            UserError: the path is a file, the folder has other content or is not writable, or a folder has the name of
-                one of the run's files.
+            UserError: the path is a file, the folder has other content or is not writable, or a subfolder has the
+                name of one of the run's files.
         """
         self._reject_foreign_folder()
         for path in (self.recipe, self.manifest, self.metrics, self.summary, self.last, self.best):
@@ -233,20 +233,21 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written to ({error.strerror}). Choose another with out=DIR."
+                f"{self.path} cannot be written to ({error.strerror}). Choose another folder with out=DIR."
             ) from None
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], object] | None = None) -> Iterator[None]:
-        """Excludes every other process while the block runs; creates the folder.
+        """Context manager: creates the folder and keeps all other processes from writing to it.
 
         The operating system releases the lock when this process dies, so a killed run never blocks its successor.
 
         Args:
-            on_wait: receives a notice before this process waits for the lock; None: raise instead of waiting.
+            on_wait: function that receives a message before this process waits for the lock. None: raise an error
+                instead of waiting.
 
         Raises:
-            UserError: another process holds the lock and `on_wait` is None; the message names that process.
+            UserError: another process holds the lock and `on_wait` is None. The message names that process.
         """
         self.create()
         path = self.path / LOCK_NAME
@@ -254,8 +255,8 @@ class RunFolder:
         def on_busy() -> None:
             if on_wait is None:
                 raise UserError(
-                    f"{self.path} is in use by {_describe_holder(path)}. Wait for it or end it; the run then continues "
-                    "from its last checkpoint. For a second run, choose another folder with out=DIR."
+                    f"{self.path} is in use by {_describe_holder(path)}. Wait for that process or end it; the run "
+                    "then continues from its last checkpoint. For a second run, choose another folder with out=DIR."
                 )
             on_wait(f"{self.path} is in use by {_describe_holder(path)}; waiting for it.")
 
@@ -273,7 +274,9 @@ class RunFolder:
             yield
 
     def clear(self) -> None:
-        """Deletes the files that kdbench wrote here, for `fresh=true`; keeps every other file. Call it under `lock`.
+        """Deletes the files that kdbench wrote to the folder, for `fresh=true`. Every other file is kept.
+
+        The caller must hold `lock`.
 
         Raises:
             UserError: the folder is not a run folder.
@@ -294,7 +297,7 @@ class RunFolder:
 
     def _reject_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; a run needs a folder. Choose another with out=DIR.")
+            raise UserError(f"{self.path} is a file; a run needs a folder. Choose another folder with out=DIR.")
         try:
             is_foreign = self.path.is_dir() and not self.is_run and any(self.path.iterdir())
         except OSError as error:
@@ -309,19 +312,21 @@ class RunFolder:
 
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
-    """Reads and checks a manifest.json; see `ManifestEntries`.
+    """Reads manifest.json, checks the entries that `ManifestEntries` declares, and returns the full content.
 
     Raises:
-        UserError: the file is missing or damaged, or an entry is missing or has the wrong type; the message names both.
+        UserError: the file is missing or damaged, or an entry is missing or has the wrong type. The message names the
+            file and the entry.
     """
     return _read_declared(ManifestEntries, path)
 
 
 def read_summary(path: Path) -> Mapping[str, Any]:
-    """Reads and checks a summary.json; see `SummaryEntries`.
+    """Reads summary.json, checks the entries that `SummaryEntries` declares, and returns the full content.
 
     Raises:
-        UserError: the file is missing or damaged, or an entry is missing or has the wrong type; the message names both.
+        UserError: the file is missing or damaged, or an entry is missing or has the wrong type. The message names the
+            file and the entry.
     """
     return _read_declared(SummaryEntries, path)
 
@@ -336,7 +341,10 @@ def _read_declared(declaration: type[Any], path: Path) -> Mapping[str, Any]:
 
 
 def _describe_holder(path: Path) -> str:
-    """Describes the process that holds the lock; it may be about to take or to release it."""
+    """Returns a description of the process that holds the lock, for error messages.
+
+    The file can be empty at this moment, if a process takes or releases the lock. Then the text is "another process".
+    """
     try:
         holder = json.loads(path.read_text())
         machine = " on this machine" if holder["host"] == platform.node() else f" on {holder['host']}"

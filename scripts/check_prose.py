@@ -4,8 +4,8 @@
     scripts/check_prose.py [FOLDER ...]
 
 Ruff checks syntax and style; this script checks the rules of CONTRIBUTING.md that ruff cannot check: identifiers are
-nouns, docstrings begin with a verb, sentences use the field's words, functions and modules stay short. It prints one
-figure for each rule. It exits with 1 when a figure is above its limit, and lists the lines that break that rule.
+nouns, docstrings begin with a verb, sentences use common words, functions and modules are short. The script prints one
+figure per rule. If a figure is above its limit, the script lists the lines that break the rule, and exits with 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VAGUE_NAME = re.compile(
     "chosen|left|listed|shown|drawn|taken|bound|moved|held|caught|asked|opened|planned|measured|waiting|written|changed|"
     "dropped|begun|done|gone|lost|parted"
 )
-"""Pronouns and participles: as identifiers they say nothing about the value."""
+"""Pronouns and participles. An identifier of this kind does not name the value."""
 
 HEADLESS = re.compile(r"(What|Whatever|Who|Whoever|Which|How|Where|When|Why|Whether)\b")
 
@@ -50,7 +50,7 @@ DIALECT = {
     r"go(?:es)? on": "continues",
     r"somebody's": "name the owner",
 }
-"""Phrases that are not the field's words, each with what to write instead."""
+"""Phrase (regular expression) -> replacement, for phrases that machine-learning texts do not use."""
 
 DIALECT_PHRASE = re.compile(r"\b(?:" + "|".join(DIALECT) + r")\b", re.IGNORECASE)
 IGNORED_COMMENT = re.compile(r"#\s*(?:noqa|type:|!)")
@@ -72,9 +72,13 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass
 class Rule:
-    """One rule: its limit, the number of checked things, and the lines that break it.
+    """One rule of prose or layout.
 
-    A limit with `percent` is a share of the checked things, otherwise a count.
+    Attributes:
+        limit: largest allowed number of problems.
+        percent: whether `limit` is a percentage of the checked names, docstrings, ... instead of a number.
+        checked: number of checked names, docstrings, ...
+        problems: one message per place that breaks the rule.
     """
 
     limit: float
@@ -97,7 +101,7 @@ class Rule:
 
 
 class Report:
-    """The rules with their findings."""
+    """All rules, with the problems that were found."""
 
     def __init__(self) -> None:
         self.rules = {
@@ -115,12 +119,12 @@ class Report:
         }
 
     def add(self, rule: str, path: Path, line: int, problems: Sequence[str]) -> None:
-        """Counts one checked thing and the problems in it."""
+        """Adds one checked name, docstring, ... and its problems to a rule."""
         self.rules[rule].checked += 1
         self.rules[rule].problems += [f"{path}:{line}: {problem}" for problem in problems]
 
     def text(self) -> str:
-        """Returns one line for each rule; below a broken rule the lines of code that break it."""
+        """Returns one line per rule. Below a broken rule there is one line per problem."""
         lines = []
         for name, rule in self.rules.items():
             lines.append(f"{'ABOVE ' if rule.broken else ''}{name}: {rule}")
@@ -129,7 +133,7 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks folders, prints the report, and returns the exit code."""
+    """Checks the folders in `arguments`, prints the report, and returns the exit code."""
     names = sys.argv[1:] if arguments is None else arguments
     folders = [Path(name) for name in names] or [ROOT / name for name in FOLDERS]
     report = check(folders)
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(folders: Sequence[Path]) -> Report:
-    """Checks every Python file below the folders."""
+    """Checks every Python file in the folders and their subfolders, and returns the report."""
     report = Report()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -149,7 +153,7 @@ def check(folders: Sequence[Path]) -> Report:
 
 
 def check_module(path: Path, report: Report) -> None:
-    """Checks one file."""
+    """Checks one Python file and adds its problems to the report."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text, filename=str(path))
     comments = read_comments(text)
@@ -162,7 +166,7 @@ def check_module(path: Path, report: Report) -> None:
 
 
 def read_comments(text: str) -> dict[int, str]:
-    """Returns the comments by line, without directives to tools."""
+    """Returns line number -> comment. Directives to tools, such as `noqa`, are left out."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {
         token.start[0]: token.string.lstrip("#").strip()
@@ -172,7 +176,7 @@ def read_comments(text: str) -> dict[int, str]:
 
 
 def find_docstrings(tree: ast.AST) -> dict[ast.AST, ast.Constant]:
-    """Returns the docstring of every module, class and function that has one."""
+    """Returns node -> docstring, for every module, class and function with a docstring."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {}
     for node in ast.walk(tree):
@@ -183,7 +187,7 @@ def find_docstrings(tree: ast.AST) -> dict[ast.AST, ast.Constant]:
 
 
 def check_names(tree: ast.AST, path: Path, report: Report) -> None:
-    """Checks the names that the code gives to variables, parameters, attributes, functions and classes."""
+    """Checks the names of variables, parameters, attributes, functions and classes."""
     for node in ast.walk(tree):
         for rule, name in assigned_names(node):
             vague = VAGUE_NAME.fullmatch(name.strip("_").lower())
@@ -191,7 +195,7 @@ def check_names(tree: ast.AST, path: Path, report: Report) -> None:
 
 
 def assigned_names(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields the names that one node assigns, each with its rule."""
+    """Yields pairs (rule, name) for the names that one node of the syntax tree defines."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield NAMES, node.id
     elif isinstance(node, ast.arg):
@@ -218,7 +222,7 @@ def check_prose(
 
 
 def find_messages(tree: ast.AST, docstrings: dict[ast.AST, ast.Constant]) -> Iterator[tuple[int, str]]:
-    """Yields line and text of every string of more than three words that is not a docstring."""
+    """Yields pairs (line number, text) of all strings with more than three words, except for docstrings."""
     constants = set(docstrings.values())
     for node in ast.walk(tree):
         text = node.value if isinstance(node, ast.Constant) and node not in constants else None
@@ -227,17 +231,17 @@ def find_messages(tree: ast.AST, docstrings: dict[ast.AST, ast.Constant]) -> Ite
 
 
 def dialect(text: str) -> list[str]:
-    """Returns a problem for each phrase of dialect in a text."""
+    """Returns one message per phrase of `DIALECT` in a text."""
     return [f"'{match}': {replacement(match)}" for match in DIALECT_PHRASE.findall(text)]
 
 
 def replacement(phrase: str) -> str:
-    """Returns what to write instead of a phrase."""
+    """Returns the replacement for a phrase that `DIALECT` matches."""
     return next(text for pattern, text in DIALECT.items() if re.match(pattern, phrase, re.IGNORECASE))
 
 
 def check_lengths(tree: ast.AST, comments: dict[int, str], path: Path, report: Report) -> None:
-    """Checks the length of every function, and that long ones give reasons in comments."""
+    """Checks the length of every function, and that a long function has comments."""
     for node in ast.walk(tree):
         if not isinstance(node, Function):
             continue

@@ -1,7 +1,7 @@
 """Distils a small network on scikit-learn's handwritten digits over five seeds and prints the table of the README.
 
-Twenty short runs share one process, so that torch is imported once. They are ordinary runs of shipped recipes: the
-commands below the table repeat them with `kdbench train`.
+Twenty short runs share one process, so that torch is imported once. The runs are ordinary runs of shipped recipes.
+The commands below the table repeat these runs with `kdbench train`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from kdbench.report.summary import score
 from kdbench.report.tables import RunGroup, SeedTable, aggregate
 
 THREADS = 1
-"""More threads gain nothing for networks of this size, and lose much on a busy machine."""
+"""Number of threads of torch. More threads do not speed up networks of this size, and are slower on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table: a recipe with overrides, trained once per seed."""
+    """A row of the table: a recipe with overrides, which is trained once per seed."""
 
     label: str
     recipe: str
@@ -55,7 +55,7 @@ KINDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains all rows, prints the table, and returns the exit code."""
+    """Trains all networks of the table, prints the table, and returns the exit code."""
     description = "Distils a small network on handwritten digits."
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=description)
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> RunGroup:
-    """Trains one row over the seeds and prints each accuracy; a finished run is not repeated."""
+    """Trains one row of the table over all seeds and prints each accuracy. A finished run is not repeated."""
     print(f"  {kind.label:<21}", end="", flush=True)
     folders = []
     for seed in range(1, seeds + 1):
@@ -85,7 +85,7 @@ def train(kind: Kind, seeds: int, runs: str, *, fresh: bool = False) -> RunGroup
 
 
 def show(rows: Sequence[RunGroup], seeds: int, runs: Path, seconds: float) -> None:
-    """Prints the table with its explanation, and writes it to a folder beside the runs."""
+    """Prints the table with an explanation, and writes the table to the folder `quickstart` beside the runs."""
     report = aggregate(rows)
     Console(highlight=False).print(compact(report))
     print(f"Mean ± deviation over {seeds} seeds, last epoch, on 896 test images that no training or choice used.")
@@ -104,7 +104,7 @@ def show(rows: Sequence[RunGroup], seeds: int, runs: Path, seconds: float) -> No
 
 
 def compact(report: SeedTable) -> Table:
-    """Returns the table in 80 columns, without the number of seeds and the FLOPs, which table.md contains."""
+    """Returns a table that fits into 80 columns. The number of seeds and the FLOPs are only in table.md."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     titles = ("", "test\naccuracy, %", "agreement with\nteacher, %", "parameters", "1 image\ntakes")
     for title in titles:

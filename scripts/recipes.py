@@ -2,8 +2,8 @@
 
     scripts/recipes.py [RECIPE ...]     default: every digits recipe
 
-Teachers that several recipes share are trained first, so that each time is the recipe's own. The exit code is 1 when a
-recipe fails or takes longer than the limit.
+Teachers are trained first, so that the time of a recipe does not include the training of its teacher. The exit code
+is 1 if a recipe fails or takes longer than the limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ LIMIT = 60.0
 
 
 def train(recipe: str, runs: str) -> tuple[str, float, str]:
-    """Trains a recipe; returns its name, the seconds from its summary, and its role with the last top-1."""
+    """Trains a recipe.
+
+    Returns:
+        Name of the recipe, training seconds, and text with the exported role (network) and its last top-1 accuracy.
+    """
     command = [sys.executable, "-m", "kdbench", "train", recipe, f"runs={runs}", "tensorboard=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -52,7 +56,7 @@ def main() -> int:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     lines = [
         f"scripts/recipes.py, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit.stdout.strip()}",
-        f"{len(recipes)} recipes, two at a time, one thread each, seed 1; seconds in training, last top-1 on test",
+        f"{len(recipes)} recipes, two at a time, one thread each, seed 1; training seconds, last top-1 on test",
         "",
     ]
     start = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Returns the processor's name from Linux, otherwise its architecture."""
+    """Returns the name of the processor on Linux, or its architecture on another system."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def version(package: str) -> str:
-    """Returns the version of an installed package, or `absent`."""
+    """Returns the version of a package, or "absent" if the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

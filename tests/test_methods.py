@@ -148,7 +148,11 @@ def notes_problems(recipe: Recipe) -> list[str]:
     for item in (*notes.differs, *notes.scaled_down):
         if not item.endswith(".") or re.search(r"\. [A-Z]", item):
             problems.append(f"not one sentence: {item}")
-    problems += [f"a source is no sentence: {item}" for item in notes.source if item.endswith(".")]
+    problems += [
+        f"a source of several sentences without a period at its end: {item}"
+        for item in notes.source
+        if re.search(r"\. [A-Z]", item) and not item.endswith(".")
+    ]
     return problems
 
 
@@ -164,6 +168,7 @@ def test_recipe_of_a_method_has_complete_notes(name):
         ("source: [README]", "differs: [Batches are small.]", "without a source"),
         ("source: [README]", "source: [README], differs: [batches]", "not one sentence"),
         ("source: [README]", "source: [README], scaled_down: [It is small. It is short.]", "not one sentence"),
+        ("source: [README]", "source: [Loss in README. Data in README]", "without a period"),
     ],
 )
 def test_incomplete_notes_are_reported(tmp_path, old, new, problem):
@@ -246,8 +251,8 @@ def test_show_prints_one_method_in_full(capsys):
     assert main(["show", "m058"]) == 0
     out = capsys.readouterr().out
     assert "PS-KD" in out and "https://arxiv.org/abs/2006.12000" in out and "Progressive Refinement" in out
-    assert "digits/ps_kd:\n  basis: code\n  source:\n    - authors' code: " in out
-    assert "  differs:\n    - Alpha starts at 0;" in out and "  scaled down:\n    - The training set has 300" in out
+    assert "digits/ps_kd:\n  basis: code\n  source:\n    - Authors' code: " in out
+    assert "  differs:\n    - The weight alpha" in out and "  scaled down:\n    - The training set has 300" in out
 
 
 def test_method_text_leaves_out_empty_fields(monkeypatch):

@@ -1,3 +1,4 @@
-"""Artifact builders (datasets, subsets, tensors and models for later stages) and selectors of rows.
+"""Artifact builders, which compute datasets, subsets, tensors and models for later stages, and selectors of rows.
 
-The builders compute an artifact; `kdbench.experiment.artifacts` stores it in the run folder and loads it again."""
+A builder computes an artifact. `kdbench.experiment.artifacts` stores artifacts in the run folder and loads them.
+"""

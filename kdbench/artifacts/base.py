@@ -1,4 +1,4 @@
-"""Base classes of artifact builders and selectors, and the inputs of a builder."""
+"""Base classes of artifact builders and of selectors, and the inputs of an artifact builder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ BatchIterator = Iterator[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class ArtifactContext:
-    """Metadata of a builder's inputs, available to the dry run before any data is loaded.
+    """Metadata of the inputs of an artifact builder. It is available to the dry run, before any data is loaded.
 
     Attributes:
         classes: class names of the evaluation source.
-        samples: number of samples in the builder's source; None if only the files contain it.
-        population: number of samples in the source's whole split; None if only the files contain it.
-        shapes: shape of each operand per sample, by operand name.
-        injected: num_classes, in_channels and image_size, for builders that construct models.
-        labelled_samples: number of samples of the source with a visible label; None if all have one or the number is
-            not known yet.
+        samples: number of samples in the builder's source; None if it is unknown until the files are read.
+        population: number of samples in the source's whole split; None if it is unknown until the files are read.
+        shapes: operand name -> shape of one sample.
+        injected: the constructor arguments num_classes, in_channels and image_size, for builders that construct
+            models.
+        labelled_samples: number of the source's samples that have a visible label; None if all samples have one, or
+            if the number is not known yet.
     """
 
     classes: tuple[str, ...] = ()
@@ -42,18 +43,18 @@ class ArtifactContext:
 
 @dataclass
 class SampleOutputs:
-    """Input of an artifact builder: the samples of one source and the roles' outputs on them.
+    """Input of an artifact builder: the samples of one source and the outputs of the roles on these samples.
 
     Attributes:
-        source: the source that the builder reads.
-        seed: seed of this builder in this stage.
+        source: the source (samples with their fields) that the builder reads.
+        seed: random seed for this builder in this stage.
         device: device of the roles' models and of the batches.
-        context: metadata of the source.
-        previous: content of the artifact of the same name from the previous round; None in the first round and outside
-            a loop.
-        modules: models of the roles by name, in eval mode.
-        operands: configurations of the operands in each batch, by operand name.
-        make_batches: iterates once over the source; the argument is the `epoch` of `batches`.
+        context: metadata of the builder's inputs.
+        previous: content of the artifact of the same name from the previous round of a loop over stages; None in the
+            first round and outside a loop.
+        modules: role -> model, in eval mode.
+        operands: operand name -> configuration. Each batch contains these operands.
+        make_batches: function of an epoch (see `batches`) that returns an iterator over the batches of the source.
     """
 
     source: Source
@@ -66,21 +67,21 @@ class SampleOutputs:
     make_batches: Callable[[int | None], BatchIterator] = lambda epoch: iter(())
 
     def batches(self, epoch: int | None = None) -> BatchIterator:
-        """Yields batches with the declared operands and the source's fields, computed without gradients.
+        """Yields batches with the operands and the fields of the source. No gradients are computed.
 
         Args:
-            epoch: None iterates over every sample once, in the order of the split, with evaluation views. A number
-                shuffles and augments as training does in that epoch.
+            epoch: None: every sample once, in the order of the split, with evaluation views. A number: shuffled and
+                augmented as in that epoch of training.
 
         Yields:
-            Operand or field name -> tensor (batch, ...). Fields are `image`, `label`, `index` and `labelled`, as far as
-            the source has them.
+            Operand or field name -> tensor (batch, ...). The fields are those of `image`, `label`, `index` and
+            `labelled` that the source has.
         """
         with torch.no_grad():
             yield from self.make_batches(epoch)
 
     def gather(self, *names: str, epoch: int | None = None) -> dict[str, Tensor]:
-        """Concatenates operands or fields over all samples, on the CPU.
+        """Concatenates operands or fields of all samples, on the CPU.
 
         Args:
             names: operands or fields to gather.
@@ -97,18 +98,18 @@ class SampleOutputs:
         return {name: torch.cat(values) for name, values in parts.items() if values}
 
     def operand_names(self, name: str) -> list[str]:
-        """Returns the operand names of a list in the recipe: `teacher`, `teacher_1`, ..."""
+        """Returns the names of the operands in the recipe's list for `name`: for example `teacher`, `teacher_1`, ..."""
         return [name, *(operand for operand in self.operands if operand.startswith(f"{name}_"))]
 
     def image_entries(self, index: Tensor, evaluation_images: Tensor) -> dict[str, Any]:
-        """Returns the entries `images`, `mean` and `std` of a dataset artifact.
+        """Returns the entries `images`, `mean` and `std` of a dataset artifact, for some samples of the source.
 
-        The images are the stored 8-bit ones if the source holds them in memory at the resolution of its view, otherwise
-        the normalised evaluation images with mean and std None.
+        The images are the source's 8-bit images if it keeps them in memory at the resolution of its view. Otherwise
+        they are the normalised evaluation images, and mean and std are None.
 
         Args:
-            index: int64 (samples,), positions in the split.
-            evaluation_images: (samples, ...), the same images in the evaluation view.
+            index: int64 (samples,), positions of the samples in the split.
+            evaluation_images: (samples, ...), the images of these samples in the evaluation view.
         """
         normalised = {"images": evaluation_images.contiguous(), "mean": None, "std": None}
         source = self.source
@@ -133,19 +134,20 @@ class ArtifactBuilder:
 
     `__call__` returns the content of the artifact, by kind:
 
-        dataset: {"images": (samples, ...) uint8 or float, "labels": int64 (samples,), "fields": {name: (samples, ...)},
-            "classes": names, "mean": per channel, "std": per channel}. Mean and std are None if the images are
-            normalised already. The declared fact `fields` lists the names of the fields.
+        dataset: {"images": (samples, ...) uint8 or float, "labels": int64 (samples,), "fields": {name: (samples,
+            ...)}, "classes": names, "mean": per channel, "std": per channel}. Mean and std are None if the images are
+            already normalised. The keyword `fields` of the decorator lists the names of the fields.
         subset: {"index": int64, sorted positions in the source's split}.
         tensor: {"value": Tensor}.
-        model: {"type": name, "params": {...}}, one of the candidates in the recipe. The declared fact `candidates`
-            names the parameter that contains them.
+        model: {"type": name, "params": {...}}, one of the candidates in the recipe. The keyword `candidates` of the
+            decorator names the parameter that contains the candidates.
 
     Any content may have the entry "summary", a mapping of plain values for the manifest.
 
-    Further declared facts:
+    Further keywords of the decorator:
 
-        selector: name of the parameter that contains a selector; its operands become operands of the builder.
+        selector: name of the parameter that contains a selector. The selector's operands become operands of the
+            builder.
         operand_list: name of an operand for which the recipe may give a list.
         labels: True if the builder reads the field `label`.
     """
@@ -158,7 +160,7 @@ class ArtifactBuilder:
         """Raises ValueError if the artifact cannot be computed from these inputs. The dry run calls it."""
 
     def output_shape(self, context: ArtifactContext) -> tuple[int, ...]:
-        """Returns the shape of a tensor artifact; a size that is not known yet counts as 1."""
+        """Returns the shape of a tensor artifact. A size that is not known yet is 1."""
         raise NotImplementedError
 
 
@@ -167,17 +169,18 @@ class Selector(nn.Module):
 
         @SELECTORS.register("k_center", operands=("student",))
 
-    `forward` also receives the declared operands, the fields of the batch that it names (such as `label`), and `seed`
-    if it names it. The output shape must not depend on values, because a selector can run inside a training step.
+    `forward` also receives the operands that the decorator declares, the fields of the batch that are among its
+    parameters (such as `label`), and `seed` if that is one of its parameters. The output shape must not depend on
+    values, because a selector can run inside a training step.
     """
 
     def forward(self, count: int, excluded: Tensor | None = None, **operands: Tensor) -> Tensor:
-        """Selects rows.
+        """Selects rows of a batch or of a source.
 
         Args:
             count: number of rows to select.
             excluded: bool (rows,), rows that must not be selected; None excludes none.
-            operands: declared operands and fields, (rows, ...) each.
+            operands: tensors of the declared operands and fields, (rows, ...) each.
 
         Returns:
             int64 (count,), row numbers in ascending order.
@@ -186,9 +189,9 @@ class Selector(nn.Module):
 
 
 def top_rows(scores: Tensor, count: int, excluded: Tensor | None) -> Tensor:
-    """Returns the rows with the highest scores, in ascending order of the row number.
+    """Returns the numbers of the rows with the highest scores, in ascending order.
 
-    Equal scores prefer the lower row number. Excluded rows rank last.
+    Of two rows with equal scores, the row with the lower number ranks first. Excluded rows rank last.
 
     Args:
         scores: (rows,).

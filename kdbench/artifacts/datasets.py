@@ -15,20 +15,26 @@ from kdbench.terms.base import check_parameters
 
 
 def artifact_class_names(context: ArtifactContext, classes: int) -> list[str]:
-    """Returns the evaluation source's class names if there are `classes` of them, otherwise numbers."""
+    """Returns the class names of a dataset artifact.
+
+    The names are those of the evaluation source if it has `classes` classes, and numbers otherwise.
+    """
     names = list(context.classes)
     return names if len(names) == classes else [str(number) for number in range(classes)]
 
 
 def check_logits_operand(context: ArtifactContext, name: str) -> None:
-    """Raises ValueError if an operand is not one vector of classes per sample."""
+    """Raises ValueError if an operand does not have one value per class for each sample."""
     shape = context.shapes.get(name)
     if shape is not None and len(shape) != 1:
-        raise ValueError(f"reads logits, one vector of classes per sample, but {name} is {list(shape)} per sample")
+        raise ValueError(f"reads logits, one value per class, but operand {name} has shape {list(shape)} per sample")
 
 
 def rows_by_confidence(keep: Tensor, confidence: Tensor, label: Tensor, classes: int) -> list[Tensor]:
-    """Returns the kept rows of each class, int64, in descending order of confidence (stable)."""
+    """Returns one int64 tensor per class: the numbers of its kept rows, in descending order of confidence.
+
+    The sort is stable.
+    """
     order = torch.where(keep, confidence, -1.0).sort(descending=True, stable=True).indices
     order = order[keep[order]]
     return [order[label[order] == number] for number in range(classes)]
@@ -41,19 +47,20 @@ class PseudoLabels(ArtifactBuilder):
     """Samples with confident pseudo-labels from one or several teachers.
 
     label = argmax p, confidence = max p, where p is the mean softmax of the teachers. A sample is kept if its
-    confidence is at least `threshold` (Lee, Pseudo-Label, ICML workshop 2013; the threshold follows FixMatch,
-    arXiv:2001.07685). The field `soft` contains p.
+    confidence is at least `threshold`. Pseudo-labels: Lee, Pseudo-Label, ICML workshop 2013. Threshold: FixMatch,
+    arXiv:2001.07685. The field `soft` contains p.
 
     Operands:
         teacher: logits (samples, classes), or a list of such operands.
 
     Args:
         threshold: minimum confidence, in [0, 1].
-        agreement: also require that the argmax of every teacher is the label; needs several teachers.
-        keep_labels: samples with a visible label are always kept, with this label and a one-hot `soft`.
-        per_class: number of pseudo-labelled samples of every class, in descending order of confidence. A class with
-            fewer samples repeats them in the same order; a class without samples stays empty. This is the balancing of
-            Noisy Student (Xie et al., CVPR 2020, arXiv:1911.04252). Null keeps each sample once.
+        agreement: whether a sample is kept only if the argmax of every teacher is its pseudo-label; needs several
+            teachers.
+        keep_labels: whether samples with a visible label are always kept, with their label and a one-hot `soft`.
+        per_class: number of pseudo-labelled samples per class, in descending order of confidence. The samples of a
+            smaller class are repeated in that order; a class without samples stays empty. This is the balancing of
+            Noisy Student (Xie et al., CVPR 2020, arXiv:1911.04252). Null: each sample once.
 
     Example (recipe):
         artifacts: {pseudo: {type: pseudo_labels, teacher: teacher, threshold: 0.9}}
@@ -96,7 +103,10 @@ class PseudoLabels(ArtifactBuilder):
             soft = torch.where(has_label[:, None], one_hot, soft)
             keep |= has_label
         if not keep.any():
-            raise ConfigError(f"pseudo_labels: none of {len(keep)} samples passes the threshold {self.threshold}")
+            raise ConfigError(
+                f"pseudo_labels: none of {len(keep)} samples has a confidence of at least the threshold "
+                f"{self.threshold}"
+            )
         rows = keep.nonzero().flatten()
         summary = {"kept": len(rows), "candidates": len(keep), "threshold": self.threshold}
         if self.per_class is not None:
@@ -114,7 +124,7 @@ class PseudoLabels(ArtifactBuilder):
         }
 
     def _balance_classes(self, class_rows: list[Tensor]) -> Tensor:
-        """Returns `per_class` rows of every class that has any; repeats the rows of a class with fewer."""
+        """Returns `per_class` row numbers for every class that has rows. Rows of a smaller class are repeated."""
         assert self.per_class is not None
         parts = [rows.repeat(-(-self.per_class // len(rows)))[: self.per_class] for rows in class_rows if len(rows)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
@@ -122,25 +132,27 @@ class PseudoLabels(ArtifactBuilder):
 
 @ARTIFACTS.register("soft_labels", produces="dataset", operands=("teacher",), fields=("soft",), labels=True)
 class SoftLabels(ArtifactBuilder):
-    """Augmented crops stored with the teacher's probabilities, so that later stages need no teacher (FKD, FerKD).
+    """Augmented crops with stored probabilities of the teacher, for stages without a teacher (FKD, FerKD).
 
     FKD: Shen and Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022, arXiv:2112.01528.
     The images are stored as the network saw them. The field `soft` contains softmax(teacher / temperature).
 
-    FerKD (Shen, ICCV 2023, arXiv:2312.17473) calibrates by the teacher's confidence p = max softmax(teacher):
+    FerKD (Shen, ICCV 2023, arXiv:2312.17473) calibrates the soft labels by the teacher's confidence p = max
+    softmax(teacher):
 
         p < low            the crop is dropped, because it shows too little of its class
         low <= p < high    hard crop: soft = (1 - smoothing) * one-hot label + smoothing / classes
         p >= high          soft = softmax(teacher / temperature)
 
-    A hard crop of a sample without a label is dropped. The released code contains only processed soft labels, so this
-    follows the paper's text. SelfMix is an augmentation and not included.
+    A hard crop of a sample without a label is dropped. This class follows the paper's text, because the released code
+    contains only processed soft labels. SelfMix, an augmentation of FerKD, is not included.
 
     Operands:
         teacher: logits (samples, classes).
 
     Args:
-        crops: crops per image, augmented as in the training epochs 0, 1, ...; 0 stores one evaluation view.
+        crops: number of crops per image, augmented as in the training epochs 0, 1, ...; 0: one evaluation view per
+            image.
         low: confidence below which a crop is dropped.
         high: confidence from which the teacher's soft label is stored; at least `low`.
         smoothing: label smoothing of hard crops, in [0, 1].
@@ -187,7 +199,10 @@ class SoftLabels(ArtifactBuilder):
                 parts[name].append(value[keep])
         images, labels, soft = (torch.cat(parts[name]) for name in ("images", "labels", "soft"))
         if not len(images):
-            raise ConfigError(f"soft_labels: every crop is dropped (low {self.low}, high {self.high})")
+            raise ConfigError(
+                f"soft_labels: every crop is dropped, because its confidence is below low ({self.low}), or because it "
+                "is a hard crop of a sample without a label"
+            )
         return {
             "images": images,
             "labels": torch.where(labels >= 0, labels, soft.argmax(-1)),
@@ -199,15 +214,16 @@ class SoftLabels(ArtifactBuilder):
         }
 
     def calibrate(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the soft labels of FerKD.
+        """Computes the soft labels of FerKD from the teacher's logits.
 
         Args:
             logits: teacher logits (samples, classes).
-            label: int64 (samples,); negative without a label.
+            label: int64 (samples,); negative for a sample without a label.
 
         Returns:
-            Soft labels (samples, classes); bool (samples,), samples to store; bool (samples,), hard samples, whose soft
-            label is the smoothed true label.
+            Three tensors: the soft labels (samples, classes); a boolean mask (samples,) of the samples to store; and
+                a
+            boolean mask (samples,) of the hard samples, whose soft label is the smoothed true label.
         """
         confidence = logits.float().softmax(-1).amax(-1)
         soft = (logits.float() / self.temperature).softmax(-1)
@@ -223,8 +239,8 @@ class SoftLabels(ArtifactBuilder):
 class GeneratedImages(ArtifactBuilder):
     """Generated images with the teacher's pseudo-labels.
 
-    label = argmax p with p = softmax(teacher); the field `soft` contains p. The source is the generator's input: a
-    noise source, whose dataset sets the number of samples, or images, one output per image.
+    label = argmax p with p = softmax(teacher). The field `soft` contains p. One image is generated per sample of the
+    source, which is the generator's input (noise or images).
 
     Operands:
         image: images to store, such as generator:image.
@@ -251,7 +267,9 @@ class GeneratedImages(ArtifactBuilder):
         confidence, label = soft.max(-1)
         keep = confidence >= self.threshold
         if not keep.any():
-            raise ConfigError(f"generate: none of {len(keep)} images passes the threshold {self.threshold}")
+            raise ConfigError(
+                f"generate: none of {len(keep)} images has a confidence of at least the threshold {self.threshold}"
+            )
         counts = torch.bincount(label[keep], minlength=soft.shape[-1])
         if self.balanced:
             per_class = int(counts[counts > 0].min())

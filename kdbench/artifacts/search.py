@@ -19,7 +19,7 @@ SimilarityScore = Literal["diswot", "semantic", "relation"]
 
 @ARTIFACTS.register("search", produces="model", operands=("teacher",), candidates="candidates")
 class StudentSearch(ArtifactBuilder):
-    r"""Training-free search for the student architecture that is most similar to the teacher on one batch (DisWOT).
+    r"""Training-free search for the student architecture most similar to the teacher on one batch (DisWOT).
 
     Dong, Li and Wei, DisWOT: Student Architecture Search for Distillation WithOut Training, CVPR 2023,
     arXiv:2303.15678; formulas of the authors' code (README.md, exps/parse_nb201_distill.py and distiller_zoo of
@@ -30,16 +30,17 @@ class StudentSearch(ArtifactBuilder):
         semantic: -(1 / (classes * channels)) sum_c || n(g_T g_T') - n(g_S g_S') ||^2, similarity of the channels
         diswot: relation + semantic
 
-    where n divides each row by its length and || || is the Frobenius norm. `semantic` and `diswot` need the same number
-    of channels in the teacher and the candidates; `relation` does not.
+    where n divides each row by its length and || || is the Frobenius norm. `semantic` and `diswot` need the same
+    number of channels in the teacher and the candidates; `relation` does not.
 
-    Differences from the code: networks keep their own initialisation (there: standard normal) and are in eval mode.
-    There the teacher is untrained too: give the role no `weights`. A trained teacher also works. The file
+    Differences from the authors' code: networks keep their own initialisation (in the code: standard normal) and are
+    in eval mode. The teacher of the code is untrained; a teacher role without `weights` is the same. The file
     predictor/pruners/measures/diswot.py of the code contains a different formula.
 
-    By default all candidates are scored. `evaluations: N` scores at most N of them by evolution: `population` random
-    candidates; then repeatedly a parent from the better half is mutated in one parameter (if no unscored candidate
-    differs in one, any candidate is drawn) and the worst candidate is removed.
+    By default all candidates are scored. `evaluations: N` scores at most N candidates by evolution. The first
+    population is random. Then, repeatedly, a parent from the better half of the population is mutated in one
+    parameter (or, if no unscored candidate differs in one parameter, an unscored candidate is drawn), and the worst
+    candidate is removed.
 
     Operands:
         teacher: feature of the teacher (batch, channels, ...), such as teacher:layer3.
@@ -47,13 +48,13 @@ class StudentSearch(ArtifactBuilder):
     Args:
         candidates: mapping of names to models.
         feature: module path of the feature in the candidates.
-        classifier: module path of the last linear layer, the same in the teacher and the candidates.
+        classifier: module path of the last linear layer, which must be equal in the teacher and the candidates.
         score: relation, semantic or diswot.
-        batch: number of samples, the first labelled ones of the source.
-        max_parameters: candidates with more parameters are not scored; null scores all.
-        evaluations: maximum number of scored candidates; null scores all.
+        batch: number of samples in the batch, which has the first labelled samples of the source.
+        max_parameters: maximum number of parameters of a scored candidate; null: no limit.
+        evaluations: maximum number of scored candidates; null: all are scored.
         population: population size of the evolution.
-        draws: number of initialisations over which a score is averaged.
+        draws: number of random initialisations over which a score is averaged.
 
     Example (recipe):
         artifacts:
@@ -136,7 +137,7 @@ class StudentSearch(ArtifactBuilder):
         return {"type": params.pop("type"), "params": params, "summary": summary}
 
     def _similarity(self, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]) -> float:
-        """Computes the score from the `similarity_matrices` of both networks; 0 is the maximum."""
+        """Computes the score from the `similarity_matrices` of teacher and candidate. The maximum is 0."""
         relation = -float((teacher[1] - student[1]).square().mean())
         if self.score == "relation":
             return relation
@@ -150,7 +151,7 @@ class StudentSearch(ArtifactBuilder):
         return semantic if self.score == "semantic" else semantic + relation
 
     def _evolve(self, names: list[str], score: Callable[[str], float], seed: int) -> dict[str, float]:
-        """Scores at most `evaluations` candidates by evolution; returns all computed scores by name."""
+        """Scores at most `evaluations` candidates by evolution and returns candidate name -> score."""
         generator = torch.Generator().manual_seed(seed)
 
         def pick(pool: list[str]) -> str:
@@ -182,7 +183,7 @@ def _count_differing_params(first: Mapping[str, Any], second: Mapping[str, Any])
 def similarity_matrices(
     model: nn.Module, path: str, classifier: str, images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Computes the Grad-CAM of each class and the similarity of the samples of a batch.
+    """Computes the two matrices of a network from which DisWOT's scores are computed.
 
     Args:
         model: a classifier in eval mode.
@@ -192,8 +193,8 @@ def similarity_matrices(
         labels: int64 (batch,).
 
     Returns:
-        Gradient of the mean cross-entropy with respect to the classifier's weight (classes, channels), and the Gram
-        matrix of the samples' features with rows of unit length (batch, batch); float64.
+        Gradient of the mean cross-entropy with respect to the classifier's weight (classes, channels), and Gram
+        matrix of the samples' features with rows normalised to unit length (batch, batch). The dtype is float64.
 
     Raises:
         ConfigError: a module path does not exist, or the classifier is not linear.
@@ -224,9 +225,10 @@ def similarity_matrices(
 
 
 def outer_product_distance(first: Tensor, second: Tensor) -> float:
-    """Computes sum_c || n(g_c g_c') - n(h_c h_c') ||^2 / (classes * channels), where n divides each row by its length.
+    """Computes sum_c || n(g_c g_c') - n(h_c h_c') ||^2 / (classes * channels), where n normalises matrix rows.
 
-    Row i of n(g g') is sign(g_i) g / |g|, so that no matrix over the channels is formed.
+    Each row is divided by its length. Row i of n(g g') is sign(g_i) g / |g|, so no (channels, channels) matrix is
+    computed.
 
     Args:
         first: g, (classes, channels).

@@ -1,4 +1,4 @@
-"""Selectors of rows: scores of single rows, and coverage of the whole source."""
+"""Selectors of rows: by a score of each row, or by coverage of the whole source."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CENTER_BLOCK = 1024
 
 @SELECTORS.register("random")
 class RandomSelector(Selector):
-    """Uniformly random rows, the baseline of all selectors.
+    """Uniformly random rows: the baseline of all selectors.
 
-    In a training step the rows depend on the random state of the step; over a source they are a function of the
-    recipe's seed, the stage and the artifact.
+    In a training step the rows depend on the random state of the step. In an artifact builder they depend only on the
+    recipe's seed and the names of the stage and the artifact.
 
     Example (recipe):
         artifacts: {labels: {type: choose, by: random, budget: 100}}
@@ -35,7 +35,7 @@ class RandomSelector(Selector):
 
 @SELECTORS.register("entropy", operands=("student",))
 class EntropySelector(Selector):
-    """Rows with the highest entropy of the student's softmax, the least certain ones.
+    """Rows with the highest entropy of the student's softmax, that is, the least certain rows.
 
     Operands:
         student: logits (rows, classes).
@@ -70,13 +70,13 @@ class MarginSelector(Selector):
 
 @SELECTORS.register("confidence", operands=("student",))
 class ConfidenceSelector(Selector):
-    """Rows with the highest maximum probability, the most certain ones.
+    """Rows with the highest maximum probability, that is, the most certain rows.
 
     Operands:
         student: logits (rows, classes) of any role.
 
     Args:
-        least: select the rows with the lowest maximum probability instead.
+        least: whether to select the rows with the lowest maximum probability instead.
 
     Example (recipe):
         artifacts: {labels: {type: choose, by: {type: confidence, student: student}, budget: 100}}
@@ -98,7 +98,7 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _unlabelled_last(scores: Tensor, label: Tensor) -> Tensor:
-    """Ranks rows without a label after all labelled ones, but before excluded rows."""
+    """Lowers the score of rows without a label, so that they rank after labelled rows and before excluded rows."""
     return torch.where(label < 0, torch.finfo(scores.dtype).min, scores)
 
 
@@ -109,7 +109,7 @@ class LowLossSelector(Selector):
     Han et al., Co-teaching, NeurIPS 2018, arXiv:1804.06872. Rows without a label rank last.
 
     Operands:
-        student: logits (rows, classes) of the peer that selects.
+        student: logits (rows, classes) of the network that selects.
 
     Example (recipe):
         updates: [{models: [student], terms: [ce], select: {type: low_loss, keep: 0.8, student: student}}]
@@ -123,11 +123,11 @@ class LowLossSelector(Selector):
 
 @SELECTORS.register("learnability", operands=("student", "reference"))
 class LearnabilitySelector(Selector):
-    """Rows with the largest CE(student) - CE(reference): learnable, because the reference predicts them better.
+    """Rows with the largest CE(student) - CE(reference): rows that only the reference predicts well.
 
     Udandarao et al., Active Data Curation Effectively Distills Large-Scale Multimodal Models (ACID), CVPR 2025,
-    arXiv:2411.18674, for labels instead of image-text pairs: here the score of a row depends on no other row, while the
-    paper's contrastive losses score a batch jointly. Rows without a label rank last.
+    arXiv:2411.18674, applied to labels instead of image-text pairs. The score of a row does not depend on other rows,
+    while the paper's contrastive losses score a batch jointly. Rows without a label rank last.
 
     Operands:
         student: logits (rows, classes).
@@ -135,9 +135,8 @@ class LearnabilitySelector(Selector):
 
     Example (recipe):
         updates:
-          - models: [student]
-            terms: [ce]
-            select: {type: learnability, keep: 0.25, student: student, reference: teacher}
+          - {models: [student], terms: [ce],
+             select: {type: learnability, keep: 0.25, student: student, reference: teacher}}
     """
 
     def forward(  # type: ignore[override]
@@ -149,22 +148,24 @@ class LearnabilitySelector(Selector):
 
 @SELECTORS.register("k_center", operands=("student",))
 class KCenterSelector(Selector):
-    r"""Greedy k-center: repeatedly the row with the largest distance to its nearest center.
+    r"""Greedy k-center: repeatedly selects the row with the largest distance to its nearest center.
 
     .. math:: x^* = \arg\max_x \min_{c \in C} d(x, c)
 
     where the centers C are the excluded and the already selected rows. Sener and Savarese, Active Learning for
-    Convolutional Neural Networks: A Core-Set Approach, ICLR 2018, arXiv:1708.00489. With `space: probabilities` it is
-    PCoreSet (arXiv:2506.00910), which measures the Euclidean distance of softmaxes, as its released code does
-    (strategies.py; its mean over two heads is a combined operand with `space: raw`).
+    Convolutional Neural Networks: A Core-Set Approach, ICLR 2018, arXiv:1708.00489. With `space: probabilities` this
+    selector is PCoreSet (arXiv:2506.00910), which uses the Euclidean distance between softmaxes, as strategies.py of
+    its released code does. That code averages the softmax over two heads; a recipe reaches the same with an operand
+    that averages the two softmaxes, and `space: raw`.
 
-    Without excluded rows the first center is the row farthest from the mean of all rows; the papers draw it at random.
+    Without excluded rows the first center is the row farthest from the mean of all rows. In the papers it is random.
 
     Operands:
         student: points (rows, ...).
 
     Args:
-        space: `raw` uses the operand, `probabilities` its softmax, `directions` the operand at unit length.
+        space: what is compared: the operand (`raw`), its softmax (`probabilities`), or the operand scaled to unit
+            length (`directions`).
 
     Example (recipe):
         artifacts: {labels: {type: choose, by: {type: k_center, space: probabilities, student: student}, budget: 100}}
@@ -202,7 +203,10 @@ class KCenterSelector(Selector):
 
 
 def _distances_to_centers(points: Tensor, is_center: Tensor) -> Tensor:
-    """Computes the distance of each point (rows, values) to the nearest center (rows,); infinite without a center."""
+    """Computes the distance of each point (rows, values) to its nearest center. Returns (rows,).
+
+    The distance is infinite if there are no centers.
+    """
     nearest = torch.full_like(points[:, 0], torch.inf)
     for block, center_block in zip(points.split(CENTER_BLOCK), is_center.split(CENTER_BLOCK), strict=True):
         # The matrix-multiplication form of cdist would lose precision between close points.

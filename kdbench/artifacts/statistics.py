@@ -1,4 +1,4 @@
-"""Builders of tensor artifacts (class statistics, stored outputs, Fisher information) and nearest-mean classifiers."""
+"""Artifact builders for tensors (class statistics, stored outputs, Fisher information) and nearest-mean models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKED_LOGIT = -1e4
 
 
 class _ClassFeatureStatistic(ArtifactBuilder):
-    """Base of statistics of each class's features, raised to a power (Tukey's transformation)."""
+    """Base class for statistics of the features of each class, after a power transformation (Tukey)."""
 
     min_samples = 1
     """Number of labelled samples that every class must have."""
@@ -34,7 +34,7 @@ class _ClassFeatureStatistic(ArtifactBuilder):
         _check_feature_vector(context)
 
     def features_by_class(self, outputs: SampleOutputs) -> tuple[list[Tensor], dict[str, Any]]:
-        """Computes max(features, 0) ** power of the samples of each class.
+        """Computes max(features, 0) ** power for the samples of each class.
 
         Returns:
             One float64 tensor (samples of the class, elements) per class, and the artifact's summary.
@@ -58,21 +58,22 @@ def _check_feature_vector(context: ArtifactContext) -> None:
     """Raises ValueError if the operand `features` is not one vector per sample."""
     shape = context.shapes.get("features", (1,))
     if len(shape) != 1:
-        raise ValueError(f"reads a feature vector per sample, but the operand is {list(shape)}")
+        raise ValueError(f"reads a feature vector per sample, but operand features has shape {list(shape)} per sample")
 
 
 @ARTIFACTS.register("feature_means", produces="tensor", operands=("features",), labels=True)
 class FeatureMeans(_ClassFeatureStatistic):
-    """Mean of the power-transformed features of each class, [classes, elements]; `means` of the term `scar`.
+    """Mean of the power-transformed features of each class, [classes, elements]; operand of the term `scar`.
 
     value_c = mean over class c of max(x, 0) ** power, as in the authors' code. Bonato, Cotogni and Sabetta, Is Retain
-    Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
+    Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922. The term `scar` reads the means as its
+    operand `means`.
 
     Operands:
         features: (samples, elements), after a ReLU.
 
     Args:
-        power: exponent, above 0; the same as in the term.
+        power: exponent, above 0, which must equal the term's `power`.
 
     Example (recipe):
         artifacts: {means: {type: feature_means, features: "teacher:pool"}}
@@ -88,22 +89,23 @@ class FeatureMeans(_ClassFeatureStatistic):
 
 @ARTIFACTS.register("feature_precision", produces="tensor", operands=("features",), labels=True)
 class FeaturePrecision(_ClassFeatureStatistic):
-    """Inverse of each class's shrunk, normalised covariance, [classes, elements, elements]; `precision` of `scar`.
+    """Inverse of the shrunk covariance of each class, [classes, elements, elements]; operand of the term `scar`.
 
     value_c = pinv(N(H(H(S_c)))), where
 
-        S_c: covariance of max(x, 0) ** power over class c
-        H(S) = S + shrink * mean(diagonal of S) * I + shrink * mean(non-zero off-diagonal of S) * (1 - I)
-        N(S)_ij = S_ij / sqrt(S_ii S_jj)
+        S_c      covariance of max(x, 0) ** power over class c
+        H(S)     S + shrink * mean(diagonal of S) * I + shrink * mean(non-zero off-diagonal of S) * (1 - I)
+        N(S)_ij  S_ij / sqrt(S_ii S_jj)
 
-    as in the authors' code, where shrink is 3 (the text has two factors, gamma1 and gamma2). Bonato, Cotogni and
-    Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922.
+    as in the authors' code, where shrink is 3 (the paper's text has two factors, gamma1 and gamma2). Bonato, Cotogni
+    and Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv:2404.12922. The term `scar` reads
+    the result as its operand `precision`.
 
     Operands:
         features: (samples, elements), after a ReLU; at least two samples of each class.
 
     Args:
-        power: exponent, above 0; the same as in the term.
+        power: exponent, above 0, which must equal the term's `power`.
         shrink: shrinkage factor, at least 0.
 
     Example (recipe):
@@ -144,17 +146,18 @@ class FeaturePrecision(_ClassFeatureStatistic):
 
 @ARTIFACTS.register("nearest_mean", produces="model", operands=("features",), candidates="candidates", labels=True)
 class NearestMeanBuilder(ArtifactBuilder):
-    """Nearest-mean classifier with the normalised class means of normalised features (iCaRL).
+    """Classifier by the nearest class mean, with normalised class means of normalised features (iCaRL).
 
-    On a source of exemplars it is the nearest-mean-of-exemplars classifier. Rebuffi et al., iCaRL, CVPR 2017,
-    arXiv:1611.07725, algorithm 1 and section 2.1. A later stage uses it as `model: {artifact: STAGE.NAME}` on the same
-    features. A class without samples has mean 0.
+    If the source contains exemplars (the stored samples of earlier classes), the result is iCaRL's
+    nearest-mean-of-exemplars classifier. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725, algorithm 1 and
+    section 2.1. A later stage uses the classifier as `model: {artifact: STAGE.NAME}` on the same features. A class
+    without samples has mean 0.
 
     Operands:
         features: (samples, values).
 
     Args:
-        candidates: {nearest: nearest_mean}, the model that receives the means.
+        candidates: the mapping {nearest: nearest_mean}. The model `nearest_mean` receives the class means.
 
     Example (recipe):
         artifacts: {nearest: {type: nearest_mean, features: "student:pool", candidates: {nearest: nearest_mean}}}
@@ -188,24 +191,25 @@ class NearestMeanBuilder(ArtifactBuilder):
 
 @ARTIFACTS.register("fisher", produces="tensor", operands=("weights",), labels=True)
 class FisherInformation(ArtifactBuilder):
-    r"""Diagonal of the Fisher information of a network's parameters, [parameters]; `fisher` of the term `ewc`.
+    r"""Diagonal of the Fisher information of a network's parameters, [parameters]; operand `fisher` of the term `ewc`.
 
     .. math:: F_i = \frac{1}{N} \sum_n \left( \frac{\partial \log p(y_n \mid x_n)}{\partial w_i} \right)^2
 
-    with one gradient per sample, the network in eval mode, and the parameters in the order of ROLE:/weights. In a loop
-    the value of the previous round is added: one penalty per task, all centered at the newest weights, as in online EWC
-    (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370, with factor 1).
+    with one gradient per sample, the network in eval mode, and the parameters in the order of ROLE:/weights. In a
+    loop over tasks the value of the previous round is added. The penalties of all tasks are then centered at the
+    newest weights, as in online EWC with factor 1 (Schwarz et al., Progress & Compress, ICML 2018, arXiv:1805.06370).
 
     Kirkpatrick, Pascanu, Rabinowitz et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017,
     arXiv:1612.00796.
 
     Operands:
-        weights: parameters of the network, student:/weights. The network reads the field `image` and returns logits.
+        weights: parameters of the network, such as student:/weights. The network maps the field `image` to logits.
 
     Args:
-        keep: class numbers of the softmax; null uses all classes.
-        labels: `drawn` samples y from the network's prediction, which gives the Fisher information. `own` uses the
-            labels of the samples (the empirical Fisher of most released code); samples without a label are skipped.
+        keep: numbers of the classes in the softmax; null: all classes.
+        labels: `drawn`: y is sampled from the network's prediction, which gives the Fisher information. `own`: y is
+            the label of the sample, which gives the empirical Fisher of most released code; samples without a label
+            are skipped.
 
     Example (recipe):
         artifacts: {fisher: {type: fisher, weights: "student:/weights"}}
@@ -237,7 +241,7 @@ class FisherInformation(ArtifactBuilder):
         return {"value": value, "summary": {"samples": samples, "mean": float(value.mean())}}
 
     def _sum_squared_gradients(self, model: nn.Module, outputs: SampleOutputs) -> tuple[dict[str, Tensor], int]:
-        """Sums the squared per-sample gradients in float64; returns them by parameter name, and the sample count."""
+        """Sums squared per-sample gradients in float64. Returns parameter name -> sum, and the number of samples."""
         parameters = {name: value.detach().double() for name, value in model.named_parameters()}
         buffers = {n: b.double() if b.is_floating_point() else b for n, b in model.named_buffers()}
         generator = torch.Generator().manual_seed(outputs.seed)
@@ -279,11 +283,11 @@ class FisherInformation(ArtifactBuilder):
 
 @ARTIFACTS.register("class_means", produces="tensor", operands=("features",), labels=True)
 class ClassMeans(ArtifactBuilder):
-    """Mean of an operand over the samples of each class, [classes, ...].
+    """Mean of an operand over the samples of each class, a tensor [classes, ...].
 
     KD++ uses the class means of the teacher as target directions of the student's features (Wang et al., Improving
-    Knowledge Distillation via Regularizing Feature Direction and Norm, ECCV 2024, arXiv:2305.17007). Samples without a
-    label are ignored; a class without samples has mean 0.
+    Knowledge Distillation via Regularizing Feature Direction and Norm, ECCV 2024, arXiv:2305.17007). Samples without
+    a label are ignored; a class without samples has mean 0.
 
     Operands:
         features: (samples, ...), such as a teacher's penultimate layer.
@@ -333,12 +337,14 @@ class ClassCounts(ArtifactBuilder):
 
 @ARTIFACTS.register("outputs", produces="tensor", operands=("value",))
 class StoredOutputs(ArtifactBuilder):
-    """An operand on every sample, [samples of the split, ...], indexed by the batch's field `index`.
+    """An operand's value for every sample of a split, [samples of the split, ...].
 
-    Rows of samples outside the source are 0.
+    A later stage looks up the rows of a batch by the batch's field `index`. Rows of samples that are not in the
+    source are 0.
 
     Operands:
-        value: (samples, ...), such as a teacher's logits; later stages then do not run the teacher.
+        value: (samples, ...), such as a teacher's logits. Later stages read the stored values instead of running the
+            teacher.
 
     Example (recipe):
         artifacts: {logits: {type: outputs, value: "teacher:logits"}}

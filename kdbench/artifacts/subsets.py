@@ -1,4 +1,4 @@
-"""Builders of subset artifacts: samples to label next (active learning), and replay memories."""
+"""Artifact builders for subsets: samples to label next (active learning), and replay memories."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kdbench.registry import ARTIFACTS, SELECTORS
 
 @ARTIFACTS.register("choose", produces="subset", selector="by", injected=("by",))
 class BudgetedSubset(ArtifactBuilder):
-    """Samples selected by a selector, round after round, up to a total budget.
+    """Samples that a selector selects in successive rounds, up to a total budget (active learning).
 
-    The subset contains the samples selected in earlier rounds, the samples with a visible label, and up to `count` new
-    ones while the budget lasts. A later `label_fraction: {artifact: STAGE.NAME, initial: N}` therefore labels at most
-    `budget` samples.
+    The subset contains the samples selected in earlier rounds, the samples with a visible label, and up to `count`
+    new samples as long as the budget is not used up. A later `label_fraction: {artifact: STAGE.NAME, initial: N}`
+    therefore labels at most `budget` samples.
 
     Args:
-        by: a part of `kdbench list selectors` with its operands, such as {type: entropy, student: student}.
+        by: selector with its operands, such as {type: entropy, student: student}. `kdbench list selectors` lists all.
         budget: maximum number of selected samples over all rounds.
-        count: number of new samples in this round; null uses the whole remaining budget.
+        count: number of new samples per round; null: the whole remaining budget.
 
     Example (recipe):
         artifacts: {labels: {type: choose, by: {type: entropy, student: student}, budget: 100, count: 20}}
@@ -75,7 +75,7 @@ class BudgetedSubset(ArtifactBuilder):
 
 
 def _check_memory(name: str, memory: int) -> int:
-    """Returns a valid memory size.
+    """Returns the given memory size if it is valid.
 
     Raises:
         ConfigError: the size is below 1.
@@ -90,11 +90,11 @@ class Reservoir(ArtifactBuilder):
     """Replay memory with a uniform random sample of the stream.
 
     Vitter, Random Sampling with a Reservoir, 1985; the memory of experience replay (Chaudhry et al. 2019,
-    arXiv:1902.10486). Each sample draws a key from [0, 1) in the stage in which it first occurs; the memory contains
-    the samples with the smallest keys. For samples that arrive in stages this has the distribution of Vitter's
-    algorithm R.
+    arXiv:1902.10486). Each sample draws a random key from [0, 1) in the stage in which it first occurs. The memory
+    contains the samples with the smallest keys. Its distribution is that of Vitter's algorithm R.
 
-    The content also contains `keys`, the keys of the stored samples, and `stream`, the positions of all samples so far.
+    The artifact also contains `keys`, the keys of the stored samples, and `stream`, the positions of all samples so
+    far.
 
     Args:
         memory: maximum number of stored samples over all rounds.
@@ -130,15 +130,15 @@ class Reservoir(ArtifactBuilder):
 
 @ARTIFACTS.register("exemplars", produces="subset", operands=("features",), labels=True)
 class Exemplars(ArtifactBuilder):
-    r"""Replay memory by herding: the mean feature of the samples is close to the class mean (iCaRL).
+    r"""Replay memory by herding: stores samples whose mean feature is close to the class mean (iCaRL).
 
     .. math:: p_k = \arg\min_x \| \mu - \tfrac{1}{k} (\phi(x) + \sum_{j<k} \phi(p_j)) \|
 
     with features phi of unit length and their class mean mu. Rebuffi et al., iCaRL, CVPR 2017, arXiv:1611.07725,
-    algorithms 4 and 5: each of the C classes seen so far gets floor(memory / C) exemplars; classes of earlier rounds
-    keep their first ones in herding order. New samples of an earlier class do not replace its exemplars.
+    algorithms 4 and 5. Each of the C classes seen so far gets floor(memory / C) exemplars. A class of an earlier
+    round keeps its first exemplars in herding order, and new samples of that class do not replace them.
 
-    The content also contains `label` and `rank` (position in the herding order) of each exemplar.
+    The artifact also contains `label` and `rank` (position in the herding order) of each exemplar.
 
     Operands:
         features: (samples, ...) of the network at the end of the stage.
@@ -162,7 +162,7 @@ class Exemplars(ArtifactBuilder):
         num_classes = len(old_classes) + len(new_classes)
         per_class = self.memory // max(num_classes, 1)
         if per_class == 0:
-            raise ConfigError(f"exemplars: a memory of {self.memory} is too small for {num_classes} classes")
+            raise ConfigError(f"exemplars: a memory of {self.memory} samples is too small for {num_classes} classes")
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         if previous:
             keep = previous["rank"] < per_class
@@ -180,7 +180,7 @@ class Exemplars(ArtifactBuilder):
 
 
 def herding_order(features: Tensor, count: int) -> Tensor:
-    """Orders rows greedily such that the mean of the first k rows is close to the mean of all rows, for every k.
+    """Orders rows greedily: for every k, the mean of the first k rows is close to the mean of all rows.
 
     Args:
         features: (rows, dimensions).

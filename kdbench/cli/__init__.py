@@ -1,3 +1,4 @@
-"""The commands: argument parsing, and the text that commands print.
+"""The commands of kdbench: argument parsing, and the text that each command prints.
 
-Commands call `config`, `experiment` and `report`. Nothing here computes a tensor."""
+Commands call the packages `config`, `experiment` and `report`. They compute no tensor themselves.
+"""

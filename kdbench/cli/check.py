@@ -1,4 +1,4 @@
-"""`kdbench check`: plans every stage of a recipe and prints diagrams, tables and estimates; nothing is trained."""
+"""`kdbench check`: plans every stage of a recipe without training, and prints diagrams, tables and estimates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from kdbench.cli.descriptions import (
     dataset_text,
     describe_stage,
     mode_text,
+    model_text,
     part_text,
     shape_text,
     source_options_text,
     value_text,
 )
 from kdbench.cli.diagram import draw_stage, stage_sequence
+from kdbench.cli.methods import BASES
 from kdbench.config.load import dump_recipe
 from kdbench.config.schema import PartConfig, Recipe, StageConfig
 from kdbench.registry import TERMS
@@ -31,15 +33,18 @@ if TYPE_CHECKING:
     from kdbench.engine.plan.plan import RolePlan, StagePlan
 
 PIPE_WIDTH = 160
-"""Columns of a table that goes to a pipe or a file, which has no width; 80 would fold the tables."""
+"""Width in characters of the tables that `kdbench check` writes into a pipe or a file.
+
+(rich's default of 80 would wrap the cells.)
+"""
 
 NUMBER_HEADINGS = ("samples", "classes", "batch size", "parameters", "trainable", "FLOPs")
-"""Columns that are aligned to the right."""
+"""Headings of the columns that contain numbers. These columns are aligned to the right."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table: its title, the headings of its columns, and the cells row by row."""
+    """A table that `kdbench check` prints: title, column headings, and rows of cells."""
 
     title: str
     headings: tuple[str, ...]
@@ -47,13 +52,13 @@ class Section:
 
 
 def check_recipe(recipe: Recipe, *, brief: bool = False) -> int:
-    """Plans every stage and prints the result; returns the exit code, 0.
+    """Plans every stage of a recipe and prints the result. Returns the exit code, 0.
 
     Args:
-        brief: print one line (`kdbench check --all`).
+        brief: whether to print only one line, as `kdbench check --all` does for each recipe.
 
     Raises:
-        ConfigError: any error of the recipe that training would raise before its first step.
+        ConfigError: the recipe has a mistake that would make training fail before or in its first step.
     """
     # Imported here because they import torch, which `kdbench --help` and errors in a recipe must not.
     from kdbench.engine.device import describe_device, resolve_device
@@ -73,12 +78,13 @@ def check_recipe(recipe: Recipe, *, brief: bool = False) -> int:
     for number, plan in enumerate(plans):
         twin = _equal_stage(plan, printed_stages)
         if twin is not None:
-            console.print(Text(f"stage {plan.stage.name}: as {twin}, in a later round\n"))
+            console.print(Text(f"stage {plan.stage.name}: equal to {twin}, in a later round of the loop\n"))
             continue
         _print_stage(console, plan, recipe.stages[number + 1 :], title=len(plans) > 1)
     if recipe.published:
         figure = recipe.published
-        console.print(Text(f"published: {figure.top1} % top-1 ({figure.source}; epoch: {figure.epoch})\n"))
+        details = f"epoch: {figure.epoch}; source: {figure.source}"
+        console.print(Text(f"published score: {figure.top1} % top-1 ({details})\n"))
     _print_recipe(console, recipe)
     return 0
 
@@ -89,7 +95,7 @@ def _print_header(console: Console, recipe: Recipe, device: str) -> None:
     lines = [("paper", recipe.paper), ("file", recipe.file), ("device", device)]
     lines += [("baseline", text) for text in recipe.baseline_removed]
     if recipe.notes is not None:
-        lines.append(("basis", recipe.notes.basis))
+        lines.append(("basis", BASES[recipe.notes.basis]))
         lines += [("source", text) for text in recipe.notes.source]
         lines += [("differs", text) for text in recipe.notes.differs]
         lines += [("scaled down", text) for text in recipe.notes.scaled_down]
@@ -102,7 +108,7 @@ def _print_header(console: Console, recipe: Recipe, device: str) -> None:
 
 
 def _print_sentence(console: Console, text: str, indent: int = 0) -> None:
-    """Prints one sentence: wrapped on a terminal, on one line otherwise."""
+    """Prints a sentence. On a terminal the sentence is wrapped to the width; in a pipe or a file it is one line."""
     if console.is_terminal:
         console.print(Padding(Text(text), (0, 0, 0, indent)))
     else:
@@ -110,7 +116,12 @@ def _print_sentence(console: Console, text: str, indent: int = 0) -> None:
 
 
 def _equal_stage(plan: StagePlan, printed_stages: dict[str, str]) -> str | None:
-    """Returns the name of an earlier stage that prints the same except for the number of the round; adds this stage."""
+    """Returns the name of an earlier stage whose printed text is equal except for the round number of a loop, or None.
+
+    Args:
+        plan: plan of the stage.
+        printed_stages: printed text -> name of the stage. If there is no equal stage, the text of this stage is added.
+    """
     rows = [line for section in stage_sections(plan) for row in section.rows for line in row]
     lines = [plan.stage.name, *describe_stage(plan), *draw_stage(plan), *rows]
     text = re.sub(r"@\d+", "@", "\n".join(lines))
@@ -136,7 +147,10 @@ def _print_stage(console: Console, plan: StagePlan, later: Sequence[StageConfig]
 
 
 def stage_sections(plan: StagePlan) -> list[Section]:
-    """Returns the tables of a stage: data, roles, terms, and the features that are read, if any is not an output."""
+    """Returns the tables of a stage: data, roles (networks), terms (losses) and features.
+
+    There is a table of features only if the stage reads an intermediate feature, not only outputs of models.
+    """
     sections = [_sources_section(plan), _roles_section(plan), _terms_section(plan)]
     if any(not feature.is_output for role in plan.roles.values() for feature in role.features):
         sections.append(_features_section(plan))
@@ -144,7 +158,7 @@ def stage_sections(plan: StagePlan) -> list[Section]:
 
 
 def _table(section: Section) -> Table:
-    """Lays out a table, without the columns that are empty."""
+    """Converts a section to a rich table. Columns without any text are left out."""
     table = Table(
         title=section.title,
         title_justify="left",
@@ -187,7 +201,7 @@ def _sources_section(plan: StagePlan) -> Section:
 def _roles_section(plan: StagePlan) -> Section:
     rows = []
     for name, role in plan.roles.items():
-        stop = f" (stops after {role.stop_module})" if role.stop_module else ""
+        stop = f" (forward stops after {role.stop_module})" if role.stop_module else ""
         rows.append(
             (
                 name,
@@ -209,7 +223,7 @@ def _terms_section(plan: StagePlan) -> Section:
     for name, config in plan.stage.terms.items():
         entry = TERMS.entry(config.type)
         space, target = str(entry.facts.get("space", "row")), "labels" if "label" in entry.inputs else "-"
-        params = part_text(PartConfig(type="", params=config.params)).strip("()")
+        params = part_text(PartConfig(type="", params=config.params))[1:-1]
         adapters = plan.adapters.get(name, ())
         for number, edge in enumerate(config.edges):
             common = (name, config.type, space, value_text(config.weight)) if number == 0 else ("",) * 4
@@ -224,7 +238,8 @@ def _features_section(plan: StagePlan) -> Section:
     rows = []
     for name, role in plan.roles.items():
         for feature, shape in role.features.items():
-            note = "copied: a later layer overwrites it in place" if feature in role.overwritten_features else ""
+            is_copied = feature in role.overwritten_features
+            note = "copied, because a later layer overwrites the feature in place" if is_copied else ""
             rows.append((name, str(feature), shape_text(shape), note))
     return Section("features", ("role", "path", "shape of one sample", "note"), tuple(rows))
 
@@ -238,8 +253,7 @@ def _weights_cell(role: RolePlan) -> str:
     if weights is None:
         return "random" if role.parameters else "none"
     if weights.recipe:
-        model = weights.model.type if isinstance(weights.model, PartConfig) else weights.model
-        return weights.recipe + (f" ({model})" if model else "")
+        return weights.recipe + (f" ({model_text(weights.model)})" if weights.model else "")
     return f"stage {weights.stage}" if weights.stage else str(weights.path)
 
 
@@ -251,8 +265,8 @@ def _count_cell(number: int) -> str:
 
 
 def _print_recipe(console: Console, recipe: Recipe) -> None:
-    """Prints the composed recipe as YAML."""
-    console.print(Text("recipe, with groups and overrides merged", style="bold"))
+    """Prints the recipe as YAML, after merging group files and overrides."""
+    console.print(Text("complete recipe, after merging group files and overrides", style="bold"))
     text = dump_recipe(recipe)
     if console.is_terminal:
         # The terminal's own colours: rich's default theme is unreadable on a light background.

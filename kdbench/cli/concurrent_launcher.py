@@ -1,4 +1,7 @@
-"""The launcher `hydra/launcher=concurrent`: trains the jobs of a sweep in one process, alternating step by step."""
+"""The Hydra launcher `concurrent`, which trains the jobs of a sweep in one process.
+
+The jobs alternate after each step.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,21 @@ if TYPE_CHECKING:
 NAME = "concurrent"
 
 PLUGIN_MODULE = "hydra_plugins.kdbench_concurrent"
-"""Hydra accepts plug-ins from the package `hydra_plugins` only.
+"""Name of the launcher's module. Hydra accepts plug-ins only from the package `hydra_plugins`.
 
-`register_launcher` creates this module at run time. If it were installed, every program that uses Hydra would load
-kdbench.
+`register_launcher` creates this module at run time. An installed module would make every program that uses Hydra
+import kdbench.
 """
 
 
 @dataclass
 class ConcurrentLauncherConfig:
-    """The settings `hydra.launcher.KEY=...`.
+    """Settings of the concurrent launcher, set by `hydra.launcher.KEY=...`.
 
-    size: largest number of runs that train at a time; None: no limit.
-    stack: train runs of one architecture as one network of grouped layers: auto (when it is faster), true or false.
+    Attributes:
+        size: maximum number of runs that train at the same time; None: no limit.
+        stack: whether equal networks of several runs are merged into one network with grouped layers. True, False, or
+            "auto": only if the merged network is faster.
     """
 
     _target_: str = f"{PLUGIN_MODULE}.ConcurrentLauncher"
@@ -52,19 +57,34 @@ class ConcurrentLauncherConfig:
 
 @dataclass
 class _Group:
-    """Jobs that train concurrently: their common settings, the identities of their runs, and their positions."""
+    """A group of jobs that train concurrently.
+
+    Attributes:
+        settings: settings that all jobs of the group have in common.
+        identities: hashes of the runs in the group.
+        positions: positions of the jobs in the sweep.
+    """
 
     settings: dict[str, Any]
     identities: set[str] = field(default_factory=set)
     positions: list[int] = field(default_factory=list)
 
     def accepts(self, settings: dict[str, Any], run: str, size: int | None) -> bool:
-        """True for a run with equal settings that is not in the group, while the group is not full."""
+        """Returns whether a run can be added to the group.
+
+        Args:
+            settings: settings of the run. They must equal those of the group.
+            run: identity (hash) of the run. It must not be in the group yet.
+            size: maximum number of runs in a group; None: no limit.
+        """
         return self.settings == settings and run not in self.identities and (size is None or len(self.positions) < size)
 
 
 class ConcurrentLauncher(Launcher):
-    """Trains jobs with equal device, precision and data concurrently, and the groups one after another."""
+    """Hydra launcher that groups jobs by device, precision and data.
+
+    The jobs of a group train concurrently; the groups train one after another.
+    """
 
     def __init__(self, size: Any = None, stack: Any = "auto") -> None:
         self.size, self.stack = size, stack
@@ -75,7 +95,7 @@ class ConcurrentLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Trains the jobs; returns their results in order.
+        """Trains all jobs and returns their results in the order of the jobs.
 
         Raises:
             ConfigError: a setting of the launcher is invalid.
@@ -106,9 +126,12 @@ class ConcurrentLauncher(Launcher):
         return Job(config, hydra_config)
 
     def _group_jobs(self, recipes: Sequence[Recipe]) -> list[list[int]]:
-        """Returns the positions of the jobs that train concurrently, group by group; prints why there are several."""
+        """Groups jobs and returns the positions of the jobs of each group.
+
+        Prints the reason if there is more than one group.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _notice("torchrun trains each run in several processes: the runs train one after another.")
+            _notice("torchrun trains each run in several processes, so the runs train one after another.")
             return [[position] for position in range(len(recipes))]
         groups: list[_Group] = []
         for position, recipe in enumerate(recipes):
@@ -125,16 +148,19 @@ class ConcurrentLauncher(Launcher):
 
 
 def _notice_new_group(position: int, settings: dict[str, Any], run: str, first_group: _Group) -> None:
-    """Prints why a job cannot train with the first group, unless the group is full."""
+    """Prints why a job cannot train with the first group.
+
+    Prints nothing if the only reason is the size of the group.
+    """
     differences = [name for name, value in settings.items() if first_group.settings[name] != value]
     if differences:
-        _notice(f"job {position} differs from the first in {' and '.join(differences)}: it trains afterwards.")
+        _notice(f"job {position} differs from the first job in {' and '.join(differences)}, so it trains afterwards.")
     elif run in first_group.identities:
-        _notice(f"job {position} is the same run as an earlier job: it waits for that result.")
+        _notice(f"job {position} is the same run as an earlier job, so it waits for the result of that job.")
 
 
 def register_launcher() -> None:
-    """Registers the launcher with Hydra in this process."""
+    """Registers the launcher `concurrent` with Hydra in this process."""
     plugins = Plugins.instance()  # scans the installed plug-ins, before the module below exists
     try:
         importlib.import_module("hydra_plugins")
@@ -149,7 +175,7 @@ def register_launcher() -> None:
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns the settings that concurrent runs must have in common, by the name that messages use."""
+    """Returns the settings that must be equal in all concurrent runs, as name -> value. Messages show the names."""
     data = [
         [(name, source.dataset, source.split, source.artifact) for name, source in stage.data.items()]
         for stage in recipe.stages
@@ -162,7 +188,7 @@ def _shared_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a label for each job: the overrides that not all jobs have."""
+    """Returns one label per job: the overrides of the job, except for overrides that all jobs have in common."""
     overrides_by_job = [[text.lstrip("+") for text in overrides] for overrides in jobs]
     common = set.intersection(*(set(overrides) for overrides in overrides_by_job)) if overrides_by_job else set()
     labels = [" ".join(text for text in overrides if text not in common) for overrides in overrides_by_job]
@@ -170,7 +196,13 @@ def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
-    """Trains one group of jobs concurrently, or a single job as `kdbench train` does."""
+    """Trains the jobs of one group concurrently. A group of one job trains as in `kdbench train`.
+
+    Args:
+        jobs: jobs of the group.
+        labels: one label per job, which is shown before its output.
+        stack: setting `stack` of the launcher.
+    """
     if len(jobs) == 1:
         jobs[0].run_training(lambda: train.train_recipe(jobs[0].loaded_recipe()))
         return
@@ -195,7 +227,10 @@ def _train_jobs(jobs: Sequence[Job], labels: Sequence[str], stack: Any) -> None:
 
 
 def _task(job: Job, label: str) -> Callable[[ConcurrentRun], None]:
-    """Returns the function that trains one job in its concurrent run; a failure leaves the other runs alone."""
+    """Returns a function that trains one job as one of several concurrent runs.
+
+    The function records a failure of the job and does not raise it, so the other jobs continue.
+    """
     from kdbench.experiment.run import run as run_experiment  # imports torch
 
     def train_job(concurrent_run: ConcurrentRun) -> Outcome:
@@ -206,7 +241,7 @@ def _task(job: Job, label: str) -> Callable[[ConcurrentRun], None]:
 
 
 def _job_return(job: Job) -> JobReturn:
-    """Returns the result of a job in the form that sweepers expect."""
+    """Returns the result of a job as Hydra's `JobReturn`, which sweepers read."""
     value = job.objective() if job.failure is None else job.failure
     status = JobStatus.COMPLETED if job.failure is None else JobStatus.FAILED
     return JobReturn(job.overrides, job.config, job.hydra_config, os.getcwd(), "kdbench", status, value)

@@ -1,4 +1,7 @@
-"""Describes a stage in sentences, for `kdbench check`: the facts that its diagram and its tables do not contain."""
+"""Describes a stage in sentences for `kdbench check`.
+
+The sentences contain the facts that are missing in the stage's diagram and tables.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def describe_stage(plan: StagePlan) -> list[str]:
-    """Returns one sentence for each fact of a stage that is neither in its diagram nor in its tables."""
+    """Returns sentences about a stage, with the facts that are missing in its diagram and in its tables."""
     # Imported here because it imports torch, which `kdbench --help` and `kdbench list` must not.
     from kdbench.speed.teacher_cache.frozen_forward import describe_frozen_roles
 
@@ -34,12 +37,14 @@ def describe_stage(plan: StagePlan) -> list[str]:
     active = active_roles(plan)
     lines = []
     if stage.validation is not None:
-        lines.append(f"validation: {stage.validation:g} of source train, held out; it selects the best epoch.")
+        fraction = f"{100 * stage.validation:g} % of source train"
+        lines.append(f"validation: {fraction}, held out of training; the best epoch is selected on it.")
     for name in active:
         lines += _describe_role(stage.roles[name], stage)
     idle = [name for name in plan.roles if name not in active]
     if idle:
-        lines.append(f"not run: {join_names(idle)} (nothing in this stage reads the output).")
+        owner = "its" if len(idle) == 1 else "their"
+        lines.append(f"not run: {join_names(idle)} (nothing in this stage reads {owner} output).")
     terms = [stage.terms[name] for name in plan.resolved_stage.terms]
     lines += [f"{term.name}: {describe_term(term)}." for term in terms if _needs_description(term)]
     for number, update in enumerate(plan.updates, 1):
@@ -48,7 +53,7 @@ def describe_stage(plan: StagePlan) -> list[str]:
 
 
 def _describe_role(role: RoleConfig, stage: StageConfig) -> Iterator[str]:
-    """Yields the facts of a role that the table of roles does not contain."""
+    """Yields sentences about a role (a network), with the facts that are missing in the table of roles."""
     if is_never_updated(role, stage):
         yield f"{role.name}: train mode (BatchNorm uses batch statistics), but no update changes its weights."
     if role.transforms:
@@ -58,7 +63,7 @@ def _describe_role(role: RoleConfig, stage: StageConfig) -> Iterator[str]:
 
 
 def _needs_description(term: TermConfig) -> bool:
-    """True for a term with parts whose operands or parameters the diagram and the tables do not contain."""
+    """Returns whether a term (one loss) needs a sentence, because the diagram and the tables omit some options."""
     operands = [operand for edge in term.edges for operand in (edge.student, edge.teacher) if operand is not None]
     combiners = [operand.combiner for operand in (*operands, *term.operands.values()) if operand.combiner is not None]
     has_details = any(combiner.operands or combiner.params for combiner in combiners)
@@ -66,7 +71,7 @@ def _needs_description(term: TermConfig) -> bool:
 
 
 def describe_term(config: TermConfig) -> str:
-    """Returns the type of a term, its operands, and its options (mask, router, sample weights, teacher gradient)."""
+    """Describes a term (one loss) as text: type, operands, and options such as mask, router and sample weights."""
     target = "labels" if "label" in TERMS.entry(config.type).inputs else ""
     pairs = [
         (operand_text(edge.student), target if edge.teacher is None else operand_text(edge.teacher))
@@ -83,12 +88,18 @@ def describe_term(config: TermConfig) -> str:
         options.append(f"edge weights: {_reader_text(config.route)}")
     if config.sample_weight is not None:
         options.append(f"sample weights: {_reader_text(config.sample_weight)}")
+    verb = "is computed on" if all(teacher == "" for _, teacher in pairs) else "compares"
     edges = "; ".join(_pair_text(students, teachers) for students, teachers in _group_pairs(pairs))
-    return "; ".join([f"{config.type} on {edges}", *options])
+    return "; ".join([f"{config.type} {verb} {edges}", *options])
 
 
 def _group_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[list[str], list[str]]]:
-    """Groups pairs of student and teacher: all teachers of one student, or all students of one teacher."""
+    """Groups pairs (student operand, teacher operand) of a term.
+
+    Returns:
+        Pairs (list of students, list of teachers). If all pairs have the same student or the same teacher, there is one
+        group; otherwise there is one group per student.
+    """
     students, teachers = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
     if len(students) == 1 or len(teachers) == 1:
         return [(students, teachers)]
@@ -97,22 +108,25 @@ def _group_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[list[str], list
 
 def _pair_text(students: list[str], teachers: list[str]) -> str:
     sides = [students] if teachers == [""] else [students, teachers]
-    return " and ".join(f"each of [{', '.join(side)}]" if len(side) > 1 else side[0] for side in sides)
+    return " with ".join(f"each of [{', '.join(side)}]" if len(side) > 1 else side[0] for side in sides)
 
 
 def operand_text(operand: OperandConfig) -> str:
-    """Returns `student logits`, `student:layer2` or `mean_logits(a logits, b logits)`."""
+    """Returns an operand as text, such as `student logits` or `the output of mean_logits (inputs: a:fc, b:fc)`."""
     if operand.combiner is None:
         return re.sub(r":logits$", " logits", str(operand))
     arguments = [operand_text(part) for part in operand.parts]
     arguments += [f"{key} {value_text(value)}" for key, value in operand.combiner.params.items()]
     if operand.combiner.operands:
         arguments.append(_operands_text(operand.combiner.operands))
-    return f"{operand.combiner.type}({', '.join(arguments)})"
+    return f"the output of {operand.combiner.type} (inputs: {', '.join(arguments)})"
 
 
 def _operands_text(operands: Mapping[str, OperandConfig]) -> str:
-    """Returns `reward = term:kd.loss, state = gate logits`; the default name `read` is omitted."""
+    """Returns named operands as text, such as `reward = term:kd.loss, state = gate logits`.
+
+    The default name `read` is omitted.
+    """
     return ", ".join(
         operand_text(operand) if name == "read" else f"{name} = {operand_text(operand)}"
         for name, operand in operands.items()
@@ -120,7 +134,7 @@ def _operands_text(operands: Mapping[str, OperandConfig]) -> str:
 
 
 def _reader_text(part: PartWithOperands) -> str:
-    """Returns `learnt(complement) of gate logits`: a router or a sample weight, and its operands."""
+    """Returns a router or a sample weight as text, such as `learnt(complement) of gate logits`."""
     if not part.operands:
         return part_text(part)
     if len(part.operands) == 1:
@@ -130,13 +144,16 @@ def _reader_text(part: PartWithOperands) -> str:
 
 
 def _describe_update(plan: StagePlan, update: UpdatePlan, number: int | None) -> Iterator[str]:
-    """Yields the optimizer of an update, its row selection and inner step, and the parameters without gradient."""
+    """Yields sentences about an update (optimizer step) of a stage.
+
+    The sentences describe the optimizer, the selection of rows, the inner step, and parameters without gradient.
+    """
     config = update.config
     label = "optimizer" if number is None else f"update {number} ({updated_models(update)})"
     parts = [_optimizer_text(config.optimizer or plan.stage.optimizer)]
     term_parameters = sum(plan.term_parameters[name] for name in config.terms)
     if term_parameters:
-        parts.append(f"also of {term_parameters:,} parameters of terms and adapters")
+        parts.append(f"it also trains {count_text(term_parameters, 'parameter')} of terms and adapters")
     if config.repeat > 1:
         parts.append(f"{config.repeat} updates per step")
     if config.select is not None and config.keep is not None:
@@ -155,17 +172,18 @@ def _describe_update(plan: StagePlan, update: UpdatePlan, number: int | None) ->
 def _inner_step_text(inner_step: InnerStepConfig) -> str:
     models, terms = join_names(inner_step.models), join_names(inner_step.terms)
     rate = f"that of the update of {models}" if inner_step.lr is None else value_text(inner_step.lr)
-    return f"loss after an inner step of {models} on {terms} (learning rate: {rate}), differentiated through that step"
+    step = f"an inner step of {models} on {terms} (learning rate: {rate})"
+    return f"the loss is computed after {step}, and the gradient flows through this inner step"
 
 
 def _describe_length(plan: StagePlan) -> Iterator[str]:
-    """Yields the length of training with its schedule, the EMA, and the estimated memory."""
+    """Yields sentences about the length of a stage, its learning rate, its moving average, and its estimated memory."""
     stage = plan.stage
     spec, source = plan.specs[plan.train_source], stage.data[plan.train_source]
     new_rows = source.batch_size // 2 if source.overlap else source.batch_size
     steps = f" of {count_text(-(-spec.samples // (new_rows * stage.accumulate)), 'step')}" if spec.samples else ""
     if not is_trained(stage):
-        yield "training: none."
+        yield "training: none (0 epochs or steps)."
     else:
         length = count_text(stage.epochs or 0, "epoch") + steps
         if stage.steps is not None:
@@ -186,7 +204,7 @@ def _evaluation_text(stage: StageConfig) -> str:
 
 
 def mode_text(role: RoleConfig) -> str:
-    """Returns the mode of a role: `trainable`, `ema of student (decay 0.98)`, `snapshot of a (every 2 epochs)`."""
+    """Returns the mode of a role (a network) as text, such as `trainable` or `ema of student (decay 0.98)`."""
     if role.source_role is None:
         return role.mode
     details = {"ema": f" (decay {role.decay})", "snapshot": f" ({_refresh_text(role)})", "reuse": ""}
@@ -202,14 +220,14 @@ def _refresh_text(role: RoleConfig) -> str:
 
 
 def dataset_text(config: SourceConfig, *, has_split: bool) -> str:
-    """Returns `digits train`, or the artifact that a source reads."""
+    """Returns the dataset and split of a source (such as `digits train`), or the artifact that it reads."""
     if config.artifact is not None:
         return config.artifact
     return f"{config.dataset.type} {config.split}" if has_split else config.dataset.type
 
 
 def source_options_text(config: SourceConfig) -> str:
-    """Returns the subset, the labels and the overlap of a source: `subset random(amount 0.2); labels of 50 samples`."""
+    """Returns a source's options as text, such as `subset random(amount 0.2); labels of 50 samples`."""
     options = []
     if config.subset is not None:
         steps = config.subset if isinstance(config.subset, tuple) else (config.subset,)
@@ -219,7 +237,7 @@ def source_options_text(config: SourceConfig) -> str:
     if config.relabel is not None:
         options.append(f"labels changed by {part_text(config.relabel)}")
     if config.overlap:
-        options.append("half of each batch is from the batch before")
+        options.append("half of each batch is repeated from the previous batch")
     return "; ".join(options)
 
 
@@ -236,13 +254,20 @@ def _optimizer_text(optimizer: OptimizerConfig) -> str:
 
 
 def part_text(part: PartConfig | PartWithOperands) -> str:
-    """Returns a part with its parameters: `top_k(k 2)`, `learnt(complement)`."""
+    """Returns a part (router, subset, ...) with its parameters as text, such as `top_k(k 2)`."""
     params = ", ".join(key if item is True else f"{key} {value_text(item)}" for key, item in part.params.items())
     return f"{part.type}({params})" if params else part.type
 
 
+def model_text(model: Any) -> str:
+    """Returns a model of a recipe, which is a name or a mapping with `type`, as text, such as `resnet(blocks 3)`."""
+    if isinstance(model, Mapping):
+        return part_text(PartConfig(type=model["type"], params={k: v for k, v in model.items() if k != "type"}))
+    return value_text(model)
+
+
 def value_text(value: Any) -> str:
-    """Returns a number, a part or a schedule as text."""
+    """Returns a value of a recipe (a number, a part or a schedule) as text."""
     if isinstance(value, PartConfig):
         return part_text(value)
     if isinstance(value, bool):
@@ -251,15 +276,15 @@ def value_text(value: Any) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Returns `3 x 32 x 32`."""
+    """Returns a shape as text, such as `3 x 32 x 32`."""
     return " x ".join(str(size) for size in shape)
 
 
 def count_text(number: int, noun: str) -> str:
-    """Returns `1 epoch`, `40 epochs`."""
+    """Returns a number with its noun, in the plural if necessary: `1 epoch`, `40 epochs`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Returns `a, b and c`."""
+    """Returns names as an enumeration: `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,4 +1,4 @@
-"""Draws a stage as text: inputs of roles, terms between roles, updates, artifacts, outputs for later stages."""
+"""Draws a stage of a recipe as a text diagram: inputs of networks, losses between them, updates, artifacts, outputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ INDENT = max(len(label) for label in LABELS) + 2
 
 
 def draw_stage(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
-    """Draws one stage; returns the lines.
+    """Returns the lines of a stage's diagram.
 
     Args:
-        later: the stages after this one; `outputs` lists what they read from it.
+        plan: plan of the stage.
+        later: stages after this stage. The section `outputs` lists the weights and artifacts that they read.
     """
     stage = plan.stage
     sections = (
@@ -38,7 +39,7 @@ def draw_stage(plan: StagePlan, later: Sequence[StageConfig] = ()) -> list[str]:
 
 
 def stage_sequence(stages: Sequence[StageConfig]) -> str:
-    """Returns the stages in order, with a loop written once: `prepare -> 4 x (train -> query)`."""
+    """Returns the names of all stages as text. A loop is written once: `prepare -> 4 x (train -> query)`."""
     parts: list[str] = []
     position = 0
     names = [stage.name for stage in stages]
@@ -62,7 +63,10 @@ def stage_sequence(stages: Sequence[StageConfig]) -> str:
 
 
 def active_roles(plan: StagePlan) -> list[str]:
-    """Returns the roles that run in a stage: evaluated roles, roles that operands read, and the roles before them."""
+    """Returns the names of the roles (networks) that run in a stage.
+
+    These are the evaluated roles, the roles whose features are operands, and all roles that provide their inputs.
+    """
     stage = plan.stage
     queue = [stage.export, *stage.evaluate]
     queue += [leaf.role for leaf in stage.read_operands(plan.resolved_stage.terms) if leaf.kind == "role"]
@@ -76,12 +80,12 @@ def active_roles(plan: StagePlan) -> list[str]:
 
 
 def is_trained(stage: StageConfig) -> bool:
-    """False for a stage of 0 epochs or steps, which only evaluates or builds artifacts."""
+    """Returns whether a stage trains. A stage of 0 epochs or 0 steps only evaluates networks or builds artifacts."""
     return stage.epochs != 0 and stage.steps != 0
 
 
 def is_never_updated(role: RoleConfig, stage: StageConfig) -> bool:
-    """True for a trainable role that none of the stage's updates names."""
+    """Returns whether a role (a network) is trainable, but no update of the stage trains it."""
     if role.mode != "trainable" or not stage.updates:
         return False
     updated = [stage.roles[name] for update in stage.updates for name in update.models]
@@ -90,7 +94,7 @@ def is_never_updated(role: RoleConfig, stage: StageConfig) -> bool:
 
 
 def weights_text(role: RoleConfig) -> str:
-    """Returns the origin of a role's weights (`from digits/teacher at epoch 3`), or "" for random initial weights."""
+    """Returns the origin of a network's weights, such as `from digits/teacher at epoch 3`, or "" for random weights."""
     weights = role.weights
     if weights is None:
         return ""
@@ -104,7 +108,7 @@ def weights_text(role: RoleConfig) -> str:
 
 
 def updated_models(update: UpdatePlan) -> str:
-    """Returns the models of an update with a parameter that its terms reach."""
+    """Returns the names of the models in an update that have at least one parameter with a gradient."""
     names = [
         name
         for name in update.config.models
@@ -114,7 +118,10 @@ def updated_models(update: UpdatePlan) -> str:
 
 
 def _input_lines(plan: StagePlan) -> Iterator[str]:
-    """Yields each field of a source that is read, and below it the tree of roles that read it."""
+    """Yields the lines of the diagram of inputs.
+
+    For each field of a source, such as `train.image`, there is a tree of the roles (networks) that read this field.
+    """
     stage = plan.stage
     children: dict[str, list[str]] = {}
     for name in active_roles(plan):
@@ -125,7 +132,7 @@ def _input_lines(plan: StagePlan) -> Iterator[str]:
 
 
 def _parent(address: str) -> str:
-    """Returns the role of `ROLE:PATH`; an address of a source stays as it is."""
+    """Returns `ROLE` for an input address `ROLE:PATH`. An address `SOURCE.FIELD` is returned unchanged."""
     return address.split(":", 1)[0]
 
 
@@ -181,7 +188,7 @@ def _teacher_label(edge: EdgeConfig, config: TermConfig) -> str:
 
 
 def _operand_label(operand: OperandConfig) -> str:
-    """Returns an operand's address without the default `:logits`."""
+    """Returns an operand as text, such as `student:layer2`. The default path `:logits` is omitted."""
     if operand.combiner is not None:
         return f"{operand.combiner.type}({', '.join(_operand_label(part) for part in operand.parts)})"
     return re.sub(r":logits$", "", str(operand))
@@ -217,7 +224,7 @@ def _artifact_lines(stage: StageConfig) -> Iterator[str]:
 
 
 def _output_lines(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[str]:
-    """Yields what later stages read from this one, with the stages that read it."""
+    """Yields one line per output (weights or artifact) of a stage, with the names of the later stages that read it."""
     readers: dict[tuple[str, str], list[str]] = {}
     for reader in later:
         for output, purpose in _dependencies(stage, reader):
@@ -228,7 +235,12 @@ def _output_lines(stage: StageConfig, later: Sequence[StageConfig]) -> Iterator[
 
 
 def _dependencies(stage: StageConfig, reader: StageConfig) -> Iterator[tuple[str, str]]:
-    """Yields the outputs of a stage that another stage reads, each with its purpose there."""
+    """Yields the outputs of `stage` that a later stage reads, as pairs (output, purpose).
+
+    Args:
+        stage: stage that has the outputs.
+        reader: later stage. The purpose is text such as `subset of source train in`.
+    """
     for role in reader.roles.values():
         if role.weights is not None and role.weights.stage == stage.name:
             origin = " and ".join(role.weights.role) or role.name
@@ -248,5 +260,5 @@ def _dependencies(stage: StageConfig, reader: StageConfig) -> Iterator[tuple[str
 
 
 def _artifact_stage(artifact: str) -> str:
-    """Returns the stage of `STAGE.NAME`."""
+    """Returns `STAGE` for an artifact `STAGE.NAME`."""
     return artifact.rsplit(".", 1)[0]

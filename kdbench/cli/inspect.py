@@ -1,4 +1,7 @@
-"""`kdbench inspect MODEL`: prints the module paths of a model with output shapes, for use in a recipe."""
+"""`kdbench inspect MODEL`: prints the paths of a model's modules and the shapes of their outputs.
+
+A recipe can name these paths as operands of losses, for example `student:layer2`.
+"""
 
 from __future__ import annotations
 
@@ -34,23 +37,24 @@ def inspect_model(
 ) -> int:
     """Prints a table of the model's modules: path, type, output shape of one sample, parameters, notes.
 
-    The table has one line per call: the second call of a module has the path `PATH@2`. The shapes come from a forward
-    of two images on the meta device in eval mode, or on the CPU for a model that cannot run on meta tensors.
+    The table has one line per call of a module. The second call of a module has the path `PATH@2`. The shapes come
+    from a forward pass of two images in eval mode, on the meta device or (for a model that cannot run on meta
+    tensors) on the CPU.
 
     Args:
-        model: a name of `kdbench list models`.
+        model: name of a model, as in `kdbench list models`.
         params: parameters of the model.
         num_classes: size of the classifier; None: the model's default.
-        image: channels, height and width; None: the shape that the model declares (a head may take a vector), otherwise
-            3, 224, 224.
-        depth: show only paths of at most this many parts.
-        file: output file; None: standard output. A terminal gets a coloured table, anything else plain columns.
+        image: channels, height and width; None: the input shape that the model declares (a vector for some heads),
+            otherwise 3, 224, 224.
+        depth: maximum number of components of the paths that are shown; None: no limit.
+        file: output file; None: standard output. The table is coloured on a terminal.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: an unknown model or parameter, or a model that cannot process the image.
+        ConfigError: the model or a parameter is unknown, or the model cannot process the image.
     """
     params = dict(params or {})
     entry = MODELS.check(model, params, "inspect")  # before torch is imported, so that a wrong name is reported at once
@@ -71,7 +75,7 @@ def inspect_model(
 def _trace_model(
     name: str, params: Mapping[str, Any], injected: Mapping[str, Any], image: tuple[int, ...]
 ) -> tuple[nn.Module, list[ModuleCall]]:
-    """Builds the model and records the calls of its modules in one forward."""
+    """Builds a model and records the calls of its modules in one forward pass. Returns the model and the calls."""
     import torch  # not at the top: a wrong name is reported without it
 
     from kdbench.engine.plan.trace import trace_modules
@@ -89,13 +93,16 @@ def _trace_model(
         return trace_on(torch.device("cpu"))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"inspect: model {name!r} does not take an image of {_shape_text(image)}: {error}. The tables of "
-            "`kdbench check RECIPE` show its input and its features in a recipe"
+            f"inspect: model {name!r} does not accept an image of {_shape_text(image)}: {error}. To see the "
+            "input and the features of this model in a recipe, use `kdbench check RECIPE`"
         ) from error
 
 
 def _module_rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[str, ...]]:
-    """Returns one row per call, in the order of `COLUMNS`; the parameters are on the first call's row."""
+    """Returns one row per module call, in the order of `COLUMNS`.
+
+    Only the row of the first call has the number of parameters.
+    """
     modules = dict(network.named_modules())
     call_counts = Counter(call.path for call in calls)
     rows = []
@@ -103,7 +110,7 @@ def _module_rows(network: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[
         path = call.path or "logits"
         notes = [f"called {call_counts[call.path]} times"] if call_counts[call.path] > 1 else []
         if call.output is not None and call.output.overwritten:
-            notes.append("overwritten in place later: features are copied")
+            notes.append("overwritten in place by a later layer, so a recipe reads a copy")
         parameters = sum(p.numel() for p in modules[call.path].parameters()) if call.call == 1 else 0
         rows.append(
             (

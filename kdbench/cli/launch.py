@@ -15,24 +15,24 @@ from typing import Any, NoReturn
 
 from kdbench.cli import train
 from kdbench.cli.arguments import split_recipe
-from kdbench.cli.jobs import JOBS_FOLDER, Job, JobFailed
+from kdbench.cli.jobs import JOBS_FOLDER, Job, JobFailed, read_records
 from kdbench.config.compose.hydra import job_composer, translate_hydra_errors
 from kdbench.config.compose.layers import CONFIG_NAME, ConfigLayers, read_layers
 from kdbench.config.compose.overrides import hydra_overrides, is_hydra_override, override_value, sweep_jobs
 from kdbench.config.load import validate
 from kdbench.config.paths import find_recipe
 from kdbench.errors import ConfigError
-from kdbench.files import read_json
 
 _PRINT_FLAGS = ("cfg", "info", "hydra_help", "shell_completion")
-"""Hydra's flags that print something instead of training."""
+"""Flags of Hydra with which `kdbench train` prints text and does not train."""
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Runs the jobs of a command line; returns the exit code.
+    """Runs all jobs (trainings) of a `kdbench train` command line and returns the exit code.
 
     Raises:
-        UserError: a mistake in the recipe or an override; in a multirun also in a later job, before any job starts.
+        UserError: the recipe or an override has a mistake. In a multirun, all jobs are checked before the first one
+            starts.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them and exiting with 1
     if any(is_hydra_override(text) for text in arguments if "=" in text):
@@ -77,7 +77,7 @@ def _parse_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
 
 
 def _check_jobs(layers: ConfigLayers, overrides: Sequence[str], is_sweep: bool) -> None:
-    """Composes and validates every job, so that a mistake in a late job is reported before the first one trains."""
+    """Composes and validates the recipe of every job. A mistake in a later job is thus reported before any training."""
     with job_composer(layers) as compose:
         if not is_sweep:
             validate(compose(overrides))
@@ -89,20 +89,23 @@ def _check_jobs(layers: ConfigLayers, overrides: Sequence[str], is_sweep: bool) 
 
 
 def _hydra_setting(overrides: Sequence[str], key: str) -> str | None:
-    """Returns the last value that the overrides give to a key of Hydra's node."""
+    """Returns the value of a key under `hydra` in the last override of this key, or None without such an override."""
     texts = [text for text in overrides if is_hydra_override(text) and text.lstrip("+").startswith(f"{key}=")]
     return str(override_value(texts[-1])) if texts else None
 
 
 class _SingleRun:
-    """The task of a run that is not a multirun. Keeps its error, because Hydra would add a line of its own to it."""
+    """Task function that Hydra calls for a single run.
+
+    An error is stored in `exception`, because Hydra would print an additional line for a raised error.
+    """
 
     def __init__(self, config_folder: Path) -> None:
         self.config_folder = config_folder
         self.exception: Exception | None = None
 
     def run(self, config: Any) -> float | None:
-        """Trains the job; Hydra calls this with the composed config."""
+        """Trains the job. Hydra calls this method with the composed config."""
         from hydra.core.hydra_config import HydraConfig  # keeps Hydra out of the start-up of other commands
 
         job = Job(config, HydraConfig.get())
@@ -131,9 +134,10 @@ def _run_single(layers: ConfigLayers, flags: argparse.Namespace, hydra_arguments
 def _run_multirun(
     layers: ConfigLayers, overrides: Sequence[str], flags: argparse.Namespace, hydra_arguments: Sequence[str]
 ) -> int:
-    """Runs all jobs of a sweep and prints a table of their results; returns the exit code.
+    """Runs all jobs of a sweep, prints a table with the results of the jobs, and returns the exit code.
 
-    The configs stay in the sweep's folder: joblib and submitit compose the jobs from them in other processes.
+    The config files stay in the sweep's folder, because worker processes (of joblib or submitit) compose their jobs
+    from these files.
     """
     digest = hashlib.sha256("\n".join([layers.digest(), *overrides]).encode()).hexdigest()[:8]
     sweep_dir = _hydra_setting(overrides, "hydra.sweep.dir")
@@ -148,11 +152,10 @@ def _run_multirun(
     try:
         _run_hydra(folder, flags, hydra_arguments, run_job)
     except JobFailed as failure:
-        print("kdbench: some jobs failed (errors above); the other jobs are complete.", file=sys.stderr)
+        print("kdbench: some jobs failed (see the errors above); all other jobs are complete.", file=sys.stderr)
         code = failure.code
-    paths = sorted((folder / JOBS_FOLDER).glob("*.json"), key=lambda path: int(path.stem))
-    records = [read_json(path) for path in paths]
-    if len(records) > 1 and any("folder" in record for record in records):
+    records = read_records(folder)
+    if len(records) > 1 and any(record.folder is not None for record in records):
         train.print_jobs(records)
     return code
 
@@ -160,7 +163,7 @@ def _run_multirun(
 def _run_hydra(
     folder: Path, flags: argparse.Namespace, hydra_arguments: Sequence[str], task: Callable[[Any], float | None]
 ) -> None:
-    """Runs a task through Hydra's own `main`, with the configs of a folder."""
+    """Runs a task function through `hydra.main`, which composes the config from the files in `folder`."""
     import hydra  # keeps Hydra out of the start-up of other commands
 
     words: list[str] = []
@@ -173,7 +176,7 @@ def _run_hydra(
 
 @contextmanager
 def _replace_argv(words: Sequence[str]) -> Iterator[None]:
-    """Sets `sys.argv`, the only place where Hydra's `main` reads its arguments."""
+    """Context manager: replaces `sys.argv`, from which `hydra.main` reads its arguments."""
     argv = sys.argv
     sys.argv = ["kdbench", *words]
     try:
@@ -183,10 +186,12 @@ def _replace_argv(words: Sequence[str]) -> Iterator[None]:
 
 
 def run_job(config: Any) -> float | None:
-    """Runs one job of a multirun, in this process or in a launcher's worker; Hydra calls it with the composed config.
+    """Runs one job of a multirun and returns its objective.
+
+    Hydra calls this function with the composed config, in this process or in a worker process.
 
     Raises:
-        JobFailed: after the job's error has been printed.
+        JobFailed: the job failed. The error of the job is already printed.
     """
     from hydra.core.hydra_config import HydraConfig  # keeps Hydra out of the start-up of other commands
 

@@ -1,7 +1,7 @@
-"""The console script `kdbench`: parses the command line, runs one command, and turns errors into exit codes.
+"""The console script `kdbench`, which parses the command line, runs one command, and converts errors to exit codes.
 
-Commands are imported when they run. `kdbench list` therefore starts without torch and Hydra, and a mistake in a
-recipe is reported without torch.
+The module of a command is imported when the command runs. `kdbench list` therefore starts without torch and Hydra,
+and a mistake in a recipe is reported without an import of torch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ commands:
   kdbench train RECIPE [key=value ...] [flags]   train a recipe: a shipped name (digits/kd) or the path of a YAML file
   kdbench check RECIPE [key=value ...]           check a recipe without training: diagram, shapes, sizes, memory
   kdbench list [KIND ...]                        list models, datasets, terms, recipes, methods, ...
-  kdbench show NAME                              print a part or a recipe: formula, paper, parameters, example
-  kdbench inspect MODEL                          print the module paths of a model with their output shapes
+  kdbench show NAME                              print a model, term, recipe, ...: formula, paper, parameters, example
+  kdbench inspect MODEL                          print the module paths of a model and the output shapes of the modules
   kdbench evaluate RUN                           evaluate the student and the teacher of a finished run again
   kdbench profile RECIPE [key=value ...]         measure a training step: time, operations, FLOPs, memory
   kdbench schema                                 print the JSON schema of a recipe, for editors
 
 options of every command:
   --help            print the help of the command
-  --plugin MODULE   add the parts that a Python module registers
-  --debug           print the traceback of a user error
+  --plugin MODULE   import a Python module that registers further models, terms, datasets, ...
+  --debug           print a traceback for user errors too
   --version         print the version
 
 examples:
@@ -44,27 +44,27 @@ examples:
   kdbench train digits/kd seed=2 terms.kd.temperature=2
   kdbench list terms schedules
 
-exit codes: 0 success, 1 bug in kdbench, 2 user error, 130 interrupted"""
+exit codes: 0 success, 1 bug in kdbench, 2 user error (such as a mistake in a recipe), 130 interrupted"""
 
 TRAIN_HELP = """usage: kdbench train RECIPE [key=value ...] [flags]
 
-Trains a recipe: a name of `kdbench list recipes`, or the path of a YAML file. When the command is repeated, an
-interrupted run continues from its last checkpoint, and a finished run prints its summary.
+Trains a recipe. RECIPE is a name that `kdbench list recipes` prints, or the path of a YAML file. If the same command
+is repeated, an interrupted run continues from its last checkpoint, and a finished run only prints its summary.
 
-overrides, one for each key of the recipe:
+overrides of keys of the recipe:
   seed=2 terms.kd.temperature=2   set keys
   ~terms.kd  or  terms.kd=null    remove a key
-  pair=resnet56_resnet20          select a file of a group (protocol, pair)
+  pair=resnet56_resnet20          select a file of a config group (`kdbench list pair protocol`)
   out=DIR                         folder of the run
   fresh=true                      train again from the start
 
-flags, which are Hydra's, in any order with the overrides:
+flags of Hydra, which may be mixed with the overrides:
   -m, --multirun                  train every combination of values: -m seed=1,2,3 pair=resnet56_resnet20,vgg13_vgg8
-  -c, --cfg {job,hydra,all}       print the composed recipe instead of training; --resolve replaces its references
-  -p, --package PACKAGE           print only one key of the composed recipe
-  -i, --info [TOPIC]              print how the recipe was composed
+  -c, --cfg {job,hydra,all}       print the composed recipe instead of training; --resolve also evaluates ${...}
+  -p, --package PACKAGE           with --cfg: print only one key of the composed recipe
+  -i, --info [TOPIC]              print from which files and overrides the recipe is composed
   --hydra-help                    print Hydra's help
-  hydra/launcher=concurrent ...   launchers, sweepers and other settings of Hydra
+  hydra/launcher=concurrent ...   set Hydra's launcher, sweeper and other settings
 
 examples:
   kdbench train digits/kd
@@ -101,10 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split_global_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Removes `--debug` and `--plugin MODULE`, at any position; returns the other arguments and the modules.
+    """Removes the flags `--debug` and `--plugin MODULE` from the command line. The flags may be at any position.
+
+    Returns:
+        List of the remaining arguments, and list of plug-in modules.
 
     Raises:
-        ConfigError: `--plugin` without a module.
+        ConfigError: `--plugin` is not followed by a module.
     """
     remaining: list[str] = []
     plugins: list[str] = []
@@ -137,7 +140,7 @@ def _run_command(arguments: list[str], plugins: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """The parser of one command. An error is a `ConfigError` of one paragraph."""
+    """Argument parser of one command. For a wrong argument it raises a `ConfigError` instead of exiting."""
 
     def __init__(self, command: str, description: str, *examples: str) -> None:
         epilog = "\n".join(["examples:", *(f"  kdbench {command} {example}" for example in examples)])
@@ -149,8 +152,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.command}: {message}. See `{self.prog} --help`.")
 
     def add_recipe_arguments(self) -> None:
-        """Adds the recipe and its overrides, which may come in any order."""
-        self.add_argument("recipe", nargs="?", help="a name of `kdbench list recipes`, or the path of a YAML file")
+        """Adds arguments for a recipe and its overrides to the parser. Users may write them in any order."""
+        recipe_help = "a name that `kdbench list recipes` prints, or the path of a YAML file"
+        self.add_argument("recipe", nargs="?", help=recipe_help)
         self.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to override")
 
 
@@ -164,10 +168,10 @@ def _train_command(arguments: list[str]) -> int:
 
 
 def _check_command(arguments: list[str]) -> int:
-    description = "Checks a recipe without training; prints the diagram, tables and estimates of every stage."
+    description = "Checks a recipe without training. Prints a diagram, tables and estimates for every stage."
     parser = _Parser("check", description, "digits/kd terms.kd.temperature=2", "--all data_root=DIR")
     parser.add_recipe_arguments()
-    parser.add_argument("--all", action="store_true", help="check every shipped recipe; print one line for each")
+    parser.add_argument("--all", action="store_true", help="check all shipped recipes, and print one line per recipe")
     options = parser.parse_intermixed_args(arguments)
     words = [word for word in (options.recipe, *options.overrides) if word]
     from kdbench.cli.check import check_recipe
@@ -177,7 +181,7 @@ def _check_command(arguments: list[str]) -> int:
         recipe, overrides = split_recipe(words)
         return check_recipe(load_recipe(recipe, overrides))
     if any("=" not in word and not word.startswith("~") for word in words):
-        raise ConfigError("check: --all takes no recipe, only overrides such as `data_root=DIR`.")
+        raise ConfigError("check: --all accepts no recipe, only overrides such as `data_root=DIR`.")
     return _check_all(recipe_names(), words)
 
 
@@ -199,12 +203,12 @@ def _check_all(names: Sequence[str], overrides: Sequence[str]) -> int:
 def _list_command(arguments: list[str]) -> int:
     from kdbench.cli.show import KINDS, list_kinds, parts_page
 
-    description = "Lists names with a summary, one line each."
+    description = "Lists models, datasets, terms, recipes, ...: one line per name, with a summary."
     parser = _Parser("list", description, "terms schedules", "methods --status 'not yet'")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"default: all of {', '.join(KINDS)}")
-    parser.add_argument("--status", help="with `methods`: only rows with this status: runs, 'runs as', ...")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"kinds to list, of {', '.join(KINDS)} (default: all)")
+    parser.add_argument("--status", help="with KIND `methods`: list only methods of this status (runs, 'runs as', ...)")
     parser.add_argument(
-        "--markdown", action="store_true", help="print the page docs/parts.md, with `methods` docs/methods.md"
+        "--markdown", action="store_true", help="print the page docs/parts.md, or docs/methods.md with KIND `methods`"
     )
     options = parser.parse_intermixed_args(arguments)
     kinds = [kind for word in options.kinds for kind in word.split(",") if kind]
@@ -214,7 +218,7 @@ def _list_command(arguments: list[str]) -> int:
         print(parts_page(), end="")
         return EXIT_OK
     if kinds != ["methods"]:
-        raise ConfigError("list: --status needs the kind `methods`; --markdown needs that kind, or none.")
+        raise ConfigError("list: --status needs the kind `methods`. --markdown needs the kind `methods` or no kind.")
     return _list_methods(options.status or "", options.markdown)
 
 
@@ -234,20 +238,20 @@ def _list_methods(status: str, markdown: bool) -> int:
 def _show_command(arguments: list[str]) -> int:
     from kdbench.cli.show import show
 
-    description = "Prints a registered part, a recipe, a group file or a method in full."
+    description = "Prints the full description of a model, dataset, term, ..., or a recipe, a group file or a method."
     parser = _Parser("show", description, "kd", "schedules/linear", "digits/kd")
-    parser.add_argument("name", help="a name of `kdbench list`; KIND/NAME when several kinds have it")
+    parser.add_argument("name", help="a name that `kdbench list` prints; KIND/NAME if several kinds have this name")
     return show(parser.parse_args(arguments).name)
 
 
 def _inspect_command(arguments: list[str]) -> int:
-    description = "Prints the module paths of a model with types, output shapes and parameters, for use in a recipe."
+    description = "Prints the paths of a model's modules for a recipe, with types, output shapes and parameters."
     parser = _Parser("inspect", description, "resnet20 --depth 1", "digits_mlp --param hidden=64")
-    parser.add_argument("model", help="a name of `kdbench list models`")
+    parser.add_argument("model", help="a name that `kdbench list models` prints")
     parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the model")
     parser.add_argument("--image", type=_parse_image_shape, metavar="C,H,W", help="image shape, such as 3,32,32")
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes")
-    parser.add_argument("--depth", type=int, metavar="N", help="print only paths of at most N parts")
+    parser.add_argument("--depth", type=int, metavar="N", help="print only paths with at most N components")
     options = parser.parse_args(arguments)
     from kdbench.cli.inspect import inspect_model
     from kdbench.config.yaml_reader import parse_yaml
@@ -268,9 +272,9 @@ def _parse_image_shape(text: str) -> tuple[int, ...]:
 
 
 def _evaluate_command(arguments: list[str]) -> int:
-    description = "Evaluates the roles of a finished run again, from the checkpoint in its folder."
+    description = "Evaluates the student, the teacher, ... of a finished run again, from the checkpoint in its folder."
     parser = _Parser("evaluate", description, "runs/digits/kd/1a2b3c4d device=cpu")
-    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("run", help="folder of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="device=DEVICE or data_root=DIR")
     options = parser.parse_intermixed_args(arguments)
     overrides: dict[str, str] = {}
@@ -278,7 +282,7 @@ def _evaluate_command(arguments: list[str]) -> int:
         key, separator, value = text.partition("=")
         if not separator or key not in ("device", "data_root"):
             hint = suggest(key, ("device", "data_root"))
-            raise ConfigError(f"evaluate: {text!r} is not an override of device or data_root.{hint}")
+            raise ConfigError(f"evaluate: only device=... and data_root=... can be overridden, got {text!r}.{hint}")
         overrides[key] = value
     from kdbench.cli.evaluate import evaluate_run
 
@@ -287,13 +291,13 @@ def _evaluate_command(arguments: list[str]) -> int:
 
 def _profile_command(arguments: list[str]) -> int:
     description = (
-        "Measures the training step of a stage; prints time, operations, FLOPs and memory, and writes a trace."
+        "Measures the training step of a stage. Prints time, operations, FLOPs and memory, and writes a trace."
     )
     parser = _Parser("profile", description, "digits/kd --steps 50", "cifar100/kd compile=true device=cuda")
     parser.add_recipe_arguments()
-    parser.add_argument("--stage", metavar="NAME", help="the stage to profile (default: the last one that trains)")
+    parser.add_argument("--stage", metavar="NAME", help="name of the stage (default: the last stage that trains)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="number of timed steps (default: 20)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the result (default: runs/RECIPE/profile)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the output files (default: runs/RECIPE/profile)")
     options = parser.parse_intermixed_args(arguments)
     from kdbench.cli.profile import profile_recipe
     from kdbench.config.load import load_recipe
@@ -303,9 +307,9 @@ def _profile_command(arguments: list[str]) -> int:
 
 
 def _schema_command(arguments: list[str]) -> int:
-    description = "Prints the JSON schema (draft 2020-12) of a recipe, with which an editor completes and checks keys."
+    description = "Prints the JSON schema (draft 2020-12) of recipes. An editor uses it to complete and check keys."
     parser = _Parser("schema", description, "> recipe.schema.json", "--markdown docs/recipe.md")
-    parser.add_argument("--markdown", metavar="FILE", help="update the key tables of a Markdown page instead")
+    parser.add_argument("--markdown", metavar="FILE", help="update the tables of keys in a Markdown file instead")
     options = parser.parse_args(arguments)
     if options.markdown is None:
         from kdbench.config.json_schema import recipe_schema

@@ -1,4 +1,4 @@
-"""Prints the list of methods: by status, one method in full, or as the page docs/methods.md."""
+"""Prints published methods and the recipes that implement them: as a list, as one full entry, or as docs/methods.md."""
 
 from __future__ import annotations
 
@@ -56,14 +56,18 @@ catalogue of papers that kdbench is to serve; rows `x-...` are beyond it. `kdben
 sources, `kdbench check RECIPE` describes what a recipe does."""
 
 
-_BASES = {"code": "released code", "text": "the paper's text", "abstract": "the abstract alone"}
+BASES = {"code": "released code", "text": "the paper's text", "abstract": "the abstract alone"}
 
 
 _PAGE_WIDTH = 118
 
 
 def list_methods(status: str = "") -> int:
-    """Prints the methods, of one status or grouped by status, and the counts."""
+    """Prints a list of methods and the number of methods of each status. Returns the exit code, 0.
+
+    Args:
+        status: status of the listed methods; empty: all methods, grouped by status.
+    """
     method_list = read_methods()
     groups = [(each, [m for m in method_list.methods if m.status == each]) for each in STATUSES if status in ("", each)]
     if sys.stdout.isatty():
@@ -81,7 +85,7 @@ def list_methods(status: str = "") -> int:
 
 
 def status_detail(method: Method) -> str:
-    """Returns the reason of a status: recipes, recipe with overrides, missing features, or unstated details."""
+    """Returns a text that explains a method's status, such as its recipes or the features that are missing for it."""
     if method.status == RUNS:
         return ", ".join(method.recipes)
     if method.variant_of is not None:
@@ -90,7 +94,7 @@ def status_detail(method: Method) -> str:
 
 
 def counts_text(method_list: MethodList) -> str:
-    """Returns the number of methods of each status in one line."""
+    """Returns one line with the number of methods of each status."""
     counts = method_list.counts()
     return (
         f"{len(method_list.methods)} methods: {counts[RUNS]} run, "
@@ -101,7 +105,7 @@ def counts_text(method_list: MethodList) -> str:
 
 
 def method_text(method: Method) -> str:
-    """Describes one method in full, with the notes of its recipes, for `kdbench show`."""
+    """Returns the text that `kdbench show` prints for one method. It contains the notes of the method's recipes."""
     status = {RUNS: "Runs", RUNS_AS: "Runs as", NOT_YET: "Not yet, missing", NOT_STATED: "Not stated"}[method.status]
     fields = {
         "Paper": ", ".join(text for text in (method.title, method.link or method.paper) if text),
@@ -133,13 +137,16 @@ def _labelled_notes(notes: Notes) -> list[tuple[str, Sequence[str]]]:
 
 
 def _wrapped(start: str, text: str) -> list[str]:
-    """Wraps a text to the terminal, at most 120 columns; later lines are indented to the first."""
+    """Wraps `text` to the width of the terminal, at most 120 columns.
+
+    The first line begins with `start`, and further lines are indented by the length of `start`.
+    """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     return _fill(start + text, width, " " * len(start))
 
 
 def _fill(text: str, width: int, indent: str) -> list[str]:
-    """Wraps a text; later lines start with `indent`."""
+    """Wraps a text to `width` columns. All lines except the first begin with `indent`."""
     return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
@@ -162,7 +169,7 @@ def _print_tables(groups: Sequence[tuple[str, list[Method]]]) -> None:
 
 
 def methods_page(method_list: MethodList | None = None) -> str:
-    """Writes the page docs/methods.md."""
+    """Returns the page docs/methods.md."""
     method_list = read_methods() if method_list is None else method_list
     lines = [_INTRO, "", *_count_table(method_list)]
     for status in STATUSES:
@@ -224,11 +231,11 @@ def _recipe_link(name: str) -> str:
 
 
 def _sources_section(method_list: MethodList) -> Iterator[str]:
-    """Lists the notes of every recipe that implements a method, one section each."""
+    """Yields the lines of the section "Sources and differences" of docs/methods.md: the notes of each recipe."""
     names = sorted({name for method in method_list.methods for name in method.recipes})
     notes = {name: note for name in names if (note := recipe_notes(name)) is not None}
     counts = Counter(note.basis for note in notes.values())
-    bases = ", ".join(f"{text} ({counts[basis]} recipes)" for basis, text in _BASES.items())
+    bases = ", ".join(f"{text} ({counts[basis]} recipes)" for basis, text in BASES.items())
     yield from ("", "## Sources and differences", "")
     yield from _fill(
         f"The basis of a recipe is the best source that was available for it: {bases}. `differs` lists the differences "

@@ -1,4 +1,4 @@
-"""`kdbench profile`: measures the training step of a recipe and prints the time of its parts and its throughput."""
+"""`kdbench profile`: measures a recipe's training step; prints the time of each section and the samples per second."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kdbench.report.console import with_unit_prefix
 
 
 def profile_recipe(recipe: Recipe, *, stage: str | None, steps: int, out: str | None) -> int:
-    """Profiles one stage of a recipe and prints the result; returns the exit code, 0.
+    """Profiles one stage of a recipe and prints the result. Returns the exit code, 0.
 
     Args:
-        stage: name of the stage; None: the last one that trains.
+        stage: name of the stage; None: the last stage that trains.
         steps: number of timed steps.
-        out: folder of the files with the result; None: runs/RECIPE/profile.
+        out: output folder; None: `runs/RECIPE/profile`.
 
     Raises:
         ConfigError: the stage does not exist or cannot be profiled.

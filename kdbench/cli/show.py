@@ -1,4 +1,4 @@
-"""`kdbench list` and `kdbench show`: prints registered parts, recipes, groups and methods without importing torch."""
+"""`kdbench list` and `kdbench show`: print models, terms, recipes, methods, ... without importing torch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def list_kinds(kinds: Sequence[str]) -> int:
     """Prints one line per name and returns the exit code, 0.
 
     Args:
-        kinds: names from `KINDS`; empty: all kinds, with only the size of other libraries' catalogues.
+        kinds: kinds to print, from `KINDS`. Empty: all kinds, but only the number of models of other libraries.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: a kind is unknown.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -94,9 +94,9 @@ def _kind_rows(kind: str, full: bool) -> list[Row]:
 
 
 def parts_page() -> str:
-    """Writes the page docs/parts.md: the parts of each registry by name and summary, and the shipped recipes.
+    """Returns the page docs/parts.md, which lists all registered parts (models, terms, ...) and all shipped recipes.
 
-    Parts of other libraries are one row, because their names depend on the installed versions.
+    The parts of another library share one row, because their names depend on the installed version.
     """
     lines = [_PARTS_INTRO]
     for kind, registry in REGISTRIES.items():
@@ -136,10 +136,10 @@ def _file_title(path: Path) -> str:
 
 
 def show(name: str) -> int:
-    """Prints everything about a name, once for each kind that has it; returns the exit code, 0.
+    """Prints the full description of every part, recipe, ... that has a given name. Returns the exit code, 0.
 
     Raises:
-        ConfigError: there is no such part, recipe, group file or method.
+        ConfigError: no part, recipe, group file or method has this name.
     """
     items = list(_find_items(name))
     if not items:
@@ -147,7 +147,7 @@ def show(name: str) -> int:
         raise ConfigError(f"show: no part, recipe or method is called {name!r}.{suggest(name, names)}")
     if len(items) > 1:
         full_names = ", ".join(f"{kind}/{name}" for kind, _ in items)
-        print(f"{name!r} is the name of {len(items)} parts ({full_names}).\n")
+        print(f"{name!r} is the name of {len(items)} parts: {full_names}.\n")
     texts = [_item_text(kind, item) for kind, item in items]
     _print_texts(texts, [kind for kind, _ in items])
     return 0
@@ -160,7 +160,7 @@ def _item_text(kind: str, item: Entry | Path | Method) -> str:
 
 
 def _find_items(name: str) -> Iterator[tuple[str, Entry | Path | Method]]:
-    """Yields the items called `name` or `KIND/NAME`, each with its kind."""
+    """Yields pairs (kind, item) of all parts, recipes, ... with a given name, which is `NAME` or `KIND/NAME`."""
     prefix, _, name_in_kind = name.partition("/")
     kind = prefix if prefix in KINDS else f"{prefix}s"  # accepts `term/kd` too
     if name_in_kind and kind in KINDS:
@@ -193,7 +193,10 @@ def _find_in_kind(kind: str, name: str) -> Iterator[tuple[str, Entry | Path | Me
 
 
 def describe_entry(kind: str, entry: Entry) -> str:
-    """Returns the docstring of a part, its operands, its parameters with defaults, an example, and its source."""
+    """Returns the description of a part (a model, a term, ...) that `kdbench show` prints.
+
+    The description contains the docstring, operands, parameters with defaults, an example, and the source file.
+    """
     facts = entry.facts
     lines = [f"{entry.name} ({REGISTRIES[kind].kind})", "", entry.doc.strip() or "(no description)"]
     if facts.get("paper") and str(facts["paper"]).removeprefix("arXiv:") not in entry.doc:
@@ -215,7 +218,10 @@ def describe_entry(kind: str, entry: Entry) -> str:
 
 
 def _injected_names(kind: str, entry: Entry) -> set[str]:
-    """Returns the parameters that a recipe does not set. A model's are not among them, since a recipe may set them."""
+    """Returns the parameters of a part that the engine sets.
+
+    Those of a model are omitted, since a recipe may set them.
+    """
     injected = set(entry.facts.get("injected", ()))
     return injected if kind == "models" else injected | set(_INJECTED.get(kind, ()))
 
@@ -237,7 +243,10 @@ def _yaml_text(value: Any) -> str:
 
 
 def _example_lines(kind: str, entry: Entry, parameters: Sequence[Parameter]) -> list[str]:
-    """Returns an example of the part in a recipe; empty for kinds whose docstrings contain one."""
+    """Returns an example of a part (a model, a term, ...) in a recipe, as lines.
+
+    For kinds whose docstrings contain examples, the result is empty.
+    """
     # Defaults of terms and augmentations are worth showing; an optimizer's twelve switches are not.
     has_defaults = kind in ("terms", "augmentations")
     example_parameters = [p for p in parameters if p.default is REQUIRED or (has_defaults and p.default is not None)]
@@ -281,7 +290,7 @@ def _print_texts(texts: Sequence[str], kinds: Sequence[str]) -> None:
 
 
 def _join_wrapped_lines(text: str) -> str:
-    """Joins the lines of wrapped paragraphs, so that a narrow terminal can wrap them again."""
+    """Joins the lines of each wrapped paragraph, so that the text can be wrapped to the width of the terminal."""
     lines = [""]
     for line in text.splitlines():
         is_continuation = len(lines[-1]) > _WRAP_WIDTH and line and not line.startswith((" ", "-"))

@@ -7,11 +7,12 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from kdbench.cli.jobs import JobRecord
 from kdbench.config.schema import Recipe
 from kdbench.report.summary import print_summary
 from kdbench.report.tables import RunGroup, aggregate
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train_recipe(recipe: Recipe) -> Outcome:
-    """Trains a recipe and prints its summary; a finished run only prints its summary again."""
+    """Trains a recipe and prints the summary of the run. If the run is already finished, only prints its summary."""
     _import_engine()
     _retain_freed_memory()
     from kdbench.experiment.run import run as run_experiment  # imports torch
@@ -32,10 +33,10 @@ def train_recipe(recipe: Recipe) -> Outcome:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Prints the summary of a run and its folder, on the main process."""
+    """Prints the summary and the folder of a run, in the main process only."""
     if outcome.is_main:
         if outcome.already_finished:
-            print(f"{outcome.folder} is finished; this is its summary (fresh=true trains it again).")
+            print(f"The run in {outcome.folder} is finished; its summary follows. To train it again, add fresh=true.")
         print_summary(outcome.summary)
         print(f"Everything is in {outcome.folder}")
 
@@ -43,8 +44,8 @@ def print_outcome(outcome: Outcome) -> None:
 def _import_engine() -> None:
     """Imports torch and the engine with garbage collection disabled, and excludes their objects from later collections.
 
-    The modules are half a million objects without any garbage. Collections during the import take a quarter of its
-    time, and every later full collection would search the objects for 0.2 s.
+    The import creates half a million objects, none of them garbage. Garbage collections would take a quarter of the
+    import time, and each later full collection would search these objects for 0.2 s.
     """
     if "torch._dynamo" in sys.modules or not gc.isenabled():
         return
@@ -58,10 +59,12 @@ def _import_engine() -> None:
 
 
 def _retain_freed_memory() -> None:
-    """Configures glibc's malloc to keep freed blocks for the next step, unless the environment configures it.
+    """Configures glibc's malloc to keep freed blocks for the next training step.
 
-    By default malloc returns blocks of some megabytes, such as feature maps on a CPU, to the system as soon as they are
-    freed. The next step then gets new pages, and the system has to clear and map each of them at the first access.
+    Does nothing if an environment variable `MALLOC_...` is set.
+
+    By default malloc returns blocks of several megabytes, such as feature maps on a CPU, to the system as soon as
+    they are freed. In the next step the system then has to clear and map new pages at their first access.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -75,39 +78,40 @@ def _retain_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 25)
 
 
-def print_jobs(jobs: Sequence[Mapping[str, str]]) -> None:
-    """Prints the results of a multirun as one table: mean and deviation over the seeds of otherwise equal jobs.
+def print_jobs(jobs: Sequence[JobRecord]) -> None:
+    """Prints the results of a multirun as one table.
+
+    Jobs that differ only in their seed share a row with the mean and the standard deviation.
 
     Args:
-        jobs: the record of each job: its `label` (the overrides without the seed) and, if it finished, the run's
-            `folder` and the exported `role`.
+        jobs: records of all jobs of the multirun.
     """
-    jobs_by_label: dict[str, list[Mapping[str, str]]] = {}
+    jobs_by_label: dict[str, list[JobRecord]] = {}
     for job in jobs:
-        jobs_by_label.setdefault(job["label"], []).append(job)
+        jobs_by_label.setdefault(job.label, []).append(job)
     names = _short_labels(list(jobs_by_label))
     rows: list[RunGroup] = []
     failed_labels: list[str] = []
     for label, group in jobs_by_label.items():
-        finished = [job for job in group if "folder" in job]
+        finished = [job for job in group if job.folder is not None]
         if not finished:
             failed_labels.append(names[label])
             continue
         count = f" ({len(finished)} of {len(group)} finished)" if len(finished) < len(group) else ""
-        folders = [job["folder"] for job in finished]
-        rows.append(RunGroup(names[label] + count, folders, role=finished[0]["role"]))
+        folders = [job.folder for job in finished if job.folder is not None]
+        rows.append(RunGroup(names[label] + count, folders, role=finished[0].role))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print()
     console.print(aggregate(rows).table())
-    print("Test accuracy of the last epoch; mean and deviation over seeds.")
+    print("The table contains the test accuracy of the last epoch, as mean and standard deviation over the seeds.")
     for label in failed_labels:
         print(f"{label}: no job finished.")
 
 
 def _short_labels(labels: Sequence[str]) -> dict[str, str]:
-    """Removes the overrides that all labels have in common; returns the short label of each label."""
+    """Returns label of a job (its overrides) -> short label, without the overrides that all labels have in common."""
     overrides = {label: label.split() for label in labels}
     common = set.intersection(*map(set, overrides.values())) if len(labels) > 1 else set()
     return {

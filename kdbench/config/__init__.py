@@ -1,4 +1,5 @@
-"""Recipe in, checked frozen dataclasses out: the schema, the loader, identities and schedules. No torch.
+"""The schema of recipes, the loader that checks them, identities of runs, and schedules. torch is not imported.
 
-`compose` turns files and overrides into one mapping, `parse` turns that mapping into the schema. Nothing after this
-package knows YAML, Hydra or OmegaConf."""
+`compose` merges files and overrides into one mapping, and `parse` checks this mapping and converts it to dataclasses
+of `schema`. No other package uses YAML or OmegaConf.
+"""

@@ -1,4 +1,4 @@
-"""Computes the identity of a run from everything in its recipe that can change the result."""
+"""Computes the identity of a run: a hash of everything in the recipe that can change the results of the run."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ _REGISTRY_OF_FIELD = {
     "select": SELECTORS,
     "part": ARTIFACTS,
 }
-"""Field of the schema -> registry of its part. A part in any other field is a schedule."""
+"""Field of a schema dataclass -> registry of the part in this field. A part in any other field is a schedule."""
 
 
 def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int = 8) -> str:
-    """Returns a short hexadecimal identity of a run's result; the run's folder is `runs/<recipe>/<identity>`.
+    """Returns the identity of a run, a short hexadecimal hash. The run's folder is `runs/RECIPE/IDENTITY`.
 
-    The identity covers every stage with shorthands expanded and defaults filled in, the `version` of each part, the
-    seed and `extra`. `teacher:` and `models.teacher:`, 4 and 4.0, or another order of keys give the same identity. It
-    leaves out the keys that the schema declares with `in_identity=False` (device, compile, runs, title, log_every,
-    ...).
+    The hash includes every stage with shorthands expanded and defaults filled in, the `version` of each registered
+    part, the seed and `extra`. Equivalent recipes (`teacher:` or `models.teacher:`, 4 or 4.0, another order of keys)
+    have equal identities. Keys that the schema declares with `in_identity=False` (device, runs, log_every, ...) are
+    left out.
 
     Args:
         recipe: a loaded recipe.
-        extra: facts outside the recipe, such as checksums of the data and identities of teachers.
+        extra: data outside of the recipe that can change results, such as checksums of the dataset.
         length: number of hexadecimal digits.
     """
     fields_of_result = {key.field for key in declared_keys(Recipe).values() if key.in_identity}
@@ -79,7 +79,11 @@ def identity(recipe: Recipe, extra: Mapping[str, Any] | None = None, length: int
 
 
 def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
-    """Converts a config to canonical plain data; leaves out fields at their default."""
+    """Converts a config dataclass to plain data that is equal for equivalent configs. Default values are left out.
+
+    Args:
+        registry: registry of the parts in `value`.
+    """
     if isinstance(value, PartConfig):
         return _part(value.type, value.params, registry)
     if isinstance(value, PartWithOperands):
@@ -104,7 +108,7 @@ def _plain(value: Any, registry: Registry = SCHEDULES) -> Any:
 
 @cache
 def _fields_without_effect(config_class: type) -> tuple[str, ...]:
-    """Returns the fields whose keys are all declared with `in_identity=False`."""
+    """Returns the names of the fields of a dataclass that cannot change results, by the declarations of their keys."""
     keys = declared_keys(config_class).values()
     with_effect = {key.field for key in keys if key.in_identity}
     return tuple({key.field for key in keys} - with_effect)
@@ -123,7 +127,7 @@ def _dataclass(config: Any, leave_out: tuple[str, ...]) -> dict[str, Any]:
 
 
 def part_identity(part: PartConfig, registry: Registry) -> dict[str, Any]:
-    """Returns a part as plain data: its name, its parameters with defaults filled in, and its version."""
+    """Returns a registered part as plain data: name, parameters with defaults filled in, and version."""
     return _part(part.type, part.params, registry)
 
 

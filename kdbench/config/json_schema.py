@@ -1,8 +1,8 @@
 """Generates the JSON schema of a recipe from the declared keys and the registries, without importing torch.
 
-The schema describes a recipe as its author writes it: with shorthands, references such as `${vars.width}`, and mappings
-that a layer below completes. It therefore accepts a part without `type` or without a required parameter, which only the
-loader can reject.
+The schema describes a recipe file before it is merged with group files: shorthands and references such as
+`${vars.width}` are valid, and a group file may complete a mapping. The schema therefore accepts a part without `type`
+or without a required parameter. Only the loader rejects such a part.
 """
 
 from __future__ import annotations
@@ -107,10 +107,11 @@ def recipe_schema() -> Schema:
 
 
 class SchemaBuilder:
-    """Builds the schemas of keys.
+    """Builds the JSON schemas of keys.
 
     Attributes:
-        definitions: the forms and parts to which the schemas built so far refer.
+        definitions: name -> schema. It contains every part and every type with a special syntax (such as `Operand`)
+            to which a schema refers.
     """
 
     def __init__(self) -> None:
@@ -118,7 +119,7 @@ class SchemaBuilder:
         self._forms = self._declare_forms()
 
     def _declare_forms(self) -> dict[str, Callable[[], Schema]]:
-        """Returns the builder of each form, by the name that declarations use as a type."""
+        """Returns name -> function that builds a schema, for each type with a special syntax, such as `Operand`."""
         return {
             "Role": lambda: self._name_or(MODELS, self.mapping(declared_keys(RoleConfig))),
             "Model": lambda: self._part(MODELS, _ARTIFACT_KEY),
@@ -158,10 +159,10 @@ class SchemaBuilder:
         }
 
     def mapping(self, keys: Mapping[str, Key], required: Iterable[str] = ()) -> Schema:
-        """Returns the schema of a mapping with declared keys and no others.
+        """Returns the schema of a mapping that may have only the declared keys.
 
         Args:
-            required: keys that the mapping needs; only of a mapping that no layer below can complete.
+            required: required keys, for a mapping that no group file can complete.
         """
         schema: Schema = {
             "type": "object",
@@ -171,7 +172,7 @@ class SchemaBuilder:
         return {**schema, "required": list(required)} if required else schema
 
     def key(self, declared: Key) -> Schema:
-        """Returns the schema of a key's value. A null means the default."""
+        """Returns the schema of the value of a key. The value may be null, which means the default."""
         schema = _with_reference(self.type(declared.type, declared.check), nullable=True)
         schema["description"] = declared.doc
         if isinstance(declared.default, str | int | float):
@@ -181,10 +182,10 @@ class SchemaBuilder:
         return schema
 
     def type(self, annotation: str, check: Check | None = None) -> Schema:
-        """Returns the schema of a type, in the language of `kdbench.registry.type_mismatch`.
+        """Returns the schema of a type that is written as a Python annotation, such as `int | list[str]`.
 
         Args:
-            check: a condition on the numbers of the type, or on its text.
+            check: condition that numbers and texts must satisfy, in addition to their type.
         """
         return self._node(ast.parse(annotation, mode="eval").body, check) if annotation else {}
 
@@ -235,15 +236,21 @@ class SchemaBuilder:
         """Returns the schema of a registered part: its name, or a mapping.
 
         Args:
-            keys: declared keys of the mapping that are not parameters of the part.
-            requires_type: whether a mapping needs `type`, because no layer below can complete it.
+            keys: keys of the mapping that are not parameters of the part.
+            requires_type: whether the mapping must have the key `type`, because no group file can complete it.
         """
         return self._name_or(registry, self._part_mapping(registry, keys or {}, requires_type=requires_type))
 
     def _part_mapping(
         self, registry: Registry, keys: Mapping[str, Key], *, type_key: str = "type", requires_type: bool = False
     ) -> Schema:
-        """Returns the schema of a mapping with declared keys, and the parameters of the part that `type_key` names."""
+        """Returns the schema of a mapping that contains the name of a part, its parameters, and further keys.
+
+        Args:
+            keys: declarations of the further keys.
+            type_key: key that contains the name of the part.
+            requires_type: whether the mapping must have `type_key`.
+        """
         properties = {name: self.key(declared) for name, declared in keys.items()}
         names = _with_reference(_names(registry), nullable=True)
         schema: Schema = {
@@ -258,7 +265,7 @@ class SchemaBuilder:
         return {**schema, "required": [type_key]} if requires_type else schema
 
     def _parameters_by_name(self, registry: Registry, keys: Mapping[str, Key], type_key: str) -> list[Schema]:
-        """Returns a condition on `type_key` for every part, with the part's parameters as consequence."""
+        """Returns one if-then schema per part: if `type_key` is the name of the part, its parameters are allowed."""
         conditions = [
             {"if": _has_value(type_key, {"const": name}), "then": self._parameters_of(registry, entry, keys)}
             for name, entry in _entries(registry).items()
@@ -277,7 +284,10 @@ class SchemaBuilder:
         return [*conditions, {"if": reference, "then": {"additionalProperties": True}}]
 
     def _parameters_without_name(self, registry: Registry, keys: Mapping[str, Key], type_key: str) -> Schema:
-        """Accepts any parameter of the registry in a mapping without name, since a layer below may have the name."""
+        """Returns the schema of a mapping without the name of a part, which a group file may contain.
+
+        The mapping may have the parameters of all parts.
+        """
         names = sorted({name for entry in _entries(registry).values() for name in self._parameters(registry, entry)})
         # `dataset: NAME` and `artifact: STAGE.NAME` in place of `type` leave no parameter to write.
         kinds = [type_key, *(name for name in ("dataset", "artifact") if name in keys)]
@@ -285,11 +295,11 @@ class SchemaBuilder:
         return {"if": is_partial, "then": {"properties": {name: {} for name in names if name not in keys}}}
 
     def _parameters_of(self, registry: Registry, entry: Entry, keys: Mapping[str, Key], name: str = "") -> Schema:
-        """Returns the schema of a part's parameters and operands; defines it once for all forms of the registry.
+        """Returns a reference to the schema of a part's parameters and operands, and adds this schema to `definitions`.
 
         Args:
-            keys: declared keys beside the parameters. A parameter of the same name cannot be written there.
-            name: name of the definition, by default that of the part.
+            keys: other keys of the mapping. A parameter with the name of such a key is left out.
+            name: name of the definition; empty: the name of the part.
         """
         definition = f"{registry.variable.lower()}.{name or entry.name}"
         if definition not in self.definitions:
@@ -304,7 +314,7 @@ class SchemaBuilder:
         return {"$ref": f"#/$defs/{definition}"}
 
     def _parameters(self, registry: Registry, entry: Entry) -> dict[str, Schema]:
-        """Returns the schemas of a part's parameters and operands."""
+        """Returns name -> schema for the parameters and operands of a part."""
         hidden = entry.facts.get("injected", ())
         schemas = {
             parameter.name: self.type(parameter.annotation)
@@ -330,7 +340,10 @@ class SchemaBuilder:
         return _any_of([_names(registry), mapping])
 
     def _source(self) -> Schema:
-        """Returns the schema of a source: a dataset's name, its own keys, or `type` with the dataset's parameters."""
+        """Returns the schema of a source: the name of a dataset, or a mapping.
+
+        The mapping may have the keys of a source and the parameters of its dataset.
+        """
         keys = {name: declared for name, declared in declared_keys(SourceConfig).items() if name != "type"}
         return self._part(DATASETS, keys)
 
@@ -341,7 +354,10 @@ class SchemaBuilder:
         return schema
 
     def _optimizer_group(self) -> Schema:
-        """Returns the schema of a group: the keys that select parameters, and parameters of any optimizer."""
+        """Returns the schema of an optimizer group.
+
+        The group may have keys that select trained parameters, and the settings of all optimizers.
+        """
         schema = self.mapping(OPTIMIZER_GROUP_KEYS)
         for entry in _entries(OPTIMIZERS).values():
             schema["properties"] |= {name: {} for name in self._parameters(OPTIMIZERS, entry)}
@@ -349,26 +365,26 @@ class SchemaBuilder:
 
 
 def _entries(registry: Registry) -> dict[str, Entry]:
-    """Returns the parts of a registry and of its families without prefix; the others are too many to list."""
+    """Returns name -> declaration for the parts of a registry, without parts with a prefix such as `torchvision/`."""
     entries = dict(registry.entries)  # reading them adds the families
     families = [family for family in registry.families if not family.prefix]
     return entries | {name: family.entry(name) for family in families for name in family.names()}
 
 
 def _names(registry: Registry) -> Schema:
-    """Returns the schema of a part's name."""
+    """Returns the schema of a name of a part in a registry."""
     names: Schema = {"enum": sorted(_entries(registry))}
     prefixes = [family.prefix for family in registry.families if family.prefix]
     return _any_of([names, *({"type": "string", "pattern": f"^{prefix}"} for prefix in prefixes)])
 
 
 def _has_value(key: str, schema: Schema) -> Schema:
-    """Returns the condition that a mapping has a text under a key, with a schema."""
+    """Returns the schema of a mapping that has a string under `key`, where the string satisfies `schema`."""
     return {"properties": {key: {"type": "string", **schema}}, "required": [key]}
 
 
 def _any_of(schemas: Iterable[Schema]) -> Schema:
-    """Returns the union of schemas, without nesting."""
+    """Returns a schema that accepts what at least one of `schemas` accepts. Nested unions are flattened."""
     flat: list[Schema] = []
     for schema in schemas:
         flat += schema["anyOf"] if set(schema) == {"anyOf"} else [schema]
@@ -376,6 +392,6 @@ def _any_of(schemas: Iterable[Schema]) -> Schema:
 
 
 def _with_reference(schema: Schema, *, nullable: bool = False) -> Schema:
-    """Returns a schema that accepts also a reference such as `${vars.width}`, and null if `nullable`."""
+    """Returns a schema that also accepts a reference such as `${vars.width}`, and null if `nullable` is True."""
     alternatives = [schema, {"$ref": "#/$defs/Reference"}, *([{"type": "null"}] if nullable else [])]
     return dict(_any_of(alternatives)) if schema else {}

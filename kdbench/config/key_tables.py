@@ -1,7 +1,7 @@
-"""Renders the declared keys as the tables of docs/recipe.md.
+"""Writes the tables of keys in docs/recipe.md from the declarations of the keys.
 
-A table is between the markers `<!-- keys: NAME -->` and `<!-- end of keys -->`. After a change of a declaration, update
-the page with `kdbench schema --markdown docs/recipe.md`; a test compares them.
+A table is between the markers `<!-- keys: NAME -->` and `<!-- end of keys -->`. `kdbench schema --markdown
+docs/recipe.md` updates the page after a change of a declaration. A test compares the page with the declarations.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TYPE_NAMES = {"int": "whole number", "float": "number", "str": "text", "bool": 
 
 
 def key_tables() -> dict[str, Mapping[str, Key]]:
-    """Returns the keys of each table, by the name in its marker."""
+    """Returns name of a table (the name in the table's marker) -> keys of the table."""
     top_level = {**declared_keys(StageConfig), **declared_keys(Recipe)}
     sections = sorted({key.section for key in top_level.values()} - {""})
     tables = {section: {name: key for name, key in top_level.items() if key.section == section} for section in sections}
@@ -68,7 +68,7 @@ def key_tables() -> dict[str, Mapping[str, Key]]:
 
 
 def update_tables(page: str) -> str:
-    """Replaces the tables of a Markdown page by those of the declarations.
+    """Replaces all marked tables in the text of a Markdown page, and returns the new text.
 
     Raises:
         ConfigError: a marker names a table that does not exist.
@@ -85,7 +85,7 @@ def update_tables(page: str) -> str:
 
 
 def update_file(path: str) -> None:
-    """Updates the tables of a Markdown file in place.
+    """Replaces all marked tables in a Markdown file.
 
     Raises:
         ConfigError: the file does not exist, or a marker names a table that does not exist.
@@ -110,7 +110,7 @@ def _code(text: str) -> str:
 
 
 def _value_text(key: Key) -> str:
-    """Describes the type of a value and its check."""
+    """Returns a description of the type of a key, and of the condition on its value, such as "number (above 0)"."""
     text = _type_text(ast.parse(key.type, mode="eval").body)
     return f"{text} ({key.check.text})" if key.check is not None else text
 
@@ -132,7 +132,7 @@ def _type_text(node: ast.expr) -> str:
 
 
 def _union_members(node: ast.expr) -> list[ast.expr]:
-    """Returns the alternatives of a union except None: a null always means the default."""
+    """Returns the alternatives of a union type without None, because null always means the default."""
     if isinstance(node, ast.BinOp):
         return _union_members(node.left) + _union_members(node.right)
     return [] if isinstance(node, ast.Constant) and node.value is None else [node]

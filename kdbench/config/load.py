@@ -1,4 +1,4 @@
-"""Loads a recipe: a name or path, and overrides, become a checked Recipe. Does not import torch."""
+"""Loads a recipe by name or path, applies overrides, and checks the result. torch is not imported."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ RESOLVED = "resolved.yaml"
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
-    """Loads a shipped recipe by name, or a file by path.
+    """Loads and checks a recipe.
 
     Args:
-        overrides: as on the command line, such as `terms.kd.temperature=2`.
-        values: plain values by dotted key, such as {"student.model": {"type": "resnet20"}}. They are applied after the
-            overrides and keep their types: the text "1e3" stays text.
+        overrides: overrides as on the command line, such as `terms.kd.temperature=2`.
+        values: dotted key -> plain value, such as {"student.model": {"type": "resnet20"}}. The values are applied
+            after the overrides. They keep their types, so the text "1e3" stays text.
 
     Raises:
-        ConfigError: with every mistake in the recipe.
+        ConfigError: the recipe has mistakes. The message lists all of them.
     """
     name, path = find_recipe(recipe)
     return validate(compose(read_layers(name, path, overrides), overrides, values))
 
 
 def validate(composed: ComposedRecipe) -> Recipe:
-    """Parses and checks a composed recipe."""
+    """Checks a recipe that was merged with its group files and overrides, and converts it to a Recipe."""
     return parse_recipe(composed, Path(composed.path).parent, (composed.path,))
 
 
 def load_job(config: Any, folder: Path, hydra_config: Any) -> Recipe:
-    """Parses the config of one job of Hydra's run or multirun.
+    """Checks the config that Hydra composed for one job of its run or multirun, and converts it to a Recipe.
 
     Args:
-        config: the job's config, without Hydra's node.
-        folder: the folder that `ConfigLayers.write` filled.
-        hydra_config: Hydra's own node.
+        config: config of the job without the key `hydra`.
+        folder: folder from which Hydra composed the job (see `ConfigLayers.write`).
+        hydra_config: content of the key `hydra`.
     """
     return validate(compose_job(config, folder, hydra_config))
 
@@ -57,7 +57,7 @@ def load_resolved(path: str | Path) -> Recipe:
     """Loads the resolved recipe of a run.
 
     Args:
-        path: the run's folder, or its `resolved.yaml`.
+        path: folder of the run, or path of its file `resolved.yaml`.
 
     Raises:
         ConfigError: the file does not exist, or is not a valid recipe.
@@ -65,12 +65,15 @@ def load_resolved(path: str | Path) -> Recipe:
     path = Path(path)
     path = path / RESOLVED if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"{path}: not the folder of a run; it contains no resolved recipe.")
+        raise ConfigError(f"{path}: there is no such file; expected the folder of a run, which contains `{RESOLVED}`.")
     return load_recipe(str(path.resolve()))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Returns the resolved recipe as YAML: a self-contained recipe, with its source under `origin`."""
+    """Returns a recipe with all group files and overrides merged as YAML text, the content of `resolved.yaml`.
+
+    The key `origin` contains the name and the path of the original recipe.
+    """
     data = {key: value for key, value in recipe.resolved.items() if key not in ("fresh", "origin")}
     origin: Mapping[str, Any] = {
         "name": recipe.name,

@@ -1,7 +1,8 @@
 """Reads the list of methods: `configs/methods.yaml`, and the `methods` and `notes` of the shipped recipes.
 
-The status of a method is computed. It is *runs* if a recipe names the method under its key `methods`. Otherwise the row
-decides: `variant_of` (runs as another recipe with overrides), `unstated` (not stated), else *not yet*.
+The status of a method is computed. It is *runs* if a recipe has the id of the method under its key `methods`.
+Otherwise it follows from the row of the method in the list: *runs as* if the row has `variant_of` (another recipe
+with overrides), *not stated* if the row has `unstated`, else *not yet*.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _NOTE_LISTS = ("source", "differs", "scaled_down")
 
 @dataclass(frozen=True)
 class Variant:
-    """The recipe and the overrides that turn it into another method."""
+    """The recipe and the overrides that implement a method which has no recipe of its own."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -49,17 +50,17 @@ class Method:
     """One published method.
 
     Args:
-        id: the row's key, such as `m058`, or `x-kd` for a method beyond the catalogue.
-        method: the usual name of the method.
-        title: the title of the paper.
-        paper: an arXiv id (`arXiv:1503.02531`) or a venue; empty if none was found.
-        field: the field of application.
-        mechanism: a summary of the method in one line.
+        id: key of the method in the list, such as `m058`, or `x-kd` for a method of the section `beyond`.
+        method: usual name of the method.
+        title: title of the paper.
+        paper: arXiv id (`arXiv:1503.02531`) or venue of the paper; empty if neither was found.
+        field: field of application.
+        mechanism: summary of the method in one line.
         recipes: names of the shipped recipes that implement the method.
-        variant_of: another recipe that implements the method with overrides.
-        missing: the features that kdbench lacks for this method.
-        unstated: the details that the abstract does not state and that were found nowhere else.
-        beyond: True for a method that the catalogue does not count.
+        variant_of: recipe and overrides that implement the method; None: there is no such variant.
+        missing: features that the method needs and kdbench does not have yet.
+        unstated: details of the method that neither the paper's abstract nor another source states.
+        beyond: whether the method is in the section `beyond` of the list, whose methods are not counted.
     """
 
     id: str
@@ -76,7 +77,7 @@ class Method:
 
     @property
     def status(self) -> str:
-        """One of `STATUSES`."""
+        """Status of the method: "runs", "runs as" (a recipe with overrides), "not yet" or "not stated"."""
         if self.recipes:
             return RUNS
         if self.variant_of is not None:
@@ -85,34 +86,40 @@ class Method:
 
     @property
     def link(self) -> str:
-        """The paper's address on arXiv; empty if only the venue is known."""
+        """Web address of the paper on arXiv, or an empty string if only the venue is known."""
         return f"https://arxiv.org/abs/{self.paper.removeprefix('arXiv:')}" if self.paper.startswith("arXiv:") else ""
 
 
 @dataclass(frozen=True)
 class MethodList:
-    """All methods in the order of the file, and the methods that need a language model: id -> name."""
+    """The list of methods.
+
+    Attributes:
+        methods: all methods in the order of the file.
+        language_model: id -> name of each method that needs a language model. kdbench does not implement them.
+    """
 
     methods: tuple[Method, ...]
     language_model: Mapping[str, str]
 
     def counts(self) -> dict[str, int]:
-        """Counts the methods of each status."""
+        """Returns status -> number of methods."""
         return {status: sum(method.status == status for method in self.methods) for status in STATUSES}
 
 
 def read_methods(
     path: Path | None = None, claims: Mapping[str, Sequence[str]] | None = None, *, strict: bool = True
 ) -> MethodList:
-    """Reads the list and assigns to each method the recipes that claim it.
+    """Reads the list of methods, and finds the recipes that implement each method.
 
     Args:
-        path: another file than the shipped `configs/methods.yaml`.
-        claims: id -> recipes; by default the claims of the shipped recipes.
-        strict: False ignores claims of ids that the list does not contain.
+        path: path of the list; None: the shipped `configs/methods.yaml`.
+        claims: id -> names of recipes that implement the method; None: read from the shipped recipes.
+        strict: whether an unknown id in the key `methods` of a recipe is an error. False: the id is ignored.
 
     Raises:
-        ConfigError: a row lacks `method`, has an unknown key or two exclusive keys, or a recipe claims an unknown id.
+        ConfigError: a row lacks `method`, has an unknown key or has two keys that exclude each other, or (if `strict`)
+            a recipe has an unknown id.
     """
     source = read_yaml(path or shared_folder("configs") / "methods.yaml")
     claims = recipe_claims() if claims is None else claims
@@ -129,7 +136,7 @@ def read_methods(
 
 
 def recipe_claims() -> dict[str, list[str]]:
-    """Reads which methods the shipped recipes implement: method id -> names of recipes."""
+    """Returns method id -> names of the shipped recipes that implement the method."""
     claims: dict[str, list[str]] = {}
     for recipe in recipe_names():
         value = _top_level_value(shared_folder("recipes") / f"{recipe}.yaml", "methods") or []
@@ -139,7 +146,7 @@ def recipe_claims() -> dict[str, list[str]]:
 
 
 def recipe_notes(recipe: str) -> Notes | None:
-    """Reads the `notes` of a shipped recipe; None if it has none."""
+    """Returns the `notes` of a shipped recipe, or None if the recipe has none."""
     notes = _top_level_value(shared_folder("recipes") / f"{recipe}.yaml", "notes")
     if notes is None:
         return None
@@ -147,7 +154,7 @@ def recipe_notes(recipe: str) -> Notes | None:
 
 
 def _top_level_value(path: Path, key: str) -> Any:
-    """Parses one top-level key of a recipe; None if the file lacks it."""
+    """Parses the value of one top-level key of a recipe file. Returns None if the file does not have the key."""
     # The list reads all recipes: parsing their whole files takes a second.
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():

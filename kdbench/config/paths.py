@@ -7,14 +7,14 @@ from pathlib import Path
 from kdbench.errors import ConfigError, Location, suggest
 
 GROUPS = ("protocol", "pair")
-"""The Hydra groups from which a recipe can select an option, from the lowest layer to the highest."""
+"""The Hydra groups from which a recipe can select one file each. A later group overrides an earlier one."""
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shared_folder(kind: str) -> Path:
-    """Returns the folder `configs` or `recipes`: of the installed wheel, or else of the checkout."""
+    """Returns the path of the folder `configs` or `recipes`, in the installed package or else in the git checkout."""
     installed = _PACKAGE / "_share" / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind
 
@@ -26,18 +26,19 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(recipe: str, folder: Path | None = None, location: Location | str = "") -> tuple[str, Path]:
-    """Resolves a recipe to its file.
+    """Finds the file of a recipe.
 
     Args:
-        recipe: a shipped name such as `digits/kd`, or a path with or without `.yaml`. An existing file wins.
-        folder: searched for a path before the working directory.
-        location: location of the reference, for the error message.
+        recipe: name of a shipped recipe such as `digits/kd`, or a path with or without `.yaml`. An existing file has
+            precedence.
+        folder: folder in which a relative path begins. The working directory is searched next.
+        location: location at which the recipe is named, for the error message.
 
     Returns:
-        The recipe's name (the shipped name, or the file's stem) and its path.
+        Name of the recipe (the shipped name, or the file name without suffix), and path of its file.
 
     Raises:
-        ConfigError: neither a file nor a shipped recipe exists.
+        ConfigError: there is neither such a file nor such a shipped recipe.
     """
     shipped = shared_folder("recipes")
     for parent in (folder, Path.cwd()):
@@ -52,9 +53,8 @@ def find_recipe(recipe: str, folder: Path | None = None, location: Location | st
     if recipe and path.resolve().is_relative_to(shipped.resolve()) and path.is_file():
         return recipe, path
     prefix = f"{location}: " if str(location) else ""
-    raise ConfigError(
-        f"{prefix}no recipe {recipe!r}: it is neither a file nor a shipped recipe.{suggest(recipe, recipe_names())}"
-    )
+    hint = suggest(recipe, recipe_names(), listing="`kdbench list recipes` lists all shipped recipes.")
+    raise ConfigError(f"{prefix}no recipe {recipe!r}: it is neither a file nor a shipped recipe.{hint}")
 
 
 def _recipe_name(path: Path, shipped: Path) -> str:
@@ -65,7 +65,11 @@ def _recipe_name(path: Path, shipped: Path) -> str:
 
 
 def group_files(group: str, recipe_folder: Path) -> dict[str, Path]:
-    """Returns option -> file of a group: the shipped options, and those beside the user's recipe."""
+    """Returns name -> path for the files of a group: the shipped files, and files in the folder of the recipe.
+
+    Args:
+        group: name of the group, such as `pair`.
+    """
     files = {path.stem: path for path in sorted((shared_folder("configs") / group).glob("*.yaml"))}
     files.update({path.stem: path for path in sorted((recipe_folder / group).glob("*.yaml"))})
     return files

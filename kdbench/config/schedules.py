@@ -1,7 +1,7 @@
-"""Schedules: values that change during training, of a learning rate, a term's weight or a term's parameter.
+"""Schedules, which change a learning rate, the weight of a term or a parameter of a term during training.
 
-A schedule is called as `schedule(position, length)`. With `by: epoch` the position is the 0-based epoch and lengths are
-in epochs; with `by: step` the position is the 0-based optimizer step and lengths are in steps.
+A schedule is called as `schedule(position, length)`. With `by: epoch` the position is the 0-based epoch and lengths
+are in epochs; with `by: step` the position is the 0-based optimizer step and lengths are in steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ By = Literal["epoch", "step"]
 
 
 class Schedule(Protocol):
-    """Maps a position and the length of the stage to a value."""
+    """A function from a position in a stage (an epoch or a step) and the length of the stage to a value."""
 
     by: By
 
@@ -48,7 +48,7 @@ class Linear:
     .. math:: v(p) = start + (end - start) \min(p / over, 1)
 
     Args:
-        over: number of epochs or steps; the length of the stage by default.
+        over: number of epochs or steps; null: the length of the stage.
 
     Example (recipe):
         weight: {type: linear, start: 0, end: 1, over: 20}
@@ -73,7 +73,7 @@ class Cosine:
     .. math:: v(p) = end + (start - end) (1 + \cos(\pi \min(p / over, 1))) / 2
 
     Args:
-        over: number of epochs or steps; the length of the stage by default.
+        over: number of epochs or steps; null: the length of the stage.
 
     Example (recipe):
         scheduler: {type: cosine, warmup: 5}
@@ -94,7 +94,7 @@ class Cosine:
 
 @SCHEDULES.register("step")
 class Step:
-    r"""Step decay: `start` times `gamma` for each milestone reached.
+    r"""Step decay: the value begins with `start` and is multiplied by `gamma` at each milestone.
 
     .. math:: v(p) = start \cdot gamma^{|\{m : m \le p\}|}
 
@@ -119,11 +119,11 @@ class Step:
 
 @SCHEDULES.register("warmup")
 class Warmup:
-    r"""Linear warm-up to `value`, then constant: the weight's warm-up in the released code of DKD (arXiv:2203.08679).
+    r"""Linear warm-up to `value`, then constant, as for the loss weight in the released code of DKD (arXiv:2203.08679).
 
     .. math:: v(p) = value \min((p + 1) / over, 1)
 
-    The first position is not 0, so that the first epoch has an effect.
+    The value at the first position is above 0, so that the first epoch has an effect.
 
     Args:
         over: number of epochs or steps.
@@ -147,8 +147,8 @@ class RampUp:
 
     .. math:: v(p) = value \exp(-5 (1 - \min(p / over, 1))^2)
 
-    It begins at 0.0067 times `value`: the weight of consistency losses in temporal ensembling (arXiv:1610.02242) and
-    mean teacher (arXiv:1703.01780).
+    The first value is 0.0067 times `value`. This is the weight of consistency losses in temporal ensembling
+    (arXiv:1610.02242) and mean teacher (arXiv:1703.01780).
 
     Args:
         over: number of epochs or steps.
@@ -171,8 +171,8 @@ class Chain:
     """Sequence of schedules, each with its own `length`.
 
     Args:
-        parts: schedules with a `length` beside their parameters. The last one may omit it: it takes the remaining
-            epochs or steps.
+        parts: schedules, each with an additional key `length`. The last schedule may omit `length` and then takes all
+            remaining epochs or steps.
 
     Example (recipe):
         scheduler: {type: chain, parts: [{type: warmup, over: 5, length: 5}, {type: cosine}]}
@@ -197,7 +197,7 @@ class Chain:
 
 
 class WithWarmup:
-    """Product of a schedule and a linear warm-up; does not shift the schedule's milestones."""
+    """Product of a schedule and a linear warm-up. The warm-up does not delay the schedule."""
 
     def __init__(self, schedule: Schedule, warmup: float) -> None:
         self.schedule = schedule
@@ -213,11 +213,11 @@ def _progress(position: float, over: float) -> float:
 
 
 def build_schedule(value: float | PartConfig | Mapping[str, Any] | None) -> Schedule:
-    """Builds the schedule of a learning rate, a weight or a parameter.
+    """Builds the schedule of a learning rate, of a term's weight, or of a term's parameter.
 
     Args:
-        value: a number (constant), None (constant 1), or a schedule's config. A `warmup` beside its parameters
-            multiplies the schedule by a linear warm-up.
+        value: a number (constant schedule), None (constant 1), or the config of a schedule. An additional key
+            `warmup` multiplies the schedule by a linear warm-up.
     """
     if value is None or isinstance(value, int | float):
         return Constant(1.0 if value is None else value)

@@ -1,8 +1,8 @@
-"""Reads a YAML file into plain data with the location of every key.
+"""Reads a YAML file into plain data, and records the location of every key.
 
-The result contains only mappings, lists and scalars. Rejected are tags, `hydra:` and `_target_` nodes, resolvers such
-as `${oc.env:HOME}`, duplicate keys, and the ambiguous scalars of YAML 1.1 (`on` is true, `010` is 8, `1:30` is 90). All
-errors of a file are reported together.
+The result contains only mappings, lists and scalars. The reader rejects tags, `hydra:` and `_target_` keys, resolvers
+such as `${oc.env:HOME}`, duplicate keys, and scalars that YAML 1.1 interprets unexpectedly (`on` as true, `010` as 8,
+`1:30` as 90). All errors of a file are reported together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MAX_NODES = 100_000  # nested aliases of a small file can expand to more nodes 
 
 @dataclass(frozen=True)
 class YamlSource:
-    """One YAML file: its name in messages, its data, and dotted key (`terms.kd.weight`, `augment.0`) -> location."""
+    """A YAML file: its name in messages, its data, and `locations` (dotted key such as `augment.0` -> location)."""
 
     file: str
     data: Mapping[str, Any]
@@ -58,7 +58,7 @@ class YamlSource:
 
 
 def display_path(path: Path) -> str:
-    """Returns a path for messages, relative if it is inside the working directory."""
+    """Returns the path that messages show: relative if the file is inside the working directory, else absolute."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
@@ -66,10 +66,10 @@ def display_path(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> YamlSource:
-    """Reads one file.
+    """Reads a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not a YAML mapping, or contains a rejected value.
+        ConfigError: the file cannot be read, is not a YAML mapping, or contains a rejected construct.
     """
     file = display_path(path)
     try:
@@ -85,10 +85,10 @@ def parse_yaml(text: str, file: str) -> YamlSource:
     """Reads YAML text.
 
     Args:
-        file: its name in messages.
+        file: name of the file in messages.
 
     Raises:
-        ConfigError: the text is not a YAML mapping, or contains a rejected value.
+        ConfigError: the text is not a YAML mapping, or contains a rejected construct.
     """
     try:
         root = _compose_root(text, file)
@@ -117,7 +117,7 @@ def _compose_root(text: str, file: str) -> yaml.MappingNode:
 
 
 class _NodeReader:
-    """Converts YAML nodes to plain data; collects locations and errors."""
+    """Converts YAML nodes to plain data, and collects locations and errors."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -131,9 +131,11 @@ class _NodeReader:
         self.locations.setdefault(key, location)
         self.count += 1
         if self.count > _MAX_NODES:
-            raise ConfigError(f"{location}: the aliases expand to more than {_MAX_NODES} values; use fewer aliases.")
+            raise ConfigError(
+                f"{location}: the YAML aliases expand to more than {_MAX_NODES} values; use fewer aliases."
+            )
         if node in self.open_nodes:
-            raise ConfigError(f"{location}: an alias that contains itself is rejected.")
+            raise ConfigError(f"{location}: a YAML alias that contains itself is rejected.")
         if isinstance(node, yaml.ScalarNode):
             return self.read_scalar(node, location)
         expected_tag = "map" if isinstance(node, yaml.MappingNode) else "seq"
@@ -158,11 +160,11 @@ class _NodeReader:
             location = self.locate(name_node, dotted)
             if name in result:
                 line = self.locations[dotted].line
-                self.errors.add(location, f"duplicate key {name!r}, first on line {line}; keep one of them.")
+                self.errors.add(location, f"duplicate key {name!r}, already set on line {line}; keep one of them.")
                 continue
             if (not key and name in ("hydra", "defaults")) or _HYDRA_KEY.fullmatch(name):
-                reason = "a recipe is data: it cannot reach Hydra's own node or call Python"
-                self.errors.add(location, f"the key {name!r} is rejected; {reason}. Remove it.")
+                reason = "a recipe cannot configure Hydra or call Python"
+                self.errors.add(location, f"the key {name!r} is rejected, because {reason}. Remove the key.")
                 continue
             self.locations[dotted] = location
             result[name] = self.read_node(value_node, dotted)
@@ -184,7 +186,7 @@ class _NodeReader:
         return None
 
     def read_scalar(self, node: yaml.ScalarNode, location: Location, subject: str = "the value") -> Any:
-        """Reads a scalar as YAML 1.2 would; reports a scalar that YAML 1.1 resolves to something unexpected."""
+        """Converts a scalar as YAML 1.2 does, and reports a scalar that YAML 1.1 interprets unexpectedly."""
         text, kind = node.value, node.tag.removeprefix(_CORE_TAG)
         if node.style is not None and node.tag != "!":
             # Quoted text is text, whatever it looks like.
@@ -203,7 +205,7 @@ class _NodeReader:
             value = int(text.replace("_", "")[:30])  # 30 digits decide; int() of thousands of digits would raise
             if abs(value) <= _MAX_INTEGER:
                 return value
-            self.errors.add(location, f"{subject} is a whole number of more than 64 bits.")
+            self.errors.add(location, f"{subject} is a whole number that does not fit into 64 bits.")
             return None
         if kind == "float" and ":" not in text:
             return float(yaml.safe_load(text))
@@ -230,7 +232,7 @@ class _NodeReader:
 
 
 def _ambiguity(kind: str, text: str) -> str:
-    """Describes what YAML 1.1 makes of a scalar, and how to write it instead."""
+    """Returns an error text about a scalar: its interpretation by YAML 1.1, and how to write the intended value."""
     if kind == "bool":
         truth = "true" if text.lower() in ("on", "yes") else "false"
         return f"YAML reads it as {truth}; write {truth}, or '{text}' in quotes for text."
@@ -244,14 +246,13 @@ def _ambiguity(kind: str, text: str) -> str:
 
 
 def interpolation_error(text: str) -> str | None:
-    """Returns the reason why an interpolation in `text` is rejected, or None. `${vars.width}` is valid."""
+    """Returns an error message if `text` has an invalid interpolation, else None. `${vars.width}` is valid."""
     for match in _INTERPOLATION.finditer(text):
         interpolation = match.group()
         if not _REFERENCE.fullmatch(interpolation) or interpolation.startswith(("${hydra.", "${hydra}")):
             return (
-                f"{interpolation!r} is rejected; only references to the recipe's own keys, such as ${{vars.width}}, "
-                f"are "
-                "resolved, never the environment, Hydra or another resolver."
+                f"{interpolation!r} is rejected; a recipe can refer only to its own keys, such as ${{vars.width}}, "
+                "not to the environment, to Hydra or to a resolver."
             )
     return None
 

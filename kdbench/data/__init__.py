@@ -1,3 +1,4 @@
-"""Datasets, augmentation, sampling and loading: everything up to a batch of tensors.
+"""Data: datasets, augmentation, sampling and loading, which together produce batches of tensors.
 
-`describe` computes the spec of a source before its files are read. Nothing here knows what the batches are used for."""
+The module `describe` computes the fields and sizes of a source before the files of its dataset are read.
+"""

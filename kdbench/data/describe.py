@@ -1,4 +1,4 @@
-"""Describes a source, and opens its dataset, before any image is decoded or downloaded."""
+"""Opens the datasets of sources, and describes sources before an image is decoded or downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kdbench.registry import DATASETS
 
 @contextmanager
 def located_errors(config: SourceConfig) -> Iterator[None]:
-    """Prefixes errors about a dataset's files with the dataset's location in the recipe."""
+    """Context manager: prefixes errors about a dataset with the dataset's location (file and line) in the recipe."""
     location = str(config.dataset.location) or str(config.location)
     try:
         yield
@@ -30,14 +30,15 @@ def located_errors(config: SourceConfig) -> Iterator[None]:
 
 
 def open_dataset(config: SourceConfig, data_root: str, artifact_files: ArtifactFiles | None = None) -> Any:
-    """Builds the dataset of a source; errors start with the location in the recipe.
+    """Builds the dataset of a source. Error messages begin with the location (file and line) in the recipe.
 
     Args:
-        artifact_files: `STAGE.NAME` -> file of the artifact; artifacts that do not exist yet are left out.
+        data_root: folder of all datasets.
+        artifact_files: `STAGE.NAME` -> file of a dataset that an earlier stage built.
 
     Raises:
-        ConfigError: an unknown dataset, parameter or split.
-        DataError: the files are missing or unsuitable.
+        ConfigError: the dataset, a parameter or the split is unknown.
+        DataError: files are missing or unsuitable.
     """
     part = config.dataset
     location = part.location if str(part.location) else config.location
@@ -61,17 +62,19 @@ def describe_source(
     artifact_files: ArtifactFiles | None = None,
     artifact_spec: SourceSpec | None = None,
 ) -> SourceSpec:
-    """Returns the spec of a source, without decoding or downloading anything.
+    """Returns the description of a source: fields, classes and sizes. No image is decoded or downloaded.
 
-    A dataset whose files are missing is described by the facts of its registration, with a `problem`. An artifact that
-    does not exist yet is described by `artifact_spec`.
+    If the dataset's files are missing, the description is built from the keywords of the dataset's registration and
+    has a `problem`. If an artifact does not exist yet, the description is built from `artifact_spec`.
 
     Args:
-        artifact_files: `STAGE.NAME` -> file of the artifact.
-        artifact_spec: the artifact's expected spec (`datasets.artifact.expected_spec`), before augmentation.
+        data_root: folder of all datasets.
+        artifact_files: `STAGE.NAME` -> file of an artifact that exists.
+        artifact_spec: expected description of the artifact before augmentation (see
+            `datasets.artifact.expected_spec`).
 
     Raises:
-        ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
+        ConfigError: the dataset, a parameter, the split, a subset, a relabelling or an augmentation is unknown.
     """
     if config.artifact is not None and config.artifact not in (artifact_files or {}):
         return _describe_missing_artifact(config, artifact_spec or SourceSpec())
@@ -94,7 +97,7 @@ def describe_source(
 
 
 def _describe_missing_files(config: SourceConfig, problem: str, artifact_files: ArtifactFiles | None) -> SourceSpec:
-    """Describes a source by the facts of its dataset's registration."""
+    """Describes a source without the files of its dataset, from the keywords of the dataset's registration."""
     check_selection(config, ())
     entry = DATASETS.entry(config.dataset.type)
     params = {key: parameter.default for key, parameter in entry.parameters.items()} | dict(config.dataset.params)
@@ -111,7 +114,7 @@ def _describe_missing_files(config: SourceConfig, problem: str, artifact_files: 
 
 
 def _describe_missing_artifact(config: SourceConfig, artifact_spec: SourceSpec) -> SourceSpec:
-    """Describes a source by the expected spec of an artifact that does not exist yet."""
+    """Describes a source whose artifact does not exist yet, from the expected description of the artifact."""
     check_selection(config, ())
     if "image" not in artifact_spec.fields:
         return SourceSpec(artifact_spec.fields, artifact_spec.classes)
@@ -129,22 +132,30 @@ def describe_sources(
     artifact_files: ArtifactFiles | None = None,
     artifact_specs: Mapping[str, SourceSpec] | None = None,
 ) -> dict[str, SourceSpec]:
-    """Describes every source of a stage; samples held out for validation are not counted.
+    """Describes the fields, classes and sizes of all data sources of a stage.
+
+    The numbers of samples do not include samples that are held out for validation.
 
     Args:
-        artifact_files: `STAGE.NAME` -> file of the artifact.
-        artifact_specs: `STAGE.NAME` -> expected spec of an artifact that does not exist yet. An artifact without one is
-            described like another source of the stage.
+        data: name -> configuration of the source.
+        validation: fraction or number of the samples of source `train` that are held out; None: no sample.
+        data_root: folder of all datasets.
+        artifact_files: `STAGE.NAME` -> file of an artifact that exists.
+        artifact_specs: `STAGE.NAME` -> expected description of an artifact that does not exist yet. If an artifact
+            has no entry, it is assumed to have the images of `train`, or of the first source with images.
+
+    Returns:
+        Name -> description of the source.
 
     Raises:
-        ConfigError: an unknown dataset, parameter, split, subset, relabelling or augmentation.
+        ConfigError: a dataset, parameter, split, subset, relabelling or augmentation is unknown.
     """
     specs = {
         name: describe_source(config, data_root, artifact_files=artifact_files)
         for name, config in data.items()
         if config.artifact is None
     }
-    # Artifacts come second: where nothing else is known they look like the training source, or the first with images.
+    # Artifacts come second. By default they are assumed to be like the source `train`, or the first with images.
     candidates = (spec for name in ("train", *specs) if (spec := specs.get(name)) is not None)
     similar = next((spec for spec in candidates if "image" in spec.fields), None)
     default = None if similar is None else SourceSpec({"image": similar.fields["image"]}, similar.classes)

@@ -1,4 +1,4 @@
-"""The description of a source: its fields, classes and sizes, known before its files are read."""
+"""The description of a source: its fields, classes and sizes, as far as they are known before its files are read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 FieldSpec: TypeAlias = tuple[tuple[int, ...], str]
-"""Shape of one sample, without the batch dimension, and name of the dtype: `((3, 32, 32), "float32")`."""
+"""Shape of one sample (without the batch dimension) and name of the dtype, such as `((3, 32, 32), "float32")`."""
 
 
 @dataclass(frozen=True)
 class VariantCount:
-    """Number of different images that a view can show of one sample.
+    """The number of different images (variants) that a view can show of one sample.
 
-    count: None where there is no finite list of images; `reason` then says why.
+    Attributes:
+        count: number of variants; None if it is infinite or unknown.
+        reason: reason for which `count` is None.
     """
 
     count: int | None
@@ -23,13 +25,16 @@ class VariantCount:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Fields, classes and sizes of a source.
+    """The fields, classes and sizes of a data source, as far as they are known before its files are read.
 
-    fields: field -> (shape of one sample, dtype).
-    classes, samples: None where they are unknown before the files are read.
-    problem: a sentence about what has to happen before training can start; None if nothing has to.
-    population: samples of the full split, before `subset`; `index` is below it.
-    variants: view -> number of different images of one sample.
+    Attributes:
+        fields: field -> (shape of one sample, dtype).
+        classes: number of classes; None if it is unknown, or if there are no labels.
+        samples: number of samples of the source; None if it is unknown.
+        problem: sentence about what has to happen before training can start, or None.
+        population: number of samples of the full split, before `subset`. Values of the field `index` are below this
+            number.
+        variants: view -> number of different images that the view can show of one sample.
     """
 
     fields: Mapping[str, FieldSpec] = field(default_factory=dict)

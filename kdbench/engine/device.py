@@ -1,4 +1,4 @@
-"""Devices and number formats: resolves `device:`, checks `precision:`, and sets TF32."""
+"""Devices and number formats: finds the device that `device:` names, checks `precision:`, and sets TF32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from kdbench.errors import ConfigError, TrainingError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device of `device:`; `auto` is cuda if available, otherwise mps, otherwise cpu.
+    """Returns the device that the recipe key `device:` names.
+
+    Args:
+        name: `auto`, or a device of torch such as `cuda:1`. `auto` is cuda if available, otherwise mps, otherwise
+            cpu.
 
     Raises:
         ConfigError: the device is unknown or not available. There is no silent fallback to a slower device.
@@ -48,7 +52,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU" if device.type == "cpu" else "Apple GPU"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'' if count == 1 else 's'}" if device.type == "cpu" else ""
     return f"{name} ({platform.machine()}{threads})"
 
 
@@ -56,7 +61,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Checks that the device supports a stage's `precision:`.
 
     Raises:
-        ConfigError: it does not; the message suggests another precision.
+        ConfigError: the device does not support the precision. The message suggests another precision.
     """
     if precision == "float64" and device.type == "mps":
         raise ConfigError("precision: an Apple GPU does not support float64. Use device=cpu, or precision=float32.")
@@ -71,9 +76,10 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def precision_settings(precision: str) -> Iterator[None]:
-    """Allows TF32 for matrix products and convolutions, except for float32 and float64; restores the settings.
+    """Context manager: allows TF32 for matrix products and convolutions, unless `precision` is float32 or float64.
 
-    `float32` therefore means float32 on CUDA too.
+    With `precision: float32`, CUDA therefore computes in float32 too. The previous settings are restored after the
+    block.
     """
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision not in ("float32", "float64")
@@ -85,10 +91,10 @@ def precision_settings(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_as_training_error(device: torch.device) -> Iterator[None]:
-    """Converts out-of-memory errors of the device and of the host.
+    """Context manager: converts an out-of-memory error of the device or of the host to a TrainingError.
 
     Raises:
-        TrainingError: the block ran out of memory; the message suggests settings that need less.
+        TrainingError: the block ran out of memory. The message suggests settings that need less memory.
     """
     try:
         yield
@@ -101,6 +107,6 @@ def out_of_memory_as_training_error(device: torch.device) -> Iterator[None]:
             raise
         raise TrainingError(
             f"memory ran out on {describe_device(device)} ({message[:200] or type(error).__name__}). A smaller "
-            "`batch_size` needs less (`accumulate` keeps the effective batch), and so do smaller images and "
-            "`precision: bf16`. Saved checkpoints remain; a run with these keys changed is a new run."
+            "`batch_size` needs less memory (`accumulate` keeps the effective batch); smaller images and "
+            "`precision: bf16` need less too. Saved checkpoints remain; a run with these keys changed is a new run."
         ) from error

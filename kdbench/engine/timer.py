@@ -1,4 +1,4 @@
-"""Time of the sections of a training step."""
+"""Timer for the sections of a training step, such as `data`, `teacher` and `backward`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class SectionTimer:
-    """Attributes the host's time to the sections of a step, such as `data`, `teacher`, `backward`.
+    """Measures which part of the host's time each section of a step takes, such as `data`, `teacher`, `backward`.
 
-    The times are meaningful only where the host computes in step with the device, that is on a CPU and without a
-    compiler. Elsewhere the timer is disabled; code inside the step reads `enabled` before it calls `end_section`, so
-    that a compiled step contains no call.
+    The times are meaningful only if the host waits for the computation, that is, on a CPU and without a compiler.
+    Otherwise the timer is disabled. Code inside the step reads `enabled` before it calls `end_section`, so that a
+    compiled step contains no call.
 
     Args:
         enabled: whether time is measured.
@@ -25,7 +25,7 @@ class SectionTimer:
         self._listener: Callable[[str], None] | None = None
 
     def end_section(self, name: str) -> None:
-        """Adds the time since the last call (or `restart`) to a section."""
+        """Adds the time since the last call (or since `restart`) to the section `name`."""
         if not self.enabled:
             return
         if self._listener is not None:
@@ -36,11 +36,11 @@ class SectionTimer:
         self.section_start = now
 
     def restart(self) -> None:
-        """Leaves out the time since the last call: it was spent outside of training."""
+        """Discards the time since the last call of `end_section`, which was spent outside of training."""
         self.section_start = time.perf_counter()
 
     def fractions(self) -> dict[str, float]:
-        """Returns each section's fraction of the time since the last call, and resets the timer."""
+        """Returns section -> fraction of the measured time since the last call, and resets the measured times."""
         total = sum(self.seconds.values()) or 1.0
         result = {name: round(seconds / total, 4) for name, seconds in self.seconds.items()}
         self.seconds = {}
@@ -48,7 +48,7 @@ class SectionTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Ignores the ends of sections inside the block."""
+        """Context manager: disables the timer inside the block."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -57,7 +57,7 @@ class SectionTimer:
 
     @contextmanager
     def forwarded_to(self, listener: Callable[[str], None]) -> Iterator[None]:
-        """Calls `listener` at the end of every section inside the block, instead of measuring time."""
+        """Context manager: calls `listener` with the name of each section that ends, instead of measuring time."""
         before = self.enabled, self._listener
         self.enabled, self._listener = True, listener
         try:

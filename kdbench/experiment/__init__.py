@@ -1,1 +1,1 @@
-"""A run from its recipe to its summary: context, teacher runs, manifest, artifacts. The only writer of run folders."""
+"""Runs: context, teacher runs, manifest, artifacts, summary. Only this package writes into run folders."""

@@ -1,7 +1,7 @@
-"""Artifacts of stages: planned before anything runs, built at the end of a stage, read by later stages.
+"""Plans, builds and reads artifacts: datasets, subsets, tensors and models that one stage builds for later stages.
 
-An artifact is a file `stages/STAGE.NAME.pt` in the run folder (see `ArtifactFile`). It is a function of the recipe and
-its seed alone, so an intact file of the same run is never built again.
+An artifact is a file `stages/STAGE.NAME.pt` in the run folder (see `ArtifactFile`). It is a function of the recipe
+and its seed alone, so an intact file of the same run is never built again.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ from kdbench.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class DescribedStage:
-    """A stage with the descriptions of its sources.
+    """A stage together with descriptions of its data sources.
 
     Attributes:
-        stage: with the models of the model artifacts that exist.
-        specs: source -> description; expected ones for dataset artifacts that do not exist yet.
+        stage: the stage, in which existing model artifacts are replaced by their models.
+        specs: source -> description of its samples. A dataset artifact that does not exist yet has its expected
+            description.
     """
 
     stage: StageConfig
@@ -57,7 +58,7 @@ class DescribedStage:
 
 
 def find_artifact_files(recipe: Recipe, folder: RunFolder) -> dict[str, Path]:
-    """Returns the files of all artifacts that a run has built so far."""
+    """Returns `STAGE.NAME` -> path for all artifacts that a run has built so far."""
     paths = {
         f"{stage.name}.{name}": folder.artifact(stage.name, name) for stage in recipe.stages for name in stage.artifacts
     }
@@ -65,7 +66,9 @@ def find_artifact_files(recipe: Recipe, folder: RunFolder) -> dict[str, Path]:
 
 
 def describe_stages(recipe: Recipe, artifact_files: ArtifactFiles | None = None) -> list[DescribedStage]:
-    """Describes the sources of every stage, in order. A dataset artifact without a file gets its expected description.
+    """Describes the sources of every stage, in order.
+
+    A dataset artifact that is not built yet has its expected description.
 
     Raises:
         ConfigError: a source does not fit its dataset.
@@ -98,16 +101,17 @@ def plan_stages(
     world_size: int = 1,
     earlier_plans: list[StagePlan] | None = None,
 ) -> list[StagePlan]:
-    """Plans every stage. Tensor artifacts without a file are meta tensors of their shape.
+    """Returns the plan of every stage. A meta tensor of equal shape replaces a tensor artifact that is not built yet.
 
     Args:
-        described_stages: of `describe_stages`; None: described here.
-        artifact_files: the artifacts that exist.
+        described_stages: return value of `describe_stages`; None: this function calls `describe_stages`.
+        artifact_files: `STAGE.NAME` -> path of the artifacts that exist.
         world_size: number of processes.
-        earlier_plans: plans of the same run with fewer artifacts; unchanged stages are not planned again.
+        earlier_plans: plans of the same run that were made before some artifacts existed. The plan of an unchanged
+            stage is reused.
 
     Raises:
-        ConfigError: anything that the first step of a stage, or an artifact builder, would raise.
+        ConfigError: a stage or an artifact has a mistake that would make the first step or the artifact builder fail.
     """
     artifact_files = artifact_files or {}
     tensors: dict[str, Tensor] = {}
@@ -129,7 +133,10 @@ def plan_stages(
 
 
 def _matching_plan(described: DescribedStage, plans: list[StagePlan]) -> StagePlan | None:
-    """Adapts the plan of an equal stage, such as that of an earlier round; None without one."""
+    """Returns a plan for a stage by adapting the plan of an equal stage, or None if no stage is equal.
+
+    For example, an earlier round of a loop is an equal stage.
+    """
     if next(artifact_operands(described.stage), None) is not None:
         return None
     inputs = _plan_inputs(described.stage)
@@ -141,7 +148,10 @@ def _matching_plan(described: DescribedStage, plans: list[StagePlan]) -> StagePl
 
 
 def _plan_inputs(stage: StageConfig) -> StageConfig:
-    """Removes the entries of a stage that its plan does not depend on: names, origin of weights, subsets of data."""
+    """Returns a copy of a stage without the entries that do not change its plan.
+
+    These entries are names, origins of weights, datasets and subsets.
+    """
     roles = {name: replace(role, weights=None) for name, role in stage.roles.items()}
     no_dataset = PartConfig(type="")
     data = {
@@ -163,7 +173,7 @@ def reads_artifacts(stage: StageConfig) -> bool:
 
 
 def artifact_tensors(stage: StageConfig, artifact_files: ArtifactFiles) -> dict[str, Tensor]:
-    """Reads the tensor artifacts that are operands of a stage and exist."""
+    """Returns `STAGE.NAME` -> tensor for all existing tensor artifacts that the terms of a stage read."""
     names = {f"{operand.role}.{operand.path}" for operand in artifact_operands(stage)}
     return {
         name: read_artifact(artifact_files[name], kind="tensor").content["value"]
@@ -173,11 +183,11 @@ def artifact_tensors(stage: StageConfig, artifact_files: ArtifactFiles) -> dict[
 
 
 def read_artifact(path: Path, *, kind: str | None = None, identity: str | None = None) -> ArtifactFile:
-    """Reads an artifact file.
+    """Reads an artifact file and returns its checked content.
 
     Args:
-        kind: the expected kind; None: any.
-        identity: of the run that must have built it; None: any.
+        kind: expected kind of artifact; None: any kind.
+        identity: identity of the run that must have built the artifact; None: any run.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or of another run.
@@ -189,7 +199,7 @@ def read_artifact(path: Path, *, kind: str | None = None, identity: str | None =
 
 
 def _resolve_models(stage: StageConfig, artifact_files: ArtifactFiles) -> StageConfig:
-    """Inserts the models that model artifacts selected, as far as the artifacts exist."""
+    """Returns a copy of the stage in which each existing model artifact is replaced by the model that it contains."""
     roles: dict[str, RoleConfig] = {}
     for name, role in stage.roles.items():
         if role.artifact is not None and role.artifact in artifact_files and role.model is not None:
@@ -208,7 +218,7 @@ def _artifact_builder(artifact: ArtifactConfig) -> ArtifactBuilder:
 def _check_artifact(
     artifact: ArtifactConfig, plan: StagePlan, recipe: Recipe, tensors: Mapping[str, Tensor]
 ) -> tuple[int, ...] | None:
-    """Runs the checks of an artifact builder; returns the shape of a tensor artifact.
+    """Runs the checks of an artifact builder and returns the shape of a tensor artifact (None for other kinds).
 
     Raises:
         ConfigError: the artifact cannot be built from its source and operands.
@@ -230,7 +240,10 @@ def _check_artifact(
 
 
 def _check_fields(artifact: ArtifactConfig, plan: StagePlan, source: str) -> None:
-    """Raises ConfigError when a role that must run has an input field that the artifact's source does not have."""
+    """Raises ConfigError if a network reads a field that the artifact's source does not have.
+
+    Only the networks that compute operands of the artifact builder are checked.
+    """
     fields = plan.specs[source].fields
     for role in _operand_roles(artifact, plan.stage):
         for address in input_addresses(role):
@@ -266,7 +279,7 @@ def _injected_parameters(plan: StagePlan) -> Mapping[str, Any]:
 
 
 def _operand_roles(artifact: ArtifactConfig, stage: StageConfig) -> list[RoleConfig]:
-    """Returns the roles that run to compute a builder's operands, sorted by name."""
+    """Returns the roles (networks) that must run to compute the operands of an artifact builder, sorted by name."""
     names = (leaf.role for operand in artifact.part.operands.values() for leaf in operand.feature_operands())
     return [stage.roles[name] for name in sorted(upstream_closure(names, stage.roles))]
 
@@ -279,16 +292,16 @@ def build_artifacts(
     origins: Mapping[str, WeightsOrigin],
     identity: str,
 ) -> dict[str, Mapping[str, Any]]:
-    """Builds all artifacts of a stage that have no intact file of this run.
+    """Builds all artifacts of a stage for which the run folder has no intact file of this run.
 
     Args:
-        runner: of the stage, after its last step.
-        sources: of the stage, with all samples (not sharded).
+        runner: the stage's runner, after its last step.
+        sources: name -> source of the stage, with all samples (not sharded).
         origins: role -> origin of its initial weights.
-        identity: of the run.
+        identity: the run's identity.
 
     Returns:
-        `STAGE.NAME` -> provenance, for the manifest.
+        `STAGE.NAME` -> provenance of the artifact, for the manifest.
     """
     stage = runner.stage
     provenance: dict[str, Mapping[str, Any]] = {}
@@ -320,7 +333,7 @@ def _build_content(
     artifact: ArtifactConfig,
     identity: str,
 ) -> dict[str, Any]:
-    """Runs an artifact builder over its source."""
+    """Runs an artifact builder over its source and returns the artifact's content."""
     stage, resolved_stage, network = runner.stage, runner.plan.resolved_stage, runner.network
     source = sources[artifact.source or "train"]
     names = {*sources, *resolved_stage.sources.values()}
@@ -363,7 +376,10 @@ def _build_content(
 
 
 class _SourceFields(dict[str, Tensor]):
-    """Fields of one source, shown to roles of any source: a missing view is replaced by the field `image`."""
+    """Gives roles access to the fields of one source.
+
+    A view that the source does not have is replaced by its field `image`.
+    """
 
     def __missing__(self, field: str) -> Tensor:
         if field == "image" or "image" not in self:
@@ -379,7 +395,7 @@ def _artifact_file(
     content: dict[str, Any],
     identity: str,
 ) -> ArtifactFile:
-    """Adds kind, checksum and provenance to the content of an artifact."""
+    """Returns an artifact file: the artifact's content with kind, checksum and provenance."""
     summary = content.pop("summary", {})
     kind = ARTIFACTS.entry(artifact.part.type).facts["produces"]
     checksum = content_hash({**content, "kind": kind})

@@ -1,4 +1,4 @@
-"""Run context: identity, folder, teacher runs and plans of a run, and the construction of each stage."""
+"""The context of a run: identity, folder, teacher runs and plans. The context builds the objects of each stage."""
 
 from __future__ import annotations
 
@@ -37,18 +37,21 @@ from kdbench.speed.teacher_cache.frozen_forward import CACHE_FOLDER, FrozenForwa
 
 
 class RunContext:
-    """A recipe on a device, ready to train or to inspect. Nothing here trains or writes into the run folder.
+    """A recipe on a device, ready to be trained or inspected.
+
+    The context itself does not train and does not write into the run folder.
 
     Args:
         recipe: the checked recipe.
         device: the device of all tensors.
-        world: this process among all.
-        identity: of the run whose folder is read; None: computed from recipe, data, teachers and world size.
+        world: rank of this process and number of processes.
+        identity: identity (hash) of an existing run whose folder is read. None: the identity is computed from recipe,
+            data, teachers and world size.
 
     Attributes:
         teachers: (stage, role) -> context of the run that trains the role's initial weights.
-        plans: plans of all stages, after `plan`.
-        checksums: `stage.source` -> digest of the dataset.
+        plans: plans of all stages, set by `plan`.
+        checksums: `STAGE.SOURCE` -> digest of the dataset.
 
     Raises:
         ConfigError: the data does not fit the recipe.
@@ -81,7 +84,7 @@ class RunContext:
     # The run
 
     def status(self) -> str:
-        """Returns new, interrupted or finished; the same on every rank.
+        """Returns whether the run is new, interrupted or finished. The result is equal on every rank.
 
         Raises:
             UserError: the folder belongs to another run, or is not a run folder.
@@ -99,20 +102,23 @@ class RunContext:
         return self.world.broadcast(status)
 
     def _manifest_identity(self) -> str | None:
-        """Returns None when the manifest is missing or damaged; the checkpoint has the identity too."""
+        """Returns the identity (hash of the run) in the manifest, or None if the manifest is missing or damaged.
+
+        The checkpoint contains the identity too.
+        """
         try:
             return read_manifest(self.folder.manifest)["identity"]
         except UserError:
             return None
 
     def plan(self) -> None:
-        """Plans every stage, so that errors of a later stage are raised before a teacher is trained."""
+        """Plans every stage. An error of a later stage is thus raised before a teacher is trained."""
         self.plans = self.plans or plan_stages(self.recipe, self.described_stages, world_size=self.world.size)
 
     # One stage
 
     def stage_plan(self, position: int) -> StagePlan:
-        """Returns the plan of a stage at its start, when all artifacts that it reads exist."""
+        """Returns the plan of a stage at its start. All artifacts that the stage reads must exist."""
         if reads_artifacts(self.recipe.stages[position]):
             artifact_files = find_artifact_files(self.recipe, self.folder)
             self.described_stages = describe_stages(self.recipe, artifact_files)
@@ -131,7 +137,7 @@ class RunContext:
         """Opens a stage's sources.
 
         Args:
-            world: reads the shard of this process in `world`; None: in the context's world.
+            world: rank and number of processes, which determine the samples of this rank; None: `self.world`.
         """
         world = world or self.world
         sources = build_sources(
@@ -152,12 +158,12 @@ class RunContext:
         return sources
 
     def close(self) -> None:
-        """Closes every source that was opened here."""
+        """Closes every source that this context opened."""
         for source in self._open_sources:
             source.close()
 
     def build_network(self, plan: StagePlan, notices: Notices) -> tuple[Network, WeightLoader]:
-        """Builds a stage's network on the device, with its initial weights.
+        """Builds a stage's network on the device and loads its initial weights.
 
         Raises:
             CheckpointError: initial weights cannot be read or do not match the model.
@@ -192,7 +198,7 @@ class RunContext:
         return network, loader
 
     def _teacher_files(self, stage: StageConfig) -> dict[str, RunFile]:
-        """Returns, by role, the model file of the recipe that the role's weights name."""
+        """Returns role -> model file of the teacher run, for each role with `weights: {recipe: ...}`."""
         files = {}
         for (stage_name, name), teacher in self.teachers.items():
             weights = stage.roles[name].weights if stage_name == stage.name else None
@@ -213,7 +219,8 @@ class RunContext:
     ) -> Runner:
         """Builds the runner of a stage, with sharded roles and the step strategy of the recipe.
 
-        All ranks call it: collectives begin here. Steps that may fail on one rank alone come before.
+        Every rank must call this method, because it begins collective operations. Operations that can fail on one
+        rank alone must come before it.
         """
         if plan.sharded_roles and self.world.size > 1:
             shard_roles(network, plan.sharded_roles, self.device, self.world)
@@ -227,7 +234,7 @@ class RunContext:
         return runner
 
     def build_feed(self, plan: StagePlan, sources: Mapping[str, Source]) -> Feed:
-        """Returns a stage's batches, for steps that run every role."""
+        """Returns a feed of a stage's batches for steps in which all roles run."""
         step_sources = {name: sources[name] for name in plan.resolved_stage.step_sources(plan.stage)}
         return Feed(step_sources, plan.train_source, plan.stage.accumulate)
 
@@ -237,6 +244,9 @@ class RunContext:
         sources: Mapping[str, Source],
         on_decision: Callable[[FrozenForwardPlan], None] = lambda plan: None,
     ) -> FrozenForwardPlan:
-        """Decides how frozen roles run (in the step, prefetched or from the cache); returns the feed for that."""
+        """Decides how frozen networks run, and returns the decision with a matching feed of batches.
+
+        Frozen networks run in the step or are prefetched, or their outputs are read from a cache.
+        """
         feed = self.build_feed(runner.plan, sources)
         return plan_frozen_forward(feed, runner, self.recipe, Path(self.recipe.runs) / CACHE_FOLDER, on_decision)

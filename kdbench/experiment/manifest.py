@@ -1,7 +1,7 @@
-"""Builds manifest.json, and the part of a run's identity that is not in the recipe.
+"""Writes manifest.json, and computes the part of a run's identity that is not in the recipe.
 
-The manifest has everything needed to repeat a run: recipe, versions, devices, data checksums, origin of weights. It has
-nothing that identifies the person or the host.
+The manifest contains what is needed to repeat a run: recipe, versions, devices, data checksums, origin of weights. It
+contains nothing that identifies the user or the host.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ def write_manifest(
     A damaged manifest is written again without the entries of earlier sessions.
 
     Args:
-        path: `RunFolder.manifest`.
+        path: path of the manifest, `RunFolder.manifest`.
         identity: hash of everything that the results depend on.
-        device: `cpu`, `cuda:0`, `mps`.
+        device: name of the device, such as `cpu`, `cuda:0` or `mps`.
         training: stage -> effective batch, learning rate, precision, batchnorm and other settings.
-        data: `stage.source` -> dataset, split, samples, checksum.
+        data: `STAGE.SOURCE` -> dataset, split, samples, checksum.
         roles: role -> model, parameters, mode, weights (source and sha256).
         parts: versions of the models, terms and artifact builders in use.
-        command: the command line; None: of this process.
+        command: command line of the run; None: the command line of this process.
 
     Returns:
-        One message for each difference from the previous session that may change bits; empty for a new run.
+        One message for each difference from the previous session that may change results; an empty list for a new
+        run.
 
     Raises:
         TrainingError: the file cannot be written.
@@ -108,7 +109,7 @@ def write_manifest(
 
 
 def _earlier_entries(path: Path) -> Mapping[str, Any]:
-    """Reads the manifest of earlier sessions; empty when it is missing or damaged."""
+    """Reads the manifest of earlier sessions. Returns an empty mapping if the file is missing or damaged."""
     try:
         return read_manifest(path)
     except UserError:
@@ -130,7 +131,7 @@ def _recipe_entries(recipe: Recipe) -> dict[str, Any]:
 
 
 def amend_manifest(path: Path, entries: Mapping[str, Any]) -> None:
-    """Merges entries that are known later, such as `{"roles": {"teacher": {"scores": {"test": {"top1": 76.3}}}}}`.
+    """Merges later entries into the manifest, such as `{"roles": {"teacher": {"scores": {"test": {"top1": 76.3}}}}}`.
 
     Raises:
         UserError: the manifest is damaged.
@@ -140,13 +141,13 @@ def amend_manifest(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def amend_session(path: Path, entries: Mapping[str, Any]) -> None:
-    """Merges entries about the present session, such as `{"concurrent": {"label": "seed=2"}}`."""
+    """Merges entries about the current session into the manifest, such as `{"concurrent": {"label": "seed=2"}}`."""
     *earlier, present = read_manifest(path).get("sessions") or [{}]
     amend_manifest(path, {"sessions": [*earlier, _merge(present, entries)]})
 
 
 def finish_manifest(path: Path, status: Literal["finished", "failed"], reason: str = "") -> None:
-    """Records the end of a run; `reason` is the error of a failed run."""
+    """Writes the end of a run into the manifest. `reason` is the error message of a failed run."""
     entries = {"status": status, "finished": _now() if status == "finished" else None}
     amend_manifest(path, {**entries, **({"reason": reason} if reason else {})})
 
@@ -166,7 +167,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Returns `commit` and `dirty` of the checkout that this kdbench runs from; None for an installed copy."""
+    """Returns the entries `commit` and `dirty` for a kdbench in a git checkout, or None for an installed package."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -183,7 +184,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def device_name(device: str) -> str:
-    """Describes the device without the name of the host: `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    """Returns a description of the device without the host name, such as `cuda:0 (NVIDIA H100 80GB HBM3)`."""
     if device.startswith("cuda"):
         import torch
 
@@ -210,7 +211,7 @@ def _threads() -> int:
 
 
 def _command_line() -> list[str]:
-    """Returns the command line of the user; Hydra replaces sys.argv while a job runs."""
+    """Returns the command line of the user, from `sys.orig_argv`, because Hydra replaces `sys.argv`."""
     arguments = sys.orig_argv
     for number, argument in enumerate(arguments):
         if Path(argument).name == "kdbench" or (argument == "-m" and arguments[number + 1 : number + 2] == ["kdbench"]):
@@ -223,14 +224,14 @@ def _now() -> str:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Merges mappings key by key; every other value of `new` replaces the one of `old`."""
+    """Returns `old` updated by `new`. Nested mappings are merged key by key."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
     return new
 
 
 def _describe_changes(previous: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between two sessions that may change bits."""
+    """Returns a message for each difference between two sessions that may change results."""
     changes = []
     for key in DETERMINISM_KEYS:
         old, new = previous.get(key), current.get(key)
@@ -243,7 +244,7 @@ def _describe_changes(previous: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def dataset_checksums(recipe: Recipe) -> dict[str, str]:
-    """Returns the digest of every source's dataset by `stage.source`; empty for generated noise."""
+    """Returns `STAGE.SOURCE` -> digest of the dataset; the digest of generated noise is empty."""
     digests = {}
     for stage in recipe.stages:
         for config in stage.data.values():
@@ -260,12 +261,12 @@ def external_identity(
     teacher_identities: Mapping[tuple[str, str], str],
     world_size: int,
 ) -> dict[str, Any]:
-    """Returns the entries of a run's identity that are not in the recipe.
+    """Returns the parts of a run's identity that are not in the recipe.
 
     Args:
-        data_checksums: of `dataset_checksums`.
+        data_checksums: return value of `dataset_checksums`.
         teacher_identities: (stage, role) -> identity of the run that trains the role's initial weights.
-        world_size: number of processes; the effective batch grows with it.
+        world_size: number of processes, to which the effective batch size is proportional.
 
     Raises:
         UserError: a file of weights cannot be read.
@@ -282,7 +283,10 @@ def external_identity(
 
 
 def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
-    """Returns the recipe's `channels_last`; by default True for colour images, which makes convolutions faster."""
+    """Returns the recipe's `channels_last`.
+
+    The default is True for colour images, because their convolutions are faster then.
+    """
     if recipe.channels_last is not None:
         return recipe.channels_last
     shapes = [shape for spec in specs.values() for shape, _ in spec.fields.values()]
@@ -290,7 +294,7 @@ def uses_channels_last(recipe: Recipe, specs: Mapping[str, SourceSpec]) -> bool:
 
 
 def training_entries(stage: StageConfig, world_size: int) -> dict[str, Any]:
-    """Returns the effective batch, learning rate, length, precision and BatchNorm mode of a stage."""
+    """Returns the manifest entries of a stage: effective batch, learning rate, length, precision, BatchNorm mode."""
     sizes = {name: config.batch_size * world_size * stage.accumulate for name, config in stage.data.items()}
     return {
         "effective_batch": {name: size for name, size in sizes.items() if name not in ("eval", "validation")},
@@ -314,11 +318,11 @@ def _batchnorm_text(stage: StageConfig, world_size: int) -> str:
 def data_entries(
     recipe: Recipe, specs: Sequence[Mapping[str, SourceSpec]], data_checksums: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Returns dataset, split, samples, labelled fraction and checksum of every source.
+    """Returns the manifest entries of every source: dataset, split, samples, labelled fraction, checksum.
 
     Args:
-        specs: source -> description, for each stage.
-        data_checksums: of `dataset_checksums`.
+        specs: for each stage, source -> description.
+        data_checksums: return value of `dataset_checksums`.
     """
     return {
         f"{stage.name}.{name}": {
@@ -334,7 +338,10 @@ def data_entries(
 
 
 def source_entries(stage: StageConfig, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
-    """Returns samples and checksum of a stage's open sources; of artifacts they are not known earlier."""
+    """Returns the manifest entries `samples` and `checksum` of a stage's opened data sources.
+
+    These entries of a source that reads an artifact are unknown until the artifact is built.
+    """
     return {
         f"{stage.name}.{name}": {"samples": source.num_samples, "checksum": source.checksum}
         for name, source in sources.items()
@@ -345,7 +352,7 @@ def source_entries(stage: StageConfig, sources: Mapping[str, Source]) -> dict[st
 def part_versions(recipe: Recipe) -> dict[str, int]:
     """Returns the versions of the models, terms and artifact builders in use.
 
-    Their authors raise a version when its maths changes.
+    The author of a part (a model, a term, ...) raises its version when its mathematics changes.
     """
     parts = {}
     for stage in recipe.stages:
@@ -373,7 +380,7 @@ def artifact_versions(stage: StageConfig) -> dict[str, int]:
 def role_entries(
     plan: StagePlan, origins: Mapping[str, WeightsOrigin], frozen_scores: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns model, size, mode, origin of the weights, and measured scores (frozen roles) of every role.
+    """Returns the manifest entries of every role: model, size, mode, origin of the weights, scores of frozen roles.
 
     Args:
         frozen_scores: role -> metric -> value on the test split.
@@ -393,7 +400,7 @@ def role_entries(
 
 
 def _file_hash(path: Path, location: Location) -> str:
-    """Returns the SHA-256 of a file; empty for a missing one, which is reported when it is loaded."""
+    """Returns the SHA-256 of a file, or an empty string for a missing file, which is reported when it is loaded."""
     if not path.is_file():
         return ""
     digest = hashlib.sha256()

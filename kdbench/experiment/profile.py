@@ -52,14 +52,14 @@ def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: P
 
     Args:
         stage: name of the stage; None: the last stage that trains.
-        steps: number of steps that are timed as a whole, and again section by section.
-        out: folder of the files; None: `RUNS/RECIPE/profile`.
+        steps: number of steps. They are timed as a whole first, then section by section.
+        out: output folder; None: `RUNS/RECIPE/profile`.
 
     Returns:
-        The content of profile.json, and `files`: name -> path.
+        The content of profile.json, with an additional entry `files`: file name -> path.
 
     Raises:
-        UserError: a wrong argument, a folder that is not writable, or anything that `open_stage` raises.
+        UserError: an argument is wrong, the folder is not writable, or the stage cannot be opened.
     """
     if steps < 4:
         raise ConfigError(f"kdbench profile: --steps must be at least 4, got {steps}")
@@ -79,16 +79,16 @@ def profile(recipe: Recipe, *, stage: str | None = None, steps: int = 20, out: P
 
 @dataclass
 class _Measurement:
-    """Measured times and counts of a stage's steps.
+    """Measured times and counts of the steps of a stage.
 
     Attributes:
-        step_times: of the step as the recipe runs it.
-        section_times: of the eager step with all roles in it.
-        counts: operations and FLOPs by section, of the eager step.
-        trace: of torch's profiler.
+        step_times: times of steps as the recipe runs them, in seconds.
+        section_times: section -> times in eager steps in which all roles run.
+        counts: section -> number of operations and number of FLOPs in the eager step.
+        trace: trace of torch's profiler.
         chrome_trace: content of trace.json.
-        peak_memory: of the step as the recipe runs it.
-        moved_roles: frozen role -> mode, of the roles that run outside the step.
+        peak_memory: peak memory of the step as the recipe runs it, in bytes.
+        moved_roles: frozen role -> how it runs, for the roles that do not run in the step.
     """
 
     step_times: engine.StepTimes
@@ -101,7 +101,7 @@ class _Measurement:
 
 
 def _measure(opened_stage: OpenStage, steps: int, folder: Path) -> _Measurement:
-    """Measures the step as the recipe runs it, and the sections of the same step run eagerly."""
+    """Measures the step as the recipe runs it, then the sections of the same step in eager mode."""
     runner, notes = opened_stage.runner, opened_stage.notices.texts
     notes[:] = opened_stage.missing_weights  # notices about the steps below follow
     device = runner.device
@@ -127,7 +127,7 @@ def _measure(opened_stage: OpenStage, steps: int, folder: Path) -> _Measurement:
             engine.run_step(eager_runner, windows)
     section_times = engine.time_sections(eager_runner, windows, steps)
     counts = engine.count_step(eager_runner, windows)
-    if eager_runner is not runner:  # the backward of a compiled step cannot be attributed to roles
+    if eager_runner is not runner:  # time in the backward of a compiled step cannot be attributed to roles
         eager_trace, _ = engine.profile_steps(eager_runner, windows, TRACED_STEPS, mark_sections=True)
         trace = replace(trace, backward_fractions=eager_trace.backward_fractions)
     return _Measurement(
@@ -169,7 +169,7 @@ def _profile_entries(opened_stage: OpenStage, measurement: _Measurement, steps: 
         "samples_per_step": step_times.samples / len(step_times.step_seconds),
         "step": _quantiles_ms(step_times.step_seconds),
         "samples_per_second": round(step_times.samples / sum(step_times.step_seconds), 1),
-        # The eager step: its sections, and its steps timed without recording sections.
+        # The eager step: times of its sections, and times of steps in which no sections are recorded.
         "eager_step": {
             "sections_ms": _ms(sum(section_seconds.values())),
             "step": _quantiles_ms(measurement.section_times.step_seconds),
@@ -193,10 +193,10 @@ def _profile_entries(opened_stage: OpenStage, measurement: _Measurement, steps: 
 
 
 def _warm_up_steps(runner: Runner, steps: int) -> int:
-    """Returns the number of steps before the first that is timed.
+    """Returns the number of warm-up steps, which are not timed.
 
-    A CUDA graph is captured again for the first step that logs, which takes as long as hundreds of replays. That step
-    belongs to the warm-up, unless no timed step logs.
+    A CUDA graph is recorded again for the first step that logs, which takes as long as hundreds of replays. The
+    warm-up includes that step if a timed step logs.
     """
     log_every = runner.stage.log_every
     logs = log_every <= WARM_UP_STEPS + steps + TRACED_STEPS
@@ -205,7 +205,7 @@ def _warm_up_steps(runner: Runner, steps: int) -> int:
 
 
 def _endless_windows(feed: BatchFeed) -> Iterator[list[MicroBatch]]:
-    """Yields a stage's batches; starts again when the stage is shorter than the measurement."""
+    """Yields a stage's batches. After the stage's last batch, it starts again with the first."""
     while True:
         yield from feed.windows(0)
 
@@ -216,7 +216,7 @@ def _is_eager(runner: Runner) -> bool:
 
 
 def _export_trace(profiler: Any, folder: Path) -> dict[str, Any]:
-    """Returns the profiler's Chrome trace, with the sections of the steps as an additional row."""
+    """Returns the profiler's Chrome trace, to which the sections of the steps are added as a row."""
     file = folder / "trace.json"
     with translate_disk_errors(file):
         profiler.export_chrome_trace(str(file))
@@ -265,7 +265,7 @@ def _peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def draw_profile(result: Mapping[str, Any]) -> Picture:
-    """Draws the sections as fractions of a step's time, operations and FLOPs, one bar each."""
+    """Draws three bars: the fractions of all sections in a step's time, operations and FLOPs."""
     step_ms, sections = result["eager_step"]["sections_ms"], result["sections"]
     rows = [
         (f"time\n{step_ms:,.{1 if step_ms < 100 else 0}f} ms", [section["ms"] for section in sections]),

@@ -1,4 +1,4 @@
-"""Opens a run without training it: evaluates its result again, or builds one stage to measure its steps."""
+"""Opens an existing run without training: evaluates its result again, or builds one stage to measure its steps."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from kdbench.speed.teacher_cache.frozen_forward import FrozenForwardPlan
 def reevaluate(
     folder: RunFolder, *, device: str | None = None, data_root: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Evaluates the exported role, its average and the frozen roles of a run on its evaluation splits.
+    """Evaluates the exported role, its moving average and the frozen roles of a run on the evaluation splits.
 
     Args:
-        device: replaces the recipe's device.
-        data_root: replaces the recipe's folder of datasets.
+        device: device that replaces the recipe's device.
+        data_root: folder of datasets that replaces the recipe's.
 
     Returns:
         role -> split -> metric -> value.
 
     Raises:
-        UserError: the run is not in its last stage, or its files or data cannot be read.
+        UserError: the run has not reached its last stage, or its files or data cannot be read.
     """
     recipe = load_resolved(folder.recipe)
     changes: dict[str, Any] = {"out": str(folder.path)}
     changes |= {"device": device} if device else {}
     changes |= {"data_root": data_root} if data_root else {}
     recipe = replace(recipe, **changes)
-    # The identity of the run itself: one trained with several processes, or on data elsewhere, would get another here.
+    # The identity is read from the run: a new one would differ for a run of several processes or on other data.
     identity = read_manifest(folder.manifest)["identity"]
     torch_device = resolve_device(recipe.device)
     with (
@@ -82,12 +82,13 @@ class OpenStage:
     """A stage that is ready for its first step.
 
     Attributes:
-        recipe: without the weights that are missing.
-        runner: of the stage.
-        frozen_forward: the batches as the recipe asks for them; frozen roles may run outside the step.
-        feed: the batches for steps that run every role.
+        recipe: the recipe, from which missing weights were removed.
+        runner: the stage's runner.
+        frozen_forward: plan of frozen roles as the recipe asks for it, with its feed of batches. Frozen roles may run
+            outside the step.
+        feed: batches for steps in which all roles run.
         missing_weights: one message per role whose weights are not trained yet.
-        notices: of the engine.
+        notices: collected messages of the engine.
     """
 
     recipe: Recipe
@@ -100,15 +101,16 @@ class OpenStage:
 
 @contextlib.contextmanager
 def open_stage(recipe: Recipe, stage: str | None = None) -> Iterator[OpenStage]:
-    """Builds a stage as `run` does, to measure its steps. Trains nothing and writes nothing.
+    """Builds a stage as `run` does, without training and without writing files.
 
-    Weights that are not trained yet (of a teacher, of an earlier stage) keep their initial values.
+    Roles whose weights are not trained yet (by a teacher run or an earlier stage) keep random initial weights.
 
     Args:
         stage: name of the stage; None: the last stage that has steps.
 
     Raises:
-        UserError: there is no such stage, it reads an artifact that does not exist yet, or anything that `run` raises.
+        UserError: there is no such stage, the stage reads an artifact that does not exist yet, or the recipe cannot
+            be run.
     """
     device = resolve_device(recipe.device)
     names = [config.name for config in recipe.stages if config.epochs != 0 and config.steps != 0]
@@ -120,7 +122,7 @@ def open_stage(recipe: Recipe, stage: str | None = None) -> Iterator[OpenStage]:
         context = RunContext(recipe, device, World())
         missing_weights = _find_missing_weights(context, position)
         if missing_weights:
-            # The same run without those weights. It reads the files of the original run, hence its folder and identity.
+            # A run without the missing weights. It has the folder and identity of the original run, to read its files.
             recipe = _without_weights(recipe, position, set(missing_weights), str(context.folder))
             context = RunContext(recipe, device, World(), identity=context.identity)
         with precision_settings(recipe.stages[position].precision), contextlib.closing(context):
@@ -148,7 +150,7 @@ def _find_missing_weights(context: RunContext, position: int) -> dict[str, str]:
     """Returns a message for each role of a stage whose weights are not trained yet.
 
     Raises:
-        UserError: an artifact is missing, without which the stage cannot be built.
+        UserError: an artifact that the stage needs is missing.
     """
     recipe, folder = context.recipe, context.folder
     stage, earlier_stages = recipe.stages[position], recipe.stages[:position]

@@ -1,4 +1,4 @@
-"""Runs a recipe from its folder to its summary: teacher runs first, then its stages, checkpoints and logs."""
+"""Runs a recipe: its teacher runs, then its stages with checkpoints and logs, then the summary."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Outcome:
     """Result of a run.
 
     Attributes:
-        folder: of the run.
+        folder: the run folder.
         summary: content of summary.json.
-        already_finished: the run had finished before; nothing was trained.
-        is_main: this process is rank 0, which prints.
+        already_finished: whether the run had finished before, so that nothing was trained.
+        is_main: whether this process is rank 0, which prints.
     """
 
     folder: RunFolder
@@ -80,11 +80,12 @@ def run(
     """Trains a recipe to its end, or resumes an interrupted run from its last checkpoint.
 
     Args:
-        console: shows the progress; None: a new one on standard output.
-        on_stage_ready: called with the runner of each stage before its first step; not for teacher runs.
+        console: console that shows the progress; None: a new console on standard output.
+        on_stage_ready: function that is called with the runner of each stage before its first step. Teacher runs do
+            not call it.
 
     Raises:
-        UserError: an error that the user can fix. Files that are already saved are intact.
+        UserError: the user can fix the error. All saved files stay intact.
     """
     device = resolve_device(recipe.device)
     for stage in recipe.stages:
@@ -100,11 +101,11 @@ def run(
 
 
 class RunNotices:
-    """Shows notices of the engine through the tracker, and merges its entries into the manifest.
+    """Receiver of the engine's reports: shows messages through the tracker and merges entries into the manifest.
 
     Args:
-        tracker: shows the notices.
-        manifest: None on a rank that writes no manifest.
+        tracker: tracker that shows the messages.
+        manifest: path of the manifest; None on a rank that does not write it.
     """
 
     def __init__(self, tracker: Tracker, manifest: Path | None = None) -> None:
@@ -119,7 +120,7 @@ class RunNotices:
 
 
 class _Run:
-    """One run, from its present status to its end."""
+    """One run of a recipe, from its current status (new, interrupted or finished) to its end."""
 
     def __init__(
         self, context: RunContext, console: ConsoleReporter | None, on_stage_ready: StageReadyCallback | None = None
@@ -132,10 +133,11 @@ class _Run:
         self.finished_stages: dict[str, int] = {}  # stage -> its steps
 
     def run(self, *, wait: bool = False) -> Outcome:
-        """Plans, runs the teachers, and trains; returns at once when the run is finished.
+        """Plans the stages, trains missing teachers, then trains the stages. Returns at once if the run is finished.
 
         Args:
-            wait: waits for another process that trains the same run, such as a teacher that two students share.
+            wait: whether to wait for another process that trains the same run (such as a teacher that two students
+                share).
         """
         if not self.recipe.fresh and self.context.status() == "finished":
             return self._finished_outcome()
@@ -171,7 +173,7 @@ class _Run:
 
     @property
     def steps_before(self) -> int:
-        """Steps of the finished stages."""
+        """The number of steps in all finished stages."""
         return sum(self.finished_stages.values())
 
     def _finished_outcome(self) -> Outcome:
@@ -202,10 +204,10 @@ class _Run:
             return self._write_summary(evaluator, runner, tracker)
 
     def _load_checkpoint(self) -> tuple[RunState | None, str]:
-        """Reads the newest good checkpoint; every rank reads the file itself.
+        """Reads the newest intact checkpoint. Every rank reads the file.
 
         Raises:
-            UserError: no checkpoint is good, or the ranks read different checkpoints.
+            UserError: no checkpoint is intact, or the ranks read different checkpoints.
         """
         stages = [stage.name for stage in self.recipe.stages]
         with self.world.sync_errors():
@@ -231,7 +233,7 @@ class _Run:
             network, loader = self.context.build_network(plan, notices)
         runner = self.context.build_runner(network, plan, sources, notices)
         if state is not None and state.stage == stage.name:
-            # An evaluation by another number of processes counts other steps; a resumed run must not.
+            # An evaluation with another number of processes may count different steps, but a resumed run may not.
             if state.total_steps != runner.progress.total_steps:
                 raise CheckpointError(
                     f"{self.folder.last} is damaged: entry 'total_steps' is {state.total_steps}, but stage "
@@ -250,7 +252,7 @@ class _Run:
         return evaluator, runner
 
     def _start_logs(self, tracker: Tracker, state: RunState | None, notice: str) -> None:
-        """Writes resolved recipe and manifest, and shows the head of the run with its notices."""
+        """Writes the resolved recipe and the manifest, and prints the header of the run with its notices."""
         messages = [notice] if notice else []
         if self.world.is_main:
             messages += [f"{problem}; the file is written again." for problem in self.folder.problems()]
@@ -267,7 +269,7 @@ class _Run:
                 data=data_entries(self.recipe, specs, self.context.checksums),
                 parts=part_versions(self.recipe),
             )
-        # Of the evaluation source where there is one: its classes label the figures.
+        # The class names label the figures; they come from the evaluation source if there is one.
         data = self.recipe.stages[0].data
         dataset = open_dataset(data.get("eval") or next(iter(data.values())), self.recipe.data_root)
         position = "" if state is None else f"resuming from stage {state.stage}, step {state.step}"
@@ -285,7 +287,10 @@ class _Run:
             tracker.notice(text)
 
     def _best_file_problems(self, state: RunState | None) -> list[str]:
-        """Reports a best.pt that a resumed run needs but cannot read; only a better epoch writes it again."""
+        """Returns a message if a resumed run needs best.pt but the file cannot be read.
+
+        It is written again by a better epoch.
+        """
         best = None if state is None else state.history.best.get(state.stage)
         if best is None:
             return []
@@ -325,12 +330,18 @@ class _Run:
             self._save_checkpoint(runner, tracker)
 
     def _record_frozen_forward(self, stage: StageConfig, frozen_forward: FrozenForwardPlan) -> None:
-        """Writes to the manifest how frozen roles run; a resumed run has the same bits only if this is the same."""
+        """Records in the manifest how frozen roles run.
+
+        A resumed run has equal results only if they run in the same way.
+        """
         if self.world.is_main:
             amend_manifest(self.folder.manifest, {"frozen_forward": {stage.name: frozen_forward.manifest_entries()}})
 
     def _write_stage_outputs(self, runner: Runner, sources: Mapping[str, Source], loader: WeightLoader) -> None:
-        """Writes the weights and artifacts that later stages read. Rank 0 writes; the other ranks wait for it."""
+        """Writes the weights and artifacts that later stages read.
+
+        Rank 0 writes, and the other ranks wait for rank 0.
+        """
         stage = runner.stage
         model_file = runner.training_state().model_file(self.context.identity, stage.export)
         with self.world.sync_errors():
@@ -391,14 +402,14 @@ class _Run:
         with self.world.sync_errors():
             if self.world.is_main:
                 tracker.hparams({"seed": self.recipe.seed, **training_entries(stage, self.world.size)})
-                # The manifest last: a run is finished when it says so and the summary exists.
+                # The manifest is written last: a run counts as finished if the manifest says so and the summary exists.
                 write_json(self.folder.summary, summary)
                 finish_manifest(self.folder.manifest, "finished")
         return Outcome(self.folder, summary, already_finished=False, is_main=self.world.is_main)
 
 
 def _model_entries(runner: Runner, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
-    """Returns size, FLOPs, weights hash and latency of each role, for the summary."""
+    """Returns role -> number of parameters, FLOPs, hash of the weights and latency, for the summary."""
     plan = runner.plan
     entries: dict[str, dict[str, Any]] = {}
     for name, role in plan.roles.items():

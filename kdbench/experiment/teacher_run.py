@@ -1,4 +1,7 @@
-"""Resolves `weights: {recipe: ...}` to one canonical recipe, so that all students share one teacher run."""
+"""Loads the recipe that `weights: {recipe: ...}` names, in a form that is equal for all students of this teacher.
+
+All students therefore share one teacher run.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from kdbench.config.schema import PartConfig, Recipe, WeightsConfig
 
 
 def teacher_recipe(weights: WeightsConfig, recipe: Recipe) -> Recipe:
-    """Loads the recipe whose trained student provides initial weights.
+    """Loads the recipe of a teacher run, whose trained student provides the initial weights of a role.
 
-    Settings that do not change results (device, folders, workers) come from `recipe`. The teacher run keeps every epoch
-    that any role of any stage of `recipe` loads from it, so that one run serves all roles.
+    Settings that do not change results (device, folders, workers) are copied from `recipe`. The teacher run saves
+    every epoch whose weights some role of `recipe` loads, so that one teacher run serves all roles.
     """
     assert weights.recipe is not None
     values = {} if weights.model is None else {"student.model": _plain_value(weights.model)}

@@ -1,6 +1,6 @@
-"""Registered networks, and modules that work on another network's features or weights.
+"""Registered networks, and modules that process the features or the weights of another network.
 
-`cifar` and `small` contain whole networks. The modules in this folder contain heads, gates, generators and
-discriminators, weight transforms (quantization, pruning), and the models of torchvision and timm. A model knows no
-role, term or recipe.
+The subpackages `cifar` and `small` contain complete networks. The modules of this package contain heads, gates,
+generators, discriminators, weight transforms (quantization, pruning), and the models of torchvision and timm. The
+code of a network does not depend on the recipe, the loss terms or other networks.
 """

@@ -13,12 +13,18 @@ from typing import Any
 from kdbench.registry import MODELS, Entry, Family, Parameter
 
 BUILDER_PATTERN = re.compile(r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-"""Declaration of a model in both libraries. Detection, segmentation and video models are in subfolders, not listed."""
+"""Matches the declaration of a model in the source of torchvision and of timm.
+
+Detection, segmentation and video models are in subfolders and are not listed.
+"""
 
 
 @cache
 def _builder_files(library: str) -> dict[str, Path]:
-    """Maps the models of an installed library, in alphabetical order, to their source files."""
+    """Returns the models of a library in alphabetical order: model name -> source file.
+
+    The result is empty if the library is not installed.
+    """
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.submodule_search_locations:
         return {}
@@ -31,7 +37,11 @@ def _builder_files(library: str) -> dict[str, Path]:
 
 
 def _library_entry(library: str, name: str) -> Entry:
-    """Builds the registry entry of one model: first paragraph of its docstring, parameters of the builder here."""
+    """Builds the registry entry of one torchvision or timm model without importing the library.
+
+    The description in the entry begins with the first paragraph of the model's docstring in the library. The
+    parameters in the entry are those of `build_torchvision` or `build_timm`, which build the model.
+    """
     tree = ast.parse(_builder_files(library)[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     summary = " ".join((ast.get_docstring(node) or f"{name} of {library}").split("\n\n", 1)[0].split())
@@ -68,19 +78,19 @@ LIBRARY_PARAMETERS = {
 
 
 LIBRARY_DOCS = {
-    "torchvision": """Built by torchvision.
+    "torchvision": """The model is built by torchvision.
 
 Args:
-    num_classes: outputs of the classifier; injected.
-    weights: name of the model's pretrained weights, such as DEFAULT; torchvision downloads them once. If they have
-        another number of classes, the classifier keeps its random initialisation.""",
-    "timm": """Built by timm.
+    num_classes: number of outputs of the classifier (injected by kdbench).
+    weights: name of pretrained weights of this model, such as DEFAULT, which torchvision downloads once. If the weights
+        have another number of classes, the classifier keeps its random initialisation.""",
+    "timm": """The model is built by timm.
 
 Args:
-    num_classes: outputs of the classifier; injected.
-    in_channels: channels of the image; injected.
-    image_size: height and width of the image; injected, used only by models of fixed input size.
-    pretrained: load timm's default weights; timm downloads them once.""",
+    num_classes: number of outputs of the classifier (injected by kdbench).
+    in_channels: channels of the image (injected by kdbench).
+    image_size: height and width of the image (injected by kdbench). Only models of fixed input size use this number.
+    pretrained: whether to load timm's default weights, which timm downloads once.""",
 }
 
 

@@ -1,4 +1,4 @@
-"""Heads of continual learning: the softmax over one task's classes, and the nearest-mean classifier."""
+"""Heads for continual learning: logits restricted to the classes of one task, and the nearest-mean classifier."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kdbench.registry import MODELS
 
 @MODELS.register("task_logits", version=1, paper="https://arxiv.org/abs/1606.09282", image=(10,))
 class ContinualHead(nn.Module):
-    """Masks the logits of all classes outside one task, so that they have probability 0.
+    """Head of one continual-learning task: sets the probability of all classes outside the task to 0.
 
-    The rows of a linear classifier are independent, so one classifier over all classes with such a mask per task equals
-    one head per task (Li and Hoiem, Learning without Forgetting, ECCV 2016). Class numbers do not change. Masked
-    classes get no gradient. No parameters.
+    The outputs of a linear classifier do not share weights. One classifier over all classes with one mask per task is
+    therefore equivalent to one head per task (Li and Hoiem, Learning without Forgetting, ECCV 2016). The mask does
+    not change the class numbers. Masked classes get no gradient. The head has no parameters.
 
     Shape:
-        (batch, num_classes) -> the same.
+        (batch, num_classes) -> the same shape.
 
     Args:
-        keep: class numbers of the task.
-        input_shape: shape of the logits per sample; injected.
+        keep: class numbers of the task. All classes that are not in this list are masked.
+        input_shape: shape of the logits per sample (injected by kdbench).
 
     Example (recipe):
         models: {task1: {model: {type: task_logits, keep: [0, 1, 2]}, input: "student:logits", frozen: true}}
@@ -37,7 +37,7 @@ class ContinualHead(nn.Module):
         super().__init__()
         if len(input_shape) != 1:
             raise ConfigError(
-                f"task_logits: expected logits, one number per class, got a feature of {list(input_shape)}"
+                f"task_logits: the input must be logits (a vector), got shape {list(input_shape)} per sample"
             )
         invalid = [number for number in keep if not 0 <= number < input_shape[0]]
         if invalid or not keep:
@@ -56,17 +56,19 @@ class ContinualHead(nn.Module):
 class NearestMeanClassifier(nn.Module):
     """Nearest-mean classifier on normalised features (iCaRL).
 
-    logit_c = - || f / |f| - mu_c / |mu_c| ||. The artifact `nearest_mean` computes the means. A class without samples
-    has mean 0, with distance 1; it loses against any mean within 60 degrees of the feature. No parameters; `means` is a
-    buffer.
+    logit_c = - || f / |f| - mu_c / |mu_c| ||, where f is the feature and mu_c the mean feature of class c
+
+    At the end of a training stage, the artifact builder `nearest_mean` computes the class means from the training
+    samples. A class without samples has mean 0 and therefore logit -1: every class whose mean is within 60 degrees of
+    the feature has a higher logit. The classifier has no parameters, and the means are a buffer.
 
     Shape:
-        (batch, values) -> (batch, num_classes), at most 0.
+        (batch, values) -> (batch, num_classes). The logits are at most 0.
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the feature per sample; injected.
-        means: class means, num_classes lists with as many values as the feature; null sets them to 0.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the feature per sample (injected by kdbench).
+        means: class means, one list per class, each as long as the feature. null: all means are 0.
 
     Example (recipe):
         models: {nearest: {model: nearest_mean, input: "student:pool", frozen: true}}
@@ -79,7 +81,7 @@ class NearestMeanClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 1:
-            raise ConfigError(f"nearest_mean: expected one vector per sample, got a feature of {list(input_shape)}")
+            raise ConfigError(f"nearest_mean: the input must be a vector, got shape {list(input_shape)} per sample")
         value = torch.zeros(num_classes, input_shape[0]) if means is None else torch.tensor(means)
         if tuple(value.shape) != (num_classes, input_shape[0]):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Discriminators between teacher and student, for adversarial distillation."""
+"""Discriminators that separate outputs of the teacher from outputs of the student, for adversarial distillation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from kdbench.registry import MODELS
 class LogitDiscriminator(nn.Module):
     """Discriminator of teacher and student logits (MEAL V2, Shen and Savvides 2020).
 
-    Three linear layers with ReLU in between, each a `factor`-th as wide as the previous one. Differences from the
-    released code: there the layers are 1x1 convolutions with two outputs ([1, 0] for the student, [0, 1] for the
-    teacher; use `outputs: 2`) and a ReLU follows the last layer too, which would stop the gradient of negative scores.
-    70 parameters with 10 classes.
+    The discriminator has three linear layers with ReLU between them. The two hidden widths are classes / factor and
+    classes / factor^2. With 10 classes it has 70 parameters.
+
+    The released code has two outputs with the targets [1, 0] for the student and [0, 1] for the teacher: use
+    `outputs: 2` to reproduce these outputs. The released code also has a ReLU after the last layer. This ReLU is
+    omitted, because it would stop the gradient of negative scores.
 
     Shape:
         (batch, classes) -> (batch, outputs), scores before a sigmoid.
 
     Args:
-        input_shape: shape of the logits per sample; injected.
+        input_shape: shape of the logits per sample (injected by kdbench).
         factor: ratio of the widths of successive layers, at least 1.
         outputs: number of scores.
 
@@ -35,7 +37,7 @@ class LogitDiscriminator(nn.Module):
         super().__init__()
         if len(input_shape) != 1:
             raise ConfigError(
-                f"logit_discriminator: expected a vector per sample, got a feature of {list(input_shape)}"
+                f"logit_discriminator: the input must be a vector, got shape {list(input_shape)} per sample"
             )
         if factor < 1 or outputs < 1:
             raise ConfigError(f"logit_discriminator: factor and outputs must be at least 1, got {factor} and {outputs}")
@@ -56,15 +58,17 @@ class LogitDiscriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Discriminator of teacher and student features, for adversarial feature distillation.
 
-    Two 3x3 convolutions and the mean over all positions on a map, or two linear layers on a vector; then a linear layer
-    `fc`. Leaky ReLUs of slope 0.2 and no BatchNorm, whose batch statistics would separate the batches instead of the
-    samples. Not the network of a particular paper. 74 thousand parameters with 64 input channels and width 64.
+    For a feature map, the network consists of two 3x3 convolutions, global average pooling and a linear layer `fc`.
+    For a vector, the network consists of two linear layers and `fc`. The activations are leaky ReLUs of slope 0.2.
+    There is no BatchNorm, because batch statistics would let the discriminator separate a teacher batch from a
+    student batch instead of the samples. The network is not from a particular paper. This network has 74 thousand
+    parameters with 64 input channels and width 64.
 
     Shape:
         (batch, values) or (batch, channels, height, width) -> (batch, outputs), scores before a sigmoid.
 
     Args:
-        input_shape: shape of the feature per sample; injected.
+        input_shape: shape of the feature per sample (injected by kdbench).
         width: channels of the hidden layers.
         outputs: number of scores.
 

@@ -1,4 +1,4 @@
-"""Builders of the models of torchvision (`torchvision/resnet18`) and timm (`timm/vit_tiny_patch16_224`)."""
+"""Functions that build models of torchvision (`torchvision/resnet18`) and timm (`timm/vit_tiny_patch16_224`)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
     """Builds a torchvision classifier.
 
     Args:
-        name: torchvision's name of the model.
-        num_classes: outputs of the classifier.
-        weights: None for random initialisation, or the name of pretrained weights of the model, such as DEFAULT or
-            IMAGENET1K_V1; torchvision downloads them into its cache. If they have another number of classes, the
-            classifier keeps its random initialisation.
+        name: name of the model in torchvision, such as resnet18.
+        num_classes: number of outputs of the classifier.
+        weights: name of pretrained weights of the model, such as DEFAULT or IMAGENET1K_V1, which torchvision
+            downloads into its cache. If the weights have another number of classes, the classifier keeps its random
+            initialisation. None: all layers are initialised randomly.
 
     Raises:
-        ConfigError: the model has no weights of this name.
+        ConfigError: torchvision has no weights of this name for the model.
         CheckpointError: the weights are not in the cache and cannot be downloaded.
     """
     from torchvision import models
@@ -41,7 +41,8 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
     released = models.get_model_weights(name)
     if weights not in released.__members__:
         raise ConfigError(
-            f"model 'torchvision/{name}': no weights {weights!r}.{suggest(weights, released.__members__)}"
+            f"model 'torchvision/{name}': torchvision has no weights {weights!r} for this model."
+            f"{suggest(weights, released.__members__)}"
         )
     entry = released[weights]
     if options:
@@ -51,8 +52,9 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
         state = entry.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no disk space, or a damaged file
         raise CheckpointError(
-            f"model 'torchvision/{name}': weights {weights} cannot be downloaded from {entry.url} ({error}). Without a "
-            "network, remove `weights`, or load a file with the role's `weights: {path: ...}`."
+            f"model 'torchvision/{name}': the weights {weights} cannot be downloaded from {entry.url} ({error}). "
+            "Without internet access, remove the parameter `weights` of the model, or load a local file with the key "
+            "`weights: {path: ...}` of the role."
         ) from None
     if options:  # the model was built without auxiliary classifiers
         state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY_PREFIXES)}
@@ -61,11 +63,11 @@ def build_torchvision(name: str, num_classes: int = 1000, weights: str | None = 
 
 
 def _load_except_classifier(model: nn.Module, state: dict[str, Tensor], classes: int) -> None:
-    """Loads a state dict, but leaves out the classifier if the model has another number of classes.
+    """Loads pretrained weights into a model. If the numbers of classes differ, the classifier is not loaded.
 
     Args:
-        model: the model to load into.
-        state: pretrained weights.
+        model: model that receives the weights.
+        state: pretrained state dict.
         classes: number of classes of the pretrained weights.
     """
     model_state = model.state_dict()
@@ -84,12 +86,14 @@ def build_timm(
     """Builds a timm model.
 
     Args:
-        name: timm's name of the model, without the tag of the weights.
-        num_classes: outputs of the classifier.
+        name: name of the model in timm, without the tag of pretrained weights (`.a1_in1k`).
+        num_classes: number of outputs of the classifier.
         in_channels: channels of the image.
-        pretrained: load timm's default weights, which timm downloads into its cache. timm adapts the first convolution;
-            a classifier of another size keeps its random initialisation.
-        image_size: height and width of the image; used only by models of fixed input size (vision transformers).
+        pretrained: whether to load timm's default weights, which timm downloads into its cache. timm adapts the first
+            convolution to `in_channels`. If the weights have another number of classes, the classifier keeps its
+            random initialisation.
+        image_size: height and width of the image. Only models of fixed input size (vision transformers) use this
+            number.
 
     Raises:
         CheckpointError: the weights are not in the cache and cannot be downloaded.
@@ -111,7 +115,8 @@ def build_timm(
         library = type(error).__module__.split(".")[0]
         if isinstance(error, OSError) or library in ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub"):
             raise CheckpointError(
-                f"model 'timm/{name}': its weights cannot be downloaded ({error}). Without a network, remove "
-                "`pretrained`, or load a file with the role's `weights: {path: ...}`."
+                f"model 'timm/{name}': the pretrained weights cannot be downloaded ({error}). Without internet access, "
+                "remove the parameter `pretrained` of the model, or load a local file with the key "
+                "`weights: {path: ...}` of the role."
             ) from None
         raise

@@ -16,25 +16,26 @@ from kdbench.registry import MODELS
 
 @MODELS.register("fusion_gate", version=1, paper="https://arxiv.org/abs/2312.15112", image=(10,))
 class FusionGate(nn.Module):
-    """Weight of the soft target per sample, from student, teacher, label and class-mean teacher (TGeo-KD).
+    """Gate that predicts the weight of the soft target for each sample, from student, teacher and label (TGeo-KD).
 
-    Hu et al., ICLR 2024, in the form of the latest released code. With S and T the softmax of student and teacher, G
-    the one-hot label and M the mean of T over the samples of the label's class, an MLP with leaky ReLUs reads
+    The gate is that of Hu et al., ICLR 2024, in the form of the latest released code. An MLP with leaky ReLUs reads
 
         [S, T, G, M, (M-S)^2, (G-S)^2, (T-S)^2, (T-G)^2, (M-G)^2]
 
-    (vectors over the classes, squares element by element), and a sigmoid gives the weight. M is the running mean over
-    all samples seen in training mode; after one epoch with a constant teacher it is the mean over the training set. The
-    inputs get no gradient, so that the student cannot lower its loss through its weight. Samples without a label
-    (negative label) have G = M = 0.
+    and a sigmoid of the MLP's output is the weight. S and T are the softmax of student and teacher, G is the one-hot
+    label, M is the mean of T over all samples with the same label, and the squares are element-wise. In training
+    mode, M is updated as a running mean. If the teacher does not change, M is the mean over the training set after
+    one epoch. The inputs get no gradient, so that the student cannot lower its loss by changing the weight. Samples
+    without a label (negative label) have G = M = 0.
 
     Feature: `net`, the value before the sigmoid.
 
     Shape:
-        student logits (batch, classes), teacher logits (batch, classes), label (batch,) -> (batch, 1), in (0, 1).
+        student logits (batch, classes), teacher logits (batch, classes), label (batch,) -> weight (batch, 1), in (0,
+        1).
 
     Args:
-        input_shape: shape of the student's logits per sample; injected.
+        input_shape: shape of the student's logits per sample (injected by kdbench).
         hidden: widths of the hidden layers.
 
     Example (recipe):
@@ -48,7 +49,7 @@ class FusionGate(nn.Module):
         super().__init__()
         if len(input_shape) != 1:
             raise ConfigError(
-                f"fusion_gate: expected logits, one number per class, got a feature of {list(input_shape)}"
+                f"fusion_gate: the first input must be logits (a vector), got shape {list(input_shape)} per sample"
             )
         if not hidden or min(hidden) < 1:
             raise ConfigError(f"fusion_gate: hidden must list one or more widths of at least 1, got {list(hidden)}")
@@ -73,7 +74,12 @@ class FusionGate(nn.Module):
 
     @torch.no_grad()
     def _update_class_means(self, t: Tensor, g: Tensor) -> None:
-        """Updates the running class means with teacher probabilities t and one-hot labels g, (batch, classes) each."""
+        """Updates the running class means of the teacher's probabilities.
+
+        Args:
+            t: teacher probabilities (batch, classes).
+            g: one-hot labels (batch, classes).
+        """
         batch_count = g.sum(0)
         self.count += batch_count
         self.mean += (g.T @ t - batch_count.unsqueeze(1) * self.mean) / self.count.clamp(min=1).unsqueeze(1)
@@ -81,25 +87,28 @@ class FusionGate(nn.Module):
 
 @MODELS.register("feature_mask", version=1, paper="https://arxiv.org/abs/2507.07015", image=(64, 4, 4))
 class FeatureMask(nn.Module):
-    """Channel attention mask on a feature: multiplies each channel by a predicted value in (0, 1) (MST-Distill).
+    """Channel attention mask (MST-Distill): multiplies each channel of a feature by a predicted value in (0, 1).
 
-    The MaskNet of Li et al. 2025 (https://arxiv.org/abs/2507.07015), as in the released code: a map is reduced by a
-    depthwise 3x3 convolution of stride 2, a 1x1 convolution, BatchNorm, ReLU and the mean over all positions; a linear
-    layer maps all channels to an embedding of `hidden` values per channel; multi-head attention runs over the channels;
-    a linear layer and a sigmoid give the mask. The released code writes the masked feature into the teacher with a
-    hook. In a recipe the mask is a role on the teacher's feature, and the remaining modules of the teacher follow as
-    `reuse` roles.
+    The module is the MaskNet of Li et al. 2025 (https://arxiv.org/abs/2507.07015), as in the released code. A feature
+    map is first reduced to one value per channel: depthwise 3x3 convolution of stride 2, 1x1 convolution, BatchNorm,
+    ReLU, global average pooling. A linear layer maps all channel values to one embedding of `hidden` values per
+    channel. Multi-head attention runs over the channels. A linear layer and a sigmoid compute the mask.
+
+    The released code writes the masked feature into the teacher with a hook. In a recipe, the mask is a separate role
+    (a named network) on the teacher's feature. Further roles with the key `reuse` apply the remaining modules of the
+    teacher to the masked feature.
 
     Feature: `gate`, the mask (batch, channels). The number of parameters grows with channels^2 * hidden: 133 thousand
     for 64 channels, where hidden is 30.
 
     Shape:
-        (batch, channels) or (batch, channels, height, width) -> the same.
+        (batch, channels) or (batch, channels, height, width) -> the same shape.
 
     Args:
-        input_shape: shape of the feature per sample; injected.
-        heads: attention heads.
-        factor: `hidden` is the largest multiple of `heads` that is at most channels / factor.
+        input_shape: shape of the feature per sample (injected by kdbench).
+        heads: number of attention heads.
+        factor: divisor of the number of channels for the embedding. `hidden` is the largest multiple of `heads` that
+            is at most channels / factor.
 
     Example (recipe):
         models: {mask: {model: feature_mask, input: "teacher:layer1"}}
@@ -108,7 +117,9 @@ class FeatureMask(nn.Module):
     def __init__(self, input_shape: tuple[int, ...] = (64, 4, 4), heads: int = 3, factor: int = 2) -> None:
         super().__init__()
         if len(input_shape) not in (1, 3):
-            raise ConfigError(f"feature_mask: expected a vector or a map, got a feature of {list(input_shape)}")
+            raise ConfigError(
+                f"feature_mask: the input must be a vector or a feature map, got shape {list(input_shape)} per sample"
+            )
         if heads < 1 or factor < 1:
             raise ConfigError(f"feature_mask: heads and factor must be at least 1, got {heads} and {factor}")
         channels = input_shape[0]
@@ -137,24 +148,27 @@ class FeatureMask(nn.Module):
 
 @MODELS.register("gate_mlp", version=1, image=(10,))
 class GateMLP(nn.Module):
-    """Gate with one score per teacher or branch, from a sample's logits or features.
+    """Gate that predicts one score per teacher or branch from the logits or features of a sample.
 
-    Two published gates: that of MST-Distill consists of two linear layers without activation on the student's logits
-    (`activation: none`, `hidden` twice the classes; the defaults); that of ONE (Lan, Zhu and Gong 2018,
-    https://arxiv.org/abs/1806.04606) of one linear layer, BatchNorm and ReLU on a shared feature (`hidden: 0,
-    batch_norm: true`). Routers and combiners apply the softmax themselves; `softmax: true` applies it here. A map is
-    averaged over its positions, tokens over their number.
+    Two published gates are special cases. The gate of MST-Distill (the default) has two linear layers without
+    activation on the student's logits, with twice as many hidden units as classes. The gate of ONE (Lan, Zhu and Gong
+    2018, https://arxiv.org/abs/1806.04606) has one linear layer, BatchNorm and ReLU on a feature that all branches
+    share: use `hidden: 0, batch_norm: true`.
+
+    The combiner `gate` (weighted mean of several logits) applies a softmax to the scores. The router `given` (weights
+    of several teachers) does not: use `softmax: true` for this router. A feature map is averaged over its positions,
+    a token sequence over its tokens.
 
     Shape:
         (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, ways).
 
     Args:
         ways: number of teachers or branches, at least 2.
-        input_shape: shape of the input per sample; injected.
-        hidden: width of the hidden layer; 0 for none, null for twice the input's.
+        input_shape: shape of the input per sample (injected by kdbench).
+        hidden: width of the hidden layer. 0: no hidden layer. null: twice the width of the input.
         activation: activation between the two linear layers.
-        batch_norm: append BatchNorm and ReLU, as in ONE.
-        softmax: return weights that sum to 1 instead of scores.
+        batch_norm: whether BatchNorm and ReLU follow the last linear layer, as in ONE.
+        softmax: whether to return weights that sum to 1 instead of scores.
 
     Example (recipe):
         models: {gate: {model: {type: gate_mlp, ways: 3}, input: "student:logits"}}

@@ -1,4 +1,4 @@
-"""Image generators and augmentors: from noise, from an index, or from another image."""
+"""Networks that produce images: from noise, from an index, or from another image."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ class LatentGenerator(nn.Module):
     """Convolutional image generator for data-free distillation (DAFL, ZSKT).
 
     DAFL (Chen et al. 2019, https://arxiv.org/abs/1904.01186) and ZSKT (Micaelli and Storkey 2019,
-    https://arxiv.org/abs/1905.09768) share this network; it follows both released codes: a linear layer to a map of a
-    quarter of the image's height and width with `width` channels, BatchNorm, then twice nearest-neighbour upsampling by
-    2, a 3x3 convolution (to `width`, then to width / 2), BatchNorm and leaky ReLU of slope 0.2, and a last 3x3
-    convolution to the image's channels. DAFL ends with tanh and a BatchNorm without affine parameters (the defaults
-    here), ZSKT with an affine BatchNorm and no tanh (`tanh: false, affine: true`). The last BatchNorm gives images of
-    mean 0 and deviation 1 per channel, the range of a teacher's normalised images.
+    https://arxiv.org/abs/1905.09768) use the same network. The layers follow the released code of both papers:
 
-    Feature: `blocks`, the map before the last convolution. 256 thousand parameters for 1x8x8 images from 64 numbers; 22
-    thousand with `width: 32`.
+    1. a linear layer to a map with `width` channels and a quarter of the image's height and width, and BatchNorm;
+    2. two blocks of nearest-neighbour upsampling by 2, 3x3 convolution, BatchNorm and leaky ReLU of slope 0.2; the
+       first block has `width` channels, the second width / 2;
+    3. a 3x3 convolution to the channels of the image, an optional tanh, and BatchNorm.
+
+    DAFL ends with tanh and a BatchNorm without affine parameters (the defaults). ZSKT ends with an affine BatchNorm
+    and no tanh (`tanh: false, affine: true`). The last BatchNorm gives images of mean 0 and standard deviation 1 per
+    channel, like the normalised images on which the teacher was trained.
+
+    Feature: `blocks`, the map before the last convolution. The network has 256 thousand parameters for 1x8x8 images
+    from 64 noise values, and 22 thousand with `width: 32`.
 
     Shape:
         (batch, latent) -> (batch, channels, height, width).
 
     Args:
-        input_shape: shape of the noise per sample; injected.
-        image_shape: shape of the generated image, height and width multiples of 4; injected from the evaluation images.
-        width: channels of the first map, even; 128 in both papers.
-        tanh: bound the image before the last BatchNorm.
-        affine: learn scale and shift of the last BatchNorm.
-        eps: eps of the two BatchNorms in `blocks`; 0.8 in DAFL's released code, 1e-5 in ZSKT's.
+        input_shape: shape of the noise per sample (injected by kdbench).
+        image_shape: shape of the generated image. Height and width must be multiples of 4. kdbench injects the shape of
+            the images that the evaluation uses.
+        width: channels of the first map, an even number (128 in both papers).
+        tanh: whether tanh bounds the image before the last BatchNorm.
+        affine: whether the last BatchNorm learns a scale and a shift.
+        eps: eps of the two BatchNorms in `blocks` (0.8 in the released code of DAFL, 1e-5 in the code of ZSKT).
 
     Example (recipe):
         models: {generator: {model: {type: latent_generator, width: 32}, input: noise.z}}
@@ -85,17 +90,18 @@ class LatentGenerator(nn.Module):
 
 @MODELS.register("image_bank", version=1, paper="https://arxiv.org/abs/1912.08795")
 class ImageBank(nn.Module):
-    """Images whose pixels are the parameters (DeepInversion, Yin et al. 2020, https://arxiv.org/abs/1912.08795).
+    """Images whose pixels are trained (DeepInversion, Yin et al. 2020, https://arxiv.org/abs/1912.08795).
 
-    The input is the position of each image, for example `noise.index`; losses on the images move their pixels. The
-    images are in normalised space and start from N(0, std^2). One parameter, `pixels`, (samples, *image_shape).
+    The input is the number of each image in the bank, for example the field `noise.index`. Losses on the images train
+    the pixels. The pixel values are normalised like the teacher's input and start from N(0, std^2). The only
+    parameter is `pixels`, (samples, *image_shape).
 
     Shape:
-        int64 (batch,) -> (batch, *image_shape).
+        image numbers (batch,), int64 -> images (batch, *image_shape).
 
     Args:
-        image_shape: shape of one image; injected from the evaluation images.
-        samples: number of images; every position must be below it.
+        image_shape: shape of one image. kdbench injects the shape of the images that the evaluation uses.
+        samples: number of images in the bank. The image numbers in the input must be below `samples`.
         std: standard deviation of the initial pixels.
 
     Example (recipe):
@@ -117,17 +123,19 @@ class ImageBank(nn.Module):
 
 @MODELS.register("shared_pattern", version=1, paper="https://arxiv.org/abs/2408.06927", image=(1, 8, 8))
 class SharedPattern(nn.Module):
-    """Adds one learnt pattern to every image of every class (the compensator of INFER, Zhang et al. 2024).
+    """Learnt pattern that is added to every image of every class (the compensator of INFER, Zhang et al. 2024).
 
-    out = image + pattern, in normalised space; the pattern starts at 0. Images of all classes update it jointly, so
-    that it represents what the classes share (https://arxiv.org/abs/2408.06927, ICLR 2025). One parameter, `pattern`,
-    (1, *image_shape).
+    out = image + pattern
+
+    The images are normalised, and the pattern starts at 0. Images of all classes train the pattern jointly, so that
+    the pattern represents the common features of the classes (https://arxiv.org/abs/2408.06927, ICLR 2025). The only
+    parameter is `pattern`, (1, *image_shape).
 
     Shape:
-        (batch, *image_shape) -> the same.
+        (batch, *image_shape) -> the same shape.
 
     Args:
-        input_shape: shape of one image; injected.
+        input_shape: shape of one image (injected by kdbench).
 
     Example (recipe):
         models: {shifted: {model: shared_pattern, input: train.image}}
@@ -145,27 +153,29 @@ class SharedPattern(nn.Module):
 class AffineAugmentor(nn.Module):
     """Learnt augmentation of each image within bounds: affine transform, brightness and contrast.
 
-    For HARD (Nix, Burg and Sinz 2023, https://arxiv.org/abs/2305.14890), whose augmentors range from spatial transforms
-    to a variational autoencoder. The paper's networks are not reproduced: here a small convolutional network predicts
-    seven numbers per image, tanh times the bounds below limits them, and the image is resampled (bilinear, border
-    padding; Jaderberg et al. 2015, https://arxiv.org/abs/1506.02025). The last layer starts at zero, so that the
-    initial augmentation is the identity; with all bounds at 0 it stays the identity.
+    HARD (Nix, Burg and Sinz 2023, https://arxiv.org/abs/2305.14890) needs a learnt augmentation. The networks of the
+    paper range from spatial transforms to a variational autoencoder and are not reproduced. Instead, a small
+    convolutional network predicts seven numbers per image: rotation, shift in x and y, log scale, shear, brightness
+    and log contrast. A tanh times a bound limits each number. The image is then resampled (bilinear, border padding;
+    Jaderberg et al. 2015, https://arxiv.org/abs/1506.02025). The last layer of the network is initialised with zeros,
+    so that the initial augmentation is the identity. With all bounds at 0, the augmentation stays the identity.
 
-    Feature: `settings` (batch, 7), before tanh: rotation, shift in x and y, log scale, shear, brightness, contrast.
-    6 thousand parameters with one input channel.
+    Feature: `settings` (batch, 7), the predicted numbers before tanh. The network has 6 thousand parameters with one
+    input channel.
 
     Shape:
-        (batch, channels, height, width) -> the same.
+        (batch, channels, height, width) -> the same shape.
 
     Args:
-        in_channels: channels of the image; injected.
-        width: channels of the predicting network.
+        in_channels: channels of the image (injected by kdbench).
+        width: channels of the first convolution. The second convolution has twice as many channels.
         rotation: maximum angle in degrees.
         shift: maximum shift, as a fraction of the image's height and width.
         scale: maximum relative change of size: 0.2 allows factors from 1 / 1.2 to 1.2.
-        shear: maximum shear, a tangent.
+        shear: maximum shear, as the tangent of the angle.
         brightness: maximum value added to all pixels, in units of the normalised image.
-        contrast: maximum relative change of the distance from the image's mean, as `scale`.
+        contrast: maximum relative change of the contrast: 0.2 multiplies the deviations from the image's mean by a
+            factor from 1 / 1.2 to 1.2.
 
     Example (recipe):
         models: {augmentor: {model: affine_augmentor}}
@@ -185,7 +195,7 @@ class AffineAugmentor(nn.Module):
         super().__init__()
         bounds = (rotation, shift, scale, shear, brightness, contrast)
         if min(bounds) < 0:
-            raise ConfigError(f"affine_augmentor: every bound must be at least 0, got {bounds}")
+            raise ConfigError(f"affine_augmentor: all bounds must be at least 0, got {bounds}")
         log_scale, log_contrast = math.log1p(scale), math.log1p(contrast)
         # A shift is doubled, because the coordinates of `grid_sample` run from -1 to 1.
         limits = (math.radians(rotation), 2 * shift, 2 * shift, log_scale, shear, brightness, log_contrast)
@@ -221,12 +231,12 @@ class AffineAugmentor(nn.Module):
 
 
 def _check_image_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """Returns channels, height and width.
+    """Returns channels, height and width of an image shape.
 
     Raises:
-        ConfigError: the shape is not that of an image.
+        ConfigError: `shape` is not a shape of three numbers of at least 1.
     """
     if len(shape) != 3 or min(shape) < 1:
-        raise ConfigError(f"{name}: image_shape must be channels, height and width, got {list(shape)}")
+        raise ConfigError(f"{name}: image_shape must be channels, height and width, each at least 1, got {list(shape)}")
     channels, height, width = shape
     return channels, height, width

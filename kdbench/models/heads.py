@@ -1,4 +1,7 @@
-"""Heads on another network's features: classifiers, early exits, projectors. A head is a separate role in a recipe."""
+"""Heads: small networks on a feature of another network, such as classifiers, early exits and projectors.
+
+A recipe declares a head as a separate role, that is, as a named network with its own weights.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from kdbench.registry import MODELS
 class LinearHead(nn.Module):
     """Linear classifier on a feature.
 
-    A map is averaged over its positions, tokens over their number. Feature: `fc`. 650 parameters for 64 channels and 10
-    classes.
+    A feature map is averaged over its positions, a token sequence over its tokens. The linear layer is `fc`. The head
+    has 650 parameters for 64 channels and 10 classes.
 
     Shape:
         (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the feature per sample; injected.
-        bias: add a bias.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the feature per sample (injected by kdbench).
+        bias: whether the linear layer has a bias.
 
     Example (recipe):
         models: {probe: {model: linear_head, input: "student:layer2"}}
@@ -45,15 +48,16 @@ class LinearHead(nn.Module):
 class CosineHead(nn.Module):
     """Cosine classifier with one proxy per class: logit_c = cos(f, w_c) / temperature (PCR, Lin et al., CVPR 2023).
 
-    As in PCR's code, where the temperature is 0.09. A map is averaged over its positions, tokens over their number.
-    Feature: `fc`, whose weight contains the proxies. 640 parameters for 64 channels and 10 classes.
+    f is the feature, and the proxy w_c is the weight of class c in the layer `fc`. The code of PCR has the same
+    classifier with temperature 0.09. A feature map is averaged over its positions, a token sequence over its tokens.
+    The head has 640 parameters for 64 channels and 10 classes.
 
     Shape:
         (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the feature per sample; injected.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the feature per sample (injected by kdbench).
         temperature: divisor of the cosine, above 0.
 
     Example (recipe):
@@ -76,24 +80,25 @@ class CosineHead(nn.Module):
 
 @MODELS.register("exit_head", version=1, paper="https://arxiv.org/abs/1905.08094", image=(32, 8, 8))
 class ExitHead(nn.Module):
-    """Early exit with bottleneck, global average pooling and classifier (Be Your Own Teacher, BYOT, Zhang et al. 2019).
+    """Early exit: bottleneck, global average pooling and classifier (Be Your Own Teacher, BYOT, Zhang et al. 2019).
 
-    The bottleneck follows the public PyTorch code of the method: a 1x1 convolution to a quarter of `channels`, a
-    convolution with kernel and stride `reduce`, which gives the map the size of the deepest one, and a 1x1 convolution
-    to `channels`, each with BatchNorm and ReLU. With the channels of the deepest feature, `pool` can be compared with
-    it, as in the method's hint loss.
+    The bottleneck follows the public PyTorch code of the method. A 1x1 convolution maps to a quarter of `channels`, a
+    convolution with kernel size and stride `reduce` shrinks the map to the size of the network's last map, and a 1x1
+    convolution maps to `channels`. BatchNorm and ReLU follow each convolution. If `channels` equals the channels of
+    the network's last map, the feature `pool` can be compared with the pooled last map, as in the hint loss of the
+    method.
 
-    Features: `bottleneck` (channels, height / reduce, width / reduce), `pool` (channels). 3 thousand parameters for a
-    map of 32 channels.
+    Features: `bottleneck` (channels, height / reduce, width / reduce), `pool` (channels). The head has 3 thousand
+    parameters for a map of 32 channels.
 
     Shape:
         (batch, input channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the map per sample; injected.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the map per sample (injected by kdbench).
         channels: output channels of the bottleneck, a multiple of 4.
-        reduce: downsampling factor: 8, 4 and 2 at the three exits of the paper's networks.
+        reduce: downsampling factor of the bottleneck: 8, 4 and 2 at the three exits of the networks in the paper.
 
     Example (recipe):
         models: {exit1: {model: {type: exit_head, channels: 64, reduce: 2}, input: "student:layer1"}}
@@ -107,7 +112,9 @@ class ExitHead(nn.Module):
         if channels < 4 or channels % 4:
             raise ConfigError(f"exit_head: channels must be a multiple of 4, got {channels}")
         if not 1 <= reduce <= min(height, width):
-            raise ConfigError(f"exit_head: reduce must be from 1 to the map's size ({height}x{width}), got {reduce}")
+            raise ConfigError(
+                f"exit_head: reduce must be from 1 to the size of the input ({height}x{width}), got {reduce}"
+            )
         middle = channels // 4
         self.bottleneck = nn.Sequential(
             *conv_bn_relu(inputs, middle, 1, bias=True),
@@ -124,22 +131,24 @@ class ExitHead(nn.Module):
 
 @MODELS.register("projector", version=1, paper="https://arxiv.org/abs/2203.14001", image=(64, 4, 4))
 class Projector(nn.Module):
-    """Projector of a student's last map to the shape of the teacher's (SimKD, Chen et al. 2022).
+    """Projector from a student's last map to the shape of the teacher's last map (SimKD, Chen et al. 2022).
 
-    As in the released code: a map larger than `size` is average-pooled to it; then a 1x1, a 3x3 and a 1x1 convolution
-    without bias and with channels / factor in between, each with BatchNorm and ReLU. If the student's map is smaller
-    than the teacher's, the released code pools the teacher's map; use `size: null` then, and compare with the pooled
-    map. The teacher's pooling and classifier follow as `reuse` roles on this one.
+    As in the released code, a map larger than `size` is average-pooled to `size`. A 1x1, a 3x3 and a 1x1 convolution
+    without bias follow, each with BatchNorm and ReLU. The inner width is channels / factor. If the student's map is
+    smaller than the teacher's map, the released code pools the teacher's map. In this case, use `size: null` and
+    compare the output with the pooled map of the teacher. In a recipe, roles (named networks) with the key `reuse`
+    apply the teacher's pooling and classifier to the output.
 
-    Feature: `transfer`. 14 thousand parameters from 64 to 64 channels.
+    The convolutions are the module `transfer`. This module has 14 thousand parameters for 64 input and 64 output
+    channels.
 
     Shape:
         (batch, input channels, height, width) -> (batch, channels, size, size).
 
     Args:
         channels: channels of the teacher's map.
-        size: height and width of the teacher's map; null keeps the student's.
-        input_shape: shape of the student's map per sample; injected.
+        size: height and width of the teacher's map. null: the output keeps the size of the student's map.
+        input_shape: shape of the student's map per sample (injected by kdbench).
         factor: ratio of `channels` to the inner channels.
 
     Example (recipe):
@@ -156,11 +165,11 @@ class Projector(nn.Module):
         super().__init__()
         inputs, height, width = feature_map_shape(input_shape, "projector")
         if factor < 1 or channels < factor:
-            raise ConfigError(f"projector: factor must be from 1 to channels ({channels}), got {factor}")
+            raise ConfigError(f"projector: factor must be from 1 to the value of `channels` ({channels}), got {factor}")
         if size is not None and not 1 <= size <= min(height, width):
             raise ConfigError(
-                f"projector: size must be from 1 to the map's size ({height}x{width}), got {size}. For a larger "
-                "teacher map, remove `size` and compare with the teacher's map pooled to the student's size"
+                f"projector: size must be from 1 to the size of the input ({height}x{width}), got {size}. If the "
+                "teacher's map is larger, remove `size` and compare the output with the pooled map of the teacher"
             )
         self.size = size
         middle = channels // factor
@@ -176,17 +185,18 @@ class Projector(nn.Module):
 
 @MODELS.register("connector", version=1, paper="https://openreview.net/forum?id=ZzwDy_wiWv", image=(64,))
 class Connector(nn.Module):
-    """Linear map with BatchNorm and ReLU from a student's feature to the width of the teacher's (SRRL).
+    """Linear map with BatchNorm and ReLU from a student's feature to the width of the teacher's feature (SRRL).
 
-    Yang, Martinez, Bulat and Tzimiropoulos (ICLR 2021) place it between the student and the teacher's classifier. It is
-    a 1x1 convolution on a map and a linear layer on a vector, both without bias. Feature: `transfer`.
+    Yang, Martinez, Bulat and Tzimiropoulos (ICLR 2021) apply the teacher's classifier to the output of the connector.
+    The linear map has no bias. It is a 1x1 convolution for a feature map and a linear layer for a vector. The module
+    `transfer` contains the map, BatchNorm and ReLU.
 
     Shape:
         (batch, values) -> (batch, channels), or (batch, values, height, width) -> (batch, channels, height, width).
 
     Args:
         channels: width of the teacher's feature.
-        input_shape: shape of the student's feature per sample; injected.
+        input_shape: shape of the student's feature per sample (injected by kdbench).
 
     Example (recipe):
         models: {connector: {model: {type: connector, channels: 64}, input: "student:pool"}}
@@ -196,8 +206,8 @@ class Connector(nn.Module):
         super().__init__()
         if len(input_shape) not in (1, 3) or channels < 1:
             raise ConfigError(
-                f"connector: expected a vector or a map and at least 1 output channel, got a feature of "
-                f"{list(input_shape)} and {channels} channels"
+                "connector: the input must be a vector or a feature map, and channels at least 1, got input shape "
+                f"{list(input_shape)} per sample and channels {channels}"
             )
         if len(input_shape) == 3:
             self.transfer = nn.Sequential(*conv_bn_relu(input_shape[0], channels, 1))
@@ -211,28 +221,30 @@ class Connector(nn.Module):
 
 @MODELS.register("dual_head", version=1, paper="https://arxiv.org/abs/2505.07675", image=(64, 4, 4))
 class DualHeadClassifier(nn.Module):
-    """Two linear classifiers on one feature, for the labels and for the teacher, that predict a mixture (DHO).
+    """Two linear classifiers on one feature, `ce` for labels and `kd` for the teacher; the output is a mixture (DHO).
 
-    Kang et al. 2025 (https://arxiv.org/abs/2505.07675): `ce` is trained on labels and `kd` on the teacher, so that
-    their gradients do not conflict in one classifier. The output is the logarithm of the mixture
+    Kang et al. 2025 (https://arxiv.org/abs/2505.07675) train the classifier `ce` on labels and the classifier `kd` on
+    the teacher, so that the two gradients do not conflict in one classifier. The output is log(p) of the mixture
 
         p = alpha softmax(ce) + (1 - alpha) softmax(kd / beta)
 
-    whose softmax is p. With `scale`, the teacher's head reads scale * f / |f| (100 in the released code, for CLIP
-    teachers). PCoreSet (ActiveKD) uses the same student with alpha 0.5 and beta 1. DHKD, whose auxiliary head is
-    removed at export, does not need this model: its second head is a separate `linear_head`.
+    The softmax of the output is therefore p. With `scale`, the classifier `kd` reads scale * f / |f| instead of the
+    feature f (the released code has scale 100 for CLIP teachers). PCoreSet (ActiveKD) uses the same model with alpha
+    0.5 and beta 1. DHKD does not need this model: it removes the second classifier after the training, so use a
+    separate `linear_head`.
 
-    Features: `ce`, `kd`, the logits of each head. 1300 parameters for 64 channels and 10 classes.
+    Features: `ce` and `kd`, the logits of the two classifiers. The classifiers have 1300 parameters for 64 channels
+    and 10 classes.
 
     Shape:
         (batch, values), (batch, tokens, values) or (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the feature per sample; injected.
-        alpha: weight of the label head in the prediction, in [0, 1]; the authors select it on validation data.
-        beta: temperature of the teacher's head in the prediction, above 0.
-        scale: length of the feature in the teacher's head; null does not normalise.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the feature per sample (injected by kdbench).
+        alpha: weight of `ce` in the mixture, in [0, 1]. The authors select alpha on validation data.
+        beta: temperature of `kd` in the mixture, above 0.
+        scale: length to which the feature is scaled for `kd`. null: the feature is not scaled.
 
     Example (recipe):
         student: {model: dual_head, input: "body:layer2"}
@@ -271,21 +283,23 @@ class DualHeadClassifier(nn.Module):
 
 @MODELS.register("paraphraser", version=1, paper="https://arxiv.org/abs/1802.04977", image=(64, 4, 4))
 class Paraphraser(nn.Module):
-    """Autoencoder of a teacher's map whose code is the factor (factor transfer, FT, Kim, Park and Kwak 2018).
+    """Autoencoder of a teacher's map; the code is the factor of factor transfer (FT, Kim, Park and Kwak 2018).
 
-    As in RepDistiller: three 3x3 convolutions reduce the channels to `rate` times their number, three transposed ones
-    restore them, each with leaky ReLU of slope 0.1 (including the last) and optionally BatchNorm before it. Height and
-    width do not change. It is trained first and alone, by the reconstruction error of its input.
+    As in RepDistiller, three 3x3 convolutions reduce the number of channels by the factor `rate`, and three
+    transposed 3x3 convolutions restore this number. A leaky ReLU of slope 0.1 follows each convolution, including the
+    last, with an optional BatchNorm before the ReLU. Height and width do not change. The paraphraser is trained alone
+    in a first stage, by the reconstruction error of the teacher's map.
 
-    Feature: `encoder`, the factor (channels * rate, height, width). 129 thousand parameters for 64 channels.
+    Feature: `encoder`, the factor (channels * rate, height, width). The autoencoder has 129 thousand parameters for
+    64 channels.
 
     Shape:
-        (batch, channels, height, width) -> the same, the reconstruction.
+        (batch, channels, height, width) -> reconstruction of the same shape.
 
     Args:
-        input_shape: shape of the teacher's map per sample; injected.
-        rate: channels of the factor relative to those of the map, above 0.
-        batch_norm: add BatchNorm; RepDistiller's default is false.
+        input_shape: shape of the teacher's map per sample (injected by kdbench).
+        rate: ratio of the factor's channels to the map's channels, above 0.
+        batch_norm: whether to add BatchNorm. The default is that of RepDistiller.
 
     Example (recipe):
         models: {paraphraser: {model: paraphraser, input: "teacher:layer3"}}
@@ -296,7 +310,9 @@ class Paraphraser(nn.Module):
         channels, _, _ = feature_map_shape(input_shape, "paraphraser")
         factor = int(channels * rate)
         if factor < 1:
-            raise ConfigError(f"paraphraser: rate {rate} of {channels} channels leaves no channel for the factor")
+            raise ConfigError(
+                f"paraphraser: rate times the {channels} input channels must be at least 1, got rate {rate}"
+            )
         self.encoder = _factor_encoder(channels, factor, batch_norm)
         self.decoder = _three_convolutions(nn.ConvTranspose2d, (factor, factor, channels, channels), batch_norm)
 
@@ -308,16 +324,16 @@ class Paraphraser(nn.Module):
 class Translator(nn.Module):
     """Three convolutions from a student's map to the teacher's factor (factor transfer, FT, Kim, Park and Kwak 2018).
 
-    As in RepDistiller: the encoder of `paraphraser`, with BatchNorm. It is trained together with the student. 65
-    thousand parameters from 64 to 32 channels.
+    As in RepDistiller, the layers are those of the encoder of `paraphraser`, with BatchNorm. The translator is
+    trained together with the student. It has 65 thousand parameters for 64 input and 32 output channels.
 
     Shape:
         (batch, input channels, height, width) -> (batch, channels, height, width).
 
     Args:
-        channels: channels of the factor: those of the teacher's map times the paraphraser's `rate`.
-        input_shape: shape of the student's map per sample; injected.
-        batch_norm: add BatchNorm; RepDistiller's default is true.
+        channels: channels of the factor, that is, channels of the teacher's map times `rate` of the paraphraser.
+        input_shape: shape of the student's map per sample (injected by kdbench).
+        batch_norm: whether to add BatchNorm. The default is that of RepDistiller.
 
     Example (recipe):
         models: {translator: {model: {type: translator, channels: 32}, input: "student:layer3"}}
@@ -334,13 +350,17 @@ class Translator(nn.Module):
 
 
 def feature_map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """Returns channels, height and width of a map.
+    """Returns channels, height and width from the shape of a feature map per sample.
+
+    Args:
+        shape: shape per sample.
+        name: name of the model in the error message.
 
     Raises:
-        ConfigError: the shape is not that of a map.
+        ConfigError: `shape` does not have three dimensions.
     """
     if len(shape) != 3:
-        raise ConfigError(f"{name}: expected a map (channels, height, width), got a feature of {list(shape)}")
+        raise ConfigError(f"{name}: the input must be a feature map, got shape {list(shape)} per sample")
     channels, height, width = shape
     return channels, height, width
 
@@ -348,7 +368,7 @@ def feature_map_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]
 def conv_bn_relu(
     inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = False
 ) -> list[nn.Module]:
-    """Builds a convolution, BatchNorm and ReLU."""
+    """Builds a convolution, a BatchNorm and a ReLU; returns them as a list."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
@@ -370,13 +390,13 @@ def _three_convolutions(
 
 @MODELS.register("mean_output", version=1, image=(10,))
 class MeanOutput(nn.Module):
-    """Mean of the outputs of several networks: an ensemble as a role that can be evaluated and used as an input.
+    """Mean of the outputs of several networks: an ensemble that can be evaluated and can be the input of a network.
 
-    `ensemble: {model: mean_output, input: ["a:logits", "b:logits"], frozen: true}`. No parameters. A term that needs
-    the mean only as its target uses `{combine: mean_logits, of: [a, b]}` without a role.
+    The module has no parameters. If the mean is only the target of a loss term, write `{combine: mean_logits, of: [a,
+    b]}` in this term instead.
 
     Shape:
-        any number of equal shapes (batch, ...) -> the same.
+        any number of tensors (batch, ...) of equal shape -> the same shape.
 
     Example (recipe):
         models: {ensemble: {model: mean_output, input: ["student:logits", "teacher:logits"], frozen: true}}
@@ -388,35 +408,37 @@ class MeanOutput(nn.Module):
 
 @MODELS.register("review_fusion", version=1, paper="https://arxiv.org/abs/2104.09044", image=(64, 4, 4))
 class ReviewFusion(nn.Module):
-    """Attention-based fusion (ABF) of a student feature with a deeper map, at the teacher's width (ReviewKD).
+    """Attention-based fusion (ABF) of a student feature with a deeper feature, for ReviewKD.
 
     Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, https://arxiv.org/abs/2104.09044:
 
-        x = norm(conv1x1(feature)), y = the deeper map, upsampled to x's size by nearest neighbour
-        [a, b] = sigmoid(conv1x1([x, y])), one weight per position each
-        fused = a x + b y (x without `fuse`),  output = norm(conv3x3(fused))
+        x = norm(conv1x1(feature)), y = deeper map, upsampled to the size of x by nearest neighbour
+        a, b = sigmoid(conv1x1([x, y])), one value of a and one of b per position
+        fused = a x + b y (fused = x if `fuse` is false),  output = norm(conv3x3(fused))
 
-    The chain starts at the deepest feature; each fusion reads the student's feature and the `fused` map of the deeper
-    fusion, and the term `hcl` compares each output with the teacher's feature of that layer:
+    A chain of fusions starts at the deepest feature. Every further fusion reads the student's feature of its layer
+    and the map `fused` of the next deeper fusion. The term `hcl` compares the output of each fusion with the
+    teacher's feature of the same layer:
 
         r3: {model: {type: review_fusion, channels: 64}, input: "student:layer3"}
         r2: {model: {type: review_fusion, channels: 32, fuse: true}, input: ["student:layer2", "r3:fused"]}
 
-    The initialisation is that of the authors' code (dvlab-research/ReviewKD). There one more upsampling matches a
-    teacher's map of another size; here both sizes must be equal. A vector counts as a map of one position and gives a
-    vector.
+    The initialisation is that of the authors' code (dvlab-research/ReviewKD). The authors also upsample the output if
+    the teacher's map has another size; kdbench requires student and teacher maps of equal size. A vector is treated
+    as a map with one position, and the output for a vector is a vector.
 
     Feature: `fused` (width, height, width).
 
     Shape:
-        (batch, input channels, height, width) and, with `fuse`, (batch, `width`, any height, any width) -> (batch,
-        channels, height, width).
+        feature (batch, input channels, height, width) and, with `fuse`, deeper map (batch, width, any height, any
+        width) -> (batch, channels, height, width).
 
     Args:
         channels: channels of the teacher's feature.
-        input_shape: shape of the student's feature per sample; injected.
-        width: inner channels, the same along the chain; in the paper those of the student's last feature, at most 512.
-        fuse: whether the second input, a deeper map, is given.
+        input_shape: shape of the student's feature per sample (injected by kdbench).
+        width: channels of `fused`, equal for all fusions of a chain. The paper uses the channels of the student's
+            last feature, but at most 512.
+        fuse: whether the fusion has a second input, the map `fused` of a deeper fusion.
 
     Example (recipe):
         models: {r3: {model: {type: review_fusion, channels: 64}, input: "student:layer3"}}
@@ -428,8 +450,8 @@ class ReviewFusion(nn.Module):
         super().__init__()
         if len(input_shape) not in (1, 3) or channels < 1 or width < 1:
             raise ConfigError(
-                f"review_fusion: expected a vector or a map, and width and channels of at least 1, got a feature of "
-                f"{list(input_shape)}, width {width}, channels {channels}"
+                "review_fusion: the input must be a vector or a feature map, and width and channels at least 1, got "
+                f"input shape {list(input_shape)} per sample, width {width}, channels {channels}"
             )
         input_conv = nn.Conv2d(input_shape[0], width, 1, bias=False)
         output_conv = nn.Conv2d(width, channels, 3, padding=1, bias=False)
@@ -444,7 +466,7 @@ class ReviewFusion(nn.Module):
         if (deeper is None) != (self.weights is None):
             raise ConfigError(
                 "review_fusion: with `fuse: true` the inputs are the student's feature and the `fused` map of a deeper "
-                "fusion (`input: [student:layer2, r3:fused]`); without it, the student's feature only"
+                "fusion (`input: [student:layer2, r3:fused]`). Without `fuse`, the only input is the student's feature"
             )
         fused = self.enter(feature if feature.dim() == 4 else feature[:, :, None, None])
         if deeper is not None and self.weights is not None:

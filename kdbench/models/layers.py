@@ -16,7 +16,7 @@ class GlobalAveragePool(nn.Module):
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Initialises convolutions from N(0, 2 / fan_out) with zero bias (He et al. 2015) and BatchNorms as the identity.
+    """Initialises convolutions (weights from N(0, 2 / fan_out), biases 0; He et al. 2015) and BatchNorms (identity).
 
     The random numbers are drawn in the order of `model.modules()`.
     """
@@ -31,21 +31,28 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def pooled_size(shape: tuple[int, ...], name: str) -> int:
-    """Returns the length of `pool_to_vector` for features of this shape per sample.
+    """Returns the length of the vectors that `pool_to_vector` computes from a feature.
+
+    Args:
+        shape: shape of the feature per sample.
+        name: name of the model in the error message.
 
     Raises:
-        ConfigError: the shape is not that of a vector, tokens or a map.
+        ConfigError: `shape` is not the shape of a vector, a token sequence or a feature map.
     """
     if len(shape) not in (1, 2, 3):
-        raise ConfigError(f"{name}: expected a vector, tokens or a map, got a feature of {list(shape)}")
+        raise ConfigError(
+            f"{name}: the input must be a vector, tokens or a feature map, got shape {list(shape)} per sample"
+        )
     return shape[-1] if len(shape) == 2 else shape[0]
 
 
 def pool_to_vector(feature: Tensor) -> Tensor:
-    """Averages a map over its positions or tokens over their number; returns a vector unchanged.
+    """Averages a feature map over its positions, or a token sequence over its tokens. Vectors are returned unchanged.
 
     Shape:
-        (batch, channels, height, width) -> (batch, channels), (batch, tokens, dim) -> (batch, dim).
+        (batch, channels, height, width) -> (batch, channels), (batch, tokens, dim) -> (batch, dim), (batch, values)
+        -> the same shape.
     """
     if feature.dim() == 4:
         return feature.mean(dim=(2, 3))
@@ -55,8 +62,8 @@ def pool_to_vector(feature: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention: (batch, tokens, dim) -> (batch, tokens, dim).
 
-    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. All weights belong to `nn.Linear` modules (`qkv`, `proj`), so
-    that weight transforms apply to them.
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. All weights belong to `nn.Linear` modules (`qkv`, `proj`),
+    so that weight transforms (quantisation, pruning) apply to these weights.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -77,11 +84,11 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: token dimension.
-        heads: attention heads.
+        heads: number of attention heads.
         ratio: hidden width of the MLP relative to `dim`.
 
     Shape:
-        (batch, tokens, dim) -> the same.
+        (batch, tokens, dim) -> the same shape.
     """
 
     def __init__(self, dim: int, heads: int, ratio: float = 4.0) -> None:

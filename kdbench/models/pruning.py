@@ -22,23 +22,25 @@ from kdbench.registry import WEIGHT_TRANSFORMS
 class Pruning(WeightTransform):
     """Magnitude pruning of a fraction of each layer: output channels by L1 norm, or single weights by magnitude.
 
-    `unit: channel` sets the output channels with the smallest sum of absolute weights and their bias to 0 (structured;
-    Li et al. 2017, "Pruning Filters for Efficient ConvNets"); the shift of a following BatchNorm stays. `unit: weight`
-    sets the weights of smallest magnitude to 0 (unstructured; Han et al. 2015, https://arxiv.org/abs/1506.02626). The
-    number of pruned units per layer is fraction * units, rounded down.
+    `unit: channel` sets the output channels with the smallest sum of absolute weights to 0, including their biases
+    (structured pruning; Li et al. 2017, "Pruning Filters for Efficient ConvNets"). The shift of a following BatchNorm
+    is not changed. `unit: weight` sets the weights of smallest magnitude to 0 (unstructured pruning; Han et al. 2015,
+    https://arxiv.org/abs/1506.02626). The number of pruned units per layer is fraction * units, rounded down.
 
-    The mask is computed once, from the weights at `apply`; pruned units get no gradient. With `renew` the mask is
-    recomputed in every forward and pruned units get a straight-through gradient, so that they can recover (Lin et al.
-    2020, https://arxiv.org/abs/2006.07253). For gradual pruning use a sequence of stages with increasing fractions;
-    each stage bakes its transforms.
+    The mask is computed once, from the weights at the start of the stage, and pruned units get no gradient. With
+    `renew`, the mask is recomputed in every forward, pruned units get a straight-through gradient and can become
+    nonzero again (Lin et al. 2020, https://arxiv.org/abs/2006.07253), and biases are not masked. For gradual pruning,
+    use a sequence of stages with increasing fractions. At the end of each stage, the pruned weights replace the
+    stored weights.
 
     Args:
         fraction: fraction of pruned units of each layer, in [0, 1).
-        unit: output channels or single weights.
-        renew: recompute the mask in every forward.
-        modules: paths of the layers; null selects every linear layer and convolution.
-        skip_first: leave the first layer unchanged.
-        skip_last: leave the last layer unchanged; the default is true because its output channels are the classes.
+        unit: pruned units: output channels (`channel`) or single weights (`weight`).
+        renew: whether to recompute the mask in every forward.
+        modules: paths of the pruned layers. null: every linear layer and convolution.
+        skip_first: whether the first layer stays unchanged.
+        skip_last: whether the last layer stays unchanged. The default is true, because the output channels of the
+            last layer are the classes.
 
     Example (recipe):
         student: {model: digits_cnn, transform: [{type: prune, fraction: 0.5}]}
@@ -55,7 +57,7 @@ class Pruning(WeightTransform):
     ) -> None:
         super().__init__(modules, skip_first, skip_last)
         if not 0 <= fraction < 1:
-            raise ConfigError(f"prune: fraction must be in [0, 1), got {fraction}")
+            raise ConfigError(f"prune: fraction must be at least 0 and below 1, got {fraction}")
         self.fraction, self.unit, self.renew = fraction, unit, renew
 
     def parametrization(self, weight: Tensor) -> nn.Module:
@@ -64,8 +66,11 @@ class Pruning(WeightTransform):
         return _FixedMask(pruning_mask(weight, self.fraction, self.unit))
 
     def apply(self, model: nn.Module) -> None:
-        """Registers the masks on the weights of the target layers, and on the bias of pruned channels."""
-        # Computed before the weights are parametrized, so that weight and bias get the same mask.
+        """Registers masks on the weights of the layers to prune, in place.
+
+        For `unit: channel` without `renew`, masks on the biases are registered too.
+        """
+        # Masks are computed before the weights are parametrized, so that weight and bias get the same mask.
         masks = [
             (layer, pruning_mask(effective_weight(layer), self.fraction, self.unit))
             for _, layer in self.target_layers(model)
@@ -98,15 +103,15 @@ class _RecomputedMask(WeightParametrization):
 
 
 def pruning_mask(weight: Tensor, fraction: float, unit: str) -> Tensor:
-    """Returns a boolean mask, True where a unit is kept: all but the `fraction` with the smallest norm.
+    """Returns a boolean mask that is False for the fraction of units (channels or weights) with the smallest L1 norm.
 
     Args:
-        weight: (outputs, ...).
-        fraction: fraction of pruned units.
-        unit: `channel` or `weight`.
+        weight: weight of a layer, (outputs, ...).
+        fraction: fraction of units to prune.
+        unit: kind of unit, `channel` (one row of `weight`) or `weight` (one number).
 
     Returns:
-        (outputs, 1, ...) for channels, otherwise the shape of the weight.
+        mask of shape (outputs, 1, ...) for `channel`, and of the shape of `weight` for `weight`.
     """
     norm = weight.abs().flatten(1).sum(dim=1) if unit == "channel" else weight.abs().flatten()
     rank = norm.argsort(stable=True).argsort()

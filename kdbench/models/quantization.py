@@ -14,26 +14,31 @@ from kdbench.registry import WEIGHT_TRANSFORMS
 
 @WEIGHT_TRANSFORMS.register("quantize", version=1, paper="https://arxiv.org/abs/1802.05668")
 class UniformQuantization(WeightTransform):
-    """Uniform quantisation of weights to 2^bits levels per bucket, with straight-through gradients.
+    """Uniform quantisation of weights to 2^bits levels per bucket of weights, with straight-through gradients.
 
-    Quantised distillation of Polino, Pascanu and Alistarh (ICLR 2018) and their released code. The flattened weight of
-    a layer is split into buckets; the last bucket is padded with its last value. With `scaling: linear`
+    This is the quantised distillation of Polino, Pascanu and Alistarh (ICLR 2018), as in their released code. The
+    flattened weight of a layer is split into buckets of equal size. Each bucket has its own scale. The forward and
+    the gradient use the effective (quantised) weights; the optimizer updates the stored weights.
 
-        level = round((2^bits - 1) * (w - min) / (max - min)),  effective = min + (max - min) * level / (2^bits - 1)
+    With `scaling: linear`, min and max of the bucket give the effective weight:
 
-    per bucket. The forward and the gradient use the effective weights; the optimizer updates the stored ones. The
-    released scripts use buckets of 256 weights.
+        level = round((2^bits - 1) * (w - min) / (max - min))
 
-    With `scaling: symmetric` (the integer grid of hardware) the step size is s = max|w| / (2^(bits - 1) - 1) and the
-    effective weight s * round(w / s), so that 0 stays 0 and 2 bits give three values.
+        effective = min + (max - min) * level / (2^bits - 1)
+
+    With `scaling: symmetric` (the integer grid of hardware), 0 stays 0, and 2 bits give three levels:
+
+        s = max|w| / (2^(bits - 1) - 1)
+
+        effective = s * round(w / s)
 
     Args:
-        bits: bits per weight, 1 to 16 (2 to 16 if symmetric).
-        bucket: number of weights with a common scale; null uses the whole layer.
-        scaling: linear or symmetric.
-        modules: paths of the layers; null selects every linear layer and convolution.
-        skip_first: leave the first layer unchanged, as several released scripts do.
-        skip_last: leave the last layer unchanged, as several released scripts do.
+        bits: bits per weight, 1 to 16 for `linear`, 2 to 16 for `symmetric`.
+        bucket: number of weights in a bucket (256 in the released scripts). null: all weights of the layer.
+        scaling: `linear` or `symmetric`.
+        modules: paths of the quantised layers. null: every linear layer and convolution.
+        skip_first: whether the first layer stays unchanged, as in several released scripts.
+        skip_last: whether the last layer stays unchanged, as in several released scripts.
 
     Example (recipe):
         student: {model: digits_cnn, transform: [{type: quantize, bits: 4}]}
@@ -51,7 +56,7 @@ class UniformQuantization(WeightTransform):
         super().__init__(modules, skip_first, skip_last)
         min_bits = 2 if scaling == "symmetric" else 1
         if not min_bits <= bits <= 16:
-            raise ConfigError(f"quantize: bits must be from {min_bits} to 16 with scaling: {scaling}, got {bits}")
+            raise ConfigError(f"quantize: bits must be from {min_bits} to 16 with `scaling: {scaling}`, got {bits}")
         _check_bucket("quantize", bucket)
         self.bits, self.bucket, self.scaling = bits, bucket, scaling
 
@@ -82,18 +87,20 @@ class _UniformLevels(WeightParametrization):
 class LearnedQuantization(WeightTransform):
     """Quantisation of weights to 2^bits learned points per layer (differentiable quantisation).
 
-    Polino, Pascanu and Alistarh (ICLR 2018), section 4. Buckets are scaled to [0, 1] as in `quantize`, and each weight
-    takes the nearest point p_k of its layer. The gradient of p_k is the sum, over the weights that take it, of their
-    gradient times the range of their bucket. The stored weights get no gradient and stay constant. As in the released
-    code, the assignment is recomputed in every forward, and the points start at quantiles of the scaled weights.
+    The method is that of Polino, Pascanu and Alistarh (ICLR 2018), section 4. The weights of a layer are split into
+    buckets, and each bucket is scaled to [0, 1]. Each scaled weight is replaced by the nearest point p_k of its layer
+    and scaled back. The gradient of p_k is a sum over the weights that p_k replaces: each summand is the gradient of
+    the weight times the range (max - min) of its bucket. The original weights get no gradient and stay constant. As
+    in the released code, every forward assigns the weights to points again, and the points start at quantiles of the
+    scaled weights.
 
     Args:
-        bits: 2^bits points, 1 to 8 bits.
-        bucket: number of weights with a common scale; null uses the whole layer.
-        start: initial points: quantiles of the scaled weights, or uniform.
-        modules: paths of the layers; null selects every linear layer and convolution.
-        skip_first: leave the first layer unchanged.
-        skip_last: leave the last layer unchanged.
+        bits: logarithm to base 2 of the number of points, 1 to 8.
+        bucket: number of weights in a bucket. null: all weights of the layer.
+        start: initial points, `quantiles` of the scaled weights or `uniform`.
+        modules: paths of the quantised layers. null: every linear layer and convolution.
+        skip_first: whether the first layer stays unchanged.
+        skip_last: whether the last layer stays unchanged.
 
     Example (recipe):
         student: {model: digits_cnn, transform: [{type: learned_quantize, bits: 2}]}
@@ -132,7 +139,7 @@ class _LearnedPoints(WeightParametrization):
 
     def forward(self, weight: Tensor) -> Tensor:
         scaled, low, span = scale_to_unit_range(split_buckets(weight.detach(), self.bucket))
-        points = self.points.sort().values  # training can change their order
+        points = self.points.sort().values  # training can change the order of the points
         borders = (points[1:] + points[:-1]).detach() / 2
         quantized = points[torch.bucketize(scaled, borders)] * span + low
         return merge_buckets(quantized, weight)
@@ -140,19 +147,19 @@ class _LearnedPoints(WeightParametrization):
 
 @WEIGHT_TRANSFORMS.register("ternary", version=1, paper="https://arxiv.org/abs/1605.04711")
 class TernaryQuantization(WeightTransform):
-    """Ternary weights -a, 0 and a with straight-through gradients (ternary weight networks, Li et al. 2016).
+    """Quantisation of weights to -a, 0 and a, with straight-through gradients (TWN, Li et al. 2016).
 
-    A weight becomes 0 if |w| <= threshold * mean|w|; a is the mean |w| of the remaining weights, which minimises the
-    distance to the stored weights for this support. The threshold 0.7 is the paper's approximation of the optimum.
-    TernaryCLIP (https://arxiv.org/abs/2510.21879) trains weights {-a, 0, a} with distillation; its threshold could not
-    be verified.
+    A weight w becomes 0 if |w| <= threshold * mean|w|. The scale a is the mean |w| of all other weights; this a
+    minimises the squared distance to the original weights for the given zeros. The threshold 0.7 is the approximation
+    of the optimum in Ternary Weight Networks (TWN). TernaryCLIP (https://arxiv.org/abs/2510.21879) trains weights
+    {-a, 0, a} with distillation. The threshold of TernaryCLIP could not be verified.
 
     Args:
-        threshold: relative to the mean absolute weight; 0 keeps only exact zeros at 0.
-        per: one a and one threshold per layer, or per output channel.
-        modules: paths of the layers; null selects every linear layer and convolution.
-        skip_first: leave the first layer unchanged.
-        skip_last: leave the last layer unchanged.
+        threshold: threshold relative to the mean absolute weight. With 0, only weights that are exactly 0 become 0.
+        per: range of weights that share a and the threshold, `layer` or (output) `channel`.
+        modules: paths of the quantised layers. null: every linear layer and convolution.
+        skip_first: whether the first layer stays unchanged.
+        skip_last: whether the last layer stays unchanged.
 
     Example (recipe):
         student: {model: digits_cnn, transform: [{type: ternary, skip_first: true}]}
@@ -191,7 +198,11 @@ class _TernaryLevels(WeightParametrization):
 
 
 def split_buckets(weight: Tensor, bucket: int | None) -> Tensor:
-    """Splits a flattened weight into rows (rows, bucket); the last row is padded with its last value."""
+    """Splits the flattened weight into rows of `bucket` numbers, (rows, bucket).
+
+    If `bucket` is None or the weight is smaller than one bucket, the result is one row with all numbers. The last row
+    is padded with copies of the weight's last number.
+    """
     flat = weight.reshape(-1)
     if bucket is None or len(flat) <= bucket:
         return flat[None]
@@ -200,7 +211,7 @@ def split_buckets(weight: Tensor, bucket: int | None) -> Tensor:
 
 
 def merge_buckets(rows: Tensor, reference: Tensor) -> Tensor:
-    """Inverts `split_buckets`: drops the padding and restores the shape of `reference`."""
+    """Restores a weight of the shape of `reference` from the rows of `split_buckets`, without their padding."""
     return rows.reshape(-1)[: reference.numel()].reshape(reference.shape)
 
 
@@ -208,7 +219,8 @@ def scale_to_unit_range(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scales each row to [0, 1].
 
     Returns:
-        Scaled rows, minimum of each row (rows, 1), range of each row (rows, 1), which is 1 for a constant row.
+        the scaled rows, the minimum of each row (rows, 1), and the range max - min of each row (rows, 1). For a
+        constant row, the returned range is 1.
     """
     low, high = rows.aminmax(dim=1, keepdim=True)
     span = high - low
@@ -217,6 +229,6 @@ def scale_to_unit_range(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_bucket(name: str, bucket: int | None) -> None:
-    """Raises ConfigError if the bucket size is below 1."""
+    """Raises ConfigError if the bucket size is below 1. None is valid."""
     if bucket is not None and bucket < 1:
         raise ConfigError(f"{name}: bucket must be at least 1, or null for the whole layer, got {bucket}")

@@ -1,10 +1,10 @@
-"""Weight transforms: the effective weight of a layer is a function of its stored weight (quantised, ternary, pruned).
+"""Weight transforms: each computes a layer's effective (quantised or pruned) weight from its stored weight.
 
-A transform registers a parametrization of torch.nn.utils.parametrize on the weights of the layers. The stored weight is
-trained in full precision; where the function is piecewise constant, its gradient is the straight-through estimate.
-`bake` replaces the stored weights by the effective ones and removes the parametrization, so that the state dict has the
-names of the plain network again. Several transforms of one weight are applied in the order of registration and are
-baked together.
+A weight transform registers a parametrization of torch.nn.utils.parametrize on the weights of the layers. The
+optimizer updates the stored weight, which has full precision. Transforms that are piecewise constant use the
+straight-through gradient. `bake` replaces the stored weights by the effective weights and removes the
+parametrizations, so that the state dict has the names of the original network again. A weight can have several
+transforms. They are applied in the order of registration and are baked together.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class WeightTransform:
-    """Base class of weight transforms: selects layers, registers a parametrization on their weights, bakes it.
+    """Base class of weight transforms (quantisation, pruning), which change the weights that the layers use.
 
         @WEIGHT_TRANSFORMS.register("quantize", version=1)
 
-    Apply a transform after the initial weights are loaded: some transforms derive levels or masks from them.
+    A transform registers a parametrization on the weights of the selected layers. The transform must be applied after
+    the initial weights are loaded, because some transforms compute levels or masks from the initial weights.
 
     Args:
-        modules: paths of layers, or of modules that contain the layers; None selects every linear layer and convolution
-            (not transposed ones).
-        skip_first: leave out the first layer of the network, in the order of `named_modules`.
-        skip_last: leave out the last layer.
+        modules: paths of layers, or of modules that contain layers. None: every linear layer and convolution, except
+            transposed convolutions.
+        skip_first: whether the first layer of the network, in the order of `named_modules`, stays unchanged.
+        skip_last: whether the last layer stays unchanged.
     """
 
     def __init__(self, modules: list[str] | None = None, skip_first: bool = False, skip_last: bool = False) -> None:
@@ -40,10 +41,10 @@ class WeightTransform:
         self.skip_last = skip_last
 
     def target_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Yields path and module of each layer whose weight is transformed.
+        """Yields the path and the module of each layer whose weight is transformed.
 
         Raises:
-            ConfigError: a path contains no layer, or no layer remains.
+            ConfigError: a path in `modules` contains no linear layer or convolution, or no layer is selected.
         """
         layers = [(path, module) for path, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
         skipped = {
@@ -63,21 +64,21 @@ class WeightTransform:
         ]
         if not targets:
             raise ConfigError(
-                f"no layer remains to transform: the network has {len(layers)}, and skip_first, skip_last or modules "
-                "exclude all of them"
+                f"no layer remains to transform: skip_first, skip_last and modules exclude all {len(layers)} linear "
+                "layers and convolutions of the network"
             )
         yield from targets
 
     def parametrization(self, weight: Tensor) -> nn.Module:
-        """Builds the module that maps a stored weight to the effective weight.
+        """Builds the module whose forward computes the effective weight of a layer from the stored weight.
 
         Args:
-            weight: the layer's current weight.
+            weight: weight of the layer before the transform.
         """
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
-        """Registers the parametrization on the target layers, in place."""
+        """Registers the parametrization on the weight of each selected layer of a model, in place."""
         for _, layer in self.target_layers(model):
             # `unsafe` skips torch's consistency check, which would compute the function of every weight once more.
             parametrize.register_parametrization(
@@ -85,7 +86,7 @@ class WeightTransform:
             )
 
     def bake(self, model: nn.Module) -> None:
-        """Stores the effective weights and removes all weight transforms of the model, in place."""
+        """Replaces the stored weights by the effective weights and removes all weight transforms, in place."""
         for _, module in list(model.named_modules()):
             if not parametrize.is_parametrized(module):
                 continue
@@ -96,10 +97,10 @@ class WeightTransform:
 
 
 def effective_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state dict that the model would have after `bake`; the model is unchanged.
+    """Returns the state dict that the model would have after `WeightTransform.bake`, without changing the model.
 
-    Baking a deep copy is not possible: torch gives both models the same parametrized class, and removing the
-    parametrization deletes the property of that class.
+    The function does not bake a deep copy of the model: a deep copy has the same parametrized class in torch, and
+    removing a parametrization from the copy would delete the class property that the original model needs.
     """
     state = dict(model.state_dict())
     for path, module in model.named_modules():
@@ -115,18 +116,18 @@ def effective_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 class WeightParametrization(nn.Module):
-    """Base class of the parametrizations of weight transforms; distinguishes them from a model's other ones."""
+    """Base class of the parametrizations of weight transforms, by which `WeightTransform.bake` recognises them."""
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """Returns the weight that the layer's forward uses now, detached."""
+    """Returns the weight that the forward of a layer uses (after weight transforms), detached."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
 def straight_through(effective: Tensor, stored: Tensor) -> Tensor:
-    """Returns exactly `effective` in the forward, with the gradient of `stored` (straight-through estimator)."""
+    """Returns the values of `effective` with the gradient of `stored` (straight-through estimator)."""
     return effective.detach() + (stored - stored.detach())
 
 

@@ -1,1 +1,4 @@
-"""Presentation of results: console, TensorBoard, figures, summaries, tables. Nothing here trains or evaluates."""
+"""Presentation of results: console, TensorBoard, figures, summaries, tables.
+
+Training and evaluation are not part of it.
+"""

@@ -15,11 +15,11 @@ from rich.text import Text
 from kdbench.errors import escape_control_characters
 
 REDRAW_SECONDS = 0.2
-"""Minimum time between two redraws of the bar; a step in between only reads the clock."""
+"""Minimum time between two redraws of the progress bar. Within this time, `progress` only reads the clock."""
 
 
 QUIET_SECONDS = 30.0
-"""On a pipe, a log interval prints a line only after this time without output; every evaluation prints one."""
+"""Minimum time without output before a log interval prints a line, if the output is a pipe or a file."""
 
 
 METRIC_ABBREVIATIONS = {
@@ -40,10 +40,11 @@ class ConsoleReporter:
     """Prints the progress of a run.
 
     Args:
-        console: the output; None: standard output.
-        prefix: begins every line, such as "teacher" for a teacher run.
-        quiet: prints notices only.
-        bar: shows a progress bar on a terminal; False: prints lines as on a pipe (several runs share the terminal).
+        console: rich console to print on; None: standard output.
+        prefix: first word of every line, such as "teacher" for a teacher run.
+        quiet: whether only notices are printed.
+        bar: whether a terminal shows a progress bar. False: prints lines, as in a pipe or a file; used if several
+            runs share a terminal.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ConsoleReporter:
         self._pending: list[Mapping[str, Any]] = []
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Prints the head: recipe, device, folder, and the position of a resumed run."""
+        """Prints the header of a run: recipe, device, folder, and the position of a resumed run."""
         if self.quiet:
             return
         head = " · ".join(str(info[key]) for key in ("name", "device") if info.get(key))
@@ -76,7 +77,7 @@ class ConsoleReporter:
             self._print(str(info["resumed"]), style="yellow")
 
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
-        """Begins a stage with a new progress bar."""
+        """Starts a new progress bar for a stage of training."""
         self._stop()
         self._stage, self._epochs, self._steps = name, epochs, max(steps, 1)
         self._start_time, self._first_step, self._steps_done = time.monotonic(), steps_done, steps_done
@@ -117,7 +118,7 @@ class ConsoleReporter:
         self._bar.update(self._task, completed=steps_done, description=self._position_text(), refresh=True, **fields)
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """Stores the values of a log interval; on a pipe, prints them after `QUIET_SECONDS` without output."""
+        """Stores the values of a log interval. Prints them to a pipe or file after `QUIET_SECONDS` without output."""
         self._flush()
         if record.get("total") is not None:
             self._latest["loss"] = f"loss {_loss_text(record['total'])}"
@@ -139,16 +140,19 @@ class ConsoleReporter:
             self._latest["accuracy"] = f"{split} {metrics['top1']:.2f}%"
 
     def notice(self, text: str) -> None:
-        """Prints a sentence above the bar, also when `quiet`."""
+        """Prints a sentence above the progress bar, even if `quiet` is True."""
         self._flush()
         self._print(escape_control_characters(text), style="yellow")
 
     def close(self) -> None:
-        """Removes the bar; safe to call twice."""
+        """Removes the progress bar. May be called twice."""
         self._stop()
 
     def _flush(self) -> None:
-        """Prints the line of an epoch: the first metric of every role and split, then others of the student."""
+        """Prints one line for an epoch.
+
+        The line contains the first metric of every role (network) and split, then further metrics of the student.
+        """
         records, self._pending = self._pending, []
         if not records:
             return
@@ -173,7 +177,7 @@ class ConsoleReporter:
         self._bar = self._task = None
 
     def _position_text(self, epoch: int | None = None) -> str:
-        """Returns `prefix stage  epoch 12/240`, or the step in a stage without epochs."""
+        """Returns the position as text: `PREFIX STAGE  epoch 12/240`, or the step in a stage without epochs."""
         if not self._stage:
             return f"{self.prefix}before training"
         if self._epochs:
@@ -201,7 +205,10 @@ class ConsoleReporter:
         self._print("  ".join(parts).rstrip())
 
     def _print(self, text: str, style: str = "") -> None:
-        """Prints one line; an error of the output, such as a full disk, stops the printing but not the run."""
+        """Prints one line.
+
+        After an error of the output (such as a full disk), nothing more is printed, and the run continues.
+        """
         if self._mute:
             return
         try:
@@ -212,7 +219,7 @@ class ConsoleReporter:
 
 
 class StdoutConsole(Console):
-    """Standard output; when its pipe closes (`| head`), the run continues without output."""
+    """Console on standard output. If the reader closes the pipe (`| head`), the run continues without output."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -221,7 +228,10 @@ class StdoutConsole(Console):
 
 
 class _LatestColumn(ProgressColumn):
-    """Shows a field of the task as plain text; rich's TextColumn would interpret brackets as markup."""
+    """Column of a progress bar that shows a field as plain text.
+
+    (rich's TextColumn would interpret brackets as markup.)
+    """
 
     def __init__(self, field: str, style: str = "") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Figures: confusion matrix, predictions, and stacked bars of fractions. Drawn without pyplot, so no window opens."""
+"""Figures: confusion matrix, predictions, stacked bars. They are drawn without pyplot, so no window opens."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Picture(NamedTuple):
 def draw_confusion(matrix: Tensor, classes: Sequence[str] | None = None, title: str = "") -> Picture:
     """Draws a confusion matrix as percentages of each row.
 
-    With few classes every cell has its percentage. With many classes the cells are only shaded, and the most confused
-    pairs are listed to the right.
+    With few classes, each cell shows its percentage. With many classes, cells are only shaded, and the most
+    frequently confused pairs are listed to the right.
 
     Args:
         matrix: (classes, classes) counts, row = label, column = prediction.
         classes: names of the classes; None: numbers.
-        title: of the figure.
+        title: title of the figure.
     """
     from matplotlib.colors import PowerNorm
 
@@ -155,9 +155,9 @@ def draw_bars(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequen
     Names that begin with the same word (`forward teacher`, `forward student`) have shades of one colour.
 
     Args:
-        title: of the figure.
-        names: of the segments.
-        rows: (label, one value per segment).
+        title: title of the figure.
+        names: names of the segments.
+        rows: label of each bar with one value per segment.
     """
     from matplotlib.patches import Patch
 
@@ -209,7 +209,7 @@ def _percent_text(percent: float) -> str:
 
 
 def _part_colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Returns one hue per first word of the names, in lighter shades for further names with that word."""
+    """Returns one color per name. Names with an equal first word have the same hue in different shades."""
     from matplotlib.colors import to_rgb
 
     hues = ("#57606a", "#9aa4af", "#0969da", "#bf5700", "#d4a72c", "#a40e26", "#1a7f37", "#8250df")
@@ -226,13 +226,16 @@ def _part_colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
 
 
 def _text_color(color: tuple[float, float, float]) -> str:
-    """Returns black or white, for contrast with a background colour."""
+    """Returns the text color with more contrast on a background color: black or white."""
     red, green, blue = color
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else "white"
 
 
 def _displayable_image(image: Tensor) -> Any:
-    """Returns (height, width) or (height, width, 3) in [0, 1]; a normalised image is scaled to its range."""
+    """Returns an image as (height, width) or (height, width, 3) in [0, 1].
+
+    Normalised images are scaled to their own range.
+    """
     values = image.float() / 255 if not image.is_floating_point() else image.float()
     if float(values.min()) < 0 or float(values.max()) > 1:
         low, high = values.min(), values.max()
@@ -260,7 +263,7 @@ def _figure(width: float, height: float, hspace: float = 0.02) -> Figure:
 
 
 def _png(figure: Figure) -> Picture:
-    """Renders a figure. Equal figures give equal bytes: the file contains no date and no version."""
+    """Renders a figure as PNG. Equal figures give equal bytes, because the file contains no date and no version."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings(

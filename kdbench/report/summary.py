@@ -45,16 +45,16 @@ def build_summary(
     """Returns the content of summary.json.
 
     Args:
-        recipe: for the name, the seed, the published score, and the roles and terms that `baseline` removed.
-        last: the last evaluation: `stage`, `epoch`, `step`, `metrics` (scores of every trained role).
-        best: the same of the best epoch, with `selected_on` (the split) and `by` (the metric, `top1` if absent); None
-            without any evaluation.
+        recipe: the recipe, which has the name, the seed, the published score, and what `baseline` removed.
+        last: the last evaluation, with `stage`, `epoch`, `step` and `metrics` (scores of every trained role).
+        best: the evaluation of the best epoch with the same entries, `selected_on` (the split) and `by` (the metric,
+            `top1` if absent); None: there was no evaluation.
         frozen: scores of the frozen roles, evaluated once before training.
-        models: role -> `parameters`, `flops`, `latency_ms` (see `measure_latency`), `weights_sha256`; each may be
-            absent.
+        models: role -> `parameters`, `flops`, `latency_ms` (see `measure_latency`) and `weights_sha256`, each
+            optional.
         wall_seconds: training time over all sessions.
-        identity: of the run.
-        export: the role whose accuracy is the result.
+        identity: identity of the run.
+        export: name of the role whose accuracy is the result.
         device: description of the device.
     """
     summary: dict[str, Any] = {
@@ -82,7 +82,7 @@ def build_summary(
 
 
 def selection_text(split: str, by: str = "top1") -> str:
-    """Describes how the best epoch was selected, and whether that biases its test score."""
+    """Returns a sentence about the split that selected the best epoch, and whether its test score is biased by that."""
     name = METRIC_LABELS.get(by, by).removesuffix(" %")
     if split == "test":
         bias = "so its test score is optimistic; the last epoch is the result"
@@ -91,14 +91,17 @@ def selection_text(split: str, by: str = "top1") -> str:
 
 
 def score(summary: Mapping[str, Any], role: str, split: str, metric: str, epoch: str = "last") -> float | None:
-    """Returns a score from a summary; None when it was not measured. `epoch` is `last` or `best`."""
+    """Returns a score from a summary, or None if it was not measured. `epoch` is `last` or `best`."""
     trained = (summary.get(epoch) or {}).get("metrics", {})
     value = trained.get(role, summary.get("frozen", {}).get(role, {})).get(split, {}).get(metric)
     return None if value is None else float(value)
 
 
 def headline_accuracy(summary: Mapping[str, Any]) -> float | None:
-    """Returns the exported role's top-1 of the last epoch, on the validation split if there is one, else on test."""
+    """Returns the top-1 accuracy of the exported role after the last epoch.
+
+    The accuracy is measured on the validation split, or on the test split if there is no validation split.
+    """
     scores = (score(summary, summary["export"], split, "top1") for split in ("validation", "test"))
     return next((value for value in scores if value is not None), None)
 
@@ -106,8 +109,9 @@ def headline_accuracy(summary: Mapping[str, Any]) -> float | None:
 def compare_with_published(published: Published, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Compares the run with the published top-1, in percentage points.
 
-    A published score of the last epoch, or of an unstated one, is compared with the last epoch. A published score of
-    the best epoch is compared with the best epoch if the test split selected it, otherwise with the last epoch.
+    A published score of the last epoch, or without a stated epoch, is compared with the run's last epoch. A published
+    score of the best epoch is compared with the run's best epoch if the test split selected it, otherwise with the
+    last epoch.
     """
     best_on_test = (summary.get("best") or {}).get("selected_on") == "test"
     epoch = "best" if published.epoch == "best" and best_on_test else "last"
@@ -148,7 +152,7 @@ def compare_with_published(published: Published, summary: Mapping[str, Any]) -> 
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints a summary: a table of scores, a table of models, and the comparison with the published score."""
+    """Prints a run's summary: a table of scores, a table of models, and the comparison with the published score."""
     out = console or StdoutConsole(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, 120)  # a pipe has no width; the default of 80 would wrap the table
@@ -215,7 +219,7 @@ def _models_table(summary: Mapping[str, Any]) -> Table:
 
 
 def compact_number(value: float | None) -> str:
-    """Formats a number with a unit suffix: 1.23M, 45.6G; empty for None."""
+    """Formats a number with a unit suffix, such as 1.23M or 45.6G. Returns an empty string for None."""
     if value is None:
         return ""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

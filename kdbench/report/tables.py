@@ -1,4 +1,4 @@
-"""Table over seeds: one row per group of runs, with mean and deviation over the runs."""
+"""Tables over seeds: one row per group of runs, with the mean and the deviation of each score over the runs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COLUMN_TITLES = (
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Finished runs that make one row of the table.
+    """A group of finished runs that forms one row of the table.
 
     Attributes:
         label: name of the row.
-        folders: of the runs, one per seed.
-        role: the role whose scores are shown.
+        folders: folders of the runs, one per seed.
+        role: name of the role whose scores are shown.
         epoch: `last` or `best`.
     """
 
@@ -45,7 +45,7 @@ class RunGroup:
 
 @dataclass(frozen=True)
 class MeanAndDeviation:
-    """Mean and sample standard deviation (n - 1) of several values; the deviation of one value is None."""
+    """Mean and sample standard deviation (n - 1) of several values. The deviation of a single value is None."""
 
     values: tuple[float, ...]
 
@@ -63,7 +63,10 @@ class MeanAndDeviation:
 
 @dataclass(frozen=True)
 class SeedTableRow:
-    """One row of the table. `seeds` counts different results: a teacher that all runs share counts once."""
+    """One row of a table over seeds.
+
+    `seeds` is the number of different results: a teacher that all runs share counts once.
+    """
 
     label: str
     seeds: int
@@ -77,12 +80,12 @@ class SeedTableRow:
 
 @dataclass(frozen=True)
 class SeedTable:
-    """The table over seeds, as a rich table, as Markdown and as JSON."""
+    """A table over seeds that can be formatted for a terminal, as Markdown and as JSON."""
 
     rows: tuple[SeedTableRow, ...]
 
     def table(self) -> Table:
-        """Returns the table for a terminal."""
+        """Returns a rich table for a terminal."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in COLUMN_TITLES:
             table.add_column(title, justify="left" if not title else "right")
@@ -97,7 +100,7 @@ class SeedTable:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
     def json(self) -> list[dict[str, Any]]:
-        """Returns plain data for `write_json`, with the value of every seed."""
+        """Returns the table as plain data for `write_json`, with the value of every seed."""
         return [
             {
                 "label": row.label,
@@ -114,7 +117,7 @@ class SeedTable:
 
 
 def aggregate(groups: Iterable[RunGroup]) -> SeedTable:
-    """Reads the summaries of finished runs and aggregates each group to one row.
+    """Reads the summaries of finished runs and aggregates each group into one row.
 
     Raises:
         UserError: a folder has no finished run.
@@ -149,7 +152,7 @@ def _aggregate_group(group: RunGroup) -> SeedTableRow:
 
 
 def _metric_over_seeds(summaries: Sequence[Mapping[str, Any]], group: RunGroup, metric: str) -> MeanAndDeviation | None:
-    """Returns None when a run has no such score."""
+    """Returns mean and deviation of a score over runs, or None if a run does not have this score."""
     scores = [score(summary, group.role, "test", metric, group.epoch) for summary in summaries]
     values = tuple(value for value in scores if value is not None)
     return MeanAndDeviation(values) if len(values) == len(summaries) else None

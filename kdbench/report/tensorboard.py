@@ -1,4 +1,4 @@
-"""TensorBoard event files that a resumed run truncates and continues; imports tensorboard at the first write.
+"""TensorBoard event files that a resumed run can truncate and continue. tensorboard is imported at the first write.
 
 TensorBoard's RecordWriter writes all records into one file with a fixed name, so that the checkpoint can store a byte
 offset. (torch's SummaryWriter opens a new file per session, which would show repeated steps twice.)
@@ -47,7 +47,7 @@ class EventFile:
         self._write(step, text_pb(tag, markdown))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """Writes the row of this run in the HParams tab; values that are not numbers, bools or text become text."""
+        """Writes a row of the HParams tab. Values other than numbers, bools and text are converted to text."""
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in values.items()}
@@ -69,7 +69,7 @@ class EventFile:
 
 
 def _complete_records_length(content: bytes) -> int:
-    """Returns the length of all complete records of an event file.
+    """Returns the total length in bytes of all complete records of an event file.
 
     A record has a little-endian uint64 length, a checksum of 4 bytes, the data, and a checksum of 4 bytes.
     """
@@ -83,7 +83,7 @@ def _complete_records_length(content: bytes) -> int:
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings to one with dotted keys; lists and None become text."""
+    """Flattens nested mappings to one mapping with dotted keys. Lists and None become text."""
     if not isinstance(data, Mapping):
         return {prefix: data if isinstance(data, bool | int | float | str) else str(data)}
     flat: dict[str, Any] = {}

@@ -1,7 +1,6 @@
-"""Tracker of a run: writes metrics.jsonl and TensorBoard events and shows the progress on the console.
+"""The tracker of a run, which writes metrics.jsonl and TensorBoard events and shows the progress on the console.
 
-The engine calls a `Tracker` and does not know its outputs. Only rank 0 writes. No call except `figures` reads a tensor,
-so none waits for the device.
+Only rank 0 writes. No method except `figures` reads a tensor, so the others do not wait for the device.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TIMING_FIELDS = ("images_per_s", "seconds", "time_fractions")
 
 
 class TermValues(TypedDict):
-    """One term over a log interval. `loss`: mean. `weighted`: mean of weight * loss. `weight`: at the last step."""
+    """Values of one term over a log interval: mean `loss`, mean `weighted` loss, and `weight` at the last step."""
 
     loss: float
     weight: float
@@ -33,13 +32,17 @@ class TermValues(TypedDict):
 
 
 class TrainRecord(TypedDict, total=False):
-    """One log interval; means are over the steps since the last record.
+    """The values of one log interval. Means are taken over the steps since the last record.
 
-    stage: name. epoch: the current epoch of the stage, from 1.
-    step: optimizer steps since the run began, over all stages; the x axis of every curve.
-    total: the minimised loss. lr: of the first parameter group. grad_norm: of the last step, before clipping.
-    seconds: time in training steps since the run began. time_fractions: section of a step -> fraction of the interval's
-    time, in [0, 1].
+    Attributes:
+        stage: name of the stage.
+        epoch: current epoch of the stage, from 1.
+        step: number of optimizer steps since the run began, over all stages; the x axis of every curve.
+        total: mean of the total loss.
+        lr: learning rate of the first parameter group.
+        grad_norm: gradient norm of the last step, before clipping.
+        seconds: time in training steps since the run began.
+        time_fractions: section of a step -> its fraction of the interval's time, in [0, 1].
     """
 
     stage: str
@@ -55,7 +58,7 @@ class TrainRecord(TypedDict, total=False):
 
 
 class ConsoleSink(Protocol):
-    """The methods of a console that the tracker calls."""
+    """Protocol of a console on which the tracker shows progress."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...
@@ -70,10 +73,10 @@ class Tracker:
     """Writes every record to the logs in the run folder and shows it on the console.
 
     Args:
-        folder: the run folder; gets `metrics.jsonl`, `tensorboard/` and `figures/`.
-        is_main: whether this is rank 0; every call on another rank has no effect.
+        folder: the run folder, in which `metrics.jsonl`, `tensorboard/` and `figures/` are written.
+        is_main: whether this process is rank 0. On any other rank, every call has no effect.
         tensorboard: whether event files are written.
-        console: shows the progress; None: a `ConsoleReporter` on standard output.
+        console: console that shows the progress; None: a `ConsoleReporter` on standard output.
     """
 
     def __init__(
@@ -88,12 +91,12 @@ class Tracker:
         self._has_hparams = False
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Shows the head of a run.
+        """Shows the header of a run.
 
         Args:
             info: `name` of the recipe, `folder` and `device` for the console; `classes` (names) for the figures;
-                `recipe` (the resolved recipe as YAML) for TensorBoard's Text tab; `resumed`, the sentence that says
-                where an interrupted run continues. Each may be absent.
+                `recipe` (the resolved recipe as YAML) for TensorBoard's Text tab; `resumed` (a sentence with the
+                position at which an interrupted run continues). Each may be absent.
         """
         self.classes = info.get("classes")
         self.console.start(info)
@@ -102,27 +105,27 @@ class Tracker:
             self.event_file.text(0, "recipe", code_block)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """Writes the row of the HParams tab, once per run; nested mappings get dotted names."""
+        """Writes the run's row of the HParams tab, once per run. Keys of nested mappings are joined by dots."""
         if self.is_main and self.event_file and not self._has_hparams:
             self.event_file.hparams(flatten(values))
             self._has_hparams = True
 
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None:
-        """Begins a stage.
+        """Shows on the console that a stage of training begins.
 
         Args:
-            epochs: of the stage; None when it counts steps.
-            steps: of the whole stage.
-            steps_done: steps of earlier sessions.
+            epochs: number of epochs of the stage; None if the recipe states steps.
+            steps: number of steps of the whole stage.
+            steps_done: number of steps that earlier sessions have done.
         """
         self.console.stage(name, epochs, steps, steps_done)
 
     def progress(self, steps_done: int, phase: str = "") -> None:
-        """Updates the progress bar; called after every step.
+        """Updates the progress bar. The training loop calls it after every step.
 
         Args:
-            steps_done: finished steps of this stage.
-            phase: the present activity when it is not training, such as "evaluating".
+            steps_done: number of finished steps of the stage.
+            phase: current activity other than training, such as "evaluating".
         """
         self.console.progress(steps_done, phase)
 
@@ -146,7 +149,7 @@ class Tracker:
         self.console.evaluation(record)
 
     def notice(self, text: str) -> None:
-        """Shows a sentence above the progress bar; no log gets it."""
+        """Shows a sentence above the progress bar. It is not written into any log."""
         self.console.notice(text)
 
     def figures(
@@ -161,8 +164,8 @@ class Tracker:
 
         Args:
             confusion: (classes, classes) counts, row = label, column = prediction.
-            samples: some inputs with labels and logits.
-            split: the split of the samples.
+            samples: a few inputs with labels and logits (see `draw_predictions`).
+            split: name of the split that contains the samples.
         """
         if not self.is_main:
             return
@@ -182,7 +185,7 @@ class Tracker:
                 self.event_file.image(step, f"{name}/{split}", picture.png, picture.width, picture.height)
 
     def state_dict(self) -> dict[str, int]:
-        """Flushes the logs to the disk; returns the byte offset of each for the checkpoint."""
+        """Flushes the logs to the disk and returns log -> byte offset, for the checkpoint."""
         state = {"metrics.jsonl": self.metrics_log.file.sync()}
         if self.event_file:
             state["tensorboard"] = self.event_file.file.sync()
@@ -190,7 +193,7 @@ class Tracker:
         return state
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues the logs at these offsets; call it before the first record. Later lines are cut off."""
+        """Truncates each log to its byte offset in `state`. Must be called before the first record is written."""
         if not self.is_main:
             return
         is_complete = self.metrics_log.file.resume(state.get("metrics.jsonl", 0))
@@ -201,7 +204,7 @@ class Tracker:
             self.notice(f"Part of the logs in {self.folder} is missing: lines before this point were lost or removed.")
 
     def close(self) -> None:
-        """Removes the progress bar and closes the files. Safe to call twice, and after an error."""
+        """Removes the progress bar and closes the files. May be called twice, and after an error."""
         self.console.close()
         self.metrics_log.file.close()
         if self.event_file:
@@ -209,7 +212,7 @@ class Tracker:
 
 
 class _SilentConsole:
-    """The console of every rank except rank 0."""
+    """Console without output, for every rank except rank 0."""
 
     def start(self, info: Mapping[str, Any]) -> None: ...
     def stage(self, name: str, epochs: int | None, steps: int, steps_done: int = 0) -> None: ...

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: recorded once for each shape of batch, then replayed without Python."""
+"""Training steps as CUDA graphs: a step is recorded once for each batch shape, then replayed without Python."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ from kdbench.engine.train.steps import EagerStep, StepStrategy
 from kdbench.engine.train.updates import Update
 
 WARM_UP = 3
-"""Eager steps before a recording: they compile, select convolution algorithms and create optimizer state."""
+"""Number of eager steps before a recording. They compile, select convolution algorithms and create optimizer state."""
 
 Key: TypeAlias = tuple[Hashable, ...]
 
 
 class GraphRecorder(Protocol):
-    """Records device work."""
+    """Interface of a recorder of GPU work. `CudaRecorder` implements the interface with CUDA graphs."""
 
     def side_stream(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context in which warm-up, recording and replay happen."""
+        """Returns the context manager in which warm-up, recording and replay must run."""
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records work without executing it; returns a function that executes it on the recorded memory."""
+        """Records the GPU work of a function, and returns a function that replays this work in the same memory.
+
+        The recording does not execute the work.
+        """
         ...
 
     def release(self) -> None:
-        """Releases the memory of all recordings: none of them will be replayed. Further recordings may follow."""
+        """Releases the memory of all recordings, which must not be replayed again. New recordings are possible."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool, on a stream of their own.
+    """Recorder of CUDA graphs that share one memory pool. It records them on a separate CUDA stream.
 
     Args:
         device: a CUDA device.
@@ -50,7 +53,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask for their stream at any later time
+        self.broken: list[torch.cuda.CUDAGraph] = []  # torch's allocators may need their streams at any later time
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -70,7 +73,7 @@ class CudaRecorder:
             raise
 
     def release(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()  # torch admits no graph into a pool whose graphs are all gone
+        self.pool = torch.cuda.graph_pool_handle()  # torch adds no graph to a pool whose graphs are all deleted
 
     def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -84,10 +87,11 @@ class CudaRecorder:
         return graph
 
     def _recover(self) -> None:
-        """Ends everything that torch leaves open when a capture fails: it ends the recording of the stream only.
+        """Resets the memory allocator and the random generator of torch after a failed capture.
 
-        The allocator still reserves the pool for the capture, and the generator of an older torch still treats every
-        draw as recorded and raises at the next draw outside of a capture. A successful recording resets the generator.
+        After a failure, torch ends the capture on the stream only. The allocator still reserves the memory pool for
+        the capture. The generator of an older torch still treats every random number as recorded, and raises at the
+        next one outside of a capture. A successful capture resets the generator.
         """
         with contextlib.suppress(RuntimeError):  # not open: the work raised without breaking the capture
             torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
@@ -98,42 +102,46 @@ class CudaRecorder:
 
 
 class GraphableWork(Protocol):
-    """Device work of a step that may be recorded: the eager step of one run, or the joint step of several."""
+    """GPU work that can be recorded as a CUDA graph: a training step of one run, or of several concurrent runs."""
 
     @property
     def network(self) -> nn.Module:
-        """The modules whose host state must not change from step to step."""
+        """Modules of the step. Their Python attributes (numbers on the host) must not change from step to step."""
         ...
 
     def run(self, window: Window) -> None:
-        """Executes the work."""
+        """Executes one training step eagerly, on a window (the micro-batches of the step)."""
         ...
 
     def variant(self) -> Hashable:
-        """Returns the property of the coming step that changes its operations, apart from the shape of its batch."""
+        """Returns a key for the kind of the next step, such as whether the step measures the gradient norm.
+
+        Two steps with equal keys and equal batch shapes execute the same operations, and can share a recording.
+        """
         ...
 
     def take_grad_norm(self) -> Any:
-        """Returns the gradient norm that the work left, and forgets it."""
+        """Removes and returns the gradient norm of the last step; returns None if the step did not measure the norm."""
         ...
 
     def put_grad_norm(self, norm: Any) -> None:
-        """Sets the gradient norm."""
+        """Sets the gradient norm that `take_grad_norm` returns."""
         ...
 
     def discard_unfinished(self) -> None:
-        """Discards a step that began and did not finish."""
+        """Discards the partial results of a step that did not finish, such as a step whose recording failed."""
         ...
 
 
 @dataclass
 class Recording:
-    """One recorded graph with the memory that it reads and writes.
+    """One recorded graph with the memory that the graph reads and writes.
 
     Attributes:
-        window: the batches that it reads.
-        gradients: of the update's parameters, where the optimizer runs outside of the graph.
-        grad_norm: the gradient norm, in variants that measure it.
+        window: the batches that the graph reads.
+        replay: function that executes the graph.
+        gradients: gradients that the graph writes, for an optimizer that runs outside of the graph.
+        grad_norm: gradient norm that the graph writes; None if the graph does not compute a gradient norm.
     """
 
     window: list[dict[str, Batch]]
@@ -143,12 +151,16 @@ class Recording:
 
 
 class Recordings:
-    """Warm-up, recording and replay, by shape of the batch.
+    """Recorded CUDA graphs of one kind of work, such as a training step, with warm-up and replay.
 
-    A recording reads its batch from memory of its own, into which each batch is copied. Learning rates, scheduled
-    weights and everything else that changes with the step are tensors that the runner fills before the step. Whatever
-    else depends on the step (whether the gradient norm is measured) has recordings of its own, and so has a smaller
-    last batch.
+    A recording reads its batch from its own memory, so each new batch is copied to this memory before a replay.
+    Learning rates, loss weights and all other numbers that change from step to step are tensors, which the training
+    loop fills before the step. Each batch shape has its own recording. Each combination of host-side conditions (for
+    example, whether the step measures the gradient norm) has its own recording too.
+
+    Args:
+        work: the work to record.
+        recorder: recorder of the work.
     """
 
     def __init__(self, work: GraphableWork, recorder: GraphRecorder) -> None:
@@ -158,7 +170,7 @@ class Recordings:
         self.host_state: dict[str, tuple[int, Any]] = {}
 
     def warm_up(self, shape: Key, function: Callable[[], None]) -> bool:
-        """Executes the work eagerly if this shape is not warm yet; returns whether it did."""
+        """Calls `function` and returns True in the first `WARM_UP` steps of a batch shape. Later, returns False."""
         if self.warm_up_steps[shape] >= WARM_UP:
             return False
         self.warm_up_steps[shape] += 1
@@ -174,10 +186,20 @@ class Recordings:
         function: Callable[[Window], None],
         parameters: Sequence[nn.Parameter] = (),
     ) -> str:
-        """Records the work for one shape; returns the reason why it cannot be recorded, or an empty string."""
+        """Records the work on one window (the micro-batches of a step).
+
+        Args:
+            key: key under which the recording is stored: the batch shape and the conditions on the host.
+            window: the micro-batches. The recording reads copies of them.
+            function: function that executes the work on a window.
+            parameters: parameters whose gradients the recording writes for an optimizer outside of the graph.
+
+        Returns:
+            An empty string, or the reason why the work cannot be recorded.
+        """
         change = _first_change(self.host_state, host_state(self.work.network))
         if change:
-            return f"{change} changes from step to step on the host"
+            return f"the module attribute {change} changes from step to step on the host"
         memory = [{source: _clone(batch) for source, batch in batches.items()} for batches in window]
         before = self.work.take_grad_norm()
         try:
@@ -193,7 +215,7 @@ class Recordings:
         return ""
 
     def replay(self, key: Key, window: Window, parameters: Sequence[nn.Parameter] = ()) -> None:
-        """Copies a batch into the recording's memory and executes the recording."""
+        """Copies a window (the micro-batches of a step) into the memory of a recording, and executes the recording."""
         recording = self.recordings[key]
         for memory, batches in zip(recording.window, window, strict=True):
             for source, batch in batches.items():
@@ -212,12 +234,13 @@ class Recordings:
 
 
 class CudaGraphStep:
-    """A step strategy: the first steps of each shape run eagerly, one is recorded, the others replay it.
+    """Step strategy that records whole training steps: for each batch shape, a few eager steps, then only replays.
 
     Args:
-        work: the work to record, as a whole.
-        recorder: records it; tests replace it.
-        fallback: returns the strategy to use when the whole step cannot be recorded, given the reason.
+        work: the training step.
+        recorder: recorder of the step. Tests use a recorder that needs no GPU.
+        fallback: function that is called if the step cannot be recorded. The argument is the reason, and the return
+            value is the strategy to use instead.
     """
 
     def __init__(self, work: GraphableWork, recorder: GraphRecorder, fallback: Callable[[str], StepStrategy]) -> None:
@@ -245,12 +268,12 @@ class CudaGraphStep:
 
 
 class CudaGraphGradients:
-    """A step strategy: forward and backward are recorded, the optimizer runs eagerly.
+    """Step strategy that executes forward and backward as a CUDA graph, and the optimizer eagerly.
 
     Args:
-        eager: the step.
-        recorder: records the work; tests replace it.
-        notices: receives a notice when nothing can be recorded.
+        eager: strategy that executes a step eagerly.
+        recorder: recorder of forward and backward. Tests use a recorder that needs no GPU.
+        notices: object that shows a message to the user if forward and backward cannot be recorded.
     """
 
     def __init__(self, eager: EagerStep, recorder: GraphRecorder, notices: Notices) -> None:
@@ -283,19 +306,23 @@ class CudaGraphGradients:
 
 
 def use_cuda_graphs(runner: Runner) -> None:
-    """Lets a runner record its steps where the recipe asks for it and the device supports it; else reports why not."""
+    """Configures a runner (training loop) to use CUDA graphs, if recipe, device and number of processes allow them.
+
+    If the recipe requests CUDA graphs and the runner cannot use them, the user receives a message with the reason.
+    """
     notice = runner.notices.notice
     if not runner.recipe.uses_cuda_graph(runner.device.type):
         if runner.recipe.compile == "cuda_graph":
             notice(f"cuda_graph: device {runner.device.type} has no CUDA graphs; steps run eagerly.")
     elif runner.world.size > 1:
-        notice("cuda_graph: steps are not recorded with several processes; they run eagerly.")
+        notice("cuda_graph: a run of several processes cannot record its steps; steps run eagerly.")
     elif runner.progress.total_steps:
         runner.use(graph_strategy(runner, CudaRecorder(runner.device)))
 
 
 def graph_strategy(runner: Runner, recorder: GraphRecorder) -> StepStrategy:
-    """Returns the strategy that records as much of a runner's step as can be recorded."""
+    """Returns a strategy that records the whole step as a CUDA graph, or, if that is impossible, forward and backward
+    only."""
 
     def gradients_only(obstacle: str) -> StepStrategy:
         runner.notices.notice(
@@ -309,22 +336,28 @@ def graph_strategy(runner: Runner, recorder: GraphRecorder) -> StepStrategy:
 
 
 def _known_obstacle(runner: Runner) -> str:
-    """Returns the reason, known beforehand, why the whole step cannot be recorded, or an empty string."""
+    """Returns the reason why a runner's optimizer cannot be recorded, or an empty string."""
     for update in runner.updates:
         if not stays_on_device(update.optimizer):
-            return f"{type(update.optimizer).__name__} reads its learning rate or its step on the host"
+            return f"optimizer {type(update.optimizer).__name__} reads its learning rate or step count on the host"
     return ""
 
 
 def _root_cause(error: BaseException) -> str:
-    """Returns the message of the first error: the end of a broken capture raises again without naming the cause."""
+    """Returns the message of the first error in a chain of errors.
+
+    The first error contains the cause: torch raises a second, unspecific error when it ends a failed graph capture.
+    """
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def shape_of(window: Window) -> Key:
-    """Returns everything that two windows must share to be executed by one recording."""
+    """Returns the names, shapes and dtypes of all tensors of a window (the micro-batches of a step).
+
+    Windows with equal return values can share one CUDA graph.
+    """
     return tuple(
         (source, name, value.shape, value.dtype)
         for batches in window
@@ -345,7 +378,11 @@ def _clone(batch: Batch) -> Batch:
 
 
 def host_state(network: nn.Module) -> dict[str, tuple[int, Any]]:
-    """Returns everything that a replay cannot change: numbers that modules keep on the host, addresses of tensors."""
+    """Returns the module attributes that a CUDA graph cannot change: Python numbers and strings, addresses of tensors.
+
+    Returns:
+        Path of the attribute -> (0, value) for a number or string, and (id, address) for a tensor.
+    """
     state: dict[str, tuple[int, Any]] = {}
     for path, module in network.named_modules():
         attributes: Mapping[str, Any] = {**module._parameters, **module._buffers, **vars(module)}

@@ -1,6 +1,8 @@
-"""Loss terms by family. A term maps named operands to an unreduced loss; it knows no recipe, role or runner.
+"""Loss terms. Each module contains one family of methods.
 
-Adapters, combiners, routers and sample weights are not losses: they are in `kdbench.wiring`.
+A term maps named tensors (its operands) to a loss. Terms do not depend on recipes, roles or the training loop.
+Adapters, combiners, routers and sample weights are not losses, so they are in `kdbench.wiring`.
+
 """
 
 from kdbench.terms.base import (

@@ -15,7 +15,7 @@ from kdbench.terms.numerics import at_least_float32
 
 
 def reverse_gradient(values: Tensor, strength: Number) -> Tensor:
-    """Returns the values unchanged; multiplies their gradient by -strength."""
+    """Returns the values unchanged. In the backward pass, the gradient is multiplied by -strength."""
     constant = values.detach()
     return constant - strength * (values - constant)
 
@@ -26,18 +26,18 @@ class CurriculumTemperature(Term):
 
     loss = T^2 * KL(softmax(teacher / T) || softmax(student / T)), T = lowest + span * sigmoid(theta)
 
-    The gradient of theta is multiplied by -reverse: the temperature ascends while the student descends. theta starts at
-    1, as in the authors' code.
+    The gradient of theta is multiplied by -reverse, so that the temperature is trained to raise the loss while the
+    student is trained to lower it. The initial theta is 1, as in the authors' code.
 
     Args:
-        scope: `global`: one theta. `instance`: theta of each sample by a two-layer perceptron on both predictions, by
-            the text (its code is not released; the hidden width is ours). Its inputs are detached, so that the reversed
-            gradient reaches only the temperature.
+        scope: `global`: one theta for all samples. `instance`: a two-layer perceptron computes the theta of each
+            sample from the predictions of student and teacher, as the paper describes it. (The authors released no
+            code for it. The hidden width is our choice.) No gradient flows to the inputs of the perceptron.
         lowest: lower end of T, above 0.
         span: width of the interval of T, above 0.
-        reverse: strength of the reversal, at least 0. The authors raise it from 0 to 1 along a cosine over the first 10
-            epochs: use a schedule.
-        hidden: width of the perceptron of `instance`.
+        reverse: strength of the reversal, at least 0. The authors raise it from 0 to 1 along a cosine over the first
+            10 epochs, which a recipe does with a schedule.
+        hidden: hidden width of the perceptron for the scope `instance`.
 
     Shape:
         student, teacher: logits (batch, classes).
@@ -94,12 +94,12 @@ class BinaryCrossEntropy(Term):
 
     loss = -target * log s - (1 - target) * log(1 - s), s = sigmoid(student)
 
-    For a discriminator that is a role: two terms train it, with target 1 on the teacher's output and 0 on the
-    student's; a third term with the wrong target trains the student. In MEAL V2's released code student and
-    discriminator minimise the same loss with the right targets, in one update over both.
+    Two such terms train a discriminator, with target 1 on the teacher's output and target 0 on the student's output.
+    A third term, with the wrong target, trains the student. In MEAL V2's released code, student and discriminator
+    minimise one loss with the right targets, in one update.
 
     Args:
-        target: in [0, 1].
+        target: constant target, in [0, 1].
 
     Shape:
         student: one logit, (batch,) or (batch, 1).
@@ -132,10 +132,10 @@ class Competition(Term):
 
     loss = 1 - min(J, 1), J = KL(m || p) / 2 + KL(m || q) / 2, m = (p + q) / 2
 
-    p and q are the softmaxes of student and teacher at T; p, q and m are clamped to [0.01, 0.99]. As in the authors'
-    code, J is the divergence of the mean from p and q, where Jensen-Shannon has that of p and q from the mean. The code
-    bounds the mean of J over the batch; here J of each sample is bounded. Set `teacher_grad: true`: the images learn
-    through both networks.
+    p and q are the softmaxes of student and teacher at temperature T. p, q and m are clamped to [0.01, 0.99]. As in
+    the authors' code, J is the divergence of the mean m from p and q. (The Jensen-Shannon divergence is that of p and
+    q from m.) The code clamps the mean of J over the batch at 1; this term clamps J of each sample. The term needs
+    `teacher_grad: true`, because the images receive gradients through student and teacher.
 
     Args:
         temperature: T > 0.

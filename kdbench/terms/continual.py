@@ -18,14 +18,16 @@ class ICaRL(Term):
 
     loss = sum_k BCE(sigmoid(student_k), t_k)
 
-    t_k = sigmoid(teacher_k) for k in `old`; else 1 for the label's class and 0 for the rest. The sum over the classes
-    follows the paper (algorithm 3); its code has the mean.
+    t_k = sigmoid(teacher_k) for k in `old`. For other classes, t_k is 1 if k is the label and 0 otherwise. The sum
+    over the classes
+    follows the paper (algorithm 3). The authors' code has the mean.
 
     Args:
-        old: numbers of the old classes; `[]` in the first task, where all targets are labels.
+        old: numbers of the old classes. `[]` in the first task, where all targets come from labels.
 
     Shape:
-        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        student, teacher: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have
+            loss 0.
         Returns (batch,), nats.
 
     References:
@@ -66,15 +68,19 @@ class ICaRL(Term):
     paper="arXiv:2304.04408",
 )
 class ProxyContrastive(Term):
-    """PCR, HPCR: contrast of each sample's class proxy with the proxies of the classes in the batch.
+    """PCR and HPCR: contrasts a sample's similarity to its class proxy with its similarities to other proxies.
 
     loss = mean_i -log(exp(z_i,y_i / T) / sum_j exp(z_i,y_j / T)), i and j over the rows of the batch
 
-    A class that occurs twice in the batch counts twice in the sum; a class that does not occur does not count. The
-    logits z are similarities to the class proxies: in the authors' loss the cosines of a cosine classifier over 0.09.
-    `cosine_head` divides by 0.09 itself, so that T is 1 there. With `replayed` and `replayed_label`, a second batch
-    such as that of a memory, i and j run over both batches. HPCR's second temperature multiplies this loss: schedule
-    the weight.
+    A class that occurs twice in the batch counts twice in the sum, and a class that does not occur does not count.
+    The
+    logits z are similarities to the class proxies. In the authors' loss they are the cosines of a cosine classifier,
+    divided by
+    0.09. The model `cosine_head` divides by 0.09, so T is 1 for it. `replayed` and `replayed_label` are a second
+    batch, such as
+    samples of a memory; i and j are then rows of either batch. HPCR's second temperature multiplies this loss, which
+    a recipe
+    does with a schedule of the weight.
 
     Args:
         temperature: T > 0.
@@ -128,12 +134,12 @@ class ProxyContrastive(Term):
 
 
 def class_occurrences(scores: Tensor, row_class: Tensor, weights: Tensor) -> Tensor:
-    """Counts the weighted rows of each class: (classes,).
+    """Returns the sum of the weights of the rows of each class, (classes,).
 
     Args:
-        scores: (batch, classes); only shape, type and device are read.
+        scores: (batch, classes), of which only shape, dtype and device are used.
         row_class: class of each row (batch, 1), int64.
-        weights: (batch,).
+        weights: weights of the rows (batch,).
     """
     return (torch.zeros_like(scores).scatter(1, row_class, 1) * weights.unsqueeze(1)).sum(0)
 
@@ -144,9 +150,9 @@ class ProxyDistance(Term):
 
     loss = mean_i mean_j (z_i,y_j - t_i,y_j)^2
 
-    z and t are the logits of student and teacher; i runs over the replayed samples, j over their labels and, with
-    `new_label`, also over the labels of the new samples of the same step. A class that occurs twice counts twice; a
-    class that does not occur does not count. The authors' code has weight 0.1.
+    z and t are the logits of student and teacher. i runs over the replayed samples, and j over their labels. With
+    `new_label`, j also runs over the labels of the new samples of the step. A class that occurs twice counts twice,
+    and a class that does not occur does not count. The authors' code uses weight 0.1.
 
     Shape:
         student, teacher: logits (batch, classes). label: (batch,), int64. new_label: (rows,), int64.
@@ -187,15 +193,16 @@ class SimilarityDistribution(Term):
 
     loss = mean_i -sum_{j != i} p_ij log q_ij, q_i = softmax over j != i of cos(s_i, s_j) / T
 
-    p_i is the same of the teacher. At equality the loss is the entropy of p, not 0. The authors' code has T 0.09 and
-    weight 0.5.
+    s are the student's features. p_i is computed like q_i from the teacher's features. If p equals q, the loss is the
+    entropy of p. The authors' code uses T = 0.09 and weight 0.5.
 
     Args:
         temperature: T > 0.
 
     Shape:
-        student, teacher: (batch, ...), each flattened.
-        Returns a scalar, nats; 0 with fewer than two valid rows. A row of weight 2 counts twice in both sums.
+        student, teacher: (batch, ...). Each row is flattened.
+        Returns a scalar, nats. It is 0 for fewer than two valid rows. A row of weight 2 counts twice in the mean and
+        in the sum.
 
     References:
         Lin, Feng, Zhang, Li and Ye, HPCR: Holistic Proxy-based Contrastive Replay, IEEE TNNLS 2025, arXiv:2309.15038,
@@ -219,7 +226,10 @@ class SimilarityDistribution(Term):
         return safe_divide((weights * losses).sum(), weights.sum())
 
     def _log_softmax(self, rows: Tensor, pair_weights: Tensor) -> Tensor:
-        """Computes the log-softmax of each row's cosines to the rest; column j counts `pair_weights[i, j]` times."""
+        """Computes the log-softmax of each row's cosines to all rows.
+
+        Entry [i, j] has the weight `pair_weights[i, j]`.
+        """
         with autocast_disabled(rows):
             directions = F.normalize(rows, dim=1, eps=1e-6)
             similarities = directions @ directions.t() / self.temperature

@@ -1,4 +1,4 @@
-"""Contrastive terms: a sample's student and teacher features agree, and differ from those of different samples."""
+"""Contrastive terms: a sample's student and teacher features agree, and differ from features of different samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ def info_nce_loss(
     *,
     temperature: Number = 0.07,
 ) -> Tensor:
-    """Averages -log softmax_j(cos(student_i, teacher_j) / T) at j = i over the rows; a scalar. See `InfoNCE`."""
+    """Computes the InfoNCE loss: the mean over rows i of -log softmax_j(cos(student_i, teacher_j) / T) at j = i.
+
+    Args:
+        student: features (batch, ...).
+        teacher: features (batch, ...) with the same number of elements.
+        mask: bool (batch,), False for padded rows.
+        weight: (batch,), >= 0. A row of weight 2 counts as two rows of weight 1.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, nats.
+    """
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
@@ -43,9 +54,9 @@ def info_nce_loss(
 
 
 def hash_words(words: Tensor) -> Tensor:
-    """Hashes 32-bit words held in int64: every bit of the result depends on every bit of the input.
+    """Hashes 32-bit words that are stored as int64. Every bit of the result depends on every bit of the input.
 
-    The finaliser `lowbias32` of C. Wellons (https://nullprogram.com/blog/2018/07/31/); equal on every device.
+    The hash is `lowbias32` by C. Wellons (https://nullprogram.com/blog/2018/07/31/). All devices compute equal results.
     """
     words = words & WORD_MASK
     words = words ^ (words >> 16)
@@ -56,16 +67,18 @@ def hash_words(words: Tensor) -> Tensor:
 
 
 def sample_negatives(sample_class: Tensor, row_class: Tensor, key: Tensor, count: int) -> Tensor:
-    """Draws samples of different classes, uniformly and with replacement.
+    """Draws negatives for each row: samples of a different class, uniformly and with replacement.
 
     Args:
-        sample_class: class of each sample (samples,), int64; samples of unknown class share one extra number.
-        row_class: class of each row (batch,).
-        key: (batch,), int64; the draw of a row depends only on its key.
-        count: draws per row.
+        sample_class: class of each sample in the dataset, (samples,), int64. Samples of unknown class have an extra
+            class number in common.
+        row_class: class of each row of the batch, (batch,).
+        key: seed of the draws of each row, (batch,), int64.
+        count: number of draws per row.
 
     Returns:
-        (batch, count) positions in `sample_class`. If all samples are of the row's class, draws are from all samples.
+        Positions in `sample_class`, (batch, count). If every sample has the class of the row, all samples are drawn
+        from.
     """
     # Sorted by class, the samples of a row's class are one interval; draws are numbers outside of it.
     sorted_class, order = sample_class.sort(stable=True)
@@ -81,11 +94,16 @@ def sample_negatives(sample_class: Tensor, row_class: Tensor, key: Tensor, count
 
 
 def nce_loss(scores: Tensor, samples: int) -> Tensor:
-    """Computes -log h(positive) - sum over negatives of log(1 - h), h(x) = x / (x + negatives / samples): (batch,).
+    """Computes the noise-contrastive loss -log h(positive) - sum over negatives of log(1 - h(negative)), per row.
+
+    h(x) = x / (x + negatives / samples) is the probability that the score x belongs to the positive.
 
     Args:
-        scores: (batch, 1 + negatives), above 0; the first column is the positive.
-        samples: number of samples that the negatives are drawn from.
+        scores: scores of the positive (first column) and of the negatives, (batch, 1 + negatives), above 0.
+        samples: number of samples that the negatives were drawn from.
+
+    Returns:
+        (batch,), nats.
     """
     noise = (scores.shape[1] - 1) / samples
     positive, negative = scores[:, 0], scores[:, 1:]
@@ -94,12 +112,17 @@ def nce_loss(scores: Tensor, samples: int) -> Tensor:
 
 
 def _check_equal_elements(shapes: dict[str, Size], adapter_side: str) -> None:
-    """Raises ValueError if the features of student and teacher differ in their number of elements."""
+    """Raises ValueError if the features of student and teacher differ in their number of elements.
+
+    Args:
+        shapes: operand name -> shape, including the batch dimension.
+        adapter_side: operand that should get an adapter, for the message.
+    """
     student, teacher = (shapes[role][1:].numel() for role in ("student", "teacher"))
     if student != teacher:
         raise ValueError(
-            f"compares features by their angle, but the student's has {student} elements and the teacher's "
-            f"{teacher}; give {adapter_side} an adapter"
+            f"compares features by their angle, but the student's feature has {student} elements and the teacher's "
+            f"feature has {teacher}; give {adapter_side} an adapter"
         )
 
 
@@ -109,16 +132,17 @@ class InfoNCE(Term):
 
     loss = mean_i -log(exp(<s_i, t_i> / T) / sum_j exp(<s_i, t_j> / T))
 
-    Features have length 1; the candidates j are all rows of the batch, including i. T is 0.07 as in SLidR and CMC. If
-    the widths differ, give the student an adapter.
+    s_i and t_i are the features of student and teacher for row i, scaled to length 1. j runs over all rows of the
+    batch (the candidates), including i. The default T is 0.07, as in SLidR and CMC. If student and teacher differ in
+    width, give the student an adapter.
 
     Args:
         temperature: T > 0.
 
     Shape:
         student (after its adapter), teacher: (batch, ...), equal number of elements.
-        Returns a scalar, nats. Masked rows are neither candidates nor part of the mean. A row of weight c counts c
-        times among the candidates and in the mean (weights are relative).
+        Returns a scalar, nats. Masked rows are not candidates and do not count in the mean. A row of weight 2 counts as
+        two rows of weight 1.
 
     References:
         Van den Oord, Li and Vinyals, Representation Learning with Contrastive Predictive Coding, 2018,
@@ -143,31 +167,33 @@ class InfoNCE(Term):
     "crd", space="batch", version=1, features=True, injected=("samples", "shapes"), paper="arXiv:1910.10699"
 )
 class ContrastiveRepresentationDistillation(Term):
-    """Contrastive representation distillation (CRD): each sample's pair against thousands of negatives from a bank.
+    """CRD: contrast of each sample's student-teacher pair with thousands of negatives from a memory bank.
 
-    loss = L(s, teacher's bank) + L(t, student's bank)
-    L = -log h(positive) - sum over `negatives` of log(1 - h), h(x) = x / (x + negatives / samples)
+    loss = mean over rows of L(s, teacher's bank) + L(t, student's bank)
+    L = -log h(x of the positive) - sum over negatives of log(1 - h(x)), h(x) = x / (x + negatives / samples)
     x = exp(<u, v> / T) / Z
 
-    u is a feature at length 1 after a trained linear map to `width`. v comes from a bank with one vector per sample of
-    the source, updated with `momentum` after each step. Z makes the mean of x at the first step 1 / samples and is
-    constant afterwards. Except for Z, the loss of a sample does not depend on the batch.
+    s and t are the features of student and teacher. u is such a feature after a trained linear map to `width`
+    elements, scaled to length 1. v is a vector of a bank. Each network has one bank, with one vector per sample of
+    the dataset; after each step, the vectors of the batch move towards the new u. The positive is the sample of the
+    row. Z is chosen in the first step, so that the mean of x is 1 / samples, and is constant afterwards. Except for
+    Z, the loss of a sample does not depend on the rest of the batch.
 
-    As in the authors' code (RepDistiller: pooled features, term weight 0.8), with two differences: negatives are
-    samples of different classes drawn with replacement, and a sample joins its class when it is first seen (before that
-    its bank vector is noise). Without labels every sample is its own class. The draws are a function of the step and of
-    the sample's index.
+    The term follows the authors' code (RepDistiller: pooled features, term weight 0.8), with two differences.
+    Negatives are samples of different classes, drawn with replacement. The class of a sample is known only after the
+    sample was in a batch; before that, its bank vector is noise. Without labels, every sample has its own class. The
+    draws depend only on the step and on the sample's index.
 
     Args:
         width: width of the embedding.
-        negatives: negatives per row.
+        negatives: number of negatives per row.
         temperature: T > 0.
-        momentum: weight of the previous vector in the bank, in [0, 1].
+        momentum: weight of the previous vector in the update of a bank, in [0, 1].
 
     Shape:
         student, teacher: (batch, ...), any rank and size. index: (batch,), int64. label: (batch,), int64, optional.
-        Returns a scalar, nats. Masked rows are left out and enter no bank; row weights are relative.
-        Memory: the banks, 2 * samples * width numbers, and batch * samples during a step.
+        Returns a scalar, nats. Masked rows do not count and do not enter the banks. A row of weight 2 counts as two
+        rows of weight 1. Memory: the banks, 2 * samples * width numbers, and batch * samples during a step.
 
     References:
         Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020, arXiv:1910.10699.
@@ -195,7 +221,10 @@ class ContrastiveRepresentationDistillation(Term):
         if width < 1 or negatives < 1:
             raise ConfigError(f"crd: width and negatives must be at least 1, got {width} and {negatives}")
         if samples < 2:
-            raise ConfigError("crd: needs a source of at least two samples, of known size, for its negatives")
+            raise ConfigError(
+                "crd: draws negatives from the data, so the data needs a known size of at least two samples, "
+                f"got {samples}"
+            )
         self.samples, self.negatives, self.temperature, self.momentum = samples, negatives, temperature, momentum
         self.embed_student = nn.Linear(math.prod(shapes["student"]), width)
         self.embed_teacher = nn.Linear(math.prod(shapes["teacher"]), width)
@@ -233,19 +262,19 @@ class ContrastiveRepresentationDistillation(Term):
         return safe_divide((weights * loss).sum(), weights.sum())
 
     def _row_classes(self, index: Tensor, label: Tensor | None) -> Tensor:
-        """Returns the label of each row; without a label, a class that contains only this sample."""
+        """Returns the class of each row, (batch,). A row without a label gets a class number of its own."""
         single_class = index + WORD_MASK
         return single_class if label is None else torch.where(label < 0, single_class, label.long())
 
     def _side_loss(self, rows: Tensor, bank: Tensor, candidates: Tensor, weights: Tensor, side: int) -> Tensor:
-        """Computes the loss (batch,) of rows against the bank of the previous step.
+        """Computes the loss of one network's embeddings against the bank of the other network; returns (batch,).
 
         Args:
-            rows: embeddings (batch, width).
-            bank: (samples + 1, width).
+            rows: embeddings of this batch (batch, width).
+            bank: stored vectors of the other network (samples + 1, width).
             candidates: positions in the bank (batch, 1 + negatives), the positive first.
-            weights: (batch,).
-            side: 0 for student rows, 1 for teacher rows.
+            weights: weight of each row (batch,).
+            side: 0 for embeddings of the student, 1 for embeddings of the teacher.
         """
         # A copy, because the bank is updated before the backward pass reads it. One product with the whole bank and a
         # gather of numbers: gathering the vectors would take `width` times the memory.
@@ -274,32 +303,33 @@ class ContrastiveRepresentationDistillation(Term):
     "queue_similarity", space="batch", version=1, features=True, injected=("shapes",), paper="arXiv:2101.04731"
 )
 class QueueSimilarity(Term):
-    """SEED: cross-entropy of a sample's similarities to a queue of teacher features; no labels, no negatives.
+    """SEED: cross-entropy between the similarities of student and teacher to a queue of teacher features.
 
-    loss_i = -sum_j q_ij log p_ij
+    loss = mean_i -sum_j q_ij log p_ij
     q_i = softmax_j(<t_i, k_j> / teacher_temperature), p_i = softmax_j(<s_i, k_j> / temperature)
 
-    All features have length 1. The k_j are teacher features: candidates of the current batch, and the last `size`
-    features of earlier batches, first in first out. Empty positions of the queue do not count; SEED's code fills them
-    with noise at first, COMODO's with samples. Several processes keep one queue; the rows of a batch enter it in the
-    order of the ranks.
+    s_i and t_i are the features of student and teacher for row i. All features are scaled to length 1. The candidates
+    k_j are teacher features of the current batch, and the teacher features of the last `size` rows of earlier batches
+    (a first-in-first-out queue). Labels and negatives are not needed. Empty positions of the queue do not count; at
+    first, SEED's code fills them with noise, and COMODO's code with samples. In distributed training all processes
+    share one queue: the rows of a batch enter the queue in the order of the ranks.
 
     Args:
         size: length of the queue, at least the batch size.
-        temperature: of the student, above 0. SEED 0.2, COMODO 0.05.
-        teacher_temperature: above 0. SEED's text 0.01 (its code 1e-4), COMODO 0.1.
-        candidates: `own`: the sample's own teacher feature (SEED). `batch`: those of the whole batch (COMODO,
-            arXiv:2503.07259, method m049).
+        temperature: temperature of the student, above 0. SEED uses 0.2, COMODO 0.05.
+        teacher_temperature: temperature of the teacher, above 0. SEED uses 0.01 (in its code 1e-4), COMODO 0.1.
+        candidates: teacher features of the current batch that are candidates. `own`: only the feature of the row itself
+            (SEED). `batch`: the features of all rows (COMODO, arXiv:2503.07259).
 
     Shape:
         student (after its adapter), teacher: (batch, ...), equal number of elements.
-        Returns a scalar, nats. Masked rows are left out, are no candidates and do not enter the queue; row weights are
-        relative. Memory: size * width numbers, and batch * size during a step.
+        Returns a scalar, nats. Masked rows have no loss, are not candidates and do not enter the queue. A row of weight
+        2 counts as two rows of weight 1 in the mean. Memory: size * width numbers, and batch * size during a step.
 
     References:
         Fang, Wang, Wang, Zhang, Yang and Liu, SEED: Self-supervised Distillation For Visual Representation, ICLR 2021,
-        arXiv:2101.04731. As in the authors' code (jacobswan1/SEED: seed/builder.py) and in COMODO's (Breezelled/COMODO:
-        comodo/loss.py).
+        arXiv:2101.04731. The formula follows the authors' code (jacobswan1/SEED: seed/builder.py) and the code of
+        COMODO (Breezelled/COMODO: comodo/loss.py).
     """
 
     queue: Tensor
@@ -333,7 +363,8 @@ class QueueSimilarity(Term):
     ) -> Tensor:
         if student.shape[0] > self.size:
             raise ConfigError(
-                f"queue_similarity: a batch of {student.shape[0]} does not fit into a queue of {self.size}"
+                f"queue_similarity: a batch of {student.shape[0]} rows does not fit into a queue of {self.size}; raise "
+                "the size of the queue"
             )
         with autocast_disabled(student):
             student_rows = safe_normalize(flatten_and_mask(student, mask))
@@ -353,7 +384,16 @@ class QueueSimilarity(Term):
         return safe_divide((weights * loss).sum(), weights.sum())
 
     def _batch_candidates(self, teacher_rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the keys of this batch (1 or batch, keys, width), and a mask of valid keys (batch, keys)."""
+        """Returns the teacher features of this batch that are candidates, and a mask of valid candidates.
+
+        Args:
+            teacher_rows: teacher features (batch, width).
+            weights: weight of each row (batch,), 0 for masked rows.
+
+        Returns:
+            Candidates (batch, 1, width) for `own`, or (1, batch, width) for `batch`; and the mask of valid pairs of row
+            and candidate, bool (batch, 1) or (batch, batch).
+        """
         if self.candidates == "own":
             return teacher_rows.unsqueeze(1), torch.ones_like(weights, dtype=torch.bool).unsqueeze(1)
         # Each row stays its own candidate, so that no softmax is empty.

@@ -19,7 +19,8 @@ class OneHotLoss(Term):
 
     loss = -log p_k at k = argmax p, p = softmax(student)
 
-    The student operand is the teacher's logits on generated images. Weight 1 in the paper and in the authors' code.
+    The student operand is the teacher's logits on generated images. The weight is 1 in the paper and in the authors'
+    code.
 
     Shape:
         student: logits (batch, classes).
@@ -45,12 +46,12 @@ class InformationEntropyLoss(Term):
 
     loss = sum_k m_k log m_k, m = mean over the batch of softmax(student)
 
-    In nats. The authors' code has log10, so that its weight 5 is 2.171 here (5 for MNIST; the text's weights are those
-    of the code).
+    The authors' code uses log10. Its weight 5 (for MNIST, as in the paper) is therefore 2.171 for this term, which
+    uses nats.
 
     Shape:
         student: logits (batch, classes), at least 2 classes.
-        Returns a scalar between -log(classes) and 0, nats. A row of weight 2 counts twice; masked rows are left out.
+        Returns a scalar between -log(classes) and 0, nats. A row of weight 2 counts twice. Masked rows are left out.
 
     References:
         Chen et al., Data-Free Learning of Student Networks, ICCV 2019, arXiv:1904.01186.
@@ -68,11 +69,11 @@ class InformationEntropyLoss(Term):
 
 @TERMS.register("activation", space="row", version=1, features=True, paper="arXiv:1904.01186")
 class ActivationLoss(Term):
-    """DAFL: negative mean of the absolute values of the teacher's features, so that images excite them.
+    """DAFL: negative mean of the absolute values of the teacher's features, so that images give strong features.
 
     loss = -mean over elements of |feature|
 
-    The mean follows the authors' code (weight 0.1); the paper has the sum.
+    The mean follows the authors' code, which uses weight 0.1. The paper has the sum.
 
     Shape:
         student: features (batch, ...).
@@ -92,13 +93,14 @@ class BatchNormStatistics(Term):
 
     loss = |mean(x) - running mean| + |var(x) - running var|
 
-    Euclidean norms over the channels; mean and (biased) variance over batch and positions. The authors' code gives the
-    first BatchNorm of a ResNet ten times the weight: use a second term for it.
+    | | is the Euclidean norm over the channels. Mean and (biased) variance are over batch and positions. The authors'
+    code gives the first BatchNorm of a ResNet ten times the weight, for which a recipe needs a second term.
 
     Shape:
         student: input of the BatchNorm (batch, channels, ...).
-        teacher: (2, channels), running mean and running variance of the same BatchNorm.
-        Returns a scalar, units of the feature. A row of weight 2 counts twice in both statistics; masked rows are left
+        teacher: (2, channels), running mean and running variance of this BatchNorm.
+        Returns a scalar, units of the feature. A row of weight 2 counts twice in mean and variance. Masked rows are
+        left
         out.
 
     Example (recipe):
@@ -131,11 +133,14 @@ class BatchNormStatistics(Term):
 
 @TERMS.register("total_variation", space="row", version=1, paper="arXiv:1912.08795")
 class TotalVariation(Term):
-    """Image prior: total variation, the differences of neighbouring pixels along rows, columns and both diagonals.
+    """Image prior: total variation, the differences of neighbouring pixels in four directions.
+
+    The directions are rows, columns and the two diagonals.
 
     norm 1: mean absolute difference, summed over the four directions, as in DeepInversion's code.
-    norm 2: Euclidean norm of the differences, summed over the four directions. The norm of the code is over the whole
-            batch, which for n equal images is 1 / sqrt(n) of the sum over them.
+    norm 2: Euclidean norm of each image's differences, summed over the four directions. DeepInversion's code takes
+    one norm
+            over the whole batch.
 
     Args:
         norm: 1 or 2.
@@ -177,7 +182,7 @@ class TotalVariation(Term):
 class ImageNorm(Term):
     """Image prior: Euclidean norm of the image, so that pixels stay near 0.
 
-    loss = |image|, as in the authors' code
+    loss = |image|, the Euclidean norm, as in the authors' code
 
     Shape:
         student: images (batch, ...).

@@ -25,7 +25,10 @@ from kdbench.terms.numerics import (
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Computes the squared maximum mean discrepancy of the two sets of channels: (batch,). See `NeuronSelectivity`."""
+    """Computes the squared maximum mean discrepancy of two sets of channels (see `NeuronSelectivity`).
+
+    Returns (batch,).
+    """
     with autocast_disabled(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
@@ -34,14 +37,17 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _selectivity_patterns(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pools each channel to `size` and scales it to length 1 over the positions: (batch, channels, positions)."""
+    """Pools each channel to `size` and scales it to length 1 over the positions.
+
+    Returns (batch, channels, positions).
+    """
     if features.shape[2:] != size:
         features = F.adaptive_avg_pool2d(features, size)
     return safe_normalize(features.flatten(2))
 
 
 def _mean_polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
-    """Averages <a_i, b_j>^2 over all pairs of channels: (batch,)."""
+    """Averages <a_i, b_j>^2 over all pairs of channels i and j. Returns (batch,)."""
     return (a @ b.transpose(1, 2)).square().mean((1, 2))
 
 
@@ -51,9 +57,10 @@ class NeuronSelectivity(Term):
 
     loss = mean k(t, t') + mean k(s, s') - 2 mean k(s, t), k(a, b) = <a, b>^2
 
-    The means are over all pairs of channels; each channel is scaled to length 1 over the positions. k is the polynomial
-    kernel of degree 2 without constant, the best one of the paper. As in RepDistiller, whose published figures have
-    weight 50 over the inner layers (one edge each), the larger map is average-pooled; the paper interpolates.
+    The means are over all pairs of channels. Each channel is scaled to length 1 over the positions. k is the
+    polynomial kernel of degree 2 without constant, which is the best kernel in the paper. The larger map is
+    average-pooled, as in RepDistiller, whose published figures use weight 50 for each inner layer. The paper
+    interpolates instead.
 
     Shape:
         student, teacher: (batch, channels, height, width); channels and sizes may differ.
@@ -71,7 +78,7 @@ class NeuronSelectivity(Term):
 
 
 def mmd_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Computes the squared distance of the mean features of two batches; a scalar. See `MaximumMeanDiscrepancy`."""
+    """Computes the squared distance of the mean features of two batches. Returns a scalar."""
     student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
     weights = row_weights(student, mask, weight)
     difference = safe_divide((weights.unsqueeze(1) * (student - teacher)).sum(0), weights.sum())
@@ -84,13 +91,13 @@ class MaximumMeanDiscrepancy(Term):
 
     loss = |mean_i s_i - mean_i t_i|^2
 
-    The square is summed over the elements, as in the paper. There student and teacher are one network under two
-    distortions of its input, and both train (`teacher_grad: true`). Single samples may differ; the term removes only
-    the effect that a distortion has on all samples alike.
+    The square is summed over the elements, as in the paper. In the paper, the two operands are features of one
+    network for two distortions of its input, and gradients flow through the two operands (`teacher_grad: true`).
+    Features of single samples may differ. The term only removes differences that are common to all samples.
 
     Shape:
         student, teacher: (batch, ...) of equal shape.
-        Returns a scalar, squared units of the feature. Masked rows are left out; row weights are relative.
+        Returns a scalar, squared units of the feature. Masked rows are left out. Only ratios of row weights matter.
 
     References:
         Xu and Liu, Data-Distortion Guided Self-Distillation for Deep Neural Networks, AAAI 2019.
@@ -111,19 +118,22 @@ class ConditionalMutualInformation(Term):
 
     loss = KL(p(x) || Q_y), p = softmax(student)
 
-    Q_y is the mean prediction over class y; the mean of the loss over the data is the conditional mutual information.
-    The paper maximises it: the teacher is fine-tuned with `cross_entropy` and this term at a negative weight. Gradients
-    pass through p only.
+    Q_y is the mean prediction over class y. The mean of the loss over the data is the conditional mutual information.
+    The paper
+    maximises it: the teacher is fine-tuned with `cross_entropy` and this term at a negative weight. No gradient flows
+    through Q.
 
-    As in the authors' code, Q is a decayed mean, renormalised. There it starts as the mean over the training set and
-    follows 8 further samples per class and step. Here the first batch with a class sets its mean and later batches
-    update it: start with a stage of weight near 0, or use a smaller decay.
+    As in the authors' code, Q is a renormalised moving average. In the code it starts with the mean over the training
+    set and is updated with 8 additional samples per class and step. In this term, it starts with the first batch that
+    contains the class and is updated with later batches. A first stage with a weight near 0, or a smaller decay,
+    reduces the effect of this difference.
 
     Args:
         decay: weight of the previous mean, in [0, 1].
 
     Shape:
-        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0 and update no mean.
+        student: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have loss 0 and
+            do not change the mean.
         Returns (batch,), nats.
 
     References:
@@ -180,15 +190,15 @@ class NearestWrongClass(Term):
 
     loss = min over classes c != label of d_c^T P_c d_c, d_c = x / |x| - m_c / |m_c|
 
-    x is the feature to the power `power` (Tukey's transformation), m_c the mean of such features over class c, and P_c
-    the inverse of their shrunk, normalised covariance. No square root, as in the authors' code. There the nearest class
-    is chosen once, in the first epoch; here in every step.
+    x is the feature to the power `power` (Tukey's transformation), m_c is the mean of such features over class c, and
+    P_c is the inverse of their shrunk, normalised covariance. As in the authors' code, no square root is taken. The
+    code chooses the nearest class once, in the first epoch. This term chooses it in every step.
 
     Args:
         power: exponent of the features, above 0.
 
     Shape:
-        student: features (batch, elements), at least 0 (after a ReLU); negative values count as 0.
+        student: features (batch, elements) after a ReLU. Negative values count as 0.
         label: (batch,), int64. means: (classes, elements). precision: (classes, elements, elements).
         Returns (batch,), without unit. Memory: batch * classes * elements numbers.
 

@@ -1,6 +1,7 @@
 """Terms on distributions over classes: divergences, consistency, entropy, optimal transport, interpolated targets.
 
-All read logits (batch, classes) unless they say otherwise, and compute in float32 at least.
+The operands are logits (batch, classes), except where a docstring says otherwise. The terms compute in float32 or a
+wider type.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ DivergenceKind = Literal["forward_kl", "reverse_kl", "js", "soft_cross_entropy"]
 
 
 def divergence_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind, temperature: Number) -> Tensor:
-    """Computes T^2 times a divergence of softened logits (batch, classes): (batch,). See `Divergence`."""
+    """Computes T^2 times the divergence `kind` of student and teacher distributions, one value per row.
+
+    The class `Divergence` defines the kinds.
+
+    Args:
+        student: logits (batch, classes).
+        teacher: logits (batch, classes).
+        kind: name of the divergence.
+        temperature: T > 0 of both softmaxes.
+
+    Returns:
+        (batch,), nats times T^2.
+    """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
     if kind == "forward_kl":
@@ -38,38 +51,43 @@ def divergence_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind, temp
 
 
 def _kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Computes KL(a || b) of two log-distributions (batch, classes): (batch,)."""
+    """Computes KL(a || b) from log-probabilities log a and log b (batch, classes); returns (batch,)."""
     return (log_a.exp() * (log_a - log_b)).sum(1)
 
 
 def standardise_logits(logits: Tensor) -> Tensor:
-    """Subtracts each row's mean and divides by its standard deviation (n - 1 in the denominator) plus 1e-7."""
+    """Computes (z - mean) / (std + 1e-7) for each row z of logits (batch, classes).
+
+    mean and std are over the classes of the row. The variance has classes - 1 in its denominator.
+    """
     logits = at_least_float32(logits)
     centered = logits - logits.mean(1, keepdim=True)
     return centered / (safe_sqrt(centered.square().sum(1, keepdim=True) / (logits.shape[1] - 1)) + 1e-7)
 
 
 def shannon_entropy(probabilities: Tensor) -> Tensor:
-    """Computes -sum_k p_k log p_k over the last dimension, in nats; 0 log 0 is 0 and has a finite gradient."""
+    """Computes -sum_k p_k log p_k over the last dimension, in nats. 0 log 0 is 0, with a finite gradient."""
     return -(probabilities * torch.where(probabilities > 0, probabilities, 1).log()).sum(-1)
 
 
 @TERMS.register("divergence", space="row", version=1, paper="arXiv:2103.05959")
 class Divergence(Term):
-    """Divergence of a chosen kind between the two softened distributions, times T^2.
+    """Divergence between the softened distributions of student and teacher, times T^2. `kind` selects the divergence.
 
-    loss = T^2 * D, with p = softmax(student / T), q = softmax(teacher / T), m = (p + q) / 2 and D by `kind`:
+    loss = T^2 * D, with p = softmax(student / T), q = softmax(teacher / T), m = (p + q) / 2
 
-        forward_kl           KL(q || p), equal to `kd`
+    D depends on `kind`:
+
+        forward_kl           KL(q || p); the loss is equal to the term `kd`
         reverse_kl           KL(p || q), as in BD-KD
-        js                   KL(p || m) / 2 + KL(q || m) / 2, Jensen-Shannon as in SSLD; at most T^2 log 2
-        soft_cross_entropy   -sum_k q_k log p_k, as in MEAL V2; the student's gradient is that of forward_kl, but at
-                             equality the loss is the teacher's entropy, not 0
+        js                   KL(p || m) / 2 + KL(q || m) / 2, the Jensen-Shannon divergence as in SSLD; at most log 2
+        soft_cross_entropy   -sum_k q_k log p_k, as in MEAL V2; the gradient is equal to the gradient of forward_kl, but
+                             for p = q the loss is T^2 times the entropy of q, not 0
 
-    The papers have T = 1.
+    The papers use T = 1.
 
     Args:
-        kind: one of the four above.
+        kind: `forward_kl`, `reverse_kl`, `js` or `soft_cross_entropy`.
         temperature: T > 0.
 
     Shape:
@@ -100,12 +118,13 @@ class Divergence(Term):
 
 @TERMS.register("probability_mse", space="row", version=1, paper="arXiv:1703.01780")
 class ProbabilityMSE(Term):
-    """Consistency: squared difference of the two softmaxes, averaged over the classes.
+    """Consistency loss: squared difference of the softmaxes of student and teacher, averaged over the classes.
 
     loss = 1/classes * sum_k (p_k - q_k)^2, p = softmax(student), q = softmax(teacher)
 
-    The mean over the classes follows the authors' code (`softmax_mse_loss`). There the teacher is the student's moving
-    average on a second view of the sample, and the weight ramps up.
+    The mean over the classes follows the authors' code (`softmax_mse_loss`). In Mean Teacher, the teacher is a moving
+    average of the student's weights and sees a second augmentation of the sample. The weight of the loss rises during
+    the first epochs.
 
     Shape:
         student, teacher: logits (batch, classes).
@@ -129,12 +148,12 @@ class LabelMSE(Term):
 
     loss = 1/classes * sum_k (p_k - [k = label])^2, p = softmax(student)
 
-    With `probability_mse` it forms the self-distillation of Borup and Andersen: their target is a weighted mean of the
-    label and the previous generation's softmax, and the term weights a and 1 - a give the same gradients. The mean over
-    the classes follows their code.
+    The self-distillation of Borup and Andersen has the target a * label + (1 - a) * q, where q is the softmax of the
+    previous generation. This term with weight a and the term `probability_mse` with weight 1 - a give the same
+    gradient. The mean over the classes follows the code of Borup and Andersen.
 
     Shape:
-        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        student: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have loss 0.
         Returns (batch,), squared probability.
 
     References:
@@ -153,13 +172,13 @@ class LabelMSE(Term):
 
 @TERMS.register("standardised_kd", space="row", version=1, paper="arXiv:2403.01427")
 class StandardisedKD(Term):
-    """KD of standardised logits: the standard deviation of each sample's logits acts as its temperature.
+    """KD of standardised logits: the standard deviation of a sample's logits acts as the temperature of this sample.
 
     loss = T^2 * KL(softmax(Z(teacher) / T) || softmax(Z(student) / T)), Z(z) = (z - mean) / (std + 1e-7)
 
-    std has classes - 1 in its denominator, as in the authors' code (T 2 and weight 9 there). With T = 1 it is the KD of
-    MIX-KD (Choi et al., ICCV 2023, method m009), which divides by the standard deviation only: softmax is invariant to
-    the mean. MIX-KD's cross-entropy on such logits uses the adapter `standardise`.
+    The variance has classes - 1 in its denominator, as in the authors' code. The authors use T = 2 and the weight 9.
+    With T = 1, the loss is the KD loss of MIX-KD (Choi et al., ICCV 2023). MIX-KD only divides by the standard
+    deviation, which gives the same softmax. For the cross-entropy of MIX-KD, use the adapter `standardise`.
 
     Args:
         temperature: T > 0.
@@ -186,12 +205,13 @@ class StandardisedKD(Term):
 
 @TERMS.register("entropy", space="row", version=1, paper="arXiv:1701.06548")
 class PredictionEntropy(Term):
-    """Entropy of a prediction. A negative weight penalises confidence, a positive weight sharpens.
+    """Entropy of a prediction. With a negative weight, the term penalises confidence; with a positive one, uncertainty.
 
     loss = -sum_k p_k log p_k, p = softmax(student)
 
     Args:
-        of: `logits`, or `probabilities` if the operand already is a distribution, such as a router's gate.
+        of: meaning of the operand `student`. `logits`: logits. `probabilities`: probabilities, for example the output
+            of a gate that weights several teachers.
 
     Shape:
         student: logits or probabilities (batch, classes), at least 2 classes.
@@ -199,7 +219,7 @@ class PredictionEntropy(Term):
 
     References:
         Pereyra, Tucker, Chorowski, Kaiser and Hinton, Regularizing Neural Networks by Penalizing Confident Output
-        Distributions, 2017, arXiv:1701.06548 (weight -0.1 there).
+        Distributions, 2017, arXiv:1701.06548. The paper uses the weight -0.1.
     """
 
     def __init__(self, of: Literal["logits", "probabilities"] = "logits") -> None:
@@ -228,7 +248,10 @@ def sinkhorn_loss(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Computes the cost of entropy-regularised transport between two batches of softmaxes; a scalar. See `Sinkhorn`."""
+    """Computes the cost of entropy-regularised transport from student to teacher predictions; returns a scalar.
+
+    The class `Sinkhorn` describes the loss and the arguments.
+    """
     weights = row_weights(flatten_and_mask(student, mask), mask, weight)
     p = F.softmax(flatten_and_mask(student, mask) / temperature, dim=1)
     q = F.softmax(flatten_and_mask(teacher, mask) / temperature, dim=1)
@@ -247,22 +270,24 @@ class Sinkhorn(Term):
 
     loss = 1/n * sum_ij P_ij C_ij, C_ij = |p_i - q_j|_1
 
-    p_i and q_j are the softened predictions of student and teacher for samples i and j. P is the transport plan:
-    exp(-C / epsilon), with rows and then columns scaled to sum 1, `iterations` times; gradients pass through the
-    scaling. At equal predictions the loss is not 0, because P leaves some mass between different samples.
+    n is the number of rows. p_i and q_j are the softmaxes of student and teacher for the samples i and j. P is the
+    transport plan: the matrix exp(-C / epsilon), whose rows and then columns are scaled to sum 1, `iterations` times.
+    Gradients pass through the scaling. If student and teacher are equal, the loss is not 0, because P has some mass
+    between different samples.
 
-    As in the authors' code (2018cx/SinKD, loss.py), which sums over the batch and multiplies by 0.002, beside CE and
-    KL: a weight of 0.002 n here.
+    The formula follows the authors' code (2018cx/SinKD, loss.py), which adds cross-entropy and KL divergence. That
+    code sums over the batch and multiplies by 0.002: this is the weight 0.002 * n for this term.
 
     Args:
         temperature: T > 0 of both softmaxes.
-        epsilon: at least 0.025. A small epsilon makes P a matching of the samples, a large one spreads it evenly.
-        iterations: at least 1.
+        epsilon: strength of the entropy regularisation, at least 0.025. With a small epsilon, P assigns almost all mass
+            of a sample to one sample. With a large epsilon, P spreads the mass evenly.
+        iterations: number of scalings, at least 1.
 
     Shape:
         student, teacher: logits (batch, classes).
-        Returns a scalar in [0, 2], without unit. A row of weight c counts c times in every sum.
-        Memory: batch * batch * classes numbers.
+        Returns a scalar in [0, 2], without unit. Masked rows do not count. A row of weight 2 counts as two rows of
+        weight 1. Memory: batch * batch * classes numbers.
 
     References:
         Cui et al., Sinkhorn Distance Minimization for Knowledge Distillation, COLING 2024, arXiv:2402.17110.
@@ -288,32 +313,34 @@ class Sinkhorn(Term):
 
 @TERMS.register("taid", space="batch", version=1, paper="arXiv:2501.16937")
 class TemporallyAdaptiveInterpolation(Term):
-    """TAID: the target moves from the student's distribution to the teacher's, faster while the loss falls.
+    """TAID: the target moves from the student's to the teacher's distribution, faster while the loss falls.
 
     loss = mean over rows of -sum_k q_k log p_k, p = softmax(z_s), q = softmax((1 - t) z_s + t z_t)
 
-    z_s and z_t are the logits of student and teacher; z_s in q is detached. After each training step
+    z_s and z_t are the logits of student and teacher. z_s in q is detached. t is a state of the term, and m is a
+    running mean of the relative decrease of the loss. Each training step updates m and t:
 
         m <- momentum * m + (1 - momentum) * (previous loss - loss) / previous loss
         t <- t + rate * sigmoid(m) * (1 - t), clamped to [least, end]
 
-    As in the authors' code (SakanaAI/TAID: src/distil_losses/taid.py), which reads the linear lower bound of the
-    previous step. Under `accumulate` a step is a micro-batch.
+    The formulas follow the authors' code (SakanaAI/TAID: src/distil_losses/taid.py), except that the code clamps t to
+    the value of `least` in the previous step. With gradient accumulation (`accumulate`), each micro-batch counts as a
+    step.
 
     Args:
         least: lower bound of t, in [0, 1]. The authors raise it linearly from 0.2 or 0.4 to `end` over all steps:
             `least: {type: linear, start: 0.4, end: 1, by: step}`.
         end: upper bound of t, in [0, 1].
         rate: step size of t, in [0, 1].
-        momentum: in [0, 1].
+        momentum: weight of the previous m, in [0, 1].
 
     Shape:
         student, teacher: logits (batch, classes).
-        Returns a scalar, nats. Masked rows are left out; row weights are relative.
+        Returns a scalar, nats. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
 
     References:
         Shing, Misaki, Bao, Yokoi and Akiba, TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
-        Transfer in Language Models, ICLR 2025, arXiv:2501.16937 (it has experiments on images too).
+        Transfer in Language Models, ICLR 2025, arXiv:2501.16937. The paper also has experiments on images.
     """
 
     t: Tensor

@@ -1,6 +1,6 @@
-"""Terms on the final logits: logits against labels, and logits against logits.
+"""Terms that compare the final logits of the student with labels, or with the logits of a teacher.
 
-All read logits (batch, classes), compute in float32 at least, and return nats (divergences) or squared logits.
+All terms of this module read logits (batch, classes) and compute in float32 or a wider type.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weigh
 
 
 def cross_entropy_loss(student: Tensor, label: Tensor, label_smoothing: Number = 0.0) -> Tensor:
-    """Computes -log p(label), one value per row.
+    """Computes the cross-entropy of the student's softmax with the labels, one value per row.
 
     Args:
         student: logits (batch, classes).
-        label: classes (batch,), int64. A negative label is hidden.
-        label_smoothing: fraction e of the target that is spread evenly over all classes, including the label.
+        label: class of each row, (batch,), int64. A negative label is hidden.
+        label_smoothing: fraction of the target that is spread evenly over all classes, including the label.
 
     Returns:
-        (batch,), nats; 0 with zero gradient where the label is hidden.
+        (batch,), nats. Rows with a hidden label have loss 0 and gradient 0.
     """
     log_p = F.log_softmax(at_least_float32(student), dim=1)
     log_likelihood = log_p.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -36,16 +36,16 @@ def cross_entropy_loss(student: Tensor, label: Tensor, label_smoothing: Number =
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
-    """Computes T^2 * KL(teacher || student) of the softened distributions, one value per row.
+    """Computes T^2 * KL(softmax(teacher / T) || softmax(student / T)), one value per row.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        temperature: T > 0; a higher T raises the probabilities of the wrong classes.
+        temperature: T > 0. A higher T raises the probabilities of the wrong classes.
 
     Returns:
-        (batch,), nats times T^2. T^2 keeps the gradient on the scale of the hard-label loss when T changes
-        (section 2 of the paper).
+        (batch,), nats times T^2. The factor T^2 keeps the gradient on the scale of the hard-label loss when T changes
+        (Hinton et al. 2015, section 2).
     """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
@@ -53,17 +53,21 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
 
 
 def dkd_components(student: Tensor, teacher: Tensor, label: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
-    """Computes TCKD and NCKD, with KL(teacher || student) = TCKD + (1 - q_label) * NCKD. No T^2 here.
+    """Computes the two components of decoupled KD: TCKD (target class) and NCKD (non-target classes).
+
+    KL(q || p) = TCKD + (1 - q_label) * NCKD, with p = softmax(student / T) and q = softmax(teacher / T). The components
+    are not multiplied by T^2.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        label: classes (batch,), int64. Both components are 0 where it is negative (hidden).
+        label: class of each row, (batch,), int64. Rows with a negative (hidden) label have components 0.
         temperature: T > 0.
 
     Returns:
-        (batch,) each, in nats. TCKD (target class): KL between (q_label, 1 - q_label) and (p_label, 1 - p_label).
-        NCKD (non-target classes): KL between the distributions over the classes except the label, each renormalised.
+        TCKD and NCKD, (batch,) each, in nats, without the factor T^2. TCKD is KL((q_label, 1 - q_label) || (p_label,
+        1 - p_label)). NCKD is the
+        KL divergence of q from p over the classes except the label, after both are renormalised to sum 1.
     """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_q = F.log_softmax(at_least_float32(teacher) / temperature, dim=1)
@@ -84,18 +88,19 @@ def dkd_components(student: Tensor, teacher: Tensor, label: Tensor, temperature:
 def dkd_loss(
     student: Tensor, teacher: Tensor, label: Tensor, alpha: Number, beta: Number, temperature: Number
 ) -> Tensor:
-    """Computes T^2 * (alpha * TCKD + beta * NCKD), one value per row; see `dkd_components` for the arguments."""
+    """Computes T^2 * (alpha * TCKD + beta * NCKD), one value per row; `dkd_components` defines TCKD and NCKD."""
     tckd, nckd = dkd_components(student, teacher, label, temperature)
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 def logit_mse_loss(student: Tensor, teacher: Tensor, center: bool = False) -> Tensor:
-    """Computes the squared difference of logits (batch, classes), averaged over the classes: (batch,).
+    """Computes the squared difference of student and teacher logits, averaged over the classes; returns (batch,).
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
-        center: subtracts each network's mean over the classes first; softmax is invariant to that mean.
+        center: whether the mean over the classes is first subtracted from the logits of each network. Softmax is
+            invariant to this mean.
     """
     difference = at_least_float32(student) - at_least_float32(teacher)
     if center:
@@ -113,15 +118,19 @@ def dist_loss(
     gamma: Number = 1.0,
     temperature: Number = 1.0,
 ) -> Tensor:
-    """Computes T^2 * (beta * inter + gamma * intra), a scalar that couples the rows.
+    """Computes the DIST loss, a scalar: T^2 * (beta * inter + gamma * intra).
+
+    inter is 1 - Pearson correlation of the student's and the teacher's probabilities in one row, averaged over the
+    rows. intra is 1 - Pearson correlation of the probabilities of one class over the batch, averaged over the
+    classes.
 
     Args:
         student: logits (batch, classes).
         teacher: logits (batch, classes).
         mask: bool (batch,), False for padded rows.
-        weight: (batch,), >= 0, relative: a row of weight 2 counts as two rows of weight 1 in both means.
-        beta: weight of inter: 1 - Pearson correlation of a row's two distributions, averaged over the rows.
-        gamma: weight of intra: 1 - Pearson correlation of a class's two columns, averaged over the classes.
+        weight: (batch,), >= 0. A row of weight 2 counts as two rows of weight 1.
+        beta: weight of inter.
+        gamma: weight of intra.
         temperature: T > 0 of both softmaxes.
 
     Returns:
@@ -138,7 +147,17 @@ def dist_loss(
 
 
 def _pearson_correlation(x: Tensor, y: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
-    """Correlates each row of x with the same row of y, both (n, m), with the weights (1, m) of the columns: (n,)."""
+    """Computes the Pearson correlation of each row of x with the same row of y.
+
+    Args:
+        x: (n, m).
+        y: (n, m).
+        weights: weights of the columns, (1, m).
+        eps: constant that is added to the denominator.
+
+    Returns:
+        (n,).
+    """
     x = x - safe_divide((weights * x).sum(1, keepdim=True), weights.sum())
     y = y - safe_divide((weights * y).sum(1, keepdim=True), weights.sum())
     norms = safe_sqrt((weights * x * x).sum(1)) * safe_sqrt((weights * y * y).sum(1))
@@ -151,16 +170,17 @@ class CrossEntropy(Term):
 
     loss = -sum_k t_k * log p_k, t = (1 - e) * onehot(label) + e / classes
 
-    After mixup or cutmix the batch has the fields `label_other` and `mix`:
+    p is the student's softmax and e is the label smoothing. After mixup or cutmix, the batch contains `label_other`
+    (the label of the second image) and `mix` (the fraction of the first image), and the loss is
 
     loss = mix * CE(label) + (1 - mix) * CE(label_other)
 
     Args:
-        label_smoothing: e in [0, 1].
+        label_smoothing: e, in [0, 1].
 
     Shape:
-        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative, -100) give 0 and are left
-            out of the mean. label_other, mix: (batch,).
+        student: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative, such as -100) have
+            loss 0 and do not count in the mean. label_other, mix: (batch,).
         Returns (batch,), nats.
 
     References:
@@ -192,10 +212,10 @@ class SoftTargets(Term):
 
     loss = T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
-    T^2 keeps the gradient on the scale of the hard-label loss when T changes (section 2 of the paper).
+    The factor T^2 keeps the gradient on the scale of the hard-label loss when T changes (section 2 of the paper).
 
     Args:
-        temperature: T > 0; a higher T raises the probabilities of the wrong classes.
+        temperature: T > 0. A higher T raises the probabilities of the wrong classes.
 
     Shape:
         student, teacher: logits (batch, classes).
@@ -223,17 +243,22 @@ class DecoupledKD(Term):
 
     loss = T^2 * (alpha * TCKD + beta * NCKD)
 
-    TCKD is the KL divergence between (q_label, 1 - q_label) and (p_label, 1 - p_label), NCKD that between the
-    distributions over the classes except the label. `kd` is TCKD + (1 - q_label) * NCKD, with the teacher's
-    distribution q: it couples the weight of NCKD to the teacher's confidence.
+    p and q are the softmaxes of student / T and teacher / T. TCKD is KL((q_label, 1 - q_label) || (p_label, 1 -
+    p_label)). NCKD is the KL divergence of q from p over the classes except the label, after both are renormalised to
+    sum 1. The loss of the term `kd` is T^2 * (TCKD + (1 - q_label) * NCKD), so that a confident teacher lowers the
+    weight of NCKD.
+
+    The defaults are those of the authors' code (mdistiller). That code raises the weight of the loss linearly over the
+    first 20 epochs: set a schedule for the weight of this term.
 
     Args:
         alpha: weight of TCKD, >= 0.
-        beta: weight of NCKD, >= 0. The authors' code (mdistiller) has 2, 6 or 8, depending on the pair.
-        temperature: T > 0. Defaults as in that code, which warms the term up over 20 epochs: schedule its weight.
+        beta: weight of NCKD, >= 0. The authors' code uses 2, 6 or 8, depending on teacher and student.
+        temperature: T > 0.
 
     Shape:
-        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        student, teacher: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have loss
+            0.
         Returns (batch,), nats times T^2.
 
     References:
@@ -257,15 +282,15 @@ class DecoupledKD(Term):
 
 @TERMS.register("logit_mse", space="row", version=1, paper="arXiv:2105.08919")
 class LogitMSE(Term):
-    """Mean squared error between the logits.
+    """Mean squared error between the logits of student and teacher.
 
     loss = 1/classes * sum_k (student_k - teacher_k)^2
 
-    The mean over the classes follows the code of Kim et al. Their paper has the sum (classes times as much), Ba and
-    Caruana half the sum: include the factor in the weight.
+    The mean over the classes follows the code of Kim et al. The paper of Kim et al. uses the sum over the classes,
+    and Ba and Caruana use half the sum: include the factor in the weight of the term.
 
     Args:
-        center: subtract each network's mean over the classes first.
+        center: whether the mean over the classes is first subtracted from the logits of each network.
 
     Shape:
         student, teacher: logits (batch, classes).
@@ -294,9 +319,9 @@ class DIST(Term):
 
     loss = T^2 * (beta * mean_i(1 - r(p_i, q_i)) + gamma * mean_k(1 - r(p_.k, q_.k)))
 
-    r is Pearson's correlation; p and q are the softmaxes at temperature T; i runs over the rows, k over the classes.
-    T^2 (not in the paper) and the 1e-8 in the denominator of r follow the authors' code
-    (hunto/image_classification_sota).
+    r is Pearson's correlation. p and q are the softmaxes of student and teacher at temperature T. i runs over the
+    rows, k over the classes. The factor T^2 (not in the paper) and the constant 1e-8 in the denominator of r follow
+    the authors' code (hunto/image_classification_sota).
 
     Args:
         beta: weight of the inter-class part, >= 0.
@@ -305,7 +330,7 @@ class DIST(Term):
 
     Shape:
         student, teacher: logits (batch, classes), at least 2 classes.
-        Returns a scalar without unit. A row of weight 2 counts as two rows; masked rows are left out.
+        Returns a scalar without unit. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
 
     References:
         Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536.
@@ -337,19 +362,19 @@ class DIST(Term):
     paper="arXiv:2107.13715",
 )
 class JointCrossEntropy(Term):
-    """HSAKD: cross-entropy over the joint classes of label and image transformation.
+    """HSAKD: cross-entropy over joint classes, one per pair of label and image transformation.
 
     loss = -log softmax(student)[label * kinds + kind]
 
-    `kind` is the number of the transformation that was applied to the image, such as the quarter turns of a random
-    `rotate90`. The student is a head with `num_classes: CLASSES * KINDS`.
+    `kind` is the number of the transformation that was applied to the image, for example the number of quarter turns
+    by the augmentation `rotate90`. The student operand comes from a head with classes * kinds outputs.
 
     Args:
         kinds: number of transformations, at least 2.
 
     Shape:
-        student: logits (batch, classes * kinds). kind: (batch,), 0 to kinds - 1. label: (batch,), int64; hidden labels
-            (negative) give 0.
+        student: logits (batch, classes * kinds). kind: (batch,), 0 to kinds - 1. label: (batch,), int64; rows with a
+            hidden label (negative) have loss 0.
         Returns (batch,), nats.
 
     Example (recipe):
@@ -358,7 +383,7 @@ class JointCrossEntropy(Term):
 
     References:
         Yang, An, Cai and Xu, Hierarchical Self-supervised Augmented Knowledge Distillation, IJCAI 2021,
-        arXiv:2107.13715; order of the joint classes as in the authors' code (winycg/HSAKD).
+        arXiv:2107.13715. The joint classes have the order of the authors' code (winycg/HSAKD).
     """
 
     def __init__(self, num_classes: int, kinds: int = 4) -> None:
@@ -372,7 +397,7 @@ class JointCrossEntropy(Term):
         if shapes["student"][1] != self.num_classes * self.kinds:
             raise ValueError(
                 f"needs one logit for each pair of {self.num_classes} classes and {self.kinds} kinds, "
-                f"{self.num_classes * self.kinds} in all, but the student has {shapes['student'][1]}"
+                f"{self.num_classes * self.kinds} in all, but the student has {shapes['student'][1]} logits"
             )
 
     def forward(self, student: Tensor, kind: Tensor, label: Tensor) -> Tensor:
@@ -380,11 +405,13 @@ class JointCrossEntropy(Term):
 
 
 def log_class_weights(counts: Tensor, beta: float) -> Tensor:
-    """Computes log(1 / E_c), up to a constant; E_c = (1 - beta^n_c) / (1 - beta) is the effective number of samples.
+    """Computes the log-weight of each class: log(1 / E_c) up to a constant that is equal for all classes.
+
+    E_c = (1 - beta^n_c) / (1 - beta) is the effective number of samples of class c. Returns (classes,).
 
     Args:
-        counts: n_c, (classes,); a class without samples is treated as a class of one sample.
-        beta: in [0, 1). With 0 all classes are equal; near 1 the weights are 1 / n_c.
+        counts: number of samples n_c of each class, (classes,). A class without samples counts as one sample.
+        beta: number in [0, 1). With 0, all classes have equal weight. Near 1, the weights are close to 1 / n_c.
     """
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.log(-torch.expm1(at_least_float32(counts).clamp(min=1) * log_beta))
@@ -396,17 +423,18 @@ class BalancedSoftTargets(Term):
 
     loss = T^2 * KL(q' || softmax(student / T))
 
-    q'_c is proportional to w_c * softmax(teacher / T)_c, with w_c = (1 - beta) / (1 - beta^n_c), one over the effective
-    number of samples of class c (Cui et al. 2019, arXiv:1901.05555). The authors' code (BKDLoss) adds plain
-    cross-entropy with weight 1. With beta 0 the term equals `kd`.
+    q'_c is proportional to w_c * softmax(teacher / T)_c. The weight w_c = (1 - beta) / (1 - beta^n_c) is 1 over the
+    effective number of samples of class c (Cui et al. 2019, arXiv:1901.05555), and n_c is the number of training
+    samples of class c. The authors' code (BKDLoss) adds cross-entropy with weight 1. With beta 0, the term is equal
+    to the term `kd`.
 
     Args:
         temperature: T > 0.
-        beta: at least 0 and below 1; a higher beta raises the rare classes more.
+        beta: number in [0, 1). A higher beta raises the weight of rare classes more.
 
     Shape:
-        student, teacher: logits (batch, classes). counts: (classes,), samples per class, such as the artifact
-            `class_counts`.
+        student, teacher: logits (batch, classes). counts: (classes,), number of training samples of each class, for
+            example from the artifact `class_counts` of an earlier stage.
         Returns (batch,), nats times T^2.
 
     References:

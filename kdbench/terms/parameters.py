@@ -1,6 +1,6 @@
-"""Terms between parameter vectors: distance of a network from another one, or from its own earlier weights.
+"""Terms on weights: distance between two networks, or between a network and its own earlier weights.
 
-Each operand is the parameters of a network, or of one of its modules, as one vector.
+Each operand is one vector that contains all parameters of a network, or of one of its modules.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from kdbench.terms.numerics import at_least_float32
 
 
 def weight_distance_loss(student: Tensor, teacher: Tensor, distance: Literal["l1", "l2"] = "l2") -> Tensor:
-    """Sums the squared (`l2`) or absolute (`l1`) differences of two parameter vectors (parameters,): a scalar."""
+    """Sums the squared (`l2`) or absolute (`l1`) differences of two parameter vectors; returns a scalar."""
     difference = at_least_float32(student) - at_least_float32(teacher)
     return (difference.square() if distance == "l2" else difference.abs()).sum()
 
 
 def ewc_loss(student: Tensor, teacher: Tensor, fisher: Tensor) -> Tensor:
-    """Computes half the sum of squared differences, each times the Fisher information of its parameter: a scalar."""
+    """Computes 1/2 * sum_i fisher_i * (student_i - teacher_i)^2 for vectors (parameters,); returns a scalar."""
     difference = at_least_float32(student) - at_least_float32(teacher)
     return (fisher.to(difference.dtype) * difference.square()).sum() / 2
 
@@ -35,27 +35,28 @@ def _check_equal_parameter_counts(shapes: dict[str, Size]) -> None:
             )
         if shape != shapes["student"]:
             raise ValueError(
-                f"compares parameters one by one, but the student's module has {shapes['student'][0]} "
-                f"and {operand} {shape[0]}; name modules of the same architecture"
+                f"compares parameters one by one, but the student's module has {shapes['student'][0]} parameters "
+                f"and {operand} has {shape[0]}; name modules of the same architecture"
             )
 
 
 @TERMS.register("weight_distance", space="model", version=1, paper="arXiv:1802.01483")
 class WeightDistance(Term):
-    """Distance of the student's parameters from those of a network of the same architecture.
+    """Distance between the parameters of the student and the parameters of a network of the same architecture.
 
     loss = sum over parameters of (w - w0)^2 (`l2`) or |w - w0| (`l1`)
 
-    L2-SP has half the sum, with w0 the weights that training started from: include the factor in the weight. Smith et
-    al. (A Closer Look at Rehearsal-Free Continual Learning, arXiv:2203.17269) penalise only the self-attention blocks,
-    with w0 the network after the previous task.
+    w are the parameters of the student, w0 those of the teacher. L2-SP has half the sum, and its w0 are the weights at
+    the start of training: include the factor 1/2 in the weight of the term. Smith et al. (A Closer Look at
+    Rehearsal-Free Continual Learning, arXiv:2203.17269) penalise only the self-attention blocks, and their w0 are the
+    weights after the previous task.
 
     Args:
         distance: `l1` or `l2`.
 
     Shape:
         student, teacher: (parameters,).
-        Returns a scalar, squared units of the parameters (their unit for l1).
+        Returns a scalar, squared units of the parameters (l2) or units of the parameters (l1).
 
     References:
         Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML
@@ -79,8 +80,9 @@ class ElasticWeightConsolidation(Term):
 
     loss = 1/2 * sum_i F_i * (w_i - w0_i)^2 (equation 3 of the paper; its lambda is the term's weight)
 
-    w0 are the parameters after the old task. F is the diagonal of its Fisher information, the mean of squared gradients
-    of log p(label), an artifact of an earlier stage.
+    w are the parameters of the student, w0 the parameters after the old task. F is the diagonal of the Fisher
+    information on the old task: the mean of the squared gradients of log p(label). F is the result (artifact) of an
+    earlier stage of the recipe.
 
     Shape:
         student, teacher, fisher: (parameters,).

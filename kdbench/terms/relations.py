@@ -1,4 +1,4 @@
-"""Terms on relations between samples, positions and tokens."""
+"""Terms on relations (similarities, distances, angles) between the samples of a batch, or between tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kdbench.terms.numerics import (
 
 
 def sp_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Averages the squared difference of the normalised similarity matrices; a scalar. See `SimilarityPreserving`."""
+    """Computes the loss of the term `SimilarityPreserving` for two batches of features; returns a scalar."""
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
@@ -37,7 +37,11 @@ def sp_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight
 def rkd_distance_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
-    """Averages the Huber loss of the pairwise distances, each over its mean; a scalar. See `RelationalKD`."""
+    """Computes the distance part of relational KD; returns a scalar.
+
+    It is the mean Huber loss between the pairwise distances of student and teacher features. Each network's distances
+    are first divided by their mean.
+    """
     student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
     weights = row_weights(student, mask, weight)
     student_distances, teacher_distances = (_relative_distances(rows, weights) for rows in (student, teacher))
@@ -47,7 +51,11 @@ def rkd_distance_loss(
 def rkd_angle_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
-    """Averages the Huber loss of the cosines of all angles of triples; a scalar. See `RelationalKD`."""
+    """Computes the angle part of relational KD; returns a scalar.
+
+    It is the mean Huber loss between the cosines of the angles that triples of student features and triples of
+    teacher features form.
+    """
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
@@ -64,7 +72,11 @@ def pkt_loss(
     *,
     eps: float = 1e-7,
 ) -> Tensor:
-    """Averages q_ij * log(q_ij / p_ij) over all pairs; a scalar. See `ProbabilisticKnowledgeTransfer`."""
+    """Computes the loss of probabilistic knowledge transfer; returns a scalar.
+
+    It is the mean of q_ij * log(q_ij / p_ij) over all pairs of rows (i, j). p_ij (student) and q_ij (teacher) are the
+    probabilities that row j is a neighbour of row i.
+    """
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
@@ -73,21 +85,27 @@ def pkt_loss(
 
 
 def _normalized_gram(rows: Tensor, weights: Tensor) -> Tensor:
-    """Computes inner products (batch, batch); each row is divided by its weighted length."""
+    """Computes the inner products of all pairs of rows (batch, batch), and scales each row of the result to length 1.
+
+    `weights` (batch,) weight the squares in that length.
+    """
     gram = rows @ rows.t()
     return safe_divide(gram, safe_sqrt((weights * gram.square()).sum(1, keepdim=True)))
 
 
 def _pairwise_differences(rows: Tensor) -> Tensor:
-    """Computes row j minus row i as entry [i, j] of (batch, batch, elements).
+    """Computes the differences of all pairs of rows: entry [i, j] of (batch, batch, elements) is row j minus row i.
 
-    Inner products would be cheaper, but lose the distance of near neighbours to rounding.
+    Distances computed from inner products would be cheaper, but inaccurate for close rows.
     """
     return rows.unsqueeze(0) - rows.unsqueeze(1)
 
 
 def _relative_distances(rows: Tensor, weights: Tensor) -> Tensor:
-    """Computes Euclidean distances (batch, batch) over their mean; the mean leaves out i = j."""
+    """Computes pairwise Euclidean distances (batch, batch), divided by their weighted mean.
+
+    The mean excludes the diagonal.
+    """
     distances = safe_sqrt(_pairwise_differences(rows).square().sum(2))
     pair_weights = weights.unsqueeze(0) * weights.unsqueeze(1)
     pair_weights = pair_weights - torch.diag_embed(pair_weights.diagonal())
@@ -95,13 +113,19 @@ def _relative_distances(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _angle_cosines(rows: Tensor) -> Tensor:
-    """Computes the cosine of the angle at row i between rows j and k as entry [i, j, k]; 0 if j = i."""
+    """Computes the cosines of the angles of all triples of rows, (batch, batch, batch).
+
+    Entry [i, j, k] belongs to the angle at row i between the directions to row j and row k. It is 0 if j = i or k = i.
+    """
     directions = safe_normalize(_pairwise_differences(rows))
     return directions @ directions.transpose(1, 2)
 
 
 def _neighbor_probabilities(rows: Tensor, weights: Tensor, eps: float) -> Tensor:
-    """Computes the probability of row j as a neighbour of row i by the kernel (cosine + 1) / 2; rows sum to 1."""
+    """Computes the probability that row j is a neighbour of row i, as entry [i, j] of (batch, batch).
+
+    The probability is proportional to (cosine of rows i and j + 1) / 2. The weighted sum over j is 1.
+    """
     lengths = safe_sqrt(rows.square().sum(1, keepdim=True))
     # Not 0 / eps for a zero row: its gradient would be 1 / eps.
     directions = safe_divide(rows, torch.where(lengths > 0, lengths + eps, 0))
@@ -110,40 +134,39 @@ def _neighbor_probabilities(rows: Tensor, weights: Tensor, eps: float) -> Tensor
 
 
 def _is_constant_zero(weight: Number) -> bool:
-    """Returns whether a weight is the number 0. The value of a scheduled weight (a tensor) is never read here."""
+    """Returns whether `weight` is the number 0. For a scheduled weight (a tensor), returns False without reading it."""
     return not isinstance(weight, Tensor) and weight == 0
 
 
 class _RelationTerm(Term):
-    """Base class of terms on relations between the rows of a batch; checks that both operands are features of it."""
+    """Base class of terms on relations between rows; checks the shapes of the student's and the teacher's features."""
 
     def check_shapes(self, **shapes: Size) -> None:
         for role in ("student", "teacher"):
             if len(shapes[role]) < 2:
                 raise ValueError(
-                    f"compares samples by a feature of at least one element each, but the {role}'s operand has the "
+                    f"compares samples by their features, one vector per sample, but the {role}'s operand has the "
                     f"shape {list(shapes[role])}, at most one number per sample"
                 )
         if shapes["student"][0] != shapes["teacher"][0]:
             raise ValueError(
                 f"compares relations within one batch, but the student's operand has {shapes['student'][0]} rows "
-                f"and the teacher's {shapes['teacher'][0]}"
+                f"and the teacher's operand has {shapes['teacher'][0]}"
             )
 
 
 @TERMS.register("sp", space="batch", version=1, features=True, paper="arXiv:1907.09682")
 class SimilarityPreserving(_RelationTerm):
-    """Similarity-preserving KD: squared difference of the batch's similarity matrices.
+    """Similarity-preserving KD: squared difference of the similarity matrices of student and teacher.
 
     loss = 1/n^2 * sum_ij (G_s[i, j] - G_t[i, j])^2, G = F F^T with each row divided by its length
 
-    F are the flattened features of the batch. RepDistiller, verified by the author, has the last feature map and weight
-    3000.
+    n is the number of rows. F are the flattened features of the batch, of the student in G_s and of the teacher in
+    G_t. RepDistiller, whose implementation the author verified, uses the last feature map and the weight 3000.
 
     Shape:
         student, teacher: (batch, ...), any rank and size.
-        Returns a scalar without unit. Masked rows are left out; in each sum over j, a row of weight c_j counts c_j
-        times (weights are relative).
+        Returns a scalar without unit. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
 
     References:
         Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682.
@@ -157,23 +180,24 @@ class SimilarityPreserving(_RelationTerm):
 
 @TERMS.register("rkd", space="batch", version=1, features=True, paper="arXiv:1904.05068")
 class RelationalKD(_RelationTerm):
-    """Relational KD: Huber loss of the pairwise distances and of the angles of triples in a batch.
+    """Relational KD: Huber loss on the pairwise distances, and on the angles of triples, of the rows in a batch.
 
     loss = weight_distance * mean_ij h(d_s[i, j] - d_t[i, j])
          + weight_angle * mean_ijk h(cos_s[i, j, k] - cos_t[i, j, k])
 
-    h is the Huber loss (smooth L1, beta 1); d is a Euclidean distance over the mean distance of distinct rows; cos is
-    the cosine of the angle at i between j and k. As in RepDistiller, which has the pooled feature and term weight 1,
-    the means are over all pairs and triples (i = j adds 0).
+    h is the Huber loss (smooth L1, beta 1). d[i, j] is the Euclidean distance of the features of rows i and j,
+    divided by the mean distance of distinct rows. cos[i, j, k] is the cosine of the angle at row i between the
+    directions to row j and row k. Index s is the student, t the teacher. As in RepDistiller, the means are over all
+    pairs and triples; pairs and triples with equal rows add 0. RepDistiller uses pooled features, the default weights
+    and term weight 1.
 
     Args:
-        weight_distance: >= 0; 25 as in RepDistiller. The number 0 skips the distances.
-        weight_angle: >= 0; 50 as in RepDistiller. The number 0 skips the angles.
+        weight_distance: weight of the distances, >= 0. With the number 0, distances are not computed.
+        weight_angle: weight of the angles, >= 0. With the number 0, angles are not computed.
 
     Shape:
         student, teacher: (batch, ...), any rank and size.
-        Returns a scalar without unit. Masked rows are left out; a pair of rows with weights c_i, c_j counts c_i * c_j
-        in each mean, a triple c_i * c_j * c_k (weights are relative).
+        Returns a scalar without unit. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
         Memory: batch^2 * elements and batch^3 numbers; prefer pooled features.
 
     References:
@@ -203,16 +227,16 @@ class RelationalKD(_RelationTerm):
 class ProbabilisticKnowledgeTransfer(_RelationTerm):
     """Probabilistic knowledge transfer: divergence of the neighbour probabilities of each sample.
 
-    loss = 1/n^2 * sum_ij q_ij * log(q_ij / p_ij), p_ij = k_ij / sum_j k_ij, k = (cosine + 1) / 2
+    loss = 1/n^2 * sum_ij q_ij * log(q_ij / p_ij), p_ij = k_ij / sum_j k_ij, k_ij = (cosine_ij + 1) / 2
 
-    p is the student's, q the teacher's, from flattened features; a sample is its own neighbour too. 1e-7 is added to
-    norms and inside logarithms. As in the authors' code and in RepDistiller, which has the pooled feature and weight
-    30000.
+    n is the number of rows. p_ij (from the student's flattened features) and q_ij (from the teacher's) are the
+    probabilities that sample j is a neighbour of sample i. A sample is also a neighbour of itself. 1e-7 is added to
+    norms and inside logarithms, as in the authors' code and in RepDistiller. RepDistiller uses pooled features and
+    the weight 30000.
 
     Shape:
         student, teacher: (batch, ...), any rank and size.
-        Returns a scalar, nats over n. Masked rows are left out; in each sum over j, a row of weight c_j counts c_j
-        times (weights are relative).
+        Returns a scalar, nats divided by n. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
 
     References:
         Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018,
@@ -234,7 +258,7 @@ def cc_loss(
     gamma: Number = 0.4,
     order: int = 2,
 ) -> Tensor:
-    """Averages the squared difference of the two kernel matrices of a batch; a scalar. See `CorrelationCongruence`."""
+    """Averages the squared difference of the student's and the teacher's Gaussian kernel matrix; returns a scalar."""
     with autocast_disabled(student):
         student, teacher = flatten_and_mask(student, mask), flatten_and_mask(teacher, mask)
         weights = row_weights(student, mask, weight)
@@ -243,7 +267,10 @@ def cc_loss(
 
 
 def _gaussian_kernel_series(rows: Tensor, gamma: Number, order: int) -> Tensor:
-    """Computes exp(-gamma * |x - y|^2) of normalised rows as Taylor series in the cosine up to `order`."""
+    """Computes the Gaussian kernel exp(-gamma * |x - y|^2) of all pairs of rows x, y, after scaling them to length 1.
+
+    The kernel is a Taylor series in the cosine of x and y, up to the power `order`. Returns (batch, batch).
+    """
     directions = safe_normalize(rows)
     cosines = directions @ directions.t()
     series = torch.ones_like(cosines)
@@ -254,23 +281,23 @@ def _gaussian_kernel_series(rows: Tensor, gamma: Number, order: int) -> Tensor:
 
 @TERMS.register("cc", space="batch", version=1, features=True, paper="arXiv:1904.01802")
 class CorrelationCongruence(Term):
-    """Correlation congruence: squared difference of the Gaussian kernel matrices of a batch.
+    """Correlation congruence: squared difference of the Gaussian kernel matrices of student and teacher.
 
     loss = 1/n^2 * sum_ij (K_s[i, j] - K_t[i, j])^2
     K(x, y) = exp(-2 gamma) * sum_p (2 gamma)^p / p! * <x, y>^p, p = 0 ... order
 
-    K is the Taylor series of the Gaussian kernel for features of length 1. This is the loss of the paper. The code that
-    its authors contributed to RepDistiller is a different loss: products of the feature differences of neighbouring
-    rows, after trained embeddings.
+    n is the number of rows. K[i, j] is K(x, y) for the features x and y of rows i and j, scaled to length 1, of the
+    student in K_s and of the teacher in K_t. K(x, y) is the Taylor series of the Gaussian kernel. This is the loss of
+    the paper. The authors' code in RepDistiller computes a different loss: products of the feature differences of
+    neighbouring rows, after trained embeddings.
 
     Args:
-        gamma: above 0; 0.4 in the paper.
-        order: of the series, at least 1; 2 in the paper.
+        gamma: parameter of the kernel, above 0. The paper uses 0.4.
+        order: highest power of the series, at least 1. The paper uses 2.
 
     Shape:
         student, teacher: (batch, ...), any rank and size.
-        Returns a scalar without unit. Masked rows are left out; a pair of rows with weights c_i, c_j counts c_i * c_j
-        times (weights are relative).
+        Returns a scalar without unit. Masked rows do not count. A row of weight 2 counts as two rows of weight 1.
 
     References:
         Peng, Jin, Liu, Zhou, Wu, Liu, Li and Zhang, Correlation Congruence for Knowledge Distillation, ICCV 2019,
@@ -288,7 +315,10 @@ class CorrelationCongruence(Term):
     def check_shapes(self, **shapes: Size) -> None:
         for role in ("student", "teacher"):
             if len(shapes[role]) < 2:
-                raise ValueError(f"compares samples by a feature, but the {role}'s operand is one number per sample")
+                raise ValueError(
+                    f"compares samples by their features, one vector per sample, but the {role}'s operand is one "
+                    "number per sample"
+                )
 
     def forward(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
@@ -300,13 +330,25 @@ AttentionPart = Literal["whole", "query", "key", "value"]
 
 
 def as_tokens(features: Tensor) -> Tensor:
-    """Returns tokens (batch, length, width), at least float32; a map (batch, width, h, w) has h * w tokens."""
+    """Returns `features` as tokens (batch, length, width), cast to at least float32.
+
+    A feature map (batch, width, h, w) becomes h * w tokens. Tokens (batch, length, width) keep their shape.
+    """
     features = at_least_float32(features)
     return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
 
 
 def token_relation_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Averages 1 - cosine of the rows of the two similarity matrices over the tokens: (batch,). See `TokenRelation`."""
+    """Compares the token similarities of student and teacher by cosine distance; returns one loss per sample.
+
+    Each token has one row of similarities to all tokens. The loss is 1 - the cosine of the student's row and the
+    teacher's row, averaged over the tokens.
+
+    Args:
+        student: tokens (batch, length, width), or feature map (batch, width, h, w).
+        teacher: tokens or feature map with the same number of tokens; the width may differ.
+        tokens: mask of the tokens that count, (batch, length). None: all tokens count.
+    """
     with autocast_disabled(student):
         student_relations = _normalized_token_cosines(student, tokens)
         teacher_relations = _normalized_token_cosines(teacher, tokens)
@@ -314,7 +356,10 @@ def token_relation_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None 
 
 
 def _normalized_token_cosines(features: Tensor, tokens: Tensor | None) -> Tensor:
-    """Computes the cosines of all pairs of tokens (batch, length, length), each row at length 1 over `tokens`."""
+    """Computes the cosines of all pairs of tokens, and scales each row of the result to length 1.
+
+    Columns of tokens outside of the mask `tokens` (batch, length) are 0. Returns (batch, length, length).
+    """
     directions = safe_normalize(as_tokens(features))
     cosines = directions @ directions.transpose(1, 2)
     if tokens is not None:
@@ -323,17 +368,17 @@ def _normalized_token_cosines(features: Tensor, tokens: Tensor | None) -> Tensor
 
 
 def attention_relation_loss(student: Tensor, teacher: Tensor, heads: int = 1, part: AttentionPart = "whole") -> Tensor:
-    """Computes KL(teacher || student) of the attention of each token to all, averaged over heads and tokens: (batch,).
-
-    See `AttentionRelation` for the arguments.
-    """
+    """Computes the loss of the term `AttentionRelation` for tokens (batch, length, width); returns (batch,)."""
     with autocast_disabled(student):
         log_p, log_q = _log_relations(student, heads, part), _log_relations(teacher, heads, part)
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean((1, 2))
 
 
 def _log_relations(features: Tensor, heads: int, part: AttentionPart) -> Tensor:
-    """Computes the log-softmax of scaled inner products of all pairs of tokens: (batch, heads, length, length)."""
+    """Computes the log-softmax of the scaled inner products of all pairs of tokens, for each relation head.
+
+    Returns (batch, heads, length, length). Each row of the last dimension is one log-distribution.
+    """
     vectors = at_least_float32(features)
     if part != "whole":
         vectors = vectors.chunk(3, dim=2)[("query", "key", "value").index(part)]
@@ -348,14 +393,15 @@ class TokenRelation(Term):
 
     loss = 1/L * sum_i (1 - <A_s[i] / |A_s[i]|, A_t[i] / |A_t[i]|>), A[i, j] = cosine of tokens i and j
 
-    The activation matching of ViT-Linearizer, one edge per pair of stages (4 there, averaged: give the term the weight
-    1/4). Widths may differ, no projector is needed. The paper counts the tokens that the student sees, because
-    relations of hidden tokens would leak its prediction target (section 3.3). Its code is not published; this follows
-    the text as its summaries give it.
+    L is the number of tokens, A_s the matrix of the student and A_t the matrix of the teacher. Student and teacher may
+    differ in width, so no projector is needed. In ViT-Linearizer this loss is the activation matching. The paper
+    averages it over 4 stages of the networks: give the term four pairs of operands and the weight 1/4. The paper uses
+    only the tokens that the student sees, because relations of hidden tokens would leak the target that the student
+    predicts (section 3.3). The authors' code is not published; the formula follows summaries of the paper.
 
     Shape:
-        student, teacher: (batch, length, width) or (batch, width, height, width'), of equal length. tokens: mask of the
-            tokens that count, (batch, length), bool or 0/1, optional.
+        student, teacher: tokens (batch, length, width) or feature maps (batch, width, h, w), with the same number of
+            tokens. tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
         Returns (batch,), without unit, in [0, 2].
 
     References:
@@ -381,18 +427,19 @@ class AttentionRelation(Term):
 
     loss = mean over relation heads and tokens of KL(R_t || R_s), R = softmax(V V^T / sqrt(d)) row by row
 
-    V is one part of the attention (queries, keys or values), split into `heads` relation heads of d elements, so that
-    student and teacher may differ in width and in attention heads. One term per part, with weight 1 each in the paper.
-    Hybrid Distill (ICLR 2024, arXiv:2306.15876) has such relations from a masked-image teacher.
+    V are the queries, the keys or the values of a self-attention layer, split into `heads` relation heads of d elements
+    each. Student and teacher may differ in width and in their number of attention heads. The paper has three terms with
+    weight 1: one each for queries, keys and values. Hybrid Distill (ICLR 2024, arXiv:2306.15876) distils such relations
+    from a teacher that was trained by masked image modelling.
 
     Args:
         heads: number of relation heads, at least 1.
-        part: `query`, `key` or `value`: the first, second or last third of an operand that contains all three, such as
-            the output of a `qkv` layer. `whole`: the operand itself.
+        part: `query`, `key` or `value`: the first, second or last third of an operand that contains all three, such
+            as the output of a `qkv` layer. `whole`: the complete operand.
 
     Shape:
-        student, teacher: (batch, length, width), of equal length; widths divisible by `heads` (by 3 * heads if `part`
-            is not whole).
+        student, teacher: (batch, length, width), of equal length. The widths are divisible by `heads`, or by 3 * heads
+            if `part` is not `whole`.
         Returns (batch,), nats.
 
     References:
@@ -413,8 +460,8 @@ class AttentionRelation(Term):
         for role in ("student", "teacher"):
             if shapes[role][2] % divisor:
                 raise ValueError(
-                    f"splits each token into {divisor} equal parts ({self.heads} heads, part {self.part}), but the "
-                    f"{role}'s have {shapes[role][2]} elements"
+                    f"splits each token into {divisor} equal parts (heads {self.heads}, part {self.part}), but the "
+                    f"{role}'s tokens have {shapes[role][2]} elements"
                 )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -426,15 +473,20 @@ def _token_count(shape: Size) -> int:
 
 
 def _check_equal_lengths(shapes: dict[str, Size], *, allow_maps: bool = True) -> None:
-    """Raises ValueError if student and teacher are not tokens (or maps) of equal length."""
+    """Raises ValueError unless student and teacher have the same number of tokens.
+
+    Args:
+        shapes: operand name -> shape, including the batch dimension.
+        allow_maps: whether feature maps (batch, width, h, w) are accepted as h * w tokens.
+    """
     for role in ("student", "teacher"):
         if len(shapes[role]) not in ((3, 4) if allow_maps else (3,)):
             raise ValueError(
-                f"reads tokens [length, width]{' or maps [width, h, w]' if allow_maps else ''}, but the {role}'s "
-                f"operand is {list(shapes[role][1:])} per sample"
+                f"reads tokens [length, width]{' or feature maps [width, h, w]' if allow_maps else ''}, but the "
+                f"{role}'s operand has the shape {list(shapes[role][1:])} per sample"
             )
     if _token_count(shapes["student"]) != _token_count(shapes["teacher"]):
         raise ValueError(
-            f"compares tokens one by one, but the student has {_token_count(shapes['student'])} "
-            f"and the teacher {_token_count(shapes['teacher'])}"
+            f"compares tokens one by one, but the student has {_token_count(shapes['student'])} tokens "
+            f"and the teacher has {_token_count(shapes['teacher'])}"
         )

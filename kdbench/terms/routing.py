@@ -1,4 +1,4 @@
-"""Terms that train the choice among teachers: gates and policies."""
+"""Terms that train a gate or a policy: a network that weights or selects teachers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from kdbench.terms.numerics import at_least_float32, flatten_and_mask, row_weigh
 
 @TERMS.register("load_balance", space="batch", version=1, paper="arXiv:2507.07015")
 class LoadBalance(Term):
-    """Load balance of a gate: distance of its mean probabilities over the batch from uniform.
+    """Load balance of a gate (a network that weights experts): distance of its mean probabilities from uniform.
 
-    kind kl: KL(uniform || m) = -log E - 1/E sum_e log m_e, as in MST-Distill
-    kind cv: standard deviation of m (E - 1 in the denominator) over its mean, the second choice of that code
+    kind kl: loss = KL(uniform || m) = -log E - 1/E sum_e log m_e, as in MST-Distill
+    kind cv: loss = standard deviation of m (E - 1 in the denominator) / mean of m, as an option of MST-Distill's code
 
-    m is the mean over the batch of the gate's probabilities, E the number of experts. The code divides kl by E once
-    more: include that in the weight.
+    m are the gate's probabilities, averaged over the batch. E is the number of experts. MST-Distill's code divides kl
+    by E once more: include this factor in the weight of the term.
 
     Args:
         kind: `kl` or `cv`.
 
     Shape:
-        student: probabilities of a gate (batch, experts), at least 2 experts.
-        Returns a scalar, nats (kl) or without unit (cv). A row of weight 2 counts twice; masked rows are left out.
+        student: probabilities (batch, experts) of a gate, at least 2 experts.
+        Returns a scalar, nats (kl) or without unit (cv). A row of weight 2 counts as two rows of weight 1. Masked rows
+        do not count.
 
     Example (recipe):
         balance: {type: load_balance, student: term:kd.gate}
@@ -66,18 +67,23 @@ class Reinforce(Term):
 
     loss = -(R - b) * sum_e log pi(a_e)
 
-    a_e is 1 where `action` is above 0; pi(a_e) is the gate's probability of that choice; R is the reward of the row; b
-    is a running mean of rewards. Gradients reach only the gate. A reward per edge, (batch, edges), is averaged over the
-    chosen edges (0 if there is none). The paper's rewards are minus the student's losses; its code is not released. The
-    running mean, which lowers the variance and keeps the expectation, is ours. In RL-KD the policy has its own update,
-    after the student's.
+    e runs over the choices of a gate (a network that selects, for example, teachers). a_e is 1 (selected) where
+    `action` is above 0, and 0 elsewhere. pi(a_e) is the probability of a_e: the gate's output for a_e = 1, and 1 minus
+    this output for a_e = 0. R is the reward of the row, and b is a running mean of rewards. Only the gate gets a
+    gradient. Rewards per choice, (batch, choices), are averaged over the selected choices; the average is 0 if no
+    choice is selected.
+
+    In the paper (RL-KD), rewards are negative losses of the student, and the policy has a separate update after the
+    student's update. The code of the paper is not released. The running mean is not in the paper: it lowers the
+    variance and does not change the expected gradient.
 
     Args:
-        of: meaning of `reward`: with `loss` the reward is minus the operand, with `reward` it is the operand.
-        reward_baseline: momentum of the running mean, in [0, 1]; 0 disables the baseline.
+        of: meaning of the operand `reward`. `loss`: the operand is a loss, and R is minus this loss. `reward`: the
+            operand is R.
+        reward_baseline: momentum of the running mean b, in [0, 1]. With 0 there is no baseline (b = 0).
 
     Shape:
-        student: probabilities (batch, edges). action: (batch, edges). reward: (batch,) or (batch, edges).
+        student: probabilities (batch, choices). action: (batch, choices). reward: (batch,) or (batch, choices).
         Returns (batch,), units of the reward times nats.
 
     Example (recipe):
@@ -103,7 +109,8 @@ class Reinforce(Term):
         check_logits("student", shapes["student"])
         if "action" in shapes and shapes["action"] != shapes["student"]:
             raise ValueError(
-                f"compares a gate of {list(shapes['student'][1:])} with actions of {list(shapes['action'][1:])}"
+                f"compares a gate of shape {list(shapes['student'][1:])} with actions of shape "
+                f"{list(shapes['action'][1:])} per sample; both must have one number per choice"
             )
 
     def forward(self, student: Tensor, action: Tensor, reward: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,7 +125,10 @@ class Reinforce(Term):
         return -(reward - self._update_reward_baseline(reward, mask)) * log_pi
 
     def _update_reward_baseline(self, reward: Tensor, mask: Tensor | None) -> Tensor | float:
-        """Updates the running mean. Returns its value before this batch; in the first step the mean of this batch."""
+        """Updates the running mean of the rewards with this batch, and returns the mean before the update.
+
+        In the first step, the mean of this batch is returned. Without a baseline, 0 is returned.
+        """
         if self.reward_baseline == 0:
             return 0.0
         weights = torch.ones_like(reward) if mask is None else mask.to(reward.dtype)

@@ -1,7 +1,8 @@
-"""Memory of terms: one stored vector per sample.
+"""Memory of terms: one stored vector per sample of the training data.
 
-Terms with a memory declare the fact `state=True`. The runner then gives them the rows of all processes, so that every
-process has the same memory. Otherwise a process would miss, in the next epoch, the rows that another process saw.
+Terms with a memory are registered with `state=True`. In distributed training, the training loop then gives each
+process the rows of all processes, so that every process has the same memory. Otherwise a process would miss, in the
+next epoch, the vectors of rows that another process trained on.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 
 class SampleBank(nn.Module):
-    """Stores one vector per sample of a source, and the step of its last write.
+    """Memory with one vector per sample of a dataset, and the step in which each vector was last written.
 
-    A module with buffers, so that checkpoints include it. Memory: samples * width floats, 20 MB for CIFAR-100's logits.
+    The memory is a module with buffers, so that checkpoints include it. It has samples * width floats: 20 MB for the
+    logits of CIFAR-100.
 
     Args:
-        samples: size of the source.
-        width: elements of a vector.
+        samples: number of samples of the dataset.
+        width: number of elements of each vector.
     """
 
     values: Tensor
@@ -33,10 +35,14 @@ class SampleBank(nn.Module):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the vectors of samples and their age in writes: 0 for the last write, -1 for a sample never written.
+        """Returns the stored vectors of some samples, and the age of each vector.
 
         Args:
-            index: (batch,), int64.
+            index: numbers of the samples, (batch,), int64.
+
+        Returns:
+            Vectors (batch, width); and ages (batch,), int64. The age is the number of calls of `write` since the vector
+            was written: 0 for a vector from the last call. It is -1 for a sample without a stored vector.
         """
         written_at = self.written_at[index]
         return self.values[index], torch.where(written_at < 0, -1, self.num_steps - written_at)
@@ -45,9 +51,9 @@ class SampleBank(nn.Module):
         """Stores the vectors of the valid rows.
 
         Args:
-            index: (batch,), int64.
-            values: (batch, width).
-            mask: bool (batch,), False for rows that are not stored.
+            index: number of the sample of each row, (batch,), int64.
+            values: vector of each row, (batch, width).
+            mask: bool (batch,), False for rows that are not stored. None: all rows are stored.
         """
         values = values.detach().to(self.values.dtype)
         if mask is not None:

@@ -1,4 +1,4 @@
-"""Self-distillation: targets from a network's own earlier predictions, or from a virtual teacher."""
+"""Terms of self-distillation: targets from a network's own earlier predictions, or from a virtual teacher."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ def _rows_with_label(label: Tensor, mask: Tensor | None) -> Tensor:
     "self_target", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2006.12000"
 )
 class ProgressiveSelfKD(Term):
-    """PS-KD: cross-entropy with the label, softened by the model's own prediction of the previous epoch.
+    """PS-KD: cross-entropy with a mixture of the label and the model's own prediction of the previous epoch.
 
     loss = -sum_k t_k log p_k, t = (1 - alpha) * onehot(label) + alpha * p_previous, p = softmax(student)
 
-    p_previous is the softmax of the sample at its previous visit, in the previous epoch; at the first visit t is the
-    label. The memory has one row per sample of the student's source. It is read before it is written: if a sample comes
-    twice in an epoch, the earlier visit is read. Not for mixed images, whose prediction belongs to two samples.
+    p_previous is the softmax at the previous visit of the sample, usually in the previous epoch. At the first visit,
+    t is the one-hot label. The term stores the last softmax of each training sample, and reads the stored softmax
+    before it stores the new softmax. If a sample comes twice in an epoch, the second visit therefore reads the
+    softmax of the first visit. Do not use the term with mixup or cutmix: the prediction of a mixed image belongs to
+    two samples.
 
     Args:
-        alpha: weight of the previous prediction, in [0, 1]. Paper and authors' code raise it linearly over the epochs
-            to 0.8: use a schedule.
+        alpha: weight of the previous prediction, in [0, 1]. Paper and authors' code raise alpha linearly over the
+            epochs to 0.8: use a schedule.
 
     Shape:
-        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0 and are not stored.
-        index: (batch,), int64.
+        student: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have loss 0 and
+            are not stored. index: (batch,), int64.
         Returns (batch,), nats.
 
     References:
@@ -67,14 +69,17 @@ class ProgressiveSelfKD(Term):
     "last_batch", space="row", version=1, state=True, injected=("samples", "num_classes"), paper="arXiv:2203.16172"
 )
 class LastMiniBatchDistillation(Term):
-    """DLB: soft targets from the previous mini-batch, for samples that are in both.
+    """DLB: soft targets from the previous mini-batch, for the samples that are in both mini-batches.
 
-    loss = T^2 * KL(softmax(z_previous / T) || softmax(z / T)) for samples of the previous step's batch, 0 otherwise
+    loss = T^2 * KL(softmax(z_previous / T) || softmax(z / T)) for samples of the previous step's batch, 0 for all
+    others
 
-    Consecutive batches must overlap: half of each batch is the fresh half of the previous batch with a new
-    augmentation, half is fresh. The authors' code averages over the repeated half, the runner over the whole batch:
-    their alpha is a weight of 2 * alpha here. Their cross-entropy is over both halves: `cross_entropy`. Under
-    `accumulate` a step is a micro-batch.
+    z are the student's logits in this step, and z_previous its logits of the same sample in the previous step.
+    Consecutive batches must overlap: one half of each batch repeats the new samples of the previous batch with a new
+    augmentation, and the other half is new. The authors' code averages the loss over the repeated half, kdbench over
+    the whole batch: the authors' alpha corresponds to a term weight of 2 * alpha. The authors also train by
+    cross-entropy on both halves: add the term `cross_entropy`. With gradient accumulation (`accumulate`), each
+    micro-batch counts as a step.
 
     Args:
         temperature: T > 0.
@@ -113,18 +118,20 @@ class LastMiniBatchDistillation(Term):
     paper="arXiv:1610.02242",
 )
 class TemporalEnsembling(Term):
-    """Temporal ensembling: squared difference from the running mean of the sample's earlier predictions.
+    """Temporal ensembling: squared difference of a prediction and the running mean of the sample's earlier predictions.
 
     loss = 1/classes * sum_k (p_k - z_k)^2, p = softmax(student)
     Z <- momentum * Z + (1 - momentum) * p, z = Z / (1 - momentum^visits)
 
-    z is the mean of the sample's earlier softmaxes; each epoch has `momentum` times the weight of the next one. At the
-    first visit the loss is 0. Labels are not read. As in the authors' code (smlaine2/tempens), whose weight rises along
-    half a bell over 80 of 300 epochs: schedule `ramp_up`. There Z is updated at the end of the epoch, here when the
-    sample is seen, which is the same if each sample comes once. Not for mixed images.
+    z is the weighted mean of the sample's earlier softmaxes: each visit has `momentum` times the weight of the next
+    visit. At the first visit the loss is 0. Labels are not read. The formula follows the authors' code
+    (smlaine2/tempens). The authors raise the weight of the loss along half a bell curve over the first 80 of 300
+    epochs: use the schedule `ramp_up`. Their code updates Z at the end of the epoch, this term at each visit. The
+    results are equal if each sample comes once per epoch. Do not use the term with mixup or cutmix: the prediction of a
+    mixed image belongs to two samples.
 
     Args:
-        momentum: at least 0 and below 1.
+        momentum: weight of the previous mean, at least 0 and below 1.
 
     Shape:
         student: logits (batch, classes). index: (batch,), int64.
@@ -157,21 +164,23 @@ class TemporalEnsembling(Term):
 
 @TERMS.register("tf_kd", space="row", version=1, paper="arXiv:1909.11723")
 class TeacherFreeKD(Term):
-    """Tf-KD (regularised): KL divergence from a virtual teacher with a fixed probability of the label.
+    """Tf-KD (regularised): KL divergence from a virtual teacher that gives the label a fixed probability.
 
     loss = KL(u || softmax(student)), u = softmax(v / T)
 
-    v is `correct` at the label and (1 - correct) / (classes - 1) elsewhere. As in the authors' code, v are
-    probabilities in the place of logits and the student's temperature is 1; the paper softens both. Their mean over
-    batch and classes is multiplied by `multiplier` 100, which on CIFAR-100 gives the sum over the classes used here.
-    Beside it: `cross_entropy` with weight 1 - alpha, and alpha as this term's weight.
+    v is `correct` at the label and (1 - correct) / (classes - 1) at every other class. As in the authors' code, v are
+    probabilities that are used as logits, and the student's temperature is 1. The paper divides the logits of teacher
+    and student by T. The code averages over batch and classes and multiplies by `multiplier` 100. On CIFAR-100, this
+    is the same as the sum over the classes that this term computes. The complete method has two terms:
+    `cross_entropy` with weight 1 - alpha, and this term with weight alpha.
 
     Args:
-        correct: probability of the label, in [0, 1] and above 1 / classes.
-        temperature: T > 0.
+        correct: probability v of the label, in [0, 1] and above 1 / classes.
+        temperature: T > 0 of the virtual teacher.
 
     Shape:
-        student: logits (batch, classes), at least 2 classes. label: (batch,), int64; hidden labels (negative) give 0.
+        student: logits (batch, classes), at least 2 classes. label: (batch,), int64; rows with a hidden label
+            (negative) have loss 0.
         Returns (batch,), nats.
 
     References:
@@ -203,9 +212,10 @@ class TeacherFreeKD(Term):
 
 
 def _check_bank_classes(shape: Size, classes: int) -> None:
-    """Raises ValueError if the operand is not logits over the classes that the memory stores."""
+    """Raises ValueError unless an operand is logits over as many classes as the stored predictions have."""
     check_logits("student", shape)
     if shape[1] != classes:
         raise ValueError(
-            f"stores predictions over the {classes} classes of the data, but the student's operand has {shape[1]}"
+            f"stores predictions over the {classes} classes of the data, but the student's operand has {shape[1]} "
+            "classes"
         )

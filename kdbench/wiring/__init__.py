@@ -1,4 +1,4 @@
-"""Parts between operands and losses: adapters, combiners, routers and sample weights. None of them is a loss."""
+"""Modules between the features of networks and the loss terms: adapters, combiners, routers and sample weights."""
 
 from kdbench.wiring.base import Combiner, Router, SampleWeight
 

@@ -1,8 +1,10 @@
-"""Adapters: small modules between an operand and its term, for example where student and teacher differ in width.
+"""Adapters: small modules that map an operand (a tensor that a loss term reads) to another shape or another scale.
 
-The constructor gets the shapes per sample (without batch) of the operand (`source`) and of the result (`target`). An
-adapter belongs to its term: it trains with it and is not exported. Unsuitable shapes and parameters raise ValueError;
-the caller adds the adapter's name and its location in the recipe.
+A typical adapter projects a student feature to the width of the teacher feature. The constructor gets two shapes
+without batch dimension: `source`, the shape of the operand, and `target`, the shape that the loss term needs. An
+adapter is trained together with its loss term and is not exported with the student. The constructor raises ValueError
+for unsuitable shapes and parameters. The caller adds the adapter's name and its location in the recipe to the
+message.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from kdbench.terms.numerics import at_least_float32
 
 @ADAPTERS.register("identity", version=1, injected=("source", "target"))
 class IdentityAdapter(nn.Module):
-    """Identity: returns the operand unchanged; source and target shape must be equal.
+    """Identity: returns its input unchanged. The shapes of input and target must be equal.
 
     Shape:
-        (batch, ...) -> the same.
+        (batch, ...) -> the same shape.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         super().__init__()
         if tuple(source) != tuple(target):
             raise ValueError(
-                f"the operand is {list(source)} per sample, but {list(target)} is needed. "
-                "Name an adapter that changes the shape: linear or mlp for vectors, conv1x1 or conv_regressor for maps"
+                f"the operand has shape {list(source)} per sample, expected {list(target)}. Use an adapter that "
+                "changes the shape: linear or mlp for vectors, conv1x1 or conv_regressor for feature maps"
             )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class MLPAdapter(nn.Module):
     """Two-layer perceptron on the last dimension: linear, ReLU, linear.
 
     Args:
-        hidden: hidden width, at least 1; by default the width of the target.
+        hidden: hidden width, at least 1. null: the width of the output.
 
     Shape:
         (batch, a) -> (batch, b), or (batch, tokens, a) -> (batch, tokens, b).
@@ -80,10 +82,10 @@ class MLPAdapter(nn.Module):
 
 @ADAPTERS.register("conv1x1", version=1, injected=("source", "target"))
 class Conv1x1Adapter(nn.Module):
-    """1x1 convolution: maps the channels; height and width stay.
+    """1x1 convolution: changes the number of channels and keeps height and width.
 
     Args:
-        batch_norm: adds batch normalisation; the convolution then has no bias.
+        batch_norm: whether BatchNorm follows the convolution. In this case, the convolution has no bias.
 
     Shape:
         (batch, a, height, width) -> (batch, b, height, width).
@@ -94,8 +96,8 @@ class Conv1x1Adapter(nn.Module):
         _check_maps(source, target)
         if tuple(source[1:]) != tuple(target[1:]):
             raise ValueError(
-                f"keeps height and width, but the operand has {_size_text(source)} and {_size_text(target)} is "
-                "needed. Use conv_regressor, or features of equal size"
+                f"conv1x1 cannot change height and width from {_size_text(source)} to {_size_text(target)}. "
+                "Use conv_regressor, or features of equal size"
             )
         self.projection = nn.Sequential(nn.Conv2d(source[0], target[0], 1, bias=not batch_norm))
         if batch_norm:
@@ -107,14 +109,17 @@ class Conv1x1Adapter(nn.Module):
 
 @ADAPTERS.register("conv_regressor", version=1, injected=("source", "target"))
 class ConvRegressor(nn.Module):
-    """Regressor of FitNets as in RepDistiller: a convolution that matches the size, batch norm, ReLU.
+    """Regressor of FitNets as in RepDistiller: a convolution that matches height and width, BatchNorm and ReLU.
 
-    A map of twice the target's height and width gets a 3x3 convolution of stride 2; one of half the size a 4x4
-    transposed convolution of stride 2; any other map at least as large an unpadded convolution with the kernel size
-    that gives the target's size (1x1 for equal sizes).
+    The convolution depends on the sizes (height and width) of the input map and of the target map:
+
+    - Input twice as large as the target: 3x3 convolution of stride 2.
+    - Input half as large as the target: transposed 4x4 convolution of stride 2.
+    - Any other input that is not smaller than the target: convolution without padding. Its kernel size is the
+    difference of the two sizes plus 1, that is, 1x1 for equal sizes.
 
     Args:
-        relu: whether to end with ReLU; false suits hints from before the activation.
+        relu: whether to end with ReLU. Use false if the target is a feature before its activation.
 
     Shape:
         (batch, a, height, width) -> (batch, b, height', width').
@@ -134,8 +139,8 @@ class ConvRegressor(nn.Module):
             convolution = nn.Conv2d(source_channels, target_channels, kernel_size=(kernel_height, kernel_width))
         else:
             raise ValueError(
-                f"cannot map {_size_text(source)} to {_size_text(target)}. A map may shrink by any "
-                "amount but grow only to exactly twice its height and width; choose features closer in size"
+                f"conv_regressor cannot map {_size_text(source)} to {_size_text(target)}. It can shrink a map to "
+                "any size, but enlarge it only to exactly twice its height and width. Use features closer in size"
             )
         self.projection = nn.Sequential(convolution, nn.BatchNorm2d(target_channels))
         if relu:
@@ -146,22 +151,22 @@ class ConvRegressor(nn.Module):
 
 
 def _check_vectors(source: tuple[int, ...], target: tuple[int, ...]) -> None:
-    """Raises ValueError unless source and target are vectors, or tokens of equal length."""
+    """Raises ValueError unless source and target are both vectors, or both token sequences of equal length."""
     if len(source) not in (1, 2) or tuple(source[:-1]) != tuple(target[:-1]):
         advice = " Use conv1x1 or conv_regressor for maps" if len(source) == 3 else ""
         raise ValueError(
-            f"maps vectors [a] to [b], or tokens [length, a] to [length, b], but the operand is "
-            f"{list(source)} per sample and {list(target)} is needed.{advice}"
+            f"this adapter maps vectors [a] to [b], or tokens [length, a] to [length, b], but the operand has shape "
+            f"{list(source)} per sample and the expected shape is {list(target)}.{advice}"
         )
 
 
 def _check_maps(source: tuple[int, ...], target: tuple[int, ...]) -> None:
-    """Raises ValueError unless source and target are feature maps [channels, height, width]."""
+    """Raises ValueError unless source and target both have the shape [channels, height, width] of a feature map."""
     if len(source) != 3 or len(target) != 3:
         advice = " Use linear or mlp for vectors" if len(source) == len(target) <= 2 else ""
         raise ValueError(
-            f"maps feature maps [channels, height, width], but the operand is {list(source)} per "
-            f"sample and {list(target)} is needed.{advice}"
+            f"this adapter maps feature maps [channels, height, width], but the operand has shape {list(source)} per "
+            f"sample and the expected shape is {list(target)}.{advice}"
         )
 
 
@@ -171,10 +176,10 @@ def _size_text(shape: tuple[int, ...]) -> str:
 
 @ADAPTERS.register("classes", version=1, injected=("source", "target"))
 class ClassSlice(nn.Module):
-    """Selects classes of the logits, such as the old classes of a growing student.
+    """Selects some classes of the logits, for example the old classes of a student whose number of classes grows.
 
     Args:
-        keep: class numbers in the order of the result, each at most once.
+        keep: class numbers in the order of the output, each at most once.
 
     Shape:
         (batch, classes, ...) -> (batch, len(keep), ...).
@@ -185,12 +190,12 @@ class ClassSlice(nn.Module):
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...], keep: list[int]) -> None:
         super().__init__()
         if not source:
-            raise ValueError("selects classes of logits, but the operand is a single number per sample")
+            raise ValueError("this adapter selects classes of logits, but the operand is a single number per sample")
         invalid = [number for number in keep if not 0 <= number < source[0]]
         if invalid or not keep:
-            raise ValueError(f"keep lists class numbers from 0 to {source[0] - 1}, got {invalid or keep}")
+            raise ValueError(f"keep must list class numbers from 0 to {source[0] - 1}, got {invalid or keep}")
         if len(set(keep)) != len(keep):
-            raise ValueError(f"keep names a class twice: {keep}")
+            raise ValueError(f"keep must contain each class only once, got {keep}")
         self.shape = (len(keep), *source[1:])
         self.register_buffer("index", torch.tensor(keep), persistent=False)
 
@@ -203,14 +208,15 @@ class LogitStandardisation(nn.Module):
     """Standardisation of each sample's logits to mean 0 and standard deviation 1 (arXiv:2403.01427, MIX-KD).
 
     Shape:
-        (batch, classes) -> the same, without unit.
+        (batch, classes) -> the same shape.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         super().__init__()
         if len(source) != 1 or source[0] < 2:
             raise ValueError(
-                f"standardises logits over at least 2 classes, but the operand is {list(source)} per sample"
+                "this adapter standardises logits over at least 2 classes, but the operand has shape "
+                f"{list(source)} per sample"
             )
         self.shape = tuple(source)
 
@@ -220,18 +226,22 @@ class LogitStandardisation(nn.Module):
 
 @ADAPTERS.register("log", version=1, injected=("source", "target"))
 class LogProbabilities(nn.Module):
-    """Logarithm of stored probabilities, such as `train.soft`; their softmax is the probabilities.
+    """Natural logarithm of stored probabilities, so that a loss term can read them as logits.
 
-    Probabilities are clamped to at least 1e-12, so that 0 has a finite logit.
+    The softmax of the output gives the stored probabilities. Probabilities are clamped to at least 1e-12, so that the
+    logit of a probability 0 is finite. An example is the field `train.soft`: soft labels that are stored with the
+    training images.
 
     Shape:
-        (batch, classes) -> the same, nats.
+        (batch, classes) -> the same shape.
     """
 
     def __init__(self, source: tuple[int, ...], target: tuple[int, ...]) -> None:
         super().__init__()
         if len(source) != 1:
-            raise ValueError(f"reads probabilities of classes, but the operand is {list(source)} per sample")
+            raise ValueError(
+                f"this adapter reads class probabilities, but the operand has shape {list(source)} per sample"
+            )
         self.shape = tuple(source)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -6,39 +6,47 @@ from torch import nn
 
 
 class SampleWeight(nn.Module):
-    """Base class of sample weights: the weight of each sample in a term.
+    """Base class of sample weights: modules that compute one weight per sample for the rows of a loss term.
 
         @SAMPLE_WEIGHTS.register("confidence", version=1)
 
-    The parameter names of `forward` are the operands, as in a term; `student` and `teacher` are the operands of the
-    weighted term. The fact `operands=("reference",)` declares further operands. `forward` returns (batch,), at least 0.
-    A sample weight that must pass no gradient to a model detaches its operands itself.
+    The parameter names of `forward` select its inputs. `student` and `teacher` are the two tensors that the weighted
+    loss term compares, and the name of a field of the batch, such as `label`, is this field. The argument
+    `operands=("reference",)` of the decorator declares a further input, which the recipe sets. `forward` returns
+    weights of shape (batch,) that are at least 0. If no gradient may flow through the weight, `forward` must detach
+    its inputs.
     """
 
 
 class Router(nn.Module):
-    """Base class of routers: the weight of each edge of a term, per sample.
+    """Base class of routers: modules that weight the (student, teacher) pairs of a loss term per sample.
 
         @ROUTERS.register("top_k", version=1, operands=("read",), injected=("edges", "shapes"))
 
-    The parameter names of `forward` are its inputs: `student` (of the first edge); `teachers`, a list with one operand
-    per edge; `losses` (batch, edges), detached, only in terms with one loss per row; fields of the batch; and the
-    operands that the fact declares. `forward` returns the weights (batch, edges), or a mapping with the key `route` and
-    further entries. Later terms read the entries as `term:NAME.route`.
+    Each (student, teacher) pair is an edge of the loss term. The parameter names of `forward` select its inputs:
 
-    Injected into the constructor if it has a parameter of that name: `edges` (their number), `shapes` (shape per sample
-    of each declared operand, by name), `num_classes`.
+    - `student`: student tensor of the first edge;
+    - `teachers`: list with the teacher tensor of each edge;
+    - `losses`: detached losses (batch, edges), only in loss terms with one loss per sample;
+    - the name of a field of the batch, such as `label`;
+    - the names in the argument `operands` of the decorator: tensors that the recipe sets.
+
+    `forward` returns the weights (batch, edges), or a dictionary with the weights under the key `route` and with
+    further tensors. Later loss terms read an entry as `term:NAME.KEY`, for example `term:kd.route`.
+
+    The argument `injected` of the decorator lists the constructor parameters that kdbench sets: `edges` (number of
+    edges), `shapes` (name in `operands` -> shape per sample) and `num_classes`.
     """
 
 
 class Combiner(nn.Module):
-    """Base class of combiners: several operands combined to one, such as the mean of the teachers' probabilities.
+    """Base class of combiners: modules that compute one tensor from several, such as the mean of several logits.
 
-        @COMBINERS.register("mean_logits", version=1)
+        @COMBINERS.register("kdcl_naive", version=1, operands=("label",))
 
-    `forward` has the parameter `values`, a list of the tensors to combine, and the operands that the fact
-    `operands=(...)` declares.
+    The parameter `values` of `forward` is the list of the tensors to combine. The argument `operands` of the
+    decorator declares further inputs of `forward`, which the recipe sets.
 
-    Injected into the constructor if it has a parameter of that name: `parts` (number of values), `shapes` (shape per
-    sample of each declared operand, by name), `num_classes`.
+    The decorator may also have an argument `injected`, a list of the constructor parameters that kdbench sets:
+    `parts` (number of tensors to combine) and `shapes` (name in `operands` -> shape per sample).
     """

@@ -1,4 +1,7 @@
-"""Combiners: several operands combined to one, such as an ensemble's prediction; any term reads the result."""
+"""Combiners: modules that compute one tensor from several, for example the prediction of an ensemble.
+
+A loss term reads the result like the output of a network.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,18 @@ from kdbench.wiring.base import Combiner
 
 
 def _stack_values(values: list[Tensor]) -> Tensor:
-    """Stacks the values to (batch, parts, ...), at least float32."""
+    """Stacks tensors (batch, ...) to one tensor (batch, number of tensors, ...) of at least float32."""
     return torch.stack([at_least_float32(value) for value in values], dim=1)
 
 
 def _log_mixture(log_p: Tensor, log_weights: Tensor) -> Tensor:
-    """Computes the log of the weighted mean of exp(log_p): (batch, parts, classes) -> (batch, classes)."""
+    """Computes the log of the weighted sum of exp(log_p) over the parts. `log_p` is (batch, parts, classes)."""
     return torch.logsumexp(log_p + log_weights.unsqueeze(-1), dim=1)
 
 
 @COMBINERS.register("mean_logits", version=1)
 class MeanLogits(Combiner):
-    """Mean of the values, element by element: of logits, or of features of equal shape.
+    """Element-wise mean of several tensors of equal shape, for example of logits or features.
 
     Shape:
         values: (batch, ...) each. Returns the same shape.
@@ -41,14 +44,14 @@ class MeanLogits(Combiner):
 
 @COMBINERS.register("mean_probabilities", version=1)
 class MeanProbabilities(Combiner):
-    """Mean of the softmaxes at a temperature, returned as logits (arXiv:1503.02531, MEAL V2).
+    """Mean of the softmaxes of several networks at a temperature T, returned as logits (arXiv:1503.02531, MEAL V2).
 
-    result = T * log(mean_i softmax(z_i / T))
+        result = T * log(mean_i softmax(z_i / T))
 
-    softmax(result / T) is the mean of the softmaxes: the term that reads the result needs the same temperature.
+    softmax(result / T) is therefore the mean of the softmaxes. A loss term that reads the result must use the same T.
 
     Args:
-        temperature: T > 0.
+        temperature: T, above 0.
 
     Shape:
         values: logits (batch, classes) each. Returns (batch, classes), at most 0.
@@ -66,18 +69,18 @@ class MeanProbabilities(Combiner):
 
 @COMBINERS.register("weighted", version=1, injected=("parts",))
 class WeightedMean(Combiner):
-    """Weighted mean of logits or of probabilities; the weights are scaled to sum 1.
+    """Weighted mean of logits or of probabilities. The weights are scaled to sum 1.
 
-    of logits: sum_i w_i z_i
-    of probabilities: T * log(sum_i w_i softmax(z_i / T)), as `mean_probabilities`
+        of logits: sum_i w_i z_i
+        of probabilities: T * log(sum_i w_i softmax(z_i / T))
 
     Args:
-        weights: one per value, at least 0, one of them above 0.
-        of: `logits` or `probabilities`.
-        temperature: T > 0 of the probabilities.
+        weights: one weight per tensor in `values`, at least 0. At least one weight is above 0.
+        of: averaged quantity, `logits` or `probabilities`.
+        temperature: T, above 0. Only used if `of` is `probabilities`.
 
     Shape:
-        values: logits (batch, classes) each; for logits any equal shapes. Returns the same shape.
+        values: logits (batch, classes) each. If `of` is `logits`, any tensors of equal shape. Returns the same shape.
     """
 
     normalized_weights: Tensor
@@ -92,9 +95,11 @@ class WeightedMean(Combiner):
         super().__init__()
         check_parameters("weighted", "above 0", temperature=temperature)
         if len(weights) != parts:
-            raise ConfigError(f"weighted: weights has {len(weights)} entries for {parts} parts")
+            raise ConfigError(
+                f"weighted: weights must have {parts} entries, one per combined operand, got {len(weights)}"
+            )
         if any(not 0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-            raise ConfigError(f"weighted: weights must be at least 0, one above 0, got {weights}")
+            raise ConfigError(f"weighted: weights must be at least 0, and at least one above 0, got {weights}")
         self.of = of
         self.temperature = temperature
         exact_weights = torch.tensor(weights, dtype=torch.float64)
@@ -112,16 +117,18 @@ class WeightedMean(Combiner):
 
 @COMBINERS.register("vote", version=1)
 class MajorityVote(Combiner):
-    """Majority vote: logarithm of each class's smoothed fraction of the first choices.
+    """Majority vote: logarithm of the smoothed fraction of networks that predict each class.
 
-    result = log((1 - e) * votes_k / parts + e / classes), e = smoothing. No gradient passes.
+        result_k = log((1 - e) * votes_k / networks + e / classes), where e is `smoothing`
+
+    votes_k is the number of networks whose largest logit is that of class k. No gradient flows through the result.
 
     Args:
         smoothing: e, above 0 and at most 1.
 
     Shape:
-        values: logits (batch, classes) each. Returns (batch, classes), at most 0; its softmax at T = 1 is the smoothed
-        fractions.
+        values: logits (batch, classes) each. Returns (batch, classes), at most 0. The softmax of the result gives the
+        smoothed fractions.
     """
 
     def __init__(self, smoothing: float = 0.01) -> None:
@@ -139,12 +146,13 @@ class MajorityVote(Combiner):
 
 @COMBINERS.register("kdcl_min_logit", version=1, operands=("label",))
 class KDCLMinLogit(Combiner):
-    """KDCL-MinLogit: minimum over the networks of each class's logit, relative to the label's logit.
+    """KDCL-MinLogit: for each class, the minimum over the networks of the class's logit minus the label's logit.
 
-    result_k = min_i(z_i,k - z_i,label)
+        result_k = min_i(z_i,k - z_i,label)
 
-    0 at the label; for every wrong class, the smallest value that any network gives. Hidden labels (negative): the mean
-    of the logits. Neither code nor full text was available: this is the method as it is commonly described.
+    The result is 0 for the label. If the label of a sample is hidden (negative), the result is the mean of the
+    logits. Neither the code nor the full text of the paper was available. The implementation follows common
+    descriptions of the method.
 
     Shape:
         values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, classes).
@@ -162,10 +170,10 @@ class KDCLMinLogit(Combiner):
 
 @COMBINERS.register("kdcl_naive", version=1, operands=("label",))
 class KDCLNaive(Combiner):
-    """KDCL-Naive: for each sample, the logits of the network with the smallest cross-entropy.
+    """KDCL-Naive: for each sample, the logits of the network with the smallest cross-entropy with the label.
 
-    Hidden labels (negative): the mean of the logits. Neither code nor full text was available: this is the method as it
-    is commonly described.
+    If the label of a sample is hidden (negative), the result is the mean of the logits. Neither the code nor the full
+    text of the paper was available. The implementation follows common descriptions of the method.
 
     Shape:
         values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, classes).
@@ -184,16 +192,16 @@ class KDCLNaive(Combiner):
 
 @COMBINERS.register("gate", version=1, operands=("gate",))
 class GatedMean(Combiner):
-    """ONE: mean of the logits, weighted by a learnt gate.
+    """ONE: mean of the logits of several branches, weighted by a learnt gate.
 
-    result = sum_i g_i z_i, g = softmax(gate)
+        result = sum_i g_i z_i, g = softmax(gate)
 
-    The gate is a role on the features that the networks share; the ensemble's cross-entropy trains the same gate that
-    weights the teaching ensemble. By the text; the authors' code (Lan1991Xu/ONE_NeurIPS2018) has BatchNorm and ReLU
-    before the softmax.
+    The gate is a separate network on the features that all branches share. The cross-entropy of the ensemble trains
+    the gate, and the same gate weights the ensemble that teaches the branches. The formula follows the paper. The
+    authors' code (Lan1991Xu/ONE_NeurIPS2018) also has BatchNorm and ReLU before the softmax.
 
     Shape:
-        values: logits (batch, classes) each. gate: (batch, parts). Returns (batch, classes).
+        values: logits (batch, classes) each. gate: (batch, branches). Returns (batch, classes).
 
     Example (recipe):
         models: {gate: {model: {type: linear_head, num_classes: 3}, input: "trunk:layer2"}}
@@ -206,7 +214,8 @@ class GatedMean(Combiner):
     def forward(self, values: list[Tensor], gate: Tensor) -> Tensor:
         if gate.dim() != 2 or gate.shape[1] != len(values):
             raise ValueError(
-                f"needs one gate value for each of {len(values)} parts, got {list(gate.shape[1:])} per sample"
+                f"the gate must have one value for each of the {len(values)} combined operands, got shape "
+                f"{list(gate.shape[1:])} per sample"
             )
         weights = F.softmax(at_least_float32(gate), dim=1)
         return (weights.unsqueeze(2) * _stack_values(values)).sum(1)
@@ -214,15 +223,18 @@ class GatedMean(Combiner):
 
 @COMBINERS.register("confidence", version=1, operands=("label",))
 class ConfidenceCombiner(Combiner):
-    """CA-MKD for features: weight of each part per sample, by its cross-entropy with the label.
+    """CA-MKD for features: one weight per teacher and sample, computed from cross-entropies with the label.
 
-    result_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), the weights of the router `confidence`
+        weight_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1)
 
-    In the router the logits of the teachers decide; here the parts decide, such as the outputs of each teacher's
-    classifier on the student's features. With gradient, as in the authors' code. Hidden labels (negative): 1 / E.
+    CE_e is the cross-entropy of the logits in `values`, for example the outputs of teacher e's classifier on the
+    student's features. If the label of a sample is hidden (negative), all weights are 1 / E. As in the authors' code,
+    the weights are not detached. The router `confidence` has the same formula for the logits of the teachers, without
+    gradient.
 
     Shape:
-        values: logits (batch, classes) each. label: (batch,), int64. Returns (batch, parts), each row of sum 1.
+        values: logits (batch, classes) each. label: (batch,), int64. Returns the weights (batch, E), each row of sum
+            1.
 
     Example (recipe):
         route: {type: given, gradient: true, route: {combine: confidence, of: [a_reads, b_reads], label: train.label}}

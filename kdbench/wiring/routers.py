@@ -1,4 +1,7 @@
-"""Routers: the weight of each edge of a term (each teacher) for each sample, (batch, edges)."""
+"""Routers: modules that compute the weight of each teacher of a loss term for each sample, (batch, edges).
+
+An edge of a loss term is one (student, teacher) pair.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,19 @@ from kdbench.wiring.base import Router
 
 
 def _check_several_edges(router: str, edges: int) -> None:
-    """Raises ConfigError for a term with a single edge."""
+    """Raises ConfigError if a loss term has only one (student, teacher) pair."""
     if edges < 2:
-        raise ConfigError(f"{router}: a router divides a term among several teachers, but the term has {edges} edge")
+        raise ConfigError(
+            f"{router}: a router weights several teachers, but the term has {edges} pair of student and teacher"
+        )
 
 
 @ROUTERS.register("uniform", version=1, injected=("edges",))
 class UniformRouter(Router):
-    """Equal weights: 1 / edges for every teacher.
+    """Router with equal weights: 1 / (number of teachers) for every teacher.
 
     Shape:
-        Returns (batch, edges).
+        Returns (batch, teachers).
     """
 
     def __init__(self, edges: int) -> None:
@@ -41,10 +46,10 @@ class UniformRouter(Router):
 
 @ROUTERS.register("random", version=1, injected=("edges",))
 class RandomRouter(Router):
-    """One random teacher per sample and step.
+    """Router that selects one random teacher for each sample in each step.
 
     Shape:
-        Returns (batch, edges), one 1 in each row.
+        Returns (batch, teachers): in each row one 1, otherwise zeros.
     """
 
     def __init__(self, edges: int) -> None:
@@ -59,15 +64,14 @@ class RandomRouter(Router):
 
 @ROUTERS.register("drop", version=1, injected=("edges",))
 class DropRouter(Router):
-    """DGKD: drops random teachers in every step; the losses of the rest are added, not averaged.
+    """DGKD: router that drops random teachers in every step. The losses of the remaining teachers are summed.
 
-    weight_e = 0 for `count` random edges, else 1
-
-    The authors' code draws once per step, as in the text.
+    An edge e is one (student, teacher) pair of the loss term: weight_e = 0 for `count` random edges, otherwise 1. As
+    in the paper, the authors' code draws the dropped edges once per step.
 
     Args:
-        count: number of dropped edges, from 0 to below the number of edges.
-        per: `step` or `sample`: one draw for the batch, or one for each sample.
+        count: number of dropped edges, at least 0 and below the number of edges.
+        per: `step`: one draw for the batch. `sample`: one draw for each sample.
 
     Shape:
         Returns (batch, edges), each row with `count` zeros.
@@ -81,7 +85,7 @@ class DropRouter(Router):
         super().__init__()
         _check_several_edges("drop", edges)
         if not 0 <= count < edges:
-            raise ConfigError(f"drop: count must be from 0 to below the {edges} edges of the term, got {count}")
+            raise ConfigError(f"drop: count must be from 0 to {edges - 1} (the term has {edges} teachers), got {count}")
         self.edges = edges
         self.count = count
         self.per = per
@@ -95,13 +99,15 @@ class DropRouter(Router):
 
 @ROUTERS.register("given", version=1, operands=("route",), injected=("edges",))
 class ExternalRouter(Router):
-    """Weights from an operand, such as those of another term's router for a term on features.
+    """Router that uses a given tensor as the weights of the teachers.
+
+    Example: a loss term on features uses the weights of the term `kd` on logits, which has its own router.
 
     Args:
-        gradient: pass the gradient of this term to the weights; by default they are detached.
+        gradient: whether the gradient of the loss flows into the weights. By default, the weights are detached.
 
     Shape:
-        route: (batch, edges). Returns the same.
+        route: (batch, teachers). Returns the same shape.
 
     Example (recipe):
         route: {type: given, route: "term:kd.route"}
@@ -115,22 +121,29 @@ class ExternalRouter(Router):
 
     def forward(self, route: Tensor) -> Tensor:
         if route.dim() != 2 or route.shape[1] != self.edges:
-            raise ValueError(f"needs weights for {self.edges} edges per sample, got {list(route.shape[1:])}")
+            raise ValueError(
+                f"route must contain {self.edges} weights per sample, one per teacher, "
+                f"got shape {list(route.shape[1:])}"
+            )
         return route if self.gradient else route.detach()
 
 
 @ROUTERS.register("confidence", version=1, injected=("edges",))
 class ConfidenceRouter(Router):
-    """CA-MKD: weight of each teacher per sample, by its cross-entropy with the label.
+    """CA-MKD: router that gives a teacher a higher weight for samples on which it has a lower cross-entropy.
 
-    weight_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1), of sum 1
+    For E teachers with the cross-entropies CE_1 .. CE_E with the label of the sample:
 
-    As in the authors' code, which divides the loss by the number of teachers once more: include that in the term's
-    weight. The teachers' operands are logits; a term on features has the router `given` with this one's route. Hidden
-    labels (negative): 1 / E.
+        weight_e = (1 - softmax_e(CE_1 .. CE_E)) / (E - 1)
+
+    The weights of a sample sum to 1. If the label is hidden (negative), all weights are 1 / E. The authors' code also
+    divides the weighted loss by E; to reproduce this division, divide the weight of the loss term by E.
+
+    The teacher tensors of the loss term must be logits. For a loss term on features, use the router `given` with the
+    weights of this router as its input.
 
     Shape:
-        teachers: logits (batch, classes) each. label: (batch,), int64. Returns (batch, edges).
+        teachers: logits (batch, classes) each. label: (batch,), int64. Returns (batch, teachers).
 
     References:
         Zhang, Chen and Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022, arXiv:2201.00007.
@@ -147,19 +160,23 @@ class ConfidenceRouter(Router):
 
 @ROUTERS.register("top_k", version=1, operands=("read",), injected=("edges", "shapes"))
 class TopKRouter(Router):
-    """MST-Distill: a learnt gate selects the k most probable teachers of each sample.
+    """MST-Distill: router with a learnt gate that selects the k most probable teachers of each sample.
 
-    gate = softmax(W_2 W_1 read): two linear layers of width 2 * inputs without non-linearity, as in the authors' code,
-    which reads the student's logits (`read: student`). Gradients pass into `read`, as there.
+        gate = softmax(W_2 (W_1 read))
+
+    `read` is the input of the gate. The gate has two linear layers without an activation in between; the hidden width
+    is twice the input width. In the authors' code, the input is the student's logits (`read: student`). As in the
+    authors' code, gradients flow into `read`.
 
     Args:
-        k: number of selected teachers, from 1 to the number of edges.
-        weights: weights of the selected teachers. `gate`: their gate values, scaled to sum 1, so that the distillation
-            loss trains the gate. `equal`: 1 / k each, as in the authors' code; the gate then gets no gradient from the
-            distillation loss, only from the load balance term (`load_balance` on `term:NAME.gate`).
+        k: number of selected teachers, from 1 to the number of teachers.
+        weights: weights of the selected teachers. `gate`: their gate values, scaled to sum 1, so that the
+            distillation loss trains the gate. `equal`: 1 / k each, as in the authors' code. With `equal`, only a
+            load-balance loss trains the gate (a term `load_balance` on `term:NAME.gate`).
 
     Shape:
-        read: (batch, ...). Returns route and gate, (batch, edges) each, each row of sum 1.
+        read: (batch, ...). Returns a dictionary with `route` (the weights) and `gate`, both (batch, teachers) with
+        rows of sum 1.
 
     References:
         Li et al., MST-Distill, ACM MM 2025, arXiv:2507.07015.
@@ -171,11 +188,11 @@ class TopKRouter(Router):
         super().__init__()
         _check_several_edges("top_k", edges)
         if not 1 <= k <= edges:
-            raise ConfigError(f"top_k: k must be from 1 to the {edges} edges of the term, got {k}")
+            raise ConfigError(f"top_k: k must be from 1 to {edges} (the term has {edges} teachers), got {k}")
         if k == 1 and weights == "gate":
             raise ConfigError(
-                "top_k: with k 1 the one weight is always 1, and the gate would learn nothing from the term. "
-                "Use k 2 or more, or `weights: equal` with a load_balance term."
+                "top_k: with k = 1 and `weights: gate`, the weight of the selected teacher is always 1, so the gate "
+                "would get no gradient. Use k of at least 2, or `weights: equal` with a load_balance term."
             )
         width = math.prod(shapes["read"])
         self.k = k
@@ -195,23 +212,25 @@ class TopKRouter(Router):
 
 @ROUTERS.register("policy", version=1, operands=("read",), injected=("edges", "shapes", "num_classes"))
 class PolicyRouter(Router):
-    """RL-KD: a stochastic policy selects teachers for each sample.
+    """RL-KD: router with a stochastic policy that selects teachers for each sample.
 
-    gate_e = sigmoid(w_e . [read, softmax(teacher_e), CE_e] + b_e)
+        gate_e = sigmoid(w_e . [read, softmax(teacher_e), CE_e] + b_e)
 
-    Its inputs are an operand of the sample, the teacher's prediction and its cross-entropy with the label (0 for a
-    hidden label); all are detached. Each teacher is selected with the probability gate_e, drawn from torch's generator;
-    the selected teachers have equal weights. No gradient passes through the draw: train the gate by `reinforce` on
-    `term:NAME.gate`. By the text; no code is released.
+    The policy selects teacher e with probability gate_e, independently of the other teachers. The selected teachers
+    of a sample have equal weights. The inputs of the policy are detached: `read` (a tensor that the recipe sets), the
+    teacher's softmax, and CE_e, the teacher's cross-entropy with the label (0 if the label is hidden). No gradient
+    flows through the random selection. Train the policy with a term `reinforce` on `term:NAME.gate`. The
+    implementation follows the paper, because no code is released.
 
     Args:
-        none: for samples without a selected teacher. `nobody`: the sample is not distilled. `likeliest`: select the
-            most probable teacher; if the reward is minus the distillation loss, a policy would otherwise learn to
-            select no teacher, which has no loss.
+        none: what happens to a sample for which the policy selects no teacher. `nobody`: the sample has no
+            distillation loss. `likeliest`: the teacher with the largest gate_e is selected. Use `likeliest` if the
+            reward is minus the distillation loss; otherwise the policy would learn to select no teacher, because this
+            makes the loss 0.
 
     Shape:
-        read: (batch, ...). teachers: logits (batch, classes) each. label: (batch,), int64.
-        Returns route and gate, (batch, edges) each.
+        read: (batch, ...). teachers: logits (batch, classes) each. label: (batch,), int64. Returns a dictionary with
+        `route` (the weights) and `gate`, both (batch, teachers).
 
     References:
         Yuan, Shou, Pei, Lin, Gong, Fu and Jiang, Reinforced Multi-Teacher Selection for Knowledge Distillation, AAAI

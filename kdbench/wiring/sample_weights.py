@@ -1,6 +1,6 @@
-"""Sample weights: one weight per sample of a term.
+"""Sample weights: modules that compute one weight per sample for a loss term.
 
-All are detached except `learnt`, so that no network lowers its loss through its weights.
+All weights except `learnt` are detached, so that no network can lower its loss by changing its weights.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def _detached_softmax(logits: Tensor, temperature: Number = 1.0) -> Tensor:
 
 
 def _label_probability(probabilities: Tensor, label: Tensor) -> Tensor:
-    """Returns the probability of the label: (batch,); 0 where the label is hidden."""
+    """Returns the probability of each sample's label, (batch,). It is 0 if the label is hidden (negative)."""
     label_probability = probabilities.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1)
     return torch.where(label < 0, 0, label_probability)
 
 
 @SAMPLE_WEIGHTS.register("confidence", version=1)
 class ConfidenceWeight(SampleWeight):
-    """Probability that the teacher gives the label of the sample.
+    """Sample weight: probability that the teacher assigns to the label, raised to a power.
 
     weight = softmax(teacher)[label] ** power
 
     Args:
-        power: above 0.
+        power: exponent, above 0.
 
     Shape:
-        teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        teacher: logits (batch, classes). label: (batch,), int64. Samples with a hidden label (negative) get weight 0.
         Returns (batch,), in [0, 1].
     """
 
@@ -55,14 +55,14 @@ class ConfidenceWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("threshold", version=1)
 class ThresholdWeight(SampleWeight):
-    """Confidence threshold: 1 where the teacher's largest probability is at least `least`, else 0.
+    """Sample weight: 1 if the teacher's largest probability is at least `least`, otherwise 0.
 
-    The mask of FixMatch (Sohn et al., NeurIPS 2020, arXiv:2001.07685; 0.95 there). The runner divides by all rows of
-    the batch, as FixMatch does.
+    This is the confidence mask of FixMatch (Sohn et al., NeurIPS 2020, arXiv:2001.07685), which has threshold 0.95.
+    As in FixMatch, the loss is divided by the number of all samples of the batch, including samples of weight 0.
 
     Args:
         least: threshold, in [0, 1].
-        temperature: of the teacher's softmax, above 0.
+        temperature: temperature of the teacher's softmax, above 0.
 
     Shape:
         teacher: logits (batch, classes). Returns (batch,), 0 or 1.
@@ -82,18 +82,16 @@ class ThresholdWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("entropy_gap", version=1)
 class EntropyGapWeight(SampleWeight):
-    """Entropy gap: `high` where one side has the lower entropy, else `low`; balances the KL divergences of BD-KD.
+    """Sample weight: `high` if the network `surer` has the lower entropy, otherwise `low` (BD-KD).
 
-    weight = high where the entropy of the side `surer` is below that of the opposite side, else low
-
-    BD-KD raises forward KL, which spreads, where the student is more certain than the teacher, and reverse KL, which
-    sharpens, where the teacher is. The abstract and the available text say this; the values of the weights were not
-    available, the defaults are ours.
+    BD-KD increases the weight of forward KL for samples on which the student has a lower entropy than the teacher,
+    and the weight of reverse KL for samples on which the teacher has the lower entropy. The abstract and the
+    available part of the text contain this rule, but no values. The default values are a choice of kdbench.
 
     Args:
-        surer: side that gets `high` where it has the lower entropy: `student` or `teacher`.
-        high: at least 0.
-        low: at least 0, different from `high`.
+        surer: network that must have the lower entropy for the weight `high`: `student` or `teacher`.
+        high: weight of samples on which `surer` has the lower entropy, at least 0.
+        low: weight of all other samples, at least 0 and different from `high`.
 
     Shape:
         student, teacher: logits (batch, classes). Returns (batch,), `high` or `low`.
@@ -110,7 +108,7 @@ class EntropyGapWeight(SampleWeight):
         super().__init__()
         check_parameters("entropy_gap", "at least 0", high=high, low=low)
         if not isinstance(high, Tensor) and not isinstance(low, Tensor) and high == low:
-            raise ConfigError(f"entropy_gap: high and low are both {high}, so all samples would have the same weight")
+            raise ConfigError(f"entropy_gap: high and low must differ, got {high} for each of them")
         self.surer = surer
         self.high = high
         self.low = low
@@ -124,9 +122,11 @@ class EntropyGapWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("disagreement", version=1)
 class DisagreementWeight(SampleWeight):
-    """Total variation distance between the softmaxes of student and teacher.
+    """Sample weight: total variation distance between the softmaxes of student and teacher.
 
-    weight = 1/2 sum_k |p_k - q_k|: 0 for equal predictions, 1 for predictions without a common class
+    weight = 1/2 sum_k |p_k - q_k|, where p and q are the two softmaxes
+
+    The weight is 0 for equal predictions and 1 if no class has a positive probability in both.
 
     Shape:
         student, teacher: logits (batch, classes). Returns (batch,), in [0, 1].
@@ -138,17 +138,17 @@ class DisagreementWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("focal", version=1)
 class FocalWeight(SampleWeight):
-    """Factor of the focal loss: a lower weight for samples that the student classifies correctly.
+    """Sample weight: factor of the focal loss, which is lower for samples that the student classifies correctly.
 
     weight = (1 - p_label) ** power, p = softmax(student)
 
-    The weight is detached; the focal loss has its gradient too.
+    The weight is detached. In the focal loss of the paper, a gradient also flows through this factor.
 
     Args:
-        power: above 0.
+        power: exponent, above 0.
 
     Shape:
-        student: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        student: logits (batch, classes). label: (batch,), int64. Samples with a hidden label (negative) get weight 0.
         Returns (batch,), in [0, 1].
 
     References:
@@ -167,21 +167,21 @@ class FocalWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("loss_ratio", version=1)
 class LossRatioWeight(SampleWeight):
-    """WSLD: weight of a soft label by the ratio of the cross-entropies of student and teacher.
+    """WSLD: weight of each sample's distillation loss, from the ratio of the cross-entropies of student and teacher.
 
     weight = 1 - exp(-CE(student) / (CE(teacher) + 1e-7))
 
-    Near 0 where the student has learnt the label and the soft label would only add bias, 1 - 1/e at equal
-    cross-entropies, 1 where the teacher knows the label far better.
+    The weight is near 0 if the student has learnt the label, because the soft label would then only add bias. The
+    weight is 1 - 1/e at equal cross-entropies, and near 1 if the cross-entropy of the teacher is far lower.
 
     Shape:
-        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
-        Returns (batch,), in [0, 1].
+        student, teacher: logits (batch, classes). label: (batch,), int64. Samples with a hidden label (negative) get
+        weight 0. Returns (batch,), in [0, 1].
 
     References:
-        Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
-        Tradeoff Perspective, ICLR 2021, arXiv:2102.00650; 1e-7 as in the authors' code
-        (bellymonster/Weighted-Soft-Label-Distillation).
+        Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, Rethinking Soft Labels for Knowledge Distillation: A
+        Bias-Variance Tradeoff Perspective, ICLR 2021, arXiv:2102.00650. The constant 1e-7 is that of the authors'
+        code (bellymonster/Weighted-Soft-Label-Distillation).
     """
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
@@ -191,22 +191,23 @@ class LossRatioWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("outside", version=1, operands=("judge",))
 class OutsideClassesWeight(SampleWeight):
-    """0 for samples that a network assigns to one of the listed classes, else 1.
+    """Sample weight: 0 if the network `judge` predicts one of the listed classes, otherwise 1.
 
-    SCAR leaves out the images that the old network assigns to a class to be forgotten (authors' code). The runner
-    divides by all rows of the batch.
+    In the authors' code of SCAR (machine unlearning), samples are excluded in this way if the old network predicts a
+    class that is to be forgotten. The loss is divided by the number of all samples of the batch, including samples of
+    weight 0.
 
     Args:
-        classes: class numbers.
+        classes: class numbers for which the weight is 0.
 
     Shape:
-        judge: logits of that network (batch, classes). Returns (batch,), 0 or 1.
+        judge: logits of a network (batch, classes). Returns (batch,), 0 or 1.
     """
 
     def __init__(self, classes: list[int]) -> None:
         super().__init__()
         if not classes or min(classes) < 0:
-            raise ConfigError(f"outside: classes lists class numbers, got {classes}")
+            raise ConfigError(f"outside: classes must list at least one class number, got {classes}")
         self.classes = tuple(classes)
 
     def forward(self, judge: Tensor) -> Tensor:
@@ -219,18 +220,20 @@ class OutsideClassesWeight(SampleWeight):
 
 @SAMPLE_WEIGHTS.register("learnt", version=1, operands=("by",))
 class LearntWeight(SampleWeight):
-    """Output of a network as weight, with gradient.
+    """Sample weight: output of a network, with gradient.
 
-    weight = by, or 1 - by with `complement`, so that one term gains what the other loses
+    weight = by, or 1 - by with `complement`, where `by` is the output of the network
 
-    Nothing is detached. A network that trains on the loss with its own weights would set them all to 0: train it in an
-    update with `inner_step`.
+    With one loss term of weight `by` and a second one of weight 1 - `by`, the network divides each sample between the
+    two losses. The weight is not detached: a network that minimised the weighted loss directly would set all weights
+    to
+    0. Train the network in an update with the key `inner_step` instead (bilevel optimisation).
 
     Args:
-        complement: use 1 minus the output.
+        complement: whether the weight is 1 minus the output.
 
     Shape:
-        by: (batch,) or (batch, 1); the network ensures that weights are at least 0. Returns (batch,).
+        by: (batch,) or (batch, 1), at least 0 (the network must ensure this). Returns (batch,).
     """
 
     def __init__(self, complement: bool = False) -> None:

@@ -215,7 +215,7 @@ def test_exemplars_divide_the_memory_equally_among_the_classes_so_far():
 
 
 def test_memory_smaller_than_the_number_of_classes_is_rejected():
-    with pytest.raises(ConfigError, match="memory of 3 is too small for 4 classes"):
+    with pytest.raises(ConfigError, match="memory of 3 samples is too small for 4 classes"):
         build("exemplars", sample_outputs(random_values()), memory=3)
 
 
@@ -285,7 +285,7 @@ def test_per_class_repeats_confident_samples_and_leaves_labelled_ones_single():
 
 
 def test_threshold_without_any_sample_above_it_is_reported():
-    with pytest.raises(ConfigError, match=r"none of 40 samples passes the threshold 1\.0"):
+    with pytest.raises(ConfigError, match=r"none of 40 samples has a confidence of at least the threshold 1\.0"):
         build("pseudo_labels", sample_outputs(random_values(), ("teacher",)), threshold=1.0)
 
 

@@ -6,10 +6,12 @@ import re
 from functools import cache
 
 import pytest
+import torch
 
 from kdbench.cli.check import Section, check_recipe, stage_sections
 from kdbench.cli.descriptions import count_text, describe_stage, describe_term, join_names
 from kdbench.config.load import load_recipe
+from kdbench.engine.device import describe_device
 from kdbench.engine.plan.plan import StagePlan
 from kdbench.experiment.artifacts import plan_stages
 
@@ -38,26 +40,30 @@ DETAILS = {
         "optimizer: AdamW(lr 0.003, weight_decay 0.01).",
     ],
     ("dafl", "main"): ["update 1 (generator): Adam(lr 0.001).", "update 2 (student): Adam(lr 0.005)."],
+    ("ctkd", "main"): [
+        "optimizer: SGD(lr 0.03, momentum 0.9, weight_decay 0.0005); it also trains 1 parameter of terms and adapters.",
+    ],
     ("zskt", "main"): ["update 2 (student): Adam(lr 0.005); 5 updates per step."],
-    ("kd", "main"): ["validation: 0.1 of source train, held out; it selects the best epoch."],
+    ("kd", "main"): ["validation: 10 % of source train, held out of training; the best epoch is selected on it."],
     ("tgeo_kd", "main"): [
-        "hard: cross_entropy on student logits and labels; sample weights: learnt(complement) of gate logits.",
-        "update 1 (gate): Adam(lr 0.003); loss after an inner step of student on soft and hard (learning rate: that of "
-        "the update of student), differentiated through that step.",
+        "hard: cross_entropy compares student logits with labels; sample weights: learnt(complement) of gate logits.",
+        "update 1 (gate): Adam(lr 0.003); the loss is computed after an inner step of student on soft and hard "
+        "(learning rate: that of the update of student), and the gradient flows through this inner step.",
     ],
     ("mst_distill", "together"): [
         "not run: both_mask1, both_mid1, both_by1, both_mask2, both_by2, other_mask1, other_mid1, other_by1, "
-        "other_mask2 and other_by2 (nothing in this stage reads the output).",
+        "other_mask2 and other_by2 (nothing in this stage reads their output).",
     ],
     ("mst_distill", "distil"): [
-        "kd: kd on student logits and each of [both_by1 logits, both_by2 logits, other_by1 logits, other_by2 logits]; "
-        "edge weights: top_k(k 2) of student logits.",
+        "kd: kd compares student logits with each of [both_by1 logits, both_by2 logits, other_by1 logits, other_by2 "
+        "logits]; edge weights: top_k(k 2) of student logits.",
     ],
     ("scrub", "away@1"): ["training: 1 epoch; learning rate constant; float32; evaluated at the end."],
-    ("icarl", "means"): ["training: none."],
+    ("icarl", "means"): ["training: none (0 epochs or steps)."],
     ("hpcr", "learn@1"): ["without gradient: 2 parameter tensors (body.fc.weight, body.fc.bias)."],
     ("one", "main"): [
-        "ensemble: cross_entropy on gate(student logits, second logits, third logits, gate = gate logits) and labels.",
+        "ensemble: cross_entropy compares the output of gate (inputs: student logits, second logits, third logits, "
+        "gate = gate logits) with labels.",
     ],
     ("acid", "main"): [
         "optimizer: SGD(lr 0.05, momentum 0.9, weight_decay 0.0005); 0.25 of the rows of each batch, selected by "
@@ -66,14 +72,22 @@ DETAILS = {
 }
 
 TERMS = {
-    ("dml", "main", "kl"): "kd on a logits and b logits; b logits and a logits",
-    ("dafl", "main", "sure"): "one_hot on teacher logits",
-    ("zskt", "main", "disagree"): "kd on student logits and teacher logits; maximized; gradient to the teacher too",
-    ("mean_teacher", "main", "ce"): "cross_entropy on student logits and labels",
-    ("fitnets", "distil", "kd"): "kd on student logits and teacher logits",
-    ("fedmd", "digest@1", "consensus"): "feature_distance on each of [cnn:fc, mlp:fc, resnet:fc] and "
-    "mean_logits(said_cnn:fc, said_mlp:fc, said_resnet:fc)",
-    ("hpcr", "learn@1", "contrast"): "proxy_contrastive on student logits and labels; with replayed = again logits, "
+    ("dml", "main", "kl"): "kd compares a logits with b logits; b logits with a logits",
+    ("dafl", "main", "sure"): "one_hot is computed on teacher logits",
+    (
+        "zskt",
+        "main",
+        "disagree",
+    ): "kd compares student logits with teacher logits; maximized; gradient to the teacher too",
+    ("mean_teacher", "main", "ce"): "cross_entropy compares student logits with labels",
+    ("fitnets", "distil", "kd"): "kd compares student logits with teacher logits",
+    ("fedmd", "digest@1", "consensus"): "feature_distance compares each of [cnn:fc, mlp:fc, resnet:fc] with "
+    "the output of mean_logits (inputs: said_cnn:fc, said_mlp:fc, said_resnet:fc)",
+    (
+        "hpcr",
+        "learn@1",
+        "contrast",
+    ): "proxy_contrastive compares student logits with labels; with replayed = again logits, "
     "replayed_label = memory.label",
 }
 
@@ -85,7 +99,7 @@ CELLS = {
     ("lwf", "learn@2", "roles", "was2"): {"model": "task_logits", "input": "teacher:logits", "parameters": "0"},
     ("fedmd", "digest@1", "roles", "said_cnn"): {
         "model": "as cnn",
-        "mode": "snapshot of cnn (at the start of the stage) (stops after fc)",
+        "mode": "snapshot of cnn (at the start of the stage) (forward stops after fc)",
     },
     ("fedmd", "revisit@1", "data", "home2"): {
         "samples": "not counted yet",
@@ -95,6 +109,8 @@ CELLS = {
     },
     ("hard", "main", "roles", "plain_teacher"): {"model": "as teacher", "mode": "reuse of teacher"},
     ("hpcr", "learn@1", "data", "memory"): {"options": "subset first.memory", "batch size": "10"},
+    ("ctkd", "main", "terms", "kd"): {"parameters": "reverse cosine(start 0, end 1, over 10)"},
+    ("blockwise", "whole", "roles", "teacher"): {"weights": "digits/teacher (digits_resnet(blocks 3))"},
     ("hpcr", "learn@1", "terms", "contrast"): {"weight": "cosine(start 0.5625, end 1.8, over 250, by step)"},
     ("kd", "main", "data", "train"): {"dataset": "digits train", "samples": "811", "options": "labels of 50 samples"},
     ("kd", "main", "terms", "ce"): {"teacher": "labels", "space": "row"},
@@ -136,7 +152,8 @@ def test_details_have_no_role_that_does_not_run_and_no_empty_parts(recipe):
         for line in sentences:
             assert not any(line.startswith(f"{name}: ") for name in names)
             assert not re.search(
-                r"\b1 (epochs|steps|updates|parameter tensors)\b|, \.|; \.|  |\(\)", line.replace(", ...", "")
+                r"\b1 (epochs|steps|updates|parameters|parameter tensors)\b|, \.|; \.|  |\(\)",
+                line.replace(", ...", ""),
             ), line
 
 
@@ -150,10 +167,16 @@ def test_every_table_row_has_a_cell_for_each_heading():
 def test_equal_rounds_of_a_loop_are_printed_once(capsys):
     assert check_recipe(load_recipe("digits/fedmd")) == 0
     output = capsys.readouterr().out
-    assert "stage digest@2\n" in output and "stage digest@3: as digest@2, in a later round" in output
+    assert "stage digest@2\n" in output and "stage digest@3: equal to digest@2, in a later round of the loop" in output
     assert output.count("\nroles") < len(plans("fedmd"))
 
 
 def test_numbers_and_lists_agree_in_number():
     assert (count_text(1, "epoch"), count_text(1200, "step")) == ("1 epoch", "1,200 steps")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert describe_device(torch.device("cpu")).endswith(", 1 thread)")
+    finally:
+        torch.set_num_threads(threads)
     assert (join_names(["a"]), join_names(["a", "b"]), join_names(["a", "b", "c"])) == ("a", "a and b", "a, b and c")

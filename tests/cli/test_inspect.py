@@ -35,7 +35,7 @@ def test_head_with_a_vector_input_is_traced_with_a_vector():
 
 @pytest.mark.parametrize("name", ["image_bank", "masked_vit", "hidden_patches"])
 def test_part_that_takes_no_image_is_rejected_with_a_hint(name):
-    with pytest.raises(ConfigError, match=f"'{name}' does not take an image.*kdbench check RECIPE"):
+    with pytest.raises(ConfigError, match=f"'{name}' does not accept an image.*kdbench check RECIPE"):
         table(name)
 
 
@@ -76,7 +76,7 @@ def test_model_that_reads_values_is_built_on_the_cpu(monkeypatch):
     [
         (("rsnet20",), "no model 'rsnet20'. Did you mean 'resnet20'"),
         (("digits_mlp", {"hiden": 3}), "no parameter 'hiden'"),
-        (("vgg8", {}, (3, 4, 4)), "does not take an image of 3 x 4 x 4"),
+        (("vgg8", {}, (3, 4, 4)), "does not accept an image of 3 x 4 x 4"),
         (("vgg8", {}, (3, 4)), "channels, height and width"),
     ],
 )

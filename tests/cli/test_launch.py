@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kdbench.cli.jobs import JobRecord, read_records
 from kdbench.cli.main import main
 from kdbench.cli.train import print_jobs
 from kdbench.config.identity import identity
@@ -243,14 +244,13 @@ def test_table_of_a_multirun_groups_jobs_by_their_overrides_without_seed(monkeyp
         return SimpleNamespace(table=lambda: "TABLE")
 
     monkeypatch.setattr(kdbench.cli.train, "aggregate", aggregate)
-    finished = {"role": "student"}
     print_jobs(
         [
-            {"label": "lr=1 epochs=2", "folder": "a", **finished},
-            {"label": "lr=2 epochs=2", "folder": "b", **finished},
-            {"label": "lr=1 epochs=2", "folder": "c", **finished},
-            {"label": "lr=2 epochs=2"},
-            {"label": "lr=3 epochs=2"},
+            JobRecord("lr=1 epochs=2", folder="a"),
+            JobRecord("lr=2 epochs=2", folder="b"),
+            JobRecord("lr=1 epochs=2", folder="c"),
+            JobRecord("lr=2 epochs=2"),
+            JobRecord("lr=3 epochs=2"),
         ]
     )
     assert [(group.label, list(group.folders)) for group in groups] == [
@@ -267,6 +267,27 @@ def test_table_of_a_multirun_over_seeds_has_one_row_with_all_overrides(monkeypat
     groups: list[RunGroup] = []
     table = SimpleNamespace(table=lambda: "")
     monkeypatch.setattr(kdbench.cli.train, "aggregate", lambda rows: groups.extend(rows) or table)
-    print_jobs([{"label": "lr=1", "folder": name, "role": "student"} for name in "ab"])
-    print_jobs([{"label": "", "folder": name, "role": "student"} for name in "ab"])
+    print_jobs([JobRecord("lr=1", folder=name) for name in "ab"])
+    print_jobs([JobRecord("", folder=name) for name in "ab"])
     assert [group.label for group in groups] == ["lr=1", "all jobs"]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("{", "is damaged (not JSON"),
+        ("", "is damaged (not JSON: empty)"),
+        ("[]", "is damaged: the content is of type list; expected a mapping"),
+        ("{}", "is damaged: entry 'label' is missing"),
+        ('{"label": "lr=1", "folder": 3}', "is damaged: entry 'folder' is of type int; expected str"),
+    ],
+)
+def test_damaged_job_record_is_reported_by_name_and_left_out(tmp_path, capsys, content: str, reason: str):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/10.json").write_text('{"label": "lr=2", "folder": "b", "role": "student"}')
+    (tmp_path / "jobs/2.json").write_text('{"label": "lr=1"}')
+    (tmp_path / "jobs/3.json").write_text(content)
+    assert read_records(tmp_path) == [JobRecord("lr=1"), JobRecord("lr=2", folder="b")]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"{tmp_path}/jobs/3.json {reason}" in lines[0]
+    assert lines[0].endswith("the table does not contain job 3.")

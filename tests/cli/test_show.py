@@ -106,7 +106,7 @@ def test_groups_and_optimizers_are_shown(capsys):
         (["train", "digits/kdd"], "Did you mean 'digits/kd'?"),
         (["train", "a", "b"], "expected one recipe"),
         (["check", "digits/kd", "sed=1"], "Did you mean 'seed'?"),
-        (["check", "--all", "digits/kd"], "takes no recipe"),
+        (["check", "--all", "digits/kd"], "accepts no recipe"),
         (["train", "digits/kd", "--multirn"], "--multirn"),
         (["train", "digits/kd", "--config-name", "x"], "is not supported"),
         (["evaluate", "x", "devce=cpu"], "Did you mean 'device'?"),

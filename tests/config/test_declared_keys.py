@@ -360,6 +360,8 @@ def test_order_of_keys_does_not_change_the_errors():
 
 
 def test_hint_at_an_unknown_key_lists_declared_keys():
-    with pytest.raises(ConfigError, match=r"unknown key 'x' in a view that continues another. Known: from, then\."):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'x' in a view that continues another view. Valid names: from, then\."
+    ):
         recipe_of({**BASE, "augment": {"v": {"from": "image", "x": 1}}})
     assert {"seed", "epochs", "terms"} <= set(TOP_LEVEL_KEYS)

@@ -55,7 +55,7 @@ def test_unchanged_recipes_load():
     ("text", "replacement", "location", "hint"),
     [
         # a misspelt key, anywhere
-        ("optimizer:", "optimizer:", "r.yaml:6 optimizer: unknown key", "Did you mean 'optimizer'?"),
+        ("optimizer:", "optimiser:", "r.yaml:6 optimiser: unknown key", "Did you mean 'optimizer'?"),
         ("{model: digits_mlp}", "{modle: digits_mlp}", "r.yaml:3 student.modle: unknown key", "Did you mean 'model'?"),
         (
             "{model: digits_cnn}",
@@ -88,7 +88,7 @@ def test_unchanged_recipes_load():
         ("padding: 1", "padding: 1.5", "r.yaml:8 augment.0.padding: ", "padding must be a whole number, got 1.5"),
         ("[1, 2]", "[2, 1]", "r.yaml:7 scheduler.milestones: ", "must be in ascending order"),
         ("lr: 0.1", "lr: fast", "r.yaml:6 optimizer.lr: ", "lr must be a number, got 'fast'"),
-        ("dataset: digits", "dataset: [digits]", "r.yaml:1 dataset: ", "a dataset is a name or {type: NAME"),
+        ("dataset: digits", "dataset: [digits]", "r.yaml:1 dataset: ", "a dataset must be a name or {type: NAME"),
         ("  ce: {type: cross_entropy, weight: 0.1}", "  ce: 3", "r.yaml:10 terms.ce: ", "must be a mapping, got 3"),
         # a schedule that is not allowed, or wrong itself
         (
@@ -112,7 +112,7 @@ def test_unchanged_recipes_load():
             "Add `teacher:",
         ),
         ("type: kd,", "type: kd, teacher: 'techer:fc',", "r.yaml:11 terms.kd.teacher: no role 'techer'", "'teacher'?"),
-        ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "name the feature of the teacher"),
+        ("type: kd,", "type: kd, student: layer1,", "r.yaml:11 terms.kd: ", "name also the feature of the teacher"),
         ("type: kd,", "type: at,", "r.yaml:11 terms.kd: term 'at' compares features", "such as `student: layer3`"),
         (
             "type: kd,",
@@ -129,15 +129,15 @@ def test_unchanged_recipes_load():
         (
             "type: kd,",
             "type: kd, student: [layer1, layer2], teacher: [layer1],",
-            "r.yaml:11 terms.kd.teacher: the list has 1 operands, but `student` has 2",
-            "element i is compared with element i",
+            "r.yaml:11 terms.kd.teacher: the list `teacher` has length 1, but the list `student` has 2",
+            "operands of equal position",
         ),
         ("type: kd,", "type: kd, teacher: others,", "r.yaml:11 terms.kd.teacher: `others`", "list of two or more"),
         (
             "type: cross_entropy,",
             "type: cross_entropy, teacher: teacher,",
             "r.yaml:10 terms.ce.teacher: term 'cross_entropy' reads no teacher",
-            "Remove it",
+            "Remove `teacher`",
         ),
         (
             "{model: digits_mlp}",
@@ -149,12 +149,12 @@ def test_unchanged_recipes_load():
             "{model: digits_mlp}",
             "{model: digits_mlp, input: 'teacher:fc'}\nmodels: {teacher: x}",
             "r.yaml:2 teacher: role 'teacher' is defined twice",
-            "keep one of them",
+            "keep one of the two definitions",
         ),
         (
             "{model: digits_mlp}",
             "{model: digits_mlp, frozen: true}",
-            "r.yaml: nothing trains",
+            "r.yaml: there is nothing to train",
             "no role is trainable",
         ),
         (
@@ -172,7 +172,7 @@ def test_unchanged_recipes_load():
         (
             "{model: digits_cnn}",
             "{model: digits_cnn, weights: {recipe: r.yaml}}",
-            "r.yaml:2 teacher.weights.recipe: cyclic reference",
+            "r.yaml:2 teacher.weights.recipe: the recipes form a cycle",
             "r.yaml",
         ),
         (
@@ -184,8 +184,8 @@ def test_unchanged_recipes_load():
         (
             "{model: digits_cnn}",
             "{model: digits_cnn, weights: {recipe: digits/teacher, key: x}}",
-            "r.yaml:2 teacher.weights.key: belongs to `path:`",
-            "not to `recipe:`",
+            "r.yaml:2 teacher.weights.key: `key` applies to weights with `path`",
+            "not with `recipe`",
         ),
     ],
 )
@@ -200,9 +200,9 @@ def test_mistake_in_a_recipe_is_reported(text: str, replacement: str, location: 
 @pytest.mark.parametrize(
     ("line", "location", "hint"),
     [
-        ("label_fraction: 1.5", "r.yaml:12 label_fraction: ", "a fraction above 0 up to 1, or a whole number"),
-        ("validation: 1", "r.yaml:12 validation: ", "a fraction above 0 and below 1"),
-        ("validation: -0.1", "r.yaml:12 validation: ", "a fraction above 0"),
+        ("label_fraction: 1.5", "r.yaml:12 label_fraction: ", "a fraction in (0, 1], or a whole number"),
+        ("validation: 1", "r.yaml:12 validation: ", "a fraction in (0, 1)"),
+        ("validation: -0.1", "r.yaml:12 validation: ", "a fraction in (0, 1)"),
         ("precision: bf61", "r.yaml:12 precision: ", "Did you mean 'bf16'?"),
         ("device: gpu", "r.yaml:12 device: ", "auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
         ("ema: 1.0", "r.yaml:12 ema: ", "between 0 and 1"),
@@ -230,7 +230,11 @@ def test_mistake_in_a_recipe_is_reported(text: str, replacement: str, location: 
             "r.yaml:12 models.a.input: roles read each other's outputs in a cycle",
             "a -> b -> a",
         ),
-        ("models: {a: {input: train.image}}", "r.yaml:12 models.a: role 'a' needs a `model`", "kdbench list models"),
+        (
+            "models: {a: {input: train.image}}",
+            "r.yaml:12 models.a: role 'a' needs the key `model`",
+            "kdbench list models",
+        ),
         ("models: {m: {model: digits_mlp, input: imge}}", "r.yaml:12 models.m.input: source 'train' has no", "image"),
         (
             "updates: [{models: [studnt], terms: [kd]}]",
@@ -240,25 +244,25 @@ def test_mistake_in_a_recipe_is_reported(text: str, replacement: str, location: 
         (
             "updates: [{models: [teacher], terms: [kd]}]",
             "r.yaml:12 updates.0.models: role 'teacher' is frozen",
-            "moves",
+            "an update can only change trainable roles",
         ),
         ("updates: [{models: [student], terms: [kdd]}]", "r.yaml:12 updates.0.terms: no term 'kdd'", "'kd'?"),
         ("updates: [{models: [student]}]", "r.yaml:12 updates.0: an update needs `terms`", "a list of names"),
         ("updates: [{model: student, terms: [kd]}]", "r.yaml:12 updates.0.model: unknown key", "'models'?"),
-        ("stages: {}", "r.yaml:12 stages: ", "must be a mapping of stage names"),
-        ("title: ???", "r.yaml:12 title: has no value yet", "set it on the command line"),
-        ("width: 3", "r.yaml:12 width: unknown key 'width'", "Similar: "),
+        ("stages: {}", "r.yaml:12 stages: ", "must be a non-empty mapping of stage names"),
+        ("title: ???", "r.yaml:12 title: a value is required", "set it on the command line"),
+        ("width: 3", "r.yaml:12 width: unknown key 'width'", "docs/recipe.md lists all keys"),
         # ambiguous YAML, and code
         ("seed: 010", "r.yaml:12 seed: ", "YAML reads it as 8"),
         ("seed: 1:30", "r.yaml:12 seed: ", "YAML reads it as 90"),
         ("compile: on", "r.yaml:12 compile: ", "write true"),
-        ("epochs: 4", "r.yaml:12 epochs: duplicate key 'epochs'", "first on line 4"),
+        ("epochs: 4", "r.yaml:12 epochs: duplicate key 'epochs'", "already set on line 4"),
         ("hydra: {run: {dir: /}}", "r.yaml:12 hydra: ", "is rejected"),
         ("title: ${oc.env:HOME}", "r.yaml:12 title: ", "is rejected"),
         ("vars: {a: {_target_: os.system}}", "r.yaml:12 vars.a._target_: ", "is rejected"),
         ("title: !!python/name:os.system", "r.yaml:12 title: ", "is rejected"),
         ("title: ${optimizer.l_r}", "r.yaml:12 title: ", "Did you mean 'optimizer.lr'?"),
-        ("title: ${title}", "r.yaml:12 title: ", "or to itself"),
+        ("title: ${title}", "r.yaml:12 title: ", "refers to itself"),
     ],
 )
 def test_mistake_in_an_added_line_is_reported(line: str, location: str, hint: str):
@@ -274,7 +278,7 @@ def test_mistake_in_an_added_line_is_reported(line: str, location: str, hint: st
         (
             "{stage: hint}",
             "{stage: kd}",
-            "r.yaml:9 stages.kd.student.weights: stage 'kd' is this stage or a later one",
+            "r.yaml:9 stages.kd.student.weights: stage 'kd' does not run before this stage",
             "hint",
         ),
         ("{stage: hint}", "{stage: hint, role: stdent}", "r.yaml:9 stages.kd.student.weights: stage", "'student'?"),
@@ -314,20 +318,20 @@ def test_mistake_in_an_override_names_the_override(override: str, hint: str):
 def test_mapping_over_a_list_reports_how_to_write_it():
     list_recipe = GOOD.replace("type: kd,", "type: kd, teacher: [teacher],")
     over = "terms.kd.teacher={combine: mean_logits, of: [teacher, student]}"
-    assert error_of(list_recipe, over).endswith("write `terms.kd.teacher=null` before it.")
+    assert error_of(list_recipe, over).endswith("put `terms.kd.teacher=null` before this override.")
     load_recipe("r.yaml", ["terms.kd.teacher=null", over])
 
 
 def test_cyclic_recipes_are_rejected():
     template = GOOD.replace("{model: digits_cnn}", "{model: digits_cnn, weights: {recipe: OTHER}}")
     Path("other.yaml").write_text(template.replace("OTHER", "r.yaml"))
-    assert "cyclic reference: 'other.yaml' needs the result of this recipe" in error_of(
+    assert "the recipes form a cycle: 'other.yaml' takes weights from this recipe" in error_of(
         template.replace("OTHER", "other.yaml")
     )
 
 
 def test_override_of_epochs_without_effect_is_reported():
-    assert "every stage sets its own; write stages.hint.epochs=" in error_of(STAGED, "epochs=1")
+    assert "every stage sets its own length; write stages.hint.epochs=" in error_of(STAGED, "epochs=1")
 
 
 def test_all_mistakes_are_reported_together():
@@ -357,7 +361,7 @@ def test_frozen_exported_role_is_rejected(tmp_path):
     )
     file.write_text(text)
     with pytest.raises(
-        ConfigError, match=r"own.yaml:4 export: 'teacher' is frozen in every stage; trained are student"
+        ConfigError, match=r"own.yaml:4 export: role 'teacher' is frozen in every stage; export a trained role: student"
     ):
         load_recipe(str(file))
     file.write_text(text.replace("export: teacher", "export: student"))

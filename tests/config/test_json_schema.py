@@ -49,7 +49,7 @@ notes: {basis: text, differs: [smaller model]}
 
 MISTAKES = {
     "unknown top-level key": ("epochs: 3", "epochs: 3\nbatchsize: 3"),
-    "misspelt top-level key": ("optimizer: ", "optimizer: "),
+    "misspelt top-level key": ("optimizer: ", "optimiser: "),
     "text in place of a whole number": ("epochs: 3", "epochs: three"),
     "fraction in place of a whole number": ("epochs: 3", "epochs: 2.5"),
     "true in place of a number": ("epochs: 3", "epochs: true"),

@@ -176,16 +176,20 @@ def test_terms_of_a_stage_in_a_loop_may_be_a_list(load):
         ("  warm: ", "  previous: ", ["'previous' cannot be the name of a stage"]),
         ("  warm: ", "  a.b: ", ["'a.b' cannot be the name of a stage"]),
         ("stage: train}", "stage: trian}", ["r.yaml:14", "stage 'trian' does not exist", "Did you mean 'train'?"]),
-        ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' is this stage or a later one"]),
+        ("stage: train}", "stage: query}", ["r.yaml:14", "stage 'query' does not run before this stage"]),
         ("stage: train}", "stage: train, role: stdent}", ["no role 'stdent'", "'student'?"]),
         ("stage: train}", "stage: train, role: [student, student]}", ["role is listed twice"]),
-        ("stage: train}", "path: x.pt, initial: {stage: train}}", ["weights.initial: belongs to `stage:`"]),
+        (
+            "stage: train}",
+            "path: x.pt, initial: {stage: train}}",
+            ["weights.initial: `initial` applies to weights with `stage`"],
+        ),
         ("budget: 40", "budgte: 40", ["r.yaml:15", "no parameter 'budgte'", "'budget'"]),
         ("type: choose", "type: chose", ["r.yaml:15", "no artifact 'chose'", "'choose'?"]),
         ("type: entropy", "type: entropie", ["no selector 'entropie'", "'entropy'?"]),
         ("student: student}, budget", "student: studnt:logits}, budget", ["no role 'studnt'", "'student'?"]),
-        ("by: {type: entropy, student: student}, ", "", ["'choose' needs `by`", "kdbench list selectors"]),
-        ("type: choose", "type: choose, source: pool", ["no source 'pool'", "Known: eval, train"]),
+        ("by: {type: entropy, student: student}, ", "", ["'choose' needs the key `by`", "kdbench list selectors"]),
+        ("type: choose", "type: choose, source: pool", ["no source 'pool'", "Valid names: eval, train"]),
         ("artifacts: {labels: ", "artifacts: {la bels: ", ["'la bels' cannot be the name of an artifact"]),
     ],
 )
@@ -204,7 +208,7 @@ def test_mistake_in_a_loop_is_reported_once(error_of):
     ("keys", "fragment"),
     [
         ("data: {train: {artifact: query.labls}}", "query.labels"),
-        ("label_fraction: {artifact: query.labls, initial: 20}", "no stage produces 'query.labls'"),
+        ("label_fraction: {artifact: query.labls, initial: 20}", "no stage produces the artifact 'query.labls'"),
         ("terms: {kd: {type: kd, teacher: artifact:query.labls}}", "query.labels"),
         ("student: {model: {artifact: query.labls}}", "query.labels"),
         (
@@ -226,8 +230,8 @@ def test_unknown_artifact_and_artifact_of_another_kind_are_reported(error_of, ke
 def test_frozen_role_needs_initial_weights(error_of):
     text = LOOP.replace("student: {model", "teacher: {model: digits_mlp, weights: {stage: previous}}\nstudent: {model")
     message = error_of(text)
-    assert "r.yaml:2 teacher.weights: no earlier stage has role 'teacher', which is frozen" in message
-    assert "needs `initial:` weights" in message
+    assert "r.yaml:2 teacher.weights: no earlier stage has the frozen role 'teacher'" in message
+    assert "add `initial:` with other weights" in message
 
 
 def test_override_without_effect_is_reported(error_of):
@@ -261,7 +265,7 @@ stages:
     for removal in (f"{first}.kl=null", f"~{first}.kl"):
         recipe = load(text, f"{first}.ce.weight=2", removal)
         assert ["kl" in stage.terms for stage in recipe.stages] == [False, True], removal
-    with pytest.raises(ConfigError, match=r"there is no '.*rounds.0.terms.kk' to remove. Did you mean 'kl'"):
+    with pytest.raises(ConfigError, match=r"the key '.*rounds.0.terms.kk', .* does not exist. Did you mean 'kl'"):
         load(text, f"~{first}.kk")
-    with pytest.raises(ConfigError, match=r"there is no '.*rounds.7.terms.kl' to remove"):
+    with pytest.raises(ConfigError, match=r"the key '.*rounds.7.terms.kl', .* does not exist"):
         load(text, "~stages.stream.rounds.7.terms.kl")

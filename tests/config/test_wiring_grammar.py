@@ -55,7 +55,7 @@ INNER_STEPS = {
     ),
     "an inner step of a frozen role": (
         with_inner_step("{models: [teacher], terms: [kd]}"),
-        ["updates.0.inner_step.models: role 'teacher' is frozen; an inner step moves trainable roles only"],
+        ["updates.0.inner_step.models: role 'teacher' is frozen; an inner step can only change trainable roles"],
     ),
     "an inner step by a term that is not there": (
         with_inner_step("{models: [student], terms: [dk]}"),
@@ -109,7 +109,7 @@ INNER_STEPS = {
     ),
     "an inner step beside a selection": (
         with_inner_step("{models: [student], terms: [kd]}, select: {type: random, keep: 4}"),
-        ["updates.0.select: cannot be combined with `inner_step`"],
+        ["updates.0.select: `select` cannot be combined with `inner_step`"],
     ),
     "an inner step in fp16": (
         with_inner_step("{models: [student], terms: [kd]}") + "\nprecision: fp16",
@@ -118,7 +118,7 @@ INNER_STEPS = {
     "an exported role that reads labels": (
         "models: {leaky: {model: fusion_gate, input: ['student:logits', 'teacher:logits', train.label]}}\n"
         "terms: {ce: cross_entropy}\nexport: leaky",
-        ["models.leaky.input: role 'leaky' reads the labels, but 'leaky', which is evaluated"],
+        ["models.leaky.input: role 'leaky' reads labels, but role 'leaky' is evaluated"],
     ),
 }
 """Invalid inner steps."""
@@ -168,17 +168,17 @@ INVALID = {
     "one term in two simultaneous updates": (
         "models: {b: {model: t_layers}}\nterms: {ce: {type: cross_entropy, student: [student, b]}}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [b], terms: [ce]}]]",
-        ["term 'ce' is in two updates of one group", "no order"],
+        ["term 'ce' is in two simultaneous updates of one group"],
     ),
     "a reused network in an update": (
         "models: {h: {reuse: student}}\nterms: {ce: cross_entropy, kd: {type: kd, student: h}}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [h], terms: [kd]}]]",
-        ["role 'h' is a reused network; an update moves trainable roles only"],
+        ["role 'h' is a reused network; an update can only change trainable roles"],
     ),
     "one role in two simultaneous updates": (
         "terms: {ce: cross_entropy, kd: kd}\n"
         "updates: [[{models: [student], terms: [ce]}, {models: [student], terms: [kd]}]]",
-        ["two updates of one group", "no order"],
+        ["two simultaneous updates of one group"],
     ),
     "a group of one": (
         "terms: {ce: cross_entropy}\nupdates: [[{models: [student], terms: [ce]}]]",
@@ -187,29 +187,29 @@ INVALID = {
     "repetition in a group": (
         "models: {a: {model: t_layers}}\nterms: {ce: cross_entropy, other: {type: cross_entropy, student: a}}\n"
         "updates: [[{models: [student], terms: [ce], repeat: 2}, {models: [a], terms: [other]}]]",
-        ["cannot be repeated"],
+        ["`repeat` is not allowed in a group"],
     ),
     "a router over one teacher": (
         "terms: {kd: {type: kd, route: uniform}}",
-        ["a router weights edges", "list of teachers"],
+        ["a router weights the teachers of a term", "list of teachers"],
     ),
     "a router over one teacher, listed": (
         "terms: {kd: {type: kd, teacher: [teacher], route: uniform}}",
-        ["a router weights edges", "list of teachers"],
+        ["a router weights the teachers of a term", "list of teachers"],
     ),
     "a router over one teacher, twice": (
         "terms: {kd: {type: kd, teacher: [teacher, teacher], route: uniform}}",
-        ["a router weights teachers", "the same: teacher:logits"],
+        ["a router weights the teachers of a term", "are equal: teacher:logits"],
     ),
     "a router over one teacher of two students": (
         "models: {b: {model: t_layers}}\n"
         "terms: {kd: {type: kd, student: [student, b], teacher: teacher, route: uniform}}",
-        ["a router weights teachers", "the same: teacher:logits"],
+        ["a router weights the teachers of a term", "are equal: teacher:logits"],
     ),
     "a router over a term without weights": (
         "models: {second: {model: t_layers, frozen: true}}\n"
         "terms: {it: {type: t_coupled, teacher: [teacher, second], route: uniform}, ce: cross_entropy}",
-        ["takes no weights"],
+        ["so `route` cannot be used"],
     ),
     "a sample weight of another shape": (
         "terms: {hint: {type: hint, student: conv2, teacher: conv2, sample_weight: disagreement}}",
@@ -235,7 +235,7 @@ INVALID = {
         "updates: [{models: [own], terms: [kd], select: {type: learnability, keep: 8, student: own, reference: own}}]",
         ["updates.0.select: selector 'learnability'", "reads 'label'"],
     ),
-    "a maker that reads labels where there are none": (
+    "an artifact builder that reads labels where there are none": (
         NOISE
         + "terms: {ce: cross_entropy}\nartifacts: {means: {type: class_means, source: noise, features: 'own:layer1'}}",
         ["artifacts.means: class_means reads the labels of source 'noise', which has none"],
@@ -310,12 +310,12 @@ INVALID = {
         "terms:\n  kd: {type: kd, teacher: [teacher, second], route: {type: top_k, k: 2, read: 'student:layer1'}}\n"
         "  balance: {type: load_balance, student: 'term:kd.gate'}\n"
         "updates: [{models: [student], terms: [kd]}, {models: [student], terms: [balance]}]",
-        ["which this update does not compute before it"],
+        ["is not earlier in this list"],
     ),
     "an operand that is missing": (
         "models: {second: {model: t_layers, frozen: true}}\n"
         "terms: {kd: {type: kd, teacher: [teacher, second], route: {type: top_k, k: 2}}}",
-        ["reads the operand `read`"],
+        ["needs the operand `read`"],
     ),
     "a combination of one": (
         "terms: {kd: {type: kd, teacher: {combine: mean_logits, of: [teacher]}}}",
@@ -327,28 +327,28 @@ INVALID = {
     ),
     "something that nobody made": (
         "terms: {mse: {type: logit_mse, teacher: 'artifact:first.soft'}}",
-        ["no earlier stage produces 'first.soft'"],
+        ["no earlier stage produces the artifact 'first.soft'"],
     ),
     "a dataset that nobody made": (
         "terms: {ce: cross_entropy}\ndata: {pool: {artifact: first.pool}}",
-        ["data.pool.artifact: no earlier stage produces 'first.pool'"],
+        ["data.pool.artifact: no earlier stage produces the artifact 'first.pool'"],
     ),
     "a choice that nobody made": (
         "terms: {ce: cross_entropy}\ndata: {train: {subset: {artifact: first.pick}}}",
-        ["data.train.subset.artifact: no earlier stage produces 'first.pick'"],
+        ["data.train.subset.artifact: no earlier stage produces the artifact 'first.pick'"],
     ),
     "labels that nobody chose": (
         "terms: {ce: cross_entropy}\nlabel_fraction: {artifact: first.pick}",
-        ["label_fraction.artifact: no earlier stage produces 'first.pick'"],
+        ["label_fraction.artifact: no earlier stage produces the artifact 'first.pick'"],
     ),
     "a model that nobody chose": (
         "models: {b: {model: {artifact: first.best}}}\nterms: {ce: {type: cross_entropy, student: b}}",
-        ["models.b: no earlier stage produces 'first.best'"],
+        ["models.b: no earlier stage produces the artifact 'first.best'"],
     ),
     "a choice of a later stage": (
         "terms: {ce: cross_entropy}\nstages:\n  one: {data: {train: {subset: {artifact: two.pick}}}}\n"
         "  two: {artifacts: {pick: {type: choose, by: {type: entropy, student: student}, budget: 4}}}",
-        ["stages.one.data.train.subset.artifact: no earlier stage produces 'two.pick'"],
+        ["stages.one.data.train.subset.artifact: no earlier stage produces the artifact 'two.pick'"],
     ),
     "statistics of what has none": (
         "terms: {it: {type: bn_statistics, student: 'teacher:layer1/in', teacher: 'teacher:layer1/stats'}}",
@@ -357,11 +357,11 @@ INVALID = {
     "weights of a reused network": (
         "models: {part: {reuse: 'teacher:fc', input: 'student:layer1', weights: {path: x.pt}}}\n"
         "terms: {kd: {type: kd, student: part}}",
-        ["reuses the network of 'teacher'"],
+        ["reuses the network of role 'teacher'"],
     ),
     "a transform of a frozen role": (
         "terms: {ce: cross_entropy, kd: kd}",
-        ["belongs to a trainable role"],
+        ["applies only to a trainable role"],
         ["teacher.transform=[{type: quantize}]"],
     ),
     "a snapshot of a module": (
@@ -398,7 +398,7 @@ INVALID = {
     "no metric": ("terms: {ce: cross_entropy}\nmetrics: []", ["one or more"]),
     "a selection without a number": (
         "terms: {ce: cross_entropy}\nupdates: [{models: [student], terms: [ce], select: {type: random}}]",
-        ["select needs `keep`"],
+        ["the key `keep` (fraction or number of rows to keep) is missing"],
     ),
 }
 

@@ -71,7 +71,7 @@ def test_dates_and_ambiguous_keys_are_rejected():
 
 def test_duplicate_key_reports_both_lines():
     message = error_of("terms:\n  kd: {type: kd}\n  ce: {type: cross_entropy}\n  kd: {type: dkd}\n")
-    assert message == "r.yaml:4 terms.kd: duplicate key 'kd', first on line 2; keep one of them."
+    assert message == "r.yaml:4 terms.kd: duplicate key 'kd', already set on line 2; keep one of them."
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_list_of_terms_in_a_stage_becomes_a_mapping():
     [
         ('title: "\\e]0;x\\a"\n', "r.yaml:1 title: '\\x1b]0;x\\x07' contains control characters"),
         ('a: {"\\e[2J": 1}\n', "contains control characters"),
-        ("seed: 99999999999999999999\n", "r.yaml:1 seed: the value is a whole number of more than 64 bits"),
-        ("seed: " + "9" * 5000 + "\n", "more than 64 bits"),
+        ("seed: 99999999999999999999\n", "r.yaml:1 seed: the value is a whole number that does not fit into 64 bits"),
+        ("seed: " + "9" * 5000 + "\n", "does not fit into 64 bits"),
         ("a: " + "[" * 2000 + "]" * 2000 + "\n", "nested too deeply"),
     ],
     ids=["value", "key", "number", "long number", "depth"],

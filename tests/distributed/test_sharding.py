@@ -42,11 +42,11 @@ def test_true_selects_every_role_that_can_be_sharded():
 
 SHADOW = "models: {shadow: {ema: student}}\n"
 REJECTED = {
-    f"shard: [student]\n{SHADOW}": r"role 'student' .*: role 'shadow' \(ema\) needs its full weights",
-    f"shard: [shadow]\n{SHADOW}": "role 'shadow' cannot be sharded: it is the ema of 'student'",
-    "shard: [again]\nmodels: {again: {reuse: teacher}}\n": "it reuses the module of 'teacher'",
+    f"shard: [student]\n{SHADOW}": r"role 'student' .*: role 'shadow' \(ema\) needs the full weights of 'student'",
+    f"shard: [shadow]\n{SHADOW}": "role 'shadow' cannot be sharded: it is the ema of role 'student'",
+    "shard: [again]\nmodels: {again: {reuse: teacher}}\n": "it reuses the module of role 'teacher'",
     "shard: [student]\nema: 0.9\n": "`ema` averages full weights",
-    "shard: true\nprecision: fp16\n": "use precision: bf16",
+    "shard: true\nprecision: fp16\n": "with precision: bf16, sharding works",
     "shard: true\nupdates: [{models: [student], terms: [ce, kd, hint]}]\n": "a stage with `updates`",
     "shard: [bits]\nmodels: {bits: {model: t_blocks, transform: [{type: quantize, bits: 4}]}}\n": "needs full weights",
     "shard: [student]\nartifacts: {counts: class_counts}\n": "one process builds the artifacts",

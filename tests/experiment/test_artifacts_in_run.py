@@ -14,6 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from helpers.kills import KilledRun, kill_at_step, kill_at_write
+from helpers.quick import only_quick
 from helpers.recipes import (  # noqa: F401
     QuietConsole,
     comparable_results,
@@ -140,7 +141,7 @@ def test_only_missing_artifacts_are_built(expected):
     assert differing_keys(expected, all_results("run")) == []
 
 
-@pytest.mark.parametrize("damage", ["bytes", "another run", *ARTIFACT_ENTRIES])
+@pytest.mark.parametrize("damage", only_quick(["bytes", "another run", *ARTIFACT_ENTRIES], "bytes", "another run"))
 def test_a_damaged_artifact_is_built_again(expected, damage):
     with kill_at_step("train@2", 0):
         train_recipe_text(ROUNDS.replace("OUT", "run"))
@@ -408,6 +409,7 @@ def test_planning_needs_no_artifact_files():
     assert set(files) == {f"query@{n}.{name}" for n in (1, 2) for name in ("labels", "memory", "soft", "means")}
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_artifacts_of_one():
     """Compares artifacts that depend on no training. Rank 0 writes them, both ranks read them."""
     for out, count, size in (("single", 1, 16), ("parallel", 2, 8)):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers.kills import KilledRun, kill_at_write
+from helpers.quick import only_quick
 from helpers.recipes import (  # noqa: F401
     SYNTHETIC_DATA,
     QuietConsole,
@@ -184,7 +185,7 @@ def test_a_repeated_command_resumes_after_a_passing_fault(monkeypatch):
 
 def test_a_nonfinite_gradient_never_reaches_a_checkpoint():
     text = TINY.replace("{ce: cross_entropy}", "{ce: cross_entropy, odd: {type: t_bad_gradient, at: 8}}")
-    with pytest.raises(TrainingError, match=r"not finite after step 8 .*student\.layer1.*gradient"):
+    with pytest.raises(TrainingError, match=r"student\.layer1.*NaN or infinite after step 8 .*gradient was not"):
         train_recipe_text(text + "checkpoint_every: {steps: 1}\n")
     assert step_of() == 7 and all(value.isfinite().all() for value in weights().values())
 
@@ -207,7 +208,9 @@ def fill_disk(monkeypatch, name: str, after: int, code: int = errno.ENOSPC) -> l
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "summary.json", "manifest.json"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize(
+    "code", only_quick([errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES], errno.ENOSPC)
+)
 def test_an_error_of_the_disk_names_the_file_and_loses_nothing(monkeypatch, name, code):
     train_recipe_text(TINY, "out=uninterrupted")
     num_writes = fill_disk(monkeypatch, name, 2 if name == "last.pt" else 1, code)
@@ -240,7 +243,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous_one_with_a_notice(mon
     console = QuietConsole()
     train_recipe_text(TINY, console=console)
     assert any(
-        "last.pt" in text and "damaged" in text and "the checkpoint before it" in text for text in console.notices
+        "last.pt" in text and "damaged" in text and "from the previous checkpoint" in text for text in console.notices
     )
     assert differing_keys(comparable_results("uninterrupted"), comparable_results("run")) == []
 

@@ -44,5 +44,5 @@ def test_the_nearest_mean_has_the_direction_of_the_feature():
 def test_nearest_mean_reports_means_and_features_of_the_wrong_shape():
     with pytest.raises(ConfigError, match="3 lists of 4 values"):
         MODELS.build("nearest_mean", {"means": [[1.0, 0.0]]}, num_classes=3, input_shape=(4,))
-    with pytest.raises(ConfigError, match="one vector per sample"):
+    with pytest.raises(ConfigError, match="the input must be a vector"):
         MODELS.build("nearest_mean", {}, num_classes=3, input_shape=(4, 2, 2))

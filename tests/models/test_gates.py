@@ -81,7 +81,7 @@ def test_only_the_gate_gets_a_gradient_from_its_weight():
 
 
 def test_invalid_inputs_and_widths_are_reported():
-    with pytest.raises(ConfigError, match="fusion_gate: expected logits"):
+    with pytest.raises(ConfigError, match="fusion_gate: the first input must be logits"):
         build(input_shape=(3, 8, 8))
     with pytest.raises(ConfigError, match="fusion_gate: hidden"):
         build(hidden=())

@@ -357,7 +357,7 @@ def test_a_quantised_layer_computes_with_its_effective_weight():
         ("quantize", {"scaling": "log"}, "linear, symmetric"),
         ("learned_quantize", {"bits": 9}, "from 1 to 8"),
         ("ternary", {"threshold": -1}, "threshold must be at least 0"),
-        ("prune", {"fraction": 1}, r"fraction must be in \[0, 1\)"),
+        ("prune", {"fraction": 1}, "fraction must be at least 0 and below 1"),
     ],
 )
 def test_invalid_parameters_are_reported(name, params, message):

@@ -165,7 +165,7 @@ def test_manifest_states_how_the_steps_were_executed(stack: StackOption):
     assert [entry["label"] for entry in entries] == ["job 0", "job 1", "job 2"] == entries[0]["runs"]
     modes = [entry["from_step"]["main"]["0"] for entry in entries]
     assert [mode["form"] for mode in modes] == (["stacked"] * 2 if stack else ["unstacked"] * 2) + ["unstacked"]
-    reasons = ("stack: true; the same bits", "no two runs have equal students") if stack else ("stack: false",) * 2
+    reasons = ("stack: true; the same bits", "no two students are equal") if stack else ("stack: false",) * 2
     assert reasons[0] in modes[0]["why"] and (reasons[1] in modes[2]["why"] or "no other run" in modes[2]["why"])
     single = run_experiment(recipe_from_text(KD, "runs=single"), console=QuietConsole())
     assert concurrency_entry(single) == {}
@@ -301,7 +301,7 @@ def test_jobs_with_other_precision_train_separately_with_a_notice(capfd):
     words = ["precision=float64,float32", "seed=1,2", "epochs=1", "hydra.launcher.size=2"]
     assert main(["train", "kd.yaml", *words, *SWEEP]) == 0
     out = capfd.readouterr().out
-    assert "job 2 differs from the first in precision" in out
+    assert "job 2 differs from the first job in precision" in out
     assert len(re.findall("Everything is in", out)) == 4
 
 

@@ -108,7 +108,7 @@ def test_result_of_a_stage_equals_the_inline_run(case, mode):
 
 
 @pytest.mark.parametrize(
-    ("extra", "reason"), [(MIXUP, "mixup blends"), (TWO_SOURCES, ""), (UPSTREAM, "more than one image")]
+    ("extra", "reason"), [(MIXUP, "mixup blends"), (TWO_SOURCES, ""), (UPSTREAM, "output of another role")]
 )
 def test_roles_without_a_cache_are_prefetched_to_the_same_result(extra, reason):
     expected = train(build_with_mode(extra, "inline")[0])
@@ -272,7 +272,7 @@ def test_step_with_precomputed_features_compiles_without_a_graph_break(monkeypat
 REJECTED = {
     "teacher: {model: t_mixes_rows}\n": "other rows",
     "teacher: {model: t_draws}\n": "random numbers",
-    "teacher: {model: t_layers, input: 'student:conv1'}\n": "it sees student, which changes",
+    "teacher: {model: t_layers, input: 'student:conv1'}\n": "it reads the output of role 'student', which changes",
     "dataset: {type: synthetic, shape: [1, 8, 8], classes: 4, samples: 64}\n"
     "data: {noise: {type: gaussian, shape: [6], batch_size: 8}}\n"
     "teacher: {model: t_two, input: [image, noise.z]}\n": "combines rows of the sources noise and train",
@@ -343,7 +343,7 @@ def test_rows_are_compared_up_to_rounding():
 def test_role_runs_inline_if_a_block_would_be_a_single_step():
     harness, plan = build_with_mode("", "prefetch", "frozen_batch_size=15")
     assert plan.modes == {"teacher": "inline"} and isinstance(harness.feed, Feed)
-    assert "15 rows" in plan.reasons["teacher"]
+    assert "more rows than frozen_batch_size, which is 15" in plan.reasons["teacher"]
 
 
 def test_auto_is_inline_on_the_cpu_and_prefetch_on_a_gpu():
@@ -361,8 +361,13 @@ def describe(extra: str) -> str:
 
 def test_check_describes_prefetching_and_the_size_of_the_cache():
     text = describe(SECOND_TEACHER + TWO_VIEWS + TWO_TEACHERS_TERM)
-    assert "teacher is frozen and can be prefetched; its cache has 61 x 18 rows, 35.1 kB." in text
-    assert "second is frozen and can be prefetched; its cache has 61 x 100 rows" in text
-    assert "can be prefetched; no cache: mixup blends samples." in describe(MIXUP)
+    prefetched = "is frozen, so its outputs can be prefetched; "
+    assert f"role 'teacher' {prefetched}a cache of them has 61 samples x 18 augmented variants, 35.1 kB." in text
+    assert f"role 'second' {prefetched}a cache of them has 61 samples x 100 augmented variants" in text
+    assert f"role 'teacher' {prefetched}they cannot be cached: mixup blends samples." in describe(MIXUP)
     text = describe("teacher: {model: t_layers, input: 'student:conv1'}\n")
-    assert "teacher is frozen, but must run inside the step: it sees student, which changes during the stage." in text
+    inside = (
+        "role 'teacher' is frozen, but must run inside the step: it reads the output of role 'student', "
+        "which changes during"
+    )
+    assert inside in text

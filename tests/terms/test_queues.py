@@ -103,5 +103,5 @@ def test_resumed_queue_continues_with_the_same_numbers():
 
 
 def test_batch_larger_than_the_queue_raises():
-    with pytest.raises(ConfigError, match="a batch of 6 does not fit into a queue of 5"):
+    with pytest.raises(ConfigError, match="a batch of 6 rows does not fit into a queue of 5"):
         build_term()(**batch(0, rows=6))

@@ -31,7 +31,7 @@ UNSUITABLE = [
     ("linear", (3, 4, 4), (6, 4, 4), "Use conv1x1 or conv_regressor"),
     ("linear", (5, 6), (4, 6), "tokens"),
     ("mlp", (3, 4, 4), (10,), "vectors"),
-    ("conv1x1", (3, 4, 4), (6, 2, 2), "4x4 and 2x2"),
+    ("conv1x1", (3, 4, 4), (6, 2, 2), "4x4 to 2x2"),
     ("conv1x1", (10,), (6,), "Use linear or mlp"),
     ("conv_regressor", (10,), (6, 2, 2), "feature maps"),
     ("conv_regressor", (3, 3, 3), (6, 8, 8), "cannot map 3x3 to 8x8"),

@@ -140,7 +140,7 @@ def test_gate_is_a_softmax_weighted_mean_and_gets_a_gradient_from_the_ensemble()
 
 
 def test_gate_of_the_wrong_width_raises():
-    with pytest.raises(ValueError, match="one gate value for each of 3 parts"):
+    with pytest.raises(ValueError, match="one value for each of the 3 combined operands"):
         build_combiner("gate")(draw_operands("gate")["values"], torch.zeros(6, 2))
 
 
@@ -165,9 +165,9 @@ def test_half_precision_gives_float32_and_no_tensor_is_read_on_the_host(name):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("weighted", {"weights": [1.0]}, "1 entries for 3 parts"),
-        ("weighted", {"weights": [1.0, -1.0, 1.0]}, "at least 0, one above 0"),
-        ("weighted", {"weights": [0.0, 0.0, 0.0]}, "at least 0, one above 0"),
+        ("weighted", {"weights": [1.0]}, "must have 3 entries, one per combined operand, got 1"),
+        ("weighted", {"weights": [1.0, -1.0, 1.0]}, "at least one above 0"),
+        ("weighted", {"weights": [0.0, 0.0, 0.0]}, "at least one above 0"),
         ("mean_probabilities", {"temperature": 0.0}, "temperature must be above 0"),
         ("vote", {"smoothing": 0.0}, "smoothing must be above 0"),
     ],

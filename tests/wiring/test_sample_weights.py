@@ -92,7 +92,7 @@ def test_outside_gives_zero_to_samples_assigned_to_one_of_the_classes():
 
 @pytest.mark.parametrize("classes", [[], [-1]])
 def test_outside_without_valid_class_numbers_raises(classes):
-    with pytest.raises(ConfigError, match="lists class numbers"):
+    with pytest.raises(ConfigError, match="must list at least one class number"):
         build_weight("outside", classes=classes)
 
 
@@ -120,7 +120,7 @@ def test_scheduled_threshold_is_read_in_every_step():
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("entropy_gap", {"high": 1.0}, "all samples would have the same weight"),
+        ("entropy_gap", {"high": 1.0}, "high and low must differ"),
         ("threshold", {"least": 1.5}, r"least must be in \[0, 1\]"),
         ("focal", {"power": 0.0}, "power must be above 0"),
     ],

@@ -62,7 +62,7 @@ def test_standardisation_of_equal_logits_has_a_finite_gradient():
     [
         ("classes", (6,), {"keep": [6]}, "from 0 to 5, got [6]"),
         ("classes", (6,), {"keep": []}, "got []"),
-        ("classes", (6,), {"keep": [1, 1]}, "names a class twice"),
+        ("classes", (6,), {"keep": [1, 1]}, "each class only once"),
         ("standardise", (3, 4, 4), {}, "over at least 2 classes"),
         ("standardise", (1,), {}, "over at least 2 classes"),
         ("log", (3, 4, 4), {}, "[3, 4, 4] per sample"),

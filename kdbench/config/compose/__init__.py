@@ -1,3 +1,4 @@
-"""From files and overrides to one composed mapping: layers, shorthand, merging, overrides, Hydra.
+"""Composition: merges the files of a recipe (layers) and its overrides into one mapping, with Hydra.
 
-The meaning of keys is not known here; `kdbench.config.parse` checks them."""
+The keys of the mapping are checked later, by `kdbench.config.parse`.
+"""

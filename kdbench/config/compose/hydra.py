@@ -1,4 +1,4 @@
-"""Composes the layers of a recipe with Hydra into plain data that keeps the location of every key."""
+"""Merges the files of a recipe and its overrides with Hydra into plain data with the location of every key."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from kdbench.errors import ConfigError, Location, suggest
 
 @dataclass(frozen=True)
 class ComposedRecipe:
-    """A recipe merged with its groups and overrides, as plain data.
+    """A recipe after its group files and overrides were merged into it, as plain data.
 
     Attributes:
-        file: its name in messages.
-        path: the full path of the file.
-        locations: dotted key -> location of its value.
+        file: name of the recipe's file in messages.
+        path: full path of the recipe's file.
+        locations: dotted key -> location (file and line, or override) at which the key was set.
+        group_choices: group (`protocol` or `pair`) -> name of the selected group file.
     """
 
     name: str
@@ -47,10 +48,10 @@ class ComposedRecipe:
 
 @contextmanager
 def job_composer(layers: ConfigLayers) -> Iterator[Callable[[Sequence[str]], ComposedRecipe]]:
-    """Yields a function that composes one job from the overrides of the user.
+    """Context manager that yields a function from a list of overrides to the composed recipe.
 
     Raises:
-        ConfigError: (the function) an override cannot be applied, or sweeps.
+        ConfigError: the yielded function cannot apply an override, or an override has several values (a sweep).
     """
     with _initialized_hydra(layers):
 
@@ -63,10 +64,10 @@ def job_composer(layers: ConfigLayers) -> Iterator[Callable[[Sequence[str]], Com
 def compose(
     layers: ConfigLayers, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> ComposedRecipe:
-    """Composes one job, without a sweep.
+    """Composes a recipe: merges its layers (files) and overrides.
 
     Args:
-        values: plain values by dotted key, applied after the overrides.
+        values: dotted key -> plain value. The values are applied after the overrides.
 
     Raises:
         ConfigError: an override cannot be applied.
@@ -99,7 +100,7 @@ def _compose_one(layers: ConfigLayers, overrides: Sequence[str], values: Mapping
     sweep = next((override for override in recipe_overrides(overrides) if override.sweeps), None)
     if sweep is not None:
         location = Location(override=sweep.text)
-        raise ConfigError(f"{location}: several values need a multirun; add -m to `kdbench train`.")
+        raise ConfigError(f"{location}: an override with several values needs a multirun; add `-m` to `kdbench train`.")
     _check_removals(layers, overrides)
     with translate_hydra_errors(overrides):
         try:
@@ -110,7 +111,7 @@ def _compose_one(layers: ConfigLayers, overrides: Sequence[str], values: Mapping
 
 
 def _check_removals(layers: ConfigLayers, overrides: Sequence[str]) -> None:
-    """Reports an override that removes a key which does not exist."""
+    """Raises a ConfigError for an override `~key` whose key does not exist."""
     choices = {**layers.choices, **{o.key: o.value for o in recipe_overrides(overrides) if o.selects_group}}
     data: Mapping[str, Any] = {}
     for group in GROUPS:
@@ -126,17 +127,18 @@ def _check_removals(layers: ConfigLayers, overrides: Sequence[str]) -> None:
         if removes and not has_key(data, override.key):
             parent, _, name = override.key.rpartition(".")
             hint = suggest(name, children_at(data, parent))
-            raise ConfigError(f"{Location(override=override.text)}: there is no {override.key!r} to remove.{hint}")
+            message = f"the key {override.key!r}, which the override removes, does not exist.{hint}"
+            raise ConfigError(f"{Location(override=override.text)}: {message}")
         data = hydra_merge(data, override.as_mapping())
 
 
 def compose_job(config: Any, folder: Path, hydra_config: Any) -> ComposedRecipe:
-    """Reads the config of one job of Hydra's own run or multirun.
+    """Converts the config that Hydra composed for one job of its run or multirun to plain data with locations.
 
     Args:
-        config: the job's config, without Hydra's node.
-        folder: the folder that `ConfigLayers.write` filled.
-        hydra_config: Hydra's own node.
+        config: config of the job without the key `hydra`.
+        folder: folder from which Hydra composed the job (see `ConfigLayers.write`).
+        hydra_config: content of the key `hydra`.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -150,10 +152,7 @@ def compose_job(config: Any, folder: Path, hydra_config: Any) -> ComposedRecipe:
 
 
 def job_overrides(hydra_config: Any) -> list[str]:
-    """Returns the overrides of a job as the user wrote them.
-
-    They are converted as one container: read item by item, OmegaConf would resolve interpolations.
-    """
+    """Returns the overrides of a job of Hydra as the user wrote them, without resolving interpolations."""
     from omegaconf import OmegaConf
 
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
@@ -162,10 +161,10 @@ def job_overrides(hydra_config: Any) -> list[str]:
 
 @dataclass
 class _LayerStack:
-    """The layers added so far, merged.
+    """Merges layers (group files, recipe, overrides) one after another, and records the location of every key.
 
     Attributes:
-        stale: dotted keys that Hydra's merge keeps although a layer above replaced their part.
+        stale: dotted keys of a part (such as an optimizer) that a later layer replaced. Hydra's merge keeps these keys.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +182,7 @@ class _LayerStack:
             self._mark_stale(layer)
         self.data = hydra_merge(self.data, layer)
         self.locations |= override.key_locations()
-        # Parents that no file contains, such as `optimizer` of `optimizer.lr=1`, were written by the override.
+        # Parents that no file contains, such as `optimiser` of `optimiser.lr=1`, were written by the override.
         for parent in _parent_keys(override.key):
             self.locations.setdefault(parent, Location(key=parent, override=override.text))
 
@@ -194,7 +193,10 @@ class _LayerStack:
 def _read_config(
     config: Any, origin: Mapping[str, Any], overrides: Sequence[str], extra_overrides: Sequence[RecipeOverride]
 ) -> ComposedRecipe:
-    """Turns Hydra's config into plain data with locations; removes stale keys and resolves interpolations."""
+    """Converts Hydra's config to plain data with locations.
+
+    Removes keys of parts that a later layer replaced, and resolves interpolations.
+    """
     from omegaconf import OmegaConf
 
     choices = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
@@ -243,18 +245,18 @@ def _resolve_interpolations(data: Any, locations: Mapping[str, Location], file: 
         key = str(error.full_key)
         value = dict(iterate_scalars(data)).get(key, key)
         hint = suggest(str(value).strip("${}"), [name for name, _ in iterate_scalars(data)])
-        message = f"{value!r} refers to a key that does not exist, or to itself.{hint}"
+        message = f"{value!r} refers to itself, or to a key that does not exist.{hint}"
         raise ConfigError(f"{nearest_location(locations, key)}: {message}") from None
 
 
 def _parent_keys(dotted: str) -> list[str]:
-    """Returns the parents of a dotted key: `a.b` and `a` of `a.b.c`."""
+    """Returns all parents of a dotted key, such as `a.b` and `a` for `a.b.c`."""
     names = dotted.split(".")
     return [".".join(names[:count]) for count in range(len(names) - 1, 0, -1)]
 
 
 def nearest_location(locations: Mapping[str, Location], key: str) -> Location:
-    """Returns the location of a dotted key, or else of the nearest parent that has one."""
+    """Returns the location of a dotted key, or else the location of its nearest parent with a known location."""
     for parent in (key, *_parent_keys(key)) if key else ():
         if parent in locations:
             location = locations[parent]
@@ -266,7 +268,7 @@ def nearest_location(locations: Mapping[str, Location], key: str) -> Location:
 
 @contextmanager
 def translate_hydra_errors(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns exceptions of Hydra and OmegaConf into a ConfigError that names the override."""
+    """Context manager that converts exceptions of Hydra and OmegaConf to a ConfigError that names the override."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,7 +1,7 @@
-"""Reads the layers of a recipe from files, and writes the folder from which Hydra composes them.
+"""Reads the layers of a recipe (its file and its group files), and writes the folder from which Hydra merges them.
 
-The folder is self-contained (the recipe, the options of every group, the location of each key), so that a worker of
-joblib or submitit composes the same job from it. Its files are JSON, a subset of YAML without YAML's implicit types.
+The folder contains the recipe, all selectable group files, and the location of each key, so that a worker of joblib
+or submitit can compose the same job. The files are in JSON, a subset of YAML without YAML's implicit types.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ _RECIPE_NAME = re.compile(f"{_NAME_SEGMENT}(/{_NAME_SEGMENT})*")
 
 
 ANY_OPTION = object()
-"""The value of a sweep over a pattern, such as `pair=glob(resnet*)`. Hydra matches the pattern later."""
+"""Placeholder for the options of a sweep over a pattern, such as `pair=glob(resnet*)`. Hydra finds the options."""
 
 
 @dataclass(frozen=True)
 class ConfigLayers:
-    """The layers of a recipe before Hydra composes them.
+    """The layers of a recipe (its own file and its group files) before Hydra merges them.
 
     Attributes:
-        file: the recipe's file as messages show it.
-        path: the full path of the file in which the recipe was first written; relative paths start in its folder.
-        groups: group -> option -> its file, for every option that the recipe or an override may select.
-        choices: group -> the option that the recipe selects.
-        runs: the folder of all runs.
+        file: name of the recipe's file in messages.
+        path: full path of the original recipe file. Relative paths in the recipe begin in the folder of this file.
+        groups: group (such as `pair`) -> name of a group file -> content of the file, for each file that the recipe or
+            an override selects.
+        choices: group -> name of the group file that the recipe selects, or None.
+        runs: folder of all runs.
     """
 
     name: str
@@ -61,10 +62,10 @@ class ConfigLayers:
     runs: str
 
     def write(self, folder: Path, hydra: Mapping[str, Any] | None = None) -> None:
-        """Writes the folder from which Hydra composes.
+        """Writes the folder from which Hydra composes the jobs of a run or multirun.
 
         Args:
-            hydra: settings for Hydra's own node.
+            hydra: content of the config key `hydra`.
         """
         body = {key: value for key, value in self.recipe.data.items() if key not in (*GROUPS, "origin")}
         defaults: list[Any] = [{group: self.choices[group]} for group in GROUPS]
@@ -81,7 +82,7 @@ class ConfigLayers:
         _write_if_changed(folder / ORIGIN, json.dumps(self.origin(), indent=1))
 
     def origin(self) -> dict[str, Any]:
-        """Returns names, files, data and locations of all layers, which Hydra's config does not contain."""
+        """Returns the names, files, data and locations of all layers, as plain data."""
         layers = {"recipe": self.recipe} | {
             f"{group}/{option}": source for group, options in self.groups.items() for option, source in options.items()
         }
@@ -95,12 +96,12 @@ class ConfigLayers:
         }
 
     def digest(self) -> str:
-        """Returns a short hash of the folder's content."""
+        """Returns a short hash of all layers and locations."""
         return hashlib.sha256(json.dumps(self.origin(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    """Replaces a file atomically: a worker may be reading the folder of an equal earlier sweep."""
+    """Writes a file atomically, unless it already has this content. Another process may be reading the file."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -110,10 +111,13 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> ConfigLayers:
-    """Reads the recipe and the selected options of its groups.
+    """Reads the file of a recipe, and the group files that the recipe and the overrides select.
+
+    Args:
+        name: name of the recipe, which a resolved recipe replaces by the name of the original recipe.
 
     Raises:
-        ConfigError: a file is not a valid layer, or a selected option does not exist.
+        ConfigError: a file has a mistake, or a selected group file does not exist.
     """
     recipe = _read_layer(path)
     origin = _as_mapping(recipe.data.get("origin"))
@@ -141,7 +145,8 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> ConfigL
     if not _RECIPE_NAME.fullmatch(name):
         location = recipe.locations.get("origin.name", recipe.file)
         raise ConfigError(
-            f"{location}: {name!r} cannot be a recipe's name; a name begins with a letter or digit and has no `$`."
+            f"{location}: {name!r} cannot be a recipe's name; each part between `/` must begin with a letter or digit, "
+            "without `$`."
         )
     # A resolved recipe is stored in a run's folder, but its relative paths start where it was first written.
     first_path = Path(origin["file"]) if isinstance(origin.get("file"), str) else path
@@ -149,7 +154,7 @@ def read_layers(name: str, path: Path, overrides: Sequence[str] = ()) -> ConfigL
 
 
 def _runs(recipe: YamlSource, overrides: Sequence[str]) -> str:
-    """Returns the folder of all runs; the last override wins."""
+    """Returns the folder of all runs: the value of the last override `runs=...`, or else of the key `runs`."""
     values = [override.value for override in recipe_overrides(overrides) if override.key == "runs"]
     return str(values[-1]) if values and values[-1] is not None else str(recipe.data.get("runs") or "runs")
 
@@ -164,7 +169,10 @@ def _as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _override_options(group: str, overrides: Sequence[str]) -> list[tuple[Any, str]]:
-    """Returns each option that an override selects in a group, with the override's text."""
+    """Returns a pair (name of the group file, text of the override) for each file that an override selects.
+
+    An override with a pattern such as `pair=glob(*)` gives `ANY_OPTION` as name.
+    """
     return [
         (value, override.text)
         for override in recipe_overrides(overrides)

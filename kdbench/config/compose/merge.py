@@ -1,8 +1,8 @@
-"""Merges the layers of a recipe: groups, recipe, overrides; and a stage over the top level.
+"""Merges the layers of a recipe (groups, recipe, overrides), and the keys of a stage over those of the top level.
 
-Mappings merge key by key; lists and plain values replace. Three values replace as a whole, because a merge would mix
-two alternatives: a part whose `type` or `combine` changes (the SGD of a protocol, the AdamW of a recipe), `weights` of
-another kind, and `epochs` against `steps`.
+Mappings are merged key by key. A list or a plain value replaces the earlier value. In three cases the later layer
+replaces the earlier keys, because a merge would mix two alternatives: a part whose `type` or `combine` changes (such as
+SGD in a group file and AdamW in the recipe), `weights` from another origin, and `epochs` in place of `steps`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ _PART_KINDS = ("type", "dataset", "artifact", "combine")
 
 
 def kind_of(name: str, part: Mapping[str, Any]) -> Any:
-    """Returns the kind of the part with the key `name`, or None for a mapping that always merges."""
+    """Returns the value that distinguishes alternatives of a mapping, such as the `type` of an optimizer, or None.
+
+    Args:
+        name: key of the mapping `part`.
+    """
     if name == "weights":
         return next((kind for kind in _WEIGHTS_KINDS if part.get(kind) is not None), None)
     value = next((part[kind] for kind in _PART_KINDS if part.get(kind) is not None), None)
@@ -28,7 +32,7 @@ def kind_of(name: str, part: Mapping[str, Any]) -> Any:
 
 
 def changes_kind(name: str, lower: Any, upper: Any) -> bool:
-    """Returns whether `upper` is a part of another kind than `lower`, so that no key of `lower` may remain."""
+    """Returns whether two mappings are alternatives (such as two optimizers), so that `upper` replaces `lower`."""
     if not isinstance(lower, Mapping) or not isinstance(upper, Mapping):
         return False
     new, old = kind_of(name, upper), kind_of(name, lower)
@@ -36,7 +40,11 @@ def changes_kind(name: str, lower: Any, upper: Any) -> bool:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], replaced: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Merges `upper` over `lower`; takes the keys of `replaced` from `upper` unmerged."""
+    """Merges the mapping `upper` over the mapping `lower`. The result has the values of `upper` where both have a key.
+
+    Args:
+        replaced: keys whose mappings are replaced, not merged.
+    """
     result = dict(lower)
     for key in _excluded_keys(upper):
         result.pop(key, None)
@@ -50,7 +58,7 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], replaced: tuple[st
 
 
 def stale_keys(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted keys of `lower` that Hydra's merge keeps although `merge` drops them."""
+    """Yields the dotted keys of `lower` that Hydra's merge of both mappings keeps, but `merge` drops."""
     for key in _excluded_keys(upper):
         if key in lower:
             yield f"{prefix}{key}"
@@ -65,7 +73,7 @@ def stale_keys(lower: Mapping[str, Any], upper: Mapping[str, Any], prefix: str =
 
 
 def hydra_merge(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges as Hydra does: deeply, and into a list by the indices of its items."""
+    """Merges `upper` over `lower` as Hydra does: all mappings key by key, and items of lists by index."""
     result = dict(children(lower))
     for key, value in upper.items():
         below = result.get(key)
@@ -76,14 +84,14 @@ def hydra_merge(lower: Any, upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def children(data: Any) -> Mapping[str, Any]:
-    """Returns the values that a dotted key can continue to: of a mapping by key, of a list by index."""
+    """Returns key -> value for a mapping, index -> item for a list, and an empty mapping for other values."""
     if isinstance(data, list):
         return {str(index): item for index, item in enumerate(data)}
     return data if isinstance(data, Mapping) else {}
 
 
 def children_at(data: Any, dotted: str) -> Mapping[str, Any]:
-    """Returns the children of the value at a dotted key; empty if it has none or does not exist."""
+    """Returns the entries of the mapping or list at a dotted key; an empty mapping if there is no such key."""
     for name in dotted.split(".") if dotted else ():
         data = children(data).get(name)
     return children(data)
@@ -96,7 +104,7 @@ def has_key(data: Any, dotted: str) -> bool:
 
 
 def remove_key(data: dict[str, Any], dotted: str) -> None:
-    """Removes a dotted key from nested mappings, if it exists."""
+    """Removes a dotted key from nested mappings, if the key exists."""
     *parents, name = dotted.split(".")
     node: Any = data
     for parent in parents:
@@ -106,7 +114,7 @@ def remove_key(data: dict[str, Any], dotted: str) -> None:
 
 
 def _excluded_keys(upper: Mapping[str, Any]) -> Iterator[str]:
-    """Yields `epochs` or `steps` if `upper` sets only the other one."""
+    """Yields `steps` if `upper` sets only `epochs`, and `epochs` if `upper` sets only `steps`."""
     for key, alternative in (_EXCLUSIVE_KEYS, _EXCLUSIVE_KEYS[::-1]):
         if upper.get(key) is not None and upper.get(alternative) is None:
             yield alternative

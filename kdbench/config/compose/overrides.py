@@ -1,6 +1,6 @@
-"""Parses the overrides of a command line and rewrites them for Hydra.
+"""Parses the overrides of a command line and converts them to overrides of Hydra.
 
-A plain `key=value` becomes `++key=value`, because Hydra rejects a key that the recipe leaves at its default. Unknown
+A plain `key=value` becomes `++key=value`, because Hydra rejects an override of a key that no file contains. Unknown
 keys are reported later, when the composed recipe is parsed.
 """
 
@@ -19,13 +19,13 @@ from kdbench.errors import ConfigError, Location
 
 @dataclass(frozen=True)
 class RecipeOverride:
-    """One override of a key of the recipe.
+    """A parsed override of a key of the recipe.
 
     Attributes:
-        text: the override as the user wrote it.
-        key: the dotted key.
-        values: the value, or all values of a sweep. Empty for a sweep over a pattern such as `glob(resnet*)`.
-        sweeps: whether it needs a multirun.
+        text: override as the user wrote it.
+        key: dotted key that the override sets.
+        values: one value, or all values of a sweep. Empty for a sweep over a pattern such as `glob(resnet*)`.
+        sweeps: whether the override is a sweep, which only a multirun allows.
     """
 
     text: str
@@ -43,18 +43,18 @@ class RecipeOverride:
 
     @property
     def replaces(self) -> bool:
-        """True for a mapping, `epochs` and `steps`, which may make keys of the layers below stale."""
+        """Returns whether the override may replace keys of the files: it sets a mapping, `epochs` or `steps`."""
         return isinstance(self.value, Mapping) or self.key.rpartition(".")[2] in ("epochs", "steps")
 
     def as_mapping(self) -> dict[str, Any]:
-        """Returns the override as a fragment of a recipe: `a.b=1` is {a: {b: 1}}."""
+        """Returns the override as a nested mapping, such as {a: {b: 1}} for `a.b=1`."""
         result: Any = self.value
         for name in reversed(self.key.split(".")):
             result = {name: result}
         return result
 
     def key_locations(self) -> dict[str, Location]:
-        """Returns the location of the override's key and of every key below it."""
+        """Returns dotted key -> location, for the key of the override and for every key in its value."""
         keys = [self.key]
         if isinstance(self.value, Mapping):
             keys += [f"{self.key}.{name}" for name in _dotted_keys(self.value)]
@@ -80,27 +80,27 @@ def _parse(text: str) -> Any:
     except HydraException as error:
         reason = " ".join(str(error).split("\nSee https", 1)[0].split())
         raise ConfigError(
-            f"{Location(override=text)}: not an override such as `seed=2`, `terms.kd.temperature=4` or `~terms.kd` "
-            f"({reason})"
+            f"{Location(override=text)}: an override has a form such as `seed=2`, `terms.kd.temperature=4` or "
+            f"`~terms.kd` ({reason})"
         ) from None
 
 
 def is_hydra_override(text: str) -> bool:
-    """Returns whether an override sets a key of Hydra's own node (`hydra.sweep.dir=...`, `hydra/launcher=joblib`)."""
+    """Returns whether an override is for Hydra itself (such as `hydra.sweep.dir=...` or `hydra/launcher=joblib`)."""
     key = _parse(text).key_or_group
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
 def override_value(text: str) -> Any:
-    """Returns the value of one override."""
+    """Returns the value in the text of an override, such as 2 for `seed=2`, as plain data."""
     return _parse(text).value()
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Rewrites overrides for Hydra.
+    """Converts the user's overrides to Hydra's syntax, such as `seed=2` to `++seed=2`.
 
     Raises:
-        ConfigError: an override is malformed, or uses a resolver.
+        ConfigError: an override is malformed, or uses a resolver such as `${oc.env:HOME}`.
     """
     rewritten = []
     for text in overrides:
@@ -108,14 +108,14 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         key = parsed.key_or_group
         if key == "hydra":
             raise ConfigError(
-                f"{Location(override=text)}: `hydra` is Hydra's own node; set one of its keys, hydra.KEY=..."
+                f"{Location(override=text)}: `hydra` cannot be replaced; set one of its keys: `hydra.KEY=VALUE`."
             )
         if is_hydra_override(text):
             rewritten.append(text)
             continue
         error = interpolation_error(text)
         if error is None and any(part.startswith("_") and part.endswith("_") for part in key.split(".")):
-            error = f"the key {key!r} is rejected; a recipe cannot call Python."
+            error = f"the key {key!r} is rejected, because a recipe cannot call Python."
         if error is not None:
             raise ConfigError(f"{Location(override=text)}: {error}")
         bare = text.lstrip("+")
@@ -124,12 +124,12 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def recipe_overrides(overrides: Sequence[str]) -> list[RecipeOverride]:
-    """Parses the overrides of the recipe's own keys; leaves out those of Hydra's node."""
+    """Parses the overrides of the recipe's keys. Overrides for Hydra itself are left out."""
     return [_recipe_override(text) for text in overrides if not is_hydra_override(text)]
 
 
 def value_overrides(values: Mapping[str, Any]) -> list[RecipeOverride]:
-    """Returns plain values by dotted key as overrides, without a round trip through Hydra's override grammar."""
+    """Converts a mapping (dotted key -> plain value) to overrides. The values keep their types."""
     return [RecipeOverride(f"{key}={json.dumps(value)}", key, (value,)) for key, value in values.items()]
 
 
@@ -149,9 +149,12 @@ def _recipe_override(text: str) -> RecipeOverride:
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the jobs of Hydra's basic sweeper, each as a list of overrides without sweeps.
+    """Expands overrides with several values to jobs, as Hydra's basic sweeper does.
 
-    Needs an initialised Hydra, which resolves the options of `pair=glob(*)`.
+    Hydra must be initialised, because it finds the group files of an override such as `pair=glob(*)`.
+
+    Returns:
+        For each job, a list of overrides with one value each.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
@@ -164,7 +167,7 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def hydra_error_message(error: Exception, overrides: Sequence[str]) -> str:
-    """Returns an error of Hydra or OmegaConf as one paragraph, with the override that caused it."""
+    """Converts an exception of Hydra or OmegaConf to a message of one paragraph that names the responsible override."""
     messages = [str(error)]
     cause = error.__cause__
     if cause is not None and str(cause) not in messages[0]:
@@ -175,5 +178,5 @@ def hydra_error_message(error: Exception, overrides: Sequence[str]) -> str:
         return message
     if "Cannot merge DictConfig with ListConfig" in message:
         key = culprits[0].lstrip("+~").split("=", 1)[0]
-        message = f"the value below it is a list, and a mapping cannot merge with a list; write `{key}=null` before it."
+        message = f"a mapping cannot be merged with the list under `{key}`; put `{key}=null` before this override."
     return f"{Location(override=culprits[0])}: {message}"

@@ -1,7 +1,7 @@
 """Expands shorthands: `student: resnet20` is `student: {model: {type: resnet20}}`.
 
-Parts are expanded before layers are merged, so that the override `student.weights.path=...` meets a mapping, and the
-AdamW of a recipe replaces the SGD of a protocol. The resolved recipe is contracted to the short spelling.
+Shorthands are expanded before the layers (group files, recipe) are merged, so that mappings are merged with mappings.
+In the recipe that a run stores, mappings are contracted to shorthands again.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _PARTS = ("dataset", "optimizer", "scheduler")
 
 
 Change = Callable[[Any, str], Any]
-"""(value, key under which a bare name belongs) -> changed value."""
+"""Function of a part and a key (such as `type`) that converts a bare name to {key: name}, or the reverse."""
 
 
 def expand(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Expands every part of a recipe that is written as a bare name."""
+    """Replaces each part of a recipe that is written as a bare name, such as `SGD`, by a mapping `{type: SGD}`."""
     rewrite = _Rewrite(lambda value, key: {key: value} if isinstance(value, str) else value, inner_first=False)
     return rewrite.rewrite_recipe(data)
 
 
 def contract(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Contracts every part that has a name and nothing else to its bare name."""
+    """Replaces each part of a recipe that has only a name, such as `{type: SGD}`, by the bare name `SGD`."""
 
     def shorten(value: Any, key: str) -> Any:
         is_bare = isinstance(value, Mapping) and set(value) == {key} and isinstance(value[key], str)
@@ -41,11 +41,12 @@ def contract(data: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Rewrite:
-    """Applies `change` to every part of a recipe.
+    """Applies the function `change` to every part (model, term, optimizer, ...) of a recipe.
 
     Attributes:
-        inner_first: whether the model of a role (the dataset of a source) changes before the role. Contraction needs
-            this order, expansion the opposite one.
+        change: function of a part and of the key that contains its name. It returns the changed part.
+        inner_first: whether the model of a role is changed before the role, and the dataset of a source before the
+            source. True for contraction, False for expansion.
     """
 
     change: Change
@@ -55,7 +56,7 @@ class _Rewrite:
         return self.rewrite_fragment(data) | change_stages(data, lambda stage, _: self.rewrite_fragment(stage))
 
     def rewrite_fragment(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Changes the parts at the top level of a recipe, in a stage or in a round."""
+        """Changes the parts of one fragment: the top level of a recipe, a stage, or a round of a loop."""
         result = dict(data)
         if "augment" in result:
             result["augment"] = self._augmentations(result["augment"])
@@ -75,7 +76,7 @@ class _Rewrite:
         return result
 
     def _holder(self, value: Any, key: str) -> Any:
-        """Changes a mapping that contains one part under `key`: a role its model, a source its dataset."""
+        """Changes a mapping with a part under `key`: a role (with its model) or a source (with its dataset)."""
         value = value if self.inner_first else self.change(value, key)
         if isinstance(value, Mapping) and key in value:
             value = {**value, key: self.change(value[key], "type")}
@@ -84,7 +85,7 @@ class _Rewrite:
         return self.change(value, key) if self.inner_first else value
 
     def _augmentations(self, value: Any) -> Any:
-        """Changes a list of augmentations, or a mapping of views to lists."""
+        """Changes a list of augmentations, or a mapping of views to lists of augmentations."""
         if isinstance(value, list):
             return [self.change(item, "type") for item in value]
         if not isinstance(value, Mapping):
@@ -95,10 +96,13 @@ class _Rewrite:
 def change_stages(
     data: Mapping[str, Any], change_fragment: Callable[[Mapping[str, Any], str], Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Changes every fragment under `stages`: of a stage, of a stage in a loop, and of a round.
+    """Changes the mappings under `stages`: each stage, each stage in a loop, and each round of a loop.
 
     Args:
-        change_fragment: (fragment, prefix of its keys) -> changed fragment.
+        change_fragment: function of such a mapping and of the prefix of its keys. It returns the changed mapping.
+
+    Returns:
+        A mapping with the changed key `stages`, or an empty mapping if `data` has no stages.
     """
     stages = data.get("stages")
     if not isinstance(stages, Mapping):
@@ -122,9 +126,9 @@ def change_stages(
 
 
 def name_listed_terms(source: YamlSource) -> YamlSource:
-    """Turns a list of `terms`, at the top level or in a stage, into a mapping by type name (a second kd is `kd_2`).
+    """Converts each list under the key `terms` to a mapping. An entry is named by its type, a second `kd` by `kd_2`.
 
-    Layers can merge with a mapping, and a sweep can address its entries (`terms.kd.temperature=1,2,4`).
+    A mapping can be merged with other files, and an override can address its entries (`terms.kd.temperature=4`).
     """
     data = dict(source.data)
     locations = dict(source.locations)

@@ -1,4 +1,5 @@
-"""From a composed mapping to the dataclasses of `kdbench.config.schema`: one module for each part of a recipe.
+"""Parsing: converts the mapping of a composed recipe to dataclasses of `kdbench.config.schema`.
 
-All keys, types, names and references are checked here, and all mistakes are reported together. Files are not read,
-except to follow references to other recipes."""
+Each section of a recipe has a module. All keys, types, names and references are checked, and all mistakes are
+reported together. No file is read, except for other recipes to which the recipe refers.
+"""

@@ -1,4 +1,4 @@
-"""Reads `artifacts` of a stage, and checks what later stages read of them."""
+"""Parses the key `artifacts` of a stage, and checks how later stages use each artifact."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def read_artifacts(
     export: str | None,
     unrolled: UnrolledStage,
 ) -> dict[str, ArtifactConfig]:
-    """Reads every artifact of a stage; a null entry removes one.
+    """Parses all artifacts of a stage. A null entry removes an artifact that another layer of the recipe defines.
 
     Args:
         top: reader of the stage's keys.
-        export: the exported role, the default role of operands.
-        unrolled: the stage, with the artifacts of earlier stages.
+        roles, sources: roles (networks) and sources of the stage, by name.
+        export: name of the exported role. An operand that names no role belongs to this role.
+        unrolled: the stage with the names of all earlier artifacts.
     """
     parser = OperandParser(context, list(roles), list(sources), (), unrolled.artifact_names)
     artifacts = {}
@@ -70,7 +71,9 @@ def _read_source(reader: KeyReader, sources: Mapping[str, SourceConfig]) -> str 
     if source is None:
         if "train" not in sources:
             hint = suggest("train", sources)
-            reader.error("", f"needs `source: NAME`, the samples over which it is computed.{hint}")
+            reader.error(
+                "", f"the key `source` is missing: the source from whose samples the artifact is computed.{hint}"
+            )
         return "train"
     if source not in sources:
         reader.error("source", f"no source {source!r}.{suggest(source, sources)}")
@@ -78,11 +81,11 @@ def _read_source(reader: KeyReader, sources: Mapping[str, SourceConfig]) -> str 
 
 
 def _read_builder(parser: OperandParser, reader: KeyReader, export: str | None) -> PartWithOperands | None:
-    """Reads the part of ARTIFACTS with its parameters and operands.
+    """Parses an artifact builder with its parameters and operands.
 
-    Three declared facts name a parameter with a grammar of its own: `selector` (a part of SELECTORS, whose operands
-    join those of the artifact), `candidates` (a mapping of names to models) and `operand_list` (an operand that may be
-    a list).
+    Three keyword arguments of the builder's `register` decorator contain the name of a key with a special syntax:
+    `selector` (a selector, whose operands are added to the operands of the artifact), `candidates` (a mapping of
+    names to models) and `operand_list` (an operand that may be a list).
     """
     kind = reader.get_raw("type")
     entry = ARTIFACTS.entries.get(kind) if isinstance(kind, str) else None
@@ -115,7 +118,9 @@ def _read_builder(parser: OperandParser, reader: KeyReader, export: str | None) 
 def _read_selector(parser: OperandParser, reader: KeyReader, name: str, export: str | None) -> PartWithOperands | None:
     value = reader.data.get(name)
     if value is None:
-        reader.error("", f"artifact {reader.get_raw('type')!r} needs `{name}`, one of `kdbench list selectors`.")
+        reader.error(
+            "", f"artifact {reader.get_raw('type')!r} needs the key `{name}`, a name of `kdbench list selectors`."
+        )
         return None
     return parser.read_part_with_operands(SELECTORS, value, reader.subkey(name), export)
 
@@ -127,16 +132,15 @@ def _read_candidates(reader: KeyReader, name: str, value: Any) -> dict[str, dict
         if part is not None:
             candidates[candidate] = {"type": part.type, **part.params}
     if not candidates:
-        reader.error(name, "there is no candidate; write a mapping of names to models.")
+        reader.error(name, "the mapping of candidates is empty; write one or more names with their models.")
     return candidates
 
 
 def link_artifacts(errors: ErrorList, stages: list[StageConfig], unrolled: list[UnrolledStage]) -> list[StageConfig]:
-    """Replaces references to models by full names, and reports artifacts that are read as another kind.
+    """Resolves artifacts that select models, and reports each artifact that has another kind than its reader expects.
 
     Returns:
-        The stages. The `model` of a role with an `artifact` is the first candidate, which has the shapes of any
-        candidate.
+        The stages. If an artifact selects the model of a role, then `model` of the role is the first candidate.
     """
     artifacts: dict[str, ArtifactConfig] = {}
     linked = []
@@ -145,7 +149,7 @@ def link_artifacts(errors: ErrorList, stages: list[StageConfig], unrolled: list[
         for name, expected_kind, location in _artifact_reads(stage):
             kind = _kind_of(artifacts[name]) if name in artifacts else expected_kind
             if kind != expected_kind:
-                errors.add(location, f"artifact {name!r} is a {kind}, but a {expected_kind} is expected here.")
+                errors.add(location, f"artifact {name!r} is a {kind}, but a {expected_kind} is expected.")
         linked.append(replace(stage, roles=roles))
         artifacts |= {f"{stage.name}.{name}": artifact for name, artifact in stage.artifacts.items()}
     return linked
@@ -158,14 +162,18 @@ def _kind_of(artifact: ArtifactConfig) -> str:
 def _link_model(
     errors: ErrorList, role: RoleConfig, unrolled: UnrolledStage, artifacts: Mapping[str, ArtifactConfig]
 ) -> RoleConfig:
-    """Resolves the artifact that selects a role's model."""
+    """Returns a role whose `model` is the first candidate of the artifact that selects the model of the role.
+
+    A role without such an artifact is returned unchanged.
+    """
     if role.artifact is None:
         return role
     full_name = unrolled.artifact_names.get(role.artifact)
     if full_name is None:
         hint = artifact_hint(role.artifact, unrolled.artifact_names)
         errors.add(
-            role.location, f"no earlier stage produces {role.artifact!r}, the model of role {role.name!r}.{hint}"
+            role.location,
+            f"no earlier stage produces the artifact {role.artifact!r}, the model of role {role.name!r}.{hint}",
         )
         return role
     artifact = artifacts.get(full_name)
@@ -185,7 +193,7 @@ def _link_model(
 
 
 def _artifact_reads(stage: StageConfig) -> Iterator[tuple[str, str, Location]]:
-    """Yields the artifacts that sources and operands of a stage read: name, expected kind, location."""
+    """Yields name, expected kind and location of each artifact that a source or an operand of a stage reads."""
     for source in stage.data.values():
         if source.artifact is not None:
             yield source.artifact, "dataset", source.location

@@ -1,4 +1,7 @@
-"""Removes the teachers of a recipe for `baseline: true`: the same student, initialisation, sample order and crops."""
+"""Removes the teachers of a recipe for `baseline: true`.
+
+The student, its initialisation, the order of the samples and their augmentations do not change.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ from kdbench.errors import ConfigError
 
 
 def remove_teachers(recipe: Recipe) -> Recipe:
-    """Removes every role that teaches another, the terms that read it, and whatever depends on these.
+    """Removes every role (network) that teaches another role, and everything that depends on such a role.
 
-    The exported role and the roles upstream of it stay. A role from which a stage computes an artifact stays too: it
-    labels or selects data, which is not distillation.
+    All terms that read a teaching role are removed. The exported role is kept, and so are the roles whose outputs the
+    exported role reads. A role is also kept if an artifact is computed from its outputs, because labelling or
+    selecting data is not distillation.
 
     Raises:
         ConfigError: nothing remains to train.
@@ -50,8 +54,8 @@ class _TeacherRemover:
     """Removes the teachers of one stage.
 
     Args:
-        earlier: the earlier stages without teachers, by name.
-        prefix: beginning of each description.
+        earlier: name -> earlier stage from which the teachers are already removed.
+        prefix: beginning of each description of a removed item, such as "stage hint: ".
     """
 
     def __init__(self, stage: StageConfig, earlier: Mapping[str, StageConfig], prefix: str) -> None:
@@ -62,7 +66,7 @@ class _TeacherRemover:
         self.removed: list[str] = []
 
     def remove(self) -> StageConfig | None:
-        """Returns the stage without teachers; None if every term reads a teacher and nothing else is computed."""
+        """Returns the stage without teachers, or None if nothing remains to be trained or computed in it."""
         stage = self.stage
         # A teacher that an artifact reads still labels or selects data, but its terms are removed.
         removed_roles = self.teachers - _artifact_roles(stage)
@@ -102,7 +106,7 @@ class _TeacherRemover:
                 self._note(f"router of term {name}")
 
     def _without_removed_weights(self, role: RoleConfig) -> RoleConfig:
-        """Drops weights of a stage or role that was removed."""
+        """Removes the `weights` of a role if they come from a stage or a role that was removed."""
         weights = role.weights
         if weights is None or weights.stage is None:
             return role
@@ -132,7 +136,7 @@ class _TeacherRemover:
         return tuple(updates)
 
     def _reduce_term(self, term: TermConfig) -> TermConfig | None:
-        """Removes the edges of a term that read a teacher; returns None if no edge remains."""
+        """Removes the edges (operand pairs) of a term that read a teacher. Returns None if no edge remains."""
         if any(self._is_teacher(operand) for operand in term.operands.values()):
             return None
         edges = tuple(edge for edge in term.edges if not self._has_teacher(edge))
@@ -141,7 +145,7 @@ class _TeacherRemover:
         return replace(term, edges=edges, sample_weight=sample_weight, route=route) if edges else None
 
     def _has_teacher(self, edge: EdgeConfig) -> bool:
-        """Returns whether an edge reads a teacher, or an artifact that an earlier stage computed from one."""
+        """Returns whether an edge (operand pair) reads a teacher, or an artifact in place of a teacher."""
         leaves = [] if edge.teacher is None else list(edge.teacher.leaves())
         is_stored = any(
             leaf.kind == "artifact" or (leaf.kind == "field" and self.stage.data[leaf.role].artifact is not None)
@@ -160,7 +164,7 @@ class _TeacherRemover:
 def _reduce_inner_step(
     inner_step: InnerStepConfig | None, roles: Mapping[str, RoleConfig], terms: Mapping[str, TermConfig]
 ) -> InnerStepConfig | None:
-    """Keeps the remaining roles and terms of an inner step; returns None if no role or no term remains."""
+    """Removes all roles and terms that are not in `roles` and `terms`. Returns None if no role or no term remains."""
     if inner_step is None:
         return None
     models = tuple(name for name in inner_step.models if name in roles)
@@ -169,7 +173,7 @@ def _reduce_inner_step(
 
 
 def _teachers(stage: StageConfig) -> set[str]:
-    """Returns the roles that teach another role, and the roles that derive from or read one of them."""
+    """Returns the names of all roles that teach another role, are derived from a teaching role, or read its output."""
     needed = upstream_closure([stage.export], stage.roles, include_source_roles=True)
     teachers: set[str] = set()
     for term in stage.terms.values():
@@ -191,7 +195,7 @@ def _teachers(stage: StageConfig) -> set[str]:
 
 
 def _artifact_roles(stage: StageConfig) -> set[str]:
-    """Returns the roles that the stage's artifacts read, and the roles on which they depend."""
+    """Returns the names of all roles that artifacts of the stage read, directly or through other roles."""
     roles = (
         leaf.role
         for artifact in stage.artifacts.values()

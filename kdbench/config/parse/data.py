@@ -1,4 +1,4 @@
-"""Reads the sources of a stage: `dataset` with its options, the entries of `data`, their views and their subsets."""
+"""Parses the sources of a stage: `dataset` with its options, and the entries of `data` with views and subsets."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ _EVALUATION_SOURCES = ("eval", "validation", "test")
 
 
 _TRAIN_OPTIONS = ("augment", "label_fraction", "relabel")
-"""Keys of the top level that apply to the source `train`. `dataset` and `batch_size` apply to every source."""
+"""Keys of the top level that are defaults of the source `train` only."""
 
 
 _LOCATED_OPTIONS = ("batch_size", "label_fraction", "subset", "relabel")
-"""Keys whose locations a source keeps, for messages of the data package."""
+"""Keys whose locations in the file are stored in the source, for later error messages."""
 
 
 def is_evaluation(name: str) -> bool:
-    """Returns whether a source is only evaluated: `eval`, or `eval_old` and the like."""
+    """Returns whether a source is for evaluation only. Its name decides: `eval`, `eval_*`, `validation`, `test`."""
     return name in _EVALUATION_SOURCES or name.startswith("eval_")
 
 
 def read_sources(
     context: ParseContext, top: KeyReader, eval_batch_size: int, artifact_names: Mapping[str, str] | None = None
 ) -> dict[str, SourceConfig]:
-    """Reads every source. `dataset: NAME` alone defines `train` (split train) and `eval` (split test).
+    """Parses all sources. `dataset: NAME` defines the sources `train` (split train) and `eval` (split test).
 
     Args:
         top: reader of the stage's keys.
         eval_batch_size: batch size of evaluation sources.
-        artifact_names: `STAGE.NAME` as this stage may write it (`query.labels`) -> in full (`query@2.labels`).
+        artifact_names: name of an artifact in the recipe, such as `query.labels` -> full name with the round of
+            the loop, such as `query@2.labels`.
     """
     data = top.read_mapping("data", "extra: {dataset: NAME}")
     entries: dict[str, Any] = {"train": {}, "eval": {}} if top.has("dataset") else {}
@@ -55,7 +56,7 @@ def read_sources(
         else:
             entries[name] = value
     if not entries:
-        context.error("", "the recipe has no data; write `dataset: NAME`, one of `kdbench list datasets`.")
+        context.error("", "the recipe has no dataset; write `dataset: NAME` with a name of `kdbench list datasets`.")
     sources = {}
     for name, value in entries.items():
         key = top.subkey(f"data.{name}") if name in data else top.subkey("dataset")
@@ -65,18 +66,19 @@ def read_sources(
             sources[name] = source
     if entries and "eval" not in entries:
         example = "`eval: {dataset: NAME, split: test}`"
-        context.error("data", f"there is no source `eval` for the evaluation; write {example} in `data:`.")
+        context.error("data", f"the source `eval` for the evaluation is missing; write {example} in `data:`.")
     return sources
 
 
 @dataclass(frozen=True)
 class _SourceReader:
-    """Reads one source.
+    """Parses one source.
 
     Attributes:
-        key: the location of the source: its entry of `data`, or `dataset`.
-        top: reader of the stage's keys, whose options apply where the source has none.
-        is_written: whether `data` has an entry for the source.
+        key: dotted key of the source: its entry of `data`, or `dataset`.
+        top: reader of the stage's keys. `batch_size` and, for `train`, `augment`, `label_fraction` and `relabel` are
+            defaults of the source.
+        is_written: whether the key `data` has an entry for the source.
     """
 
     context: ParseContext
@@ -88,7 +90,7 @@ class _SourceReader:
     is_written: bool
 
     def read(self, value: Any) -> SourceConfig | None:
-        """Reads the entry of `data`; returns None after an error in the dataset."""
+        """Returns the parsed source, or None if its dataset has a mistake."""
         if isinstance(value, str):
             value = {"dataset": value}
         # `type: NAME` in place of `dataset: NAME` has the dataset's parameters as keys beside it.
@@ -119,7 +121,7 @@ class _SourceReader:
         return None if dataset is None else SourceConfig(dataset=dataset, **fields)
 
     def _read_train_options(self, reader: KeyReader) -> dict[str, Any]:
-        """Reads the options that `train` takes from the top level if the source itself does not have them."""
+        """Parses `augment`, `label_fraction` and `relabel`. For `train`, the stage's value is the default."""
         fields: dict[str, Any] = {}
         for name in _TRAIN_OPTIONS:
             holder = self.top if self.name == "train" and not reader.has(name) else reader
@@ -140,13 +142,14 @@ class _SourceReader:
                     reason = (
                         "an artifact has no splits"
                         if name == "split"
-                        else "`artifact:` and `dataset:` exclude each other"
+                        else f"`artifact` and `{name}` exclude each other"
                     )
-                    reader.error(name, f"{reason}; remove it, or write `{name}: null` if a layer below sets it.")
+                    fix = f"remove `{name}`, or write `{name}: null` if a group file or the top level sets it"
+                    reader.error(name, f"{reason}; {fix}.")
             return PartConfig(type="artifact", location=reader.location("artifact"))
         if reader.has("type"):
             if reader.has("dataset"):
-                reader.error("dataset", "write `dataset:`, or `type:` with parameters beside it, not both.")
+                reader.error("dataset", "`dataset` and `type` exclude each other; keep one of them.")
             reserved = tuple(name for name in reader.keys if name != "type")
             dataset = read_part(self.context, DATASETS, reader.data, self.key, DATASET_INJECTED, reserved)
         elif reader.has("dataset") or self.top.has("dataset"):
@@ -154,17 +157,17 @@ class _SourceReader:
             value, key = holder.get_raw("dataset"), holder.subkey("dataset")
             dataset = read_part(self.context, DATASETS, value, key, DATASET_INJECTED)
         else:
-            reader.error("", f"source {self.name!r} needs a `dataset`, one of `kdbench list datasets`.")
+            reader.error("", f"source {self.name!r} needs the key `dataset`, a name of `kdbench list datasets`.")
             return None
         if dataset is not None and dataset.type == "artifact":
-            message = "an artifact is written `{artifact: STAGE.NAME}`, without a dataset."
+            message = "write `artifact: STAGE.NAME` in place of the dataset `artifact`."
             reader.error("", f"source {self.name!r}: {message}")
         return dataset
 
     def _read_overlap(self, reader: KeyReader, batch_size: int) -> bool:
         overlap = reader.read("overlap")
         if overlap and is_evaluation(self.name):
-            reader.error("overlap", "belongs to a source for training.")
+            reader.error("overlap", "`overlap` is not allowed in a source for evaluation.")
         elif overlap and batch_size % 2:
             reason = "half of each batch is repeated from the previous one"
             reader.error("overlap", f"{reason}, so batch_size must be even, not {batch_size}.")
@@ -183,7 +186,7 @@ class _SourceReader:
 
 
 def _with_initial(reader: KeyReader, initial: Any) -> dict[str, Any]:
-    """Returns the source while no stage has produced its artifact: `initial` merged over the other keys."""
+    """Returns the keys of a source whose artifact does not exist yet: `initial` merged over the other keys."""
     data = {name: value for name, value in reader.data.items() if name not in ("artifact", "initial")}
     if isinstance(initial, str):
         initial = {"dataset": initial}
@@ -194,9 +197,9 @@ def _with_initial(reader: KeyReader, initial: Any) -> dict[str, Any]:
 
 
 def read_views(reader: KeyReader) -> dict[str, Augmentations]:
-    """Reads the views of a source: image field -> augmentations.
+    """Parses the views of a source and returns view -> augmentations.
 
-    `{from: VIEW, then: [...]}` becomes a list that begins with `{type: same, view: VIEW}`.
+    `{from: VIEW, then: [...]}` is converted to a list that begins with `{type: same, view: VIEW}`.
     """
     context, value, key = reader.context, reader.get_raw("augment"), reader.subkey("augment")
     views: dict[str, Augmentations] = {"image": ()}
@@ -218,10 +221,10 @@ def _read_view(context: ParseContext, value: Any, key: str) -> Augmentations:
     if not isinstance(value, Mapping):
         context.error(key, f"must be a list of augmentations, or {{from: VIEW, then: [...]}}, got {value!r}.")
         return ()
-    reader = KeyReader(context, value, key, "a view that continues another", VIEW_KEYS)
+    reader = KeyReader(context, value, key, "a view that continues another view", VIEW_KEYS)
     start = reader.read("from")
     if start is None:
-        reader.error("", "needs `from`: the view that it continues.")
+        reader.error("", "the key `from` is missing; write `from: VIEW`, the view that this view continues.")
         return ()
     items = reader.get_raw("then") or []
     if not isinstance(items, list):
@@ -237,7 +240,7 @@ def _read_augmentations(context: ParseContext, items: list[Any], key: str) -> Au
 
 
 def _check_continuation(context: ParseContext, view: str, views: Mapping[str, Augmentations]) -> None:
-    """Reports a view that continues a missing view, or itself."""
+    """Reports a view whose `from` names a missing view or leads back to the view itself."""
     for index, part in enumerate(views[view]):
         if part.type != "same":
             continue
@@ -264,10 +267,11 @@ def _continued_view(parts: Augmentations) -> str | None:
 
 
 def read_subset(reader: KeyReader, artifact_names: Mapping[str, str]) -> SubsetStep | tuple[SubsetStep, ...] | None:
-    """Reads `subset`: a number, `{type: NAME, ...}`, `{artifact: STAGE.NAME, initial: ...}`, or a list of these.
+    """Parses `subset`: a number, `{type: NAME, ...}`, `{artifact: STAGE.NAME, initial: ...}`, or a list of these.
 
     Args:
-        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
+        artifact_names: name of an artifact in the recipe, such as `query.labels` -> full name with the round of
+            the loop, such as `query@2.labels`.
     """
     return _read_steps(reader.context, reader.get_raw("subset"), reader.subkey("subset"), artifact_names)
 
@@ -278,7 +282,7 @@ def _read_steps(
     if not isinstance(value, list):
         return _read_step(context, value, key, artifact_names)
     if not value:
-        context.error(key, "must not be an empty list; remove it to keep every sample.")
+        context.error(key, "the list is empty; remove `subset` to keep all samples.")
     steps: list[SubsetStep] = []
     for index, item in enumerate(value):
         step = _read_step(context, item, f"{key}.{index}", artifact_names)
@@ -302,7 +306,7 @@ def _read_step(
 
 
 def read_label_fraction(reader: KeyReader, artifact_names: Mapping[str, str]) -> float | int | str | None:
-    """Reads `label_fraction`: a number, or `{artifact: STAGE.NAME, initial: ...}`."""
+    """Parses `label_fraction`: a number, or `{artifact: STAGE.NAME, initial: ...}`."""
     key = reader.subkey("label_fraction")
     return _read_label_fraction(reader.context, reader.get_raw("label_fraction"), key, artifact_names)
 
@@ -327,22 +331,27 @@ def _read_label_fraction(
 def _read_artifact_subset(
     context: ParseContext, value: Mapping[str, Any], key: str, artifact_names: Mapping[str, str]
 ) -> tuple[str | None, Any]:
-    """Returns the artifact's full name, or None and the value of `initial`."""
+    """Parses `{artifact: STAGE.NAME, initial: ...}`. Returns the artifact's full name and the value of `initial`.
+
+    The full name is None if no earlier stage produces the artifact.
+    """
     reader = KeyReader(context, value, key, "an artifact reference", ARTIFACT_REFERENCE_KEYS)
     return read_artifact_reference(reader, artifact_names), reader.get_raw("initial")
 
 
 def read_artifact_reference(reader: KeyReader, artifact_names: Mapping[str, str]) -> str | None:
-    """Reads `artifact: STAGE.NAME`; returns the full name, or None while no earlier stage produces it."""
+    """Parses `artifact: STAGE.NAME` and returns the full name, or None if no earlier stage produces the artifact."""
     name = reader.get_raw("artifact")
     if not isinstance(name, str) or "." not in name:
-        reader.error("artifact", f"must be STAGE.NAME, an artifact of an earlier stage, got {name!r}.")
+        reader.error("artifact", f"must be STAGE.NAME, the name of an earlier stage's artifact, got {name!r}.")
         return None
     if name in artifact_names:
         return artifact_names[name]
     if not reader.has("initial"):
         hint = artifact_hint(name, artifact_names)
-        message = f"no earlier stage produces {name!r}; if a later round does, add `initial:`.{hint}"
+        message = (
+            f"no earlier stage produces the artifact {name!r}; if a later stage of a loop does, add `initial:`.{hint}"
+        )
         reader.error("artifact", message)
     return None
 

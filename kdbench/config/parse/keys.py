@@ -1,4 +1,4 @@
-"""Reads and type-checks the keys of one recipe mapping, by their declarations in `kdbench.config.schema`."""
+"""Reads and type-checks the keys of one recipe mapping. `kdbench.config.schema` declares the keys and their types."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import Any, TypeVar
 from kdbench.config.compose.hydra import nearest_location
 from kdbench.config.error_list import ErrorList
 from kdbench.config.schema.keys import Key, plain_keys
-from kdbench.errors import Location, suggest
+from kdbench.errors import Location, did_you_mean, suggest
 from kdbench.registry import type_mismatch
 
 Config = TypeVar("Config")
 
 
+_KEY_LISTING = "docs/recipe.md lists all keys."
+
+
 @dataclass(frozen=True)
 class ParseContext:
-    """The locations of all keys (dotted key -> location), and the errors so far."""
+    """The state that all parsers of a recipe share.
+
+    Attributes:
+        locations: dotted key -> location (file and line, or override) at which the key was set.
+        errors: list of all mistakes that were found so far.
+    """
 
     locations: Mapping[str, Location]
     errors: ErrorList = field(default_factory=ErrorList)
@@ -30,16 +38,17 @@ class ParseContext:
 
 
 class KeyReader:
-    """Reads the keys of one mapping. A null means the default.
+    """Reads the keys of one mapping of a recipe. A key with the value null has its default.
 
-    Unknown keys are reported when the reader is created, so that nothing depends on the order in which keys are read.
+    Unknown keys are reported when the reader is created.
 
     Args:
-        data: the mapping; anything else is reported and read as an empty mapping.
-        key: its dotted key; empty for the top level.
-        subject: the mapping in messages, such as "role 'student'".
-        keys: the declared keys.
-        parameters: whether other keys are parameters of a part, which `parameters` returns.
+        data: the mapping. A value of another type is reported and treated as an empty mapping.
+        key: dotted key of the mapping; empty for the top level of the recipe.
+        subject: name of the mapping in messages, such as "role 'student'".
+        keys: name -> declaration of a key that the mapping may have.
+        parameters: whether undeclared keys are allowed, as parameters of a registered part. The method `parameters`
+            returns these entries.
     """
 
     def __init__(
@@ -56,23 +65,23 @@ class KeyReader:
         self.key = key
         self.subject = subject
         self.keys = keys
-        if not isinstance(data, Mapping):
+        self.is_mapping = isinstance(data, Mapping)
+        if not self.is_mapping:
             context.error(key, f"{subject} must be a mapping, got {data!r}.")
-            data = {}
-        self.data: Mapping[str, Any] = data
+        self.data: Mapping[str, Any] = data if self.is_mapping else {}
         for name in () if parameters else self.parameters():
-            self.error(name, f"unknown key {name!r} in {subject}.{suggest(name, keys, limit=16)}")
+            self.error(name, f"unknown key {name!r} in {subject}.{suggest(name, keys, limit=16, listing=_KEY_LISTING)}")
 
     def subkey(self, name: str) -> str:
-        """Returns the dotted key of a key of the mapping."""
+        """Returns the dotted key of the entry `name`, such as `models.student.weights` for `weights`."""
         return f"{self.key}.{name}" if self.key else name
 
     def location(self, name: str = "") -> Location:
-        """Returns the location of a key, or of the mapping itself."""
+        """Returns the location (file and line) of the entry `name`; without `name`, the location of the mapping."""
         return self.context.location(self.subkey(name) if name else self.key)
 
     def error(self, name: str, message: str) -> None:
-        """Reports a mistake in the value of a key, or in the mapping itself."""
+        """Reports a mistake in the entry `name` of the mapping, or in the mapping if `name` is empty."""
         self.context.error(self.subkey(name) if name else self.key, message)
 
     def has(self, name: str) -> bool:
@@ -80,22 +89,22 @@ class KeyReader:
         return self.get_raw(name) is not None
 
     def get_raw(self, name: str) -> Any:
-        """Returns the value of a declared key without checks; None if it is absent."""
+        """Returns the unchecked value of a declared key, or None if the key is absent."""
         assert name in self.keys, f"{name!r} is not a declared key of {self.subject}"
         return self.data.get(name)
 
     def parameters(self) -> dict[str, Any]:
-        """Returns the entries whose keys are not declared."""
+        """Returns the entries of the mapping whose keys are not declared."""
         return {name: value for name, value in self.data.items() if name not in self.keys}
 
     def read(self, name: str, default: Any = None) -> Any:
-        """Reads the value of a key with a plain type. Lists become tuples; so does one text in place of a list.
+        """Checks and returns the value of a key whose type is a Python type.
 
         Args:
-            default: in place of the declared default.
+            default: value that replaces the declared default.
 
         Returns:
-            The default if the key is absent, null or invalid.
+            The value (a list as a tuple), or the default if the key is absent, null or invalid.
         """
         declared, value = self.keys[name], self.get_raw(name)
         if default is None and not declared.required:
@@ -107,34 +116,41 @@ class KeyReader:
         return tuple(value) if isinstance(value, list) else value
 
     def read_plain_fields(self, config_class: type) -> dict[str, Any]:
-        """Reads every field of a dataclass that one key of a plain type sets.
+        """Reads all keys of a dataclass that need no special parser.
 
         Returns:
-            Field name -> value, as arguments of the dataclass.
+            Name of a field -> value, for the constructor of the dataclass.
         """
         return {declared.field: self.read(declared.name) for declared in plain_keys(config_class)}
 
     def read_config(self, config_class: type[Config]) -> Config | None:
-        """Reads a dataclass whose keys all have plain types; None if a required key is missing."""
+        """Builds a dataclass from the mapping. Returns None if a required key is missing.
+
+        Args:
+            config_class: dataclass of the schema whose keys all have Python types.
+        """
         values = self.read_plain_fields(config_class)
         return config_class(**values) if self.check_required() else None
 
     def check_required(self) -> bool:
-        """Reports required keys that are missing; returns whether there are none."""
+        """Reports required keys that are missing. Returns whether the mapping has all required keys."""
         missing = [declared for declared in self.keys.values() if declared.required and not self.has(declared.name)]
-        for declared in missing:
-            self.error("", f"{self.subject} needs `{declared.name}`: {declared.doc}, such as `{declared.example}`.")
+        for declared in missing if self.is_mapping else ():
+            self.error("", f"the key `{declared.name}` ({declared.doc}) is missing. Example: `{declared.example}`.")
         return not missing
 
     def check_type(self, name: str, value: Any) -> bool:
-        """Reports a value of another type than declared; returns whether the type is right."""
+        """Returns whether a value has the declared type of its key, and reports a value that does not."""
         expected_type = type_mismatch(self.keys[name].type, value)
         if expected_type:
             self.error(name, f"must be {expected_type}, got {value!r}.{_nearest_option(self.keys[name].type, value)}")
         return not expected_type
 
     def check_value(self, name: str, value: Any) -> bool:
-        """Reports a value that fails the declared check; of a mapping, each value that does."""
+        """Returns whether a value satisfies the declared condition of its key, and reports a value that does not.
+
+        If the value is a mapping, the condition applies to each value in the mapping.
+        """
         check = self.keys[name].check
         if check is None:
             return True
@@ -147,7 +163,10 @@ class KeyReader:
         return not failures
 
     def read_mapping(self, name: str, example: str) -> Mapping[str, Any]:
-        """Returns a mapping of names to entries, unchecked; empty if it is absent or not a mapping."""
+        """Returns the value of a key that must be a mapping. The entries are not checked.
+
+        Returns an empty mapping if the key is absent. Reports a value that is not a mapping.
+        """
         value = self.get_raw(name)
         if value is not None and not isinstance(value, Mapping):
             self.error(name, f"must be a mapping such as `{example}`, got {value!r}.")
@@ -155,7 +174,7 @@ class KeyReader:
 
 
 def _nearest_option(annotation: str, value: Any) -> str:
-    """Returns a hint with the nearest option of a Literal."""
+    """Returns the hint " Did you mean 'x'?" if the annotation is a Literal with an option near the value, else ""."""
     if not annotation.startswith("Literal[") or not isinstance(value, str):
         return ""
-    return suggest(value, [option.strip(" '\"") for option in annotation[8:-1].split(",")])
+    return did_you_mean(value, [option.strip(" '\"") for option in annotation[8:-1].split(",")])

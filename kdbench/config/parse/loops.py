@@ -1,9 +1,9 @@
-"""Unrolls the stages of a recipe into the order in which they run, and resolves references to earlier stages.
+"""Unrolls loops of stages into a list in the order of running, and resolves references to earlier stages.
 
 An entry of `stages` with `rounds` and `stages` is a loop: `train` and `query` in two rounds become `train@1`,
-`query@1`, `train@2`, `query@2`. A name without round means the latest earlier stage of that name, `previous` the
-nearest earlier stage with the role, and `initial` is the value while there is no such stage. Every key keeps the
-location in the file where it is written.
+`query@1`, `train@2`, `query@2`. In a reference, a name without round means the latest earlier stage of that
+name, `previous` means the nearest earlier stage that has the role, and `initial` is the value if there is no
+such stage. Every key keeps its location in the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LENGTH_KEYS = ("epochs", "steps")
 
 
 _REPLACED_BY_STAGE = ("terms", "updates")
-"""Keys that a stage replaces; its other keys merge with the top level."""
+"""Keys of the top level that a stage replaces. All other keys of a stage are merged with those of the top level."""
 
 
 _NAME = re.compile(r"[\w-]+")
@@ -39,16 +39,19 @@ _NAME = re.compile(r"[\w-]+")
 
 @dataclass(frozen=True)
 class UnrolledStage:
-    """One stage in the order of running.
+    """One stage after loops were unrolled: a stage of a loop with three rounds becomes three such stages.
 
     Attributes:
-        name: with the round: `train@2`. base_name: `train`.
-        key: dotted key of its fragment (`stages.active.stages.train`); empty for `main`.
-        fragment: its own keys, merged over those of its round.
-        data: the fragment merged over the top level.
-        locations: key of `data` -> location.
-        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full, of every earlier artifact.
-        roles_without_weights: roles with `weights: {stage: previous}` and no earlier stage -> location.
+        name: name with the round, such as `train@2`.
+        base_name: name without the round, such as `train`.
+        key: dotted key of the stage, such as `stages.active.stages.train`; empty for a recipe without `stages`.
+        fragment: keys of the stage, merged over the keys of the round.
+        data: keys of the stage and the round, merged over the keys of the recipe's top level.
+        locations: key of `data` -> location in the file.
+        artifact_names: name of an earlier artifact in the recipe (such as `query.labels`) -> full name with the round
+            (`query@2.labels`).
+        roles_without_weights: role -> location of its `weights`, for roles with `weights: {stage: previous}` that do
+            not exist in any earlier stage.
     """
 
     name: str
@@ -62,15 +65,21 @@ class UnrolledStage:
 
 
 def merge_stage(top: Mapping[str, Any], fragment: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges a stage over the top level: `terms` and `updates` replace, the other keys merge."""
+    """Merges the keys of a stage over the keys of the top level.
+
+    The stage's `terms` and `updates` replace those of the top level.
+    """
     return merge(top, fragment, replaced=_REPLACED_BY_STAGE)
 
 
 def stage_locations(locations: Mapping[str, Location], prefix: str, *, replaces: bool = True) -> dict[str, Location]:
-    """Returns the locations of the keys below `prefix` as keys of the top level, over those of the top level itself.
+    """Returns key -> location for a stage.
+
+    The key of a location below `prefix` is stored without the prefix, and replaces an equal key of the top level.
 
     Args:
-        replaces: whether `terms` and `updates` below `prefix` replace those of the top level.
+        prefix: dotted key of the stage.
+        replaces: whether `terms` and `updates` of the stage replace those of the top level.
     """
     inner = {key[len(prefix) + 1 :]: loc for key, loc in locations.items() if key.startswith(f"{prefix}.")}
     replaced = tuple(f"{key}." for key in _REPLACED_BY_STAGE if key in inner) if replaces else ()
@@ -79,16 +88,18 @@ def stage_locations(locations: Mapping[str, Location], prefix: str, *, replaces:
 
 
 def unroll_stages(context: ParseContext, stages: Any, shared: Mapping[str, Any]) -> list[UnrolledStage]:
-    """Reads `stages`.
+    """Converts the key `stages` of a recipe to a list of stages, with all loops unrolled.
 
     Args:
-        stages: the value of the key; None for a recipe with one stage.
-        shared: the keys of the top level that a stage may have too.
+        stages: value of the key `stages`; None for a recipe without stages.
+        shared: keys of the recipe's top level that also a stage may have.
     """
     if stages is None:
         unrolled = [UnrolledStage(ONLY_STAGE, ONLY_STAGE, "", {}, shared, context.locations)]
     elif not isinstance(stages, Mapping) or not stages:
-        context.error("stages", f"must be a mapping of stage names to their keys, got {stages!r}.")
+        context.error(
+            "stages", f"must be a non-empty mapping of stage names to the keys of each stage, got {stages!r}."
+        )
         return []
     else:
         unrolled = list(_unroll(_FragmentReader(context, shared), stages))
@@ -102,7 +113,10 @@ class _FragmentReader:
     shared: Mapping[str, Any]
 
     def read(self, value: Any, key: str) -> dict[str, Any] | None:
-        """Returns the keys of a stage or round; None after an error. Keys of the whole recipe are reported."""
+        """Returns the keys of a stage or a round, or None after an error.
+
+        Reports keys that only the top level of a recipe may have.
+        """
         if not isinstance(value, Mapping):
             self.context.error(key, f"must be a mapping of keys, got {value!r}.")
             return None
@@ -137,12 +151,15 @@ def _unroll_loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> 
     context = reader.context
     for name in loop:
         if name not in LOOP_KEYS:
-            hint = f"{suggest(name, LOOP_KEYS)} Write it in the stages of the loop."
+            hint = f"{suggest(name, LOOP_KEYS)} Keys of a stage belong to the stages of the loop."
             context.error(f"{key}.{name}", f"unknown key {name!r} in a loop.{hint}")
     rounds = _read_rounds(reader, f"{key}.rounds", loop.get("rounds"))
     stages = loop.get("stages")
     if not isinstance(stages, Mapping) or not any(stage is not None for stage in stages.values()):
-        context.error(f"{key}.stages" if "stages" in loop else key, "a loop needs `stages`, a mapping of its stages.")
+        context.error(
+            f"{key}.stages" if "stages" in loop else key,
+            "a loop needs `stages`, a mapping of stage names to the keys of each stage.",
+        )
         return
     for number, (round_key, round_fragment) in enumerate(rounds, 1):
         shared = merge(reader.shared, round_fragment)
@@ -154,7 +171,7 @@ def _unroll_loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> 
             if value is None:
                 continue
             if _is_loop(value):
-                context.error(stage_key, "a loop cannot contain a loop; write its rounds as stages.")
+                context.error(stage_key, "a loop cannot contain a loop; write the rounds of the inner loop as stages.")
                 continue
             fragment = reader.read(value, stage_key)
             if fragment is not None:
@@ -166,7 +183,7 @@ def _unroll_loop(reader: _FragmentReader, key: str, loop: Mapping[str, Any]) -> 
 
 
 def _read_rounds(reader: _FragmentReader, key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the dotted key and the fragment of each round; the key is empty if `rounds` is a number."""
+    """Returns a pair for each round of a loop: the round's dotted key (empty if `rounds` is a number) and keys."""
     if isinstance(value, list):
         if not value:
             reader.context.error(key, "the list is empty; a loop needs at least one round.")
@@ -183,7 +200,7 @@ def _read_rounds(reader: _FragmentReader, key: str, value: Any) -> list[tuple[st
 
 
 def _check_names(context: ParseContext, stages: Sequence[UnrolledStage]) -> None:
-    """Reports names that addresses (`artifact: STAGE.NAME`) and file names cannot contain, and duplicates."""
+    """Reports duplicate names, and names with characters that addresses and file names cannot contain."""
     key_of_name: dict[str, str] = {}
     for stage in stages:
         if not _NAME.fullmatch(stage.base_name) or stage.base_name == PREVIOUS:
@@ -192,11 +209,13 @@ def _check_names(context: ParseContext, stages: Sequence[UnrolledStage]) -> None
         first_key = key_of_name.setdefault(stage.base_name, stage.key)
         if first_key != stage.key:
             location = context.location(first_key)
-            context.error(stage.key, f"two stages are called {stage.base_name!r}; the first is {location}.")
+            context.error(
+                stage.key, f"two stages are called {stage.base_name!r}; rename this stage or the stage at {location}."
+            )
 
 
 def _link_stages(context: ParseContext, stages: Sequence[UnrolledStage]) -> list[UnrolledStage]:
-    """Replaces every reference to an earlier stage by its full name."""
+    """Replaces each reference to an earlier stage by the full name of the stage, such as `train@2`."""
     all_artifacts = {f"{name}.{item}" for s in stages for name in (s.base_name, s.name) for item in _artifacts_of(s)}
     linked: list[UnrolledStage] = []
     for index, stage in enumerate(stages):
@@ -219,7 +238,10 @@ def _artifacts_of(stage: UnrolledStage) -> list[str]:
 
 
 def _check_artifacts_with_initial(context: ParseContext, data: Any, all_artifacts: set[str], key: str = "") -> None:
-    """Reports `{artifact: NAME, initial: ...}` with a name that no stage produces: `initial` would hide the mistake."""
+    """Reports a reference `{artifact: NAME, initial: ...}` to an artifact that no stage at all produces.
+
+    Without this check, `initial` would always be used, and a misspelt name would not be noticed.
+    """
     if isinstance(data, list | tuple):
         for index, item in enumerate(data):
             _check_artifacts_with_initial(context, item, all_artifacts, f"{key}.{index}")
@@ -227,13 +249,15 @@ def _check_artifacts_with_initial(context: ParseContext, data: Any, all_artifact
         return
     name = data.get("artifact")
     if isinstance(name, str) and data.get("initial") is not None and name not in all_artifacts:
-        context.error(f"{key}.artifact", f"no stage produces {name!r}.{artifact_hint(name, all_artifacts)}")
+        context.error(
+            f"{key}.artifact", f"no stage produces the artifact {name!r}.{artifact_hint(name, all_artifacts)}"
+        )
     for inner_name, value in data.items():
         _check_artifacts_with_initial(context, value, all_artifacts, f"{key}.{inner_name}" if key else str(inner_name))
 
 
 def _role_keys(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns role name -> dotted key of the role."""
+    """Returns role -> dotted key, such as `models.student` or the shorthand `student`, at which the role is defined."""
     models = data.get("models")
     models = models if isinstance(models, Mapping) else {}
     keys = {name: f"models.{name}" for name, value in models.items() if value is not None}
@@ -244,7 +268,7 @@ def _role_keys(data: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _WeightsLinker:
-    """Resolves `weights: {stage: NAME}` of one stage; takes `initial` if there is no such stage yet."""
+    """Resolves `weights: {stage: NAME}` in one stage: to the full name of an earlier stage, or else to `initial`."""
 
     context: ParseContext
     earlier: Sequence[UnrolledStage]
@@ -271,16 +295,16 @@ class _WeightsLinker:
             elif target == PREVIOUS:
                 without_weights[name] = self.context.location(weights_key)
             else:
-                message = f"stage {target!r} is this stage or a later one; name an earlier one"
+                message = f"stage {target!r} does not run before this stage; name an earlier stage"
                 self.context.error(weights_key, f"{message}.{self._hint(target)}")
             _set_role(data, name, key, {**role, "weights": linked})
         return replace(stage, data=data, locations=locations, roles_without_weights=without_weights)
 
     def _is_missing(self, target: str, key: str) -> bool:
-        """Reports a stage that does not exist at all; returns whether it does not."""
+        """Returns whether the recipe has no stage called `target`, and reports this as an error."""
         missing = target != PREVIOUS and not any(target in (s.base_name, s.name) for s in self.stages)
         if missing:
-            self.context.error(key, f"stage {target!r} does not exist; name an earlier one.{self._hint(target)}")
+            self.context.error(key, f"stage {target!r} does not exist; name an earlier stage.{self._hint(target)}")
         return missing
 
     def _hint(self, target: str) -> str:
@@ -288,7 +312,7 @@ class _WeightsLinker:
         return suggest(target, names) if names else " There is no earlier stage."
 
     def _find_stage(self, target: str, roles: Any) -> str | None:
-        """Returns the full name of the latest earlier stage that `target` means."""
+        """Returns the full name of the earlier stage to which `target` refers."""
         role_names = roles if isinstance(roles, list | tuple) else [roles]
         for stage in reversed(self.earlier):
             if target in (stage.base_name, stage.name):
@@ -306,6 +330,6 @@ def _set_role(data: dict[str, Any], name: str, key: str, role: Mapping[str, Any]
 
 
 def _copy_locations(locations: dict[str, Location], source: str, target: str) -> None:
-    """Gives the locations of the keys at and below `source` also to the keys at and below `target`."""
+    """Copies the location of the key `source` to the key `target`, and does the same for all keys below `source`."""
     for key in [key for key in locations if key == source or key.startswith(f"{source}.")]:
         locations[target + key[len(source) :]] = locations[key]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdbench.config.parse.keys import KeyReader, ParseContext
-from kdbench.config.parse.parts import check_parameters, read_part
+from kdbench.config.parse.parts import check_parameters, invalid_part_message, read_part
 from kdbench.config.schema import EdgeConfig, OperandConfig, PartConfig, PartWithOperands, declared_keys
 from kdbench.errors import suggest
 from kdbench.registry import ADAPTERS, COMBINERS, Entry, Registry
@@ -25,7 +25,7 @@ OTHERS = "others"
 
 
 ADDRESS_KINDS = ("term", "artifact")
-"""The words before a colon that are not roles."""
+"""The words before the colon of an address that are not names of roles."""
 
 
 TERM_OUTPUTS = ("loss", "route", "gate")
@@ -36,7 +36,7 @@ ADAPTER_INJECTED = ("source", "target")
 
 @dataclass(frozen=True)
 class _ParsedOperand:
-    """An operand, and whether the recipe names its path."""
+    """A parsed operand. `has_path` is True if the recipe states the module path of the operand."""
 
     operand: OperandConfig
     has_path: bool
@@ -47,9 +47,10 @@ class OperandParser:
     """Parses the operands of terms and other parts.
 
     Attributes:
-        roles, sources: the names that exist.
-        terms: the names of the terms above the present one.
-        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
+        roles, sources: names of the existing roles and sources.
+        terms: names of the terms that come before the current term.
+        artifact_names: name of an artifact in the recipe, such as `query.labels` -> full name with the round of
+            the loop, such as `query@2.labels`.
     """
 
     context: ParseContext
@@ -59,13 +60,14 @@ class OperandParser:
     artifact_names: Mapping[str, str] = field(default_factory=dict)
 
     def read_operand(self, value: Any, default_role: str | None, key: str) -> _ParsedOperand | None:
-        """Parses an address or a mapping.
+        """Parses an operand that is written as an address or as a mapping.
 
         Args:
-            default_role: the role of a path without role.
+            default_role: role of an address that names no role, such as `layer3`.
+            key: dotted key of the operand.
 
         Returns:
-            None after an error.
+            The operand, or None after an error.
         """
         if isinstance(value, str):
             return self._parse_address(value, default_role, key, adapter=None, is_path=False)
@@ -76,7 +78,9 @@ class OperandParser:
             return self._read_combination(value, default_role, key)
         reader = KeyReader(self.context, value, key, "an operand", declared_keys(OperandConfig))
         if reader.has("of"):
-            reader.error("of", "belongs to a combination; name its combiner, such as `combine: mean_logits`.")
+            reader.error(
+                "of", "`of` belongs to a combination of operands; add a combiner, such as `combine: mean_logits`."
+            )
         role = reader.read("role")
         if role is not None and self._check_role(role, reader.subkey("role")):
             default_role = role
@@ -92,17 +96,18 @@ class OperandParser:
         reserved: Sequence[str] = (),
         available: Sequence[str] = (),
     ) -> PartWithOperands | None:
-        """Reads `{type: NAME, ...}`: the parameters of a part, and the operands that its registration declares.
+        """Parses a part `{type: NAME, ...}` with its parameters and its declared operands.
 
         Args:
+            default_role: role of an address that names no role, such as `layer3`.
             reserved: keys of the mapping that are neither parameters nor operands of the part.
-            available: declared operands that the engine sets (a term's operands, for its sample weight).
+            available: operands that the engine passes to the part, so that the recipe does not state them. For a
+                sample weight, these are the operands of its term.
         """
         if isinstance(value, str):
             value = {"type": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-            names = ", ".join(sorted(registry.entries)[:12])
-            self.context.error(key, f"a {registry.kind} is a name or {{type: NAME, ...}}, one of: {names}.")
+            self.context.error(key, invalid_part_message(registry, value))
             return None
         kind = value["type"]
         entry = registry.entries.get(kind)
@@ -118,13 +123,19 @@ class OperandParser:
     def read_declared_operands(
         self, entry: Entry, names: Sequence[str], data: Mapping[str, Any], key: str, default_role: str | None
     ) -> dict[str, OperandConfig]:
-        """Reads the operands that a part declares by name; reports a missing one that is not optional."""
+        """Parses the operands that a part declares. A missing operand is reported unless the operand is optional.
+
+        Args:
+            entry: declaration of the part.
+            names: names of the operands.
+            data: mapping that contains the operands.
+        """
         operands = {}
         for name in names:
             value = data.get(name)
             if value is None:
                 if name not in entry.optional_inputs:
-                    self.context.error(key, f"{entry.name!r} reads the operand `{name}`: write `{name}: ADDRESS`.")
+                    self.context.error(key, f"{entry.name!r} needs the operand `{name}`; write `{name}: ADDRESS`.")
                 continue
             parsed = self.read_operand(value, default_role, f"{key}.{name}")
             if parsed is not None:
@@ -145,7 +156,7 @@ class OperandParser:
         combiner = reader.get_raw("combine")
         if isinstance(combiner, Mapping):
             for name in reader.parameters():
-                reader.error(name, "belongs inside `combine`, whose value is a mapping.")
+                reader.error(name, f"write `{name}` inside the mapping `combine`.")
             part = self.read_part_with_operands(COMBINERS, combiner, reader.subkey("combine"), default_role)
         else:
             flat = {"type": combiner, **reader.parameters()}
@@ -178,7 +189,12 @@ class OperandParser:
     def _parse_address(
         self, text: str, default_role: str | None, key: str, adapter: PartConfig | None, is_path: bool
     ) -> _ParsedOperand | None:
-        """Parses an address; with `is_path` the text cannot be the name of a role or a field."""
+        """Parses the address of an operand, such as `teacher:layer3`.
+
+        Args:
+            default_role: role of an address that names no role, such as `layer3`.
+            is_path: whether the text is a module path, and not the name of a role or a field.
+        """
         prefix, _, remainder = text.partition(":")
         if prefix in ADDRESS_KINDS and remainder:
             return self._parse_owned(prefix, remainder, key, adapter)
@@ -201,7 +217,7 @@ class OperandParser:
             return None
         role = role if role is not None else default_role
         if role is None or role not in self.roles:
-            message = f"{text!r} names no role, and there is no role `{role or 'student'}`; write ROLE:PATH"
+            message = f"the address {text!r} has no role, and there is no role `{role or 'student'}`; write ROLE:PATH"
             self.context.error(key, f"{message} (roles: {', '.join(self.roles)}).")
             return None
         return self._feature(match, role, path, key, adapter)
@@ -211,7 +227,7 @@ class OperandParser:
     ) -> _ParsedOperand | None:
         call = int(match["call"] or 1)
         if call < 1:
-            self.context.error(key, f"calls are counted from 1, got @{call}.")
+            self.context.error(key, f"calls of a module are counted from 1, got @{call}.")
             return None
         side: Any = (match["side"] or "/out")[1:]
         operand = OperandConfig(
@@ -220,7 +236,7 @@ class OperandParser:
         return _ParsedOperand(operand, has_path=bool(path))
 
     def _parse_owned(self, kind: Any, text: str, key: str, adapter: PartConfig | None) -> _ParsedOperand | None:
-        """Parses `term:NAME.OUTPUT` or `artifact:STAGE.NAME`, from after the colon."""
+        """Parses an address `term:NAME.OUTPUT` or `artifact:STAGE.NAME`. `text` is the part after the colon."""
         match = _OWNER_AND_NAME.fullmatch(text)
         if match is None:
             form = "term:NAME.loss" if kind == "term" else "artifact:STAGE.NAME"
@@ -228,19 +244,17 @@ class OperandParser:
             return None
         owner, name = match["owner"], match["name"]
         if kind == "term" and owner not in self.terms:
-            hint = suggest(owner, self.terms) if self.terms else " There is none."
-            self.context.error(key, f"no earlier term {owner!r}; a term can read the terms above it.{hint}")
+            hint = suggest(owner, self.terms) if self.terms else " There is no earlier term."
+            self.context.error(key, f"no earlier term {owner!r}; a term can read outputs of earlier terms only.{hint}")
             return None
         if kind == "term" and name not in TERM_OUTPUTS:
-            self.context.error(
-                key, f"the outputs of a term are {', '.join(TERM_OUTPUTS)}.{suggest(name, TERM_OUTPUTS)}"
-            )
+            self.context.error(key, f"a term has no output {name!r}.{suggest(name, TERM_OUTPUTS)}")
             return None
         if kind == "artifact":
             full_name = self.artifact_names.get(text)
             if full_name is None:
                 hint = artifact_hint(text, self.artifact_names)
-                self.context.error(key, f"no earlier stage produces {text!r}.{hint}")
+                self.context.error(key, f"no earlier stage produces the artifact {text!r}.{hint}")
                 return None
             owner, name = full_name.rsplit(".", 1)
         operand = OperandConfig(role=owner, path=name, kind=kind, adapter=adapter, location=self.context.location(key))
@@ -253,17 +267,17 @@ class OperandParser:
 
 
 def artifact_hint(name: str, artifact_names: Collection[str]) -> str:
-    """Returns a hint for an artifact that no earlier stage produces."""
-    return suggest(name, artifact_names) if artifact_names else " No earlier stage produces an artifact."
+    """Returns the last sentences of an error message about an unknown artifact: the names of existing artifacts."""
+    return suggest(name, artifact_names) if artifact_names else " There is no earlier artifact at all."
 
 
 class EdgeReader:
-    """Reads the pairs of operands that one term compares.
+    """Parses the edges of a term: the pairs of operands that it compares.
 
     Args:
-        student_role: the role of `student` operands without role; None if it is ambiguous.
-        key: the term's key in the recipe.
-        entry: the term's registration.
+        student_role: role of a `student` operand that names no role; None if several roles are possible.
+        key: dotted key of the term.
+        entry: declaration of the term's class.
     """
 
     def __init__(self, parser: OperandParser, student_role: str | None, key: str, entry: Entry) -> None:
@@ -283,10 +297,10 @@ class EdgeReader:
         return self.reads_teacher and "teacher" not in self.entry.optional_inputs
 
     def edges(self, student: Any, teacher: Any) -> tuple[EdgeConfig, ...]:
-        """Reads all pairs of operands; empty after an error.
+        """Returns all edges (pairs of operands) of the term, or an empty tuple after an error.
 
         Args:
-            student, teacher: the values of the term's keys.
+            student, teacher: values of the keys `student` and `teacher` in the recipe.
         """
         error_count = len(self.context.errors)
         students = self._read_students(student)
@@ -301,30 +315,31 @@ class EdgeReader:
         if value is None:
             if self.student_role is None:
                 self.context.error(
-                    self.key, f"which role learns? Write `student: ROLE`, one of {', '.join(self.roles)}."
+                    self.key,
+                    f"the role that learns is ambiguous; write `student: ROLE`, one of {', '.join(self.roles)}.",
                 )
                 return []
             operand = OperandConfig(role=self.student_role, location=self.context.location(self.key))
             return [_ParsedOperand(operand, has_path=False)]
         items = value if isinstance(value, list) else [value]
         if not items:
-            self.context.error(key, "the list is empty.")
+            self.context.error(key, "the list of operands is empty.")
         parsed = [self._read_item(item, self.student_role, key, index) for index, item in enumerate(items)]
         return [operand for operand in parsed if operand is not None]
 
     def _pair(
         self, students: list[_ParsedOperand], is_list: bool, teacher: Any
     ) -> list[tuple[_ParsedOperand, _ParsedOperand | None]]:
-        """Pairs each student with a teacher.
+        """Pairs each student operand with a teacher operand.
 
         Args:
-            is_list: whether the recipe lists its students.
+            is_list: whether `student` is a list in the recipe.
         """
         key = f"{self.key}.teacher"
         if not self.reads_teacher:
             if teacher is not None:
                 inputs = ", ".join(self.entry.inputs)
-                self.context.error(key, f"term {self.entry.name!r} reads no teacher; it reads {inputs}. Remove it.")
+                self.context.error(key, f"term {self.entry.name!r} reads no teacher, only {inputs}. Remove `teacher`.")
             return [(student, None) for student in students]
         if teacher is None:
             return self._pair_with_default_teacher(students)
@@ -337,8 +352,8 @@ class EdgeReader:
         if not is_list and teachers:
             students = students * len(teachers)
         if len(students) != len(teachers):
-            counts = f"the list has {len(teachers)} operands, but `student` has {len(students)}"
-            self.context.error(key, f"{counts}; element i is compared with element i.")
+            counts = f"the list `teacher` has length {len(teachers)}, but the list `student` has {len(students)}"
+            self.context.error(key, f"{counts}; operands of equal position in the two lists are compared.")
             return []
         return list(zip(students, teachers, strict=True))
 
@@ -360,8 +375,8 @@ class EdgeReader:
                 # Equal paths of two networks are rarely comparable: the recipe must name the teacher's.
                 self.context.error(
                     self.key,
-                    f"the student's operand is `{student.operand}`; name the feature of the teacher to compare it "
-                    f"with, such as `teacher: {student.operand.path}`.",
+                    f"the student's operand is `{student.operand}`; name also the feature of the teacher, such "
+                    f"as `teacher: {student.operand.path}`.",
                 )
         teacher = OperandConfig(role="teacher", location=self.context.location(self.key))
         return [(student, _ParsedOperand(teacher, has_path=False)) for student in students]
@@ -377,7 +392,7 @@ class EdgeReader:
         return [(student, teacher) for student in students for teacher in students if teacher is not student]
 
     def _check_paths(self, pairs: list[tuple[_ParsedOperand, _ParsedOperand | None]]) -> None:
-        """Reports an operand without module path, of a term that compares features."""
+        """Reports each operand without module path, if the term compares features (outputs of hidden layers)."""
         if not self.entry.facts.get("features"):
             return
         students = [("student", student) for student, _ in pairs]
@@ -388,12 +403,12 @@ class EdgeReader:
             role = parsed.operand.role
             message = (
                 f"term {self.entry.name!r} compares features: `{side}` needs a module path, such as "
-                f"`{side}: layer3` (`kdbench inspect MODEL` lists them)"
+                f"`{side}: layer3` (`kdbench inspect MODEL` lists the module paths)"
             )
             output = "" if role == side else f"; the output of role {role!r} is `{role}:logits`"
             self.context.error(self.key, f"{message}{output}.")
 
     def _read_item(self, value: Any, default_role: str | None, key: str, index: int) -> _ParsedOperand | None:
-        """Reads one operand of a list, or the only one."""
+        """Parses one operand: an item of a list, or the only operand."""
         item_key = f"{key}.{index}" if f"{key}.{index}" in self.context.locations else key
         return self.parser.read_operand(value, default_role, item_key)

@@ -1,4 +1,4 @@
-"""Reads `optimizer` and `scheduler` of a stage or an update."""
+"""Parses the keys `optimizer` and `scheduler` of a stage or an update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdbench.registry import OPTIMIZERS
 
 
 def read_optimizer(context: ParseContext, value: Any, key: str) -> OptimizerConfig:
-    """Reads `SGD`, or `{type: SGD, lr: 0.1, groups: [{type: norm, weight_decay: 0}]}`."""
+    """Parses an optimizer: `SGD`, or `{type: SGD, lr: 0.1, groups: [{type: norm, weight_decay: 0}]}`."""
     if isinstance(value, str):
         value = {"type": value}
     part = read_part(context, OPTIMIZERS, value, key, ("params",), reserved=("groups",))
@@ -31,9 +31,12 @@ def read_optimizer(context: ParseContext, value: Any, key: str) -> OptimizerConf
 
 def _check_group(context: ParseContext, optimizer: str, group: Any, key: str) -> None:
     if not isinstance(group, Mapping) or not set(OPTIMIZER_GROUP_KEYS) & set(group):
-        context.error(key, "a group is a mapping with `path` or `type`, which select its parameters.")
+        context.error(
+            key,
+            f"a group must be a mapping with `path` or `type`, which select parameters of the networks, got {group!r}.",
+        )
         return
-    reader = KeyReader(context, group, key, "a group", OPTIMIZER_GROUP_KEYS, parameters=True)
+    reader = KeyReader(context, group, key, "an optimizer group", OPTIMIZER_GROUP_KEYS, parameters=True)
     for name in OPTIMIZER_GROUP_KEYS:
         reader.read(name)
     # A group need not repeat the parameters that the optimizer requires.
@@ -42,7 +45,7 @@ def _check_group(context: ParseContext, optimizer: str, group: Any, key: str) ->
 
 
 def read_scheduler(context: ParseContext, value: Any, key: str) -> PartConfig | None:
-    """Reads the factor of the learning rate: a schedule, with an optional `warmup`."""
+    """Parses `scheduler`: the schedule by which learning rates are multiplied, with an optional `warmup`."""
     if value is None:
         return None
     if isinstance(value, str):

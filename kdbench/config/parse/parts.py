@@ -1,4 +1,4 @@
-"""Reads registered parts (`NAME` or `{type: NAME, ...}`) and schedules, checked against the registries."""
+"""Parses registered parts (`NAME` or `{type: NAME, ...}`) and schedules, and checks them against the registries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from kdbench.config.parse.keys import KeyReader, ParseContext
 from kdbench.config.schema import PartConfig
 from kdbench.config.schema.keys import POSITIVE
 from kdbench.config.schema.updates import CHAIN_PART_KEYS
-from kdbench.errors import ConfigError, suggest
-from kdbench.registry import REQUIRED, SCHEDULES, Entry, Registry, type_mismatch
+from kdbench.errors import ConfigError, did_you_mean
+from kdbench.registry import SCHEDULES, Entry, Registry, type_mismatch
 
 
 def read_part(
@@ -21,33 +21,28 @@ def read_part(
     injected: Sequence[str] = (),
     reserved: Sequence[str] = (),
 ) -> PartConfig | None:
-    """Reads `NAME` or `{type: NAME, ...parameters}`; checks name and parameters against the registry.
+    """Parses a part `NAME` or `{type: NAME, ...}`, and checks its name and parameters against a registry.
 
     Args:
+        key: dotted key of the part.
         injected: parameters that the engine sets if the recipe does not.
         reserved: keys of the mapping that are not parameters of the part.
-
-    Returns:
-        None after an error.
     """
     if isinstance(value, str):
         value = {"type": value}
-    if not isinstance(value, Mapping):
-        context.error(key, f"{_with_article(registry)} is a name or {{type: NAME, ...}}, got {value!r}.")
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        context.error(key, invalid_part_message(registry, value))
         return None
-    kind = value.get("type")
-    if not isinstance(kind, str):
-        problem = "needs a `type`" if kind is None else f"`type` must be text, got {kind!r}"
-        names = ", ".join(sorted(registry.entries or registry.names())[:12])
-        context.error(key, f"{_with_article(registry)} {problem}, one of: {names}.")
-        return None
+    kind = value["type"]
     params = {name: item for name, item in value.items() if name != "type" and name not in reserved}
     checked = check_parameters(context, registry, kind, params, key, injected, ("type", *reserved))
     return None if checked is None else PartConfig(type=kind, params=checked, location=context.location(key))
 
 
-def _with_article(registry: Registry) -> str:
-    return f"{'an' if registry.kind[0] in 'aeiou' else 'a'} {registry.kind}"
+def invalid_part_message(registry: Registry, value: Any) -> str:
+    """Returns the error message for a value that is neither a name nor a mapping with the key `type`."""
+    article = "an" if registry.kind[0] in "aeiou" else "a"
+    return f"{article} {registry.kind} must be a name or {{type: NAME, ...}}, got {value!r}. {registry.listing}"
 
 
 def check_parameters(
@@ -59,15 +54,16 @@ def check_parameters(
     injected: Sequence[str] = (),
     reserved: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Checks the parameters of one part; a schedule in place of a schedulable number becomes a PartConfig.
+    """Checks the parameters of a part and returns them. A schedule in place of a number becomes a PartConfig.
 
     Args:
         kind: name of the part.
+        key: dotted key of the part.
         injected: parameters that the engine sets if the recipe does not.
-        reserved: other keys of the mapping, for the hint at an unknown parameter.
+        reserved: further keys of the mapping, which an error message may suggest for a misspelt parameter.
 
     Returns:
-        None if there is no such part.
+        Parameter -> checked value, or None if there is no such part.
     """
     # `kd` in place of `{type: kd}` has no location of its own for `type`.
     type_key = f"{key}.type" if f"{key}.type" in context.locations else key
@@ -83,17 +79,17 @@ def check_parameters(
             checked[name] = _check_parameter(context, registry, entry, name, value, f"{key}.{name}")
             continue
         candidates = [parameter for parameter in entry.parameters if parameter not in hidden]
-        message = f"has no parameter {name!r}.{suggest(name, [*candidates, *reserved])} Write {entry.signature()}."
-        context.error(f"{key}.{name}", f"{registry.kind} {kind!r} {message}")
-    names = {*params, *injected, *hidden}
-    missing = [p.name for p in entry.parameters.values() if p.default is REQUIRED and p.name not in names]
+        hint = did_you_mean(name, [*candidates, *reserved])
+        message = f"{registry.kind} {kind!r} has no parameter {name!r}.{hint} {entry.describe_parameters()}"
+        context.error(f"{key}.{name}", message)
+    missing = entry.describe_missing({*params, *injected, *hidden})
     if missing:
-        context.error(key, f"{registry.kind} {kind!r} needs {', '.join(missing)}. Write {entry.signature()}.")
+        context.error(key, f"{registry.kind} {kind!r} {missing}")
     return checked
 
 
 def _check_parameter(context: ParseContext, registry: Registry, entry: Entry, name: str, value: Any, key: str) -> Any:
-    """Checks one parameter; returns its value, or the schedule in place of it."""
+    """Checks one parameter of a part. Returns its value, or the config of its schedule."""
     parameter = entry.parameters[name]
     is_schedule = isinstance(value, Mapping) and "type" in value
     if parameter.schedulable and is_schedule:
@@ -108,7 +104,7 @@ def _check_parameter(context: ParseContext, registry: Registry, entry: Entry, na
 
 
 def read_schedule(context: ParseContext, value: Any, key: str, reserved: Sequence[str] = ()) -> PartConfig | None:
-    """Reads a schedule and the parts of a chain: a name, or `{type: linear, start: 0, end: 1, over: 20}`."""
+    """Parses a schedule: a name, or a mapping such as `{type: linear, start: 0, end: 1, over: 20}`."""
     part = read_part(context, SCHEDULES, value, key, reserved=reserved)
     if part is None:
         return None
@@ -130,13 +126,13 @@ def read_schedule(context: ParseContext, value: Any, key: str, reserved: Sequenc
 
 
 def _read_chain_part(context: ParseContext, value: Any, key: str, is_last: bool) -> dict[str, Any]:
-    """Reads one part of a chain; returns its schedule's parameters with `type` and `length`."""
+    """Parses one schedule of a chain. Returns its parameters together with `type` and `length`."""
     if isinstance(value, Mapping) and "by" in value:
-        context.error(f"{key}.by", "belongs to the chain, not to one of its parts.")
+        context.error(f"{key}.by", "`by` is a parameter of the chain, not of a schedule in the chain.")
     data = value if isinstance(value, Mapping) else {}
-    length = KeyReader(context, data, key, "a part of a chain", CHAIN_PART_KEYS, parameters=True).read("length")
+    length = KeyReader(context, data, key, "a schedule of a chain", CHAIN_PART_KEYS, parameters=True).read("length")
     if length is None and data.get("length") is None and not is_last:
-        context.error(key, "every part of a chain except the last needs a `length`.")
+        context.error(key, "every schedule of a chain except the last needs the key `length`.")
     schedule = read_schedule(context, value, key, reserved=("length", "by"))
     if schedule is None:
         return {}

@@ -1,4 +1,4 @@
-"""Parses a composed recipe into a Recipe: checks every key, name, type and reference."""
+"""Converts a composed recipe (a mapping) to a Recipe, and checks every key, name, type and reference."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def parse_recipe(composed: ComposedRecipe, folder: Path, ancestors: tuple[str, .
     """Parses and checks a composed recipe.
 
     Args:
-        folder: the folder of the recipe's file; paths of other recipes are relative to it.
-        ancestors: files of the recipe and of the recipes that need its result, to detect a cycle.
+        composed: recipe after its group files and overrides were merged.
+        folder: folder of the recipe's file. Paths of other recipes are relative to this folder.
+        ancestors: files of this recipe and of all recipes that take weights from this recipe, to detect cycles.
 
     Raises:
-        ConfigError: with every error, one line each.
+        ConfigError: the recipe has mistakes. The message has one line per mistake.
     """
     context = ParseContext(composed.locations)
     for key, value in iterate_scalars(composed.data):
         if value == "???":
-            context.error(key, f"has no value yet; set it on the command line: `{key}=...`.")
+            context.error(key, f"a value is required; set it on the command line: `{key}=VALUE`.")
     context.errors.raise_any(composed.file)
     # Unknown keys are reported where the stages are read.
     top = KeyReader(context, composed.data, "", "the recipe", TOP_LEVEL_KEYS, parameters=True)
@@ -67,7 +68,7 @@ def _unroll(context: ParseContext, top: KeyReader) -> list[UnrolledStage]:
 
 
 def _read_notes(top: KeyReader) -> Notes | None:
-    """Reads `notes: {basis: code, source: [...], differs: [...], scaled_down: [...]}`."""
+    """Parses `notes: {basis: code, source: [...], differs: [...], scaled_down: [...]}`."""
     value = top.get_raw("notes")
     if value is None:
         return None
@@ -91,13 +92,15 @@ def _check_sharded_roles(context: ParseContext, shard: bool | tuple[str, ...], s
 
 
 def _check_export(context: ParseContext, stages: list[StageConfig]) -> None:
-    """Reports an exported role that no stage changes, in a recipe that trains other roles."""
+    """Reports an exported role that is frozen in all stages, if the recipe trains other roles."""
     roles = [role for stage in stages for role in stage.roles.values()]
     not_frozen = {role.name for role in roles if role.mode != "frozen"}
     trained = sorted({role.name for role in roles if role.mode == "trainable"})
     export = stages[-1].export if stages else None
     if trained and any(role.name == export for role in roles) and export not in not_frozen:
-        context.error("export", f"{export!r} is frozen in every stage; trained are {', '.join(trained)}.")
+        context.error(
+            "export", f"role {export!r} is frozen in every stage; export a trained role: {' or '.join(trained)}."
+        )
 
 
 def _check_length_overrides(context: ParseContext, unrolled: list[UnrolledStage]) -> None:
@@ -106,11 +109,13 @@ def _check_length_overrides(context: ParseContext, unrolled: list[UnrolledStage]
         location = context.locations.get(key)
         is_hidden = all(any(length in stage.fragment for length in LENGTH_KEYS) for stage in unrolled)
         if location is not None and location.override and unrolled and unrolled[0].key and is_hidden:
-            context.error(key, f"has no effect: every stage sets its own; write {unrolled[0].key}.{key}=...")
+            context.error(
+                key, f"has no effect, because every stage sets its own length; write {unrolled[0].key}.{key}=N."
+            )
 
 
 def _check_stage_weights(context: ParseContext, stages: list[StageConfig], unrolled: list[UnrolledStage]) -> None:
-    """Reports weights of roles that their stage does not have, and frozen roles without any weights."""
+    """Reports weights of a role that does not exist in the named stage, and frozen roles without weights."""
     earlier: dict[str, StageConfig] = {}
     for stage, origin in zip(stages, unrolled, strict=True):
         for role in stage.roles.values():
@@ -121,13 +126,13 @@ def _check_stage_weights(context: ParseContext, stages: list[StageConfig], unrol
                         message = f"stage {source.name!r} has no role {name!r}.{suggest(name, source.roles)}"
                         context.errors.add(role.weights.location, message)
             if role.name in origin.roles_without_weights and role.mode == "frozen":
-                message = f"no earlier stage has role {role.name!r}, which is frozen: it needs `initial:` weights."
+                message = f"no earlier stage has the frozen role {role.name!r}; add `initial:` with other weights."
                 context.errors.add(origin.roles_without_weights[role.name], message)
         earlier[stage.name] = stage
 
 
 def _read_published(top: KeyReader, composed: ComposedRecipe, stages: list[StageConfig]) -> Published | None:
-    """Reads the published figure: one number, or one for each pair or each model of the exported role."""
+    """Parses `published`: one accuracy, one for each pair of networks, or one for each model of the exported role."""
     value: Any = top.get_raw("published")
     if value is None:
         return None
@@ -136,7 +141,7 @@ def _read_published(top: KeyReader, composed: ComposedRecipe, stages: list[Stage
     reader = KeyReader(top.context, value, "published", "published", declared_keys(Published))
     top1, by_pair, by_model = (reader.read(name) for name in ("top1", "pairs", "models"))
     if not any(reader.has(name) for name in ("top1", "pairs", "models")):
-        reader.error("", "needs `top1`, or figures by `pairs` or `models`.")
+        reader.error("", "one of the keys `top1`, `pairs` and `models` is required.")
     if top1 is None:
         top1 = by_pair.get(composed.group_choices.get("pair", ""))
     if top1 is None and stages:

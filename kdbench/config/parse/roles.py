@@ -1,4 +1,4 @@
-"""Reads the networks of a recipe: `models`, and the shorthands `teacher` and `student` for two of its entries."""
+"""Parses the networks of a recipe: `models`, and `teacher` and `student`, shorthands for two entries of `models`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
 _DERIVED_MODES = ("ema", "snapshot", "reuse")
-"""The keys that make a role from another role; each is also the role's mode."""
+"""The keys that derive a role from another role. The key is also the mode of the derived role."""
 
 
 _MODE_TEXTS = {"ema": "a moving average", "snapshot": "a snapshot", "reuse": "a reused network"}
@@ -36,12 +36,12 @@ _DEFAULT_INPUT = "train.image"
 def read_roles(
     context: ParseContext, top: KeyReader, folder: Path, ancestors: tuple[str, ...]
 ) -> dict[str, RoleConfig]:
-    """Reads every role; a null entry removes one.
+    """Parses all roles (networks) of a stage. A null entry removes a role that another layer of the recipe defines.
 
     Args:
         top: reader of the stage's keys.
-        folder: the recipe's folder, for relative paths of other recipes.
-        ancestors: files of this recipe and of the recipes that need its result, to detect a cycle.
+        folder: folder of the recipe. Relative paths of other recipes begin in this folder.
+        ancestors: files of this recipe and of all recipes that take weights from this recipe, to detect cycles.
     """
     models = top.read_mapping("models", "a: {model: NAME}")
     entries = {name: (top.subkey(f"models.{name}"), data) for name, data in models.items() if data is not None}
@@ -52,14 +52,14 @@ def read_roles(
             continue
         if name in entries:
             location = context.location(entries[name][0])
-            top.error(
-                name, f"role {name!r} is defined twice: here and as models.{name} ({location}); keep one of them."
-            )
+            top.error(name, f"role {name!r} is defined twice, here and at {location}; keep one of the two definitions.")
         entries[name] = (top.subkey(name), data)
     roles = {}
     for name, (key, data) in entries.items():
         if not _NAME.fullmatch(name) or name in _RESERVED_NAMES:
-            context.error(key, f"{name!r} cannot be the name of a role; use letters, digits, `_` and `-`.")
+            reserved = ", ".join(_RESERVED_NAMES)
+            message = f"{name!r} cannot be the name of a role; use letters, digits, `_` and `-` (reserved: {reserved})."
+            context.error(key, message)
             continue
         roles[name] = _read_role(context, name, key, data, folder, ancestors)
     if not roles:
@@ -108,7 +108,7 @@ def _read_role(
 
 
 def _read_model(reader: KeyReader) -> tuple[PartConfig | None, str | None]:
-    """Reads `model`; returns the model, and the artifact that selects it."""
+    """Parses the key `model`. Returns the model (or None), and the name of the artifact that selects it (or None)."""
     value, key = reader.get_raw("model"), reader.subkey("model")
     if value is None:
         return None, None
@@ -120,14 +120,15 @@ def _read_model(reader: KeyReader) -> tuple[PartConfig | None, str | None]:
 
 
 def _read_mode(reader: KeyReader, name: str) -> tuple[Any, str | None]:
-    """Returns the mode of a role, and the role (with module path) from which it is derived."""
+    """Returns the mode of a role, such as "frozen", and the value of `ema`, `snapshot` or `reuse` if it has one."""
     frozen, trainable = reader.read("frozen"), reader.read("trainable")
     sources = {mode: reader.read(mode) for mode in _DERIVED_MODES}
     modes = [mode for mode, source in sources.items() if source is not None]
     if len(modes) > 1 or (modes and (frozen is not None or trainable is not None)):
         reader.error("", "`frozen`, `trainable`, `ema`, `snapshot` and `reuse` exclude each other; keep one of them.")
     if frozen is not None and trainable is not None and frozen == trainable:
-        reader.error("trainable", f"contradicts `frozen: {str(frozen).lower()}`.")
+        value = str(frozen).lower()
+        reader.error("trainable", f"`trainable: {value}` contradicts `frozen: {value}`; keep one of them.")
     if modes:
         return modes[0], sources[modes[0]]
     if frozen is None:
@@ -136,7 +137,7 @@ def _read_mode(reader: KeyReader, name: str) -> tuple[Any, str | None]:
 
 
 def _read_interval(reader: KeyReader) -> tuple[int, int]:
-    """Reads `every: 5` (epochs) or `every: {steps: 100}`; returns epochs and steps."""
+    """Parses `every: 5` (an interval in epochs) or `every: {steps: 100}`. Returns a pair (epochs, steps)."""
     value = reader.get_raw("every")
     if not isinstance(value, Mapping):
         return (0 if value is None or not _is_count(reader, "every", value) else value), 0
@@ -165,7 +166,7 @@ def _read_transforms(reader: KeyReader) -> tuple[PartConfig, ...]:
 
 
 def _read_requirements(reader: KeyReader) -> dict[str, float]:
-    """Reads `require: {top1: 95}`; reports unknown metrics."""
+    """Parses a mapping of metrics to required values, such as `require: {top1: 95}`, and reports unknown metrics."""
     values = dict(reader.read("require"))
     for name, value in values.items():
         if name.partition("/")[0] not in METRICS.entries:
@@ -176,36 +177,43 @@ def _read_requirements(reader: KeyReader) -> dict[str, float]:
 
 
 def _check_mode(reader: KeyReader, role: RoleConfig) -> None:
-    """Reports keys that contradict the mode of a role."""
+    """Reports keys of a role that contradict its mode, such as `decay` in a role that is not a moving average."""
     name, source, mode = role.name, role.source_role, role.mode
     if mode not in _DERIVED_MODES and not reader.has("model"):
-        reader.error("", f"role {name!r} needs a `model`, one of `kdbench list models`.")
+        reader.error("", f"role {name!r} needs the key `model`, a name of `kdbench list models`.")
     if mode == "reuse":
         for key in ("model", "weights"):
             if reader.has(key):
-                reader.error(key, f"role {name!r} reuses the network of {source!r}; it has no {key} of its own.")
+                reader.error(
+                    key, f"role {name!r} reuses the network of role {source!r}, so the key `{key}` is not allowed."
+                )
     elif role.module_path:
         path = f"{source}:{role.module_path}"
         reader.error(mode, f"only `reuse` takes a module path: `reuse: {path}`.")
     if reader.has("decay") and mode != "ema":
-        reader.error("decay", "belongs to a role with `ema: ROLE`.")
+        reader.error("decay", "`decay` applies only to a role with `ema: ROLE`.")
     if reader.has("every") and mode != "snapshot":
-        reader.error("every", "belongs to a role with `snapshot: ROLE`.")
+        reader.error("every", "`every` applies only to a role with `snapshot: ROLE`.")
     if reader.has("init_index") and mode in _DERIVED_MODES:
-        reader.error("init_index", f"has no effect: role {name!r} has the weights of {source!r}.")
+        reader.error(
+            "init_index", f"`init_index` has no effect, because role {name!r} has the weights of role {source!r}."
+        )
     if role.transforms and mode != "trainable":
-        reader.error("transform", f"belongs to a trainable role; role {name!r} is {mode_text(role)}.")
+        reader.error(
+            "transform", f"`transform` applies only to a trainable role, but role {name!r} is {mode_text(role)}."
+        )
     if reader.has("freeze") and mode != "trainable":
-        reader.error("freeze", f"has no effect: role {name!r} is {mode_text(role)}.")
+        reader.error("freeze", f"`freeze` applies only to a trainable role, but role {name!r} is {mode_text(role)}.")
 
 
 def mode_text(role: RoleConfig) -> str:
-    """Describes the mode of a role: "frozen", "a moving average"."""
+    """Returns the mode of a role as text for messages, such as "frozen" or "a moving average"."""
     return _MODE_TEXTS.get(role.mode, role.mode)
 
 
 def _check_source_roles(context: ParseContext, roles: Mapping[str, RoleConfig]) -> None:
-    """Reports derived roles whose source role does not exist, and cycles."""
+    """Reports derived roles (averages, snapshots, reused networks) that form a cycle or are derived from an unknown
+    role."""
     for role in roles.values():
         if role.source_role is None:
             continue
@@ -226,7 +234,10 @@ def _check_source_roles(context: ParseContext, roles: Mapping[str, RoleConfig]) 
 def resolve_inputs(
     context: ParseContext, roles: Mapping[str, RoleConfig], data: Mapping[str, SourceConfig]
 ) -> dict[str, RoleConfig]:
-    """Completes the inputs of each role (`image` becomes `train.image`); reports what does not exist, and cycles."""
+    """Returns the roles with complete input addresses: `image` becomes `train.image`.
+
+    Reports addresses that do not exist, and roles that read each other's outputs in a cycle.
+    """
     resolved = {}
     for name, role in roles.items():
         inputs = [_resolve_input(context, role, text, roles, data) for text in (role.input, *role.extra_inputs)]
@@ -240,7 +251,10 @@ def resolve_inputs(
 
 
 def _input_cycle(name: str, roles: Mapping[str, RoleConfig]) -> tuple[str, ...] | None:
-    """Returns the roles along the inputs from a role back to itself, or None."""
+    """Returns the roles on a cycle through the role `name`, or None if there is no such cycle.
+
+    The cycle begins and ends with `name`. Each role in it reads the output of the next role.
+    """
     open_chains: list[tuple[str, ...]] = [(name,)]
     visited: set[str] = set()
     while open_chains:
@@ -265,18 +279,21 @@ def _resolve_input(
     roles: Mapping[str, RoleConfig],
     data: Mapping[str, SourceConfig],
 ) -> str:
-    """Returns `SOURCE.FIELD` or `ROLE:PATH`; the default input after an error."""
+    """Converts an input address to its full form `SOURCE.FIELD` or `ROLE:PATH`. After an error: `train.image`."""
     key = _input_key(role)
     if not text:
         if "train" not in data:
             sources = ", ".join(data) or "none"
-            message = f"role {role.name!r} needs an `input`: there is no source `train` (sources: {sources})."
+            message = (
+                f"role {role.name!r} needs the key `input`, because there is no source `train` (sources: {sources})."
+            )
             context.error(role.location.key, message)
         return _DEFAULT_INPUT
     if ":" in text:
         upstream, _, path = text.partition(":")
         if upstream not in roles:
-            context.error(key, f"no role {upstream!r} to read from.{suggest(upstream, set(roles) - {role.name})}")
+            hint = suggest(upstream, set(roles) - {role.name})
+            context.error(key, f"the input is an output of role {upstream!r}, which does not exist.{hint}")
             return _DEFAULT_INPUT
         return f"{upstream}:{path or 'logits'}"
     source, _, name = text.rpartition(".")
@@ -293,7 +310,10 @@ def _resolve_input(
 
 
 def input_fields(source: SourceConfig) -> set[str]:
-    """Returns the fields that can be a role's input: views and labels, or the declared `fields` of the dataset."""
+    """Returns the names of the batch fields of a source that can be inputs of a network.
+
+    These are the views, the labels and the indices, unless the dataset declares other `fields`.
+    """
     entry = DATASETS.entries.get(source.dataset.type)
     declared = entry.facts.get("fields") if entry is not None else None
     return {*declared, "index"} if declared else {*source.views, "label", "index"}
@@ -302,10 +322,12 @@ def input_fields(source: SourceConfig) -> set[str]:
 def upstream_closure(
     names: Iterable[str], roles: Mapping[str, RoleConfig], *, include_source_roles: bool = False
 ) -> set[str]:
-    """Returns some roles and every role whose output they read, directly or through other roles.
+    """Returns the roles in `names` and all roles whose outputs these roles read, directly or through other roles.
 
     Args:
-        include_source_roles: whether to include the source roles of averages, snapshots and reused networks.
+        names: names of the roles to start from.
+        include_source_roles: whether a role that is an average, a snapshot or a reused network also adds the role from
+            which it is derived.
     """
     closure: set[str] = set()
     pending = list(names)

@@ -1,4 +1,4 @@
-"""Reads one stage: the recipe's top level merged with the stage's own keys."""
+"""Parses one stage of a recipe. The keys of the stage are already merged over those of the top level."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ TOP_LEVEL_KEYS = {**declared_keys(Recipe), **declared_keys(StageConfig)}
 
 
 def read_stage(context: ParseContext, unrolled: UnrolledStage, folder: Path, ancestors: tuple[str, ...]) -> StageConfig:
-    """Reads the keys of a stage.
+    """Parses all keys of a stage.
 
     Args:
-        context: with the locations of this stage's keys.
-        folder, ancestors: as for `read_roles`.
+        context: locations of the stage's keys, and the list of errors.
+        unrolled: the stage with its unparsed keys.
+        folder, ancestors: see `read_roles`.
     """
     top = KeyReader(context, unrolled.data, "", "the recipe", TOP_LEVEL_KEYS)
     fields = top.read_plain_fields(StageConfig)
@@ -68,7 +69,7 @@ def read_stage(context: ParseContext, unrolled: UnrolledStage, folder: Path, anc
 
 
 def _read_export(top: KeyReader, roles: Mapping[str, RoleConfig]) -> str | None:
-    """Returns the exported role; None if it is unknown."""
+    """Returns the name of the exported role, or None if there is no such role."""
     if top.has("export"):
         export = top.read("export")
         if export not in roles:
@@ -82,14 +83,14 @@ def _read_export(top: KeyReader, roles: Mapping[str, RoleConfig]) -> str | None:
         return trainable[0]
     if roles:
         candidates = ", ".join(trainable or roles)
-        top.error("", f"which role is the result? Write `export: ROLE`, one of {candidates}.")
+        top.error("", f"the role that is the result is ambiguous; write `export: ROLE`, one of {candidates}.")
     return None
 
 
 def _check_evaluated(
     top: KeyReader, names: tuple[str, ...], roles: Mapping[str, RoleConfig], export: str | None
 ) -> tuple[str, ...]:
-    """Reports unknown roles in `evaluate`; returns the others, without duplicates and the exported role."""
+    """Returns the names in `evaluate`, without duplicates and without the exported role. Reports unknown roles."""
     for name in names:
         if name not in roles:
             top.error("evaluate", f"no role {name!r}.{suggest(name, roles)}")
@@ -100,7 +101,7 @@ def _check_length(top: KeyReader) -> None:
     if top.has("epochs") and top.has("steps"):
         top.error("steps", "`epochs` and `steps` exclude each other; keep one of them.")
     elif not top.has("epochs") and not top.has("steps"):
-        top.error("", "needs a length: `epochs: N` or `steps: N`.")
+        top.error("", "the length of the training is missing; write `epochs: N` or `steps: N`.")
 
 
 def _read_metrics(top: KeyReader, terms: Mapping[str, TermConfig]) -> tuple[PartConfig, ...]:
@@ -110,7 +111,7 @@ def _read_metrics(top: KeyReader, terms: Mapping[str, TermConfig]) -> tuple[Part
         names = [*DEFAULT_METRICS, *(["agreement"] if has_teacher else [])]
         return tuple(PartConfig(type=name) for name in names if name in METRICS.entries)
     if not isinstance(value, list) or not value:
-        top.error("metrics", f"must be a list of one or more, such as [top1, ece], got {value!r}.")
+        top.error("metrics", f"must be a list of one or more metrics, such as [top1, ece], got {value!r}.")
         return ()
     parts = [
         read_part(top.context, METRICS, item, top.subkey(f"metrics.{index}"), METRIC_INJECTED)
@@ -126,35 +127,44 @@ def _read_checkpoint_interval(top: KeyReader) -> Mapping[str, float]:
     reader = KeyReader(top.context, value, top.subkey("checkpoint_every"), "checkpoint_every", CHECKPOINT_KEYS)
     interval: dict[str, Any] = {name: reader.read(name) for name in CHECKPOINT_KEYS}
     if isinstance(value, Mapping) and not any(reader.has(name) for name in CHECKPOINT_KEYS):
-        reader.error("", "needs `steps: N` or `minutes: X`.")
+        reader.error("", "one of the keys `steps` and `minutes` is required.")
     return {name: number for name, number in interval.items() if number is not None}
 
 
 def _check_evaluated_inputs(context: ParseContext, stage: StageConfig) -> None:
-    """Reports labels among the inputs of an evaluated role: its accuracy would be meaningless."""
+    """Reports an evaluated role whose output depends on labels, because its accuracy would be meaningless."""
     for name in (stage.export, *stage.evaluate):
         for upstream in sorted(upstream_closure([name], stage.roles)):
             role = stage.roles[upstream]
             if any(":" not in text and text.endswith(".label") for text in (role.input, *role.extra_inputs)):
-                message = f"role {upstream!r} reads the labels, but {name!r}, which is evaluated, depends on it."
+                message = (
+                    f"role {upstream!r} reads labels, but role {name!r} is evaluated and must not depend on labels."
+                )
                 context.error(f"{role.location.key}.input", message)
 
 
 def _check_training(context: ParseContext, stage: StageConfig, has_optimizer: bool) -> None:
-    """Reports what a stage that trains lacks."""
+    """Reports missing keys (such as `optimizer`) of a stage that trains."""
     if not stage.epochs and not stage.steps:
         return
     suffix = f" in stage {stage.name!r}" if stage.name != ONLY_STAGE else ""
     if stage.roles and not any(role.mode == "trainable" for role in stage.roles.values()):
-        context.error("", f"nothing trains{suffix}: no role is trainable.")
+        context.error("", f"there is nothing to train{suffix}: no role is trainable.")
     if not stage.terms and not len(context.errors):
-        context.error("terms" if "terms" in context.locations else "", f"there is no term to train with{suffix}.")
+        context.error(
+            "terms" if "terms" in context.locations else "",
+            f"there is no term to minimize{suffix}; add one to `terms`.",
+        )
     if not has_optimizer and not (stage.updates and all(update.optimizer for update in stage.updates)):
-        context.error("", f"no optimizer{suffix}; write `optimizer: {{type: SGD, lr: 0.1}}`.")
+        context.error(
+            "", f"the key `optimizer` is missing{suffix}; write, for example, `optimizer: {{type: SGD, lr: 0.1}}`."
+        )
     for update in stage.updates if stage.precision == "fp16" else ():
         if update.inner_step is not None:
             # The scale of fp16 losses would become part of the differentiated step.
             message = f"fp16 cannot be combined with `inner_step` ({update.inner_step.location}); use bf16."
             context.error("precision", message)
     if stage.validation is not None and stage.data and "train" not in stage.data:
-        context.error("validation", "holds out samples of the source `train`, which this recipe does not have.")
+        context.error(
+            "validation", "`validation` holds out samples of the source `train`, but this recipe has no such source."
+        )

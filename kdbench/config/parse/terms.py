@@ -1,4 +1,4 @@
-"""Reads the entries of `terms`."""
+"""Parses the key `terms` of a stage: the terms of the loss."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdbench.config.schema import EdgeConfig, PartConfig, RoleConfig, TermConfig
 from kdbench.registry import ROUTERS, SAMPLE_WEIGHTS, TERMS, Entry, type_mismatch
 
 _WEIGHTING = {"sample_weight": SAMPLE_WEIGHTS, "route": ROUTERS}
-"""The keys of a term whose parts weight its losses -> their registry."""
+"""Key of a term -> registry of the part that the key names. The part weights the losses of the term."""
 
 
 ENGINE_OPERANDS = ("student", "teacher", "teachers", "losses")
-"""The operands that the engine gives to a sample weight or router: those of its term."""
+"""The operands that the engine passes to a sample weight or a router: operands and losses of the term."""
 
 
 def read_terms(
@@ -27,13 +27,14 @@ def read_terms(
     sources: Collection[str] = (),
     artifact_names: Mapping[str, str] | None = None,
 ) -> dict[str, TermConfig]:
-    """Reads every term; a null entry removes a term of a layer below.
+    """Parses all terms. A null entry removes a term that another layer of the recipe defines.
 
     Args:
         top: reader of the stage's keys.
-        export: the exported role, if it is known.
-        sources: names of the sources, whose fields a term may read.
-        artifact_names: `STAGE.NAME` as this stage may write it -> `STAGE.NAME` in full.
+        export: name of the exported role (the network that is the result); None after an error.
+        sources: names of the sources whose fields a term may read.
+        artifact_names: name of an artifact in the recipe, such as `query.labels` -> full name with the round of
+            the loop, such as `query@2.labels`.
     """
     value = top.get_raw("terms")
     if isinstance(value, list):  # only from an override: lists in files are mappings already
@@ -65,7 +66,7 @@ def _read_term(
     reader = KeyReader(context, value, key, f"term {name!r}", declared_keys(TermConfig), parameters=True)
     kind = reader.get_raw("type")
     if not isinstance(kind, str):
-        context.error(key, f"term {name!r} needs a `type`, one of: {', '.join(sorted(TERMS.entries))}.")
+        context.error(key, f"term {name!r} needs `type: NAME`. {TERMS.listing}")
         return None
     entry = TERMS.entries.get(kind)
     # Operands that the term's class declares are keys beside its parameters.
@@ -93,7 +94,7 @@ def _read_term(
 
 
 def _read_weighting(parser: OperandParser, reader: KeyReader, student: str | None) -> dict[str, Any]:
-    """Reads the sample weight and the router of a term."""
+    """Parses the sample weight and the router of a term."""
     return {
         name: parser.read_part_with_operands(
             registry, reader.get_raw(name), reader.subkey(name), student, available=ENGINE_OPERANDS
@@ -106,28 +107,33 @@ def _read_weighting(parser: OperandParser, reader: KeyReader, student: str | Non
 def _check_mask(reader: KeyReader, entry: Entry) -> None:
     space = entry.facts.get("space", "row")
     if reader.has("mask") and (space == "model" or (space == "batch" and "mask" not in entry.inputs)):
-        reader.error("mask", f"term {entry.name!r} couples the whole batch and takes no mask, so `mask` has no effect.")
+        reader.error("mask", f"term {entry.name!r} couples all rows of a batch, so `mask` cannot be used.")
     if reader.has("teacher_grad") and reader.read("teacher_grad") and "teacher" not in entry.inputs:
-        reader.error("teacher_grad", f"term {entry.name!r} reads no teacher.")
+        reader.error("teacher_grad", f"`teacher_grad` has no effect: term {entry.name!r} reads no teacher.")
 
 
 def _check_weighting(reader: KeyReader, entry: Entry, edges: tuple[EdgeConfig, ...]) -> None:
     for name in _WEIGHTING:
         if reader.has(name) and not _takes_weights(entry):
-            reader.error(
-                name, f"term {entry.name!r} couples the whole batch and takes no weights, so `{name}` has no effect."
-            )
+            reader.error(name, f"term {entry.name!r} couples all rows of a batch, so `{name}` cannot be used.")
     if not reader.has("route"):
         return
     if len(edges) == 1:
-        reader.error("route", "a router weights edges, but the term has only one: write a list of teachers.")
+        reader.error(
+            "route", "a router weights the teachers of a term, but this term has only one; write a list of teachers."
+        )
     elif edges and len({str(edge.teacher or edge.student) for edge in edges}) == 1:
         operand = edges[0].teacher or edges[0].student
-        reader.error("route", f"a router weights teachers, but every edge has the same: {operand}.")
+        reader.error(
+            "route", f"a router weights the teachers of a term, but all teachers of this term are equal: {operand}."
+        )
 
 
 def _takes_weights(entry: Entry) -> bool:
-    """Returns whether rows can have different weights: the engine reduces row losses, other terms must take weights."""
+    """Returns whether samples can have different weights in a term.
+
+    This is possible if the term has one loss per row, or if its forward has a parameter `weight`.
+    """
     space = entry.facts.get("space", "row")
     return space not in ("batch", "model") or (space == "batch" and "weight" in entry.inputs)
 

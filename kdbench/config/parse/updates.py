@@ -1,4 +1,4 @@
-"""Reads `updates`: the ordered updates of one training step."""
+"""Parses `updates`: the ordered updates of one training step."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def read_updates(
     terms: Mapping[str, TermConfig],
     sources: Collection[str] = (),
 ) -> tuple[UpdateConfig, ...]:
-    """Reads the updates in order; a list within the list is a group that updates simultaneously.
+    """Parses the key `updates` of a stage. A nested list is a group of simultaneous updates.
 
     Args:
         top: reader of the stage's keys.
+        roles, terms, sources: roles (networks), terms and sources of the stage.
     """
     value = top.get_raw("updates") or []
     if not isinstance(value, list):
@@ -54,7 +55,7 @@ def read_updates(
 
 
 class _UpdateReader:
-    """Reads one update, given the roles, terms and sources of its stage."""
+    """Parser of the updates of a stage, which has access to the stage's roles, terms and sources."""
 
     def __init__(
         self,
@@ -69,16 +70,16 @@ class _UpdateReader:
         self.sources = sources
 
     def read(self, data: Any, key: str, group: int | None) -> UpdateConfig:
-        """Reads an update.
+        """Parses an update.
 
         Args:
-            group: position of the group to which it belongs.
+            group: position of the group to which the update belongs; None: the update is in no group.
         """
         reader = KeyReader(self.context, data, key, "an update", declared_keys(UpdateConfig))
         models, terms = self._read_models_and_terms(reader)
         repeat = reader.read("repeat")
         if group is not None and repeat > 1:
-            reader.error("repeat", "an update in a group cannot be repeated by itself; `repeat` needs a single update.")
+            reader.error("repeat", "`repeat` is not allowed in a group of simultaneous updates.")
         optimizer = reader.get_raw("optimizer")
         select, keep = self._read_selection(reader)
         return UpdateConfig(
@@ -107,7 +108,7 @@ class _UpdateReader:
                 reader.error("models", f"no role {name!r}.{suggest(name, self.roles)}")
             elif self.roles[name].mode != "trainable":
                 message = (
-                    f"role {name!r} is {mode_text(self.roles[name])}; {reader.subject} moves trainable roles only."
+                    f"role {name!r} is {mode_text(self.roles[name])}; {reader.subject} can only change trainable roles."
                 )
                 reader.error("models", message)
         for index, name in enumerate(terms):
@@ -116,8 +117,10 @@ class _UpdateReader:
                 continue
             for operand in self.terms[name].read_operands():
                 if operand.kind == "term" and operand.role not in terms[:index]:
-                    message = f"term {name!r} reads {operand}, which this update does not compute before it"
-                    reader.error("terms", f"{message}; list {operand.role!r} first.")
+                    message = (
+                        f"term {name!r} reads {operand}, but the term {operand.role!r} is not earlier in this list"
+                    )
+                    reader.error("terms", f"{message}; add it before {name!r}.")
         return models, terms
 
     def _read_inner_step(self, update: KeyReader) -> InnerStepConfig | None:
@@ -129,11 +132,13 @@ class _UpdateReader:
         )
         models, terms = self._read_models_and_terms(reader)
         if update.has("select"):
-            update.error("select", "cannot be combined with `inner_step`: both steps use the whole batch.")
+            update.error(
+                "select", "`select` cannot be combined with `inner_step`, because the inner step uses the whole batch."
+            )
         return InnerStepConfig(models=models, terms=terms, lr=_read_lr(reader), location=reader.location())
 
     def _read_selection(self, update: KeyReader) -> tuple[PartWithOperands | None, float | int | None]:
-        """Reads `select`; returns the selector, and the fraction or number of rows to keep."""
+        """Parses `select`. Returns the selector, and the fraction or number of rows to keep."""
         value = update.get_raw("select")
         if value is None:
             return None, None
@@ -159,14 +164,14 @@ def _read_lr(reader: KeyReader) -> float | PartConfig | None:
 
 
 def _check_group(context: ParseContext, key: str, group: list[UpdateConfig]) -> None:
-    """Reports a role or term in two updates of a group: simultaneous updates of one parameter contradict each other."""
+    """Reports a role or a term that is in two updates of one group. Updates of a group are simultaneous."""
     if len(group) < 2:
-        context.error(key, "a group of simultaneous updates needs two or more.")
+        context.error(key, "a group of simultaneous updates needs two or more updates.")
     previous_members: set[tuple[str, str]] = set()
     for update in group:
         members = [("model", name) for name in update.models] + [("term", name) for name in update.terms]
         for kind, name in members:
             if (kind, name) in previous_members:
-                message = f"{kind} {name!r} is in two updates of one group, which have no order"
-                context.error(key, f"{message}: list the updates one after the other, or merge them.")
+                message = f"{kind} {name!r} is in two simultaneous updates of one group"
+                context.error(key, f"{message}; list the updates one after the other, or merge them.")
         previous_members.update(members)

@@ -1,4 +1,4 @@
-"""Reads `weights` of a role: the result of another recipe, an earlier stage, or a checkpoint file."""
+"""Parses the key `weights` of a role: the result of another recipe, an earlier stage, or a checkpoint file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _KINDS = ("recipe", "stage", "path")
 
 
 _KIND_OF_KEY = {"model": "recipe", "epoch": "recipe", "key": "path", "initial": "stage"}
-"""The keys that belong to one kind of weights."""
+"""Key of `weights` -> kind of weights to which the key applies."""
 
 
 def read_weights(role: KeyReader, folder: Path, ancestors: tuple[str, ...]) -> WeightsConfig | None:
-    """Reads the weights of a role. Stages have their full names already, and `initial` is resolved.
+    """Parses the key `weights` of a role. References to stages are already resolved to full names.
 
     Args:
         role: reader of the role's keys.
-        folder, ancestors: as for `read_roles`.
+        folder, ancestors: see `read_roles`.
 
     Returns:
-        None if the role has no `weights`, or after an error.
+        The origin of the weights, or None if the role has no `weights`, or after an error.
     """
     if not role.has("weights"):
         return None
@@ -38,16 +38,16 @@ def read_weights(role: KeyReader, folder: Path, ancestors: tuple[str, ...]) -> W
     kinds = [kind for kind in _KINDS if reader.has(kind)]
     if len(kinds) != 1:
         suffix = f", got {' and '.join(kinds)}" if kinds else ""
-        reader.error("", f"weights need exactly one of `recipe`, `stage` and `path`{suffix}.")
+        reader.error("", f"weights need exactly one of the keys `recipe`, `stage` and `path`{suffix}.")
     for name, kind in _KIND_OF_KEY.items():
         if reader.has(name) and kinds and kind not in kinds:
-            reader.error(name, f"belongs to `{kind}:`, not to `{kinds[0]}:`.")
+            reader.error(name, f"`{name}` applies to weights with `{kind}`, not with `{kinds[0]}`.")
     model = reader.get_raw("model")
     if model is not None:
         read_part(reader.context, MODELS, model, reader.subkey("model"), MODELS.injected)
     fields = reader.read_plain_fields(WeightsConfig)
     if len(set(fields["role"])) < len(fields["role"]):
-        reader.error("role", f"a role is listed twice: {', '.join(fields['role'])}.")
+        reader.error("role", f"a role is listed twice in {', '.join(fields['role'])}.")
     fields |= {
         "recipe": _resolve_recipe(reader, folder, ancestors),
         "model": model,
@@ -58,7 +58,7 @@ def read_weights(role: KeyReader, folder: Path, ancestors: tuple[str, ...]) -> W
 
 
 def _resolve_recipe(reader: KeyReader, folder: Path, ancestors: tuple[str, ...]) -> str | None:
-    """Returns the shipped name, or the full path of the user's recipe."""
+    """Returns the name of the recipe that has the weights, if kdbench ships this recipe, else the full path."""
     recipe = reader.read("recipe")
     if recipe is None:
         return None
@@ -68,12 +68,12 @@ def _resolve_recipe(reader: KeyReader, folder: Path, ancestors: tuple[str, ...])
         reader.context.errors.add("", str(error))
         return recipe
     if _needs_any(path, ancestors):
-        reader.error("recipe", f"cyclic reference: {recipe!r} needs the result of this recipe.")
+        reader.error("recipe", f"the recipes form a cycle: {recipe!r} takes weights from this recipe.")
     return name if recipe == name else str(path)
 
 
 def _needs_any(path: Path, ancestors: tuple[str, ...]) -> bool:
-    """Returns whether a recipe, or a recipe from which it takes weights, is among `ancestors`."""
+    """Returns whether a recipe takes weights from a recipe in `ancestors`, directly or through other recipes."""
     pending, visited = [path], set()
     while pending:
         current = pending.pop()

@@ -1,7 +1,8 @@
 """The dataclasses of a checked recipe, and the declarations of the keys that set their fields.
 
-They are frozen and contain plain values, without OmegaConf and torch. The loader (`kdbench.config.load`) is the last
-code that knows YAML, Hydra and OmegaConf: every shorthand is expanded and every default filled in."""
+The dataclasses are frozen and contain plain values only. Every shorthand is expanded, and every default is filled in.
+Code that uses them does not need YAML, Hydra or OmegaConf.
+"""
 
 from kdbench.config.schema.data import SourceConfig
 from kdbench.config.schema.keys import Key, declared_keys

@@ -1,4 +1,4 @@
-"""Sources of samples."""
+"""The dataclass of a source of samples, and the declarations of the keys that set its fields."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from kdbench.errors import Location
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A named source of samples.
+    """A named source of samples: a dataset with views, a subset, and a batch size.
 
     Attributes:
-        views: image field -> its augmentations in order. `image` always exists. Evaluation sources augment nothing,
-            except what belongs to a view itself.
-        label_fraction: fraction or number of samples that keep their label, or `STAGE.NAME` of a subset; None keeps
-            all.
-        subset: fraction or number of samples (class-balanced, drawn from the seed), a part of SUBSETS, or `STAGE.NAME`
-            of a subset; several are applied in order. None keeps all samples.
-        artifact: `STAGE.NAME` of a dataset; `dataset` is then the part `artifact`.
-        locations: locations of `batch_size`, `labels`, `subset`, `relabel` and (of `train`) `validation`, for messages.
+        views: name of an image field of the batch -> augmentations in order. The view `image` always exists. In
+            evaluation, only augmentations that define a view are applied.
+        label_fraction: fraction or number of samples that keep their label, or name `STAGE.NAME` of a subset that an
+            earlier stage computed. None: all samples keep their label.
+        subset: fraction or number of samples (class-balanced, drawn from the seed), a registered subset, or name
+            `STAGE.NAME` of a subset that an earlier stage computed. Several subsets are applied in order. None: all
+            samples.
+        artifact: name `STAGE.NAME` of a dataset that an earlier stage computed, or None. If `artifact` is set, the
+            field `dataset` has the type `artifact`.
+        locations: key -> location in the recipe, for messages. The keys are `batch_size`, `label_fraction`, `subset`,
+            `relabel` and, for the source `train`, `validation`.
     """
 
     name: str = field(metadata=derived("the key in `data`"))
@@ -37,7 +40,7 @@ class SourceConfig:
             ),
             Key(
                 "type",
-                "in place of `dataset`: the dataset's name, with its parameters as keys beside it",
+                "in place of `dataset`: name of the dataset; the dataset's parameters are further keys of the source",
                 type="str",
                 example="type: gaussian",
             ),
@@ -56,27 +59,27 @@ class SourceConfig:
         metadata=declare(
             "samples per step and process",
             check=AT_LEAST_ONE,
-            default_text="that of the top level",
+            default_text="the value of the top level",
             example="batch_size: 32",
         ),
     )
     views: Mapping[str, tuple[PartConfig, ...]] = field(
         default_factory=lambda: {"image": ()},
         metadata=declare(
-            "augmentations, as at the top level",
+            "augmentations, with the same syntax as the key `augment` of the top level",
             name="augment",
             type="list[Augmentation] | dict[str, View]",
-            default_text="none; of `train` those of the top level",
+            default_text="none; for `train` the value of the top level",
             example="augment: [flip]",
         ),
     )
     label_fraction: float | int | str | None = field(
         default=None,
         metadata=declare(
-            "samples that keep their label, as at the top level",
+            "samples that keep their label, with the same syntax as the key of the top level",
             type="float | ArtifactReference",
             check=FRACTION_OR_COUNT,
-            default_text="all; of `train` that of the top level",
+            default_text="all; for `train` the value of the top level",
             example="label_fraction: 0.1",
         ),
     )
@@ -96,7 +99,7 @@ class SourceConfig:
         metadata=declare(
             "change of the labels: a name of `kdbench list relabellings` with its parameters",
             type="Relabelling",
-            default_text="none; of `train` that of the top level",
+            default_text="none; for `train` the value of the top level",
             example="relabel: random_labels",
         ),
     )
@@ -105,13 +108,14 @@ class SourceConfig:
         metadata=declare_keys(
             Key(
                 "artifact",
-                "in place of `dataset`: a dataset that an earlier stage produced; it has no splits",
+                "in place of `dataset`: name `STAGE.NAME` of a dataset that an earlier stage computes; such a dataset "
+                "has no splits",
                 type="str",
                 example="artifact: paint.pool",
             ),
             Key(
                 "initial",
-                "with `artifact`: the source's keys while no stage has produced it yet",
+                "with `artifact`: keys of the source for stages that run before the artifact is computed",
                 type="Source",
                 example="initial: {dataset: digits, subset: 20}",
             ),
@@ -131,26 +135,31 @@ class SourceConfig:
 
 
 VIEW_KEYS = key_table(
-    Key("from", "view whose augmentations and random draws this view continues", type="str", example="from: image"),
+    Key(
+        "from",
+        "view whose result, with the same random draws, is the input of this view",
+        type="str",
+        example="from: image",
+    ),
     Key(
         "then",
-        "augmentations after those of that view",
+        "augmentations that are applied to the result of the view `from`",
         type="list[Augmentation]",
         default=(),
         example="then: [{type: noise, std: 0.3}]",
     ),
 )
-"""The keys of a view that continues another view."""
+"""The keys of a view that adds augmentations to the result of another view."""
 
 
 ARTIFACT_REFERENCE_KEYS = key_table(
-    Key("artifact", "`STAGE.NAME` of an artifact of an earlier stage", type="str", example="artifact: query.labels"),
+    Key("artifact", "name `STAGE.NAME` of an earlier stage's artifact", type="str", example="artifact: query.labels"),
     Key(
         "initial",
-        "the value while no stage has produced it yet",
+        "value for stages that run before the artifact is computed",
         type="float | Subset | list[float | Subset]",
         check=FRACTION_OR_COUNT,
         example="initial: 20",
     ),
 )
-"""The keys of `{artifact: STAGE.NAME}` in place of a subset or a label fraction."""
+"""The keys of a mapping `{artifact: STAGE.NAME}`, which may replace a subset or a label fraction."""

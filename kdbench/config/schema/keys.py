@@ -1,13 +1,13 @@
-"""Declares the keys of a recipe beside the dataclass fields that they set.
+"""Declarations of a recipe's keys. A key is declared in the metadata of the dataclass field that it sets:
 
     clip: float | None = field(default=None, metadata=declare("largest gradient norm", check=POSITIVE))
 
-The class of a field is the level of its key: keys of `Recipe` belong to the top level only, those of `StageConfig` to
-the top level and to stages, those of `RoleConfig` to an entry of `models`, and so on.
+The class of the field determines where the key may be written: a key of `Recipe` at the top level only, a key of
+`StageConfig` at the top level and in a stage, a key of `RoleConfig` in an entry of `models`, and so on.
 
 The parsers (`kdbench.config.parse`), the JSON schema (`kdbench.config.json_schema`) and the tables of docs/recipe.md
-(`kdbench.config.key_tables`) read these declarations. Type and default of a key are those of its field, unless the
-declaration says otherwise.
+(`kdbench.config.key_tables`) use these declarations. A key has the type and the default of its field, unless the
+declaration states others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Check:
-    """A condition on a value, in addition to its type.
+    """A condition on the value of a key, in addition to the type of the key.
 
     Attributes:
-        holds: value -> whether the condition holds.
-        text: the condition as it follows "must be".
-        json_schema: the same condition as keywords of JSON schema.
+        holds: function that returns whether a value satisfies the condition.
+        text: text of the condition that follows "must be" in messages.
+        json_schema: the condition as keywords of JSON schema.
     """
 
     holds: Callable[[Any], bool]
@@ -53,14 +53,14 @@ FRACTION = Check(lambda n: 0 < n < 1, "between 0 and 1, both excluded", {"exclus
 
 FRACTION_OR_COUNT = Check(
     lambda n: 0 < n <= 1 or (n > 1 and float(n).is_integer()),
-    "a fraction above 0 up to 1, or a whole number of samples from 2",
+    "a fraction in (0, 1], or a whole number of at least 2",
     {"anyOf": [{"exclusiveMinimum": 0, "maximum": 1}, {"minimum": 2, "multipleOf": 1}]},
 )
 
 
 PROPER_FRACTION_OR_COUNT = Check(
     lambda n: 0 < n < 1 or (n > 1 and float(n).is_integer()),
-    "a fraction above 0 and below 1, or a whole number of samples from 2",
+    "a fraction in (0, 1), or a whole number of at least 2",
     {"anyOf": [{"exclusiveMinimum": 0, "exclusiveMaximum": 1}, {"minimum": 2, "multipleOf": 1}]},
 )
 
@@ -84,17 +84,18 @@ class Key:
     """The declaration of one key.
 
     Attributes:
-        name: the key as a recipe spells it; by default the name of the field.
-        doc: one-line description.
-        type: type of the written value, in the language of `kdbench.registry.type_mismatch`. A name that is not one of
-            Python's types (`Operand`, `Weights`) is a form with a grammar of its own, which a parser checks.
-        check: a condition on the value; in a union, on the numbers.
-        default: the value of a key that is absent or null; MISSING if the key is required.
-        default_text: the default in documentation, where it is not a value.
-        example: the key in YAML.
-        section: for keys of the top level.
-        in_identity: whether the key can change the result of a run, and so the run's identity.
-        field: the field of the dataclass that the key sets.
+        name: name of the key in a recipe. The default is the name of the field.
+        doc: description of the key in one line.
+        type: type of the value in the recipe, written as a Python annotation. A name that is not a Python type (such
+            as `Operand` or `Weights`) denotes a special syntax with its own parser.
+        check: condition on the value. If several types are allowed, the condition applies to numbers.
+        default: value of a key that is absent or null; MISSING if the key is required.
+        default_text: description of the default in the documentation, if the default is not a fixed value.
+        example: the key with an example value in YAML.
+        section: section of docs/recipe.md that documents the key, for keys of the top level.
+        in_identity: whether the key can change the results of a run. If True, the key is part of the hash that
+            identifies the run.
+        field: name of the dataclass field that the key sets.
     """
 
     name: str
@@ -110,7 +111,7 @@ class Key:
 
     @property
     def is_plain(self) -> bool:
-        """True if type and check describe the value completely, so that it needs no parser of its own."""
+        """Returns whether `type` has only Python types, so that the value needs no special parser."""
         names = {node.id for node in ast.walk(ast.parse(self.type, mode="eval")) if isinstance(node, ast.Name)}
         return names <= _PLAIN_NAMES
 
@@ -120,7 +121,7 @@ class Key:
 
     @property
     def takes_strings(self) -> bool:
-        """True for a list of texts that may be written as one text."""
+        """Returns whether the value is a list of strings, which may be written as a single string."""
         return "str | list[str]" in self.type
 
 
@@ -134,39 +135,41 @@ _FROM_FIELD = object()
 
 
 def declare(doc: str, **options: Any) -> Mapping[str, Any]:
-    """Returns the metadata of a field that one key sets. Name, type and default are those of the field by default.
+    """Returns the metadata of a dataclass field that one key sets.
 
     Args:
-        options: attributes of `Key`.
+        doc: description of the key.
+        options: other attributes of `Key`. By default the key has the name, type and default of the field.
     """
     return declare_keys(Key(doc=doc, **{"name": "", "default": _FROM_FIELD, **options}))
 
 
 def declare_keys(*declared: Key) -> Mapping[str, Any]:
-    """Returns the metadata of a field that several keys set."""
+    """Returns the metadata of a dataclass field that several keys set."""
     return {_DECLARATION: declared}
 
 
 def derived(source: str) -> Mapping[str, Any]:
-    """Returns the metadata of a field without a key.
+    """Returns the metadata of a dataclass field that is computed, not set by a key.
 
     Args:
-        source: the origin of its value, such as "the key in `models`".
+        source: text that describes the origin of the value, such as "the key in `models`".
     """
     return {_DECLARATION: source}
 
 
 def key_table(*declared: Key) -> Mapping[str, Key]:
-    """Returns the keys of a mapping that no dataclass represents, by name."""
+    """Returns name -> declaration for the keys of a recipe mapping that has no dataclass."""
     return MappingProxyType({item.name: item for item in declared})
 
 
 @cache
 def declared_keys(config_class: type) -> Mapping[str, Key]:
-    """Returns the keys of a dataclass of the schema, by name in the order of declaration.
+    """Returns name -> declaration for all keys that set fields of a dataclass.
 
     Raises:
-        TypeError: a field has neither `declare`, `declare_keys` nor `derived`, or two fields declare the same key.
+        TypeError: a field has no declaration (`declare`, `declare_keys` or `derived`), or two fields declare the same
+            key.
     """
     result: dict[str, Key] = {}
     annotations = get_type_hints(config_class)
@@ -184,14 +187,17 @@ def declared_keys(config_class: type) -> Mapping[str, Key]:
 
 @cache
 def plain_keys(config_class: type) -> tuple[Key, ...]:
-    """Returns the keys that set a field alone and have a plain type: they need no parser of their own."""
+    """Returns the keys of a dataclass that need no special parser.
+
+    Such a key has only Python types, and no other key sets the same field.
+    """
     declared = declared_keys(config_class).values()
     count = Counter(item.field for item in declared)
     return tuple(item for item in declared if item.is_plain and count[item.field] == 1)
 
 
 def _complete(declared: Key, item: dataclasses.Field[Any], annotation: Any) -> Key:
-    """Fills in what the declaration leaves to its field: name, type and default."""
+    """Fills in the name, type and default of a key from its dataclass field, if the declaration omits them."""
     default = declared.default
     if default is _FROM_FIELD:
         default = item.default_factory() if item.default_factory is not MISSING else item.default
@@ -200,7 +206,7 @@ def _complete(declared: Key, item: dataclasses.Field[Any], annotation: Any) -> K
 
 
 def _type_text(annotation: Any) -> str:
-    """Writes a type as in a declaration: without None, and tuples as the lists that YAML has."""
+    """Converts the annotation of a field to the type in YAML: None is omitted, and a tuple becomes a list."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " | ".join(_type_text(argument) for argument in arguments if argument is not NoneType)

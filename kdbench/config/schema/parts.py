@@ -1,4 +1,4 @@
-"""Registered parts as a recipe writes them, and the operands that they read."""
+"""Dataclasses of registered parts (terms, models, ...) with their parameters, and of the operands that they read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCATION = derived("the location of the mapping")
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
-    """A registered part with its parameters: `kd`, or `{type: kd, temperature: 4}`."""
+    """A registered part with its parameters, written as `kd` or `{type: kd, temperature: 4}`."""
 
     type: str = field(metadata=declare("name of the part"))
     params: Mapping[str, Any] = field(
@@ -29,35 +29,45 @@ class PartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OperandConfig:
-    """An operand of a term or another part, and the adapter applied to it.
+    """An operand of a term or another part, and the adapter that is applied to the operand.
 
     Attributes:
-        kind: the kind of operand: a feature of a role (`ROLE:PATH[@K][/in]`), a field of a source (`SOURCE.FIELD`), an
-            output of another term (`term:NAME.loss`), an artifact (`artifact:STAGE.NAME`), or a combination of several
-            operands (`combine` of `parts`).
-        role: the role, source, term or stage.
-        path: a module path inside the role, or `logits`; the field; the output; the artifact.
-        call: number of the module's call, from 1.
-        side: output or input of the module; `stats`: running mean and variance of a BatchNorm, (2, channels);
-            `weights`: all parameters of the module as one vector.
-        adapter: None: the default that the term's class declares.
-        combiner: the part that combines `parts`.
+        kind: kind of the operand. `role`: output of a network's module (`ROLE:PATH`); `field`: field of the batch
+            (`SOURCE.FIELD`); `term`: output of another term (`term:NAME.loss`); `artifact`: result of an earlier stage
+            (`artifact:STAGE.NAME`); `combined`: combination of several operands.
+        role: name of the network (`role`), source (`field`), term (`term`) or stage (`artifact`).
+        path: module path or `logits` (`role`), or name of the field, output or artifact.
+        call: number of the call, from 1, if the forward calls the module several times.
+        side: tensor that is read: output or input of the module, `stats` (running mean and variance of a BatchNorm,
+            (2, channels)), or `weights` (all parameters of the module as one vector).
+        adapter: module between the operand and the term. None: the default adapter of the term's class.
+        combiner: part that combines the operands in `parts`; None for all other kinds.
     """
 
     role: str = field(
         metadata=declare(
-            "role whose feature it is", default=None, default_text="the operand's own role", example="role: teacher"
+            "role to which the operand belongs",
+            default=None,
+            default_text="`teacher` for the key `teacher`, otherwise the student",
+            example="role: teacher",
         )
     )
     path: str = field(
-        default="logits", metadata=declare("module path, with call and side", example="path: layer2@2/in")
+        default="logits",
+        metadata=declare(
+            "path of a module in the role, optionally with `@CALL` and `/in`, `/stats` or `/weights`",
+            example="path: layer2@2/in",
+        ),
     )
     call: int = field(default=1, metadata=derived("`@CALL` of the address"))
     side: Literal["out", "in", "stats", "weights"] = field(default="out", metadata=derived("`/SIDE` of the address"))
     adapter: PartConfig | None = field(
         default=None,
         metadata=declare(
-            "layer between feature and term", type="Adapter", default_text="the term's", example="adapter: conv1x1"
+            "module between the operand and the term: a name of `kdbench list adapters` with its parameters",
+            type="Adapter",
+            default_text="the adapter of the term",
+            example="adapter: conv1x1",
         ),
     )
     kind: Literal["role", "field", "term", "artifact", "combined"] = field(
@@ -68,7 +78,8 @@ class OperandConfig:
         metadata=declare_keys(
             Key(
                 "combine",
-                "combiner of several operands; its parameters and operands are keys beside it",
+                "combiner of several operands: a name of `kdbench list combiners`; the parameters of the combiner are "
+                "further keys of the mapping",
                 type="Combiner",
                 example="combine: mean_probabilities",
             ),
@@ -76,7 +87,9 @@ class OperandConfig:
     )
     parts: tuple[OperandConfig, ...] = field(
         default=(),
-        metadata=declare("operands to combine, two or more", name="of", type="list[Operand]", example="of: [t1, t2]"),
+        metadata=declare(
+            "list of two or more operands to combine", name="of", type="list[Operand]", example="of: [t1, t2]"
+        ),
     )
     location: Location = field(default=NO_LOCATION, compare=False, metadata=LOCATION)
 
@@ -92,11 +105,11 @@ class OperandConfig:
 
     @property
     def is_state(self) -> bool:
-        """True for parameters and statistics, which are read without running the network."""
+        """Returns whether the operand consists of weights or BatchNorm statistics, which need no forward pass."""
         return self.side in ("stats", "weights")
 
     def leaves(self) -> Iterator[OperandConfig]:
-        """Yields the operand itself, or the operands of a combination."""
+        """Yields all operands in a combination (recursively); for any other operand, yields the operand itself."""
         if self.combiner is None:
             yield self
             return
@@ -104,13 +117,13 @@ class OperandConfig:
             yield from part.leaves()
 
     def feature_operands(self) -> Iterator[OperandConfig]:
-        """Yields the leaves that are features of roles."""
+        """Yields the operands in `leaves` that are read from a network, such as the output of a module."""
         return (leaf for leaf in self.leaves() if leaf.kind == "role")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartWithOperands:
-    """A registered part with its parameters, and the operands that it reads by name."""
+    """A registered part with its parameters, and with the operands (name -> operand) that the part reads."""
 
     type: str = field(metadata=declare("name of the part"))
     params: Mapping[str, Any] = field(

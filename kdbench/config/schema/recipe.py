@@ -1,4 +1,4 @@
-"""A recipe."""
+"""The dataclasses of a recipe, its published accuracy and its notes, with the declarations of their keys."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FrozenForwardMode = Literal["auto", "inline", "prefetch", "cache"]
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The published figure that a recipe reproduces."""
+    """The published accuracy that a recipe is to reproduce."""
 
     top1: float = field(
         metadata=declare_keys(
-            Key("top1", "top-1 accuracy in percent", type="float", check=PERCENTAGE, example="top1: 73.33"),
+            Key("top1", "published top-1 accuracy in percent", type="float", check=PERCENTAGE, example="top1: 73.33"),
             Key(
                 "pairs",
-                "in place of `top1`: option of the group `pair` -> top-1",
+                "in place of `top1`: file of the group `pair` -> published top-1 accuracy",
                 type="dict[str, float]",
                 check=PERCENTAGE,
                 default={},
@@ -44,7 +44,7 @@ class Published:
             ),
             Key(
                 "models",
-                "in place of `top1`: model of the exported role -> top-1",
+                "in place of `top1`: model of the exported role -> published top-1 accuracy",
                 type="dict[str, float]",
                 check=PERCENTAGE,
                 default={},
@@ -55,32 +55,38 @@ class Published:
     )
     source: str = field(
         default="",
-        metadata=declare("publication and table", default_text="empty", example="source: CRD, ICLR 2020, table 1"),
+        metadata=declare(
+            "publication and table with the accuracy", default_text="empty", example="source: CRD, ICLR 2020, table 1"
+        ),
     )
     epoch: Literal["last", "best", "unstated"] = field(
-        default="unstated", metadata=declare("epoch that the figure reports", example="epoch: last")
+        default="unstated", metadata=declare("epoch whose accuracy was published", example="epoch: last")
     )
     tolerance: float | None = field(
         default=None,
         metadata=declare(
-            "accepted difference in percentage points", check=POSITIVE, default_text="none", example="tolerance: 0.4"
+            "accepted difference to the published accuracy, in percentage points",
+            check=POSITIVE,
+            default_text="none",
+            example="tolerance: 0.4",
         ),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notes:
-    """The relation of a recipe to the method whose name it bears."""
+    """The relation of a recipe to the published method that it implements: basis, source and differences."""
 
     basis: Literal["code", "text", "abstract"] = field(
         metadata=declare(
-            "best available source: the authors' code, the paper's text, or only its abstract", example="basis: code"
+            "best source from which the recipe was written: the authors' code, the text of the paper, or its abstract",
+            example="basis: code",
         )
     )
     source: tuple[str, ...] = field(
         default=(),
         metadata=declare(
-            "equations, sections, or files of the authors' code",
+            "equations or sections of the paper, or files of the authors' code, that the recipe follows",
             type="str | list[str]",
             default_text="none",
             example="source: [equation 3]",
@@ -89,7 +95,7 @@ class Notes:
     differs: tuple[str, ...] = field(
         default=(),
         metadata=declare(
-            "differences from that source",
+            "differences between the recipe and the method in `source`",
             type="str | list[str]",
             default_text="none",
             example="differs: [no warm-up]",
@@ -111,14 +117,14 @@ class Recipe:
     """A checked recipe.
 
     Attributes:
-        name: `digits/kd`, or the stem of the user's file.
-        file: the file as messages show it.
-        path: full path of the file in which the recipe was first written; paths of other recipes are relative to its
-            folder.
-        resolved: the composed recipe as plain data, stored in the run's folder.
-        locations: dotted key -> location, for messages.
-        group_choices: group -> selected option, such as {"pair": "resnet56_resnet20"}.
-        baseline_removed: descriptions of what `baseline: true` removed.
+        name: name of a shipped recipe such as `digits/kd`, or file name of another recipe without suffix.
+        file: name of the recipe's file in messages.
+        path: full path of the original recipe file. Paths of other recipes in it are relative to the folder of this
+            file.
+        resolved: the recipe merged with its group files and overrides, as plain data. It is stored in the run folder.
+        locations: dotted key -> location (file and line, or override) at which the key was set, for messages.
+        group_choices: group -> name of the selected group file, such as {"pair": "resnet56_resnet20"}.
+        baseline_removed: descriptions of the roles (networks) and terms that `baseline: true` removed.
     """
 
     name: str = field(metadata=derived("the file's name"))
@@ -127,7 +133,7 @@ class Recipe:
         metadata=declare_keys(
             Key(
                 "stages",
-                "stage name -> keys of the stage, or a loop of stages; in order",
+                "stage name -> keys of the stage, or a loop of stages. Stages run in this order",
                 type="dict[str, Stage | Loop]",
                 default_text="one stage",
                 example="stages: {hint: {epochs: 30}, distil: {epochs: 210}}",
@@ -139,7 +145,7 @@ class Recipe:
         metadata=declare_keys(
             Key(
                 "vars",
-                "free values that other keys refer to as `${vars.NAME}`; a pair uses them for feature paths",
+                "values of your choice, to which other keys refer as `${vars.NAME}`, such as feature paths",
                 type="dict[str, Any]",
                 default={},
                 default_text="none",
@@ -153,7 +159,12 @@ class Recipe:
     path: str = field(
         default="",
         metadata=declare_keys(
-            Key("origin", "written by kdbench into `resolved.yaml`", type="dict[str, Any]", in_identity=False),
+            Key(
+                "origin",
+                "name and file of the original recipe; kdbench writes this key into `resolved.yaml`",
+                type="dict[str, Any]",
+                in_identity=False,
+            ),
         ),
     )
     group_choices: Mapping[str, str] = field(
@@ -161,8 +172,8 @@ class Recipe:
         metadata=declare_keys(
             Key(
                 "protocol",
-                "a file of `configs/protocol/` (or of `protocol/` beside the recipe): the training settings shared "
-                "by a table of results",
+                "name of a file in `configs/protocol/` (or in `protocol/` in the recipe's folder) with the training "
+                "settings that all results of a published table share",
                 type="str",
                 default_text="none",
                 example="protocol: cifar_240_epochs",
@@ -171,7 +182,7 @@ class Recipe:
             ),
             Key(
                 "pair",
-                "a file of `configs/pair/` (or of `pair/` beside the recipe): a teacher and a student",
+                "name of a file in `configs/pair/` (or in `pair/` in the recipe's folder) with a teacher and a student",
                 type="str",
                 default_text="none",
                 example="pair: resnet56_resnet20",
@@ -184,7 +195,7 @@ class Recipe:
     title: str = field(
         default="",
         metadata=declare(
-            "title in lists and summaries",
+            "title of the recipe in lists and summaries",
             default_text="empty",
             example="title: soft targets",
             section="composition",
@@ -204,7 +215,7 @@ class Recipe:
     methods: tuple[str, ...] = field(
         default=(),
         metadata=declare(
-            "rows of `kdbench list methods` that the recipe is",
+            "ids of the methods in `kdbench list methods` that the recipe implements",
             type="str | list[str]",
             default_text="none",
             example="methods: [m001]",
@@ -215,7 +226,7 @@ class Recipe:
     notes: Notes | None = field(
         default=None,
         metadata=declare(
-            "relation of the recipe to its method, see below",
+            "relation of the recipe to the published method, see below",
             type="Notes",
             default_text="none",
             example="notes: {basis: code}",
@@ -227,7 +238,8 @@ class Recipe:
     baseline: bool = field(
         default=False,
         metadata=declare(
-            "train the same student without a teacher: removes roles that teach and terms that read them",
+            "whether to train the same student without a teacher: roles that teach, and terms that read them, are "
+            "removed",
             example="baseline: true",
             section="training",
         ),
@@ -236,7 +248,7 @@ class Recipe:
     published: Published | None = field(
         default=None,
         metadata=declare(
-            "published top-1 accuracy in percent that the recipe reproduces: a number, or a mapping, see below",
+            "published top-1 accuracy in percent that the recipe is to reproduce: a number, or a mapping, see below",
             type="float | Published",
             check=PERCENTAGE,
             default_text="none",
@@ -254,7 +266,7 @@ class Recipe:
     compile: CompileMode = field(
         default=False,
         metadata=declare(
-            "whether `torch.compile` compiles the steps, see below",
+            "whether training steps are compiled by `torch.compile`, or recorded as a CUDA graph, see below",
             section="execution",
             example="compile: cuda_graph",
             in_identity=False,
@@ -263,7 +275,7 @@ class Recipe:
     frozen_forward: FrozenForwardMode = field(
         default="auto",
         metadata=declare(
-            "when frozen roles run, see below",
+            "when the forward pass of frozen roles runs, see below",
             section="execution",
             example="frozen_forward: prefetch",
             in_identity=False,
@@ -272,7 +284,7 @@ class Recipe:
     frozen_batch_size: int = field(
         default=1024,
         metadata=declare(
-            "rows of a batch of frozen roles that run outside of the step, approximately",
+            "approximate batch size of frozen roles whose forward pass runs before the training step",
             check=AT_LEAST_ONE,
             section="execution",
             example="frozen_batch_size: 512",
@@ -282,7 +294,7 @@ class Recipe:
     channels_last: bool | None = field(
         default=None,
         metadata=declare(
-            "whether images have the memory format channels_last",
+            "whether images have the memory format `channels_last`",
             default_text="chosen by the device",
             section="execution",
             example="channels_last: true",
@@ -292,8 +304,8 @@ class Recipe:
     shard: bool | tuple[str, ...] = field(
         default=False,
         metadata=declare(
-            "roles whose weights, gradients and optimizer state are sharded over the processes, or true for all "
-            "that can be",
+            "roles whose weights, gradients and optimizer state are sharded over the processes; true: all roles that "
+            "can be sharded",
             type="bool | str | list[str]",
             section="execution",
             example="shard: [teacher]",
@@ -303,7 +315,7 @@ class Recipe:
     workers: int = field(
         default=0,
         metadata=declare(
-            "processes that decode the images of datasets which do not fit into memory",
+            "number of processes that decode images, for datasets that do not fit into memory",
             check=NOT_NEGATIVE,
             section="execution",
             example="workers: 8",
@@ -317,7 +329,7 @@ class Recipe:
     runs: str = field(
         default="runs",
         metadata=declare(
-            "folder of all runs; a run's folder is `runs/<recipe>/<id>`",
+            "folder of all runs; the folder of one run is `RUNS/RECIPE/ID`",
             section="execution",
             example="runs: runs",
             in_identity=False,
@@ -336,7 +348,7 @@ class Recipe:
     fresh: bool = field(
         default=False,
         metadata=declare(
-            "whether to start again if the run exists already, instead of continuing it",
+            "whether to restart a run that exists already, instead of continuing it",
             section="execution",
             example="fresh: true",
             in_identity=False,
@@ -361,9 +373,9 @@ class Recipe:
 
     @property
     def uses_compiler(self) -> bool:
-        """True if torch.compile compiles the forward passes, the terms and the backward pass of a step."""
+        """Returns whether torch.compile compiles the forward passes, the losses and the backward pass of a step."""
         return self.compile in (True, "max")
 
     def uses_cuda_graph(self, device_type: str) -> bool:
-        """Returns whether a step is recorded as a CUDA graph."""
+        """Returns whether the training step is recorded as a CUDA graph."""
         return self.compile is not False and device_type == "cuda"

@@ -1,4 +1,4 @@
-"""Networks of a recipe and the origin of their weights."""
+"""The dataclasses of roles (the networks of a recipe) and of the origin of their weights."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from kdbench.errors import Location
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """The origin of a role's weights; exactly one of `recipe`, `stage` and `path` is set."""
+    """The origin of the initial weights of a role (a network). Exactly one of `recipe`, `stage` and `path` is set."""
 
     recipe: str | None = field(
         default=None,
         metadata=declare(
-            "recipe whose exported student it is, trained first if there is no run yet; a shipped name, or a path "
-            "relative to this recipe's folder",
+            "recipe whose exported role has the weights; it is trained first if it has no finished run. Name of a "
+            "shipped recipe, or path relative to the folder of this recipe",
             example="recipe: digits/teacher",
         ),
     )
     model: Any = field(
         default=None,
         metadata=declare(
-            "with `recipe`: replaces the model of that recipe's student", type="Model", example="model: resnet56"
+            "with `recipe`: model that replaces the model of the student in the other recipe",
+            type="Model",
+            example="model: resnet56",
         ),
     )
     epoch: int | None = field(
         default=None,
         metadata=declare(
-            "with `recipe`: the epoch whose checkpoint is taken",
+            "with `recipe`: epoch whose checkpoint is loaded",
             check=NOT_NEGATIVE,
-            default_text="the last",
+            default_text="the last epoch",
             example="epoch: 30",
         ),
     )
@@ -52,15 +54,15 @@ class WeightsConfig:
         metadata=declare_keys(
             Key(
                 "stage",
-                "earlier stage with this role; in a loop the latest one of that name; `previous` is the nearest one "
-                "that has the role",
+                "name of the earlier stage that has the weights (in a loop: the latest round of this stage); "
+                "`previous`: the nearest earlier stage that has the role",
                 type="str",
                 example="stage: previous",
             ),
             Key(
                 "initial",
-                "with `stage`: the weights while there is no such stage yet. Without it a trainable role is "
-                "initialised randomly",
+                "with `stage`: weights that are used if there is no such earlier stage, for example in the first round "
+                "of a loop. Without `initial`, a trainable role is then initialised randomly",
                 type="Weights",
                 example="initial: {recipe: digits/teacher}",
             ),
@@ -69,33 +71,36 @@ class WeightsConfig:
     role: tuple[str, ...] = field(
         default=(),
         metadata=declare(
-            "another role of that run or stage; of several, the mean of their weights",
+            "role of the recipe or stage whose weights are loaded; a list: the mean of the weights of these roles",
             type="str | list[str]",
-            default_text="the exported role of a recipe, the role of the same name of a stage",
+            default_text="with `recipe`: the exported role; with `stage`: the role of the same name",
             example="role: [a, b]",
         ),
     )
     path: str | None = field(
         default=None,
         metadata=declare(
-            "checkpoint file, relative to the working directory or else to the recipe's folder",
+            "checkpoint file; a relative path begins in the working directory, or else in the folder of the recipe",
             example="path: resnet.pth",
         ),
     )
     key: str | None = field(
-        default=None, metadata=declare("with `path`: entry of the file with the state dict", example="key: model")
+        default=None,
+        metadata=declare("with `path`: entry of the file that contains the state dict", example="key: model"),
     )
     strip: str | None = field(
-        default=None, metadata=declare("prefix to remove from parameter names", example='strip: "module."')
+        default=None, metadata=declare("prefix that is removed from parameter names", example='strip: "module."')
     )
     rename: Mapping[str, str] = field(
         default_factory=dict,
-        metadata=declare("prefixes of parameter names, old to new", example='rename: {"head.": "fc."}'),
+        metadata=declare(
+            "prefix of parameter names in the checkpoint -> new prefix", example='rename: {"head.": "fc."}'
+        ),
     )
     strict: bool = field(
         default=True,
         metadata=declare(
-            "whether missing and unexpected parameters are errors; otherwise a notice lists them",
+            "whether missing and unexpected parameters are errors; if false, a notice lists them",
             example="strict: false",
         ),
     )
@@ -104,23 +109,26 @@ class WeightsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleConfig:
-    """One network.
+    """A role: one network of a stage, such as `teacher` or `student`.
 
     Attributes:
-        input: `SOURCE.FIELD`, or `ROLE:PATH` for the output of another role. extra_inputs: further arguments of the
-            model.
+        input: first input of the network: `SOURCE.FIELD` (a field of the batch), or `ROLE:PATH` (the output of
+            another network).
+        extra_inputs: further inputs of the network.
         mode: `trainable`; `frozen` (eval mode, no gradients); `ema` (moving average of `source_role`); `snapshot`
-            (periodic copy of `source_role`); `reuse` (the network `source_role`, or its module `module_path`, on
-            another input).
-        every_epochs, every_steps: interval between snapshots; 0 and 0: one snapshot, at the start of the stage.
-        artifact: `STAGE.NAME` of the model that an earlier stage selects; `model` is then a candidate, for shapes.
+            (periodic copy of `source_role`); `reuse` (the network `source_role`, or its module `module_path`, applied
+            to another input).
+        every_epochs, every_steps: interval between snapshots. If both are 0, the only snapshot is made at the start
+            of the stage.
+        artifact: name `STAGE.NAME` of the result of an earlier stage (a model search) that selects the model, or
+            None. If `artifact` is set, `model` is one of the candidates.
     """
 
     name: str = field(metadata=derived("the key in `models`"))
     model: PartConfig | None = field(
         metadata=declare(
-            "network: a name of `kdbench list models` with its parameters, or the model that a search in an earlier "
-            "stage selected (`{artifact: STAGE.NAME}`)",
+            "network: a name of `kdbench list models` with its parameters, or the model that an earlier stage selected "
+            "(`{artifact: STAGE.NAME}`)",
             type="Model",
             default=None,
             default_text="required without `ema`, `snapshot` or `reuse`",
@@ -130,7 +138,7 @@ class RoleConfig:
     weights: WeightsConfig | None = field(
         default=None,
         metadata=declare(
-            "origin of its weights, see below",
+            "origin of the role's initial weights, see below",
             type="Weights",
             default_text="initialised from the seed",
             example="weights: {recipe: digits/teacher}",
@@ -141,9 +149,9 @@ class RoleConfig:
         metadata=declare_keys(
             Key(
                 "input",
-                "input: `SOURCE.FIELD` (a view, `label`, `index`), `FIELD` of the source `train`, or `ROLE:PATH`, "
-                "the output of another role; a list for a model with several inputs. An evaluated role must not read "
-                "labels",
+                "input of the network: `SOURCE.FIELD` (a view, `label` or `index`), `FIELD` of the source `train`, or "
+                "`ROLE:PATH` (the output of another role). A list is for a model with several inputs. The output of an "
+                "evaluated role must not depend on labels",
                 type="str | list[str]",
                 default_text="train.image",
                 example='input: "generator:image"',
@@ -156,7 +164,7 @@ class RoleConfig:
         metadata=declare_keys(
             Key(
                 "frozen",
-                "whether its parameters are fixed; a frozen role is in eval mode",
+                "whether the parameters of the role are fixed; a frozen role is in eval mode",
                 type="bool",
                 default_text="true for the role `teacher`",
                 example="frozen: true",
@@ -173,12 +181,22 @@ class RoleConfig:
     source_role: str | None = field(
         default=None,
         metadata=declare_keys(
-            Key("ema", "it is a moving average of this role", type="str", example="ema: student"),
-            Key("snapshot", "it is a periodic copy of this role", type="str", example="snapshot: student"),
+            Key(
+                "ema",
+                "role whose weights are averaged: the network is an exponential moving average of this role",
+                type="str",
+                example="ema: student",
+            ),
+            Key(
+                "snapshot",
+                "role that is copied: the network is a periodic copy of this role",
+                type="str",
+                example="snapshot: student",
+            ),
             Key(
                 "reuse",
-                "it is the same network as this role, or as a module of it (`ROLE:PATH`), on its own `input`; no "
-                "weights are copied",
+                "role or module (`ROLE:PATH`) that is reused: it is applied to another `input`, and no weights are "
+                "copied",
                 type="str",
                 example='reuse: "teacher:fc"',
             ),
@@ -192,7 +210,7 @@ class RoleConfig:
     every_epochs: int = field(
         default=0,
         metadata=declare(
-            "with `snapshot`: epochs between copies, or `{steps: N}`; 0: one copy, at the start of the stage",
+            "with `snapshot`: number of epochs between copies, or `{steps: N}`; 0: one copy at the start of the stage",
             name="every",
             type="int | SnapshotInterval",
             check=NOT_NEGATIVE,
@@ -203,7 +221,7 @@ class RoleConfig:
     init_index: int = field(
         default=0,
         metadata=declare(
-            "index of the random initialisation: another number is another initialisation from the same seed",
+            "number of the random initialisation: roles with different numbers start from different weights",
             check=NOT_NEGATIVE,
             example="init_index: 1",
         ),
@@ -212,8 +230,8 @@ class RoleConfig:
     transforms: tuple[PartConfig, ...] = field(
         default=(),
         metadata=declare(
-            "transforms of its weights in every forward pass: a list of `kdbench list weight_transforms`; exported "
-            "weights are transformed permanently",
+            "weight transforms (`kdbench list weight_transforms`), applied to the role's weights in every forward "
+            "pass; exported weights are transformed permanently",
             name="transform",
             type="WeightTransform | list[WeightTransform]",
             default_text="none",
@@ -232,7 +250,7 @@ class RoleConfig:
     require: Mapping[str, float] = field(
         default_factory=dict,
         metadata=declare(
-            "metric -> value that a frozen role must reach on the evaluation split before training starts",
+            "metric -> value that a frozen role must reach on the source `eval` before training starts",
             type="dict[str, float]",
             default_text="none",
             example="require: {top1: 95}",
@@ -242,11 +260,11 @@ class RoleConfig:
 
     @property
     def upstream_roles(self) -> tuple[str, ...]:
-        """The roles whose outputs are inputs of this role."""
+        """Names of the roles (networks) whose outputs are inputs of this role."""
         return tuple(address.split(":", 1)[0] for address in (self.input, *self.extra_inputs) if ":" in address)
 
 
 SNAPSHOT_INTERVAL_KEYS = key_table(
     Key("steps", "steps between copies", type="int", check=AT_LEAST_ONE, default=0, example="steps: 50"),
 )
-"""The keys of `every` as a mapping."""
+"""The keys of a mapping under `every` (the interval between snapshots)."""

@@ -1,4 +1,4 @@
-"""A stage of a recipe."""
+"""The dataclass of a stage of training, and the declarations of the keys that set its fields."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage: the recipe's top level merged with the stage's own keys.
+    """One stage of training. The keys of a stage are merged over the keys of the recipe's top level.
 
     Attributes:
-        epochs, steps: the length; exactly one of them is set, 0 only evaluates.
-        updates: empty: one update of all trainable roles by all terms.
-        validation: the held-out samples are the source `validation`, which selects the best epoch.
+        epochs, steps: length of the stage. Exactly one of the two is set. A stage of length 0 only evaluates.
+        updates: updates of a training step, in order. Empty: one update, in which all terms train all trainable roles.
+        validation: fraction or number of training samples that are held out to select the best epoch.
     """
 
     name: str = field(metadata=derived("the key in `stages`"))
@@ -44,7 +44,7 @@ class StageConfig:
         metadata=declare_keys(
             Key(
                 "models",
-                "role name -> network",
+                "name of a role -> network",
                 type="dict[str, Role]",
                 default={},
                 example="models: {a: resnet20, b: resnet20}",
@@ -52,13 +52,17 @@ class StageConfig:
             ),
             Key(
                 "teacher",
-                "the network `models.teacher`; frozen by default",
+                "shorthand for `models.teacher`, which is frozen by default",
                 type="Role",
                 example="teacher: {model: resnet56}",
                 section="networks",
             ),
             Key(
-                "student", "the network `models.student`", type="Role", example="student: resnet20", section="networks"
+                "student",
+                "shorthand for `models.student`",
+                type="Role",
+                example="student: resnet20",
+                section="networks",
             ),
         )
     )
@@ -66,7 +70,7 @@ class StageConfig:
         metadata=declare_keys(
             Key(
                 "dataset",
-                "the dataset of the sources `train` (split train) and `eval` (split test): a name of `kdbench list "
+                "dataset of the sources `train` (split train) and `eval` (split test): a name of `kdbench list "
                 "datasets` with its parameters",
                 type="Dataset",
                 default_text="none",
@@ -84,8 +88,9 @@ class StageConfig:
             ),
             Key(
                 "augment",
-                "augmentations of `train` in order, or a mapping of views to lists, which adds fields to the batch. "
-                "The dataset's normalisation comes last (`dataset: {type: NAME, normalize: false}` omits it)",
+                "list of augmentations of the source `train`, or a mapping of view names to such lists; each view is a "
+                "field of the batch. The dataset's normalisation is applied last (`dataset: {type: NAME, normalize: "
+                "false}` omits it)",
                 type="list[Augmentation] | dict[str, View]",
                 default_text="none",
                 example="augment: [{type: crop, padding: 4}, flip]",
@@ -93,8 +98,8 @@ class StageConfig:
             ),
             Key(
                 "label_fraction",
-                "fraction (up to 1) or number (2 or more) of training samples that keep their label, or a subset "
-                "from an earlier stage",
+                "fraction (up to 1) or number (2 or more) of training samples that keep their label, or a subset that "
+                "an earlier stage computes",
                 type="float | ArtifactReference",
                 check=FRACTION_OR_COUNT,
                 default_text="all",
@@ -111,7 +116,7 @@ class StageConfig:
             ),
             Key(
                 "data",
-                "source name -> source: more sources, or changes to `train` and `eval`",
+                "name of a source -> source: additional sources, or changes to `train` and `eval`",
                 type="dict[str, Source]",
                 default={},
                 default_text="none",
@@ -124,8 +129,8 @@ class StageConfig:
         metadata=declare_keys(
             Key(
                 "terms",
-                "name of your choice -> term of the loss; also a list, whose names are the types (a second `kd` is "
-                "`kd_2`)",
+                "name of your choice -> term of the loss; or a list of terms, whose names are then their types (a "
+                "second `kd` is called `kd_2`)",
                 type="dict[str, Term] | list[Term]",
                 default={},
                 default_text="none",
@@ -137,7 +142,7 @@ class StageConfig:
     updates: tuple[UpdateConfig, ...] = field(
         default=(),
         metadata=declare(
-            "updates of one step, in order; a list within the list is a group that updates simultaneously",
+            "updates of one training step, in order; a list within the list is a group of simultaneous updates",
             type="list[Update | list[Update]]",
             default_text="one update of all trainable roles by all terms",
             example="updates: [{models: [student], terms: [kd]}]",
@@ -157,7 +162,7 @@ class StageConfig:
     export: str = field(
         default="student",
         metadata=declare(
-            "the role that is the result",
+            "role that is the result of the recipe: it is evaluated, and its weights are exported",
             default_text="`student`, or the only trainable role",
             example="export: a",
             section="training",
@@ -166,7 +171,7 @@ class StageConfig:
     evaluate: tuple[str, ...] = field(
         default=(),
         metadata=declare(
-            "roles to evaluate in addition to the result",
+            "roles that are evaluated in addition to the exported role",
             type="str | list[str]",
             default_text="none",
             example="evaluate: [a, b]",
@@ -176,10 +181,10 @@ class StageConfig:
     optimizer: OptimizerConfig = field(
         default=OptimizerConfig(),
         metadata=declare(
-            "an optimizer of `torch.optim` with its parameters, and `groups`: other settings for some parameters, "
-            "by `path`, by `type` of module, `type: norm` or `type: bias`; the first match wins",
+            "optimizer of `torch.optim` with its parameters; `groups` lists other settings for some parameters of the "
+            "networks, see below",
             type="Optimizer",
-            default_text="required if anything trains",
+            default_text="required for training",
             example="optimizer: {type: SGD, lr: 0.05, groups: [{type: norm, weight_decay: 0}]}",
             section="training",
         ),
@@ -187,7 +192,7 @@ class StageConfig:
     scheduler: PartConfig | None = field(
         default=None,
         metadata=declare(
-            "factor of the learning rate: a schedule, with an optional `warmup`",
+            "schedule by which learning rates are multiplied, with an optional `warmup`",
             type="Scheduler",
             default_text="constant 1",
             example="scheduler: {type: cosine, warmup: 5}",
@@ -197,7 +202,7 @@ class StageConfig:
     epochs: int | None = field(
         default=None,
         metadata=declare(
-            "length in epochs; 0 only evaluates",
+            "length of the stage in epochs; 0: the stage only evaluates",
             check=NOT_NEGATIVE,
             default_text="`epochs` or `steps` is required",
             example="epochs: 240",
@@ -207,7 +212,7 @@ class StageConfig:
     steps: int | None = field(
         default=None,
         metadata=declare(
-            "length in optimizer steps, in place of `epochs`",
+            "length of the stage in optimizer steps, in place of `epochs`",
             check=NOT_NEGATIVE,
             default_text="`epochs` or `steps` is required",
             example="steps: 1000",
@@ -217,17 +222,26 @@ class StageConfig:
     clip: float | None = field(
         default=None,
         metadata=declare(
-            "largest norm of the gradient", check=POSITIVE, default_text="none", example="clip: 1.0", section="training"
+            "maximum norm of the gradient; a larger gradient is scaled down",
+            check=POSITIVE,
+            default_text="none",
+            example="clip: 1.0",
+            section="training",
         ),
     )
     accumulate: int = field(
         default=1,
-        metadata=declare("micro-batches per step", check=AT_LEAST_ONE, example="accumulate: 4", section="training"),
+        metadata=declare(
+            "number of batches whose gradients are accumulated in one optimizer step",
+            check=AT_LEAST_ONE,
+            example="accumulate: 4",
+            section="training",
+        ),
     )
     ema: float | None = field(
         default=None,
         metadata=declare(
-            "decay of a moving average of the result, which is evaluated too",
+            "decay of a moving average of the exported role's weights; the average is evaluated too",
             check=FRACTION,
             default_text="no average",
             example="ema: 0.999",
@@ -237,8 +251,8 @@ class StageConfig:
     validation: float | int | None = field(
         default=None,
         metadata=declare(
-            "fraction or number of training samples held out to select the best epoch. A teacher from another "
-            "recipe may have been trained on them, never on the test split",
+            "fraction or number of training samples that are held out to select the best epoch. A teacher from "
+            "another recipe may have been trained on these samples, but never on the test split",
             type="float",
             check=PROPER_FRACTION_OR_COUNT,
             default_text="none",
@@ -249,7 +263,7 @@ class StageConfig:
     metrics: tuple[PartConfig, ...] = field(
         default=(),
         metadata=declare(
-            "a list of `kdbench list metrics`",
+            "metrics of the evaluation: names of `kdbench list metrics`",
             type="list[Metric]",
             default_text="top1, top5, nll, ece, and agreement if there is a teacher",
             example="metrics: [top1, per_class]",
@@ -259,7 +273,7 @@ class StageConfig:
     eval_every: int = field(
         default=1,
         metadata=declare(
-            "epochs between evaluations; the last epoch is always evaluated",
+            "number of epochs between evaluations; the last epoch is always evaluated",
             check=AT_LEAST_ONE,
             example="eval_every: 10",
             section="records",
@@ -268,13 +282,13 @@ class StageConfig:
     eval_batch_size: int = field(
         default=512,
         metadata=declare(
-            "samples per step of an evaluation", check=AT_LEAST_ONE, example="eval_batch_size: 1000", section="data"
+            "samples per batch of an evaluation", check=AT_LEAST_ONE, example="eval_batch_size: 1000", section="data"
         ),
     )
     checkpoint_every: Mapping[str, float] = field(
         default_factory=dict,
         metadata=declare(
-            "additional checkpoints between evaluations: `{steps: N}`, `{minutes: X}` or both",
+            "interval of additional checkpoints between evaluations: `{steps: N}`, `{minutes: X}` or both",
             type="CheckpointInterval",
             default_text="after every evaluation only",
             example="checkpoint_every: {minutes: 10}",
@@ -285,7 +299,7 @@ class StageConfig:
     log_every: int = field(
         default=50,
         metadata=declare(
-            "steps between lines of the log",
+            "number of steps between two lines of the log",
             check=AT_LEAST_ONE,
             example="log_every: 10",
             section="records",
@@ -294,19 +308,21 @@ class StageConfig:
     )
     precision: Precision = field(
         default="float32",
-        metadata=declare("number format of training", example="precision: bf16", section="training"),
+        metadata=declare("number format of the training step", example="precision: bf16", section="training"),
     )
     sync_batchnorm: bool = field(
         default=False,
         metadata=declare(
-            "whether BatchNorm normalises over all processes", example="sync_batchnorm: true", section="training"
+            "whether BatchNorm computes its statistics over all processes",
+            example="sync_batchnorm: true",
+            section="training",
         ),
     )
 
     def observers(self) -> dict[str, PartWithOperands]:
-        """Returns the parts other than terms that read operands: artifacts and selectors, by owner.
+        """Returns owner -> part for artifact builders and selectors, which read operands although they are no terms.
 
-        The owner's name is a key of random streams (`seeded(seed, owner)`): it must not change.
+        The owner (such as `make.NAME`) seeds the random numbers of the part, so it must not change.
         """
         parts = {f"make.{name}": artifact.part for name, artifact in self.artifacts.items()}
         return parts | {f"select.{i}": u.select for i, u in enumerate(self.updates) if u.select is not None}
@@ -314,11 +330,12 @@ class StageConfig:
     def read_operands(
         self, terms: Iterable[str] | None = None, *, include_artifacts: bool = True
     ) -> Iterator[OperandConfig]:
-        """Yields the operands of terms, selectors and artifacts; of a combination the leaves.
+        """Yields all operands of terms, selectors and artifact builders. A combination is replaced by its operands.
 
         Args:
-            terms: names of terms; all by default.
-            include_artifacts: whether to include operands that are read at the end of the stage, not in its steps.
+            terms: names of the terms; None: all terms.
+            include_artifacts: whether to include the operands of artifact builders. They are evaluated at the end of
+                the stage, not in a training step.
         """
         for name in self.terms if terms is None else terms:
             yield from self.terms[name].read_operands()
@@ -329,7 +346,7 @@ class StageConfig:
 
 
 CHECKPOINT_KEYS = key_table(
-    Key("steps", "steps between checkpoints", type="int", check=AT_LEAST_ONE, example="steps: 1000"),
+    Key("steps", "number of steps between checkpoints", type="int", check=AT_LEAST_ONE, example="steps: 1000"),
     Key("minutes", "minutes between checkpoints", type="float", check=POSITIVE, example="minutes: 10"),
 )
 """The keys of `checkpoint_every`."""
@@ -338,7 +355,7 @@ CHECKPOINT_KEYS = key_table(
 LOOP_KEYS = key_table(
     Key(
         "rounds",
-        "number of rounds, or a list with the keys that each round changes",
+        "number of rounds, or a list with one mapping per round: the keys that the round changes",
         type="int | list[Round | None]",
         check=AT_LEAST_ONE,
         default=MISSING,
@@ -346,10 +363,10 @@ LOOP_KEYS = key_table(
     ),
     Key(
         "stages",
-        "the stages of a round",
+        "stages that are repeated in each round",
         type="dict[str, Stage]",
         default=MISSING,
         example="stages: {train: {epochs: 10}}",
     ),
 )
-"""The keys of a loop, an entry of `stages` with `rounds`."""
+"""The keys of a loop (an entry of `stages` with the key `rounds`)."""

@@ -1,4 +1,4 @@
-"""Terms of the loss."""
+"""The dataclasses of a term of the loss and of its edges (pairs of operands)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdbench.errors import Location
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeConfig:
-    """One pair of operands that a term compares; `teacher` is None for a term that reads no teacher."""
+    """A pair of operands that a term compares. `teacher` is None if the term has no teacher operand."""
 
     student: OperandConfig = field(metadata=derived("`student` of the term"))
     teacher: OperandConfig | None = field(metadata=derived("`teacher` of the term"))
@@ -21,12 +21,13 @@ class EdgeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TermConfig:
-    """One entry of `terms`. A list of operands is one edge per element; the losses of the edges are added.
+    """One term of the loss: an entry of the key `terms`.
 
     Attributes:
-        weight: a number, or a schedule (a PartConfig of SCHEDULES).
-        operands: the operands other than student and teacher, by the names that the term's class declares.
-        params: parameters of the term's class; a schedulable one may be a schedule.
+        weight: factor of the loss: a number, or the config of a schedule.
+        edges: pairs of student and teacher operands. The loss is the sum over all pairs.
+        operands: name -> operand, for all operands of the term except student and teacher.
+        params: name -> value, for the parameters of the term's class. A value may be the config of a schedule.
     """
 
     name: str = field(metadata=derived("the key in `terms`"))
@@ -45,14 +46,16 @@ class TermConfig:
         metadata=declare_keys(
             Key(
                 "student",
-                "operand that learns",
+                "operand that is trained, such as `ROLE:PATH`; a list of operands is compared with a list of "
+                "teacher operands, element by element",
                 type="Operand | list[Operand]",
                 default_text="the logits of the role `student`",
                 example="student: layer2",
             ),
             Key(
                 "teacher",
-                "operand that teaches, detached; `others` means every other role of the list `student`",
+                "operand that teaches, without gradient; `others`: each student operand of a list is taught by every "
+                "other operand of this list",
                 type="Operand | list[Operand]",
                 default_text="the logits of the role `teacher`, if the term needs a teacher",
                 example="teacher: [t1, t2]",
@@ -62,14 +65,14 @@ class TermConfig:
     mask: str | None = field(
         default=None,
         metadata=declare(
-            "boolean field of the batch: only rows where it is true count",
+            "boolean field of the batch; the loss includes only rows where the field is true",
             default_text="all rows",
             example="mask: labelled",
         ),
     )
     teacher_grad: bool = field(
         default=False,
-        metadata=declare("whether gradients also reach the teacher operand", example="teacher_grad: true"),
+        metadata=declare("whether gradients also flow into the teacher operand", example="teacher_grad: true"),
     )
     params: Mapping[str, Any] = field(
         default_factory=dict, metadata=derived("the keys that are parameters of the term")
@@ -86,8 +89,8 @@ class TermConfig:
     route: PartWithOperands | None = field(
         default=None,
         metadata=declare(
-            "weight of each edge for each sample: a name of `kdbench list routers` with its parameters and "
-            "operands. The term needs two teachers or more",
+            "weight of each teacher for each sample: a name of `kdbench list routers` with its parameters and "
+            "operands. The term must have two or more teachers",
             type="Router",
             default_text="equal weights",
             example='route: {type: top_k, k: 2, read: "student:pool"}',
@@ -99,7 +102,10 @@ class TermConfig:
     location: Location = field(default=NO_LOCATION, compare=False, metadata=LOCATION)
 
     def read_operands(self) -> Iterator[OperandConfig]:
-        """Yields all operands of the term, its sample weight and its router; of a combination the leaves."""
+        """Yields all operands of the term, its sample weight and its router.
+
+        A combination is replaced by its operands.
+        """
         operands = [*self.operands.values()]
         for part in (self.sample_weight, self.route):
             operands += part.operands.values() if part is not None else ()

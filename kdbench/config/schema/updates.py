@@ -1,4 +1,4 @@
-"""Optimizers and the updates of a training step."""
+"""The dataclasses of optimizers, updates and artifacts, and the declarations of the keys that set their fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from kdbench.errors import Location
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """An optimizer of torch.optim, with other settings for groups of parameters; the first matching group wins."""
+    """An optimizer of torch.optim. `groups` has other settings for some of the trained parameters.
+
+    A trained parameter gets the settings of the first group that matches the parameter.
+    """
 
     type: str = field(default="SGD", metadata=declare("a name of `kdbench list optimizers`", example="type: AdamW"))
     params: Mapping[str, Any] = field(
@@ -32,7 +35,8 @@ class OptimizerConfig:
     groups: tuple[Mapping[str, Any], ...] = field(
         default=(),
         metadata=declare(
-            "other settings for some parameters; the first group that matches a parameter wins",
+            "settings for some of the trained parameters; a parameter gets the settings of the first group that "
+            "matches the parameter",
             type="list[OptimizerGroup]",
             default_text="none",
             example="groups: [{type: norm, weight_decay: 0}]",
@@ -42,57 +46,66 @@ class OptimizerConfig:
 
 
 OPTIMIZER_GROUP_KEYS = key_table(
-    Key("path", "module path", type="str", example="path: layer4"),
+    Key("path", "path of the module whose parameters belong to the group", type="str", example="path: layer4"),
     Key(
         "type",
-        "class of the module, or `norm` (every normalisation layer), or `bias`",
+        "class of the modules whose parameters belong to the group, or `norm` (all normalisation layers), or `bias` "
+        "(all biases)",
         type="str",
         example="type: BatchNorm2d",
     ),
 )
-"""The keys of an optimizer group, beside the parameters that it overrides."""
+"""The keys of an optimizer group that select parameters of the networks. All other keys are settings."""
 
 
 SCHEDULER_KEYS = key_table(
     Key(
         "warmup",
-        "epochs (or steps) of linear warm-up, a factor of the schedule",
+        "length of a linear warm-up, in epochs (with `by: step`: in steps), by which the schedule is multiplied",
         type="float",
         check=POSITIVE,
         example="warmup: 5",
     ),
 )
-"""The keys of `scheduler` beside the parameters of its schedule."""
+"""The keys of `scheduler` that are not parameters of the schedule."""
 
 
 CHAIN_PART_KEYS = key_table(
-    Key("length", "epochs (or steps) of this part", type="float", check=POSITIVE, example="length: 5"),
+    Key(
+        "length",
+        "length of this schedule in the chain, in epochs (with `by: step`: in steps)",
+        type="float",
+        check=POSITIVE,
+        example="length: 5",
+    ),
 )
-"""The keys of a part of the schedule `chain` beside the parameters of its schedule."""
+"""The keys of an item of the schedule `chain` that are not parameters of the item's own schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InnerStepConfig:
-    """The inner step of a bilevel update: a plain gradient step that is differentiated and then discarded.
+    """The inner step of a bilevel update: a virtual step of gradient descent that is differentiated, then discarded.
 
     Attributes:
-        models: the roles that the step moves; the parameters of its terms move too.
-        lr: None: for each parameter the learning rate of the update that moves it.
+        models: names of the roles that the inner step trains. Trainable parameters of `terms` are trained too.
+        lr: learning rate. None: each parameter has the learning rate of the only update that trains the parameter.
     """
 
     models: tuple[str, ...] = field(
-        metadata=declare("trainable roles that the step moves", type="str | list[str]", example="models: [student]")
+        metadata=declare(
+            "trainable roles whose weights the inner step changes", type="str | list[str]", example="models: [student]"
+        )
     )
     terms: tuple[str, ...] = field(
-        metadata=declare("terms whose sum it descends", type="str | list[str]", example="terms: [kd]")
+        metadata=declare("terms whose sum the inner step minimizes", type="str | list[str]", example="terms: [kd]")
     )
     lr: float | PartConfig | None = field(
         default=None,
         metadata=declare(
-            "learning rate of the step: a number, or a schedule",
+            "learning rate of the inner step: a number, or a schedule",
             type="float | Schedule",
             check=POSITIVE,
-            default_text="for each parameter that of the only update that moves it",
+            default_text="for each parameter, the learning rate of the only update that trains the parameter",
             example="lr: 0.1",
         ),
     )
@@ -101,32 +114,39 @@ class InnerStepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """One update within a step: moves some roles along the gradient of some terms.
+    """One update within a training step: an optimizer step of some roles with the gradient of some terms.
 
     Attributes:
-        group: updates with the same number compute all their gradients before any of them moves a parameter.
-        keep: fraction or number of the batch's rows that `select` keeps.
-        inner_step: the terms are evaluated at the weights after this step, and their gradient flows through it.
+        group: number of the group to which the update belongs, or None. All gradients of a group are computed before
+            any update of the group changes a parameter.
+        select: selector that chooses the rows of the batch from which the gradient is computed; None: all rows.
+        keep: fraction or number of rows that `select` keeps.
+        inner_step: virtual step before the update, or None. The terms of the update are evaluated at the weights after
+            the inner step, and gradients flow through the inner step.
     """
 
     models: tuple[str, ...] = field(
-        metadata=declare("trainable roles that the update moves", type="str | list[str]", example="models: [student]")
+        metadata=declare(
+            "trainable roles whose weights the update changes", type="str | list[str]", example="models: [student]"
+        )
     )
     terms: tuple[str, ...] = field(
-        metadata=declare("terms whose sum it descends", type="str | list[str]", example="terms: [ce, kd]")
+        metadata=declare("terms whose sum the update minimizes", type="str | list[str]", example="terms: [ce, kd]")
     )
     repeat: int = field(
         default=1,
         metadata=declare(
-            "repetitions on the same batch, each with a new forward pass", check=AT_LEAST_ONE, example="repeat: 5"
+            "number of repetitions on the same batch, each with a new forward pass",
+            check=AT_LEAST_ONE,
+            example="repeat: 5",
         ),
     )
     optimizer: OptimizerConfig | None = field(
         default=None,
         metadata=declare(
-            "its own optimizer",
+            "optimizer of this update",
             type="Optimizer",
-            default_text="that of the stage",
+            default_text="the optimizer of the stage",
             example="optimizer: {type: SGD, lr: 0.1}",
         ),
     )
@@ -134,8 +154,8 @@ class UpdateConfig:
     select: PartWithOperands | None = field(
         default=None,
         metadata=declare(
-            "rows of the batch that count: a name of `kdbench list selectors` with its parameters and operands, and "
-            "`keep`",
+            "selector of the rows from which the gradient is computed: a name of `kdbench list selectors` with its "
+            "parameters and operands, and `keep`",
             type="Selection",
             default_text="all rows",
             example="select: {type: random, keep: 16}",
@@ -145,7 +165,7 @@ class UpdateConfig:
     inner_step: InnerStepConfig | None = field(
         default=None,
         metadata=declare(
-            "an inner step before the update (bilevel optimisation), see below",
+            "virtual step before the update (bilevel optimisation), see below",
             type="InnerStep",
             default_text="none",
             example="inner_step: {models: [student], terms: [kd]}",
@@ -164,7 +184,7 @@ SELECTION_KEYS = key_table(
         example="keep: 16",
     ),
 )
-"""The keys of `select` beside the parameters and operands of its selector."""
+"""The keys of `select` that are not parameters or operands of the selector."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +192,9 @@ class ArtifactConfig:
     """A result that a stage produces at its end for later stages: a dataset, a subset, a tensor or a model.
 
     Attributes:
-        part: a part of ARTIFACTS; its operands are evaluated on every sample of `source`, in eval mode.
-        previous: `STAGE.NAME` of the artifact that the round before produced under the same name.
+        part: artifact builder (a registered part). Its operands are evaluated on every sample of `source` in eval
+            mode.
+        previous: in a loop, the name `STAGE.NAME` of the same artifact of the previous round; else None.
     """
 
     name: str = field(metadata=derived("the key in `artifacts`"))
@@ -185,8 +206,8 @@ class ArtifactConfig:
     source: str | None = field(
         default=None,
         metadata=declare(
-            "source over whose samples it is computed; roles see its images, not augmented, instead of their own "
-            "inputs",
+            "source from whose samples the artifact is computed; roles read the unaugmented images of "
+            "this source instead of their own `input`",
             default_text="train",
             example="source: pool",
         ),

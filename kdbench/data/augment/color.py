@@ -1,4 +1,4 @@
-"""Colour augmentations, before the image is normalised."""
+"""Colour augmentations, which are applied before the image is normalised."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from kdbench.registry import AUGMENTATIONS
 
 @AUGMENTATIONS.register("color", version=1)
 class Color(ColorAugmentation):
-    """Changes brightness, contrast and saturation at random, in this order, as torchvision's ColorJitter.
+    """Changes brightness, contrast and saturation at random, in this order, like torchvision's ColorJitter.
 
-    Each factor is uniform in [max(0, 1 - x), 1 + x]; values stay in [0, 1]. Grey images skip saturation.
+    Each factor is drawn uniformly from [max(0, 1 - x), 1 + x], where x is `brightness`, `contrast` or `saturation`.
+    Results are clamped to [0, 1]. The saturation of grey images is not changed.
 
     Args:
-        brightness: x of the factor on all pixels.
-        contrast: x of the factor on the distance to the image's mean grey.
-        saturation: x of the factor on the distance to each pixel's grey.
+        brightness: range x of the factor that multiplies all pixels.
+        contrast: range x of the factor that multiplies the difference from the image's mean grey value.
+        saturation: range x of the factor that multiplies the difference from each pixel's grey value.
     """
 
     num_params = 3
@@ -50,7 +51,7 @@ def _blend(image: Tensor, gray: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(image: Tensor) -> Tensor:
-    """Returns the luma of ITU-R 601, (batch, 1, height, width)."""
+    """Converts images to grey, (batch, 1, height, width), by the luma weights of ITU-R 601."""
     if image.shape[1] == 1:
         return image
     red, green, blue = image.split(1, dim=1)

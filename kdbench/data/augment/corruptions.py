@@ -1,4 +1,4 @@
-"""Corruptions: degrade the images of a view, usually the student's."""
+"""Corruptions: augmentations that degrade the images of a view, usually the student's view."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ _WORD_MASK = 0xFFFFFFFF
 
 
 _UNIFORM_BITS = 23
-"""A float32 represents (k + 1/2) / 2**23 exactly, so that no uniform number is rounded to 0 or 1."""
+"""Number of random bits of a uniform number (k + 1/2) / 2**23, which float32 represents without rounding to 0 or 1."""
 
 
 def _hash_words(words: Tensor) -> Tensor:
-    """Hashes 32-bit words, stored as int64; no product exceeds 63 bits."""
+    """Hashes 32-bit words that are stored as int64. No intermediate product exceeds 63 bits."""
     words = ((words ^ (words >> 16)) * 0x45D9F3B) & _WORD_MASK
     words = ((words ^ (words >> 16)) * 0x45D9F3B) & _WORD_MASK
     return words ^ (words >> 16)
 
 
 def hashed_normals(params: Tensor, count: int) -> Tensor:
-    """Returns standard normal numbers, float32 (batch, count), a function of each row's two parameters.
+    """Returns standard normal numbers, float32 (batch, count), as a deterministic function of two numbers per row.
 
-    A table of all samples' pixels would be larger than the dataset. So each number is a hash of its position and of the
-    sample's parameters, mapped through the inverse normal distribution function. Numbers are within 5.3 deviations.
+    Stored noise would need more memory than the dataset. Therefore each number is a hash of its position and of the
+    row's parameters, mapped by the inverse of the normal distribution function. Numbers are within 5.3 standard
+    deviations.
 
     Args:
         params: float32 (batch, 2), uniform in [0, 1).
-        count: numbers for each row.
+        count: number of values per row.
     """
     first, second = ((params[:, k : k + 1] * 2**24).long() for k in (0, 1))
     key = _hash_words(first) ^ second
@@ -49,11 +50,12 @@ def hashed_normals(params: Tensor, count: int) -> Tensor:
 
 @AUGMENTATIONS.register("noise", version=1)
 class GaussianNoise(PostNormalizeAugmentation):
-    """Adds Gaussian noise to the normalised image, independent for every pixel, sample and epoch.
+    """Adds Gaussian noise to the normalised image. The noise is independent for every pixel, sample and epoch.
 
     Args:
-        std: standard deviation in units of the normalised image (1 is about the deviation of the dataset's pixels).
-        always: evaluation adds noise too, the same every time.
+        std: standard deviation of the noise, in units of the normalised image. (Pixels of a normalised dataset have a
+            standard deviation of about 1.)
+        always: whether noise is also added in evaluation. Every evaluation then adds the same noise.
     """
 
     num_params = 2
@@ -71,12 +73,12 @@ class GaussianNoise(PostNormalizeAugmentation):
 
 @AUGMENTATIONS.register("blur", version=1)
 class Blur(PostNormalizeAugmentation):
-    """Blurs the normalised image with a Gaussian kernel; the border repeats the outermost pixels.
+    """Blurs the normalised image with a Gaussian kernel. Border pixels are repeated outside the image.
 
     Args:
-        sigma: standard deviation in pixels; the kernel reaches 3 sigma to each side.
+        sigma: standard deviation of the kernel in pixels. The kernel extends 3 sigma to each side.
         p: probability that a sample is blurred, in [0, 1].
-        always: evaluation blurs too (with probability p, the same samples every time).
+        always: whether images are also blurred in evaluation. Every evaluation then blurs the same samples.
     """
 
     num_params = 1
@@ -103,12 +105,12 @@ class Blur(PostNormalizeAugmentation):
 
 @AUGMENTATIONS.register("low_resolution", version=1)
 class LowResolution(PostNormalizeAugmentation):
-    """Replaces squares of pixels by their mean, so that the image has less detail and the same size.
+    """Replaces squares of pixels by their mean. The image loses detail but keeps its size.
 
-    Evaluation applies it too: a network for small images is evaluated on small images.
+    The augmentation is also applied in evaluation, so that a network trained on low resolution is evaluated on it.
 
     Args:
-        factor: side of the squares, in pixels. Must divide height and width.
+        factor: side of the squares in pixels. It must divide height and width.
     """
 
     always = True
@@ -132,14 +134,15 @@ class LowResolution(PostNormalizeAugmentation):
 class Occlude(PostNormalizeAugmentation):
     """Covers one rectangle of the normalised image with zeros: Zhong et al. 2020 (AAAI), https://arxiv.org/abs/1708.04896
 
-    The rectangle is entirely inside the image (the square of `cutout` may be cut off). Its height over its width is
-    log-uniform in [1 / ratio, ratio], bounded by the sides of the image. The paper draws the area too and fills with
-    noise; here the area is a parameter and the fill is the dataset's mean colour.
+    The rectangle is entirely inside the image, unlike the square of `cutout`. Its height divided by its width is
+    log-uniform in [1 / ratio, ratio], limited by the size of the image. Differences from the paper: the area is a
+    parameter (in the paper it is random), and the rectangle is filled with the dataset's mean colour (in the paper
+    with noise).
 
     Args:
-        fraction: of the image's area, in (0, 1].
-        ratio: largest height over width, and width over height; at least 1.
-        always: evaluation occludes too, the same rectangles every time.
+        fraction: fraction of the image's area that is covered, in (0, 1].
+        ratio: maximum of height / width and of width / height, at least 1.
+        always: whether images are also occluded in evaluation. Every evaluation then covers the same rectangles.
     """
 
     num_params = 3
@@ -157,7 +160,7 @@ class Occlude(PostNormalizeAugmentation):
         height, width = image.shape[2:]
         area = self.fraction * height * width
         aspect = torch.exp((2 * params[:, 0] - 1) * math.log(self.ratio))
-        # Both sides must fit: at least area / width high, as the rectangle cannot be wider than the image.
+        # The height is at least area / width, because the rectangle cannot be wider than the image.
         exact_height = (area * aspect).sqrt().clamp(min=area / width, max=height)
         rows = exact_height.round().clamp(min=1)
         columns = (area / rows).round().clamp(min=1, max=width)
@@ -169,13 +172,13 @@ class Occlude(PostNormalizeAugmentation):
 
 @AUGMENTATIONS.register("half", version=1)
 class Half(PostNormalizeAugmentation):
-    """Keeps one half of the normalised image and sets the other to 0: two halves are two modalities of one sample.
+    """Keeps one half of the normalised image and sets the other half to 0, so that two halves serve as two modalities.
 
-    Evaluation applies it too: a network for one half is evaluated on that half. With an odd number of columns or rows
-    the middle one belongs to the right or lower half.
+    The augmentation is also applied in evaluation, so that a network for one half is evaluated on that half. If the
+    number of columns or rows is odd, the middle one belongs to the right or lower half.
 
     Args:
-        side: the half that is kept.
+        side: half that is kept.
     """
 
     always = True

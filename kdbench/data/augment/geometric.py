@@ -19,11 +19,12 @@ from kdbench.registry import AUGMENTATIONS
 
 
 def gather_window(coordinates: Tensor, start: Tensor, length: int) -> Tensor:
-    """Gathers `length` entries of each row, beginning at `start`; entries beyond the row are OUTSIDE.
+    """Gathers `length` consecutive entries of each row, beginning at `start`. Entries beyond the row are OUTSIDE.
 
     Args:
         coordinates: int64 (batch, n).
-        start: int64 (batch,), possibly negative.
+        start: int64 (batch,), first position in each row; may be negative.
+        length: number of entries per row.
 
     Returns:
         int64 (batch, length).
@@ -41,14 +42,14 @@ def uniform_integers(uniform: Tensor, count: int) -> Tensor:
 
 @AUGMENTATIONS.register("crop", version=1)
 class Crop(GeometricAugmentation):
-    """Crops the zero-padded image at a random offset, as torchvision's RandomCrop.
+    """Crops the zero-padded image at a random offset, like torchvision's RandomCrop.
 
-    The window's offset is uniform over the image padded by `padding` pixels on each side. The padding is black (0
-    before normalisation). Evaluation crops the center.
+    The offset is uniform over all positions in the image padded by `padding` pixels on each side. The padding is 0
+    before normalisation (black). In evaluation the center is cropped.
 
     Args:
-        padding: pixels on each side.
-        size: side of the square window; null keeps the image's height and width.
+        padding: number of padded pixels on each side.
+        size: side of the square crop in pixels; null: the crop has the height and width of the image.
     """
 
     num_params = 2
@@ -66,7 +67,7 @@ class Crop(GeometricAugmentation):
         padded_size = min(height, width) + 2 * self.padding
         if self.size is not None and self.size > padded_size:
             raise ConfigError(
-                f"crop: size {self.size} is more than the padded image has ({padded_size}); images are "
+                f"crop: size {self.size} is larger than the padded image ({padded_size}); images are "
                 f"{height}x{width}, padding is {self.padding}"
             )
         return (channels, self.size or height, self.size or width)
@@ -79,7 +80,7 @@ class Crop(GeometricAugmentation):
         return gather_window(ys, y0, height), gather_window(xs, x0, width)
 
     def _offset_counts(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the number of vertical and horizontal offsets of the window."""
+        """Returns the number of possible vertical offsets and the number of possible horizontal offsets of the crop."""
         slack = 2 * self.padding + 1
         return height + slack - (self.size or height), width + slack - (self.size or width)
 
@@ -125,11 +126,11 @@ class Flip(GeometricAugmentation):
 
 @AUGMENTATIONS.register("random_resized_crop", version=1)
 class RandomResizedCrop(DecodeTimeAugmentation):
-    """Crops a random part of the image and resizes it to the dataset's size, as torchvision's RandomResizedCrop.
+    """Crops a random part of the image and resizes it to the dataset's size, like torchvision's RandomResizedCrop.
 
-    The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`; after ten boxes that do not
-    fit, the center. Only for datasets that are decoded in every epoch (`imagenet`, or `image_folder` with
-    `resident: false`).
+    The fraction of the area is uniform in `scale`, and the aspect ratio is log-uniform in `ratio`. If ten drawn boxes
+    do not fit into the image, the center is cropped. Only datasets that are decoded in every epoch (`imagenet`, or
+    `image_folder` with `resident: false`) can use this augmentation.
 
     Args:
         scale: smallest and largest fraction of the area.
@@ -141,7 +142,9 @@ class RandomResizedCrop(DecodeTimeAugmentation):
     ) -> None:
         for name, (low, high) in (("scale", scale), ("ratio", ratio)):
             if not 0 < low <= high:
-                raise ConfigError(f"random_resized_crop: {name} must be 0 < low <= high, got [{low}, {high}]")
+                raise ConfigError(
+                    f"random_resized_crop: {name} must be [low, high] with 0 < low <= high, got [{low}, {high}]"
+                )
         self.scale = (float(scale[0]), float(scale[1]))
         self.ratio = (float(ratio[0]), float(ratio[1]))
 
@@ -163,12 +166,12 @@ class RandomResizedCrop(DecodeTimeAugmentation):
 class Rotate90(PostNormalizeAugmentation):
     """Rotates the image by quarter turns: Gidaris et al. 2018 (ICLR), https://arxiv.org/abs/1803.07728
 
-    Fixed turns define one view each, such as `turned: {from: image, then: [{type: rotate90, turns: 1}]}`, and apply in
-    evaluation too. Random turns add the field `turns` (0 to 3, int64) to the batch; in a view that is not `image`, the
-    field is `VIEW_turns`. Evaluation does not turn at random.
+    A fixed number of turns, such as `turned: {from: image, then: [{type: rotate90, turns: 1}]}`, is also applied in
+    evaluation. Random turns are not applied in evaluation. They add their number (0 to 3, int64) to the batch, as the
+    field `turns` for the view `image` and as the field `VIEW_turns` for any other view.
 
     Args:
-        turns: quarter turns counterclockwise, 0 to 3; null draws them uniformly.
+        turns: number of quarter turns counterclockwise, 0 to 3; null: drawn uniformly.
     """
 
     def __init__(self, turns: int | None = None) -> None:
@@ -182,7 +185,7 @@ class Rotate90(PostNormalizeAugmentation):
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if shape[1] != shape[2] and self.turns not in (0, 2):
             raise ConfigError(
-                f"rotate90: only square images can be turned by a quarter; these are {shape[1]}x{shape[2]}"
+                f"rotate90: only square images can be turned by a quarter, but these are {shape[1]}x{shape[2]}"
             )
         return shape
 

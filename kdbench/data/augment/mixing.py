@@ -13,10 +13,11 @@ from kdbench.registry import AUGMENTATIONS
 
 
 def interval_mask(length: int, low: Tensor, high: Tensor) -> Tensor:
-    """Returns bool (batch, length): low <= position < high.
+    """Returns a mask, bool (batch, length), that is True at the positions with low <= position < high.
 
     Args:
-        low, high: (batch,).
+        length: number of positions.
+        low, high: bounds for each row, (batch,).
     """
     at = torch.arange(length, device=low.device)
     return (at >= low[:, None]) & (at < high[:, None])
@@ -26,10 +27,10 @@ def interval_mask(length: int, low: Tensor, high: Tensor) -> Tensor:
 class Cutout(PostNormalizeAugmentation):
     """Sets one square of the normalised image to zero: DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552
 
-    The center is uniform over the image's pixels; the square is cut off at the image's border.
+    The center is uniform over the image's pixels. A square that exceeds the image is cut off at the border.
 
     Args:
-        size: side of the square, in pixels (16 for CIFAR-10 and 8 for CIFAR-100 in the paper).
+        size: side of the square in pixels. The paper uses 16 for CIFAR-10 and 8 for CIFAR-100.
     """
 
     num_params = 2
@@ -55,7 +56,7 @@ class Cutout(PostNormalizeAugmentation):
 
 
 def _sample_beta(alpha: float, samples: int, seed: int) -> Tensor:
-    """Returns float32 (samples, 1) from Beta(alpha, alpha)."""
+    """Draws from the distribution Beta(alpha, alpha), float32 (samples, 1)."""
     values = np.random.Generator(np.random.Philox(seed)).beta(alpha, alpha, samples)
     return torch.from_numpy(values).float()[:, None]
 
@@ -66,13 +67,13 @@ class Mixup(MixingAugmentation):
 
     .. math:: x = m \, x_\text{own} + (1 - m) \, x_\text{partner}, \quad m \sim \mathrm{Beta}(\alpha, \alpha)
 
-    One m for each sample; the partner is the preceding row of the global batch. The batch gains `label_other` (the
-    partner's label) and `mix` (m).
+    Each sample has its own m. Its partner is the preceding row of the global batch. The fields `label_other` (the
+    partner's label) and `mix` (m) are added to the batch.
 
     Args:
-        alpha: above 0; 0.2 for ImageNet and 1 for CIFAR in the paper.
-        fraction: of the samples that are mixed, in [0, 1]. Each sample is mixed with this probability, the others keep
-            m = 1 ("partial mixup" in the study of mixup in distillation, https://arxiv.org/abs/2211.03946).
+        alpha: parameter of the Beta distribution, above 0. The paper uses 0.2 for ImageNet and 1 for CIFAR.
+        fraction: probability that a sample is mixed, in [0, 1]. Unmixed samples have m = 1 ("partial mixup" in the
+            study of mixup in distillation, https://arxiv.org/abs/2211.03946).
     """
 
     num_params = 1
@@ -102,12 +103,13 @@ class Mixup(MixingAugmentation):
 class Cutmix(MixingAugmentation):
     """Pastes a box of another image: Yun et al. 2019 (ICCV), https://arxiv.org/abs/1905.04899
 
-    The box covers the fraction 1 - m of the area, m from Beta(alpha, alpha). It has the image's aspect ratio and a
-    uniform center, and is cut off at the image's border. `mix` is the fraction of pixels that remain of the sample's
-    own image; `label_other` is the label of the partner, the preceding row of the global batch.
+    The box covers the fraction 1 - m of the area, where m is drawn from Beta(alpha, alpha). It has the image's aspect
+    ratio and a uniform center, and is cut off at the image's border. The other image (partner) is the preceding row
+    of the global batch. Two fields are added to the batch: `mix` (the fraction of the sample's own pixels that
+    remain) and `label_other` (the partner's label).
 
     Args:
-        alpha: above 0; 1 in the paper.
+        alpha: parameter of the Beta distribution, above 0. The paper uses 1.
     """
 
     num_params = 3

@@ -1,4 +1,4 @@
-"""A view: computes one image field of the batch from the stored images of a source."""
+"""Views. A view computes one image field of the batch from the stored images of a source."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ from kdbench.registry import AUGMENTATIONS
 
 
 class View:
-    """Augments, normalises and converts the images of one field, batched, on the device.
+    """A view: augments, normalises and converts the images of one field of a batch, on the device.
 
-    Order: crops and flips, composed into coordinates and read in one gather; x / 255; colours; (x - mean) / std; cutout
-    and noise; mixup or cutmix; augmentations that follow the mixing in the recipe. No step waits for the device.
+    The order of the operations is: crops and flips (composed into one gather), x / 255, colours, (x - mean) / std,
+    cutout and noise, mixup or cutmix, and the augmentations that follow mixup or cutmix in the recipe. No operation
+    waits for the device.
 
     Args:
-        name: of the field, such as `image`.
-        parts: the augmentations of the recipe, in order.
-        shape: of one stored image, (channels, height, width); other shapes take no augmentation.
-        mean, std: per channel, of images in [0, 1]; None leaves them in [0, 1].
-        device, dtype, channels_last: of the computed images.
-        owners: for each augmentation, the view whose parameters it uses; None: this view.
-        in_unit_range: whether the stored images are uint8 or in [0, 1]; False if they are normalised already.
+        name: name of the field, such as `image`.
+        parts: configurations of the augmentations, in the order of the recipe.
+        shape: shape of one stored image, (channels, height, width). Samples with another number of dimensions cannot
+            be augmented.
+        mean, std: mean and standard deviation per channel of images in [0, 1]; None: images are not normalised.
+        device, dtype, channels_last: device, dtype and memory layout of the computed images.
+        owners: for each augmentation, the name of the view whose random parameters it uses; None: this view.
+        in_unit_range: whether the stored images are uint8 or in [0, 1]; False if they are already normalised.
 
     Attributes:
-        shape: of one image of the batch.
-        stored_shape: of one stored image.
-        num_params: random numbers for each sample and epoch.
-        mix_owner: the view whose parameters mix this one; empty without mixing.
-        decode_augmentation: selects the part of a file that is decoded; None without.
-        decode_owner: the view whose parameters it uses.
-        needs_evaluation_params: whether evaluation uses parameters.
+        shape: shape of one image of the batch.
+        stored_shape: shape of one stored image.
+        num_params: number of random parameters per sample and epoch.
+        mix_owner: name of the view whose random parameters are used for mixup or cutmix; empty: images are not mixed.
+        decode_augmentation: augmentation that selects the part of an image file to decode, or None.
+        decode_owner: name of the view whose random parameters `decode_augmentation` uses.
+        needs_evaluation_params: whether random parameters are used in evaluation.
 
     Raises:
-        ConfigError: an augmentation is unknown, does not fit the shape, or two of them mix.
+        ConfigError: an augmentation is unknown or does not fit the shape, or there are two mixing augmentations.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class View:
         self.name = name
         self.in_unit_range = in_unit_range
         self.augmentations: list[Augmentation] = []
-        self._input_shapes: list[tuple[int, ...]] = []  # of each augmentation
+        self._input_shapes: list[tuple[int, ...]] = []  # input shape of each augmentation
         self.stored_shape = shape
         self.shape = shape
         for part in parts:
@@ -80,7 +82,7 @@ class View:
         self.num_params = sum(augmentation.num_params for augmentation in self.augmentations)
         self.owners = list(owners) if owners is not None else [name] * len(self.augmentations)
         kinds = [type(augmentation) for augmentation in self.augmentations]
-        # The position of the mixing splits the masks in two groups: before it and after it.
+        # Augmentations of the normalised image are applied before or after the mixing, as the recipe orders them.
         self._mix_position = next((i for i, kind in enumerate(kinds) if issubclass(kind, MixingAugmentation)), None)
         self.mix_owner = "" if self._mix_position is None else self.owners[self._mix_position]
         self.decode_augmentation: DecodeTimeAugmentation | None = None
@@ -96,7 +98,7 @@ class View:
         self.std = None if std is None else torch.tensor(std, dtype=dtype, device=device).view(broadcast_shape)
 
     def _add(self, part: PartConfig) -> None:
-        """Builds one augmentation and checks that it fits the previous ones."""
+        """Builds one augmentation and checks that it fits the shape of the images and the augmentations before it."""
         AUGMENTATIONS.check(part.type, part.params, part.location)
         if len(self.stored_shape) != 3:
             raise ConfigError(
@@ -111,20 +113,25 @@ class View:
             raise ConfigError(f"{part.location}: {error}".lstrip(": ")) from None
         if isinstance(augmentation, ColorAugmentation) and not self.in_unit_range:
             raise ConfigError(
-                f"{part.location}: {part.type} changes colours of images in [0, 1], but these were stored "
-                "normalised".lstrip(": ")
+                f"{part.location}: {part.type} changes colours of images in [0, 1], but this dataset's images were "
+                "stored normalised".lstrip(": ")
             )
         if isinstance(augmentation, MixingAugmentation) and any(
             isinstance(previous, MixingAugmentation) for previous in self.augmentations
         ):
-            raise ConfigError(f"{part.location}: view {self.name!r} already mixes; use either mixup or cutmix")
+            raise ConfigError(f"{part.location}: view {self.name!r} mixes images twice; use either mixup or cutmix")
         self.augmentations.append(augmentation)
 
     def sample_params(self, samples: int, seed: int, source: str, epoch: int | str) -> Tensor:
-        """Draws the parameters of all samples for one epoch, float32 (samples, num_params), on the CPU.
+        """Draws the random parameters of all samples for one epoch, float32 (samples, num_params), on the CPU.
 
-        Each augmentation has a random stream of its own, so adding one does not change the parameters of the others. An
-        augmentation that belongs to another view uses that view's stream.
+        Each augmentation has its own random stream, so an added augmentation does not change the parameters of the
+        others. An augmentation that belongs to another view uses the stream of that view.
+
+        Args:
+            samples: number of samples in the full split.
+            source: name of the source, a part of the key of the random streams.
+            epoch: number of the epoch, or "evaluation".
         """
         params = [
             augmentation.sample_params(samples, derive(seed, "augment", source, owner, epoch, key))
@@ -134,12 +141,12 @@ class View:
         return torch.cat(params, dim=1) if params else torch.empty(samples, 0)
 
     def augment(self, images: Tensor, rows: Tensor, params: Tensor) -> Tensor:
-        """Computes the augmented images, before mixing.
+        """Computes the augmented and normalised images, without mixup and cutmix.
 
         Args:
-            images: (samples, *stored_shape), uint8 or float in [0, 1].
-            rows: int64 (batch,), rows of `images`.
-            params: float32 (batch, num_params).
+            images: stored images, (samples, *stored_shape), uint8 or float in [0, 1].
+            rows: int64 (batch,), row numbers in `images`.
+            params: random parameters, float32 (batch, num_params).
 
         Returns:
             (batch, *shape), normalised.
@@ -161,13 +168,17 @@ class View:
         return self._to_memory_format(_apply_post_normalize(image, pairs[: self._mix_position]))
 
     def mix(self, image: Tensor, partner: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Blends each image with its partner, then applies the augmentations that follow the mixing.
+        """Blends each image with a second image (mixup, cutmix), then applies the augmentations that follow.
+
+        Args:
+            image, partner: augmented images, and the images with which they are blended, (batch, *shape).
+            params: random parameters, float32 (batch, num_params).
 
         Returns:
             The blend, and the weight of the sample's own label, float (batch,).
         """
         if self._mix_position is None:
-            raise ValueError(f"view {self.name!r} does not mix")
+            raise ValueError(f"view {self.name!r} has no mixup or cutmix")
         pairs = self._with_params(params)[self._mix_position :]
         mixing, mix_params = pairs[0]
         assert isinstance(mixing, MixingAugmentation)
@@ -175,11 +186,13 @@ class View:
         return self._to_memory_format(_apply_post_normalize(image, pairs)), label_weight
 
     def evaluation_images(self, images: Tensor, rows: Tensor, params: Tensor | None = None) -> Tensor:
-        """Computes the images of evaluation: cropped at the center, normalised, changed by augmentations with `always`.
+        """Computes images for evaluation: cropped at the center and normalised.
+
+        Augmentations that are also applied in evaluation (with `always`) follow the normalisation.
 
         Args:
-            images, rows: see `augment`.
-            params: float32 (batch, num_params); required if `needs_evaluation_params`.
+            images, rows: stored images, and row numbers in them, see `augment`.
+            params: random parameters, float32 (batch, num_params); required if `needs_evaluation_params`.
         """
         if self.shape == self.stored_shape:
             pixels = images.index_select(0, rows)
@@ -198,10 +211,10 @@ class View:
         return self._to_memory_format(image)
 
     def extra_fields(self, params: Tensor) -> dict[str, Tensor]:
-        """Returns the extra fields of the batch that the parameters determine, such as quarter turns.
+        """Returns name -> values of the fields that augmentations add to the batch, such as quarter turns.
 
         Args:
-            params: float32 (batch, num_params).
+            params: random parameters, float32 (batch, num_params).
         """
         if not self.extra_field_names:
             return {}
@@ -213,13 +226,16 @@ class View:
 
     @cached_property
     def extra_field_names(self) -> dict[str, str]:
-        """Maps `Augmentation.extra_field` to the field's name: the same in the view `image`, otherwise `VIEW_FIELD`."""
+        """The names of fields that augmentations add to the batch: `Augmentation.extra_field` -> name in the batch.
+
+        The name in the batch is `VIEW_FIELD` for a view other than `image`.
+        """
         fields = [augmentation.extra_field for augmentation in self.augmentations if augmentation.extra_field]
         return {field: field if self.name == "image" else f"{self.name}_{field}" for field in fields}
 
     @cached_property
     def variant_count(self) -> VariantCount:
-        """Number of different images of one sample: the product over the augmentations."""
+        """The number of different images that the view can show of one sample, or the reason why it is not known."""
         count = 1
         for augmentation, shape in zip(self.augmentations, self._input_shapes, strict=True):
             name = augmentation.registered_name
@@ -232,10 +248,13 @@ class View:
         return VariantCount(count)
 
     def variant_ids(self, params: Tensor) -> Tensor:
-        """Returns the variant of each sample, int64 (batch,), in [0, variant_count).
+        """Returns, for each sample, the number of the image that the parameters select among all images of this sample.
 
         Args:
-            params: float32 (batch, num_params).
+            params: random parameters, float32 (batch, num_params).
+
+        Returns:
+            int64 (batch,), numbers below `variant_count`.
         """
         ids = torch.zeros(len(params), dtype=torch.int64, device=params.device)
         for (augmentation, own_params), shape in zip(self._with_params(params), self._input_shapes, strict=True):
@@ -243,7 +262,7 @@ class View:
         return ids
 
     def _with_params(self, params: Tensor) -> list[tuple[Augmentation, Tensor]]:
-        """Returns each augmentation with its columns of `params`."""
+        """Returns (augmentation, its columns of `params`) for each augmentation of the view."""
         sizes = [augmentation.num_params for augmentation in self.augmentations]
         columns = params.split(sizes, dim=1) if self.augmentations else ()
         return list(zip(self.augmentations, columns, strict=True))
@@ -269,7 +288,10 @@ def _apply_post_normalize(image: Tensor, pairs: Sequence[tuple[Augmentation, Ten
 
 
 def _stream_keys(parts: Sequence[PartConfig]) -> list[str]:
-    """Returns keys of the random streams: `crop`, and `crop1` for a second crop. Other keys would change the draws."""
+    """Returns the key of each augmentation's random stream: `crop`, `crop1` for a second crop, and so on.
+
+    A change of these keys would change the random numbers of existing recipes.
+    """
     counts: Counter[str] = Counter()
     keys = []
     for part in parts:
@@ -286,16 +308,16 @@ def _identity_coordinates(batch: int, shape: tuple[int, ...], device: torch.devi
 
 
 def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
-    """Gathers out[b, c, i, j] = images[rows[b], c, ys[b, i], xs[b, j]], zero where a coordinate is OUTSIDE.
+    """Gathers out[b, c, i, j] = images[rows[b], c, ys[b, i], xs[b, j]]. Pixels with a coordinate OUTSIDE are zero.
 
     Args:
         images: (samples, channels, height, width).
-        rows: int64 (batch,).
-        ys: int64 (batch, out_height).
-        xs: int64 (batch, out_width).
+        rows: int64 (batch,), row numbers in `images`.
+        ys: int64 (batch, out_height), input row of each output row.
+        xs: int64 (batch, out_width), input column of each output column.
 
     Returns:
-        (batch, channels, out_height, out_width), of the dtype of `images`.
+        (batch, channels, out_height, out_width), with the dtype of `images`.
     """
     # All OUTSIDE coordinates read one added row and column of zeros. Gathering complete rows first and pixels second is
     # twice as fast on a CPU as one `take` over all pixels.
@@ -311,13 +333,17 @@ def gather_pixels(images: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> Tenso
 
 
 def resolve_views(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[tuple[PartConfig, str]]]:
-    """Replaces each `same` by the augmentations of the view that it names.
+    """Replaces each augmentation `same` by the augmentations of the view that it names.
+
+    Args:
+        views: view -> configurations of its augmentations.
 
     Returns:
-        View -> its augmentations in order, each with the view whose parameters it uses.
+        View -> its augmentations in order, each with the name of the view whose random parameters it uses.
 
     Raises:
-        ConfigError: `same` is not the first of a view, names no view, or the views form a cycle.
+        ConfigError: `same` is not the first augmentation of a view or names an unknown view, or views refer to each
+            other in a cycle.
     """
     resolved: dict[str, list[tuple[PartConfig, str]]] = {}
 
@@ -334,9 +360,11 @@ def resolve_views(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[t
             if number:
                 raise ConfigError(f"{location}`same` must be the first augmentation of view {name!r}")
             if base not in views:
-                raise ConfigError(f"{location}no view {base!r}.{suggest(base, views)}")
+                raise ConfigError(f"{location}there is no view {base!r}.{suggest(base, views)}")
             if base in (*path, name):
-                raise ConfigError(f"{location}views continue each other in a cycle: {' -> '.join((*path, name, base))}")
+                raise ConfigError(
+                    f"{location}the views refer to each other in a cycle: {' -> '.join((*path, name, base))}"
+                )
             parts += resolve(base, (*path, name))
         resolved[name] = parts
         return parts
@@ -347,14 +375,14 @@ def resolve_views(views: Mapping[str, Sequence[PartConfig]]) -> dict[str, list[t
 
 
 def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object) -> dict[str, View]:
-    """Builds the views of a source.
+    """Builds the views of a data source. Returns name -> `View`.
 
     Args:
-        shape: of one stored image.
+        shape: shape of one stored image.
         options: further arguments of `View`.
 
     Raises:
-        ConfigError: an augmentation does not fit, or two views mix, each with parameters of its own.
+        ConfigError: an augmentation does not fit, or two views mix images with different random parameters.
     """
     views: dict[str, View] = {}
     for name, pairs in resolve_views(config.views).items():
@@ -363,14 +391,15 @@ def build_views(config: SourceConfig, shape: tuple[int, ...], **options: object)
     if len({view.mix_owner for view in views.values() if view.mix_owner}) > 1:
         mixing = [name for name, view in views.items() if view.mix_owner]
         raise ConfigError(
-            f"{config.location}: views {' and '.join(mixing)} both mix samples, but a batch has one `mix` and one "
-            "`label_other`. Mix in one view only, and write the other as `{from: VIEW, then: [...]}`".lstrip(": ")
+            f"{config.location}: views {' and '.join(mixing)} both mix samples, but a batch has only one field `mix` "
+            "and one `label_other`. Mix in one view only, and write the other view as "
+            "`{from: VIEW, then: [...]}`".lstrip(": ")
         )
     return views
 
 
 def reject_decode_augmentations(config: SourceConfig) -> None:
-    """Raises ConfigError where a view of a resident dataset has an augmentation that needs the image file."""
+    """Raises ConfigError if a view of an in-memory dataset has an augmentation that needs the image files."""
     for name, pairs in resolve_views(config.views).items():
         for part, _ in pairs:
             if issubclass(AUGMENTATIONS.entry(part.type).load(), DecodeTimeAugmentation):
@@ -382,10 +411,10 @@ def reject_decode_augmentations(config: SourceConfig) -> None:
 
 
 def variant_counts(config: SourceConfig, shape: tuple[int, ...], *, resident: bool = True) -> dict[str, VariantCount]:
-    """Returns the number of different images of one sample for each view of a source.
+    """Returns, for each view of a source, the number of different images that the view can show of one sample.
 
     Args:
-        shape: of one stored image.
+        shape: shape of one stored image.
         resident: whether the dataset is held in memory.
     """
     counts = {name: view.variant_count for name, view in build_views(config, shape).items()}
@@ -400,14 +429,14 @@ def variant_counts(config: SourceConfig, shape: tuple[int, ...], *, resident: bo
 def image_field_specs(
     config: SourceConfig, shape: tuple[int, ...], stored: Mapping[str, FieldSpec] | None = None
 ) -> dict[str, FieldSpec]:
-    """Returns the fields of a source's batches.
+    """Returns the fields of a source's batches: name -> (shape of one sample, dtype).
 
     Args:
-        shape: of one stored image.
-        stored: further fields of the dataset.
+        shape: shape of one stored image.
+        stored: specs of the fields that the dataset stores in addition to image and label, by name.
 
     Raises:
-        ConfigError: a view has the name of a stored field.
+        ConfigError: a view has the name of a field that the dataset stores.
     """
     views = build_views(config, shape)
     fields: dict[str, FieldSpec] = {name: (view.shape, "float32") for name, view in views.items()}

@@ -1,3 +1,5 @@
-"""Datasets by name, and the reading of image files. A dataset returns one split: packed, or through a reader.
+"""Datasets, and readers of image files. A dataset returns one split, in memory or through a reader of its files.
 
-Validation splits, hidden labels, augmentation, caching on the device and sharding belong to other packages."""
+The package `sampling` implements validation splits, hidden labels and the distribution over ranks. The package
+`augment` implements augmentation.
+"""

@@ -1,4 +1,4 @@
-"""Artifacts of earlier stages as data: a dataset like any other, or a subset of a split."""
+"""Datasets and subsets that an earlier stage built (artifacts)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kdbench.errors import DataError
 from kdbench.registry import ARTIFACTS, DATASETS
 
 ArtifactFiles: TypeAlias = Mapping[str, Path]
-"""`STAGE.NAME` -> file of the artifact that the stage built."""
+"""`STAGE.NAME` -> file of the artifact NAME that the stage STAGE built."""
 
 
 RESERVED_FIELDS = ("image", "label", "index", "valid", "label_true", "label_other", "mix")
-"""Fields of a batch that the source computes; an artifact cannot store them."""
+"""Batch fields that a source computes. An artifact cannot store fields of these names."""
 
 
 _MISSING = "the artifact does not exist yet"
@@ -28,12 +28,12 @@ _MISSING = "the artifact does not exist yet"
 
 @DATASETS.register("artifact", version=1, injected=("split", "data_root", "file"))
 class ArtifactDataset(Dataset):
-    """The dataset that an earlier stage built; a recipe writes it as `{artifact: STAGE.NAME}`.
+    """Dataset that an earlier stage built as an artifact. A recipe names it as `{artifact: STAGE.NAME}`.
 
-    Images are used as they were stored; a file without mean and deviation holds normalised images. So a method that
-    stores crops with their soft labels (FKD, FerKD) stores the cropped images, and no crop is replayed. Further stored
-    values of each sample (`soft`, `weight`, ...) become fields of the batch. Where `labelled` is false, the label is
-    hidden.
+    Images are used as they were stored. (FKD and FerKD therefore store cropped images with their soft labels.) A file
+    without mean and standard deviation contains normalised images. Other stored values of each sample (`soft`,
+    `weight`, ...) become fields of the batch. The label of a sample is hidden if its stored value `labelled` is
+    false.
     """
 
     splits = ("train", "val", "test")
@@ -61,13 +61,13 @@ class ArtifactDataset(Dataset):
     def load(self) -> PackedSplit:
         if self._content is None:
             raise DataError(_MISSING)
-        # Clones, because the tensors are memory-mapped and a later round may replace the file.
+        # The tensors are cloned because they are memory-mapped, and a later round may replace the file.
         images, labels = self._content["images"].clone(), self._content["labels"].clone()
         fields = {name: value.clone() for name, value in self.extra.items()}
         return PackedSplit(images, labels, self._digest(images, labels, fields), fields)
 
     def checksum(self) -> str:
-        """Returns the digest of the content; empty before the artifact exists, as the recipe determines its content."""
+        """Returns a digest of the artifact's content, or an empty string if the artifact does not exist yet."""
         return "" if self._content is None else self.load().checksum
 
     def _digest(self, images: Tensor, labels: Tensor, fields: Mapping[str, Tensor]) -> str:
@@ -79,33 +79,36 @@ class ArtifactDataset(Dataset):
 
 
 def read_subset(file: Path | str, population: int) -> Tensor:
-    """Returns the indices that an earlier stage selected, int64, sorted.
+    """Reads a subset that an earlier stage built. Returns the indices of its samples, int64, sorted.
 
     Args:
-        population: samples of the split that the indices refer to.
+        file: file of the artifact.
+        population: number of samples in the split from which the subset selects.
 
     Raises:
-        DataError: the file holds something else, or indices beyond the split.
+        DataError: the file does not contain a subset, or an index is outside the split.
     """
     content = _read(file)
     index = content.get("index")
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-        raise DataError(f"{file} holds {_kind(content)}, expected a subset")
+        raise DataError(f"{file} contains {_kind(content)}, expected a subset")
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= population):
         raise DataError(
-            f"{file} selects samples outside of this split, which has {population}. Does it belong to another dataset?"
+            f"{file} selects samples with an index of at least {population}, the size of this split. Was it built from "
+            "another dataset?"
         )
     return index.unique()
 
 
 def expected_spec(artifact_type: str, source: SourceSpec | None, evaluation: SourceSpec) -> SourceSpec:
-    """Returns the fields and classes of a dataset that does not exist yet.
+    """Returns the expected fields and classes of a dataset that a stage will build as an artifact.
 
     Args:
-        artifact_type: of ARTIFACTS. Its fact `fields` names what it stores for each sample next to image and label.
-            `soft` has shape (classes,) and all others (); a mapping of names to shapes declares other shapes.
-        source: the source that the artifact is built from.
-        evaluation: the evaluation source; its images are taken where `source` has none.
+        artifact_type: name of the artifact builder. Its registration lists in `fields` the values that it stores for
+            each sample in addition to image and label. The list contains names of scalars (`soft` has shape
+            (classes,)), or maps names to shapes.
+        source: description of the source from which the artifact is built.
+        evaluation: description of the evaluation source. Its images are assumed if `source` has no images.
     """
     image_spec = source if source is not None and "image" in source.fields else evaluation
     classes = image_spec.classes if image_spec.classes is not None else evaluation.classes
@@ -119,25 +122,25 @@ def expected_spec(artifact_type: str, source: SourceSpec | None, evaluation: Sou
 
 
 def _read_dataset(file: str) -> Mapping[str, Any]:
-    """Reads and checks the content of a dataset artifact."""
+    """Reads the file of a dataset that an earlier stage built, and checks its content."""
     content = _read(file)
     images, labels = content.get("images"), content.get("labels")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-        raise DataError(f"{file} holds {_kind(content)}, expected a dataset")
+        raise DataError(f"{file} contains {_kind(content)}, expected a dataset")
     if not isinstance(content.get("classes"), list | tuple):
         raise DataError(f"{file} is damaged: a dataset needs an entry 'classes' of type list")
     fields: Mapping[str, Tensor] = content.get("fields", {})
     mismatched = [name for name, value in {"labels": labels, **fields}.items() if len(value) != len(images)]
     if mismatched:
-        raise DataError(f"{file} has {len(images)} images but another number of {', '.join(mismatched)}")
+        raise DataError(f"{file} has {len(images)} images but a different number of values in {', '.join(mismatched)}")
     reserved = [name for name in fields if name in RESERVED_FIELDS]
     if reserved:
-        raise DataError(f"{file} stores {', '.join(reserved)}, which the source computes itself; use another name")
+        raise DataError(f"{file} stores the field {', '.join(reserved)}, which the source computes itself; rename it")
     return content
 
 
 def _read(file: Path | str) -> Mapping[str, Any]:
-    """Reads an artifact file, its tensors memory-mapped."""
+    """Reads an artifact file and returns its content as a mapping. The tensors are memory-mapped."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -145,11 +148,11 @@ def _read(file: Path | str) -> Mapping[str, Any]:
     except Exception as error:  # a damaged archive raises any type
         raise DataError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
     if not isinstance(content, Mapping):
-        raise DataError(f"{file} holds {type(content).__name__}, expected an artifact")
+        raise DataError(f"{file} contains an object of type {type(content).__name__}, expected an artifact")
     return content
 
 
 def _kind(content: Mapping[str, Any]) -> str:
-    """Names the kind of an artifact's content."""
+    """Returns the kind of an artifact, such as "a subset", which it derives from the keys of the content."""
     kinds = {"images": "a dataset", "index": "a subset", "value": "a tensor", "params": "a model"}
-    return next((kind for key, kind in kinds.items() if key in content), "something else")
+    return next((kind for key, kind in kinds.items() if key in content), "an unknown kind of artifact")

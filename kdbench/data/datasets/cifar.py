@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from torchvision's layout or from class folders."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read from torchvision's layout or from class folders."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ NOTICES = logging.getLogger("kdbench.data")
 
 
 class _Cifar(Dataset):
-    """Base of CIFAR-10 and CIFAR-100.
+    """Base class of CIFAR-10 and CIFAR-100.
 
     Attributes:
-        archive_folder: folder of torchvision's layout.
-        label_key: key of the labels in its pickles.
-        names: of the classes, separated by spaces, in the order of the labels.
-        files: split -> (file, its MD5 as in torchvision).
+        name: name of the dataset and of the folder with class folders.
+        archive_folder: name of the folder with the pickle files, as in torchvision.
+        label_key: key of the labels in the pickle files.
+        names: names of the classes, separated by spaces, in the order of the labels.
+        files: split -> pairs of a pickle file's name and its MD5, as in torchvision.
         num_samples: split -> number of samples.
     """
 
@@ -137,7 +138,7 @@ class _Cifar(Dataset):
         return _sort_samples(decode_images(listing, check_size, 32), torch.tensor(listing.labels))
 
     def _download(self) -> None:
-        """Downloads the archive with torchvision, which shows a progress bar and verifies the checksum."""
+        """Downloads and unpacks the archive with torchvision, which shows a progress bar and verifies the checksum."""
         import torchvision.datasets
         from torchvision.datasets.utils import download_and_extract_archive
 
@@ -158,7 +159,7 @@ class _Cifar(Dataset):
 
 
 def _sort_samples(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorts samples by class, then by pixels, so that `index` and checksum are the same for both layouts."""
+    """Sorts samples by class, then by pixels, so that their order is the same for all file layouts."""
     pixels = [image.tobytes() for image in images.numpy()]
     classes = labels.tolist()
     order = torch.tensor(sorted(range(len(pixels)), key=lambda n: (classes[n], pixels[n])))
@@ -174,14 +175,14 @@ def _sort_samples(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     samples={"train": 50000, "test": 10000},
 )
 class Cifar10(_Cifar):
-    """CIFAR-10: 50000 and 10000 colour images of 32x32 in 10 classes (Krizhevsky 2009).
+    """CIFAR-10: 50000 training and 10000 test images, 3x32x32, in 10 classes (Krizhevsky 2009).
 
-    Read from torchvision's layout `cifar-10-batches-py/` under `data_root`, or from class folders
-    `cifar10/{train,test}/<class>/*.png`; downloaded if there is neither. Decoded once into a cache. The samples are
-    sorted by class and pixels, so that `index` does not depend on the layout.
+    The images are read from torchvision's folder `cifar-10-batches-py/` under `data_root`, or from class folders
+    `cifar10/{train,test}/<class>/*.png`. If both are missing, they are downloaded. They are decoded once and cached
+    in one file. The samples are sorted by class and pixels, so that their indices are the same for both layouts.
 
     Args:
-        normalize: false leaves the values in [0, 1].
+        normalize: whether images are normalised; false: values stay in [0, 1].
     """
 
     name = "cifar10"
@@ -211,14 +212,14 @@ class Cifar10(_Cifar):
     samples={"train": 50000, "test": 10000},
 )
 class Cifar100(_Cifar):
-    """CIFAR-100: 50000 and 10000 colour images of 32x32 in 100 classes (Krizhevsky 2009).
+    """CIFAR-100: 50000 training and 10000 test images, 3x32x32, in 100 classes (Krizhevsky 2009).
 
-    Read from torchvision's layout `cifar-100-python/` under `data_root`, or from class folders
-    `cifar100/{train,test}/<class>/*.png`; downloaded if there is neither. Decoded once into a cache. The samples are
-    sorted by class and pixels, so that `index` does not depend on the layout.
+    The images are read from torchvision's folder `cifar-100-python/` under `data_root`, or from class folders
+    `cifar100/{train,test}/<class>/*.png`. If both are missing, they are downloaded. They are decoded once and cached
+    in one file. The samples are sorted by class and pixels, so that their indices are the same for both layouts.
 
     Args:
-        normalize: false leaves the values in [0, 1].
+        normalize: whether images are normalised; false: values stay in [0, 1].
     """
 
     name = "cifar100"

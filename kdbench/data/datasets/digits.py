@@ -28,12 +28,12 @@ from kdbench.registry import DATASETS
 class Digits(Dataset):
     """scikit-learn's 1797 handwritten digits, 1x8x8, ten classes (the test set of UCI's optical digits, ID 80).
 
-    The values 0..16 are divided by 16 (float32). Half of every class is `test` (896 images), the rest is `train` (901).
-    The halves do not depend on a seed: the images of a class are sorted by a hash of their number, and the first half
-    is `test`.
+    The values 0 to 16 are divided by 16 (float32). Half of the images of every class are the split `test` (896
+    images). The other images are the split `train` (901). The division does not depend on a seed: the images of a
+    class are sorted by a hash of their number, and the first half is `test`.
 
     Args:
-        normalize: false leaves the values in [0, 1].
+        normalize: whether images are normalised; false: values stay in [0, 1].
     """
 
     def __init__(self, normalize: bool = True, split: str = "train", data_root: str = "data") -> None:
@@ -57,10 +57,10 @@ class Digits(Dataset):
 
 @cache
 def _read_arrays() -> tuple[np.ndarray, np.ndarray]:
-    """Reads all images, int64 (1797, 64), and labels, int64 (1797,). Cached, because every stage of a run needs them.
+    """Reads all images, int64 (1797, 64), and all labels, int64 (1797,). The result is cached in memory.
 
-    The table (64 pixels and the label in a row) is read from scikit-learn's folder without importing scikit-learn,
-    which imports SciPy and takes longer than the training of a small student.
+    The CSV file (64 pixels and the label in each line) is read from scikit-learn's folder. scikit-learn is not
+    imported, because its import takes longer than the training of a small student.
     """
     file = _csv_file()
     try:
@@ -74,7 +74,7 @@ def _read_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _csv_file() -> Path:
-    """Returns the file of the digits in scikit-learn's folder."""
+    """Returns the path of the CSV file of the digits in scikit-learn's folder."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise DataError("digits: they are part of scikit-learn, which is not installed: pip install scikit-learn")
@@ -82,7 +82,7 @@ def _csv_file() -> Path:
 
 
 def _class_halves(labels: np.ndarray, split: str) -> list[list[int]]:
-    """Returns the rows of a split, by class."""
+    """Returns one list per class: the row numbers of the class's images in the split, "train" or "test"."""
     groups = []
     for digit in range(10):
         members = np.flatnonzero(labels == digit).tolist()

@@ -1,4 +1,4 @@
-"""Gaussian noise: the input of a data-free method's generator."""
+"""Gaussian noise, the input of the generator in data-free distillation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kdbench.registry import DATASETS
 
 @DATASETS.register("gaussian", version=1, injected=("split", "data_root"), fields=("z",))
 class Gaussian(GeneratedDataset):
-    """Draws standard normal vectors in the field `z`, new ones in every step. Needs no files and has no labels.
+    """Standard normal vectors in the field `z`, drawn in every step. The dataset has no files and no labels.
 
     Args:
-        shape: of one sample.
+        shape: shape of one sample.
         samples: number of samples in an epoch, rounded up to full batches.
     """
 

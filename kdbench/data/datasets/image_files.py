@@ -1,4 +1,4 @@
-"""Class folders of image files: listing, decoding, resizing."""
+"""Image files in class folders: listing, decoding, resizing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class ImageListing:
-    """The images of one split's folder.
+    """The list of images in the folder of one split.
 
-    classes: names of the class folders, sorted.
-    paths: relative to the folder, with `/`; by class, then by name.
-    labels: the class of each path.
+    Attributes:
+        folder: folder of the split, which contains one folder per class.
+        classes: names of the class folders, sorted.
+        paths: paths of the images relative to `folder`, with `/`, sorted by class and name.
+        labels: class number of each path.
     """
 
     folder: Path
@@ -37,11 +39,15 @@ class ImageListing:
         return len(self.paths)
 
     def absolute_path(self, index: int) -> Path:
-        """Returns the path of an image."""
+        """Returns the path of the image with this index, including the folder."""
         return self.folder / self.paths[index]
 
     def fingerprint(self, *, times: bool = True) -> str:
-        """Returns a digest of names, sizes and (unless `times` is False) modification times. Opens no file."""
+        """Returns a digest of names and sizes of the files. No file is opened.
+
+        Args:
+            times: whether modification times are also included.
+        """
         digest = hashlib.sha256()
         for path in self.paths:
             status = os.stat(self.folder / path)
@@ -52,10 +58,10 @@ class ImageListing:
 
 
 def class_folder_names(folder: Path) -> list[str]:
-    """Returns the names of the class folders in `folder`, sorted.
+    """Returns the sorted names of the class folders in `folder`.
 
     Raises:
-        DataError: a name is not valid UTF-8, and so cannot be written to results and figures.
+        DataError: a name is not valid UTF-8, so it cannot be written into results and figures.
     """
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _target(entry).is_dir())
@@ -67,10 +73,10 @@ def class_folder_names(folder: Path) -> list[str]:
 
 
 def list_folder(folder: Path) -> ImageListing:
-    """Lists the images of `folder`/<class>/**.
+    """Lists the images in the class folders of `folder`, including their subfolders.
 
     Raises:
-        DataError: there is no class folder, a class folder without images, or an image that is not a regular file.
+        DataError: there is no class folder, a class folder has no images, or an image is not a regular file.
     """
     classes = class_folder_names(folder)
     if not classes:
@@ -98,7 +104,7 @@ def _list_images(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ..
     """Lists the images of a folder and its subfolders, as paths that begin with `prefix`.
 
     Args:
-        ancestors: inodes of the folders that contain it, to detect links that form a loop.
+        ancestors: inodes of the parent folders, by which a loop of links is detected.
     """
     inode = _inode(folder)
     if inode in ancestors:
@@ -121,7 +127,10 @@ def _list_images(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ..
 
 
 def _target(entry: os.DirEntry[str]) -> os.DirEntry[str] | Path:
-    """Returns an entry whose `is_dir` and `is_file` are False for a link to itself; `os.DirEntry` raises there."""
+    """Returns an object with `is_dir` and `is_file` for a directory entry: the entry, or a Path for a symbolic link.
+
+    For a link to itself these methods of a Path return False, whereas those of `os.DirEntry` raise OSError.
+    """
     return Path(entry.path) if entry.is_symlink() else entry
 
 
@@ -131,10 +140,10 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Decodes an image as RGB.
+    """Reads an image file and converts the image to RGB.
 
     Raises:
-        DataError: the file cannot be read; the message names it.
+        DataError: the file cannot be read. The message names the file.
     """
     try:
         with Image.open(path) as image:
@@ -147,7 +156,7 @@ def read_image(path: Path | str) -> Image.Image:
 def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
     """Resizes the shorter side to `resize` (bilinear, antialiased), then crops the central square of side `size`.
 
-    The same pixels as torchvision's Resize and CenterCrop on PIL images, for size <= resize.
+    For size <= resize, the pixels equal those of torchvision's Resize and CenterCrop on PIL images.
     """
     (width, height), x0, y0 = center_crop_geometry(*image.size, resize, size)
     if image.size != (width, height):
@@ -158,12 +167,17 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
 
 
 def center_crop_geometry(width: int, height: int, resize: int, size: int) -> tuple[tuple[int, int], int, int]:
-    """Computes the size of an image after resizing its shorter side, and the corner of its central square.
+    """Computes an image's size after its shorter side is resized, and the corner of the central square to crop.
 
-    Rounded as torchvision's Resize and CenterCrop.
+    Numbers are rounded as in torchvision's Resize and CenterCrop.
+
+    Args:
+        width, height: size of the image.
+        resize: length of the shorter side after resizing.
+        size: side of the central square.
 
     Returns:
-        (width, height) after resizing, and the x and y of the square's upper left corner.
+        Size (width, height) after resizing, x and y of the square's upper left corner.
     """
     if min(width, height) != resize:
         if width <= height:
@@ -174,17 +188,18 @@ def center_crop_geometry(width: int, height: int, resize: int, size: int) -> tup
 
 
 def to_channels_first(image: Image.Image) -> np.ndarray:
-    """Converts an RGB image to uint8 (3, height, width)."""
+    """Converts an RGB image to an array, uint8 (3, height, width)."""
     return np.asarray(image).transpose(2, 0, 1)
 
 
 def decode_images(listing: ImageListing, convert: Callable[[Image.Image, Path], Image.Image], size: int) -> Tensor:
-    """Decodes every image of the listing; returns uint8 (samples, 3, size, size).
+    """Decodes all images of a listing into one tensor, uint8 (samples, 3, size, size).
 
     Args:
-        listing: the files.
-        convert: resizes an image to size x size; its second argument is the path, for messages.
-        size: height and width of the images.
+        listing: list of the image files.
+        convert: function of a decoded image and its path. Returns the image with size x size pixels; may raise an
+            error that names the path.
+        size: height and width of the converted images.
 
     Raises:
         DataError: a file cannot be read.

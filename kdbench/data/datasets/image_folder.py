@@ -1,4 +1,4 @@
-"""Class folders of images, and ImageNet in the same layout."""
+"""The datasets `image_folder` (images in class folders) and `imagenet` (the same layout)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kdbench.errors import ConfigError, DataError, suggest
 from kdbench.registry import DATASETS
 
 RESIDENT_LIMIT = 2 * 2**30
-"""Bytes of decoded images up to which a folder is held in memory by default."""
+"""Maximum size, in bytes of decoded images, of a folder that is held in memory by default."""
 
 
 FOLDERS = {"train": ("train",), "test": ("test", "val"), "val": ("val",)}
-"""Split -> names of its folder; the first that exists is used."""
+"""Split -> possible names of its folder. The first folder that exists is used."""
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,21 +31,24 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @DATASETS.register("image_folder", version=1, injected=("split", "data_root"), shape=(3, "size", "size"))
 class ImageFolder(Dataset):
-    """Images in class folders: ROOT/{train,test}/<class>/*.png (or jpg, ...); `val` replaces a missing `test`.
+    """Images in class folders: ROOT/{train,test}/<class>/*.png (or jpg, ...). `val` is used if `test` is missing.
 
-    The shorter side is resized to `size` (bilinear, antialiased) and the central square is cropped. The classes are the
-    folders' names, sorted, and must be the same in all splits. Up to 2 GiB of decoded images are held in memory and in
-    a cache under `data_root`; larger datasets are decoded in every epoch.
+    The shorter side is resized to `size` (bilinear, antialiased), and the central square is cropped. The classes are
+    the sorted names of the folders, which must be equal in all splits. If the decoded images have at most 2 GiB, they
+    are held in memory and cached in a file under `data_root`. A larger dataset is decoded in every epoch.
 
     Args:
-        root: the folder, absolute, or relative to `data_root` or to the working directory.
+        root: path of the folder: absolute, or relative to `data_root` or to the working directory.
         size: height and width of the images.
-        resident: true holds the images in memory, false decodes them in every epoch, null decides by their size.
-        mean: per channel, of images in [0, 1]; null uses ImageNet's, which torchvision's weights expect.
-        std: likewise.
-        normalize: false leaves the values in [0, 1].
-        decode: null decodes, crops and resizes with PIL. `torchvision` decodes JPEGs with torchvision (on CUDA with
-            nvJPEG, on the GPU), then crops and resizes batches on the device; it implies `resident: false`.
+        resident: true: images are held in memory. false: images are decoded in every epoch. null: images are held in
+            memory up to 2 GiB.
+        mean: mean per channel of images in [0, 1]; null: ImageNet's mean, which pretrained models of torchvision
+            expect.
+        std: standard deviation per channel; null: ImageNet's standard deviation.
+        normalize: whether images are normalised; false: values stay in [0, 1].
+        decode: null: images are decoded, cropped and resized with PIL. `torchvision`: JPEGs are decoded with
+            torchvision (on the GPU with nvJPEG), batches are cropped and resized on the device, and images are
+            decoded in every epoch.
     """
 
     splits = ("train", "val", "test")
@@ -101,7 +104,7 @@ class ImageFolder(Dataset):
         return READERS[self.decode](self.listing, self.resize, self.size)
 
     def checksum(self) -> str:
-        """Returns a digest of the pixels of a resident dataset, otherwise of file names and sizes."""
+        """Returns a digest of the pixels if the dataset is held in memory, otherwise of file names and sizes."""
         if not self.resident:
             return self.listing.fingerprint(times=False)
         return self._cache().checksum() or self.load().checksum
@@ -132,16 +135,18 @@ class ImageFolder(Dataset):
 class ImageNet(ImageFolder):
     """ImageNet (ILSVRC 2012) in torchvision's ImageFolder layout: imagenet/{train,val}/<wnid>/*.JPEG.
 
-    Too large for memory: the images are decoded in every epoch by `workers` processes. `random_resized_crop` crops a
-    random part; without it, and in evaluation, the shorter side is resized to `resize` and the center is cropped. There
-    is no download: its licence has to be accepted at https://image-net.org.
+    The images are too large for memory, so `workers` processes decode them in every epoch. The augmentation
+    `random_resized_crop` crops a random part. Without this augmentation, and in evaluation, the shorter side is
+    resized to `resize` and the center is cropped. kdbench cannot download the images, because their licence has to be
+    accepted at https://image-net.org.
 
     Args:
-        root: the folder, absolute, or relative to `data_root` or to the working directory.
+        root: path of the folder: absolute, or relative to `data_root` or to the working directory.
         size: height and width of the images.
-        resize: length of the shorter side, before the center is cropped.
-        normalize: false leaves the values in [0, 1].
-        decode: see `image_folder`.
+        resize: length of the shorter side before the center is cropped.
+        normalize: whether images are normalised; false: values stay in [0, 1].
+        decode: null: images are decoded, cropped and resized with PIL. `torchvision`: JPEGs are decoded with
+            torchvision (on the GPU with nvJPEG), and batches are cropped and resized on the device.
     """
 
     resident = False
@@ -180,16 +185,16 @@ def _find_root(root: str, data_root: str) -> Path:
             return folder
     folders = " or ".join(str(folder.absolute()) for folder in candidates)
     raise DataError(
-        f"no folder {folders}. It should have class folders: {root}/train/<class>/*.png and "
+        f"there is no folder {folders}. It should have class folders: {root}/train/<class>/*.png and "
         f"{root}/test/<class>/*.png (or val)."
     )
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Returns the folder of the split.
+    """Returns the folder of a split, for example `ROOT/train`.
 
     Raises:
-        DataError: there is none; the message lists the folders that exist.
+        DataError: the folder does not exist. The message lists the existing folders.
     """
     for name in FOLDERS[split]:
         if (root / name).is_dir():
@@ -200,7 +205,7 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def _check_same_classes(folder: Path, classes: list[str], root: Path, split: str) -> None:
-    """Raises DataError when the classes in `folder` differ from those of another split."""
+    """Raises DataError if the class folders in `folder` differ from those of the split `split`."""
     other_folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if other_folder is None or other_folder == folder:
         return
@@ -212,4 +217,6 @@ def _check_same_classes(folder: Path, classes: list[str], root: Path, split: str
             for path, names in ((folder, extra), (other_folder, missing))
             if names
         ]
-        raise DataError(f"the splits have different classes; {'; '.join(differences)}. Their labels would not agree.")
+        raise DataError(
+            f"the splits have different classes ({'; '.join(differences)}), so their labels would not agree."
+        )

@@ -1,4 +1,4 @@
-"""Synthetic images without files, for tests and demonstrations."""
+"""Synthetic images, which are generated without files, for tests and demonstrations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from kdbench.registry import DATASETS
 
 @DATASETS.register("synthetic", version=1, injected=("split", "data_root"))
 class Synthetic(Dataset):
-    """Generates a learnable dataset: each class is one blurred pattern, each sample the pattern plus noise (uint8).
+    """Generated, learnable images (uint8): each class has a blurred pattern, and each image is a pattern plus noise.
 
-    All splits have the same patterns and different noise; the classes are equally frequent.
+    All splits have equal patterns and different noise. The classes are equally frequent.
 
     Args:
-        shape: of one sample, [channels, height, width]; other shapes work without augmentations.
+        shape: shape of one sample, usually [channels, height, width]. Samples with another number of dimensions
+            cannot be augmented.
         classes: number of classes.
         samples: number of samples in each split.
-        seed: of patterns and noise. The run's seed has no effect here.
-        normalize: false leaves the values in [0, 1].
+        seed: seed of patterns and noise. They do not depend on the seed of the run.
+        normalize: whether images are normalised; false: values stay in [0, 1].
     """
 
     splits = ("train", "val", "test")

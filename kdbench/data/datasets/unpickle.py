@@ -1,4 +1,4 @@
-"""Reads the pickles of CIFAR without executing code from them."""
+"""Reads the pickle files of CIFAR without executing code that they may contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """Decodes bytes as Python 3 writes them into protocol-2 pickles; rejects every other codec."""
+    """Encodes text as latin-1. Pickles of protocol 2 create bytes with this function. Other encodings are rejected."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
     return codecs.encode(text, "latin1")
@@ -37,10 +37,10 @@ class _Restricted(pickle.Unpickler):
 
 
 def load_pickle(path: Path) -> Any:
-    """Reads a pickle of dictionaries, lists, numbers, strings and arrays.
+    """Reads a pickle file that contains only dictionaries, lists, numbers, strings and arrays.
 
     Raises:
-        pickle.UnpicklingError: the file contains anything else, or is not a pickle.
+        pickle.UnpicklingError: the file contains an object of another type, or is not a pickle.
     """
     with path.open("rb") as handle:
         try:

@@ -1,1 +1,1 @@
-"""Batches from datasets: resident on the device, streamed from worker processes, or generated; decoding and caches."""
+"""Loading: batches from datasets in device memory, from worker processes, or from generators; decoding and caches."""

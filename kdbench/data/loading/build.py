@@ -1,4 +1,4 @@
-"""Builds the sources of a stage: opens each dataset once, splits off validation, selects subsets, checks sizes."""
+"""Builds the data sources of a stage: opens each dataset once, holds out validation samples, and selects subsets."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ from kdbench.errors import ConfigError, DataError
 from kdbench.randomness import generator
 
 _SHARED_SPLITS: weakref.WeakValueDictionary[str, PackedSplit] | None = None
-"""Splits on a device that runs of one process share inside `shared_splits`; a split is freed with its last source."""
+"""Splits in device memory that runs of one process share inside the context `shared_splits`. None outside of it.
+
+The memory of a split is freed with the last source that uses the split."""
 
 
 @contextmanager
 def shared_splits() -> Iterator[None]:
-    """Lets sources that are opened inside share the memory of equal splits. The files must not change meanwhile."""
+    """Context manager: sources that are opened inside it share one copy of equal splits in device memory.
+
+    The files of the datasets must not change inside the context.
+    """
     global _SHARED_SPLITS
     before = _SHARED_SPLITS
     _SHARED_SPLITS = weakref.WeakValueDictionary() if before is None else before
@@ -56,9 +61,11 @@ def shared_splits() -> Iterator[None]:
 class _DatasetEntry:
     """A dataset that several sources may read.
 
-    labels: int64 (population,), of the full split.
-    split: the images on the device; None unless the dataset is resident.
-    validation_indices: samples held out, int64, sorted; None if none are.
+    Attributes:
+        labels: labels of the full split, int64 (population,).
+        split: images and labels, with the images on the device; None if the images are decoded in every epoch.
+        validation_indices: indices of the samples that are held out for validation, int64, sorted; None: no sample is
+            held out.
     """
 
     dataset: Dataset
@@ -82,28 +89,29 @@ def build_sources(
     artifact_files: ArtifactFiles | None = None,
     notice: Callable[[str], None] = print,
 ) -> dict[str, Source]:
-    """Opens every source of a stage.
+    """Opens all data sources of a stage (a part of a training), one for each entry of `data`.
 
     Args:
-        data: the sources by name.
-        validation: a fraction in (0, 1) or a number of samples of `train`'s dataset that are held out, class-balanced,
-            as the source `validation`. No source of the same dataset and split yields them. They are drawn first;
-            `subset` and `label_fraction` select among the rest.
-        seed: of the run. Splits, subsets and labels are functions of it.
-        device: of the batches, and of the images of resident datasets.
-        data_root: the folder of all datasets.
-        rank, world_size: this process in data-parallel training.
-        workers: processes that decode images of datasets that are not resident.
-        dtype: of the images.
-        channels_last: memory layout of the images.
+        data: name -> configuration of the source.
+        validation: fraction in (0, 1), or number, of the samples of source `train` that are held out as the source
+            `validation`. They are drawn class-balanced, before `subset` and `label_fraction` are applied. No other
+            source of the same split yields them.
+        seed: seed of the run. It determines the validation samples, the subsets and the hidden labels.
+        device: device of the batches, and of the images of datasets that are held in memory.
+        data_root: folder of all datasets.
+        rank, world_size: rank of this process and number of processes in data-parallel training.
+        workers: number of processes that decode images of datasets that are not held in memory.
+        dtype: dtype of the images.
+        channels_last: whether the memory layout of the images is channels last.
         artifact_files: `STAGE.NAME` -> file of a dataset or subset that an earlier stage built.
-        notice: shows a sentence to the user.
+        notice: function that shows a sentence to the user.
 
     Returns:
-        The sources by name, with `validation` where samples are held out.
+        Name -> source. The name `validation` is added if samples are held out.
 
     Raises:
-        ConfigError: a parameter, an augmentation or a number does not fit; the message names its location.
+        ConfigError: a parameter, an augmentation or a number does not fit. The message names the location in the
+            recipe.
         DataError: files are missing or damaged, or a split is empty.
     """
     options = LoadingOptions(seed, torch.device(device), rank, world_size, workers, dtype, channels_last, notice)
@@ -111,14 +119,14 @@ def build_sources(
     generated: dict[str, GeneratedDataset] = {}
     for name, config in data.items():
         key = _dataset_key(config)
-        if key in entries:  # sources of one dataset share its memory, and the samples held out of it
+        if key in entries:  # sources of one dataset share its memory and its validation samples
             continue
         dataset = open_dataset(config, data_root, artifact_files)
         if isinstance(dataset, GeneratedDataset):
             generated[name] = dataset
         else:
             entries[key] = _load(dataset, config, options, data_root)
-    # Validation is held out before any source is built, so that no subset can contain its samples.
+    # Validation samples are held out before any source is built, so that no subset can contain its samples.
     validation_indices = None if validation is None else _hold_out(data, entries, validation, seed)
     sources: dict[str, Source] = {}
     for name, config in data.items():
@@ -126,7 +134,9 @@ def build_sources(
             sources[name] = _build_image_source(config, entries[_dataset_key(config)], options, artifact_files)
         elif config.overlap:
             raise ConfigError(
-                _with_location(config, "`overlap` repeats samples, but generated data is new in every batch")
+                _with_location(
+                    config, "`overlap` repeats samples of the previous batch, but generated data is new in every batch"
+                )
             )
         else:
             sources[name] = GeneratedSource(config, options, generated[name])
@@ -137,13 +147,13 @@ def build_sources(
 
 
 def _dataset_key(config: SourceConfig) -> str:
-    """Returns a text that is equal for sources that read the same split of the same dataset."""
+    """Returns a key that is equal for all sources that read the same split of the same dataset."""
     dataset = [config.dataset.type, config.split, dict(config.dataset.params), config.artifact]
     return json.dumps(dataset, sort_keys=True, default=str)
 
 
 def _load(dataset: Dataset, config: SourceConfig, options: LoadingOptions, data_root: str) -> _DatasetEntry:
-    """Loads a dataset's labels, and its images if it is resident."""
+    """Loads the labels of a dataset, and its images if the dataset is held in memory."""
     if config.artifact is not None and dataset.problem is not None:
         raise DataError(_with_location(config, f"the artifact {config.artifact} does not exist yet"))
     if len(dataset) == 0:
@@ -155,8 +165,8 @@ def _load(dataset: Dataset, config: SourceConfig, options: LoadingOptions, data_
 
 
 def _resident_split(dataset: Dataset, config: SourceConfig, options: LoadingOptions, data_root: str) -> PackedSplit:
-    """Returns a split with its images on the device, from `_SHARED_SPLITS` if possible."""
-    # An artifact is not shared: its stage may write the file again.
+    """Loads a split and copies its images to the device, unless another run of this process already did so."""
+    # An artifact is not shared, because a later round of its stage may write the file again.
     shared = None if config.artifact is not None else _SHARED_SPLITS
     key = json.dumps([_dataset_key(config), data_root, str(options.device)])
     split = None if shared is None else shared.get(key)
@@ -166,7 +176,7 @@ def _resident_split(dataset: Dataset, config: SourceConfig, options: LoadingOpti
         split = replace(split, images=split.images.to(options.device))
         if shared is not None:
             shared[key] = split
-            if options.device.type == "cuda":  # other runs read it on other streams
+            if options.device.type == "cuda":  # other runs read the split on other streams
                 torch.cuda.current_stream(options.device).synchronize()
     return split
 
@@ -174,10 +184,16 @@ def _resident_split(dataset: Dataset, config: SourceConfig, options: LoadingOpti
 def _hold_out(
     data: Mapping[str, SourceConfig], entries: Mapping[str, _DatasetEntry], validation: float | int, seed: int
 ) -> Tensor:
-    """Draws the validation samples of `train`'s dataset, notes them there, and returns their indices."""
+    """Draws the validation samples from the dataset of source `train` and returns their indices, int64, sorted.
+
+    The indices are also stored in the dataset's `_DatasetEntry`, so that all other sources of this dataset exclude
+    them.
+    """
     train = data.get("train")
     if train is None or _dataset_key(train) not in entries:
-        raise ConfigError("`validation` needs a source `train` with labels, from which it is held out")
+        raise ConfigError(
+            "`validation` needs a source `train` with labels, from which the validation samples are held out"
+        )
     entry = entries[_dataset_key(train)]
     classes = entry.dataset.classes
     all_indices = torch.arange(len(entry.labels))
@@ -185,18 +201,19 @@ def _hold_out(
     rng = generator(seed, "split", "validation")
     validation_indices = balanced_indices(entry.labels, all_indices, validation, len(classes), rng, location)
     rest = exclude(all_indices, validation_indices)
-    for part, problem in ((validation_indices, "has no sample"), (rest, "leaves train no sample")):
+    for part, name in ((validation_indices, "the validation split"), (rest, "the training split")):
         missing = empty_classes(entry.labels, part, classes)
         if missing:
             raise ConfigError(
-                f"{location}: {validation} {problem} of {class_list_text(missing)}; the split has {len(all_indices)}"
+                f"{location}: with {validation}, {name} has no sample of {class_list_text(missing)}; "
+                f"the full split has {len(all_indices)} samples"
             )
     entry.validation_indices = validation_indices
     return validation_indices
 
 
 def _validation_config(data: Mapping[str, SourceConfig]) -> SourceConfig:
-    """Returns the source `validation`: the dataset of `train` under the views of `eval`, which roles are fed with."""
+    """Returns the configuration of source `validation`: the dataset of source `train`, the views of source `eval`."""
     views = data["eval"].views if "eval" in data else {"image": ()}
     return replace(
         data["train"],
@@ -212,13 +229,13 @@ def _validation_config(data: Mapping[str, SourceConfig]) -> SourceConfig:
 def _build_image_source(
     config: SourceConfig, entry: _DatasetEntry, options: LoadingOptions, artifact_files: ArtifactFiles | None
 ) -> Source:
-    """Selects the samples and labels of a source, and checks its batch size."""
+    """Builds a source of labelled images: selects its samples and visible labels, and checks its batch size."""
     indices = torch.arange(len(entry.labels))
     if entry.validation_indices is not None:
         indices = exclude(indices, entry.validation_indices)
     classes = entry.dataset.classes
     indices = subset_indices(config, entry.labels, indices, classes, options.seed, artifact_files)
-    # An artifact may mark samples as unlabelled: their labels are hidden, and do not count for `label_fraction`.
+    # An artifact may mark samples as unlabelled. Their labels are hidden and do not count for `label_fraction`.
     labelled_mask = None if entry.split is None else entry.split.fields.get("labelled")
     labels = entry.labels
     if labelled_mask is not None:
@@ -248,11 +265,11 @@ def _new_image_source(
     indices: Tensor,
     labelled: Tensor | None,
 ) -> Source:
-    """Builds a resident or a streaming source.
+    """Builds the source of a dataset: in device memory (resident), or decoded in every epoch (streaming).
 
     Args:
-        indices: int64, sorted: samples of the split that the source yields.
-        labelled: the part of `indices` that keeps its label; None for all.
+        indices: indices of the samples that the source yields, int64, sorted.
+        labelled: subset of `indices` whose labels are visible; None: all labels are visible.
     """
     dataset, split = entry.dataset, entry.split
     views = _build_views(config, dataset, options)
@@ -264,7 +281,7 @@ def _new_image_source(
     if split is not None:
         reject_decode_augmentations(config)
         return ResidentSource(config, options, views, dataset.classes, samples, split)
-    # Imported here because it imports PIL, which takes 0.1 s of every start; most sources are resident.
+    # A late import: it imports PIL, which takes 0.1 s of every start, and most sources do not need it.
     from kdbench.data.loading.streaming import StreamingSource
 
     return StreamingSource(config, options, views, dataset.classes, samples, dataset.checksum(), dataset.reader())

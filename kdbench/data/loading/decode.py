@@ -1,4 +1,4 @@
-"""Decodes image files in worker processes: with PIL, or with torchvision and the crop and resize on the device."""
+"""Decodes image files in worker processes, with PIL or with torchvision."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from kdbench.data.sampling.order import to_device
 from kdbench.errors import DataError
 
 EVALUATION_IMAGE = ""
-"""Key of the image that evaluation uses, and all views without a `DecodeTimeAugmentation`."""
+"""Key of the resized central square, for evaluation and for views without a `DecodeTimeAugmentation`."""
 
 
 DecodeCrops = Mapping[str, tuple[DecodeTimeAugmentation, np.random.Generator]]
-"""View -> its decode-time augmentation, with the sample's random generator."""
+"""View -> (augmentation that selects the crop of an image file, random generator of the sample)."""
 
 
 class ImageReader:
-    """Decodes one image at a time with PIL; small enough to be pickled for worker processes.
+    """Decodes one image at a time with PIL. A reader is small, so it can be pickled for worker processes.
 
-    `read` and `collect` run in a worker, `to_device` in the training process.
+    The methods `read` and `collect` run in a worker, and `to_device` runs in the training process.
 
     Args:
-        listing: the files.
+        listing: list of the image files.
         resize: length of the shorter side after resizing.
         size: side of the central square that is cropped after resizing.
     """
@@ -52,17 +52,23 @@ class ImageReader:
         self.size = size
 
     def path(self, index: int) -> str:
-        """Returns the path of a sample's file."""
+        """Returns the path of the image file with this index."""
         return os.fsdecode(self.paths[index])
 
     def prepare(self, device: torch.device, notice: Callable[[str], None]) -> None:
-        """Checks what the device can decode, before the workers start."""
+        """Checks which files the device can decode. Must be called before the DataLoader workers start."""
 
     def read(self, index: int, crops: DecodeCrops, with_evaluation_image: bool) -> Any:
-        """Decodes one file once.
+        """Decodes one image file and computes all its crops.
+
+        Args:
+            index: index of the image file.
+            crops: view -> augmentation that selects the crop, with the random generator of the sample.
+            with_evaluation_image: whether the resized central square is also computed.
 
         Returns:
-            uint8 (3, size, size) for each key of `crops`, and the resized central square under EVALUATION_IMAGE.
+            Key -> image, uint8 (3, size, size). Each key of `crops` has its random crop. The key EVALUATION_IMAGE has
+            the central square.
 
         Raises:
             DataError: the file cannot be read.
@@ -77,20 +83,26 @@ class ImageReader:
         return images
 
     def collect(self, samples: Sequence[Any]) -> Any:
-        """Joins samples of `read` to what is sent to the training process."""
+        """Combines the results of `read` for one batch into the object that is sent to the training process."""
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
     def to_device(self, batch: Any, device: torch.device, notice: Callable[[str], None]) -> dict[str, Tensor]:
-        """Copies a batch of `collect` to the device; returns key -> uint8 (batch, 3, size, size)."""
+        """Copies the result of `collect` to the device.
+
+        Returns:
+            Key -> images, uint8 (batch, 3, size, size). The keys are those of `read`.
+        """
         return {key: to_device(value, device) for key, value in batch.items()}
 
 
 @dataclass(frozen=True)
 class _FileSample:
-    """One file of a batch.
+    """One image file of a batch, decoded or as JPEG bytes.
 
-    data: decoded pixels, uint8 (3, height, width), or the bytes of a JPEG that the GPU decodes, uint8 (n,).
-    pil_reason: why PIL decoded it; empty if PIL did not.
+    Attributes:
+        data: decoded pixels, uint8 (3, height, width), or the bytes of a JPEG that the GPU will decode, uint8 (n,).
+        regions: key of an output image -> region of the file's image that is cropped.
+        pil_reason: reason why PIL decoded the file; empty if PIL did not decode it.
     """
 
     index: int
@@ -101,11 +113,14 @@ class _FileSample:
 
 @dataclass
 class FileBatch:
-    """Files of a batch in one tensor: one transfer between processes, and one copy to the device.
+    """The image files of a batch, concatenated into one tensor, so that one copy to the device suffices.
 
-    data: uint8, all files one after the other.
-    shapes: of each file in `data`.
-    pil_reason: a file that PIL decoded, and why; empty without.
+    Attributes:
+        data: content of all files, uint8, concatenated.
+        shapes: shape of each file's tensor.
+        indices: index of each file.
+        regions: key of an output image -> region to crop in each file's image.
+        pil_reason: name of a file that PIL decoded, with the reason; empty if PIL decoded no file.
     """
 
     data: Tensor
@@ -115,21 +130,22 @@ class FileBatch:
     pil_reason: str = ""
 
     def pin_memory(self) -> FileBatch:
-        """Pins `data`; the DataLoader calls this."""
+        """Pins the memory of `data` and returns this batch. The DataLoader calls this method."""
         self.data = self.data.pin_memory()
         return self
 
     def split_files(self, data: Tensor) -> list[Tensor]:
-        """Splits `data`, here or on a device, into the tensors of the files."""
+        """Splits the concatenated tensor `data` into one tensor per file. `data` is on the CPU or on the GPU."""
         files = data.split([int(np.prod(shape)) for shape in self.shapes])
         return [file.view(shape) for file, shape in zip(files, self.shapes, strict=True)]
 
 
 class TorchvisionReader(ImageReader):
-    """Decodes JPEGs with torchvision, and crops and resizes batches on the device.
+    """Decodes JPEGs with torchvision, and crops and resizes whole batches on the device.
 
-    On CUDA, if torchvision has nvJPEG, workers read the files and the GPU decodes them; otherwise the workers decode.
-    PIL decodes other files in the worker (PNG, CMYK, and on the GPU progressive JPEGs); a notice says so once.
+    On CUDA, if torchvision has nvJPEG, the workers only read the files and the GPU decodes them. Otherwise the
+    workers decode the files. PIL decodes files that torchvision cannot decode (PNG, CMYK, and on the GPU progressive
+    JPEGs); the user is notified once.
     """
 
     gpu = False
@@ -140,7 +156,7 @@ class TorchvisionReader(ImageReader):
         if self.prepared:
             return
         self.prepared = True
-        jpeg_decoder()  # raises if torchvision has none
+        jpeg_decoder()  # raises if torchvision has no decoder
         if device.type == "cuda":
             problem = nvjpeg_problem(device)
             self.gpu = problem is None
@@ -159,7 +175,12 @@ class TorchvisionReader(ImageReader):
         return _FileSample(index, data, regions, pil_reason)
 
     def _read_file(self, path: str) -> tuple[Tensor, int, int, str]:
-        """Returns the file's tensor, its width and height, and why PIL decoded it (empty if PIL did not)."""
+        """Reads a file, and decodes it unless the GPU will decode it.
+
+        Returns:
+            Tensor of pixels or JPEG bytes, width, height, and the reason why PIL decoded the file (empty if PIL did
+            not).
+        """
         reason = ""
         try:
             with Image.open(path) as image:  # reads the header only
@@ -168,7 +189,7 @@ class TorchvisionReader(ImageReader):
             if not reason:
                 data = torch.from_numpy(np.fromfile(path, np.uint8))
                 return (data if self.gpu else jpeg_decoder()(data, mode="RGB")), width, height, ""
-        except Exception as error:  # any type; PIL then reads the file, or raises a DataError that names it
+        except Exception as error:  # any type; PIL then reads the file or raises a DataError with its name
             reason = reason or f"a JPEG that torchvision cannot decode ({_one_line(error)})"
         pixels = _to_tensor(read_image(path))
         return pixels, pixels.shape[2], pixels.shape[1], f"{path} is {reason}"
@@ -196,12 +217,12 @@ class TorchvisionReader(ImageReader):
     def _decode_on_gpu(
         self, batch: FileBatch, is_jpeg: list[bool], device: torch.device, notice: Callable[[str], None]
     ) -> list[Tensor]:
-        """Decodes the JPEGs of a batch on the GPU, and copies the other files to it."""
+        """Decodes the JPEGs of a batch on the GPU and copies the images that workers decoded to the GPU."""
         files = batch.split_files(batch.data)
         jpegs = [file for file, encoded in zip(files, is_jpeg, strict=True) if encoded]
         try:
             decoded = iter(jpeg_decoder()(jpegs, mode="RGB", device=device))
-        except RuntimeError as error:  # does not name the file; PIL does, in a DataError
+        except RuntimeError as error:  # the error does not name the file; PIL raises a DataError with its name
             indices = [index for index, encoded in zip(batch.indices, is_jpeg, strict=True) if encoded]
             images = [to_device(_to_tensor(read_image(self.path(index))), device) for index in indices]
             notice(f"the GPU could not decode a batch of JPEGs ({_one_line(error)}); PIL decoded it on the CPU.")
@@ -210,20 +231,21 @@ class TorchvisionReader(ImageReader):
 
 
 READERS: dict[str, type[ImageReader]] = {"pil": ImageReader, "torchvision": TorchvisionReader}
-"""Values of the parameter `decode` of datasets of image files."""
+"""Name of a decoder (the dataset parameter `decode`) -> reader class."""
 
 
 def jpeg_decoder() -> Callable[..., Any]:
-    """Returns torchvision's `decode_jpeg`, without its deprecation warning.
+    """Returns torchvision's function `decode_jpeg`, wrapped so that it shows no warnings.
 
     Raises:
-        DataError: this torchvision has none.
+        DataError: the installed torchvision does not have `decode_jpeg`.
     """
     try:
         from torchvision.io import decode_jpeg
     except ImportError:
         raise DataError(
-            "`decode: torchvision` needs torchvision.io.decode_jpeg, which this torchvision does not have; remove it"
+            "`decode: torchvision` needs torchvision.io.decode_jpeg, which the installed torchvision does not have; "
+            "remove `decode`"
         ) from None
 
     def decode(*args: Any, **kwargs: Any) -> Any:
@@ -235,7 +257,7 @@ def jpeg_decoder() -> Callable[..., Any]:
 
 
 def nvjpeg_problem(device: torch.device) -> str | None:
-    """Returns why JPEGs cannot be decoded on a GPU, or None if they can; decodes a small one there."""
+    """Tests whether the GPU decodes a small JPEG. Returns None if it does, otherwise the reason why it does not."""
     content = io.BytesIO()
     Image.new("RGB", (16, 16)).save(content, "JPEG")
     try:
@@ -246,9 +268,9 @@ def nvjpeg_problem(device: torch.device) -> str | None:
 
 
 def _pil_reason(image: Image.Image, gpu: bool) -> str:
-    """Returns why PIL has to decode an image, empty if torchvision decodes it to the same pixels."""
+    """Returns the reason why PIL has to decode an image, or "" if torchvision decodes it to the same pixels as PIL."""
     if image.format != "JPEG":
-        return f"no JPEG but {image.format}"
+        return f"not a JPEG but {image.format}"
     if image.mode not in ("RGB", "L"):
         return f"a JPEG in {image.mode}"
     return "a progressive JPEG" if gpu and image.info.get("progressive") else ""

@@ -1,4 +1,4 @@
-"""The packed cache: a dataset decoded once into one file, whose checksum every load verifies."""
+"""The packed cache: one file with all decoded images of a split. Its checksum is verified at every load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ NOTICES = logging.getLogger("kdbench.data")
 
 @dataclass(frozen=True)
 class _Header:
-    """shape: of the images, (samples, channels, height, width). checksum: of the content, as in `PackedSplit`."""
+    """The header of a packed cache (a file with all decoded images of a split).
+
+    Attributes:
+        shape: shape of all images together, (samples, channels, height, width).
+        checksum: SHA-256 of class names, images and labels, see `content_checksum`.
+    """
 
     shape: tuple[int, ...]
     checksum: str
@@ -43,18 +48,19 @@ class _Header:
 
 @dataclass(frozen=True)
 class PackedCache:
-    """One decoded split in one file.
+    """The packed cache of one split: a file with all its decoded images and labels.
 
     The file has three parts: MAGIC; one line with the SHA-256 of the header, a space, and the header as JSON; images
-    (uint8) and labels (int64) as raw bytes. The content is used only if its checksum is that of the header. A damaged
-    file is reported and written again.
+    (uint8) and labels (int64) as raw bytes. The content is used only if its checksum equals the checksum in the
+    header. A damaged file is reported and written again.
 
     Args:
-        folder: is created if it is missing. If it is not writable, the split stays in memory only.
-        name: start of the file's name, such as `cifar100-train`.
-        identity: distinguishes splits of the same name (by folder, image size, ...), as plain data.
-        fingerprint: of the files that are decoded. The cache is stale if it was written for another one.
-        classes: names in the order of the labels.
+        folder: folder of the cache, which is created if it is missing. If the folder is not writable, no cache is
+            written.
+        name: start of the cache file's name, such as `cifar100-train`.
+        identity: plain data that distinguishes splits with equal names (folder, image size, ...).
+        fingerprint: digest of the image files. A cache that was written with a different fingerprint is stale.
+        classes: names of the classes, in the order of the labels.
     """
 
     folder: Path
@@ -65,28 +71,35 @@ class PackedCache:
 
     @property
     def path(self) -> Path:
-        """The file of the cache."""
+        """The path of the cache file."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{self.name}-{digest}.packed"
 
     def load(self, decode: Callable[[], tuple[Tensor, Tensor]]) -> PackedSplit:
-        """Returns the split from the cache, or decodes it and writes the cache if that is missing, stale or damaged.
+        """Returns the split from the cache file, or decodes the split and writes the file.
+
+        The split is decoded if the cache file is missing, damaged or stale (written from different image files).
 
         Args:
-            decode: returns images, uint8 (samples, channels, height, width), and labels, int64 (samples,).
+            decode: function that returns images, uint8 (samples, channels, height, width), and labels, int64
+                (samples,).
         """
         split = self._read()
         if split is not None:
             return split
         with file_lock(self.path.with_suffix(".lock"), optional=True):
-            split = self._read(notify=False)  # another process may have written it while this one waited
+            split = self._read(notify=False)  # another process may have written the file in the meantime
             if split is None:
                 split = pack(self.classes, *decode())
                 self._write(split)
             return split
 
     def checksum(self) -> str | None:
-        """Returns the checksum in the header, without reading the content; None if missing, stale or damaged."""
+        """Reads only the header of the cache file. Returns the checksum of the file's content.
+
+        Returns:
+            The checksum, or None if the file is missing, damaged or stale (written from different image files).
+        """
         try:
             with self._open() as handle:
                 header = self._read_header(handle)
@@ -100,10 +113,10 @@ class PackedCache:
         return self.path.open("rb")
 
     def _read_header(self, handle: BinaryIO) -> _Header | None:
-        """Reads and checks the header.
+        """Reads and checks the header of an open cache file.
 
         Returns:
-            The header; None if the cache is stale.
+            The header, or None if the cache is stale (written from different image files).
 
         Raises:
             ValueError: the file is damaged.
@@ -112,7 +125,7 @@ class PackedCache:
         if magic == _OLD_MAGIC:
             return None
         if magic != MAGIC:
-            raise ValueError("its first line is not that of a packed cache")
+            raise ValueError("it does not begin with the first line of a packed cache")
         digest, _, text = handle.readline(_MAX_HEADER_BYTES).partition(b" ")
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise ValueError("the checksum of its header is wrong")
@@ -132,14 +145,24 @@ class PackedCache:
         return _Header(tuple(shape), checksum)
 
     def _read(self, *, notify: bool = True) -> PackedSplit | None:
-        """Returns the content of the file; None if it is missing, stale or damaged, the latter two with a notice."""
+        """Reads the split from the cache file.
+
+        Args:
+            notify: whether a stale or damaged file is reported to the user.
+
+        Returns:
+            The split, or None if the file is missing, damaged or stale (written from different image files).
+        """
         try:
             with self._open() as handle:
                 header = self._read_header(handle)
                 if header is not None:
                     return self._read_content(handle, header)
             if notify:
-                NOTICES.info("%s is out of date: the files that it was decoded from have changed.", self.path)
+                NOTICES.info(
+                    "The cache %s is out of date, because its image files have changed; they are decoded again.",
+                    self.path,
+                )
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:
@@ -162,7 +185,7 @@ class PackedCache:
         return split
 
     def _write(self, split: PackedSplit) -> None:
-        """Writes the cache in one step; an error is only a notice, since the split is in memory."""
+        """Writes the cache file atomically. A failure is reported but not raised, because the split is in memory."""
         entries = {
             "fingerprint": self.fingerprint,
             "classes": self.classes,

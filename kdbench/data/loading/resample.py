@@ -1,7 +1,8 @@
-"""Crops and resizes a batch of images of different sizes at once, on the device.
+"""Crops and resizes a batch of images of different sizes on the device, in a few operations.
 
-Resizing is linear and separable, so a resized crop is two matrix products with the image: one over its columns, one
-over its rows. The weights are those of PIL's bilinear filter, which is wider where an image shrinks (antialiasing).
+Resizing is linear and separable, so a resized crop is the product of the image with two matrices, one for rows and
+one for columns. The matrices contain the weights of PIL's bilinear filter. The filter is wider if an image shrinks
+(antialiasing).
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from torch import Tensor
 from kdbench.data.sampling.order import to_device
 
 GROUP_ELEMENTS = 2**25
-"""Number of values in a group of images that are padded to one size, at most (128 MiB of float32). A larger image forms
-a group of its own."""
+"""Maximum number of values in a group of images that are padded to one size (128 MiB of float32).
+
+A larger image is a group by itself."""
 
 
 @dataclass(frozen=True)
 class CropRegion:
-    """A box of an image, resized to `out_height` x `out_width`, and a square of the resized box.
+    """A region of an image: a box that is resized to `out_height` x `out_width`, and a square that is then cropped.
 
-    y, x, height, width: the box, in pixels of the image.
-    offset_y, offset_x: upper left corner of the square, in pixels of the resized box.
+    Attributes:
+        y, x, height, width: position and size of the box, in pixels of the image.
+        out_height, out_width: size of the box after resizing.
+        offset_y, offset_x: upper left corner of the square, in pixels of the resized box.
     """
 
     y: int
@@ -40,15 +44,16 @@ class CropRegion:
 def resample_crops(images: Sequence[Tensor], regions: Sequence[CropRegion], size: int) -> Tensor:
     """Crops and resizes one region of each image.
 
-    The values are those of PIL's `crop`, `resize(BILINEAR)` and `crop`, up to one level of 255: PIL rounds its weights.
+    The values differ by at most one level of 255 from PIL's `crop`, `resize(BILINEAR)` and `crop` in this order,
+    because PIL rounds the weights of its filter.
 
     Args:
-        images: uint8 (3, height, width) each, all on one device.
-        regions: one for each image.
-        size: side of the squares.
+        images: images on one device, each uint8 (3, height, width).
+        regions: region of each image.
+        size: side of the cropped squares in pixels.
 
     Returns:
-        uint8 (images, 3, size, size), on their device.
+        Cropped squares, uint8 (images, 3, size, size), on the device of the images.
     """
     device = images[0].device
     result = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device)
@@ -72,17 +77,17 @@ def resample_crops(images: Sequence[Tensor], regions: Sequence[CropRegion], size
 
 
 def filter_weights(lengths: Tensor, out_lengths: Tensor, offsets: Tensor, size: int, padded: int) -> Tensor:
-    """Computes the weight of each pixel of a line in each pixel of the resized line.
+    """Computes matrices that resize lines of pixels: the weight of each input pixel in each resized pixel.
 
     Args:
-        lengths: int64 (batch,), pixels of each line.
-        out_lengths: int64 (batch,), pixels of the resized line.
-        offsets: int64 (batch,), first pixel to compute of the resized line.
-        size: number of pixels to compute.
-        padded: length to which all lines are padded; padding has weight 0.
+        lengths: int64 (batch,), number of pixels of each line.
+        out_lengths: int64 (batch,), number of pixels of each line after resizing.
+        offsets: int64 (batch,), index (in the resized line) of the first pixel that is computed.
+        size: number of resized pixels that are computed.
+        padded: length to which all input lines are padded. Padding has weight 0.
 
     Returns:
-        float32 (batch, size, padded); each row sums to 1.
+        Matrices, float32 (batch, size, padded). Each row sums to 1.
     """
     scale = lengths.double() / out_lengths.double()
     support = scale.clamp(min=1.0)[:, None, None]
@@ -96,7 +101,7 @@ def filter_weights(lengths: Tensor, out_lengths: Tensor, offsets: Tensor, size: 
 
 
 def _padding_groups(regions: Sequence[CropRegion]) -> list[list[int]]:
-    """Groups images to be padded to one size, small ones first; a very large image forms a group of its own."""
+    """Splits the numbers of the images into groups that are padded to one size, smallest images first."""
     order = sorted(range(len(regions)), key=lambda number: regions[number].height * regions[number].width)
     groups: list[list[int]] = []
     for number in order:

@@ -1,4 +1,4 @@
-"""Sources: iterators over batches. The order of samples depends only on the seed, the epoch and the step."""
+"""Sources, which yield the batches of a stage. The order of samples depends only on seed, epoch and step."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from kdbench.data.source_spec import FieldSpec
 from kdbench.randomness import generator
 
 IGNORE_INDEX = -100
-"""Label of a sample whose label is hidden: the `ignore_index` of `cross_entropy`."""
+"""Label of a sample whose label is hidden. It is the default `ignore_index` of torch's `cross_entropy`."""
 
 
 MAX_BLOCK_BATCHES = 15
-"""Number of batches that are augmented together on CUDA, at most. Odd on purpose: `kdbench profile` profiles every
-second step, and so meets first steps of a block as often as they occur."""
+"""Maximum number of batches that are augmented together (in one block) on CUDA.
+
+The number is odd because `kdbench profile` measures every second step. With an odd number, it measures the first steps
+of blocks as often as they occur."""
 
 
 MAX_BLOCK_BYTES = 32 * 2**20
-"""Size of the views of one block, at most."""
+"""Maximum size in bytes of all views of one block (batches that are augmented together)."""
 
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """Seed, device, rank and image format, common to all sources of a run.
+    """Options that are common to all sources of a run.
 
-    rank, world_size: this process in data-parallel training.
-    workers: decoding processes of a streaming source.
-    dtype, channels_last: data type and memory layout of the images.
+    Attributes:
+        seed: seed of the run.
+        device: device of the batches.
+        rank, world_size: rank of this process and number of processes in data-parallel training.
+        workers: number of processes that decode images for a source that decodes in every epoch.
+        dtype, channels_last: dtype and memory layout of the images.
+        notice: function that shows a sentence to the user.
     """
 
     seed: int
@@ -51,17 +57,17 @@ class LoadingOptions:
 
 
 class Source:
-    """Base of all sources. Yields batches on the device, always with the same field names.
+    """Base class of all sources. A source yields batches on the device. All its batches have the same fields.
 
     Attributes:
-        name: as in the recipe, or `validation`.
-        classes: names, in the order of the labels; empty for a source without labels.
-        num_samples: samples of an epoch.
-        population: length of the full split, before `subset`. `index` is below it, so memory banks and caches that are
-            addressed by `index` have this size.
-        indices: int64 (num_samples,), sorted: samples of the split that the source yields, as in the field `index`;
-            empty for a source without labels.
-        batch_size: of one rank.
+        name: name of the source in the recipe, or `validation`.
+        classes: names of the classes, in the order of the labels; empty for a source without labels.
+        num_samples: number of samples in an epoch.
+        population: number of samples in the full split, before `subset`. Values of the field `index` are below this
+            number, so it is the size of memory banks and caches that `index` addresses.
+        indices: indices of the samples that the source yields, int64 (num_samples,), sorted; empty for a source
+            without labels.
+        batch_size: batch size of one rank.
         checksum: digest of the dataset's content.
     """
 
@@ -81,28 +87,31 @@ class Source:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of global batches in an epoch; the last one may be smaller, none is dropped."""
+        """The number of steps in an epoch. Each rank reads one batch per step. A smaller last batch is not dropped."""
         return num_steps(self.num_samples, self.batch_size, self.options.world_size, overlap=self.config.overlap)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields this rank's training batches of one epoch, shuffled and augmented.
 
         Args:
-            epoch: from 0.
-            start: first step. Earlier batches are not computed; the rest is equal to a full pass.
+            epoch: number of the epoch, from 0.
+            start: number of the first step. The yielded batches equal the batches from this step on in a full pass.
         """
         raise NotImplementedError
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields every sample once, in the order of the split, without augmentation, sharded by rank.
+        """Yields this rank's part of all samples, each sample once, without augmentation, in the order of the split.
 
-        All ranks get the same number of rows. Where the samples do not divide evenly, some rows are repeated; the field
-        `valid` is False there.
+        All ranks get the same number of rows. If the samples cannot be divided evenly, some rows are repeated, and
+        the field `valid` is False for the repeated rows.
+
+        Args:
+            batch_size: batch size of one rank.
         """
         raise NotImplementedError
 
     def field_specs(self) -> dict[str, FieldSpec]:
-        """Returns field -> (shape of one sample, dtype) for the fields of every batch."""
+        """Returns field -> (shape of one sample, dtype) for all fields of the source's batches."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -114,18 +123,19 @@ StoredImages: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 ShardImages: TypeAlias = tuple[RankShard, StoredImages, StoredImages | None]
-"""A shard on the device, the images of its rows, and those of the partners; None where a partner is a row as well."""
+"""One rank's rows of a batch on the device, their images, and the images with which they are mixed (or None)."""
 
 
 @dataclass(frozen=True)
 class SampleMetadata:
-    """Labels and further values of a split's samples.
+    """The labels and other values of a split's samples, and the indices of the samples that a source yields.
 
-    labels: int64 (population,), of the full split, after `relabel`; negative where a label is missing.
-    indices: int64 (num_samples,), sorted: samples of the split that the source yields.
-    labelled_indices: int64, sorted: the part of `indices` that keeps its label; None for all.
-    true_labels: int64 (population,), the labels before `relabel`; None without `relabel`.
-    fields: further fields of the batch by name, (population, ...).
+    Attributes:
+        labels: labels of the full split after `relabel`, int64 (population,); negative for a sample without label.
+        indices: indices of the samples that the source yields, int64 (num_samples,), sorted.
+        labelled_indices: subset of `indices` whose labels are visible, int64, sorted; None: all labels are visible.
+        true_labels: labels before `relabel`, int64 (population,); None if the source has no `relabel`.
+        fields: name -> values of an additional field of the batches, (population, ...).
     """
 
     labels: Tensor
@@ -136,15 +146,15 @@ class SampleMetadata:
 
 
 class ImageSource(Source):
-    """Base of the sources of labelled images: order, labels and views. Subclasses read the stored images.
+    """Base class of sources of labelled images. It computes order, labels and views; a subclass reads the images.
 
     Args:
-        config: the source's part of the recipe.
-        options: seed, device, rank.
-        views: field -> view that computes it.
-        classes: names, in the order of the labels.
-        samples: labels, and the samples that the source yields.
-        checksum: of the dataset.
+        config: configuration of the source in the recipe.
+        options: options that are common to all sources of a run.
+        views: image field -> view that augments and normalises the images of this field.
+        classes: names of the classes, in the order of the labels.
+        samples: labels of the split, and indices of the samples that the source yields.
+        checksum: digest of the dataset's content.
     """
 
     def __init__(
@@ -203,10 +213,11 @@ class ImageSource(Source):
                 yield Batch({name: values[number] for name, values in batches.items()})
 
     def _blocks(self, start: int) -> list[tuple[int, int]]:
-        """Returns (first step, number of batches) of the blocks that are augmented together, from step `start` on.
+        """Returns (first step, number of batches) for each block of batches that are augmented together.
 
-        Blocks are fixed by the absolute step. A block that contains `start` is computed as a whole: on a GPU, rounding
-        may depend on the number of samples in an operation.
+        The boundaries of the blocks do not depend on `start`. Blocks before `start` are left out. A block that
+        contains `start` is computed in full, because on a GPU rounding may depend on the number of samples in an
+        operation.
         """
         size, end = self.block_size, self.steps_per_epoch
         full_batches = self.num_samples // (self.batch_size * self.options.world_size) if size > 1 else 0
@@ -215,18 +226,19 @@ class ImageSource(Source):
         return [(step, count) for step, count in blocks if step + count > start]
 
     def epoch_params(self, view: str, epoch: int) -> Tensor:
-        """Returns the augmentation parameters of a view for one epoch, float32 (population, num_params), on the device.
+        """Returns the random augmentation parameters of a view for one epoch, float32 (population, num_params).
 
-        Where batches overlap there are twice as many rows: those of the second visits follow those of the first.
+        The tensor is on the device. If batches overlap, each sample is used twice in an epoch. The tensor then has
+        twice as many rows: first the parameters for all first uses, then those for all second uses.
         """
         options = self.options
-        # "again" is a key of the random stream: another word would change the parameters.
+        # "again" is a key of the random stream. Another word would change the parameters.
         visits = (epoch, f"{epoch} again") if self.config.overlap else (epoch,)
         params = [self.views[view].sample_params(self.population, options.seed, self.name, visit) for visit in visits]
         return torch.cat(params).to(options.device)
 
     def epoch_indices(self, epoch: int) -> Tensor:
-        """Returns the samples that this rank yields in an epoch, each once, int64, sorted, on the CPU."""
+        """Returns the indices of the samples that this rank yields in an epoch, int64, sorted, unique, on the CPU."""
         options, overlap = self.options, self.config.overlap
         if options.world_size == 1:
             return self.indices
@@ -263,16 +275,20 @@ class ImageSource(Source):
         *,
         num_batches: int = 1,
     ) -> dict[str, Tensor]:
-        """Computes the fields of batches on the device. No value is read on the host, no shape depends on a value.
+        """Computes the fields of one or more batches on the device, without a synchronisation with the host.
 
         Args:
-            shard: the rows, on the device.
-            images: stored images of the rows.
-            partner_images: those of the partners; None in a single process, where the partners are the rows rolled by
-                one.
-            params: view -> augmentation parameters of the epoch, float32 (population, num_params); twice as many rows
-                where batches overlap.
-            num_batches: batches of equal size in the rows, one after the other; mixing stays within a batch.
+            shard: rows of the batches, on the device.
+            images: stored images of these rows.
+            partner_images: stored images of the samples with which the rows are mixed (mixup, cutmix). None in a
+                single process, where each row is mixed with the preceding row.
+            params: view -> augmentation parameters of the epoch, float32 (population, num_params); (2 * population,
+                num_params) if batches overlap.
+            num_batches: number of equal batches into which the rows are divided. Rows of different batches are not
+                mixed.
+
+        Returns:
+            Field -> tensor (rows, ...).
         """
         batch = {}
         fields = self._fields(shard)
@@ -297,7 +313,7 @@ class ImageSource(Source):
         return _with_float_dtype(image_field_specs(self.config, stored_shape, self._stored_specs), self.options.dtype)
 
     def _fields(self, shard: RankShard) -> dict[str, Tensor]:
-        """Returns the fields of a shard that are not images."""
+        """Returns field -> tensor (rows, ...) for the fields that are not images, such as `label` and `index`."""
         fields = {"label": self._labels.index_select(0, shard.index), "index": shard.index}
         fields |= {name: value.index_select(0, shard.index) for name, value in self._sample_fields.items()}
         if shard.valid is not None:
@@ -305,20 +321,28 @@ class ImageSource(Source):
         return fields
 
     def _move_order(self, order: Tensor) -> Tensor:
-        """Moves an order of samples to the device that `_read_images` needs."""
+        """Moves the order of samples (int64 indices) to the device on which the subclass needs it to read images."""
         raise NotImplementedError
 
     def _read_images(self, shards: Iterable[RankShard], epoch: int | None) -> Iterator[ShardImages]:
-        """Yields each shard, on the device, with its stored images. `epoch` is None in evaluation."""
+        """Yields each shard (one rank's rows of a batch) on the device, with the stored images of its rows.
+
+        Args:
+            epoch: number of the epoch; None in evaluation.
+
+        Yields:
+            The shard, the images of its rows, and the images with which the rows are mixed. The last item is None if
+            it is not needed, for example in a single process.
+        """
         raise NotImplementedError
 
 
 class ResidentSource(ImageSource):
-    """A source that holds its full split in device memory, in the stored format (uint8 or float32).
+    """A source that holds the full split in device memory, in the stored format (uint8 or float32).
 
     Args:
-        split: its images (population, ...) are on the device already; other sources of the dataset share them.
-        Further arguments: see `ImageSource`.
+        split: split with images (population, ...) on the device. Other sources of the dataset share these images.
+        config, options, views, classes, samples: see `ImageSource`.
     """
 
     def __init__(
@@ -337,7 +361,7 @@ class ResidentSource(ImageSource):
             self.block_size = self._max_block_size()
 
     def _max_block_size(self) -> int:
-        """Returns the number of batches to augment together: several on CUDA, where small kernels are launch-bound."""
+        """Returns the maximum number of batches that are augmented together: 1 on a CPU, up to 15 on CUDA."""
         if self.options.device.type != "cuda":
             return 1
         itemsize = self.options.dtype.itemsize
@@ -356,7 +380,10 @@ class ResidentSource(ImageSource):
 
 
 class GeneratedSource(Source):
-    """A source of random fields without labels. A batch is a function of (seed, source, epoch, step); all are full."""
+    """A source of random fields without labels. All its batches are full.
+
+    A batch depends only on the seed, the name of the source, the epoch and the step.
+    """
 
     def __init__(self, config: SourceConfig, options: LoadingOptions, dataset: GeneratedDataset) -> None:
         super().__init__(config, options)
@@ -372,7 +399,7 @@ class GeneratedSource(Source):
             yield self._batch(step, self.batch_size, "order", epoch)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields full batches, the same ones in every evaluation."""
+        """Yields full evaluation batches. Every evaluation yields the same batches."""
         for step in range(num_steps(self.num_samples, batch_size, self.options.world_size)):
             yield self._batch(step, batch_size, "evaluation", 0)
 
@@ -380,7 +407,12 @@ class GeneratedSource(Source):
         return _with_float_dtype(self._dataset.field_specs(), self.options.dtype)
 
     def _batch(self, step: int, batch_size: int, use: str, epoch: int) -> Batch:
-        """Draws the global batch and returns this rank's rows. `use` is a key of the random stream: keep its values."""
+        """Draws one global batch and returns this rank's rows.
+
+        Args:
+            use: part of the random stream's key, "order" or "evaluation". Other words would change the random
+                numbers.
+        """
         options = self.options
         global_size = batch_size * options.world_size
         rng = generator(options.seed, "augment", self.name, use, epoch, step)
@@ -395,6 +427,6 @@ class GeneratedSource(Source):
 
 
 def _with_float_dtype(specs: Mapping[str, FieldSpec], dtype: torch.dtype) -> dict[str, FieldSpec]:
-    """Replaces float32 by the dtype of the run's images."""
+    """Returns the specs of fields in which the dtype float32 is replaced by `dtype`, the dtype of the run's images."""
     name = str(dtype).removeprefix("torch.")
     return {field: (shape, name if kind == "float32" else kind) for field, (shape, kind) in specs.items()}

@@ -21,12 +21,14 @@ from kdbench.errors import DataError
 from kdbench.randomness import derive
 
 Request = tuple[int | None, list[int]]
-"""An epoch (None in evaluation, which draws nothing) and the rows to read: indices of the split. A second visit adds
-the length of the split to its index, and so has parameters of its own."""
+"""Decoding request for one batch: the epoch (None in evaluation, where no crop is random) and the rows to decode.
+
+A row is a sample's index in the split. If batches overlap, a sample's second visit in an epoch has the row
+`index + len(split)`, so that its random crop differs from that of the first visit."""
 
 
 class _RequestSampler:
-    """Batch sampler of a DataLoader: yields the requests of its next pass."""
+    """Batch sampler of a DataLoader: yields, for each batch of a pass, the epoch and the rows to decode."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
@@ -39,7 +41,7 @@ class _RequestSampler:
 
 
 class _DecodeDataset(TorchDataset):
-    """Decodes the images of a request in a worker process."""
+    """Dataset of a DataLoader: decodes the images of one batch in a worker process."""
 
     def __init__(self, reader: ImageReader, views: dict[str, View], seed: int, source: str) -> None:
         self.reader = reader
@@ -57,7 +59,7 @@ class _DecodeDataset(TorchDataset):
         try:
             samples = [self._read(epoch, row) for row in rows]
         except DataError as error:
-            return request, error  # raised in the main process: there its text holds no traceback of the worker
+            return request, error  # the main process raises it, so that its text has no traceback of the worker
         return request, self.reader.collect(samples)
 
     def _read(self, epoch: int | None, row: int) -> Any:
@@ -66,7 +68,7 @@ class _DecodeDataset(TorchDataset):
             return self.reader.read(index, {}, True)
         crops = {}
         for view, augmentation in self.augmentations.items():
-            # The last word is a key of the random stream: another one would change the crops.
+            # The words are keys of the random stream. Other words would change the crops.
             key = derive(self.seed, "augment", self.source, view, epoch, "reading")
             crops[view] = (augmentation, np.random.Generator(np.random.Philox(key=[key, row])))
         return self.reader.read(index, crops, self.needs_evaluation_image)
@@ -77,11 +79,13 @@ def _identity(batch: Any) -> Any:
 
 
 class StreamingSource(ImageSource):
-    """A source that decodes its images in every epoch. Order, parameters and batches are those of a resident source.
+    """A source that decodes its images in every epoch, in worker processes of a DataLoader.
+
+    Its batches equal those of a source that holds the images in memory.
 
     Args:
-        reader: of the dataset's image files.
-        Further arguments: see `ImageSource`.
+        reader: reader of the dataset's image files.
+        config, options, views, classes, samples, checksum: see `ImageSource`.
     """
 
     def __init__(
@@ -102,10 +106,10 @@ class StreamingSource(ImageSource):
         self._iterators: WeakSet[Any] = WeakSet()
 
     def close(self) -> None:
-        """Ends all worker processes, also those of unfinished passes."""
+        """Ends all worker processes, including those of unfinished passes."""
         self._training_loader = None
         for iterator in list(self._iterators):
-            # Without this the workers live as long as any reference to the iterator.
+            # Without this call the workers live as long as any reference to the iterator.
             shutdown = getattr(iterator, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
@@ -117,7 +121,7 @@ class StreamingSource(ImageSource):
     def _read_images(self, shards: Iterable[RankShard], epoch: int | None) -> Iterator[ShardImages]:
         shards = list(shards)
         training = epoch is not None
-        # A partner that belongs to another rank is decoded here as well: mixing must not depend on the number of ranks.
+        # Partners of other ranks are decoded too, because mixing must not depend on the number of ranks.
         mixes = any(view.mix_owner for view in self.views.values())
         with_partners = training and self.options.world_size > 1 and mixes
         requests: list[Request] = []
@@ -134,12 +138,12 @@ class StreamingSource(ImageSource):
             }
             images = {name: (value, rows) for name, value in stored.items()}
             partner_images = None
-            if with_partners:  # the workers return them behind the rows
+            if with_partners:  # the workers return the partners after the rows
                 partner_images = {name: (value, rows + len(rows)) for name, value in stored.items()}
             yield shard.to(device), images, partner_images
 
     def _decode(self, requests: list[Request], *, persistent: bool) -> Iterator[Any]:
-        """Yields the samples of each request as `ImageReader.collect` returns them, in order.
+        """Yields the result of `ImageReader.collect` for each request (an epoch and the rows of a batch), in order.
 
         Raises:
             DataError: an image cannot be read, or a worker process ended.
@@ -166,9 +170,10 @@ class StreamingSource(ImageSource):
         assert next(iterator, None) is None  # the last `next` ends the workers of a loader that is not persistent
 
     def _loader(self, requests: list[Request], *, persistent: bool) -> DataLoader:
-        """Returns a loader of the requests.
+        """Returns a DataLoader that decodes the requests (an epoch and the rows of a batch).
 
-        Training keeps its workers from epoch to epoch. Evaluation, which may run in between, has workers of its own.
+        The workers for training are kept from epoch to epoch. Evaluation, which may run between epochs, uses its own
+        workers.
         """
         if not persistent:
             return self._new_loader(_RequestSampler(requests), persistent=False)

@@ -1,4 +1,4 @@
-"""Rows of each rank in each step: functions of (seed, source, epoch, step)."""
+"""The order of samples: computes the rows of each rank in each step from seed, source, epoch and step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdbench.randomness import generator
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Copies a CPU tensor to the device; on CUDA from pinned memory, without waiting for the copy."""
+    """Copies a CPU tensor to the device. On CUDA, the copy is asynchronous, from pinned memory."""
     if device.type != "cuda" or value.is_cuda:
         return value.to(device)
     return (value if value.is_pinned() else value.pin_memory()).to(device, non_blocking=True)
@@ -19,14 +19,20 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class RankShard:
-    """One rank's rows of a global batch.
+    """One rank's rows of a global batch (a batch over all ranks), as indices of samples.
 
-    index: int64 (rows,), indices of the split.
-    partner: int64 (rows,), index of the preceding row of the global batch, which mixup and cutmix mix in.
-    valid: bool (rows,), False where a row was repeated to give all ranks equally many; None if none was.
-    second_visit: bool (rows,), True where the previous global batch already contained the sample; its augmentation
-        parameters differ this time. None where batches do not overlap.
-    partner_second_visit: the same for the partners.
+    If batches overlap, a sample is in two successive batches of an epoch. Its second visit has different augmentation
+    parameters.
+
+    Attributes:
+        index: int64 (rows,), index of each row's sample in the split.
+        partner: int64 (rows,), index of the sample with which mixup or cutmix mixes each row. The partner of a row is
+            the preceding row of the global batch.
+        valid: bool (rows,), False for a repeated row that gives all ranks equally many rows; None: no row is
+            repeated.
+        second_visit: bool (rows,), True if the previous global batch already contained the sample; None: batches do
+            not overlap.
+        partner_second_visit: `second_visit` for the samples in `partner`.
     """
 
     index: Tensor
@@ -36,43 +42,56 @@ class RankShard:
     partner_second_visit: Tensor | None = None
 
     def to(self, device: torch.device) -> RankShard:
-        """Copies the shard to a device."""
+        """Returns a copy of the shard on a device."""
         optional = (self.valid, self.second_visit, self.partner_second_visit)
         copies = (None if value is None else to_device(value, device) for value in optional)
         return RankShard(to_device(self.index, device), to_device(self.partner, device), *copies)
 
     def param_rows(self, population: int) -> Tensor:
-        """Returns each row's row in the epoch's augmentation parameters; second visits follow all first visits."""
+        """Returns the row of each sample in the epoch's table of augmentation parameters, int64 (rows,).
+
+        The table has `population` rows for first visits of the samples. If batches overlap, `population` rows for
+        second visits follow.
+        """
         return self.index if self.second_visit is None else self.index + population * self.second_visit
 
     def partner_param_rows(self, population: int) -> Tensor:
-        """Returns each partner's row in the epoch's augmentation parameters."""
+        """Like `param_rows`, for the samples with which mixup or cutmix mixes the rows. Returns int64 (rows,)."""
         if self.partner_second_visit is None:
             return self.partner
         return self.partner + population * self.partner_second_visit
 
 
 def epoch_order(indices: Tensor, seed: int, source: str, epoch: int) -> Tensor:
-    """Returns `indices` (samples,) shuffled for one epoch."""
+    """Returns the samples' `indices`, int64 (samples,), shuffled for one epoch."""
     return indices[torch.randperm(len(indices), generator=generator(seed, "order", source, epoch))]
 
 
 def new_samples_per_batch(batch_size: int, overlap: bool) -> int:
-    """Returns the number of samples of a batch that the previous batch did not contain: half of them with `overlap`."""
+    """Returns the number of samples in a batch that were not in the previous batch: half of them with `overlap`."""
     return batch_size // 2 if overlap else batch_size
 
 
 def num_steps(samples: int, batch_size: int, world_size: int, *, overlap: bool = False) -> int:
-    """Returns the number of global batches in an epoch; the last one may be smaller."""
+    """Returns the number of global batches in an epoch. A smaller last batch is counted.
+
+    Args:
+        samples: number of samples in an epoch.
+        batch_size: batch size of one rank.
+        overlap: whether each batch repeats half of the previous batch.
+    """
     return -(-samples // (new_samples_per_batch(batch_size, overlap) * world_size))
 
 
 def rank_shard_of_block(
     order: Tensor, step: int, count: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> RankShard:
-    """Returns a rank's rows of the `count` global batches from `step` on, one batch after the other.
+    """Returns one rank's rows of `count` consecutive global batches, beginning with the batch of step `step`.
 
-    All of these batches must be full and none may overlap; `rank_shard` handles any single batch.
+    The batches must be full and must not overlap. For a single batch without these conditions use `rank_shard`.
+
+    Args:
+        order: indices of the samples in the order of the epoch.
     """
     global_size = batch_size * world_size
     rows = order[step * global_size : (step + count) * global_size].view(count, global_size)
@@ -83,13 +102,19 @@ def rank_shard_of_block(
 def rank_shard(
     order: Tensor, step: int, batch_size: int, rank: int = 0, world_size: int = 1, *, overlap: bool = False
 ) -> RankShard:
-    """Returns rows `rank::world_size` of a global batch, `order[step * B * world_size : (step + 1) * B * world_size]`.
+    """Returns one rank's rows of the global batch of step `step`.
 
-    With `overlap` the new half of a batch is `order[step * H : (step + 1) * H]`, H = B * world_size / 2. The new half
-    of the previous batch precedes it; the first batch of an epoch has the new half only.
+    With world size W and batch size B of one rank, the global batch is `order[step * B * W : (step + 1) * B * W]`,
+    and a rank has the rows `rank::W` of it.
 
-    Every rank gets equally many rows. Where the last global batch does not divide, its first row is repeated and is not
-    `valid`.
+    With `overlap`, each global batch has H = B * W / 2 new samples, `order[step * H : (step + 1) * H]`, which follow
+    the new samples of the previous batch. The first batch of an epoch has only its new samples.
+
+    Every rank gets equally many rows. If the last global batch cannot be divided evenly, its first row is repeated,
+    and `valid` is False for the repetitions.
+
+    Args:
+        order: indices of the samples in the order of the epoch.
     """
     new = new_samples_per_batch(batch_size, overlap) * world_size
     start = step * new

@@ -1,4 +1,4 @@
-"""Relabellings: label noise and other changes of labels. The true label stays in the field `label_true`."""
+"""Relabellings: label noise and other changes of labels. The field `label_true` keeps the original label."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from kdbench.registry import RELABELS
 
 
 class Relabel:
-    """Base of all relabellings. A constructor parameter `names` receives the names of the dataset's classes.
+    """Base class of all relabellings, such as label noise.
+
+    A subclass that is registered with `injected=("names",)` receives the names of the dataset's classes in its
+    constructor.
 
     Example:
         @RELABELS.register("symmetric_noise", version=1)
         class SymmetricNoise(Relabel): ...
 
     Attributes:
-        num_draws: random numbers for each sample, drawn once for the whole run.
+        num_draws: number of random numbers per sample. They are drawn once for the whole run.
     """
 
     num_draws = 1
@@ -29,8 +32,9 @@ class Relabel:
         """Returns the new labels, int64 (samples,).
 
         Args:
-            labels: int64 (samples,), of the full split, in [0, classes).
-            draws: float32 (samples, num_draws), uniform in [0, 1), a function of the seed and the sample's index.
+            labels: int64 (samples,), labels of all labelled samples of the split, in [0, classes).
+            draws: float32 (samples, num_draws), random numbers in [0, 1) that depend on the seed and the sample's
+                index.
             classes: number of classes.
         """
         raise NotImplementedError
@@ -44,13 +48,13 @@ def _check_rate(rate: float) -> float:
 
 @RELABELS.register("symmetric_noise", version=1)
 class SymmetricNoise(Relabel):
-    """Replaces a label with probability `rate` by one of the other classes, uniformly.
+    """Replaces a label with probability `rate` by a different class, drawn uniformly.
 
-    "Symmetry flipping" of Han et al. 2018 (Co-teaching), https://arxiv.org/abs/1804.06872. The true class is excluded,
-    so that a fraction `rate` of the labels is wrong.
+    This is the "symmetry flipping" of Han et al. 2018 (Co-teaching), https://arxiv.org/abs/1804.06872. The true class
+    is never drawn, so a fraction `rate` of the labels is wrong.
 
     Args:
-        rate: in [0, 1].
+        rate: probability, in [0, 1].
     """
 
     num_draws = 2
@@ -67,15 +71,16 @@ class SymmetricNoise(Relabel):
 
 @RELABELS.register("asymmetric_noise", version=1, injected=("names",))
 class AsymmetricNoise(Relabel):
-    """Replaces a label with probability `rate` by the class that it is confused with.
+    """Replaces a label with probability `rate` by a fixed class that is easily confused with the true class.
 
-    Patrini et al. 2017 (CVPR), https://arxiv.org/abs/1609.03683, with pairs such as truck -> automobile. Without
-    `pairs` class c becomes c + 1 (the last becomes the first), the "pair flipping" of
-    https://arxiv.org/abs/1804.06872
+    Patrini et al. 2017 (CVPR), https://arxiv.org/abs/1609.03683, use pairs such as truck -> automobile. Without
+    `pairs`, class c is replaced by c + 1, and the last class by the first. This is the "pair flipping" of Han et al.
+    2018 (Co-teaching), https://arxiv.org/abs/1804.06872.
 
     Args:
-        rate: in [0, 1].
-        pairs: a list of [from, to], classes by number or name. Classes that are in no `from` keep their labels.
+        rate: probability, in [0, 1].
+        pairs: list of [from, to] with numbers or names of classes. Labels of classes that are not listed are
+            unchanged.
     """
 
     def __init__(self, rate: float, pairs: list[list[int | str]] | None = None, names: Sequence[str] = ()) -> None:
@@ -85,7 +90,7 @@ class AsymmetricNoise(Relabel):
             for pair in pairs:
                 if len(pair) != 2:
                     raise ConfigError(f"pairs must be a list of [from, to], got {pair!r}")
-            # Class names cannot be resolved before the files are read; then only the shape of `pairs` is checked.
+            # Class names are unknown before the files are read. In this case only the shape of `pairs` is checked.
             resolvable = all(isinstance(item, int) for pair in pairs for item in pair) or names
             numbers = [[class_indices([item], names)[0] for item in pair] for pair in pairs] if resolvable else []
             self.pairs = [(start, end) for start, end in numbers]
@@ -112,7 +117,7 @@ class RandomLabels(Relabel):
 
 @RELABELS.register("shuffled_labels", version=1)
 class ShuffledLabels(Relabel):
-    """Permutes the labels of the split, so that class frequencies stay the same."""
+    """Permutes the labels of the split at random, so that class frequencies do not change."""
 
     def __call__(self, labels: Tensor, draws: Tensor, classes: int) -> Tensor:
         return labels[draws[:, 0].argsort(stable=True)]

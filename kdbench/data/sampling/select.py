@@ -1,6 +1,6 @@
-"""Selects the samples of a source (`subset`), the labels that it keeps (`label_fraction`) and changes (`relabel`).
+"""Selects the samples of a source (`subset`), hides labels (`label_fraction`) and changes labels (`relabel`).
 
-Each selection is a function of the seed and of the split. It does not depend on the source's name, its batches or the
+A selection depends only on the seed and the split. It does not depend on the source's name, its batch size or the
 number of processes.
 """
 
@@ -23,19 +23,19 @@ from kdbench.registry import RELABELS, SUBSETS, Registry
 
 
 def subset_steps(config: SourceConfig) -> tuple[float | int | str | PartConfig, ...]:
-    """Returns the elements of `subset`, in order: amounts (class-balanced), `STAGE.NAME` of an artifact, and parts."""
+    """Returns the entries of `subset` as a tuple: amounts, artifacts (`STAGE.NAME`) and registered subsets."""
     subset = config.subset
     return () if subset is None else subset if isinstance(subset, tuple) else (subset,)
 
 
 def check_selection(config: SourceConfig, names: Sequence[str]) -> None:
-    """Builds the parts of `subset` and `relabel`, so that their errors are raised early.
+    """Builds the subsets and relabellings of a source once, so that their errors are raised before training.
 
     Args:
-        names: of the dataset's classes; empty where they are unknown before the files are read.
+        names: names of the dataset's classes; empty if they are unknown until the files are read.
 
     Raises:
-        ConfigError: an unknown part or parameter, or one that does not fit.
+        ConfigError: a subset, a relabelling or a parameter is unknown or does not fit.
     """
     for step in subset_steps(config):
         if isinstance(step, PartConfig):
@@ -50,14 +50,18 @@ def subset_size(
     population: int | None,
     artifact_files: ArtifactFiles | None = None,
 ) -> int | None:
-    """Returns the number of samples that `subset` selects; None where it depends on labels or missing files.
+    """Returns the number of samples that the option `subset` of a data source selects.
 
     Args:
-        candidates: samples of the split, without those held out.
-        population: samples of the full split.
+        candidates: number of samples of the split that are not held out for validation; None if unknown.
+        population: number of samples of the full split; None if unknown.
+        artifact_files: `STAGE.NAME` -> file of a subset that an earlier stage built.
+
+    Returns:
+        The number, or None if it depends on labels or missing files.
 
     Raises:
-        ConfigError: more samples are asked for than there are.
+        ConfigError: `subset` asks for more samples than there are.
     """
     for step in subset_steps(config):
         if candidates is None:
@@ -83,16 +87,17 @@ def subset_indices(
     seed: int,
     artifact_files: ArtifactFiles | None = None,
 ) -> Tensor:
-    """Returns the part of `indices` that `subset` selects, int64, sorted.
+    """Applies the option `subset` of a data source to `indices` and returns the selected indices, int64, sorted.
 
     Args:
-        labels: int64 (population,), the true labels of the full split; negative where one is missing.
-        indices: int64, sorted: the split without the samples held out.
-        names: of the classes.
+        labels: int64 (population,), true labels of the full split; negative for a sample without label.
+        indices: int64, sorted, indices of the samples that are not held out for validation.
+        names: names of the classes.
+        artifact_files: `STAGE.NAME` -> file of a subset that an earlier stage built.
     """
     location = option_location(config, "subset")
     for number, step in enumerate(subset_steps(config)):
-        # The first step's stream has no number, as if it were alone: {subset: X} and {subset: [X, Y]} share X.
+        # The key of the first stream has no number, so that {subset: X} and {subset: [X, Y]} draw the same X.
         rng = generator(seed, "split", "subset", *([number] if number else []))
         if isinstance(step, str):
             artifact = _read_artifact_subset(config, step, len(labels), artifact_files, "subset")
@@ -116,13 +121,19 @@ def labelled_indices(
     seed: int,
     artifact_files: ArtifactFiles | None = None,
 ) -> Tensor | None:
-    """Returns the part of `indices` that keeps its label, int64, sorted; None where all do.
+    """Returns the indices of the samples whose labels stay visible with the option `label_fraction` of a source.
 
     Args:
-        labels, indices, names: see `subset_indices`.
+        labels: int64 (population,), true labels of the full split; negative for a sample without label.
+        indices: int64, sorted, indices of the samples that the source yields.
+        names: names of the classes.
+        artifact_files: `STAGE.NAME` -> file of a subset that an earlier stage built.
+
+    Returns:
+        A subset of `indices`, int64, sorted; None if the source has no `label_fraction`.
 
     Raises:
-        ConfigError: a class would have no label left.
+        ConfigError: no label of a class would be visible.
     """
     amount = config.label_fraction
     if amount is None:
@@ -133,7 +144,7 @@ def labelled_indices(
         return indices[torch.isin(indices, artifact)]
     location = option_location(config, "label_fraction")
     num_present = len(names) - len(empty_classes(labels, indices, names))
-    # "labels" is a key of the random stream: another word would keep other labels.
+    # "labels" is a key of the random stream. Another word would change the selected labels.
     rng = generator(seed, "split", "labels")
     labelled = balanced_indices(labels, indices, amount, len(names), rng, location)
     missing = empty_classes(labels, labelled, names)
@@ -143,7 +154,7 @@ def labelled_indices(
 
 
 def apply_relabel(config: SourceConfig, labels: Tensor, names: Sequence[str], seed: int) -> Tensor:
-    """Returns the labels of the full split after `relabel`; a missing label stays missing."""
+    """Returns the labels of the full split, changed by `relabel` of a source. Missing labels stay missing."""
     if config.relabel is None:
         return labels
     part: Relabel = _build(RELABELS, config.relabel, names, config, "relabel")
@@ -156,20 +167,20 @@ def apply_relabel(config: SourceConfig, labels: Tensor, names: Sequence[str], se
 
 
 def option_location(config: SourceConfig, option: str) -> str:
-    """Returns the location of a source's option, or of the source where the option is not written."""
+    """Returns the location (file and line) of a source's option, or of the source if the recipe omits the option."""
     location = config.locations.get(option)
     return str(location or (f"{config.location}: {option}" if str(config.location) else option))
 
 
 def _step_location(step: float | int | PartConfig, config: SourceConfig) -> str:
-    """Returns the location of one element of `subset`."""
+    """Returns the location (file and line) of one entry of the list `subset`."""
     if isinstance(step, PartConfig) and str(step.location):
         return str(step.location)
     return option_location(config, "subset")
 
 
 def class_list_text(names: list[str]) -> str:
-    """Lists the first five names and the number of the others."""
+    """Returns a text with the first five names and the number of further names, for error messages."""
     first = ", ".join(repr(name) for name in names[:5])
     return first if len(names) <= 5 else f"{first} and {len(names) - 5} more classes"
 
@@ -177,7 +188,7 @@ def class_list_text(names: list[str]) -> str:
 def _read_artifact_subset(
     config: SourceConfig, name: str, population: int, artifact_files: ArtifactFiles | None, option: str
 ) -> Tensor:
-    """Returns the indices of an artifact; errors start with the option's location."""
+    """Reads a subset that an earlier stage built, and returns its indices. Error messages name the option `option`."""
     location = option_location(config, option)
     if artifact_files is None or name not in artifact_files:
         raise DataError(f"{location}: the artifact {name} does not exist yet")
@@ -188,7 +199,7 @@ def _read_artifact_subset(
 
 
 def _build(registry: Registry, part: PartConfig, names: Sequence[str], config: SourceConfig, option: str) -> Any:
-    """Builds a part of SUBSETS or RELABELS; errors start with its location."""
+    """Builds a registered subset or relabelling. Error messages begin with the location (file and line) of `part`."""
     location = part.location if str(part.location) else option_location(config, option)
     registry.check(part.type, part.params, location)
     try:

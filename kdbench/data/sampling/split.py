@@ -1,4 +1,4 @@
-"""Class-balanced draws from a split."""
+"""Class-balanced random draws of samples from a split."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kdbench.errors import ConfigError
 
 
 def amount_to_count(total: int, amount: float | int) -> int:
-    """Converts an amount, a fraction in (0, 1] or a number of at least 2, to a number of samples.
+    """Converts an amount (a fraction in (0, 1], or a number of at least 2) to a number of samples.
 
     Raises:
-        ConfigError: the number is above `total`.
+        ConfigError: the amount is a number above `total`.
     """
     if amount > 1 and amount > total:
         raise ConfigError(f"{amount} samples were asked for, but there are only {total}")
@@ -25,11 +25,13 @@ def amount_to_count(total: int, amount: float | int) -> int:
 def class_quotas(available: Sequence[int], amount: float | int) -> list[int]:
     """Returns the number of samples to draw from each class.
 
-    A fraction takes the same fraction of every class; the largest remainders make up the total. A number takes equally
-    many of every class, as far as a class has them; the first classes make up the total.
+    For a fraction, the same fraction of every class is drawn. If the rounded numbers do not add up to the total, the
+    classes with the largest remainders get one more sample. For a number, equally many samples of every class are
+    drawn (at most all), and the first classes get one more if the number cannot be divided evenly.
 
     Args:
-        available: samples of each class.
+        available: number of samples of each class.
+        amount: fraction in (0, 1], or number of at least 2.
     """
     total = amount_to_count(sum(available), amount)
     if amount <= 1:
@@ -52,21 +54,21 @@ def class_quotas(available: Sequence[int], amount: float | int) -> list[int]:
 def balanced_indices(
     labels: Tensor, indices: Tensor, amount: float | int, classes: int, generator: torch.Generator, option: str
 ) -> Tensor:
-    """Draws a class-balanced part of `indices`.
+    """Draws a class-balanced subset of `indices`.
 
     Args:
-        labels: int64 (samples,), of the full split.
+        labels: int64 (samples,), labels of the full split.
         indices: int64 (candidates,), sorted.
-        amount: a fraction in (0, 1] or a number of at least 2.
+        amount: fraction in (0, 1], or number of at least 2.
         classes: number of classes.
-        generator: at the start of its stream; the classes use it one after the other.
-        option: names the option in messages, such as `train.yaml:3 validation`.
+        generator: random generator, from which all classes draw one after the other.
+        option: name of the option in messages, such as `train.yaml:3 validation`.
 
     Returns:
-        The drawn part, int64, sorted.
+        The drawn indices, int64, sorted.
 
     Raises:
-        ConfigError: the amount is not positive, or above the number of candidates.
+        ConfigError: the amount is not positive, or larger than the number of candidates.
     """
     check_amount(amount, option)
     candidate_labels = labels[indices]
@@ -92,12 +94,12 @@ def check_amount(amount: float | int, option: str) -> None:
 
 
 def exclude(indices: Tensor, excluded: Tensor) -> Tensor:
-    """Returns `indices` without those in `excluded`, in the same order."""
+    """Returns `indices` without the elements of `excluded`, in the same order."""
     return indices[~torch.isin(indices, excluded)]
 
 
 def empty_classes(labels: Tensor, indices: Tensor, classes: Sequence[str]) -> list[str]:
-    """Returns the names of the classes without a sample in `indices`."""
+    """Returns the names of the classes without any sample in `indices`."""
     present = labels[indices]
     counts = torch.bincount(present[present >= 0], minlength=len(classes))
     return [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]

@@ -1,7 +1,7 @@
-"""Subsets of a split: draws, classes, long tails, and disjoint shards for clients.
+"""Subsets of a split: random draws, classes, long tails, and disjoint shards for clients.
 
-A subset depends on the run's seed and the split. So two sources of the same dataset with the same `subset` share one
-draw, and its parts (`rest: true`, the numbers of `shard`) never overlap.
+A subset depends only on the run's seed and the split. Therefore two sources with the same dataset and the same
+`subset` have the same samples. Complementary subsets (`rest: true`, or shards of different numbers) never overlap.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from kdbench.errors import ConfigError, suggest
 from kdbench.registry import SUBSETS
 
 _MAX_DRAWS = 1000
-"""Number of draws of `shard` with `scheme: dirichlet` before it gives up on clients without samples."""
+"""Maximum number of draws of the scheme `dirichlet` until every client has a sample."""
 
 
 class Subset:
-    """Base of all subsets. A constructor parameter `names` receives the names of the dataset's classes.
+    """Base class of all subsets, which select samples of a split.
+
+    A subclass that is registered with `injected=("names",)` receives the names of the dataset's classes in its
+    constructor.
 
     Example:
         @SUBSETS.register("balanced", version=1)
@@ -31,13 +34,13 @@ class Subset:
     """
 
     def select(self, labels: Tensor, indices: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        """Returns the selected part of `indices`, int64, sorted.
+        """Selects samples among `indices` and returns their indices, int64, sorted.
 
         Args:
-            labels: int64 (samples,), the true labels of the full split.
-            indices: int64 (candidates,), sorted.
+            labels: int64 (samples,), true labels of the full split.
+            indices: int64 (candidates,), sorted, indices of the samples that may be selected.
             classes: number of classes.
-            generator: at the start of its stream, which depends on the seed alone.
+            generator: random generator whose state depends only on the run's seed.
 
         Raises:
             ConfigError: there are not enough samples.
@@ -45,19 +48,20 @@ class Subset:
         raise NotImplementedError
 
     def size(self, candidates: int) -> int | None:
-        """Returns the number of samples selected from `candidates`; None where it depends on their labels."""
+        """Returns the number of samples selected from `candidates` samples, or None if it depends on their labels."""
         return None
 
 
 @SUBSETS.register("balanced", version=1)
 class BalancedSubset(Subset):
-    """Selects equally many samples of every class; `subset: 100` is short for it.
+    """Selects equally many samples of every class. `subset: 100` is short for this subset with amount 100.
 
-    A fraction takes the same fraction of every class, a number equally many of every class as far as a class has them.
+    A fraction selects the same fraction of every class. A number selects equally many samples of every class (at most
+    all).
 
     Args:
-        amount: a fraction in (0, 1], or a number of at least 2.
-        rest: true selects all other samples instead.
+        amount: fraction in (0, 1], or number of at least 2.
+        rest: true: selects all samples that would not be selected with false.
     """
 
     def __init__(self, amount: float, rest: bool = False) -> None:
@@ -76,14 +80,14 @@ class BalancedSubset(Subset):
 
 @SUBSETS.register("random", version=1, injected=("names",))
 class RandomSubset(Subset):
-    """Draws samples regardless of their classes; with `rest: true` selects all others (forget and retain sets).
+    """Random samples, regardless of their classes, or with `rest: true` all other samples (forget and retain sets).
 
-    Two sources, one with `rest: true` and everything else equal, are disjoint and together the full split.
+    Two sources that differ only in `rest` are disjoint, and together they contain the full split.
 
     Args:
-        amount: a fraction in (0, 1], or a number of at least 2, of the samples that may be drawn.
-        classes: classes to draw from, by number or name; null: all.
-        rest: true selects all samples that are not drawn, of every class.
+        amount: fraction in (0, 1], or number of at least 2, of the samples of `classes`.
+        classes: numbers or names of the classes from which samples are drawn; null: all classes.
+        rest: true: selects all samples, of every class, that would not be selected with false.
     """
 
     def __init__(
@@ -117,11 +121,11 @@ class RandomSubset(Subset):
 
 @SUBSETS.register("classes", version=1, injected=("names",))
 class ClassSubset(Subset):
-    """Selects all samples of some classes: tasks of a stream, classes to forget. The label space stays the dataset's.
+    """All samples of some classes, for tasks of continual learning or classes to forget. Labels are not renumbered.
 
     Args:
-        keep: the classes, by number (from 0) or by name.
-        rest: true selects all other classes instead.
+        keep: numbers (from 0) or names of the classes.
+        rest: true: selects the samples of all classes that are not in `keep`.
     """
 
     def __init__(self, keep: list[int | str], rest: bool = False, names: Sequence[str] = ()) -> None:
@@ -137,12 +141,13 @@ class ClassSubset(Subset):
 class LongTailSubset(Subset):
     """Reduces class sizes exponentially from class to class: Cui et al. 2019 (CVPR), https://arxiv.org/abs/1901.05555
 
-    Of class c (0 the most frequent) floor(n * ratio ** (c / (classes - 1))) samples are drawn, n the mean size of a
-    class, at least one and at most the size of the class. The paper removes samples "by the exponential function
-    n = n_i mu^i"; the mean size and the rounding down follow the code behind the long-tailed CIFAR tables.
+    From class c, floor(n * ratio ** (c / (classes - 1))) samples are drawn (at least one, at most all), where n is
+    the mean size of a class. Class 0 is the most frequent. The paper states "the exponential function n = n_i mu^i".
+    The mean size and the rounding down follow the code for the long-tailed CIFAR tables.
 
     Args:
-        ratio: samples of the rarest class over those of the most frequent, in (0, 1]; an imbalance of 100 is 0.01.
+        ratio: number of samples of the rarest class divided by that of the most frequent class, in (0, 1]. An
+            imbalance of 100 is 0.01.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -166,22 +171,24 @@ class LongTailSubset(Subset):
 
 @SUBSETS.register("shard", version=1)
 class ClientShard(Subset):
-    """Selects one of several disjoint shards that together are the full split: the private samples of a client.
+    """One of several disjoint shards of a split: the samples of one client in federated learning.
+
+    All shards together contain the full split.
 
     Schemes:
-        iid: deals the shuffled samples out evenly.
-        dirichlet: splits every class by proportions from Dirichlet(alpha) over the clients (Hsu et al. 2019,
-            https://arxiv.org/abs/1909.06335). Proportions are drawn for each class, and all again while a client has no
-            sample, as in the code of Li et al. 2022, https://arxiv.org/abs/2102.02079.
-        classes: sorts the samples by class, cuts `of * slices` equal slices and gives each client `slices` of them
-            (McMahan et al. 2017, https://arxiv.org/abs/1602.05629, with 2).
+        iid: the shuffled samples are distributed evenly.
+        dirichlet: each class is divided by proportions drawn from Dirichlet(alpha) over the clients (Hsu et al. 2019,
+            https://arxiv.org/abs/1909.06335). All proportions are drawn again until every client has a sample, as in
+            the code of Li et al. 2022, https://arxiv.org/abs/2102.02079.
+        classes: the samples are sorted by class and cut into `of * slices` equal slices. Each client gets `slices`
+            random slices (McMahan et al. 2017, https://arxiv.org/abs/1602.05629, with 2 slices).
 
     Args:
         of: number of shards.
         number: number of this shard, from 0.
-        scheme: assignment of samples to shards.
-        alpha: of `dirichlet`, above 0; small values give clients few classes.
-        slices: of `classes`: slices for each client.
+        scheme: method that assigns samples to shards.
+        alpha: parameter of the scheme `dirichlet`, above 0. With small values a client has few classes.
+        slices: number of slices per client in the scheme `classes`.
     """
 
     def __init__(
@@ -213,7 +220,11 @@ class ClientShard(Subset):
         return indices[clients == self.number]
 
     def client_ids(self, labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-        """Returns the shard number of every candidate, int64 (candidates,)."""
+        """Returns the shard number of each candidate sample, int64 (candidates,).
+
+        Args:
+            labels: int64 (candidates,), labels of the candidates.
+        """
         if self.scheme == "dirichlet":
             return self._dirichlet_client_ids(labels, generator)
         count = len(labels)
@@ -255,14 +266,15 @@ class ClientShard(Subset):
 
 
 def class_indices(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
-    """Returns the numbers of classes that are written as numbers or names, sorted, without duplicates.
+    """Converts class names and class numbers to sorted class numbers without duplicates.
 
     Args:
-        names: of all classes; empty where they are unknown before the files are read. Then nothing is checked, and
-            classes written as names are left out.
+        classes: names or numbers of the classes to convert.
+        names: names of all classes; empty if they are unknown until the files are read. In this case, the classes are
+            not checked, and those written as names are left out.
 
     Raises:
-        ConfigError: there is no such class, or the list is empty.
+        ConfigError: a class does not exist, or `classes` is empty.
     """
     if not classes:
         raise ConfigError("at least one class must be listed")
@@ -272,10 +284,12 @@ def class_indices(classes: Sequence[int | str], names: Sequence[str]) -> list[in
             if item not in names:
                 if not names:
                     continue
-                raise ConfigError(f"no class {item!r}.{suggest(item, names)}")
+                raise ConfigError(f"there is no class {item!r}.{suggest(item, names)}")
             numbers.add(list(names).index(item))
         else:
             if item < 0 or (names and item >= len(names)):
-                raise ConfigError(f"no class {item}; there are {len(names) or 'fewer'}, numbered from 0")
+                raise ConfigError(
+                    f"there is no class {item}; classes are numbered from 0{f' to {len(names) - 1}' if names else ''}"
+                )
             numbers.add(item)
     return sorted(numbers)

@@ -1,1 +1,1 @@
-"""Process groups, collectives, gradient reduction, synchronised BatchNorm, sharded parameters."""
+"""Training on several processes: collectives, gradient reduction, synchronised BatchNorm, sharded parameters."""

@@ -1,4 +1,4 @@
-"""BatchNorm with statistics over all ranks, for gloo and NCCL; buffers broadcast from rank 0."""
+"""BatchNorm with statistics over all ranks (gloo and NCCL), and the broadcast of buffers from rank 0."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kdbench.engine.distributed.world import World, all_reduce_sum
 
 
 def per_rank_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the buffers that differ between ranks: all except those of `SyncBatchNorm`."""
+    """Yields the buffers of a model that may differ between ranks: all buffers outside `SyncBatchNorm` layers."""
     for module in model.modules():
         if not isinstance(module, SyncBatchNorm):
             yield from module.buffers(recurse=False)
 
 
 def broadcast_buffers(buffers: Iterable[Tensor], world: World) -> None:
-    """Copies rank 0's values into the buffers of every rank, in place; one broadcast for each dtype."""
+    """Overwrites the buffers of every rank with the values of rank 0, in one broadcast for each dtype."""
     if world.size == 1:
         return
     buffers_by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -35,16 +35,17 @@ def broadcast_buffers(buffers: Iterable[Tensor], world: World) -> None:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation with statistics over all ranks; works with gloo (CPU) as well as NCCL.
+    """Batch normalisation with statistics over all ranks, for gloo (CPU) and NCCL.
 
-    Equals BatchNorm on the concatenated batch, in value and in gradient. Rows that were repeated to give all ranks
-    equal batches are excluded from the statistics.
+    Output and gradient equal the result of BatchNorm on the concatenated batches of all ranks. Rows that are repeated
+    to give all ranks batches of equal size are excluded from the statistics.
 
     Shape:
         input: (batch, channels, ...). Returns the same shape.
 
     Attributes:
-        valid: bool (batch,), False for a repeated row; None if every row counts. Set before each forward.
+        world: the process group.
+        valid: bool (batch,), False for a repeated row. None: no row is repeated. `Network` sets it for each batch.
     """
 
     world = World()
@@ -52,7 +53,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+            raise ValueError(f"SyncBatchNorm: expected an input with at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.world.size == 1:
@@ -94,7 +95,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def convert_sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
-    """Replaces every BatchNorm of a model by `SyncBatchNorm`, in place; weights and module paths stay the same."""
+    """Replaces every BatchNorm inside a model by a `SyncBatchNorm`, in place, and returns the model.
+
+    Weights and module paths stay the same.
+    """
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
             replacement = SyncBatchNorm(

@@ -1,6 +1,7 @@
 """DTensor helpers: gather full tensors, shard full tensors, and compute norms across ranks.
 
-Every function also accepts plain tensors and then does what torch does.
+Every function also accepts plain tensors. The functions that gather or shard return a plain tensor unchanged. The
+norm of plain tensors is torch's norm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kdbench.engine.distributed.world import World
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
-    """Returns True for a DTensor."""
+    """Returns True if a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # the import is slow, and without it there is no DTensor
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -24,11 +25,11 @@ def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
 def full_tensors(tree: Any, *, keep: bool = True) -> Any:
     """Gathers every sharded tensor in nested mappings and lists to a full tensor on the CPU.
 
-    A collective: all ranks call it with the same tree.
+    This is a collective: all ranks must call it with the same tree.
 
     Args:
-        tree: a tensor, a mapping, a list or a tuple; every other value is returned as it is.
-        keep: False on a rank that needs no result; it takes part in the collectives and gets empty tensors.
+        tree: tensor, mapping, list or tuple. A value of another type is returned unchanged.
+        keep: False on a rank that needs no result. The rank takes part in the collectives and gets empty tensors.
 
     Returns:
         A new tree, or `tree` itself if it contains no sharded tensor.
@@ -48,9 +49,9 @@ def full_tensors(tree: Any, *, keep: bool = True) -> Any:
 
 
 def shard_like(value: Any, reference: Any) -> Any:
-    """Shards a full tensor as `reference` is sharded.
+    """Shards a full tensor over the ranks in the same way as the DTensor `reference`.
 
-    Returns `value` itself if `reference` is not sharded or differs in shape.
+    Returns `value` unchanged if `reference` is not a DTensor, or if the shapes of `value` and `reference` differ.
     """
     if not isinstance(value, Tensor) or not isinstance(reference, Tensor) or not is_sharded(reference):
         return value
@@ -69,7 +70,7 @@ def load_full_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Shards an optimizer's state dict of full tensors as the optimizer's parameters are sharded."""
+    """Shards the full tensors in an optimizer's state dict, each in the same way as its parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     references = dict(zip(indices, parameters, strict=True))
@@ -81,15 +82,16 @@ def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, 
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Returns this rank's shard of a DTensor; a plain tensor is returned as it is."""
+    """Returns this rank's shard of a DTensor, or a plain tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def total_norm(tensors: Collection[Tensor], world: World, norm_type: float = 2.0) -> Tensor:
-    """Computes the norm of all tensors, concatenated to one vector; the same on every rank.
+    """Computes the norm of the vector that contains all elements of all tensors. Every rank returns the same value.
 
     Args:
-        tensors: plain tensors are equal on all ranks; of sharded ones each rank adds its shard.
+        tensors: plain tensors, which must be equal on all ranks, and DTensors.
+        world: the process group.
         norm_type: 2 or infinity.
     """
     sharded = [local_tensor(tensor) for tensor in tensors if is_sharded(tensor)]
@@ -109,7 +111,7 @@ def total_norm(tensors: Collection[Tensor], world: World, norm_type: float = 2.0
 
 
 def clip_grad_norm_(parameters: Collection[nn.Parameter], max_norm: float, world: World) -> Tensor:
-    """Scales the gradients, in place, to a total norm of at most `max_norm`; returns the norm before."""
+    """Scales gradients in place to a total norm of at most `max_norm`, and returns the norm before scaling."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(map(is_sharded, gradients)):
         return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

@@ -1,7 +1,8 @@
-"""Reduces the gradients of an update over all ranks while the backward still runs.
+"""Sum of gradients over all ranks, computed while the backward still runs.
 
-A reducer instead of DistributedDataParallel, which wraps one model: here any wiring of roles and terms is distributed
-in the same way. Each rank's loss is its fraction of the effective batch's loss, so the gradients are summed.
+`DistributedDataParallel` wraps one model. `GradientReducer` works on parameters, so any combination of networks and
+loss terms is distributed in the same way. Each rank computes its fraction of the loss of the effective batch.
+Therefore gradients are summed over ranks, not averaged.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientReducer:
-    """Sums the gradients of the given parameters over all ranks, bucket by bucket.
+    """Reducer that sums the gradients of parameters over all ranks, bucket by bucket.
 
-    The buckets are the same on every rank and in every step. They follow the parameters from the last to the first, the
-    usual order of a backward. A bucket is reduced as soon as all its gradients and all earlier buckets are complete, so
-    all ranks issue their collectives in the same order, whatever the order of their backward. Gradients that a backward
-    did not produce are reduced as zeros in `finish`. The result does not depend on when a bucket was reduced.
+    A bucket is a group of parameters whose gradients are summed in one collective. The buckets are the same on every
+    rank and in every step. They contain the parameters from the last to the first, the usual order of a backward. The
+    collective of a bucket starts when the gradients of the bucket are complete and the collectives of all earlier
+    buckets have started. So all ranks start the collectives in the same order, even if the order of their backward
+    passes differs. The method `finish` replaces missing gradients by zeros. The sums do not depend on the time at
+    which a collective starts.
 
     Args:
-        parameters: the parameters of one update.
-        world: with one process the reducer does nothing.
+        parameters: the parameters of one optimizer.
+        world: the process group. With one process the reducer does nothing.
         bucket_bytes: size at which a bucket is full.
 
     Attributes:
-        overlapped_buckets: number of buckets that were issued before the last backward of a step ended.
+        overlapped_buckets: number of buckets whose collective started before the end of the last backward of a step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -46,13 +49,13 @@ class GradientReducer:
                 parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, index))
 
     def prepare_for_backward(self) -> None:
-        """Starts overlapping: the next backward, of the last micro-batch of a step, completes the gradients."""
+        """Enables the sums over ranks during the next backward, which must be the last backward of a training step."""
         self._wait()  # a step that is repeated without the compiler may have issued some buckets before
         self._pending_gradients = [len(bucket) for bucket in self.buckets]
         self._overlaps = True
 
     def finish(self) -> None:
-        """Reduces the remaining buckets and waits; the parameters' gradients are then the sums."""
+        """Sums the remaining gradients over all ranks, and waits until the sums of all gradients are available."""
         self._overlaps = False
         self.overlapped_buckets = len(self._in_flight)
         while len(self._in_flight) < len(self.buckets):
@@ -88,7 +91,7 @@ class GradientReducer:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Groups the parameters, from the last to the first, into buckets of one dtype and about equal size."""
+    """Groups parameters, from the last to the first, into buckets of one dtype and about equal size."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in reversed(parameters):

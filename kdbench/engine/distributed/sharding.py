@@ -1,9 +1,9 @@
-"""Sharded roles (FSDP2): each process stores a shard of a role's weights, gradients and optimizer state.
+"""Sharded roles (FSDP2): each process stores a shard of a network's weights, gradients and optimizer state.
 
 `shard: [student, teacher]` lists the roles; `shard: true` selects every role that can be sharded. A model with a
 sequence of blocks is sharded block by block, any other model as one unit. The weights of a block are gathered for its
-forward and again for its backward; torch, not the runner, reduces its gradients. Checkpoints contain full tensors, so a
-run can be resumed or evaluated with or without sharding.
+forward and again for its backward. Torch, not kdbench's `GradientReducer`, sums the gradients of sharded weights.
+Checkpoints contain full tensors, so a run can be resumed or evaluated with or without sharding.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 def sharded_roles(
     recipe: Recipe, stage: StageConfig, features: Mapping[str, Sequence[Feature]], models: Mapping[str, nn.Module]
 ) -> tuple[str, ...]:
-    """Selects the roles of a stage that `shard:` applies to.
+    """Returns the names of the roles (networks) of a training stage that the recipe's key `shard` selects.
 
     Args:
-        recipe: supplies `shard`.
+        recipe: recipe with the key `shard`.
         stage: the stage.
-        features: role -> the features that are extracted from it.
-        models: role -> its model, on any device.
+        features: role -> features (outputs of submodules) that are extracted from the role.
+        models: role -> model of the role, on any device.
 
     Raises:
-        ConfigError: a listed role, or the stage, cannot be sharded; the message gives the reason.
+        ConfigError: a listed role cannot be sharded, or the stage does not support sharding. The message gives the
+            reason.
     """
     names = stage.roles if recipe.shard is True else [name for name in recipe.shard or () if name in stage.roles]
     if not names:
@@ -44,7 +45,7 @@ def sharded_roles(
     location = recipe.locations.get("shard", "shard")
     problem = _stage_problem(stage)
     if problem is None and not hasattr(_fsdp(), "set_force_sum_reduction_for_comms"):
-        problem = f"torch {torch.__version__} cannot sum the gradients of sharded parameters; use a newer torch"
+        problem = f"torch {torch.__version__} cannot sum the gradients of sharded parameters (a newer torch can)"
     if problem is not None:
         raise ConfigError(f"{location}: {problem}. Remove `shard`.")
     selected = []
@@ -58,7 +59,7 @@ def sharded_roles(
 
 
 def shard_roles(network: Network, roles: Collection[str], device: torch.device, world: World) -> None:
-    """Shards the weights of the given roles over all ranks, in place."""
+    """Shards the weights of the given roles (networks) over all ranks, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -86,8 +87,8 @@ def shard_roles(network: Network, roles: Collection[str], device: torch.device, 
 def block_paths(model: nn.Module) -> list[str]:
     """Returns the paths of a model's blocks: modules with submodules and parameters, in a Sequential or ModuleList.
 
-    A container of blocks is not a block itself. A model with tied parameters has none, because two blocks may share a
-    parameter and FSDP2 shards each parameter in one unit.
+    A Sequential or ModuleList that contains blocks is not a block itself. For a model with tied parameters the list
+    is empty, because two blocks may share a parameter, but each parameter must belong to only one FSDP2 unit.
     """
     parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     if len({id(parameter) for parameter in parameters}) < len(parameters):
@@ -118,48 +119,48 @@ def _fsdp() -> type | None:
 
 
 def _stage_problem(stage: StageConfig) -> str | None:
-    """Returns why no role of the stage can be sharded, or None."""
+    """Returns the reason why a training stage does not support sharding; None if it supports sharding."""
     if stage.updates:
-        return "a stage with `updates` computes gradients of some roles at a time, which FSDP2 does not support"
+        return "a stage with `updates` computes gradients for some of the roles at a time, and FSDP2 cannot do that"
     if stage.artifacts:
-        return f"one process builds the artifacts of stage {stage.name!r}, and it would need the full weights"
+        return f"one process builds the artifacts of stage {stage.name!r}, and this process would need the full weights"
     if stage.precision == "fp16":
-        return "fp16 inspects all gradients before a step; use precision: bf16"
+        return "the gradient scaler of fp16 needs all gradients before a step (with precision: bf16, sharding works)"
     return None
 
 
 def _role_problem(name: str, stage: StageConfig, features: Sequence[Feature], model: nn.Module) -> str | None:
-    """Returns why a role cannot be sharded, or None."""
+    """Returns the reason why a role (network) cannot be sharded; None if it can be sharded."""
     role = stage.roles[name]
     if role.mode == "reuse":
-        return f"it reuses the module of {role.source_role!r}"
+        return f"it reuses the module of role {role.source_role!r}"
     if role.mode not in ("trainable", "frozen"):
-        return f"it is the {role.mode} of {role.source_role!r}"
+        return f"it is the {role.mode} of role {role.source_role!r}"
     for follower in stage.roles.values():
         if follower.name != name and follower.source_role == name:
-            return f"role {follower.name!r} ({follower.mode}) needs its full weights"
+            return f"role {follower.name!r} ({follower.mode}) needs the full weights of {name!r}"
     if role.transforms:
-        return "`transform` needs full weights"
+        return "its weight transform (`transform`) needs full weights"
     if stage.ema is not None and stage.export == name:
         return "`ema` averages full weights"
     for operand in stage.read_operands():
         if operand.kind == "role" and operand.is_state and operand.role == name:
-            return f"{operand} needs its full weights"
+            return f"the operand {operand} needs full weights"
     if role.mode == "frozen" and not role.upstream_roles:
         return None
     return _feature_problem(features, model)
 
 
 def _feature_problem(features: Sequence[Feature], model: nn.Module) -> str | None:
-    """Returns which feature is inside a block, where FSDP2 cannot start a backward, or None."""
+    """Returns an error message if a feature is inside a block, where FSDP2 cannot start a backward; otherwise None."""
     blocks = block_paths(model)
     for feature in (feature for feature in features if not feature.is_output):
         path = find_module(model, feature.path)[0]
         if any(path.startswith(f"{block}.") for block in blocks):
-            return f"{feature} is inside a block, where no backward can start; read the input or output of the block"
+            return f"{feature} is inside a block, where no backward can start. Read the input or output of the block"
     return None
 
 
 def _has_backward(role: Role) -> bool:
-    """Returns True if gradients may flow through the role."""
+    """Returns True if gradients may flow through a role (network): it is trained, or it reads another role's output."""
     return role.trainable or bool(role.config.upstream_roles)

@@ -17,9 +17,14 @@ from kdbench.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process and number of processes; collectives over all ranks.
+    """Rank of this process, number of processes, and collectives over all ranks.
 
-    The default is a single process, in which every collective returns its argument.
+    By default, there is a single process, and every collective returns its argument.
+
+    Attributes:
+        rank: number of this process among all processes.
+        size: number of processes.
+        local_rank: number of this process among the processes on this machine.
     """
 
     rank: int = 0
@@ -32,13 +37,13 @@ class World:
         return self.rank == 0
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over all ranks, in place and without gradient; returns it."""
+        """Sums a tensor over all ranks in place, without gradient, and returns the tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """Returns rank 0's value on every rank. The value is pickled."""
+        """Sends a Python object from rank 0 to all ranks by pickle; returns the object of rank 0 on every rank."""
         if self.size == 1:
             return value
         container = [value]
@@ -47,13 +52,15 @@ class World:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Raises on all ranks if the block raised a UserError on any rank.
+        """Raises a UserError on all ranks if the block raises a UserError on any rank.
 
-        For work that can fail on one rank alone, such as locking a folder or reading a local file. The block itself
-        must contain no collective: a rank that failed would not take part, and the others would wait for ever.
+        Use it for work that can fail on a single rank, such as locking a folder or reading a local file. The block
+        must
+        not contain a collective: a failed rank would not take part, and the remaining ranks would wait for ever.
 
         Raises:
-            UserError: this rank's error; otherwise the first failed rank's error, prefixed with its rank.
+            UserError: the error of this rank. On a rank without an error: the error of the first failed rank, and the
+                number of that rank.
         """
         local_error: UserError | None = None
         try:
@@ -76,10 +83,10 @@ def init_world(device_type: str) -> Iterator[World]:
     """Initialises the process group of torchrun for the duration of the block.
 
     Args:
-        device_type: `cuda` selects NCCL, every other type gloo.
+        device_type: type of a torch device. `cuda` selects NCCL, every other type selects gloo.
 
     Yields:
-        The world of this process; a single process if torchrun's environment variables are absent.
+        The world of this process. Without torchrun's environment variables, it is the world of a single process.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -96,7 +103,7 @@ def init_world(device_type: str) -> Iterator[World]:
 
 
 def set_local_gpu(world: World) -> torch.device:
-    """Makes the GPU with this process's local rank the current device; returns it.
+    """Makes the GPU with this process's local rank the current CUDA device, and returns this device.
 
     Raises:
         UserError: the machine has fewer GPUs than local processes.
@@ -125,7 +132,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sums a tensor over all ranks, with gradient; the backward sums the gradients of all ranks."""
+    """Sums a tensor over all ranks, with gradient: the backward sums the gradients of all ranks."""
     return _AllReduceSum.apply(value)  # type: ignore[no-any-return]
 
 
@@ -142,10 +149,9 @@ class _AllGatherRows(torch.autograd.Function):
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenates the rows of all ranks, in rank order; gradients flow back to the rank that owns the row.
-
+    """Concatenates the rows of all ranks, in rank order. Gradients flow back to the rank from which a row came.
     Shape:
-        rows: (batch, ...), the same on every rank. Returns (world.size * batch, ...).
+        rows: (batch, ...), the same shape on every rank. Returns (world.size * batch, ...).
     """
     if world.size == 1:
         return rows

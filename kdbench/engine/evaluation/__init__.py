@@ -1,1 +1,1 @@
-"""Metrics, and the evaluation of roles on the evaluation splits."""
+"""Metrics, and the evaluation of roles (networks) on validation and test splits."""

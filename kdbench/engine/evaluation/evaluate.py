@@ -1,4 +1,4 @@
-"""Evaluation of one model on one source: full forward, eval mode, large batches."""
+"""Evaluation of one model on one source of samples, in eval mode and with large batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdbench.engine.network.features import model_output
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Sets every module to eval mode and disables gradients inside the block; restores each module's mode."""
+    """Sets a model to eval mode without gradients inside the block; restores the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -41,20 +41,24 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     world: World = World(),  # noqa: B008
 ) -> dict[str, float]:
-    """Computes the metrics of a model over a source: each sample once, without augmentation.
+    """Computes metrics of a model on a source of samples. Each sample is evaluated once, without augmentation.
 
-    A collective: every rank evaluates its part of the samples, and the metrics' states are summed over ranks.
+    This is a collective: every rank evaluates a part of the samples, and the states of the metrics are summed over
+    ranks.
 
     Args:
         model: the model.
         source: the samples.
-        metrics: reset before the first batch.
-        field: the model's input; `image` is used if evaluation batches have no such field.
-        teacher: supplies the logits of metrics that compare with a teacher; without it they are skipped.
-        teacher_field: the teacher's input.
-        batch_size: rows of a batch on each rank.
-        autocast: returns the context of the forwards.
+        metrics: the metrics to compute. They are reset before the first batch.
+        field: batch field that the model reads. If evaluation batches do not have the field, the model reads `image`.
+        teacher: model for metrics that compare student and teacher. None: these metrics are skipped.
+        teacher_field: batch field that the teacher reads.
+        batch_size: number of rows in a batch on each rank.
+        autocast: function that returns the autocast context of a forward.
         world: the process group.
+
+    Returns:
+        Metric -> value.
     """
     metrics.reset()
     with eval_mode(model), eval_mode(teacher) if teacher is not None else contextlib.nullcontext():
@@ -70,7 +74,7 @@ def evaluate(
 
 
 def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns the logits of some images in eval mode, in float32.
+    """Returns a model's float32 logits for some images, computed in eval mode.
 
     Shape:
         images: (n, channels, height, width). Returns (n, classes).

@@ -21,15 +21,15 @@ from kdbench.engine.train.runner import Runner
 from kdbench.errors import TrainingError
 
 SPLIT_NAMES = {"validation": "validation", "eval": "test"}
-"""Source -> name of its split in logs and summaries. The first that exists selects the best epoch."""
+"""Source in the recipe -> name of its split in logs. The best epoch is selected on the first split that exists."""
 
 
 EXTRA_SPLIT_PREFIX = "eval_"
-"""Sources with this prefix are evaluated too; the rest of the name is the split, such as `old`, `new`, `forget`."""
+"""Prefix of further sources that are evaluated. The rest of the name is the split, such as `old`, `new`, `forget`."""
 
 
 INDEX_FIELD = "index"
-"""The field with a sample's index in its split. An index of the training split means nothing in another split."""
+"""Batch field with the index of a sample in its split. An index in the training split is invalid in another split."""
 
 
 FIGURE_SAMPLES = 8
@@ -40,12 +40,13 @@ DEFAULT_METRICS = ("top1", "top5", "nll", "ece", "agreement")
 
 
 class Evaluator:
-    """Evaluates the roles of one stage, logs the metrics, and keeps the history.
+    """Evaluator of the roles (networks) of one stage. The evaluator logs metrics and stores them in the run's history.
 
-    The exported role, its moving average (`ema`) and the roles of `evaluate` are evaluated after an epoch on the
-    validation split, if there is one, on the test split, and on the splits of `eval_*` sources. A frozen role whose
-    input is a field of a source is evaluated once, before training. Roles with a second input, such as the mask of an
-    autoencoder, are not evaluated, because evaluation batches have images only.
+    After an epoch, the evaluator evaluates the exported role (the network that is the result of the stage), the
+    moving average (`ema`) of this role, and the roles that the recipe lists under `evaluate`. It evaluates them on
+    the validation split if the split exists, on the test split, and on the splits of `eval_*` sources. A frozen role
+    that reads images directly is evaluated once, before training. A role with a second input, such as the mask of an
+    autoencoder, is not evaluated, because evaluation batches contain images only.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Evaluator:
         self.teacher = teacher if has_image_input else None
 
     def _labelled_splits(self) -> dict[str, str]:
-        """Returns source -> split, for every split on which the exported role can be evaluated."""
+        """Returns source -> split, for every split on which the exported role (the stage's result) can be evaluated."""
         export = self.stage.export
         if self.stage.roles[export].extra_inputs or export in self.plan.resolved_stage.unmeasured:
             return {}
@@ -77,13 +78,14 @@ class Evaluator:
         return {source: split for source, split in splits.items() if self.sources[source].classes}
 
     def evaluate_frozen_roles(self, network: Network, step: int) -> dict[str, dict[str, float]]:
-        """Evaluates the frozen roles on the test split.
+        """Evaluates the frozen roles (networks) of the stage on the test split.
 
         Returns:
-            Role -> metrics.
+            Role -> metric -> value.
 
         Raises:
-            TrainingError: a role misses a value of its `require`.
+            TrainingError: a metric of a role is worse than its limit in the role's key `require`, or is not
+                evaluated.
         """
         metrics_by_role: dict[str, dict[str, float]] = {}
         for name in self.plan.resolved_stage.order:
@@ -105,15 +107,18 @@ class Evaluator:
         return "eval" in self.splits and source.classes == self.sources["eval"].classes
 
     def evaluate_trained_roles(self, runner: Runner, epoch: int, step: int) -> bool:
-        """Evaluates the exported role, its moving average, and the roles of `evaluate` on every split.
+        """Evaluates the trained roles (networks) on every split.
+
+        The evaluated roles are the exported role (the result of the stage), the moving average of the exported role,
+        and the roles that the recipe lists under `evaluate`.
 
         Args:
-            runner: of the stage.
-            epoch: finished epochs of the stage.
-            step: steps since the run began, over all stages.
+            runner: runner (training loop) of the stage.
+            epoch: number of finished epochs of the stage.
+            step: number of steps since the run began, over all stages.
 
         Returns:
-            True if this evaluation of the exported role is the best of the stage so far.
+            True if no earlier evaluation in this stage gave the exported role an equal or better metric value.
         """
         metrics: dict[str, dict[str, dict[str, float]]] = {}
         for role, model in self._trained_models(runner).items():
@@ -137,15 +142,18 @@ class Evaluator:
         return True
 
     def has_evaluated(self, stage: str) -> bool:
-        """Returns True if the history contains an evaluation of the stage."""
+        """Returns True if the run's history contains an evaluation of the training stage with this name."""
         return any(record["stage"] == stage for record in self.history.evaluations)
 
     def final_evaluation(self, runner: Runner, step: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """Evaluates once, at the end: the training split, accuracy by class, confusion matrix, sample predictions.
+        """Evaluates the training split at the end of a run. Logs per-class accuracy on the test split, and figures.
+
+        The figures show the confusion matrix and the predictions for a few samples of the test split.
 
         Returns:
-            `trained` and `frozen`, each role -> split -> metrics. `trained` is the last evaluation, with the training
-            split added.
+            A mapping with the entries `trained` (trained roles) and `frozen` (frozen roles). Each entry is a mapping
+            role -> split -> metric -> value. For trained roles, the splits are those of the last evaluation and the
+            training split.
         """
         role, config = self.stage.export, self.stage.roles[self.stage.export]
         last = self.history.evaluations[-1] if self.history.evaluations else {"metrics": {}, "epoch": 0}
@@ -166,7 +174,7 @@ class Evaluator:
         return {"trained": metrics, "frozen": self.history.frozen}
 
     def example_input(self) -> Tensor:
-        """Returns one image of the test split (or of the training split), to measure latency with."""
+        """Returns one image for the latency measurement, from the test split if it exists, else the training split."""
         source = self.sources.get("eval") or self.sources[self.plan.train_source]
         return next(iter(source.evaluation_batches(1))).fields["image"][0]
 
@@ -178,10 +186,11 @@ class Evaluator:
         return models
 
     def _model_with_upstream(self, name: str, network: Network) -> nn.Module:
-        """Returns a role's model, preceded by its upstream roles if these see images.
+        """Returns the module that computes the outputs of a role (network) from the images of a split.
 
-        If they see noise (a generator) or an index (an image bank), the model alone is returned: in evaluation it sees
-        the images of the split instead of their output.
+        A role may read the output of another role, its upstream role. Then the returned module is a chain of the
+        upstream model and the role's model. Exception: if the upstream role reads noise (a generator) or an index (an
+        image bank), the role's model alone is returned. In evaluation, this model reads the images of the split.
         """
         config = self.stage.roles[name]
         is_noise = self.plan.specs[self.plan.resolved_stage.sources[name]].classes is None
@@ -190,7 +199,7 @@ class Evaluator:
         return RoleChain(network, name)
 
     def _root_field(self, config: RoleConfig) -> str:
-        """Returns the field of a source at the root of a role's input."""
+        """Returns the batch field that a role (network) reads, directly or through the roles whose outputs it reads."""
         while (upstream := upstream_role(config)) is not None:
             config = self.stage.roles[upstream]
         return config.input.split(".", 1)[1]
@@ -209,15 +218,16 @@ class Evaluator:
         runner: Runner | None = None,
         metrics: MetricSet | None = None,
     ) -> dict[str, float]:
-        """Evaluates a model on a source.
+        """Evaluates a model on a source of samples, and returns metric -> value.
 
         Args:
-            model: the model of a role, or a chain of models.
-            config: of the role; supplies the input field.
+            model: the model of a role (a named network of the recipe), or a chain of models.
+            config: configuration of the role, which names the batch field to read.
             source: name of the source.
-            network: contains the teacher.
-            runner: supplies autocast and, by its presence, comparison with the teacher; None for frozen roles.
-            metrics: the stage's metrics if None.
+            network: container of all roles, including the teacher.
+            runner: training loop whose autocast setting is used. None, for frozen roles: the forward uses no
+                autocast, and metrics that need a teacher are skipped.
+            metrics: the metrics to compute. None: the metrics of the stage.
         """
         classes = len(self.sources[source].classes)
         configs = self.stage.metrics or tuple(PartConfig(type=name) for name in DEFAULT_METRICS)
@@ -259,7 +269,10 @@ class Evaluator:
 
 
 def agreement_teacher(stage: StageConfig) -> RoleConfig | None:
-    """Returns the first role that teaches the exported role in a term; `agreement` compares with its predictions."""
+    """Returns the first role (network) that teaches the exported role in a loss term; None if there is no teacher.
+
+    The exported role is the result of the stage. The metric `agreement` compares the exported role with this teacher.
+    """
     for term in stage.terms.values():
         for edge in term.edges:
             teaches_export = edge.student.kind == "role" and edge.student.role == stage.export
@@ -272,12 +285,12 @@ def agreement_teacher(stage: StageConfig) -> RoleConfig | None:
 
 
 def _check_required(config: RoleConfig, metrics: Mapping[str, float]) -> None:
-    """Raises TrainingError if a frozen role misses a value of `require`."""
+    """Raises a TrainingError if a metric of a frozen role (network) is worse than its limit in the key `require`."""
     for name, limit in config.require.items():
         if name not in metrics:
             raise TrainingError(
-                f"{config.location}: `require` has {name!r}, which is not evaluated. Evaluated metrics: "
-                f"{', '.join(metrics)}"
+                f"{config.location}: `require` contains the metric {name!r}, which is not evaluated. Evaluated "
+                f"metrics: {', '.join(metrics)}"
             )
         value, higher = metrics[name], higher_is_better(name)
         if not (value >= limit if higher else value <= limit):

@@ -1,7 +1,7 @@
-"""Classification metrics: sums that accumulate on the device and are read once.
+"""Classification metrics, computed from sums that accumulate on the device and are read once.
 
-`update` never waits for the device: shapes are static, excluded rows are masked, and no boolean tensor is an index.
-Every state is a tensor of sums, so the states of several ranks are combined by addition.
+`update` never waits for the device: shapes are static, excluded rows are masked, and boolean tensors are not used as
+indices. The state of a metric consists of tensors of sums, so the states of several ranks are combined by addition.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from kdbench.errors import ConfigError
 from kdbench.registry import METRICS
 
 IGNORE_INDEX = -100
-"""Label of a sample without a visible label; metrics that read labels exclude such rows."""
+"""Label of a sample whose label is hidden. Metrics that read labels exclude rows with this value."""
 
 
 class Metric:
-    """Base of all metrics.
+    """Base class of all metrics.
 
-    A subclass creates its state with `add_count_state` and `add_sum_state` in `__init__` and adds to it in `update`. A
-    metric that compares with a teacher sets `needs_teacher`, in the class and in its registration.
+    A subclass creates its state in `__init__` with `add_count_state` and `add_sum_state`, and adds batches to the
+    state in `update`. A metric that compares student and teacher sets `needs_teacher` in the class and in its
+    registration.
 
     Args:
         num_classes: number of logits.
@@ -40,33 +41,38 @@ class Metric:
         self.state: dict[str, Tensor] = {}
 
     def add_count_state(self, name: str, *shape: int) -> None:
-        """Creates an int64 state of zeros."""
+        """Creates a state tensor of int64 zeros."""
         self.state[name] = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def add_sum_state(self, name: str, *shape: int) -> None:
-        """Creates a floating-point state of zeros: float64, or float32 on MPS, which has no float64."""
+        """Creates a state tensor of floating-point zeros: float64, or float32 on MPS, which does not have float64."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
 
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        """Adds one batch.
+        """Adds one batch to the state.
 
         Args:
             logits: (batch, classes).
-            label: (batch,) int64; `IGNORE_INDEX` where it is hidden.
+            label: (batch,) int64; `IGNORE_INDEX` for a hidden label.
             teacher_logits: (batch, classes), for metrics with `needs_teacher`.
             valid: (batch,) bool; False for padding rows.
         """
         raise NotImplementedError
 
     def compute(self) -> dict[str, float]:
-        """Computes the values from the state; waits for the device. A mean over no rows is NaN."""
+        """Computes the values of the metric from its state. Waits for the device.
+
+        Returns:
+            Name -> value. A mean over zero rows is NaN.
+        """
         raise NotImplementedError
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Sums the state over all ranks; `all_reduce` sums one tensor in place."""
+        """Sums the state over all ranks by calling `all_reduce`, which sums a tensor over all ranks in place, for
+        each of its tensors."""
         for tensor in self.state.values():
             all_reduce(tensor)
 
@@ -81,7 +87,7 @@ class Metric:
 
 
 def _mask_labels(label: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the mask of included rows, and labels that are safe to index with: 0 in excluded rows."""
+    """Returns a mask of the included rows, and the labels, in which excluded rows have the valid class index 0."""
     included = label != IGNORE_INDEX
     if valid is not None:
         included = included & valid
@@ -89,7 +95,7 @@ def _mask_labels(label: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    """Converts half precision, which underflows in the tail of a softmax, to float32."""
+    """Converts logits in half precision, which underflows in the tail of a softmax, to float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -124,12 +130,12 @@ class _TopK(Metric):
 
 @METRICS.register("top1", injected=("num_classes", "device"), higher=True, unit="%")
 class Top1(_TopK):
-    """Top-1 accuracy: percentage of samples whose largest logit is the label's."""
+    """Top-1 accuracy: percentage of samples whose label has the largest logit."""
 
 
 @METRICS.register("top5", injected=("num_classes", "device"), higher=True, unit="%")
 class Top5(_TopK):
-    """Top-5 accuracy: percentage of samples whose label is among the five largest logits; 100 below six classes."""
+    """Top-5 accuracy: percentage of samples whose label has one of the five largest logits; 100 below six classes."""
 
     k = 5
 
@@ -162,7 +168,7 @@ class ExpectedCalibrationError(Metric):
 
     .. math:: \mathrm{ECE} = \sum_m \frac{|B_m|}{n} \, |\mathrm{accuracy}(B_m) - \mathrm{confidence}(B_m)|
 
-    The confidence of a sample is its largest probability; bin B_m contains the samples with confidence in
+    The confidence of a sample is its largest predicted probability. Bin B_m contains the samples with confidence in
     ((m - 1) / bins, m / bins].
 
     Args:
@@ -202,9 +208,9 @@ class ExpectedCalibrationError(Metric):
 class Agreement(Metric):
     """Agreement of student and teacher: `agreement` in percent, `teacher_kl` in nats.
 
-    `agreement` is the percentage of samples for which both predict the same class (fidelity in Stanton et al. 2021,
-    arXiv:2106.05945). `teacher_kl` is the mean of KL(teacher || student) at temperature 1. Neither reads the label, so
-    samples with a hidden label are included.
+    `agreement` is the percentage of samples for which student and teacher predict the same class (fidelity in Stanton
+    et al. 2021, arXiv:2106.05945). `teacher_kl` is the mean of KL(teacher || student) at temperature 1. The metric
+    does not read labels, so samples with a hidden label are included.
     """
 
     needs_teacher = True
@@ -219,7 +225,7 @@ class Agreement(Metric):
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
         if teacher_logits is None:
-            raise ValueError("agreement needs teacher_logits")
+            raise ValueError("the metric 'agreement' needs teacher_logits, got None")
         included = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
         agrees = logits.argmax(1) == teacher_logits.argmax(1)
         student = F.log_softmax(_at_least_float32(logits), dim=1)
@@ -261,7 +267,8 @@ class PerClass(Metric):
 class Confusion(Metric):
     """Confusion matrix: row = label, column = predicted class, entry = number of samples.
 
-    Shown as a figure in TensorBoard; `compute` returns no scalar for `metrics.jsonl`.
+    TensorBoard shows the matrix as a figure. The file `metrics.jsonl` does not contain the matrix, because `compute`
+    returns an empty mapping.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -280,12 +287,12 @@ class Confusion(Metric):
 
 
 class MetricSet:
-    """Several metrics of one role on one split.
+    """Several metrics, which are computed for one model on one split.
 
     Args:
-        metrics: names or `PartConfig` entries of METRICS.
+        metrics: names of registered metrics, or a `PartConfig` (name and parameters) for each.
         num_classes: number of logits.
-        device: device of the states.
+        device: device of the metrics' states.
 
     Raises:
         ConfigError: a name or parameter is unknown, or a metric is listed twice.
@@ -312,9 +319,9 @@ class MetricSet:
     def update(
         self, logits: Tensor, label: Tensor, teacher_logits: Tensor | None = None, valid: Tensor | None = None
     ) -> None:
-        """Adds one batch to every metric; shapes as in `Metric.update`.
+        """Adds one batch to every metric. The docstring of `Metric.update` describes the arguments.
 
-        Without teacher logits, the metrics that need them are skipped and have no value.
+        If `teacher_logits` is None, metrics that need a teacher are skipped.
         """
         with torch.no_grad():
             for name, metric in self.metrics.items():
@@ -324,12 +331,18 @@ class MetricSet:
                 self._updated.add(name)
 
     def reduce(self, all_reduce: Callable[[Tensor], object]) -> None:
-        """Sums the states over all ranks; a collective: every rank needs the same metrics in the same order."""
+        """Sums the states of all metrics over all ranks.
+
+        This is a collective: every rank must have the same metrics in the same order.
+
+        Args:
+            all_reduce: function that sums one tensor over all ranks, in place.
+        """
         for metric in self.metrics.values():
             metric.reduce(all_reduce)
 
     def compute(self) -> dict[str, float]:
-        """Returns all values, in the order of the metrics; waits for the device."""
+        """Waits for the device, and returns name -> value for all metrics, in their order."""
         values: dict[str, float] = {}
         for name, metric in self.metrics.items():
             if name in self._updated or not metric.needs_teacher:
@@ -337,23 +350,23 @@ class MetricSet:
         return values
 
     def confusion(self) -> Tensor | None:
-        """Returns the confusion matrix on the CPU; None if it is not one of the metrics."""
+        """Returns the confusion matrix on the CPU; None if the set does not contain the metric `confusion`."""
         metric = self.metrics.get("confusion")
         return metric.state_on_host()["matrix"] if metric else None
 
     def reset(self) -> None:
-        """Resets every metric."""
+        """Sets the states of all metrics to zero."""
         self._updated.clear()
         for metric in self.metrics.values():
             metric.reset()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the states of all metrics that were updated."""
+        """Returns metric -> name -> state tensor, for every metric that was updated since the last reset."""
         updated = {name: metric for name, metric in self.metrics.items() if name in self._updated}
         return {name: dict(metric.state) for name, metric in updated.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Loads the states of a set with the same metrics."""
+        """Loads state tensors that `state_dict` of a `MetricSet` with the same metrics returned."""
         for name, tensors in state.items():
             for key, tensor in tensors.items():
                 self.metrics[name].state[key].copy_(tensor)
@@ -361,10 +374,10 @@ class MetricSet:
 
 
 def higher_is_better(name: str) -> bool:
-    """Returns True if larger values of a metric are better, also for a metric that declares nothing.
+    """Returns True if larger values of a metric are better, or if the metric's registration does not declare `higher`.
 
     Args:
-        name: a key of `MetricSet.compute`.
+        name: a key of the return value of `MetricSet.compute`.
     """
     if name == "teacher_kl":
         return False

@@ -1,4 +1,4 @@
-"""Records that an evaluation produces, and the log that receives them."""
+"""Types of the records that an evaluation produces, and the interface of the log that receives the records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from torch import Tensor
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """Metrics of one role on one split.
+    """Metrics of one role (network) on one split.
 
-    stage, split, role: names. epoch: finished epochs of the stage. step: optimizer steps since the run began, over all
-    stages. metrics: the return value of `MetricSet.compute`. seconds: training time since the run began.
+    Attributes:
+        stage, split, role: names.
+        epoch: number of finished epochs of the stage.
+        step: number of optimizer steps since the run began, over all stages.
+        metrics: the return value of `MetricSet.compute`.
+        seconds: training time in seconds since the run began.
     """
 
     stage: str
@@ -27,7 +31,10 @@ class EvaluationRecord(TypedDict, total=False):
 class PredictionSamples(TypedDict, total=False):
     """A few samples of a split with the predictions of student and teacher, for a figure.
 
-    image: (n, channels, height, width), uint8 or float. label: (n,). student, teacher: logits (n, classes).
+    Attributes:
+        image: (n, channels, height, width), uint8 or float.
+        label: (n,).
+        student, teacher: logits (n, classes).
     """
 
     image: Tensor
@@ -37,7 +44,7 @@ class PredictionSamples(TypedDict, total=False):
 
 
 class EvaluationLog(Protocol):
-    """Receives the results of an `Evaluator`. `kdbench.report.tracking.Tracker` implements it."""
+    """Interface of the log that receives an `Evaluator`'s results; `kdbench.report.tracking.Tracker` implements it."""
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Logs the metrics of one role on one split."""
@@ -46,5 +53,5 @@ class EvaluationLog(Protocol):
     def figures(
         self, step: int, *, confusion: Tensor | None = None, samples: PredictionSamples | None = None, split: str = ""
     ) -> None:
-        """Draws the confusion matrix (classes, classes) and the predictions of a few samples."""
+        """Draws figures of a split: the confusion matrix (classes, classes), and the predictions for a few samples."""
         ...

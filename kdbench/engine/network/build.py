@@ -23,7 +23,11 @@ from kdbench.registry import MODELS, WEIGHT_TRANSFORMS
 
 
 def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: SampleFacts, seed: int) -> nn.Module:
-    """Builds a role's model on the current default device; (seed, role) determine its initial weights."""
+    """Builds a role's model on the current default device, with initial weights that depend on `seed`.
+
+    The initial weights also depend on the name of the role (and on `init_index`, if the recipe sets it), but not on
+    other roles.
+    """
     part = architecture(config, roles)
     root = config
     while root.model is None and root.source_role is not None:
@@ -34,12 +38,20 @@ def build_model(config: RoleConfig, roles: Mapping[str, RoleConfig], facts: Samp
 
 
 def reused_module(config: RoleConfig, model: nn.Module) -> nn.Module:
-    """Returns the network that a role with `reuse:` shares, or the module of it that `reuse: ROLE:PATH` names."""
+    """Returns the module that a role with `reuse:` shares with another role.
+
+    Args:
+        config: configuration of the role with `reuse:`.
+        model: model of the other role. `reuse: ROLE` shares the whole model, `reuse: ROLE:PATH` one of its modules.
+    """
     return model if config.module_path is None else find_module(model, config.module_path, config.location)[1]
 
 
 def apply_weight_transforms(config: RoleConfig, model: nn.Module) -> nn.Module:
-    """Installs a role's weight transforms, which run in every forward; returns the model itself."""
+    """Adds a role's weight transforms (quantisation, pruning, ...) to its model and returns the same model.
+
+    The transforms run in every forward pass.
+    """
     for part in config.transforms:
         with _errors_located(part.location):
             build_part(WEIGHT_TRANSFORMS, part.type, part.params, part.location).apply(model)
@@ -47,13 +59,16 @@ def apply_weight_transforms(config: RoleConfig, model: nn.Module) -> nn.Module:
 
 
 def exported_state(config: RoleConfig, model: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights as the forward uses them, under the names of the plain model."""
+    """Returns a state dict of a role's weights after weight transforms, as the forward pass uses them.
+
+    The keys are the parameter names of the model without transforms.
+    """
     return effective_state_dict(model) if config.transforms else model.state_dict()
 
 
 @contextlib.contextmanager
 def _errors_located(location: Location) -> Iterator[None]:
-    """Turns a ValueError of a weight transform into a ConfigError with its location in the recipe."""
+    """Context manager: converts a ValueError to a ConfigError with a location in the recipe."""
     try:
         yield
     except ValueError as error:
@@ -72,14 +87,15 @@ def build_network(
     artifacts: Mapping[str, Tensor] | None = None,
     timer: SectionTimer | None = None,
 ) -> Network:
-    """Builds the whole stage on a device.
+    """Builds the network of a stage (all its roles and terms) on a device.
 
     Args:
-        models: existing models, by role; the others are built from the seed.
-        prepare: called with each role's config and model before hooks are registered: loads weights, folds BatchNorm,
-            changes memory formats.
-        artifacts: tensors of earlier stages, by `STAGE.NAME`.
-        timer: of the network's sections; None for no timing.
+        resolved: the stage with the order of its roles, its features and their shapes.
+        models: role -> existing model. The model of any other role is built from the seed.
+        prepare: function of a role's config and model that returns the model, called before hooks are registered. It
+            loads weights, folds BatchNorm, and changes memory formats.
+        artifacts: `STAGE.NAME` -> tensor artifact of an earlier stage.
+        timer: timer that receives the ends of the sections `student`, `teacher` and `terms`; None: no timing.
     """
     models = models or {}
     roles: dict[str, Role] = {}

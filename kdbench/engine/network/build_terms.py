@@ -23,7 +23,11 @@ ScheduledTensors = list[tuple[Tensor, Schedule]]
 
 
 def build_part(registry: Registry, name: str, params: Mapping[str, Any], location: Location, **injected: Any) -> Any:
-    """Builds a registered part; errors of its constructor are reported with its location in the recipe."""
+    """Builds a registered part: a term, an adapter, ...
+
+    Raises:
+        ConfigError: the constructor rejects the parameters. The message has the location in the recipe.
+    """
     try:
         return registry.build(name, params, location, **injected)
     except ConfigError as error:
@@ -33,13 +37,14 @@ def build_part(registry: Registry, name: str, params: Mapping[str, Any], locatio
 
 @dataclass(frozen=True)
 class TermBuilder:
-    """Builds the terms of a stage, sized by the shapes of their operands.
+    """Builds the terms of a stage. The shapes of a term's operands determine the sizes of its modules.
 
-    The `key` arguments name random streams: they determine initial weights of adapters, combiners and terms, so the
-    strings in them ("combiner", "adapter", "weigh", "route", ...) must not change.
+    The `key` arguments name random streams, which determine the initial weights of adapters, combiners and terms. So
+    the strings in these keys ("combiner", "adapter", "weigh", "route", ...) must not change.
 
     Attributes:
-        artifacts: tensors of earlier stages, by `STAGE.NAME`.
+        resolved: the stage with the order of its roles, its features and their shapes.
+        artifacts: `STAGE.NAME` -> tensor artifact of an earlier stage.
     """
 
     stage: StageConfig
@@ -51,7 +56,7 @@ class TermBuilder:
     # Shapes
 
     def operand_shape(self, operand: OperandConfig) -> Size:
-        """Returns the shape of one sample of an operand; of an operand without rows, the whole shape."""
+        """Returns the shape of one sample of an operand, or the full shape if the operand has no batch dimension."""
         if operand.kind == "combined":
             return self.operand_shape(operand.parts[0])
         if operand.kind == "field":
@@ -68,7 +73,7 @@ class TermBuilder:
         return shape if operand.kind == "artifact" or operand.is_state else Size((2, *shape))
 
     def _adapted_shape(self, operand: OperandConfig, adapter: nn.Module | None, target: OperandConfig | None) -> Size:
-        """Returns the batched shape of an operand after its adapter, which maps to the shape of the target."""
+        """Returns the batched shape of an operand after its adapter, which maps it to the shape of `target`."""
         if adapter is None:
             return self.batched_shape(operand)
         shape = getattr(adapter, "shape", None)
@@ -82,7 +87,10 @@ class TermBuilder:
     # Operands
 
     def reader(self, operand: OperandConfig, *key: str) -> OperandReader:
-        """Builds the reader of an operand that is compared with no other; its adapter, if any, keeps its shape."""
+        """Builds the reader of an operand that is not compared with another operand.
+
+        The adapter of such an operand keeps the operand's shape.
+        """
         adapter = self._adapter(operand, None, operand, *key) if operand.adapter is not None else None
         return self._reader(operand, adapter, *key)
 
@@ -104,10 +112,10 @@ class TermBuilder:
     def _adapter(
         self, operand: OperandConfig, default: str | None, target: OperandConfig, *key: str
     ) -> nn.Module | None:
-        """Builds the adapter that maps an operand to the shape of a target, or returns None.
+        """Builds the adapter that maps an operand to the shape of a target. Returns None if no adapter is needed.
 
         Args:
-            default: the adapter that the term's class declares.
+            default: name of the adapter that the term's class declares. It is used if the recipe names none.
         """
         part = operand.adapter or (PartConfig(type=default) if default else None)
         if part is None or part.type == "identity":
@@ -123,13 +131,13 @@ class TermBuilder:
     # Terms
 
     def build_term(self, config: TermConfig, outputs_read: frozenset[str]) -> TermGroup:
-        """Builds one entry of `terms`, with an instance and readers for each edge.
+        """Builds one entry of `terms`: an instance of the term's class with operand readers for each operand pair.
 
         Args:
-            outputs_read: the outputs that later terms read.
+            outputs_read: names of this term's outputs that later terms read.
 
         Raises:
-            ConfigError: operands that the term cannot compare, or parameters that it rejects.
+            ConfigError: the term cannot compare its operands, or rejects its parameters.
         """
         entry = TERMS.entry(config.type)
         mask = RowMask("label" in entry.inputs, config.mask)
@@ -148,7 +156,13 @@ class TermBuilder:
         return group.to(self.device)
 
     def _scheduled_value(self, value: Any, scheduled: ScheduledTensors) -> Any:
-        """Turns a schedule into a scalar tensor that the runner fills; returns any other value unchanged."""
+        """Replaces a schedule by a scalar tensor, which the runner fills in each step.
+
+        Any other value is returned unchanged.
+
+        Args:
+            scheduled: list to which the tensor and its schedule are appended.
+        """
         if not isinstance(value, PartConfig):
             return value
         schedule = build_schedule(value)
@@ -183,7 +197,7 @@ class TermBuilder:
     def _edge_adapters(
         self, config: TermConfig, entry: Entry, edge: EdgeConfig, number: int
     ) -> tuple[nn.Module | None, nn.Module | None]:
-        """Builds the adapters of the student and of the teacher operand."""
+        """Returns the adapters of an edge's student and teacher operand. An adapter that is not needed is None."""
         student_key, teacher_key = f"{number}.student", f"{number}.teacher"
         if edge.teacher is None:
             if edge.student.adapter is None:
@@ -203,7 +217,7 @@ class TermBuilder:
         source: str,
         shapes: Mapping[str, Size],
     ) -> Any:
-        """Builds the instance of one edge, and lets it check the shapes of its operands."""
+        """Builds the instance of a term's class for one pair of operands and checks the operands' shapes."""
         resolved = self.resolved
         facts = resolved.facts.get(edge.student.role, resolved.facts[self.stage.export]).injected
         facts["samples"] = resolved.samples.get(source, 0)
@@ -220,7 +234,7 @@ class TermBuilder:
     def _wired_part(
         self, part: PartWithOperands, registry: Registry, config: TermConfig, key: str, scheduled: ScheduledTensors
     ) -> WiredPart:
-        """Builds the sample weight or the router of a term."""
+        """Builds the sample weight or the router of a term, with the readers of its operands."""
         shapes = self._shapes(part.operands)
         shapes["student"] = tuple(self.operand_shape(config.edges[0].student))
         if config.edges[0].teacher is not None:

@@ -1,4 +1,4 @@
-"""Feature extraction: any input or output inside a model, by address, without editing the model."""
+"""Feature extraction: reads the input or output of any module of a model by hooks, without editing the model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ TRACES_RAISE = not torch.__version__.startswith("2.6.")
 
 
 class Feature(NamedTuple):
-    """The address of a feature inside one role: a module path, the number of the call (from 1), output or input.
+    """The address of a feature inside one role, such as `layer3`, `layer3@2` (second call) or `layer3/in` (input).
 
-    A named tuple, because it is a dictionary key in the compiled step: the compiler of torch 2.6 rejects dataclasses.
+    This class is a named tuple because features are dictionary keys in the compiled step, and the compiler of torch
+    2.6 rejects dataclasses as keys.
+
+    Attributes:
+        path: path of the module. `logits` is the model's output.
+        call: number of the module's call within one forward pass, from 1.
+        side: output or input of the module, or its BatchNorm statistics (`stats`) or weights (`weights`).
     """
 
     path: str = "logits"
@@ -36,10 +42,13 @@ class Feature(NamedTuple):
 
 
 def find_module(model: nn.Module, path: str, where: Location | str = "") -> tuple[str, nn.Module]:
-    """Returns the full path and the module that `path` names; negative indices count from the end (`blocks.-1`).
+    """Returns the full path of the module that `path` names, and the module.
+
+    Args:
+        path: module path, in which negative indices count from the end (`blocks.-1`).
 
     Raises:
-        ConfigError: no such module; the message names the nearest path.
+        ConfigError: the model has no such module. The message names the nearest path.
     """
     module, names = model, []
     for part in path.split("."):
@@ -56,7 +65,11 @@ def find_module(model: nn.Module, path: str, where: Location | str = "") -> tupl
 
 
 def model_output(output: Any, name: str = "logits") -> Tensor:
-    """Returns a tensor of a model's output: the output itself, its entry called `name`, or its first tensor."""
+    """Returns one tensor of a model's output.
+
+    The tensor is the output itself if it is a tensor, else the entry `name` of the output, else the output's first
+    tensor.
+    """
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -72,11 +85,11 @@ def model_output(output: Any, name: str = "logits") -> Tensor:
 
 
 def module_state(model: nn.Module, feature: Feature) -> Tensor:
-    """Reads a value of a module without running it.
+    """Returns the BatchNorm statistics or the weights of a module, without a forward pass.
 
     Returns:
-        `/stats`: running mean and variance of a BatchNorm, (2, channels). `/weights`: the parameters of the module, or
-        of the whole model where the address names no module, as one vector (parameters,).
+        For `/stats`: running mean and variance of a BatchNorm, (2, channels). For `/weights`: all parameters of the
+        module (of the whole model if the address names no module) as one vector (parameters,).
     """
     module = model if feature.is_output else find_module(model, feature.path)[1]
     if feature.side == "weights":
@@ -88,22 +101,24 @@ def module_state(model: nn.Module, feature: Feature) -> Tensor:
 
 
 class _LastFeature(Exception):
-    """Ends a forward once all features have been extracted."""
+    """Raised by a hook to end a forward pass once all features have been extracted."""
 
 
 class FeatureExtractor:
-    """Extracts features of each forward of one model, by hooks.
+    """Extracts features in each forward pass of one model, by hooks.
 
     Args:
-        model: hooks are registered on its modules; register before compiling (later hooks never run).
-        features: to extract.
-        overwritten: features that an in-place operation overwrites later in the forward; they are cloned.
-        stop: end the forward once the last feature is available. Has no effect where the output itself is a feature.
+        model: the model, on whose modules hooks are registered. It must not be compiled yet, because hooks of a
+            compiled model do not run.
+        features: the features to extract.
+        overwritten: features that a later in-place operation overwrites. They are cloned.
+        stop: whether the forward pass ends once the last feature is available. Has no effect if the model's
+            output is a feature.
 
     Attributes:
-        features: without duplicates, in order.
-        inner_features: all features but the model's output.
-        handles: of the hooks.
+        features: the features in their order, without duplicates.
+        inner_features: all features except the model's output.
+        handles: handles of the registered hooks.
     """
 
     def __init__(
@@ -153,11 +168,14 @@ class FeatureExtractor:
         return hook
 
     def _compiler_removes_rest(self) -> bool:
-        """Returns whether the compiler removes the unused rest of the forward; torch 2.6 cannot trace the exception."""
+        """Returns whether a hook need not raise `_LastFeature`, because the step is compiled by torch 2.6.
+
+        The compiler removes unused operations itself, and the compiler of torch 2.6 cannot trace the exception.
+        """
         return not TRACES_RAISE and torch.compiler.is_compiling() and not self.model.training
 
     def __call__(self, *inputs: Tensor) -> dict[Feature, Tensor]:
-        """Runs the model and returns the features."""
+        """Runs the model on the given inputs and returns feature -> tensor."""
         self.values = {}
         self.calls = {}
         self.active = True

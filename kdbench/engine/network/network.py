@@ -1,4 +1,4 @@
-"""All roles and terms of a stage as one module: a micro-batch in, one reduced loss per term out."""
+"""The network of a stage: one module with all roles and terms. It maps a micro-batch to one loss per term."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from kdbench.engine.timer import SectionTimer
 
 
 class RoleRun(NamedTuple):
-    """One role's forward within a step.
+    """One role's forward pass within a step.
 
-    inputs: (source, field) or (role, feature) of everything that the role sees.
+    Attributes:
+        name: name of the role.
+        with_gradient: whether autograd records the forward pass.
+        inputs: address of each input of the role, (source, field) or (role, feature).
     """
 
     name: str
@@ -32,7 +35,13 @@ class RoleRun(NamedTuple):
 
 
 class StateRead(NamedTuple):
-    """A value that is read of a role without running it: BatchNorm statistics, or weights as one vector."""
+    """The address of a value that is read without a forward pass: BatchNorm statistics or a vector of weights.
+
+    Attributes:
+        role: role whose statistics or weights are read.
+        feature: address of the module in the role.
+        with_gradient: whether gradients flow into the weights.
+    """
 
     role: str
     feature: Feature
@@ -40,9 +49,12 @@ class StateRead(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """Everything that a forward derives from its terms and roles, resolved once and reused in every step.
+    """The forward pass of some terms: which roles run and what is read. It is computed once and used in every step.
 
-    terms: in the order in which they are computed. runs: the roles that must run, in order. states: read afterwards.
+    Attributes:
+        terms: names of the terms, in the order in which they are computed.
+        runs: the roles that run, in order.
+        states: statistics and weights that are read after the roles have run.
     """
 
     terms: tuple[str, ...]
@@ -51,22 +63,26 @@ class Wiring(NamedTuple):
 
 
 class NamedModules(nn.ModuleDict):
-    """A ModuleDict that accepts any name; `nn.ModuleDict` rejects names of its own methods, such as `forward`."""
+    """A module dictionary that accepts any name.
+
+    `nn.ModuleDict` rejects the names of its own methods, such as `forward`.
+    """
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
 
 
 class Network(nn.Module):
-    """The roles and terms of a stage, connected.
+    """The roles (named networks) and loss terms of a stage, as one module.
 
     Args:
-        roles: in an order in which the inputs of each role are available when it runs.
-        terms: by name; terms of constant weight 0 were removed by the plan.
-        sources: role -> the source at the root of its input.
+        roles: name -> role, ordered so that a role comes after the roles whose outputs it reads.
+        terms: name -> term, without the terms whose weight is constantly 0.
+        sources: role -> name of the source from which its input comes.
         world: the process group.
-        observers: operands of selectors and artifact builders, by owner (`make.NAME`, `select.N`) and operand name.
-        timer: receives the ends of the sections `student`, `teacher` and `terms`.
+        observers: operand readers of artifact builders and selectors. The keys are the owner (`make.NAME` for an
+            artifact builder, `select.N` for a selector) and the operand name.
+        timer: timer that receives the ends of the sections `student`, `teacher` and `terms`; None: no timing.
     """
 
     def __init__(
@@ -103,11 +119,12 @@ class Network(nn.Module):
     # Resolved once
 
     def wiring(self, terms: Iterable[str], updated: Iterable[str]) -> Wiring:
-        """Resolves the forward of some terms.
+        """Determines which roles run, and with which inputs, to compute some terms.
 
         Args:
-            terms: in the order in which they are computed.
-            updated: the roles that the update trains. A role runs with gradient if it is one of them or downstream.
+            terms: names of the terms, in the order in which they are computed.
+            updated: names of the roles that the update trains. A role runs with gradient if it is one of these roles
+                or reads the output of such a role.
         """
         key = (tuple(terms), frozenset(updated))
         if key not in self._wirings:
@@ -145,7 +162,7 @@ class Network(nn.Module):
         return tuple(runs)
 
     def candidate_parameters(self, update: UpdateConfig | InnerStepConfig) -> dict[str, nn.Parameter]:
-        """Returns the parameters that an update could train, by name: of its roles, and of its terms."""
+        """Returns name -> parameter for all parameters of an update's roles and terms, trainable or not."""
         roles = updated_roles(update, self.configs)
         parameters = {f"{role}.{n}": p for role in roles for n, p in self.role(role).model.named_parameters()}
         return parameters | {f"terms.{t}.{n}": p for t in update.terms for n, p in self.term(t).named_parameters()}
@@ -153,12 +170,29 @@ class Network(nn.Module):
     # In every step
 
     def valid_counts(self, window: Sequence[MicroBatch], terms: Iterable[str]) -> dict[str, Count]:
-        """Returns the divisor of each term's sum over one effective batch."""
+        """Returns term -> number of valid entries in one effective batch (all micro-batches, all ranks).
+
+        The sum of a term's losses is divided by this number. Padded, unlabelled and masked entries are not valid.
+
+        Args:
+            window: list of the micro-batches of the effective batch.
+            terms: names of the terms.
+        """
         groups = {name: self.term(name) for name in terms}
         return {n: g.valid_count([batches[g.source] for batches in window], self.world) for n, g in groups.items()}
 
     def run_roles(self, batches: MicroBatch, runs: Iterable[RoleRun]) -> Values:
-        """Runs each role once, unless its features were precomputed; returns the captured features."""
+        """Runs each role once and returns all extracted features.
+
+        A role whose features were precomputed (arrived with the batch) does not run.
+
+        Args:
+            batches: source -> its batch.
+            runs: the forward passes, in order.
+
+        Returns:
+            (role, feature) -> tensor.
+        """
         values: Values = {}
         for name, with_gradient, inputs in runs:
             role = self.role(name)
@@ -177,7 +211,15 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def run_frozen(self, batches: MicroBatch, names: Iterable[str]) -> Values:
-        """Runs roles that no update trains and that see nothing trained; the batches hold the fields that they see."""
+        """Runs frozen roles, which depend on no trained parameter, and returns all extracted features.
+
+        Args:
+            batches: source -> its batch. The batches contain at least the fields that these roles read.
+            names: names of the frozen roles.
+
+        Returns:
+            (role, feature) -> tensor.
+        """
         return self.run_roles(batches, self._runs(upstream_closure(names, self.configs), set()))
 
     def _read_states(self, states: Iterable[StateRead], values: Values) -> None:
@@ -188,16 +230,18 @@ class Network(nn.Module):
     def forward(
         self, batches: MicroBatch, counts: Mapping[str, Count], wiring: Wiring, fraction: float
     ) -> tuple[Tensor, Tensor]:
-        """Computes the terms of one update.
+        """Computes the losses of one update on a micro-batch.
 
         Args:
-            batches: one micro-batch.
-            counts: of `valid_counts` for the effective batch that contains this micro-batch.
-            wiring: of `wiring` for the update's terms and roles.
-            fraction: this micro-batch's fraction of the effective batch, for terms that depend on no row.
+            batches: source -> its batch, together one micro-batch.
+            counts: the return value of `valid_counts` for the effective batch that contains this micro-batch.
+            wiring: the return value of `wiring` for the update's terms and roles.
+            fraction: this micro-batch's fraction of the effective batch, for terms whose loss does not depend on
+                the rows.
 
         Returns:
-            The weighted total (scalar), and one detached float32 vector (2 * terms,): losses, then weighted losses.
+            The weighted total loss (scalar), and a detached float32 vector (2 * terms,) with all losses, then all
+            weighted losses.
         """
         values = self.run_roles(batches, wiring.runs)
         self._read_states(wiring.states, values)
@@ -217,10 +261,14 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def observe(self, batches: MicroBatch, owner: str) -> dict[str, Tensor]:
-        """Reads the operands of a selector or an artifact builder, with every network in eval mode.
+        """Computes the operands of a selector or an artifact builder, with all networks in eval mode.
 
         Args:
-            owner: `make.NAME` or `select.N`.
+            batches: source -> its batch.
+            owner: name of the artifact builder (`make.NAME`) or of the selector (`select.N`).
+
+        Returns:
+            Operand name -> tensor.
         """
         readers, wiring = self.observers[owner], self._observer_wiring(owner)
         modes = [(module, module.training) for module in self.modules()]
@@ -252,16 +300,21 @@ def _read_input(address: tuple[str, str | Feature], batches: MicroBatch, values:
 
 
 def roles_for_operands(operands: Iterable[OperandConfig], configs: Mapping[str, RoleConfig]) -> set[str]:
-    """Returns the roles that must run before operands can be read: their own roles, and all upstream roles."""
+    """Returns the names of the roles that must run before some operands can be read.
+
+    These are the roles of the operands, and all roles whose outputs they read, directly or through other roles.
+    """
     leaves = (leaf for operand in operands for leaf in operand.feature_operands())
     return upstream_closure((leaf.role for leaf in leaves if not leaf.is_state), configs)
 
 
 class RoleChain(nn.Module):
-    """A role with its upstream roles, for the evaluation of a result that is a head on another network.
+    """A role together with all roles that it depends on, as one module that maps an image to the role's output.
+
+    The module is used to evaluate a role that reads another role's output, such as a head.
 
     Args:
-        network: of the stage.
+        network: the stage's network.
         name: the role whose output is evaluated.
     """
 
@@ -283,6 +336,10 @@ class RoleChain(nn.Module):
 
     @staticmethod
     def _inputs(config: RoleConfig, image: Tensor, values: Values) -> list[Tensor]:
-        """Extra inputs that are fields of a training source, such as masks, do not exist in evaluation."""
+        """Returns a role's inputs in evaluation.
+
+        Extra inputs that are fields of a training source, such as masks, are left out: they do not exist in
+        evaluation.
+        """
         inputs = [values[parse_role_input(config.input)] if ":" in config.input else image]
         return inputs + [values[parse_role_input(address)] for address in config.extra_inputs if ":" in address]

@@ -1,4 +1,4 @@
-"""Operands inside a step: one tensor, read by its address."""
+"""Readers of operands in a step. An operand is a tensor that a term reads, such as `teacher:layer3`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ Values: TypeAlias = dict[tuple[str, Any], Tensor]
 
 
 def operand_feature(operand: OperandConfig) -> Feature:
-    """Returns the feature of a role that an operand names."""
+    """Returns the feature (module path, call, side) in the address of an operand."""
     return Feature(operand.path, operand.call, operand.side)
 
 
 def term_key(name: str, output: str) -> tuple[str, str]:
-    """Returns the key of a term's output among the values; names of roles contain no colon."""
+    """Returns the key under which an output of a term is stored in the dictionary of a step's values.
+
+    The key contains a colon, so it differs from the name of every role.
+    """
     return f"term:{name}", output
 
 
 class OperandReader(nn.Module):
-    """Reads one operand: looks it up, combines its parts, and applies its adapter.
+    """Reads one operand in each step: looks up its tensor, or combines several tensors, and applies its adapter.
 
     Args:
-        operand: the address.
-        adapter: maps the operand to another shape.
-        combiner: of a combined operand.
-        parts: readers of the operands that the combiner combines.
-        operands: readers of the combiner's further operands, by name.
-        artifact: the tensor of an earlier stage, of an operand `artifact:STAGE.NAME`.
+        operand: the operand with its address.
+        adapter: module that maps the operand to another shape, or None.
+        combiner: module that computes the operand from several tensors, or None.
+        parts: readers of the tensors that the combiner combines.
+        operands: name -> reader, for further operands of the combiner.
+        artifact: tensor of an earlier stage, if the operand's address is `artifact:STAGE.NAME`.
 
     Attributes:
-        has_rows: whether the tensor has one row per sample.
+        has_rows: whether the operand's tensor has one row per sample.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class OperandReader(nn.Module):
         self.register_buffer("artifact", artifact, persistent=False)
 
     def forward(self, values: Values, batches: MicroBatch, detach: bool = False) -> Tensor:
-        """Reads the operand.
+        """Returns the operand's tensor in the current step.
 
         Args:
-            detach: no gradient flows into what is read; a combiner and an adapter still learn.
+            values: features and outputs of terms that this step has computed so far.
+            batches: source -> its batch.
+            detach: whether gradients stop at the tensor that is read. A combiner and an adapter after it are still
+                trained.
         """
         if self.combiner is not None:
             parts = [part(values, batches, detach) for part in self.parts]
@@ -86,11 +92,11 @@ class OperandReader(nn.Module):
 
 
 def operand_source(operand: OperandConfig, sources: Mapping[str, str], terms: Mapping[str, TermConfig]) -> str | None:
-    """Returns the source whose samples are an operand's rows; None for an operand without rows.
+    """Returns the name of the source whose samples are the rows of an operand, or None for an operand without rows.
 
     Args:
-        sources: role -> the source at the root of its input.
-        terms: of the stage.
+        sources: role -> name of the source from which its input comes.
+        terms: name -> config of the stage's terms.
     """
     if operand.kind == "field":
         return operand.role

@@ -1,4 +1,4 @@
-"""A stage with everything that shape inference adds: order of roles, features, shapes."""
+"""A resolved stage: a stage of a recipe with the results of shape inference (order of roles, features, shapes)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ Shapes = Mapping[tuple[str, Feature], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """Properties of the data that constructors of models receive.
+    """Number of classes and shapes of one sample, which are passed to the constructor of a role's model.
 
-    input: shape of one sample of the role's first input. image: shape of the images of the evaluation source.
+    Attributes:
+        classes: number of classes, or None if it is unknown.
+        input: shape of one sample of the role's first input.
+        image: shape of an image of the evaluation source.
     """
 
     classes: int | None
@@ -29,7 +32,7 @@ class SampleFacts:
 
     @property
     def injected(self) -> dict[str, Any]:
-        """The constructor arguments, by name."""
+        """Returns argument name -> value for the constructor of a model: `num_classes`, `in_channels`, ..."""
         facts: dict[str, Any] = {}
         if self.classes is not None:
             facts["num_classes"] = self.classes
@@ -45,13 +48,20 @@ class SampleFacts:
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """The results of shape inference on a stage, sufficient to build its network.
+    """The results of shape inference on a stage. They are sufficient to build the stage's network.
 
-    order: roles, each after its upstream roles. features: to extract in each role. terms: names of the terms, without
-    terms of constant weight 0. sources: role -> the source at the root of its input. facts: for the model of each
-    role. shapes: of one sample of each feature. overwritten: features that later operations overwrite in place.
-    fields: source -> field -> shape of one sample. samples: size of each source's whole split.
-    unmeasured: roles that do not output a value for each class of the evaluation source.
+    Attributes:
+        order: names of the roles. Each role comes after the roles whose outputs it reads.
+        features: role -> features to extract.
+        terms: names of the terms, without the terms whose weight is constantly 0.
+        sources: role -> name of the source from which its input comes.
+        facts: role -> constructor arguments of its model.
+        shapes: (role, feature) -> shape of one sample.
+        overwritten: role -> features that a later in-place operation overwrites.
+        fields: source -> field -> shape of one sample.
+        samples: source -> number of samples in its whole split.
+        unmeasured: roles that cannot be evaluated, because they do not output one value per class of the evaluation
+            source.
     """
 
     order: tuple[str, ...]
@@ -66,7 +76,7 @@ class ResolvedStage:
     unmeasured: frozenset[str] = frozenset()
 
     def step_sources(self, stage: StageConfig) -> tuple[str, ...]:
-        """Returns the sources that a step reads: inputs of roles, and fields that terms read."""
+        """Returns the names of the sources that a step reads, for inputs of roles and for fields that terms read."""
         addresses = (address for name in self.order for address in input_addresses(stage.roles[name]))
         operands = stage.read_operands(self.terms, include_artifacts=False)
         sources = list(self.sources.values())
@@ -76,7 +86,13 @@ class ResolvedStage:
 
 
 def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> PartConfig:
-    """Returns the model of a role; an average, a snapshot or a reused role has the model of its source role."""
+    """Returns the configuration of a role's model.
+
+    A moving average, a snapshot, or a role with `reuse` has the model of the role that it copies or reuses.
+
+    Raises:
+        ConfigError: neither the role nor the role that it copies or reuses has a model.
+    """
     visited = {config.name}
     while config.model is None:
         if config.source_role is None or config.source_role not in roles or config.source_role in visited:
@@ -87,7 +103,9 @@ def architecture(config: RoleConfig, roles: Mapping[str, RoleConfig]) -> PartCon
 
 
 def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
-    """Orders roles so that each comes after its upstream roles and after the role that it reuses.
+    """Returns the names of roles, each after the roles that it needs.
+
+    A role needs the roles whose outputs it reads, and the role that it reuses.
 
     Raises:
         ConfigError: the inputs form a cycle or name an unknown role.
@@ -105,7 +123,9 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
             required.append(source_role)
         for role in required:
             if role not in roles:
-                raise ConfigError(f"{roles[name].location}: role {name!r} needs {role!r}, which is no role")
+                raise ConfigError(
+                    f"{roles[name].location}: role {name!r} needs {role!r}, which is not a role of this stage"
+                )
             visit(role, (*path, name))
         order.append(name)
 
@@ -115,7 +135,7 @@ def role_order(roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
 
 
 def required_features(stage: StageConfig, terms: tuple[str, ...], order: tuple[str, ...]) -> dict[str, list[Feature]]:
-    """Returns the features to extract in each role: operands of terms, selectors, artifacts, and inputs of roles."""
+    """Returns role -> features to extract, that is, all features that terms, selectors, builders and roles read."""
     required: dict[str, list[Feature]] = {name: [] for name in order}
     for operand in stage.read_operands(terms):
         if operand.kind == "role" and not operand.is_state:

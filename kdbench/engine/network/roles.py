@@ -1,4 +1,4 @@
-"""Roles: named networks inside a step, with the features that are extracted from them."""
+"""Roles: the named networks of a stage (such as student and teacher), with their extracted features."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from kdbench.engine.network.features import Feature, FeatureExtractor, find_modu
 class Role(nn.Module):
     """A named network with its feature extractor.
 
-    A frozen role stays in eval mode whatever `train` is called with, so that its BatchNorm statistics never change and
-    its dropout is off.
+    A frozen role stays in eval mode even after `train()`, so that its BatchNorm statistics do not change and its
+    dropout is off.
 
     Args:
-        config: of the role.
-        model: the network.
-        features: to extract.
-        overwritten: features that a later operation overwrites in place; they are cloned.
-        root: the role that owns the network of a role with `reuse:`, and with it parameters and mode.
+        config: the role's configuration.
+        model: the role's network.
+        features: features to extract.
+        overwritten: features that a later in-place operation overwrites. They are cloned.
+        root: for a role with `reuse:`, the role that owns the shared network and determines its mode (train or eval);
+            None for any other role.
 
     Attributes:
-        trainable: whether an update may train it.
-        frozen_modules: of `freeze:`; their parameters do not train and their statistics stay.
+        trainable: whether an update may train the role.
+        frozen_modules: modules that `freeze:` names. Their parameters and BatchNorm statistics do not change.
     """
 
     def __init__(
@@ -61,17 +62,20 @@ class Role(nn.Module):
         return self
 
     def forward(self, *inputs: Tensor) -> dict[Feature, Tensor]:
-        """Runs the network, as far as its last feature, and returns the features."""
+        """Runs the network up to the last feature that is extracted. Returns feature -> tensor."""
         return self.extractor(*inputs)
 
 
 def input_addresses(config: RoleConfig) -> tuple[str, ...]:
-    """Returns the addresses of all inputs of a role."""
+    """Returns the addresses of all inputs of a role: `SOURCE.FIELD` or `ROLE:PATH`."""
     return (config.input, *config.extra_inputs)
 
 
 def upstream_role(config: RoleConfig) -> str | None:
-    """Returns the role whose output is the first input of a role; None if that input is a field of a source."""
+    """Returns the role whose output is the first input of the given role.
+
+    Returns None if the first input is a field of a source, such as the image.
+    """
     return config.input.split(":", 1)[0] if ":" in config.input else None
 
 
@@ -82,12 +86,15 @@ def parse_role_input(address: str) -> tuple[str, Feature]:
 
 
 def root_role(name: str, roles: Mapping[str, RoleConfig]) -> str:
-    """Returns the role that owns a role's network: the role itself, or the one that it reuses."""
+    """Returns the role that owns the network of the given role: the role itself, or the role that `reuse:` names."""
     while roles[name].mode == "reuse":
         name = roles[name].source_role or ""
     return name
 
 
 def updated_roles(update: UpdateConfig | InnerStepConfig, roles: Mapping[str, RoleConfig]) -> tuple[str, ...]:
-    """Returns the roles that own the parameters which an update trains."""
+    """Returns the names of the roles that own the parameters of an update.
+
+    For a role with `reuse:`, this is the role whose network it shares.
+    """
     return tuple(dict.fromkeys(root_role(name, roles) for name in update.models))

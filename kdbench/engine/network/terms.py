@@ -1,4 +1,5 @@
-"""One entry of `terms` inside a step: its edges, sample weights and router, and the reduction of its losses."""
+"""One entry of `terms` inside a step: its operand pairs, sample weights and router (weights of several teachers), and
+the reduction of its losses."""
 
 from __future__ import annotations
 
@@ -21,10 +22,14 @@ Count: TypeAlias = "int | Tensor"
 
 
 class Argument(NamedTuple):
-    """One argument of a part's forward, resolved at construction.
+    """One argument for the `forward` of a part (term, sample weight or router).
 
-    read: returns the value, or None where the batch has no such field (`forward` then uses its default).
-    has_rows: whether the value has one row per sample, so that it is gathered over ranks for a term that couples rows.
+    Attributes:
+        name: name of the parameter of `forward`.
+        read: function that returns the value, or None if the batch has no such field (`forward` then uses its
+            default).
+        has_rows: whether the value has one row per sample. Such a value is gathered over ranks for a term whose rows
+            depend on each other.
     """
 
     name: str
@@ -33,21 +38,34 @@ class Argument(NamedTuple):
 
 
 def operand_argument(name: str, reader: OperandReader, detach: bool = False) -> Argument:
-    """Resolves an argument that is an operand."""
+    """Returns an argument whose value is an operand.
+
+    Args:
+        name: name of the parameter of `forward`.
+        reader: reader of the operand.
+        detach: whether gradients stop at the operand.
+    """
     return Argument(name, lambda values, batches: reader(values, batches, detach), reader.has_rows)
 
 
 def field_argument(name: str, source: str) -> Argument:
-    """Resolves an argument that is a field of a source, if the batch has it."""
+    """Returns an argument whose value is a field of a source's batch.
+
+    Args:
+        name: name of the parameter of `forward` and of the field.
+        source: name of the source.
+    """
     return Argument(name, lambda values, batches: batches[source].fields.get(name))
 
 
 class RowMask:
-    """The valid rows or positions of a term's source: no padding, with a label where one is read, inside `mask:`.
+    """Computes which rows or positions of a term's source are valid.
+
+    An entry is valid if it is not padding, has a label (if the term reads labels), and is inside the term's `mask:`.
 
     Args:
         reads_label: whether the term reads labels.
-        field: the boolean field that the recipe names.
+        field: name of the boolean field in the term's `mask:`, or None.
     """
 
     def __init__(self, reads_label: bool, field: str | None) -> None:
@@ -56,7 +74,7 @@ class RowMask:
         self.field = field
 
     def __call__(self, batch: Batch) -> Tensor | None:
-        """Returns a boolean mask (rows,) or (rows, ...), or None if every entry is valid."""
+        """Returns a boolean mask (rows,) or (rows, ...), or None if all entries are valid."""
         masks = [batch.fields[name] for name in self.optional if name in batch.fields]
         if self.field is not None:
             masks.append(batch.fields[self.field])
@@ -67,16 +85,16 @@ class RowMask:
 
 
 class TermEdge(nn.Module):
-    """One pair of operands of a term, with an instance of the term's class.
+    """One edge of a term: a pair of a student operand and a teacher operand, with an instance of the term's class.
 
     Args:
-        config: the operands.
-        term: this edge's instance.
+        config: configuration of the two operands.
+        term: instance of the term's class for this edge.
         student, teacher: readers of the two operands.
-        operands: readers of the further operands, by name.
-        source: the source whose samples are the rows of the loss.
+        operands: name -> reader, for further operands.
+        source: name of the source whose samples are the rows of the loss.
         inputs: parameter names of the term's `forward`.
-        mask: valid rows of the source.
+        mask: function that computes the mask of the source's valid rows.
         teacher_grad: whether gradients reach the teacher operand.
     """
 
@@ -122,10 +140,13 @@ class TermEdge(nn.Module):
         return self.student.adapter
 
     def read(self, values: Values, batches: MicroBatch, world: World, gather: bool) -> dict[str, Tensor | None]:
-        """Reads the arguments of the term.
+        """Reads the values of the arguments of the term's `forward`.
 
         Args:
-            gather: collect the rows of all ranks, for a term that couples them.
+            gather: whether to gather the rows of all ranks, for a term whose rows depend on each other.
+
+        Returns:
+            Argument name -> value.
         """
         arguments: dict[str, Tensor | None] = {}
         for name, read, has_rows in self.arguments:
@@ -138,7 +159,10 @@ class TermEdge(nn.Module):
 
 
 class WiredPart(nn.Module):
-    """A router or a sample weight with readers of its own operands; it also reads those of its term."""
+    """A router or a sample weight of a term, with the readers of its operands.
+
+    The part can also read the operands of the term and the fields of the batch.
+    """
 
     def __init__(self, part: nn.Module, entry: Entry, operands: Mapping[str, OperandReader]) -> None:
         super().__init__()
@@ -147,11 +171,11 @@ class WiredPart(nn.Module):
         self.operands = nn.ModuleDict(operands)
 
     def forward(self, term_operands: Mapping[str, Any], batch: Batch, values: Values, batches: MicroBatch) -> Any:
-        """Computes the weights.
+        """Computes the weights of the router, or the sample weights.
 
         Args:
-            term_operands: operands of the term, by name.
-            batch: of the term's source.
+            term_operands: name -> operand of the term.
+            batch: batch of the term's source.
         """
         arguments: dict[str, Any] = {}
         for name in self.inputs:
@@ -165,12 +189,17 @@ class WiredPart(nn.Module):
 
 
 class ReductionContext(NamedTuple):
-    """The inputs of a reduction apart from the losses.
+    """The inputs of a reduction from one loss per row to a scalar, other than the losses.
 
-    batch: of the term's source, on this rank. mask: its valid rows. weight: of its rows, (rows,).
-    applies_weight: whether the stored field `weight` still has to be applied.
-    fraction: of the effective batch that this micro-batch is.
-    couples: whether the loss of a row depends on rows of other ranks.
+    Attributes:
+        batch: batch of the term's source on this rank.
+        mask: function that computes the mask of the valid rows of a batch.
+        weight: weights of the rows (rows,), or None.
+        applies_weight: whether the reduction has to multiply by the batch's field `weight`, because the term does
+            not.
+        valid_count: number of valid entries of the whole effective batch.
+        fraction: this micro-batch's fraction of the effective batch.
+        couples: whether the loss of a row depends on other rows, which are then gathered over all ranks.
     """
 
     batch: Batch
@@ -184,10 +213,10 @@ class ReductionContext(NamedTuple):
 
 
 def reduce_rows(loss: Tensor, context: ReductionContext) -> Tensor:
-    """Returns the weighted sum of the valid entries over the valid count of the whole effective batch.
+    """Returns the weighted sum of the valid losses, divided by the valid count of the whole effective batch.
 
     Args:
-        loss: (rows,) or (rows, ...), one loss a row or position.
+        loss: one loss per row (rows,) or per position (rows, ...).
     """
     world, mask = context.world, context.mask(context.batch)
     weights = [context.weight, context.batch.fields.get("weight") if context.applies_weight else None]
@@ -206,12 +235,12 @@ def reduce_rows(loss: Tensor, context: ReductionContext) -> Tensor:
 
 
 def reduce_batch(loss: Tensor, context: ReductionContext) -> Tensor:
-    """Returns this rank's fraction of a scalar loss that was computed on the rows of all ranks."""
+    """Returns this rank's part of a scalar loss that was computed on the rows of all ranks."""
     return loss / context.world.size if context.world.size > 1 else loss
 
 
 def reduce_model(loss: Tensor, context: ReductionContext) -> Tensor:
-    """Returns this micro-batch's fraction of a scalar loss that depends on no row."""
+    """Returns this micro-batch's part of a scalar loss that does not depend on the rows."""
     return loss * context.fraction
 
 
@@ -220,15 +249,15 @@ REDUCTIONS = {"row": reduce_rows, "batch": reduce_batch, "model": reduce_model}
 
 
 class TermGroup(nn.Module):
-    """One entry of `terms`: its edges, its weight, and the reduction of its losses.
+    """One entry of `terms`: its operand pairs, its weight, and the reduction of its losses to a scalar.
 
-    The weight and the scheduled parameters are scalar tensors that `set_scheduled` fills before a step; constants stay
-    numbers.
+    A scheduled weight or parameter is a scalar tensor, which `set_scheduled` fills before each step. A constant
+    weight or parameter is a number.
 
     Args:
-        mask: valid rows of the term's source.
-        scheduled: tensors with the schedules that they follow.
-        outputs_read: the outputs that later terms read: `loss`, `route`, or further outputs of the router.
+        mask: function that computes the mask of the valid rows of the term's source.
+        scheduled: pairs of a scalar tensor and its schedule.
+        outputs_read: names of outputs that later terms read: `loss`, `route`, or further outputs of the router.
     """
 
     def __init__(
@@ -259,12 +288,15 @@ class TermGroup(nn.Module):
         self.source: str = edges[0].source
 
     def set_scheduled(self, value_of: Callable[[Schedule], float]) -> None:
-        """Fills every scheduled tensor for the coming step."""
+        """Sets every scheduled tensor to its value at the next step."""
         for tensor, schedule in self.scheduled:
             tensor.fill_(value_of(schedule))
 
     def valid_count(self, window: Sequence[Batch], world: World) -> Count:
-        """Returns the number of valid entries of a whole effective batch: all micro-batches, all ranks."""
+        """Returns the number of valid entries in a whole effective batch.
+
+        The count is summed over micro-batches and over ranks. Padded, unlabelled and masked entries are not valid.
+        """
         masks = [self.mask(batch) for batch in window]
         if all(mask is None for mask in masks):
             return sum(batch.size for batch in window) * world.size
@@ -278,7 +310,16 @@ class TermGroup(nn.Module):
         return world.all_reduce_sum_(torch.stack(counts).sum()).clamp(min=1)
 
     def forward(self, values: Values, batches: MicroBatch, count: Count, fraction: float, world: World) -> Tensor:
-        """Returns the term's reduced, unweighted loss: this process's part of the whole batch's value."""
+        """Returns the term's unweighted loss on this micro-batch, a scalar.
+
+        The sum over all micro-batches and ranks is the loss of the effective batch.
+
+        Args:
+            values: the features that this step has computed.
+            batches: source -> its batch.
+            count: the return value of `valid_count` for the effective batch.
+            fraction: this micro-batch's fraction of the effective batch.
+        """
         if self.plain:
             gather = self.couples and world.size > 1
             losses = []
@@ -302,7 +343,7 @@ class TermGroup(nn.Module):
     def _weighted_losses(
         self, values: Values, batches: MicroBatch, count: Count, fraction: float, world: World
     ) -> list[Tensor]:
-        """Computes the losses of a term with sample weights, a router, or outputs that later terms read."""
+        """Computes one loss per edge, for a term with sample weights, a router, or outputs that later terms read."""
         edges: list[TermEdge] = list(self.edges)  # type: ignore[arg-type]
         # Sample weights are those of this rank's rows; the reduction gathers them together with the rows.
         operands = [edge.read(values, batches, world, gather=False) for edge in edges]
@@ -334,7 +375,7 @@ class TermGroup(nn.Module):
         batches: MicroBatch,
         world: World,
     ) -> list[Tensor]:
-        """Computes the unreduced losses, and publishes them for routers and later terms."""
+        """Computes the unreduced losses of all edges, and stores them in `values` for routers and later terms."""
         arguments = operands
         if self.couples and world.size > 1:
             arguments = [edge.read(values, batches, world, gather=True) for edge in edges]
@@ -350,7 +391,10 @@ class TermGroup(nn.Module):
         values: Values,
         batches: MicroBatch,
     ) -> list[Tensor | None]:
-        """Returns one weight per sample for each edge, (rows,): the router's, times the sample weight."""
+        """Returns one weight per sample (rows,) for each edge: the router's weight times the sample weight.
+
+        The weight of an edge is None if the term has neither a router nor sample weights.
+        """
         weights: list[Tensor | None] = [None] * len(edges)
         rows = batches[self.source].size
         if self.route is not None:
@@ -376,16 +420,16 @@ class TermGroup(nn.Module):
 
 
 def _check_weight_shape(part: str, weight: Tensor, *expected: int) -> None:
-    """Raises ValueError for weights that would broadcast over the loss in an unintended way."""
+    """Raises ValueError if weights do not have the expected shape, because they would broadcast over the loss."""
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"the {part} returned weights of shape {list(weight.shape)}, expected {list(expected)}: one for each "
-            "sample; it may not support operands of this shape"
+            f"the {part} returned weights of shape {list(weight.shape)} instead of {list(expected)}, that is, one for "
+            f"each sample. The {part} may not support operands of this shape"
         )
 
 
 def _per_sample(loss: Tensor) -> Tensor:
-    """Returns one number per sample (rows,): the mean over positions."""
+    """Returns the mean loss over the positions of each sample, (rows,)."""
     return loss if loss.dim() == 1 else loss.flatten(1).mean(1)
 
 

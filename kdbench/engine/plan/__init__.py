@@ -1,1 +1,4 @@
-"""Checks before training: shape inference on the meta device, a dry run of one step, requirements on the data."""
+"""Planning of a stage before training: shape inference, a dry run of one step, and requirements on the data.
+
+Shape inference and the dry run use meta tensors, which have shapes but no memory.
+"""

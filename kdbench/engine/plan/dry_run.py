@@ -1,6 +1,6 @@
-"""Dry run of one training step on meta tensors: finds the parameters that each update reaches.
+"""Dry run of one training step on meta tensors: finds the parameters that each update trains.
 
-Raises what the first real step would raise, before any data is read.
+The dry run finds errors that the first training step would raise, before any data is read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ AnyUpdate = TypeVar("AnyUpdate", UpdateConfig, InnerStepConfig)
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """One update of a step, with the parameters that it reaches.
+    """One update of a step, with the parameters that its backward pass reaches.
 
     Attributes:
-        config: models and terms; of the recipe, or the default update.
-        parameters: names of the parameters that get a gradient, the terms' own parameters included.
-        unreached_parameters: names of the trainable parameters of its models that get none.
-        inner_parameters: names of the parameters that its inner step trains.
+        config: the update's models and terms. They come from the recipe's `updates:`, or from the default update.
+        parameters: names of the parameters that receive a gradient, including parameters of terms and adapters.
+        unreached_parameters: names of the update's trainable parameters that receive no gradient.
+        inner_parameters: names of the parameters that the update's inner step trains.
     """
 
     config: UpdateConfig
@@ -46,9 +46,10 @@ class UpdatePlan:
 
 
 def resolve_updates(stage: StageConfig, terms: Collection[str]) -> tuple[UpdateConfig, ...]:
-    """Returns the stage's updates, restricted to the given terms.
+    """Returns the stage's updates, in which only the given terms remain.
 
-    A stage without `updates` has one update of all trainable roles by all terms. Updates without a term are left out.
+    A stage without `updates` has one default update, in which all terms train all trainable roles. An update without
+    terms is left out.
     """
     if stage.updates:
         updates = [_with_terms(update, terms) for update in stage.updates]
@@ -66,20 +67,20 @@ def _with_terms(update: AnyUpdate, terms: Collection[str]) -> AnyUpdate:
 
 
 def _all_steps(stage: StageConfig, terms: Collection[str]) -> Iterator[UpdateConfig | InnerStepConfig]:
-    """Yields the stage's updates, each after its inner step."""
+    """Yields the updates of a stage and their inner steps. An inner step comes before its update."""
     for update in resolve_updates(stage, terms):
         yield from (update,) if update.inner_step is None else (update.inner_step, update)
 
 
 class _SavedTensors:
-    """Sums the bytes that autograd saves for the backward; parameters and buffers do not count."""
+    """Sums the bytes of the tensors that autograd saves for the backward pass, except parameters and buffers."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network_storages = {_storage_id(tensor) for tensor in (*network.parameters(), *network.buffers())}
         self._bytes_by_storage: dict[int, int] = {}  # operations that save the same tensor save it once
 
     def record(self) -> AbstractContextManager[object]:
-        """Starts again at zero; records inside the block."""
+        """Context manager: resets the sum to 0 and counts the tensors that autograd saves inside the block."""
         self._bytes_by_storage.clear()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -104,10 +105,10 @@ def dry_run_step(
     specs: Mapping[str, SourceSpec],
     device: torch.device,
 ) -> tuple[tuple[UpdatePlan, ...], int]:
-    """Runs forward and backward of one step, without an optimizer step.
+    """Runs the forward and the backward pass of one training step on meta tensors, without an optimizer step.
 
     Returns:
-        The plan of each update, and the bytes that the largest forward saves for its backward, at `DRY_RUN_ROWS` rows.
+        The plan of each update, and the bytes that autograd saves in the largest forward pass of `DRY_RUN_ROWS` rows.
 
     Raises:
         ConfigError: a model or a term fails, or an update has nothing to train.
@@ -140,7 +141,7 @@ def dry_run_step(
     return tuple(plans), largest
 
 
-_ADAPTER_ONLY = "only an adapter on a detached operand would train, and the model would learn nothing"
+_ADAPTER_ONLY = "only an adapter after a detached operand would be trained, and no model"
 
 
 def _is_adapter_parameter(name: str) -> bool:
@@ -150,7 +151,11 @@ def _is_adapter_parameter(name: str) -> bool:
 def _backward(
     total: Tensor, candidates: Mapping[str, nn.Parameter], update: UpdateConfig, location: Location
 ) -> tuple[str, ...]:
-    """Runs the backward of an update; returns the names of the parameters with a gradient."""
+    """Runs the backward pass of an update and returns the names of all parameters that received a gradient.
+
+    Raises:
+        ConfigError: no parameter of the update's models received a gradient.
+    """
     models, terms = ", ".join(update.models) or "any model", ", ".join(update.terms)
     if not total.requires_grad:
         raise ConfigError(
@@ -166,9 +171,9 @@ def _backward(
 def _check_every_model_reached(
     stage: StageConfig, update: UpdateConfig, reached: Collection[str], location: Location
 ) -> None:
-    """Checks that an update of the recipe reaches every role in its `models`.
+    """Raises a ConfigError if an update lists a model in `models` that receives no gradient from its terms.
 
-    The default update of a stage without `updates` may leave some trainable roles unreached.
+    In a stage without `updates`, the default update may leave some trainable models without gradient.
     """
     reached_roles = {name.split(".", 1)[0] for name in reached}
     roles = updated_roles(update, stage.roles)
@@ -187,7 +192,7 @@ def _check_term_trains_model(
     update: UpdateConfig,
     candidates: Mapping[str, nn.Parameter],
 ) -> None:
-    """Checks that a term with an adapter trains more than the adapter: the other terms of the update would hide it."""
+    """Raises a ConfigError if a term with an adapter trains only the adapter and no model."""
     names = {name for name in candidates if name.startswith(f"terms.{config.name}.")}
     if not any(map(_is_adapter_parameter, names)) or _reads_other_terms(config):
         return
@@ -209,10 +214,10 @@ def _checked_forward(
     update: UpdateConfig | InnerStepConfig,
     batch_note: str = "",
 ) -> Tensor:
-    """Computes the total of an update; a failure names the models, or the term that fails.
+    """Computes the total loss of an update. A failure becomes a ConfigError that names the failing model or term.
 
     Args:
-        batch_note: added to the messages: what is special about these batches.
+        batch_note: text for error messages, which describes what is unusual about the batches.
     """
     counts = dict.fromkeys(update.terms, 1)
     note = f": {batch_note}" if batch_note else ""
@@ -239,10 +244,10 @@ def check_unequal_batches(
 ) -> None:
     """Checks that no term or model combines sources whose batches differ in size.
 
-    Runs the forward with a number of rows of its own for each group of sources whose batches are always equal.
+    The forward pass runs on batches in which sources of unequal batch size have unequal numbers of rows.
 
     Raises:
-        ConfigError: a model or a term fails on them; the message lists the batch sizes.
+        ConfigError: a model or a term fails on batches of unequal size. The message lists the batch sizes.
     """
     sources = resolved_stage.step_sources(stage)
     rows: dict[str, int] = {}
@@ -266,10 +271,10 @@ def check_last_batch(
 ) -> None:
     """Checks that BatchNorm accepts the last batch of an epoch, which may have one row on a rank.
 
-    Without the check such a run would fail at the end of its first epoch.
+    Without this check, training would fail at the end of the first epoch.
 
     Raises:
-        ConfigError: a batch of one row occurs, and a model cannot normalise it.
+        ConfigError: the last batch has one row, and a model's BatchNorm cannot normalise one row.
     """
     sources = resolved_stage.step_sources(stage)
     statistics_per_batch = 1 if stage.sync_batchnorm else world_size

@@ -1,4 +1,4 @@
-"""Tensors on the meta device: shapes without memory. Batches for the dry run, and its errors."""
+"""Meta tensors, which have shapes but no memory: batches for the dry run of a step, and errors of the dry run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRY_RUN_ROWS = 2
 
 
 def meta_field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> Tensor:
-    """Returns a field of a source with the right shape and dtype, filled with zeros."""
+    """Returns a zero tensor with the shape and dtype of a field (such as `image`) in a batch of a source."""
     shape, dtype = spec.fields[name]
     return torch.zeros((rows, *shape), dtype=getattr(torch, dtype), device=device)
 
@@ -28,12 +28,12 @@ def meta_field(spec: SourceSpec, name: str, rows: int, device: torch.device) -> 
 def meta_batch(
     specs: Mapping[str, SourceSpec], rows: Mapping[str, int], device: torch.device = META
 ) -> dict[str, Batch]:
-    """Returns a micro-batch with the right shapes and dtypes, filled with zeros.
+    """Returns a micro-batch of zero tensors with the shapes and dtypes of the sources' fields.
 
     Args:
-        specs: source -> its fields.
-        rows: source -> number of rows; sources that are not in it are left out.
-        device: `meta`, or the CPU for models that cannot be built on meta.
+        specs: source -> specification of its fields.
+        rows: source -> number of rows. Sources that are not in `rows` are left out of the micro-batch.
+        device: `meta`, or the CPU for models that cannot be built on the meta device.
     """
     return {
         source: Batch({name: meta_field(spec, name, rows[source], device) for name in spec.fields})
@@ -44,13 +44,13 @@ def meta_batch(
 
 @contextmanager
 def failures_as_config_errors(context: str) -> Iterator[None]:
-    """Converts the failure of a model or a term on the dry run's shapes to an error of the recipe.
+    """Context manager: converts an exception of a model or a term in the dry run to a ConfigError.
 
     Args:
-        context: prefix of the message: location, and the part that fails.
+        context: prefix of the message, with the location in the recipe and the failing model or term.
 
     Raises:
-        ConfigError: instead of the RuntimeError, ValueError, TypeError, IndexError or KeyError that the block raised.
+        ConfigError: the block raised a RuntimeError, ValueError, TypeError, IndexError or KeyError.
     """
     try:
         yield

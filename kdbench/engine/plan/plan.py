@@ -1,8 +1,8 @@
-"""Plan of a stage before training: shapes, parameters, costs, and the parameters that each update reaches.
+"""The plan of a stage, made before training: shapes, costs, and the parameters that each update trains.
 
-Nothing is computed: the plan runs the stage on the meta device, where tensors have shapes but no memory. One forward
-gives the shapes of features and with them the sizes of adapters; one backward finds the parameters that the terms
-reach. Whatever would fail in the first step is reported here, before data is read.
+The stage runs on the meta device, where tensors have shapes but no memory. One forward pass gives the shapes of
+features, which determine the sizes of adapters. One backward pass finds the parameters that the terms reach. So an
+error of the first training step is found before any data is read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class RolePlan:
     """Shapes and costs of one role.
 
     Attributes:
-        config: of the recipe.
-        model: registered name of the model, or `as ROLE` for a role without a model of its own.
-        parameters, trainable_parameters: numbers of elements.
-        flops: of one sample's forward as a step runs it, up to the last feature that is read; a multiply-add is two.
-        full_forward_flops: of one sample's full forward, as in evaluation.
+        model: registered name of the model, or `as ROLE` for a role that copies or reuses another role's model.
+        parameters, trainable_parameters: number of elements of all parameters, and of the trainable parameters.
+        flops: FLOPs per sample of the forward pass in a step, which ends at the last feature that is read. A
+            multiply-add counts as two.
+        full_forward_flops: FLOPs per sample of the full forward pass, as in evaluation.
         features: feature -> shape of one sample.
-        stop_module: path of the last module that a step runs; None if it runs all of them.
-        overwritten_features: features that a later operation overwrites in place, so that the extractor clones them.
+        stop_module: path of the last module that a step runs; None if a step runs all modules.
+        overwritten_features: features that a later in-place operation overwrites. The feature extractor clones them.
     """
 
     config: RoleConfig
@@ -59,19 +59,19 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage whose shapes and updates are known.
+    """The plan of a stage: its shapes, updates and costs.
 
     Attributes:
-        stage: of the recipe.
-        resolved_stage: order of the roles, features, shapes; the network is built from it.
-        specs: source -> its fields and sizes.
-        roles: role -> its plan, in the order in which a step runs them.
-        updates: in the order of a step.
+        stage: the stage's configuration.
+        resolved_stage: order of the roles, features and shapes, from which the network is built.
+        specs: source -> specification of its fields and sizes.
+        roles: role -> plan of the role, in the order in which a step runs the roles.
+        updates: plans of the updates, in the order of a step.
         adapters: term -> descriptions of its adapters.
-        term_parameters: term -> number of its own parameters, adapters included.
-        memory_bytes: estimate for one step: weights, gradients, momentum, saved activations.
+        term_parameters: term -> number of the term's own parameters, adapters included.
+        memory_bytes: estimated memory of one step for weights, gradients, momentum and saved activations.
         notes: sentences for the user.
-        sharded_roles: roles whose weights are sharded when there are several processes.
+        sharded_roles: roles whose weights are sharded if there are several processes.
     """
 
     stage: StageConfig
@@ -87,7 +87,7 @@ class StagePlan:
 
     @property
     def train_source(self) -> str:
-        """The source whose length is an epoch: the one at the root of the exported role's input."""
+        """The name of the source from which the exported role's input comes. Its length defines an epoch."""
         return self.resolved_stage.sources[self.stage.export]
 
     def input_shape(self, role: str) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class StagePlan:
         return self.input_shapes(role)[0]
 
     def input_shapes(self, role: str) -> tuple[tuple[int, ...], ...]:
-        """Returns the shape of one sample of each of a role's inputs."""
+        """Returns one shape for each input of a role: the shape of one sample."""
         return tuple(self._shape(address) for address in input_addresses(self.stage.roles[role]))
 
     def _shape(self, address: str) -> tuple[int, ...]:
@@ -116,14 +116,14 @@ def plan_stage(
     """Plans one stage: checks its requirements, infers shapes, and runs a step on the meta device.
 
     Args:
-        stage: of the recipe.
-        specs: source -> its fields, classes and sizes.
-        recipe: supplies the seed and the settings that stages share.
+        stage: the stage's configuration.
+        specs: source -> specification of its fields, classes and sizes.
+        recipe: the recipe, which has the seed and the settings that stages share.
         world_size: number of processes that share a batch.
-        artifacts: `STAGE.NAME` -> tensor artifact of an earlier stage, or a tensor of its shape.
+        artifacts: `STAGE.NAME` -> tensor artifact of an earlier stage, or a placeholder tensor of the same shape.
 
     Raises:
-        ConfigError: whatever the first step would have failed at.
+        ConfigError: the stage has a mistake that would make its first step fail.
     """
     resolved_stage = _resolve_without_shapes(stage, specs)
     terms = resolved_stage.terms
@@ -176,7 +176,11 @@ def _resolve_without_shapes(stage: StageConfig, specs: Mapping[str, SourceSpec])
 
 
 def _root_source(name: str, stage: StageConfig, specs: Mapping[str, SourceSpec]) -> str:
-    """Returns the source at the root of a role's first input; checks the fields of the role's own inputs."""
+    """Returns the name of the source from which a role's first input comes, directly or through other roles.
+
+    Raises:
+        ConfigError: the role reads a field that its source does not have.
+    """
     config = stage.roles[name]
     for address in input_addresses(config):
         if ":" not in address:
@@ -194,7 +198,7 @@ def _check_field(address: str, specs: Mapping[str, SourceSpec], config: RoleConf
 
 
 def _check_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
-    """Checks that no term couples the rows of a batch while `accumulate` splits it into micro-batches."""
+    """Raises a ConfigError if a term compares rows of a batch with each other while `accumulate` splits the batch."""
     if stage.accumulate == 1:
         return
     for name in terms:
@@ -208,7 +212,7 @@ def _check_accumulation(stage: StageConfig, terms: tuple[str, ...]) -> None:
 
 
 def _check_selection(stage: StageConfig, world_size: int) -> None:
-    """Checks that no selector runs on a part of the batch: it ranks all rows."""
+    """Raises a ConfigError if a selector would not receive the whole batch. A selector ranks all rows of a batch."""
     for update in stage.updates:
         if update.select is not None and (stage.accumulate > 1 or world_size > 1):
             cause = f"accumulate: {stage.accumulate}" if stage.accumulate > 1 else f"{world_size} processes"
@@ -237,7 +241,7 @@ def _plan_role(config: RoleConfig, resolved_stage: ResolvedStage, inference: Sha
 
 
 def _last_called(calls: list[ModuleCall], features: list[Feature]) -> str | None:
-    """Returns the path of the feature's module that the forward calls last."""
+    """Returns the path of the module that the forward pass calls last, among the modules of the given features."""
     paths = {feature.path for feature in features}
     return next((call.path for call in reversed(calls) if call.path in paths), None)
 
@@ -252,7 +256,10 @@ def _describe_adapters(network: Network, term: str) -> tuple[str, ...]:
 
 
 def _estimate_memory(network: Network, activations: int) -> int:
-    """Returns bytes: float32 weights and buffers, gradient and momentum of trainable parameters, and activations."""
+    """Returns the estimated bytes of a training step.
+
+    The sum contains float32 weights and buffers, gradients and momentum of trainable parameters, and activations.
+    """
     weights = sum(p.numel() * 4 for p in network.parameters()) + sum(b.numel() * 4 for b in network.buffers())
     optimizer = sum(p.numel() * 8 for p in network.parameters() if p.requires_grad)
     return weights + optimizer + activations

@@ -1,4 +1,4 @@
-"""Requirements of roles, terms and their parts on the sources: fields, labels, number of samples, equal batch sizes."""
+"""Requirements of a stage on its sources: fields, labels, number of samples, equal batch sizes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def check_requirements(
     Args:
         stage: the stage.
         terms: names of the terms whose weight is not constantly 0.
-        sources: role -> the source at the root of its input.
-        specs: source -> its fields and sizes.
+        sources: role -> name of the source from which its input comes, directly or through other roles.
+        specs: source -> specification of its fields and sizes.
         world_size: number of processes that share a batch.
 
     Raises:
-        ConfigError: a field, a label, samples or rows are missing; the message has the location that needs them.
+        ConfigError: a field, labels, samples or rows are missing. The message has the location in the recipe that
+            requires them.
     """
     for name in terms:
         _check_term(stage.terms[name], sources, specs, stage, world_size)
@@ -39,9 +40,10 @@ def check_requirements(
 
 
 def batch_sizes(stage: StageConfig, source: str, specs: Specs, world_size: int) -> tuple[int, ...]:
-    """Returns the distinct numbers of rows that a process's batches of a source have.
+    """Returns the distinct batch sizes of a source in one process.
 
-    The first is the batch size; others are the last batch of an epoch, or the first with `overlap`.
+    The first entry is the batch size of the recipe. A second entry is the size of a smaller last batch of an epoch
+    (or, with `overlap`, of a smaller first batch).
     """
     config, spec = stage.data[source], specs[source]
     size, sizes = config.batch_size, [config.batch_size]
@@ -59,7 +61,7 @@ def equal_batch_sizes(stage: StageConfig, first: str, second: str, specs: Specs,
 
 
 def batch_sizes_text(stage: StageConfig, sources: Sequence[str], specs: Specs, world_size: int) -> str:
-    """Returns a text such as `train: 16, then 2; noise: 16`."""
+    """Returns the batch sizes of sources as text, such as `train: 16, then 2; noise: 16`."""
     sizes_by_source = ((source, batch_sizes(stage, source, specs, world_size)) for source in sources)
     return "; ".join(f"{source}: {', then '.join(map(str, sizes))}" for source, sizes in sizes_by_source)
 
@@ -67,7 +69,7 @@ def batch_sizes_text(stage: StageConfig, sources: Sequence[str], specs: Specs, w
 def _check_term(
     config: TermConfig, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
 ) -> None:
-    """Checks the fields that a term, its sample weight and its router read, its mask, and its rows."""
+    """Checks the requirements of a term: its fields, mask and rows, and the fields of its sample weight and router."""
     entry = TERMS.entry(config.type)
     title = f"term {config.name!r} ({config.type})"
     for operand in config.read_operands():
@@ -92,8 +94,8 @@ def _check_term(
         teacher_source = operand_source(edge.teacher, sources, stage.terms)
         if teacher_source is not None and teacher_source != source:
             raise ConfigError(
-                f"{config.location}: {title} compares row by row, but {edge.student} sees source {source!r} and "
-                f"{edge.teacher} sees source {teacher_source!r}"
+                f"{config.location}: {title} compares row by row, but the rows of {edge.student} come from source "
+                f"{source!r} and those of {edge.teacher} from source {teacher_source!r}"
             )
 
 
@@ -105,16 +107,17 @@ def _check_mask(config: TermConfig, title: str, source: str, specs: Specs) -> No
     fields = specs[source].fields
     if config.mask is not None and fields.get(config.mask, ((), ""))[1] != "bool":
         masks = [name for name, (_, dtype) in fields.items() if dtype == "bool"]
-        hint = suggest(config.mask, masks) if masks else " It has no boolean field."
+        hint = suggest(config.mask, masks) if masks else " The source has no boolean field."
         raise ConfigError(f"{config.location}: {title}: source {source!r} has no mask {config.mask!r}.{hint}")
 
 
 def _check_padding(
     config: TermConfig, source: str, sources: Mapping[str, str], specs: Specs, stage: StageConfig, world_size: int
 ) -> None:
-    """Checks a term that couples rows, under several processes, which pad the last batch of an epoch.
+    """Raises a ConfigError if a term compares its rows with padded rows of another source.
 
-    The term excludes the padding of its own source; padded rows of any other source would count.
+    With several processes, a smaller last batch of an epoch is padded. The term excludes padded rows of its own
+    source, but padded rows of another source would change its loss.
     """
     for operand in config.read_operands():
         name = operand_source(operand, sources, stage.terms)
@@ -128,16 +131,19 @@ def _check_padding(
 
 
 def _check_inputs(entry: Entry, operands: Collection[str], source: str, specs: Specs, title: str) -> None:
-    """Raises for the first required input of a part that is neither an operand nor a field of the source."""
+    """Raises a ConfigError if a part (term, router, ...) requires an input that is not available.
+
+    An input is available if it is an operand or a field of the source.
+    """
     fields = specs[source].fields
     for name in entry.inputs:
         if name not in operands and name not in entry.optional_inputs and name not in fields:
-            hint = " It has no labels." if name == "label" else ""
-            raise ConfigError(f"{title} reads {name!r}; {_no_field(source, name, specs)}.{hint}")
+            hint = " The source has no labels." if name == "label" else ""
+            raise ConfigError(f"{title} reads {name!r}, but {_no_field(source, name, specs)}.{hint}")
 
 
 def _check_selectors(stage: StageConfig, sources: Mapping[str, str], specs: Specs) -> None:
-    """Checks the fields that selectors read, and that `keep` is at most the batch size."""
+    """Checks that the fields that selectors read exist, and that `keep` is at most the batch size."""
     for update in stage.updates:
         part = update.select
         if part is None or update.keep is None:
@@ -156,7 +162,7 @@ def _check_selectors(stage: StageConfig, sources: Mapping[str, str], specs: Spec
 
 
 def check_artifact(artifact: ArtifactConfig, specs: Specs) -> None:
-    """Checks that the source of an artifact has the labels and fields that its builder and its selector read."""
+    """Checks that an artifact's source has the labels and fields that the artifact's builder and selector read."""
     entry, source = ARTIFACTS.entry(artifact.part.type), artifact.source or "train"
     if entry.facts.get("labels"):
         _check_labels(source, specs, f"{artifact.location}: {artifact.part.type} reads the labels")
@@ -176,11 +182,11 @@ def _check_selector(
 def _check_labels(source: str, specs: Specs, title: str) -> None:
     names = sorted(specs[source].fields)
     if "label" not in names:
-        raise ConfigError(f"{title} of source {source!r}, which has none. Its fields: {', '.join(names)}")
+        raise ConfigError(f"{title} of source {source!r}, which has none. The fields of the source: {', '.join(names)}")
 
 
 def _check_sizes(stage: StageConfig, specs: Specs, world_size: int) -> None:
-    """Checks that a source has at least as many samples as `label_fraction` and `batch_size` ask for."""
+    """Checks that every source has at least as many samples as its `label_fraction` and `batch_size` require."""
     for name, config in stage.data.items():
         samples = specs[name].samples
         if isinstance(config.label_fraction, float | int):
@@ -203,7 +209,7 @@ def _check_sizes(stage: StageConfig, specs: Specs, world_size: int) -> None:
 
 
 def _check_role_sources(config: RoleConfig, stage: StageConfig, specs: Specs, world_size: int) -> None:
-    """Checks that all sources of a role's inputs have batches of equal size at every step."""
+    """Checks that the batches of all sources that a role reads have equal sizes at every step."""
     sources, pending = set(), [config]
     while pending:
         for address in input_addresses(pending.pop()):

@@ -1,6 +1,6 @@
 """Shape inference: builds and runs each role of a stage on meta tensors.
 
-Finds the shapes of features, FLOPs, and features that a later operation overwrites in place.
+The results are the shapes of features, FLOPs, and the features that a later operation overwrites in place.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from kdbench.errors import ConfigError, DataError, Location
 def infer_shapes(
     stage: StageConfig, resolved_stage: ResolvedStage, specs: Mapping[str, SourceSpec], seed: int
 ) -> ShapeInference:
-    """Builds all models of a stage on meta and runs each once in eval mode.
+    """Infers all shapes of a stage: builds its models on the meta device and runs each model in eval mode.
 
-    If one model cannot be built on meta, all of them are built on the CPU.
+    If a model cannot be built on the meta device, all models are built on the CPU instead.
 
     Raises:
-        ConfigError: a model cannot be built, rejects the shape of its input, or has no module of a given path.
+        ConfigError: a model cannot be built, rejects the shape of its input, or does not have the module that a
+            feature names.
     """
     for device in (META, torch.device("cpu")):
         inference = ShapeInference(stage, resolved_stage, specs, seed, device)
@@ -51,7 +52,7 @@ def infer_shapes(
 
 
 class _BuildError(Exception):
-    """A model cannot be built on this device."""
+    """Raised if a model cannot be built on the meta device."""
 
     def __init__(self, location: Location, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -59,23 +60,26 @@ class _BuildError(Exception):
 
 
 class ShapeInference:
-    """Shapes, FLOPs and models of a stage's roles; filled role by role, in the order of the resolved stage.
+    """Shapes, FLOPs and models of a stage's roles. `add_role` adds the results of one role.
+
+    Roles are added in the order of the resolved stage, in which each role comes after the roles whose outputs it
+    reads.
 
     Args:
         stage: the stage.
-        resolved_stage: the stage without shapes.
-        specs: source -> its fields.
-        seed: of the recipe, for the models' initial weights on the CPU.
-        device: `meta` or the CPU.
+        resolved_stage: the stage with the order of its roles and their features, still without shapes.
+        specs: source -> specification of its fields.
+        seed: the recipe's seed, for the initial weights of models on the CPU.
+        device: the meta device or the CPU.
 
     Attributes:
-        sample_facts: role -> classes and shapes that its model is built from.
+        sample_facts: role -> number of classes and shapes, for the constructor of its model.
         models: role -> model.
-        calls: role -> its module calls in one forward.
-        full_forward_flops: role -> FLOPs of one sample's full forward; a multiply-add is two.
-        flops: role -> FLOPs of one sample up to the last feature that a step reads.
+        calls: role -> module calls in one forward pass.
+        full_forward_flops: role -> FLOPs per sample of the full forward pass. A multiply-add counts as two.
+        flops: role -> FLOPs per sample up to the last feature that a step reads.
         shapes: (role, feature) -> shape of one sample.
-        overwritten_features: role -> features that a later operation of the forward overwrites in place.
+        overwritten_features: role -> features that a later in-place operation overwrites.
         output_shapes: role -> shape of the model's output for one sample.
     """
 
@@ -102,7 +106,11 @@ class ShapeInference:
         """Returns the resolved stage with the inferred shapes.
 
         Args:
-            is_last_stage: the exported role of a recipe's last stage must be measurable, as the recipe's result.
+            is_last_stage: whether this is the recipe's last stage. Its exported role is the recipe's result and must
+                return one value per class.
+
+        Raises:
+            ConfigError: a role that must be evaluated does not return one value per class.
         """
         return replace(
             self.resolved_stage,
@@ -113,10 +121,12 @@ class ShapeInference:
         )
 
     def _unmeasured_roles(self, is_last_stage: bool) -> frozenset[str]:
-        """Returns the roles whose output is not a vector with one value for each class of the evaluation source.
+        """Returns the roles whose output is not one value per class of the evaluation source.
+
+        These roles cannot be evaluated.
 
         Raises:
-            ConfigError: one of them is the recipe's result, or listed in `evaluate`.
+            ConfigError: such a role is the recipe's result, or the recipe lists it in `evaluate`.
         """
         spec, stage = self.specs.get("eval"), self.stage
         if spec is None or spec.classes is None:
@@ -134,7 +144,7 @@ class ShapeInference:
         return unmeasured
 
     def add_role(self, name: str) -> None:
-        """Builds a role from the shapes of the roles before it, and runs it."""
+        """Builds a role's model from the shapes of earlier roles, runs the model, and stores its shapes and FLOPs."""
         config, features = self.stage.roles[name], self.resolved_stage.features[name]
         inputs = [self._input(address) for address in input_addresses(config)]
         source = self.resolved_stage.sources[name]
@@ -167,7 +177,7 @@ class ShapeInference:
         self.overwritten_features[name] = frozenset(overwritten)
 
     def _add_states(self, name: str, model: nn.Module) -> None:
-        """Adds the shapes of statistics and weights that operands read."""
+        """Stores the shapes of the BatchNorm statistics and weight vectors that operands read from a role."""
         for operand in self.stage.read_operands(self.resolved_stage.terms):
             if operand.kind == "role" and operand.role == name and operand.is_state:
                 feature = operand_feature(operand)
@@ -177,7 +187,10 @@ class ShapeInference:
                     raise ConfigError(f"{operand.location}: {operand}: {error}") from None
 
     def _step_flops(self, name: str, inputs: list[Tensor]) -> int:
-        """Counts the FLOPs of one sample as a step runs the role: it stops after the last feature that is read."""
+        """Returns the FLOPs per sample of a role's forward pass in a step.
+
+        The forward pass of a step stops after the last feature that is read.
+        """
         extractor = FeatureExtractor(self.models[name], self.resolved_stage.features[name], stop=True)
         if not extractor.stop:
             return self.full_forward_flops[name]
@@ -210,7 +223,7 @@ class ShapeInference:
         return meta_field(self.specs[source], name, DRY_RUN_ROWS, self.device)
 
     def _inner_feature(self, name: str, feature: Feature) -> tuple[Tensor, bool]:
-        """Returns zeros in the shape of a feature, and whether a later operation overwrites it in place."""
+        """Returns a zero tensor with the shape of a feature, and whether a later operation overwrites the feature."""
         path = find_module(self.models[name], feature.path)[0]
         calls = [call for call in self.calls[name] if call.path == path]
         call = next((call for call in calls if call.call == feature.call), None)
@@ -218,13 +231,16 @@ class ShapeInference:
         if traced is None:
             location = self._operand_location(name, feature)
             raise ConfigError(
-                f"{location}: {feature} of role {name!r} does not exist: the forward calls module {path!r} "
+                f"{location}: {feature} of role {name!r} does not exist: the forward pass calls module {path!r} "
                 f"{len(calls)} time(s)"
             )
         return torch.zeros(traced.shape, dtype=traced.dtype, device=self.device), traced.overwritten
 
     def _operand_location(self, role: str, feature: Feature) -> Location:
-        """Returns the location of the first operand that reads the feature; the role's own if no operand does."""
+        """Returns the location (in the recipe) of the first operand that reads a feature.
+
+        If no operand reads the feature, the location of the role is returned.
+        """
         for operand in self.stage.read_operands():
             if (
                 operand.kind == "role"
@@ -237,9 +253,9 @@ class ShapeInference:
 
 
 def _sample_facts(source: str, input_shape: tuple[int, ...], specs: Mapping[str, SourceSpec]) -> SampleFacts:
-    """Returns the classes and shapes that a role's model is built from.
+    """Returns the number of classes and the shapes from which a role's model is built.
 
-    If the role's source has no classes or no images (noise, features), those of the evaluation source are used.
+    If the role's source (such as noise) has no classes or no images, those of the evaluation source are used.
     """
     role_spec, evaluation_spec = specs[source], specs.get("eval", specs[source])
     classes = role_spec.classes if role_spec.classes is not None else evaluation_spec.classes

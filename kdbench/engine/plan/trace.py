@@ -1,7 +1,7 @@
-"""Traces the module calls of one forward, with the tensors that enter and leave each module.
+"""Traces the module calls of one forward pass, with the tensors that enter and leave each module.
 
-`trace_modules` works on the meta device, where shapes cost neither memory nor arithmetic. Shape inference uses it to
-size adapters and to find features that must be cloned; `kdbench inspect` prints it.
+`trace_modules` also works on the meta device, where it needs neither memory nor arithmetic. Shape inference uses
+the trace to size adapters and to find features that must be cloned. `kdbench inspect` prints the trace.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TracedTensor:
-    """A tensor that enters or leaves a module.
+    """Shape and dtype of a tensor that enters or leaves a module.
 
     Attributes:
-        shape: with the batch dimension.
-        dtype: its element type.
-        overwritten: True if a later operation wrote into it (`out += x`, an in-place ReLU). A hook that keeps it has to
-            clone it.
+        shape: shape, including the batch dimension.
+        dtype: element type.
+        overwritten: whether a later operation (`out += x`, an in-place ReLU) wrote into the tensor. A hook that
+            stores such a tensor has to clone it.
     """
 
     shape: tuple[int, ...]
@@ -33,15 +33,15 @@ class TracedTensor:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of one module.
+    """One call of one module in a forward pass.
 
     Attributes:
-        path: the module's path in the model (`layer3.0.conv1`); empty for the model itself. A module that is registered
-            under several paths has the first of them.
-        type: the name of its class.
-        call: number of this call of the module, from 1 (`@K` in a recipe).
-        input: the first tensor of its arguments, or None.
-        output: its output, or the first tensor in it if that is a tuple, list or mapping; None if there is no tensor.
+        path: the module's path in the model (`layer3.0.conv1`); empty for the model itself. For a module that is
+            registered under several paths, the first path.
+        type: name of the module's class.
+        call: number of this call among the module's calls, from 1 (`@K` in a recipe).
+        input: first tensor among the module's arguments, or None.
+        output: the module's output, or the first tensor in a tuple, list or mapping; None if there is no tensor.
     """
 
     path: str
@@ -52,7 +52,12 @@ class ModuleCall:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Returns the value if it is a tensor, or the first tensor in a tuple, list or mapping; otherwise None."""
+    """Returns the first tensor in `value`, or None if `value` contains no tensor.
+
+    Args:
+        value: a tensor, or a tuple, list or mapping, which is searched recursively. Any other value contains no
+            tensor.
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -63,10 +68,10 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 class _CallRecorder:
-    """Hooks that record each call with its first input and output tensor, and the version of the tensors then.
+    """Hooks that record each module call with its first input tensor, its first output tensor, and their versions.
 
-    A tensor's version counts the in-place writes into it and into its base: a higher version at the end of the forward
-    is an overwritten tensor. The recorder holds the tensors until then.
+    A tensor's version counts in-place writes. A tensor whose version is higher at the end of the forward pass was
+    overwritten. The recorder keeps all recorded tensors until the end of the forward pass.
     """
 
     def __init__(self) -> None:
@@ -77,7 +82,7 @@ class _CallRecorder:
         self._outputs: dict[int, tuple[Tensor, int]] = {}
 
     def register(self, path: str, module: nn.Module) -> list[Any]:
-        """Registers the hooks; returns their handles."""
+        """Registers the hooks on one module and returns the handles of the hooks."""
 
         def pre_hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._enter(path, type(module).__name__, (args, kwargs))
@@ -91,7 +96,7 @@ class _CallRecorder:
         ]
 
     def module_calls(self) -> list[ModuleCall]:
-        """Returns the calls in the order of their start; called after the forward."""
+        """Returns the recorded module calls in the order in which they began. Valid after the forward pass."""
         return [
             ModuleCall(*call, _traced(self._inputs.get(index)), _traced(self._outputs.get(index)))
             for index, call in enumerate(self._calls)
@@ -121,17 +126,18 @@ def _traced(record: tuple[Tensor, int] | None) -> TracedTensor | None:
 
 
 def trace_modules(model: nn.Module, *inputs: Any) -> list[ModuleCall]:
-    """Runs `model(*inputs)` once without gradients and returns its module calls in the order of their start.
+    """Runs `model(*inputs)` once without gradients and returns the module calls in the order in which they began.
 
-    The hooks are removed afterwards, and the mode (train or eval) is the caller's choice. In train mode the statistics
-    of normalisation layers are updated as in any forward, except on meta. Errors of the model's forward are not caught.
+    The hooks are removed after the run. The model runs in its current mode (train or eval). In train mode the
+    statistics of normalisation layers are updated, except on the meta device. Exceptions of the model are not caught.
 
     Args:
-        model: any module; nothing is computed on meta.
-        inputs: its arguments, on the same device.
+        model: any module.
+        inputs: the model's arguments, on the device of the model.
 
     Returns:
-        One entry for each call; the first is the model itself, with path "". Modules that were not called have none.
+        One entry per call. The first entry is the model itself, with path "". A module that was not called has no
+        entry.
     """
     recorder = _CallRecorder()
     handles = [handle for path, module in model.named_modules() for handle in recorder.register(path, module)]

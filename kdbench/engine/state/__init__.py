@@ -1,1 +1,1 @@
-"""Saving and loading: declared contents of checkpoint files, weights of roles, and folding of BatchNorm."""
+"""Saving and loading: declared contents of checkpoint files, weights of roles (networks), folding of BatchNorm."""

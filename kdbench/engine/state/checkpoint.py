@@ -1,4 +1,4 @@
-"""Checkpoints: one file with the state of a run. A kill at any moment leaves a complete one."""
+"""Checkpoint files: a process that is killed at any moment leaves a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from kdbench.files import translate_disk_errors, write_atomic
 
 
 def save(path: Path, content: RunState | ModelFile | ArtifactFile, *, keep_previous: bool = False) -> None:
-    """Writes a checkpoint file in one step.
+    """Writes a checkpoint file atomically.
 
     Args:
-        keep_previous: keeps the file before it as `<name>.previous`.
+        path: path of the file.
+        content: content of the file.
+        keep_previous: True renames an existing file to `<name>.previous` before the new file is written.
 
     Raises:
-        TrainingError: the file cannot be written; the old checkpoint is unchanged.
+        TrainingError: the file cannot be written. The content of an existing checkpoint is unchanged.
     """
     buffer = io.BytesIO()
     torch.save(_copy_partial_storages(content.to_tree()), buffer)
@@ -36,7 +38,10 @@ def save(path: Path, content: RunState | ModelFile | ArtifactFile, *, keep_previ
 
 
 def _copy_partial_storages(value: Any) -> Any:
-    """Copies each tensor that is a view of a larger storage; torch would otherwise save the whole storage."""
+    """Clones every tensor that is a view of a larger storage, in nested dicts and lists.
+
+    For such a view, `torch.save` would write the whole storage.
+    """
     if isinstance(value, Tensor):
         is_complete = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if is_complete else value.clone()
@@ -48,13 +53,14 @@ def _copy_partial_storages(value: Any) -> Any:
 
 
 def previous_path(path: Path) -> Path:
-    """Returns the path of the checkpoint before the newest."""
+    """Returns the path of the second-newest checkpoint, given the path of the newest checkpoint."""
     return path.with_name(f"{path.name}.previous")
 
 
 def restore_previous(path: Path) -> None:
-    """Replaces a damaged checkpoint by the one before it, which the next `save` would overwrite otherwise.
+    """Replaces a damaged checkpoint file by the file of the previous checkpoint.
 
+    Without this, the next `save` would overwrite the previous checkpoint by the damaged file.
     Raises:
         TrainingError: the file cannot be renamed.
     """
@@ -63,19 +69,21 @@ def restore_previous(path: Path) -> None:
 
 
 def load(path: Path, *, identity: str | None = None, stages: Sequence[str] = ()) -> tuple[RunState | None, str]:
-    """Reads the newest good checkpoint of a run.
+    """Reads the newest undamaged checkpoint of a run.
 
     Args:
-        path: of the newest checkpoint; the one before it is tried when this one is damaged.
-        identity: of the run; None accepts every run.
-        stages: names of the run's stages, in order; empty: unknown.
+        path: path of the newest checkpoint. If this file is missing or damaged, the previous checkpoint is read.
+        identity: identity (hash of recipe, data and teachers) of the run that must have written the checkpoint. None
+            accepts the checkpoint of any run.
+        stages: names of the run's training stages, in order; empty if the names are not known.
 
     Returns:
-        The state, or None without any checkpoint; and a notice, empty unless the newest was damaged.
+        A tuple of the run's state, which is None if there is no checkpoint, and a notice for the user. The notice is
+        empty unless the newest checkpoint is damaged.
 
     Raises:
-        CheckpointError: checkpoints exist, but none is good, one belongs to another run, or a folder has the name of
-            one.
+        CheckpointError: all checkpoints are damaged, a checkpoint has another identity, or a folder has the name of a
+            checkpoint file.
     """
     problems = []
     for candidate in (path, previous_path(path)):
@@ -83,7 +91,7 @@ def load(path: Path, *, identity: str | None = None, stages: Sequence[str] = ())
             continue
         if candidate.is_dir():  # the next checkpoint could not be written either
             raise CheckpointError(
-                f"{candidate} is a folder; a run has a checkpoint file of that name. Remove the folder."
+                f"{candidate} is a folder, but a run writes a checkpoint file with this name. Remove the folder."
             )
         try:
             state = RunState.from_tree(read_checkpoint(candidate), candidate, identity=identity, stages=stages)
@@ -92,7 +100,7 @@ def load(path: Path, *, identity: str | None = None, stages: Sequence[str] = ())
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        return state, (f"{problems[0]}; resuming from the checkpoint before it." if problems else "")
+        return state, (f"{problems[0]}. The run resumes from the previous checkpoint." if problems else "")
     if problems:
-        raise CheckpointError(f"{'; '.join(problems)}. No good checkpoint is left: train again with fresh=true.")
+        raise CheckpointError(f"{'; '.join(problems)}. There is no undamaged checkpoint: train again with fresh=true.")
     return None, ""

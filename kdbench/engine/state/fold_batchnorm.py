@@ -1,8 +1,8 @@
-"""Folds BatchNorm into the convolution before it, for networks that stay in eval mode.
+"""Folding of BatchNorm into the preceding convolution, for networks that stay in eval mode.
 
-In eval mode BatchNorm is y = gamma * (x - mean) / sqrt(var + eps) + beta with constants per channel, so a convolution
-with weights W gamma / sqrt(var + eps) and a shifted bias gives the same y and saves one pass over the feature map
-(Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2).
+In eval mode, BatchNorm computes y = gamma * (x - mean) / sqrt(var + eps) + beta with constants per channel. A
+convolution with weights W gamma / sqrt(var + eps) and a shifted bias gives the same y, and saves one pass over the
+feature map (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2).
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ FOLDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batchnorm(model: nn.Module, example: Tensor, keep_features: Iterable[Feature] = ()) -> tuple[nn.Module, int]:
-    """Folds the BatchNorms of a copy of a model in eval mode.
+    """Copies a model in eval mode, and folds each BatchNorm of the copy into the convolution before the BatchNorm.
 
-    Runs the model once to find the pairs, so that any model works: the output of a convolution that is called once is
-    the input of a BatchNorm that is called once, and has no other use. Module paths do not change (a folded BatchNorm
-    becomes an `nn.Identity`), so that features keep their addresses and, up to rounding, their values. The original
-    model and its state dict are unchanged.
+    The function runs the model once to find pairs of a convolution and a BatchNorm, so it works for any architecture.
+    A pair is folded only if each of its modules is called once, and if only the BatchNorm reads the output of the
+    convolution. A folded BatchNorm is replaced by an `nn.Identity`, so module paths do not change. The original model
+    and its state dict are unchanged.
 
     Args:
-        model: in eval mode; the copy must not return to train mode. Hooks are copied: fold first, then register hooks.
-        example: an input of the right shape, on the model's device; its values do not matter.
-        keep_features: features that will be extracted. A convolution whose output is one of them is not folded.
+        model: model in eval mode. The copy must stay in eval mode. Hooks are copied too, so this function must be
+            called before hooks are registered.
+        example: input of the right shape, with arbitrary values, on the model's device.
+        keep_features: features (outputs of submodules) that must keep their values. A convolution whose output is one
+            of these features is not folded.
 
     Returns:
-        The folded copy, or the model itself without any pair; and the number of folded BatchNorms.
+        A tuple of the folded copy and the number of folded BatchNorms. If nothing can be folded, the first entry is
+        `model` itself.
     """
     pairs = _find_foldable_pairs(model, example, tuple(keep_features))
     if not pairs:
@@ -73,7 +76,7 @@ def _fold_pair(convolution: nn.Module, norm: nn.Module) -> None:
 def _find_foldable_pairs(
     model: nn.Module, example: Tensor, keep_features: tuple[Feature, ...]
 ) -> list[tuple[str, str]]:
-    """Runs the model once and returns (path of the convolution, path of its BatchNorm) of each foldable pair."""
+    """Runs the model once, and returns (path of the convolution, path of the BatchNorm) for each foldable pair."""
     paths = {module: path for path, module in model.named_modules()}
     uses = _ConvolutionUses()
     handles = []
@@ -109,7 +112,7 @@ def _is_constant_norm(module: nn.Module) -> bool:
 
 
 class _ConvolutionUses(TorchDispatchMode):
-    """Records outputs of convolutions, inputs of BatchNorms, and the convolution outputs that other operations read."""
+    """Recorder of convolution outputs, BatchNorm inputs, and convolution outputs that layers except BatchNorm read."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,11 @@
 """Declared contents of the checkpoint files of a run: run state, model files and artifact files.
 
-| file | content |
-|---|---|
-| `checkpoints/last.pt` | `RunState` |
-| `checkpoints/best.pt`, `epoch_*.pt`, `stage_*.pt` | `ModelFile` |
-| `stages/STAGE.NAME.pt` | `ArtifactFile` |
+- `checkpoints/last.pt` contains a `RunState`.
+- `checkpoints/best.pt`, `epoch_*.pt` and `stage_*.pt` contain a `ModelFile`.
+- `stages/STAGE.NAME.pt` contains an `ArtifactFile`.
 
-`from_tree` checks that every declared entry is there and has its type, and that positions are possible.
+The method `from_tree` of each class checks that a file contains every declared entry with the declared type.
+`RunState.from_tree` also checks that the stage and the step are possible.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from kdbench.entries import EntryError, read_entries, write_entries
 from kdbench.errors import CheckpointError
 
 CHECKPOINT_FORMAT = 2
-"""Format of all files declared here. Raise it whenever an entry changes."""
+"""Version of the format of checkpoint files. Increase it whenever an entry changes."""
 
 
 StateDict = Mapping[str, Any]
@@ -47,9 +46,13 @@ T = TypeVar("T")
 
 
 class Evaluation(TypedDict):
-    """One evaluation of the trained roles.
+    """One evaluation of the trained roles (networks).
 
-    stage: name. epoch: finished epochs of the stage. step: optimizer steps since the run began, over all stages.
+    Attributes:
+        stage: name of the stage.
+        epoch: number of finished epochs of the stage.
+        step: number of optimizer steps since the run began, over all stages.
+        metrics: role -> split -> metric -> value.
     """
 
     stage: str
@@ -59,7 +62,12 @@ class Evaluation(TypedDict):
 
 
 class BestEvaluation(Evaluation):
-    """The best evaluation of a stage. selected_on: the split that selected it. by: the metric."""
+    """The best evaluation of a stage.
+
+    Attributes:
+        selected_on: name of the split on which the evaluations of the stage were compared.
+        by: name of the metric by which the evaluations were compared.
+    """
 
     selected_on: str
     by: str
@@ -67,13 +75,13 @@ class BestEvaluation(Evaluation):
 
 @dataclass
 class History:
-    """Results of a run so far.
+    """Results of a training run so far.
 
     Attributes:
-        seconds: time in training steps.
-        evaluations: of the trained roles, in order.
-        best: the best evaluation of each stage.
-        frozen: scores of the frozen roles, evaluated once before training.
+        seconds: time in seconds that was spent in training steps.
+        evaluations: all evaluations of the trained roles (networks), in order.
+        best: stage -> best evaluation of the stage.
+        frozen: role -> split -> metric -> value, for frozen roles. Frozen roles are evaluated once, before training.
     """
 
     seconds: float = 0.0
@@ -84,18 +92,19 @@ class History:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """State of one stage between two steps. With recipe and seed, it determines all further steps.
+    """State of one training stage between two steps. Recipe, seed and this state determine all further steps.
 
     Attributes:
-        step: finished steps of the stage.
-        total_steps: steps of the stage.
-        models: role -> state dict, of all trained roles. Frozen roles are loaded from their origin again.
-        effective: role -> state dict of the weights that its forward uses, for roles with weight transforms
-            (such as quantisation) and for an exported role that reuses a module of another role.
-        average: state dict of the moving average (EMA) of the exported role; None without one.
-        terms: term -> state dict, adapters included.
-        optimizers: state dict of each update's optimizer.
-        scaler: state dict of the fp16 gradient scaler; empty when it is disabled.
+        step: number of finished steps of the stage.
+        total_steps: number of all steps of the stage.
+        models: role -> state dict, for all trained roles (networks). A resumed run loads frozen roles from their
+            original files.
+        effective: role -> state dict of the weights that the role's forward uses. This mapping contains only roles
+            with weight transforms (such as quantisation), and an exported role that reuses a module of another role.
+        average: state dict of the moving average (EMA) of the exported role; None without a moving average.
+        terms: loss term -> state dict, including adapters (modules between a network's feature and the loss).
+        optimizers: state dicts of all optimizers.
+        scaler: state dict of the fp16 gradient scaler; empty when the scaler is disabled.
         meters: loss sums of the current log interval.
         grad_norm: last gradient norm, for the next log line.
     """
@@ -112,7 +121,13 @@ class TrainingState:
     grad_norm: Tensor | None
 
     def model_file(self, identity: str, export: str, epoch: int | None = None) -> ModelFile:
-        """Returns the weights alone, as a model file of a run."""
+        """Returns the content of a model file: the weights without optimizer and training state.
+
+        Args:
+            identity: identity (a hash) of the run.
+            export: name of the role (network) that is the result of the training.
+            epoch: number of finished epochs; None for a file that does not belong to an epoch.
+        """
         return ModelFile(
             identity=identity,
             export=export,
@@ -125,16 +140,16 @@ class TrainingState:
 
 @dataclass(kw_only=True)
 class RunState(TrainingState):
-    """Everything that an interrupted run needs to continue to the same bits.
+    """Everything that an interrupted run needs to continue with bit-identical results.
 
     Attributes:
-        format: `CHECKPOINT_FORMAT`.
-        identity: of the run; the file of another run is rejected.
-        stage: name of the current stage.
-        finished_stages: earlier stage -> its number of steps.
-        export: the role whose weights are the result.
-        history: results so far.
-        tracker: log -> byte offset.
+        format: version of the file format, `CHECKPOINT_FORMAT`.
+        identity: hash that identifies the run. A file with another identity is rejected.
+        stage: name of the current training stage.
+        finished_stages: earlier stage -> number of steps of the stage.
+        export: name of the role (network) that is the result of the training.
+        history: results of the run so far.
+        tracker: log file -> byte offset at which a resumed run continues the log.
     """
 
     format: int = CHECKPOINT_FORMAT
@@ -146,22 +161,22 @@ class RunState(TrainingState):
     tracker: Mapping[str, int]
 
     def to_tree(self) -> dict[str, Any]:
-        """Returns the entries as a mapping that torch can save."""
+        """Returns the entries of the file as a mapping for `torch.save`."""
         return write_entries(self)
 
     @classmethod
     def from_tree(cls, tree: Any, path: Path, *, identity: str | None = None, stages: Sequence[str] = ()) -> RunState:
-        """Checks and returns the content of a `last.pt`.
+        """Checks the content of a file `last.pt`, and returns it as a `RunState`.
 
         Args:
-            tree: as read from the file.
-            path: of the file, for messages.
-            identity: of the run; None accepts every run.
-            stages: names of the run's stages, in order; empty: unknown.
+            tree: content that was read from the file.
+            path: path of the file, for messages.
+            identity: identity that the file must have; None accepts the file of any run.
+            stages: names of the run's training stages, in order; empty if the names are not known.
 
         Raises:
             ForeignRunError: the file belongs to another run.
-            CheckpointError: an entry is missing, has the wrong type, or is not possible.
+            CheckpointError: an entry is missing, has the wrong type, or has an impossible value.
         """
         state = _read_file(cls, tree, path)
         check_identity(path, state.identity, identity)
@@ -176,27 +191,28 @@ def _position_problem(state: RunState, stages: Sequence[str]) -> str:
         return f"entry 'step' is {state.step}, but stage {state.stage!r} has {state.total_steps} steps"
     if stages:
         if state.stage not in stages:
-            return f"entry 'stage' is {state.stage!r}; the recipe has {', '.join(stages)}"
+            return f"entry 'stage' is {state.stage!r}, but the stages of the recipe are {', '.join(stages)}"
         earlier = stages[: list(stages).index(state.stage)]
         if set(state.finished_stages) != set(earlier):
             names = ", ".join(state.finished_stages) or "no stage"
-            return (
-                f"entry 'finished_stages' has {names}; before stage {state.stage!r} come {', '.join(earlier) or 'none'}"
-            )
+            expected = ", ".join(earlier) or "no stage"
+            return f"entry 'finished_stages' contains {names}; expected {expected} before stage {state.stage!r}"
     return ""
 
 
 @dataclass(kw_only=True)
 class ModelFile:
-    """Weights of the trained roles: `best.pt`, `epoch_*.pt` and `stage_*.pt`. A `RunState` has these entries too.
+    """Content of the files `best.pt`, `epoch_*.pt` and `stage_*.pt`: the weights of the trained roles (networks).
+
+    A file `last.pt` (`RunState`) contains these entries too, except `epoch`.
 
     Attributes:
-        format: `CHECKPOINT_FORMAT`.
-        identity: of the run that trained the weights.
-        export: the role whose weights are the result.
-        models, effective, average: as in `TrainingState`. A `stage_*.pt` also has the frozen roles that later stages
-            load from it.
-        epoch: finished epochs of the stage; None in a file that is not of one epoch.
+        format: version of the file format, `CHECKPOINT_FORMAT`.
+        identity: hash that identifies the run that trained the weights.
+        export: name of the role that is the result of the training.
+        models, effective, average: the same entries as in `TrainingState`. In a file `stage_*.pt`, `models` also
+            contains the frozen roles that later training stages load.
+        epoch: number of finished epochs of the stage; None in a file `stage_*.pt`.
     """
 
     format: int = CHECKPOINT_FORMAT
@@ -208,15 +224,15 @@ class ModelFile:
     epoch: int | None = None
 
     def to_tree(self) -> dict[str, Any]:
-        """Returns the entries as a mapping that torch can save."""
+        """Returns the entries of the file as a mapping for `torch.save`."""
         return write_entries(self)
 
     @classmethod
     def from_tree(cls, tree: Any, path: Path, *, identity: str | None = None) -> ModelFile:
-        """Checks and returns the content of a model file, or the weights of a `last.pt`.
+        """Checks the content of a model file or of a file `last.pt`, and returns its weights as a `ModelFile`.
 
         Raises:
-            ForeignRunError: the file belongs to another run than `identity`.
+            ForeignRunError: the file belongs to another run; its identity is not `identity`.
             CheckpointError: an entry is missing or has the wrong type.
         """
         file = _read_file(cls, tree, path)
@@ -226,15 +242,16 @@ class ModelFile:
 
 @dataclass(kw_only=True)
 class ArtifactFile:
-    """An artifact that a stage built for later stages.
+    """Content of an artifact file. An artifact is data or a model that one training stage built for later stages.
 
     Attributes:
-        format: `CHECKPOINT_FORMAT`.
-        identity: of the run that built it.
-        kind: dataset, subset, tensor or model.
-        checksum: of `content`.
-        provenance: entries for the manifest: builder, parameters, source, weights of the roles it read.
-        content: the builder's result; its entries are top-level entries of the file.
+        format: version of the file format, `CHECKPOINT_FORMAT`.
+        identity: hash that identifies the run that built the artifact.
+        kind: kind of the artifact: dataset, subset, tensor or model.
+        checksum: checksum of `content`.
+        provenance: origin of the artifact: the class that built the artifact, the parameters of this class, and the
+            data and weights that the class read.
+        content: the data or model. The entries of `content` are top-level entries of the file.
     """
 
     format: int = CHECKPOINT_FORMAT
@@ -245,16 +262,16 @@ class ArtifactFile:
     content: Mapping[str, Any]
 
     def to_tree(self) -> dict[str, Any]:
-        """Returns the entries as a mapping that torch can save."""
+        """Returns the entries of the file as a mapping for `torch.save`."""
         tree = write_entries(self)
         return {**tree.pop("content"), **tree}
 
     @classmethod
     def from_tree(cls, tree: Any, path: Path, *, identity: str | None = None) -> ArtifactFile:
-        """Checks and returns the content of an artifact file.
+        """Checks the content of an artifact file, and returns it as an `ArtifactFile`.
 
         Raises:
-            ForeignRunError: the file belongs to another run than `identity`.
+            ForeignRunError: the file belongs to another run; its identity is not `identity`.
             CheckpointError: an entry is missing or has the wrong type.
         """
         header = ("format", "identity", "kind", "checksum", "provenance")
@@ -272,18 +289,18 @@ class ArtifactFile:
 
 
 def check_names(source: Path | str, entry: str, values: Mapping[str, Any], expected: Iterable[str]) -> None:
-    """Raises CheckpointError when the names in an entry are not the expected ones."""
+    """Raises a CheckpointError if the names in `values`, an entry of a checkpoint, are not the expected names."""
     names = set(expected)
     if set(values) != names:
         raise CheckpointError(
-            f"{source} is damaged: entry {entry!r} has {', '.join(sorted(values)) or 'nothing'}; expected "
+            f"{source} is damaged: entry {entry!r} contains {', '.join(sorted(values)) or 'nothing'}; expected "
             f"{', '.join(sorted(names)) or 'nothing'}"
         )
 
 
 @contextmanager
 def report_misfit(source: Path | str, entry: str) -> Iterator[None]:
-    """Raises CheckpointError, with file and entry, when the block cannot load the entry."""
+    """Converts an error while the block loads a checkpoint entry into a CheckpointError that names file and entry."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -294,11 +311,11 @@ def report_misfit(source: Path | str, entry: str) -> Iterator[None]:
 
 
 class ForeignRunError(CheckpointError):
-    """A file of another run in the folder of this one."""
+    """Error about a checkpoint file that belongs to another run."""
 
 
 def check_identity(path: Path, identity: str, expected: str | None) -> None:
-    """Raises ForeignRunError when a file belongs to another run."""
+    """Raises a ForeignRunError if a file's identity (hash of its run) is not `expected`. None accepts any identity."""
     if expected is not None and identity != expected:
         raise ForeignRunError(
             f"{path} belongs to another run (identity {identity}, expected {expected}). Put the right file back, "

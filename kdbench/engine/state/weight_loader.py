@@ -1,4 +1,4 @@
-"""Prepares a model between its construction and its first step: weights, dtype, memory format, folded BatchNorm."""
+"""Preparation of a model before its first step: initial weights, dtype, memory format, folded BatchNorm."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ PARAMETER_DTYPES = {"float64": torch.float64}
 
 @dataclass
 class WeightsOrigin:
-    """Origin of a role's initial weights, for the manifest.
+    """Origin of the initial weights of a role (network), which the run's manifest records.
 
     Attributes:
-        source: the recipe, stage or file.
-        sha256: hash of the loaded weights, see `state_hash`.
-        mismatches: messages about entries that were not loaded (`strict: false`).
+        source: description of the recipe, training stage or file that the weights come from.
+        sha256: hash of the loaded weights (`state_hash`).
+        mismatches: messages about entries that do not match the model and were not loaded (only with `strict:
+            false`).
     """
 
     source: str = "initialised from the seed"
@@ -38,7 +39,7 @@ class WeightsOrigin:
 
 @dataclass(frozen=True)
 class RunFile:
-    """A model file that a run of known identity has written."""
+    """Path of a model file, and the identity of the run that wrote the file."""
 
     path: Path
     identity: str
@@ -46,17 +47,22 @@ class RunFile:
 
 @dataclass
 class WeightLoader:
-    """Prepares the models of one stage; `build_network` calls it for each role.
+    """Callable that loads and converts the models of one stage; `build_network` calls it for each role (network).
 
     Args:
-        stage_files: stage -> the model file at its end.
-        teacher_files: role -> the model file of the run that its weights name.
-        channels_last: converts models to the channels_last memory format.
-        notice: receives messages for the user.
+        recipe: the recipe.
+        stage: the training stage.
+        plan: plan of the stage (shapes and features of its networks).
+        world: the process group.
+        stage_files: earlier stage -> the model file that the stage wrote at its end.
+        teacher_files: role -> model file of the run that trained the role's weights, for roles with the key
+            `weights: {recipe: ...}`.
+        channels_last: True converts models to the channels_last memory format.
+        notice: function that receives messages for the user.
 
     Attributes:
         origins: role -> origin of its weights.
-        frozen_states: role -> state dict as loaded, before folding, of the frozen roles that later stages load.
+        frozen_states: role -> loaded state dict before BatchNorm folding, for frozen roles that later stages load.
     """
 
     recipe: Recipe
@@ -71,7 +77,9 @@ class WeightLoader:
     frozen_states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, config: RoleConfig, model: nn.Module) -> nn.Module:
-        """Loads a role's weights and converts its model; returns the model to use.
+        """Loads the initial weights of a role (network) into its model, and returns the model ready for training.
+
+        The model is converted to the dtype and memory format of the stage. In a frozen model, BatchNorm is folded.
 
         Raises:
             CheckpointError: the weights cannot be read or do not match the model.
@@ -114,11 +122,14 @@ class WeightLoader:
         )
         origin.mismatches = load_state(model, state, f"{weights.location}: {file}", strict=weights.strict)
         for message in origin.mismatches:
-            self.notice(f"role {config.name!r}: {message}")
+            self.notice(f"role {config.name!r}: its weights do not match the model: {message}")
 
 
 def find_weights_file(weights: WeightsConfig, recipe: Recipe) -> Path:
-    """Returns the file of `weights: {path: ...}`, relative to the working directory or else to the recipe's folder."""
+    """Returns the file that the recipe key `weights: {path: ...}` names.
+
+    A relative path is searched in the working directory, then in the folder of the recipe.
+    """
     assert weights.path is not None
     file = Path(weights.path).expanduser()
     beside_recipe = Path(recipe.path).parent / file
@@ -126,10 +137,11 @@ def find_weights_file(weights: WeightsConfig, recipe: Recipe) -> Path:
 
 
 def _features_to_preserve(stage: StageConfig, plan: StagePlan, name: str) -> list[Feature]:
-    """Lists the values inside a network that folding must not change.
+    """Lists the features of a role (network) whose values BatchNorm folding must not change.
 
-    These are its extracted features, and the features and outputs of each of its modules that is a role itself
-    (`reuse`): folding would move the BatchNorm after such a module into it.
+    The list contains the extracted features of the role. If a second role reuses a module of this role (`reuse`), the
+    list also contains the output of the module and the features of the second role. Otherwise, folding could move a
+    BatchNorm after the module into the module, which would change the second role.
     """
     features = list(plan.resolved_stage.features[name])
     for other_name, config in stage.roles.items():
@@ -142,7 +154,7 @@ def _features_to_preserve(stage: StageConfig, plan: StagePlan, name: str) -> lis
 
 
 def _has_state_operand(stage: StageConfig, name: str) -> bool:
-    """Returns whether an operand reads a role's module state, such as BatchNorm statistics; folding removes it."""
+    """Returns True if a loss term or artifact reads a role's weights or BatchNorm statistics, which folding removes."""
     return any(
         operand.kind == "role" and operand.is_state and root_role(operand.role, stage.roles) == name
         for operand in stage.read_operands()
@@ -150,7 +162,10 @@ def _has_state_operand(stage: StageConfig, name: str) -> bool:
 
 
 def roles_read_later(recipe: Recipe, stage: StageConfig) -> set[str]:
-    """Returns the roles of a stage whose weights a later stage loads, and the source roles of `reuse` roles."""
+    """Returns the names of the roles (networks) of a training stage whose weights later stages load.
+
+    If such a role reuses a module of a second role (`reuse`), the set contains the second role too.
+    """
     names: set[str] = set()
     for later_stage in recipe.stages:
         for role in later_stage.roles.values():
@@ -169,11 +184,16 @@ def collect_stage_weights(
     trained_states: Mapping[str, Mapping[str, Tensor]],
     frozen_states: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Collects the weights at the end of a stage: of trained roles, and of other roles that a later stage loads.
+    """Collects the weights of a training stage: of trained roles, and of frozen roles that later stages load.
 
     Args:
-        trained_states: role -> state dict, from the runner.
-        frozen_states: role -> state dict as loaded, before folding.
+        recipe: the recipe.
+        stage: the stage.
+        trained_states: role (name of a network) -> state dict, for trained roles.
+        frozen_states: role -> loaded state dict before BatchNorm folding, for frozen roles.
+
+    Returns:
+        Role -> state dict.
     """
     states = {**frozen_states, **trained_states}
     for name in roles_read_later(recipe, stage):

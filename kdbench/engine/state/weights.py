@@ -1,4 +1,4 @@
-"""Weights: reads checkpoints of kdbench and of others, loads state dicts, and computes the hash that names weights."""
+"""Weights: checkpoints of kdbench and of other programs, state dicts, and the hash of a module's weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from kdbench.errors import CheckpointError, Location, suggest
 
 
 def read_checkpoint(path: str | Path, location: Location | str = "") -> Any:
-    """Reads a file of torch without running code that it may contain.
+    """Reads a file that `torch.save` wrote, without executing code that the file may contain.
 
     Args:
-        location: of the recipe key that names the file, for messages.
+        path: path of the file.
+        location: file and line of the recipe key that names the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the file is missing, a folder, damaged, or contains Python objects other than tensors.
+        CheckpointError: the file is missing, is a folder, is damaged, or contains Python objects other than tensors.
     """
     path = Path(path)
     prefix = f"{location}: " if str(location) else ""
@@ -37,7 +38,7 @@ def read_checkpoint(path: str | Path, location: Location | str = "") -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if (damaged_part := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of its part {damaged_part!r} is wrong")
+                    raise ValueError(f"the checksum of the file's entry {damaged_part!r} is wrong")
         with warnings.catch_warnings():  # about the pickle protocol; a real problem raises
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -76,20 +77,25 @@ def select_state(
     use_effective: bool = True,
     identity: str | None = None,
 ) -> dict[str, Tensor]:
-    """Selects the state dict in a checkpoint's content and renames its entries as the recipe says.
+    """Selects a state dict in the content of a checkpoint, and renames entries according to the recipe.
 
     Args:
-        content: of the file, from kdbench or from another program.
-        weights: the recipe's `weights`.
-        file: for messages.
-        default_roles: roles to read from a checkpoint of kdbench when the recipe names none; empty: the exported role.
-            The weights of several roles are averaged.
-        use_effective: of a role with weight transforms (such as quantisation), reads the weights that its forward uses.
-        identity: of the run that must have written the file; None: any file, from kdbench or not.
+        content: content of the file, which kdbench or another program wrote.
+        weights: value of the recipe key `weights`.
+        file: path of the file, for messages.
+        default_roles: roles (networks) to read from a checkpoint of kdbench if the recipe names no role. Empty: the
+            role that the checkpoint exports as its result. The weights of several roles are averaged.
+        use_effective: for a role with weight transforms (such as quantisation), True selects the weights that the
+            forward uses, and False selects the weights that the optimizer updates.
+        identity: identity (a hash) of the run that must have written the file. None accepts any file, including a
+            file of another program.
+
+    Returns:
+        Name -> tensor, with the names of the model that loads the state dict.
 
     Raises:
-        CheckpointError: the key or role does not exist, the entry is not a state dict, roles cannot be averaged, or the
-            file belongs to another run.
+        CheckpointError: the key or role does not exist, the entry is not a state dict, roles cannot be averaged, or
+            the file belongs to another run.
     """
     location = f"{weights.location}: {file}"
     is_model_file = isinstance(content, Mapping) and "export" in content and "models" in content
@@ -118,7 +124,7 @@ def select_state(
 
 
 def _entry_at(content: Any, key: str, location: str) -> Any:
-    """Returns the entry at a dotted key."""
+    """Returns the entry of nested mappings at a dotted key, such as `model.state_dict`."""
     for part in key.split("."):
         if not isinstance(content, Mapping) or part not in content:
             keys = [str(name) for name in content] if isinstance(content, Mapping) else []
@@ -128,7 +134,7 @@ def _entry_at(content: Any, key: str, location: str) -> Any:
 
 
 def _rename_entry(name: str, weights: WeightsConfig) -> str:
-    """Removes the prefix `strip`, then replaces the first matching prefix of `rename`."""
+    """Renames a state dict entry: removes the prefix `weights.strip`, then replaces the first match of `rename`."""
     if weights.strip:
         name = name.removeprefix(weights.strip)
     for old, new in weights.rename.items():
@@ -138,10 +144,14 @@ def _rename_entry(name: str, weights: WeightsConfig) -> str:
 
 
 def mean_state(states: Mapping[str, Mapping[str, Tensor]], location: Location | str = "") -> Mapping[str, Tensor]:
-    """Averages state dicts entry by entry; entries that are not floating point are taken from the first.
+    """Averages state dicts entry by entry. Integer and boolean entries are copied from the first state dict.
+
+    Args:
+        states: role (name of a network) -> state dict.
+        location: recipe line or file in which the weights were requested, for messages.
 
     Raises:
-        CheckpointError: names or shapes differ.
+        CheckpointError: the state dicts differ in names or shapes.
     """
     (first_role, first_state), *other_states = states.items()
     for role, state in other_states:
@@ -167,10 +177,10 @@ def load_state(
     """Loads a state dict into a module.
 
     Returns:
-        One message for each kind of mismatch; empty when `strict`.
+        Messages about names and shapes that do not match. With `strict`, the list is empty.
 
     Raises:
-        CheckpointError: `strict`, and names or shapes do not match; the message lists them.
+        CheckpointError: `strict` is True, and names or shapes do not match. The message lists them.
     """
     expected = module.state_dict()
     missing_names = [name for name in expected if name not in state]

@@ -1,2 +1,4 @@
-"""One training step and the loop around it: updates, optimizers, averages, meters. Nothing here
-waits for the device."""
+"""One training step and the loop around it: updates, optimizers, averages, loss meters.
+
+The operations of a step do not wait for the device. Log lines, evaluations and checkpoints do.
+"""

@@ -13,14 +13,16 @@ from kdbench.engine.plan.plan import StagePlan
 
 
 class Averages:
-    """The roles of a stage that follow other roles and belong to no optimizer. All start as copies.
+    """The averaged copies (EMA) and snapshots of a stage's roles, that is, of its named networks.
+
+    Each average or snapshot begins as a copy of a role, then follows that role. It has no optimizer.
 
     Args:
-        plan: the checked stage.
-        network: its roles, with their initial weights.
+        plan: the checked plan of the stage.
+        network: the stage's roles with their initial weights.
 
     Attributes:
-        average: the moving average of the exported role, if the recipe has `ema:`. It is no role of the network.
+        average: the moving average of the exported role, which is not a role of the network; None without `ema:`.
     """
 
     def __init__(self, plan: StagePlan, network: Network) -> None:
@@ -35,7 +37,7 @@ class Averages:
         return bool(self.roles) or self.average is not None
 
     def update(self) -> None:
-        """Moves the averages one step towards the roles that they follow."""
+        """Updates every moving average by one step towards the role that it follows."""
         for config in self.roles:
             if config.mode == "ema":
                 average_state(*self._source_and_target(config), config.decay)
@@ -43,7 +45,11 @@ class Averages:
             average_state(self.network.role(self.stage.export).model, self.average, self.stage.ema)
 
     def refresh_snapshots(self, step: int, steps_per_epoch: int) -> None:
-        """Copies the roles whose snapshots are due before a step."""
+        """Replaces each snapshot that is due before the given step by a copy of its role.
+
+        Args:
+            step: number of completed steps of the stage.
+        """
         for config in self.roles:
             if step and config.mode == "snapshot" and _is_due(config, step, steps_per_epoch):
                 copy_state(*self._source_and_target(config))
@@ -63,14 +69,14 @@ class Averages:
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> None:
-    """Copies parameters and buffers."""
+    """Copies all parameters and buffers of module `source` into module `target`."""
     with torch.no_grad():
         for value, new_value in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
             value.copy_(new_value)
 
 
 def average_state(source: nn.Module, target: nn.Module, decay: float) -> None:
-    """Sets target to decay * target + (1 - decay) * source for floating-point values; copies integers."""
+    """Sets `target` to decay * target + (1 - decay) * source for floating-point values; copies integers."""
     averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad():
         for value, new_value in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
@@ -83,7 +89,7 @@ def average_state(source: nn.Module, target: nn.Module, decay: float) -> None:
 
 
 def _is_due(config: RoleConfig, step: int, steps_per_epoch: int) -> bool:
-    """Returns whether a snapshot is taken again before this step."""
+    """Returns whether a snapshot is replaced before the given step."""
     if config.every_steps:
         return step % config.every_steps == 0
     epoch, remainder = divmod(step, steps_per_epoch)

@@ -1,13 +1,13 @@
 """Bilevel updates: a loss at the weights after an inner step, differentiated through that step.
 
-An update with `inner_step` learns from the effect of another step. With w the weights that the inner step trains and f
-its loss, which may depend on this update's parameters v,
+An update with `inner_step` learns from the effect of another step. Let w be the weights that the inner step trains,
+f the loss of the inner step, and v the parameters that the update trains. f may depend on v. The inner step gives
 
-    w'(v) = w - lr * df/dw(w, v),    and the update's own loss is computed at w'(v).
+    w'(v) = w - lr * df/dw(w, v),
 
-Its gradient with respect to v (and to w, where the update trains w as well) contains the derivative of df/dw, a second
-derivative. The inner step is plain gradient descent: no momentum, no weight decay, no clipping. It is never taken: the
-weights w stay as they are.
+and the update's own loss is computed at w'(v). Its gradient with respect to v contains the derivative of df/dw, that
+is, a second derivative. (The update may also train w; the gradient with respect to w then contains one too.) The
+inner step is plain gradient descent: no momentum, no weight decay, no clipping. It does not change the stored w.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LossFunction = Callable[[MicroBatch, Mapping[str, Count], Wiring, float], tuple[
 
 
 def roles_with_gradient(update: UpdateConfig) -> tuple[str, ...]:
-    """Returns the roles through which a gradient flows in an update, its inner step included."""
+    """Returns the names of the roles through which a gradient flows in an update or in its inner step."""
     inner = update.inner_step.models if update.inner_step is not None else ()
     return tuple(dict.fromkeys((*update.models, *inner)))
 
 
 @contextmanager
 def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Replaces parameters inside the block, and the buffers of modules in training mode by copies.
+    """Context manager: replaces parameters by given tensors, and buffers of modules in training mode by copies.
 
-    The buffers are BatchNorm statistics, memory banks, counters: whatever a forward writes into them is discarded. A
-    parameter that several modules share is replaced in all of them. All modules have their own tensors again after the
-    block, however it ends.
+    Whatever a forward pass writes into the copied buffers (BatchNorm statistics, memory banks, counters) is
+    discarded. A parameter that several modules share is replaced in all of them. After the block, every module has
+    its original tensors again, even if the block raised an exception.
     """
     tensors = [(module, module._parameters.copy(), module._buffers.copy()) for module in network.modules()]
     in_training = [buffer for module, _, buffers in tensors if module.training for buffer in buffers.values()]
@@ -66,27 +66,28 @@ def swapped_parameters(network: nn.Module, values: Mapping[nn.Parameter, Tensor]
 
 
 def differentiable_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Returns gradients that can be differentiated again; zeros for parameters that the loss does not depend on."""
+    """Returns one differentiable gradient per parameter; zeros for a parameter that the loss does not depend on."""
     return torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 
 
 def twice_differentiable() -> AbstractContextManager[Any]:
-    """Computes attention by plain matrix products: its fused kernels have no second derivative."""
+    """Context manager: makes torch compute attention by plain matrix products, which have a second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass
 class InnerStep:
-    """The inner step of an update.
+    """The inner step of a bilevel update: one step of gradient descent that is differentiated through.
 
     Attributes:
-        parameters: that it trains.
-        wiring: of its terms.
+        parameters: the parameters that the inner step trains.
+        wiring: the resolved forward pass of the inner step's terms: which roles run and what is read.
         rates: (n,) the distinct learning rates.
-        rate_indices: for each parameter the index of its rate.
-        rate_source: a schedule, or the optimizer groups whose rates are used; None for constant rates.
-        unlogged: indices, in the vector of losses, of the terms that no update logs.
-        meter_indices: of those terms.
+        rate_indices: for each parameter, the index of its learning rate in `rates`.
+        rate_source: a schedule, or the optimizer groups whose learning rates are used; None for constant rates.
+        unlogged: indices (in the vector of losses) of the terms that only the inner step computes. The losses of all
+            other terms are logged by the updates.
+        meter_indices: indices of the unlogged terms in the loss meters.
     """
 
     config: InnerStepConfig
@@ -99,7 +100,7 @@ class InnerStep:
     meter_indices: Tensor
 
     def set_rates(self, value_of: Callable[[Schedule], float]) -> None:
-        """Fills the rates for the coming step."""
+        """Sets `rates` to the learning rates of the next training step."""
         if isinstance(self.rate_source, list):
             for number, group in enumerate(self.rate_source):
                 rate, lr = self.rates[number], group["lr"]
@@ -114,11 +115,16 @@ class InnerStep:
         fraction: float,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> tuple[LossFunction, list[Tensor]]:
-        """Computes the inner step on the effective batch, summed over ranks.
+        """Computes the inner step on the effective batch of all ranks.
+
+        Args:
+            window: list of the micro-batches of the effective batch.
+            fraction: the fraction of the effective batch in each micro-batch.
+            autocast: function that returns the autocast context of a forward pass.
 
         Returns:
-            The network's forward at the weights after the step, and for each micro-batch the losses of the inner step
-            that no update logs.
+            A function like `Network.forward` that uses the weights after the inner step, and a list with the losses
+            of the terms in `unlogged`, one tensor for each micro-batch.
         """
         counts = network.valid_counts(window, self.wiring.terms)
         total: Tensor | None = None
@@ -144,7 +150,7 @@ class InnerStep:
 
 
 def _summed_over_ranks(gradients: Sequence[Tensor], world: World) -> Sequence[Tensor]:
-    """Returns the gradients of the whole batch on every rank; their own gradients are summed over ranks likewise."""
+    """Sums gradients over ranks. The sum is differentiable: its backward pass sums over ranks too."""
     if world.size == 1:
         return gradients
     flat = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
@@ -163,10 +169,10 @@ def build_inner_step(
     """Builds the inner step of an update.
 
     Args:
-        parameters: that the step trains.
-        optimizers: of all updates; the step uses their rates where the recipe states none.
-        meters: receive the losses that no update logs.
-        logged: names of the terms that an update logs.
+        parameters: the parameters that the inner step trains.
+        optimizers: the optimizers of all updates. The inner step uses their learning rates if the recipe states none.
+        meters: sums of losses for the log. The inner step adds the losses of its terms that are not in `logged`.
+        logged: names of the terms whose losses are already logged, because an update computes them too.
     """
     config = update.inner_step
     assert config is not None
@@ -197,7 +203,7 @@ def build_inner_step(
 def _optimizer_groups(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]
 ) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
-    """Returns the optimizer groups that contain these parameters, and for each parameter the index of its group."""
+    """Returns the optimizer groups that contain the given parameters, and for each parameter the index of its group."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     number = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
     used = sorted({number[id(parameter)] for parameter in parameters})
@@ -210,11 +216,12 @@ def dry_run_inner_step(
     """Executes an update with an inner step on meta tensors.
 
     Args:
-        forward: returns the total of an update on the batch of the dry run; reports failures as config errors.
+        forward: function that computes the total loss of an update or of an inner step on the batch of the dry run.
+            It raises a ConfigError if the forward pass fails.
 
     Returns:
-        The update's loss as a function of everything that it depends on, and the names of the parameters that the
-        inner step trains.
+        The update's loss (scalar), with the autograd graph through the inner step, and the names of the parameters
+        that the inner step trains.
 
     Raises:
         ConfigError: the inner step trains nothing, cannot be differentiated, or has no effect on the update's loss.
@@ -251,7 +258,7 @@ def _inner_gradients(
     forward: Callable[[UpdateConfig | InnerStepConfig], Tensor],
     models: tuple[str, ...],
 ) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Returns the parameters that an inner step trains, by name, with their gradients."""
+    """Returns parameter name -> (parameter, gradient) for the parameters that an inner step trains."""
     if not inner.terms:
         raise ConfigError(f"{inner.location}: the inner step is empty: all of its terms have weight 0")
     with twice_differentiable():
@@ -282,13 +289,16 @@ def _no_second_derivative(inner: InnerStepConfig, error: RuntimeError) -> Config
 
 
 def check_inner_rates(updates: Sequence[tuple[UpdateConfig, Sequence[str], Sequence[str]]]) -> None:
-    """Checks that an inner step without a rate of its own can use the rates of the updates that train its parameters.
+    """Checks that each inner step without its own learning rate can use the rates of other updates.
+
+    An inner step uses the learning rates of the updates that train its parameters.
 
     Args:
-        updates: each update, the names of the parameters that its inner step trains, and those that it trains itself.
+        updates: triples of an update's config, the names of the parameters that its inner step trains, and the names
+            of the parameters that the update trains.
 
     Raises:
-        ConfigError: no update trains one of the parameters, or several do.
+        ConfigError: a parameter of an inner step is trained by no update, or by several.
     """
     for update, inner_names, _ in updates:
         if update.inner_step is None or update.inner_step.lr is not None:
@@ -298,5 +308,6 @@ def check_inner_rates(updates: Sequence[tuple[UpdateConfig, Sequence[str], Seque
             if count != 1:
                 reason = "no update trains" if count == 0 else f"{count} updates train"
                 raise ConfigError(
-                    f"{update.inner_step.location}: the inner step needs a learning rate, `lr: 0.1`: {reason} {name}"
+                    f"{update.inner_step.location}: the inner step needs a learning rate, such as `lr: 0.1`, "
+                    f"because {reason} {name}"
                 )

@@ -1,4 +1,4 @@
-"""The loop over one stage: batches in, log lines, evaluations and checkpoints out."""
+"""The training loop of one stage: feeds batches to the runner and triggers log lines, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DEFAULT_MINUTES = 10.0
 
 
 class TrainingLog(Protocol):
-    """The methods of a tracker that the loop calls."""
+    """Protocol of the log that the training loop writes to."""
 
     def progress(self, steps_done: int, phase: str = "") -> None: ...
     def train(self, record: Any) -> None: ...
 
 
 class BatchFeed(Protocol):
-    """The micro-batches of every step.
+    """Protocol of an object that yields the micro-batches of every step.
 
     Attributes:
-        main: the source whose rows are counted as samples.
+        main: name of the source (dataset split with its loader) whose rows are counted in `images_per_s`.
     """
 
     main: str
@@ -37,12 +37,14 @@ class BatchFeed(Protocol):
 
 
 class Feed:
-    """The batches of all sources, as functions of the step alone.
+    """Yields the batches of all sources. A batch depends on the seed and the step number only.
 
     Args:
-        sources: that a step reads.
-        main: the source whose length is an epoch; the others repeat at their own length.
-        accumulate: micro-batches per step; the last step of an epoch has the remaining ones.
+        sources: name -> source that a step reads.
+        main: name of the source whose length defines an epoch. Each other source starts again after its own last
+            batch.
+        accumulate: micro-batches per step. The last step of an epoch has the micro-batches that remain, which can be
+            fewer.
     """
 
     def __init__(self, sources: Mapping[str, Source], main: str, accumulate: int = 1) -> None:
@@ -56,7 +58,7 @@ class Feed:
         return epoch * self.batches_per_epoch + step_in_epoch * self.accumulate
 
     def windows(self, step: int) -> Iterator[list[MicroBatch]]:
-        """Yields the micro-batches of every step from `step` on, without end."""
+        """Yields one list of micro-batches per step, beginning with step `step`. The iterator never ends."""
         first = self.first_microbatch(step)
         streams = {name: self._stream(source, first) for name, source in self.sources.items()}
         while True:
@@ -75,12 +77,14 @@ class Feed:
 
 @dataclass
 class TrainingLoop:
-    """Trains one runner through one stage.
+    """Trains the network of one stage with a runner, and triggers log lines, evaluations and checkpoints.
 
     Attributes:
-        evaluate: called with the number of finished epochs; logs the metrics and keeps the best epoch.
-        checkpoint: called when the logs are complete up to the present step.
-        steps_before: steps of earlier stages.
+        evaluate: function of the number of finished epochs that evaluates the networks, logs the metrics and keeps
+            the best epoch.
+        checkpoint: function that saves a checkpoint. It is called after all log lines up to the current step are
+            written.
+        steps_before: number of steps in all earlier stages.
     """
 
     runner: Runner
@@ -123,7 +127,7 @@ class TrainingLoop:
                 runner.timer.restart()
 
     def _checkpoint_is_due(self, step: int, last_checkpoint: float) -> bool:
-        """Returns whether `checkpoint_every` asks for a checkpoint after a step without evaluation."""
+        """Returns whether the recipe's `checkpoint_every` requires a checkpoint after a step without evaluation."""
         every = self.runner.stage.checkpoint_every
         steps = every.get("steps")
         minutes = every.get("minutes", math.inf if steps else DEFAULT_MINUTES)

@@ -13,9 +13,13 @@ from kdbench.engine.distributed.world import World
 
 @dataclass(frozen=True)
 class LossMeans:
-    """Means over the steps since the last reading.
+    """Mean losses over the steps since the meters were last read.
 
-    not_finite: term -> the first step of the stage (from 1) at which its loss was NaN or infinite.
+    Attributes:
+        steps: number of these steps.
+        losses: term -> mean unweighted loss.
+        weighted: term -> mean loss times its weight.
+        not_finite: term -> the first step of the stage (from 1) at which its loss was NaN or infinite.
     """
 
     steps: int
@@ -33,14 +37,14 @@ class LossMeters:
 
     Args:
         terms: names of all terms of the stage.
-        device: of the sums.
+        device: device on which the sums are kept.
 
     Attributes:
-        sums: (2 * terms,) float64: losses, then weighted losses.
-        nonfinite_steps: (2 * terms,) number of steps for which a sum has not been finite. A sum that is not finite
-            stays so until the next reading, which gives the first step.
-        step_counter: scalar on the device, completed steps of the stage.
-        steps: completed steps since the last reading, counted on the host.
+        sums: (2 * terms,) float64: the unweighted losses of all terms, then the weighted losses.
+        nonfinite_steps: (2 * terms,) for each sum, the number of steps since it became NaN or infinite. Such a sum
+            remains so until it is read, so the count gives the first step with such a loss.
+        step_counter: scalar tensor on the device: number of completed steps of the stage.
+        steps: number of completed steps since the last reading, counted on the host.
     """
 
     def __init__(self, terms: tuple[str, ...], device: torch.device) -> None:
@@ -52,28 +56,36 @@ class LossMeters:
         self.steps = 0
 
     def indices(self, terms: tuple[str, ...]) -> Tensor:
-        """Returns the indices in `sums` of the losses, then of the weighted losses, of some terms."""
+        """Returns the positions of the given terms in `sums`: first of their losses, then of their weighted losses."""
         numbers = [self.terms.index(name) for name in terms]
         return torch.tensor(numbers + [n + len(self.terms) for n in numbers], device=self.sums.device)
 
     def add(self, values: Tensor, indices: Tensor) -> None:
-        """Adds the vector that `Network.forward` returned for the terms at `indices`."""
+        """Adds losses to the sums.
+
+        Args:
+            values: vector of losses and weighted losses that `Network.forward` returned for some terms.
+            indices: positions of these losses in `sums`, as the method `indices` returns them.
+        """
         self.sums.index_add_(0, indices, values.to(self.sums.dtype))
 
     def end_step(self) -> None:
-        """Counts a step on the device; the runner counts `steps` on the host."""
+        """Counts a completed step in `step_counter`, on the device. The runner increments `steps` on the host."""
         self.step_counter += 1
         self.nonfinite_steps += (self.sums - self.sums) != 0  # true for NaN and infinity; fewer kernels than `isfinite`
 
     def read(self, world: World) -> LossMeans:
-        """Returns the means and resets the sums. Waits for the device; all ranks call it."""
+        """Returns the mean losses and resets the sums. Waits for the device. Every rank must call this method."""
         means = self.peek(world)
         self.sums.zero_()
         self.steps = 0
         return means
 
     def peek(self, world: World) -> LossMeans:
-        """Returns the means so far. Waits for the device; all ranks call it."""
+        """Returns the mean losses without resetting the sums. Waits for the device.
+
+        Every rank must call this method.
+        """
         sums = world.all_reduce_sum_(self.sums.clone()).tolist()
         nonfinite = self.nonfinite_steps.clone()
         if world.size > 1:

@@ -1,4 +1,4 @@
-"""Messages to the user and entries of the manifest, as far as the engine produces them."""
+"""Interface through which the engine sends messages to the user and entries to the run's manifest.json."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any, Protocol
 
 
 class Notices(Protocol):
-    """Receives what the engine reports about a run while it trains."""
+    """Protocol of an object that receives messages to the user and manifest entries during training."""
 
     def notice(self, text: str) -> None:
         """Shows one sentence to the user."""
         ...
 
     def record(self, entries: Mapping[str, Any]) -> None:
-        """Merges entries about the present session into the run's manifest."""
+        """Merges entries into the record of the current process in the run's manifest.json."""
         ...
 
 
 class PrintedNotices:
-    """Prints notices and keeps no manifest; for runners that are built outside of a run."""
+    """Prints messages and discards manifest entries. Used to train without a run folder."""
 
     def notice(self, text: str) -> None:
         print(text)
 
     def record(self, entries: Mapping[str, Any]) -> None:
-        """Drops the entries: there is no manifest."""
+        """Discards the entries, because there is no manifest."""
 
 
 class CollectedNotices:
-    """Keeps notices and manifest entries in lists."""
+    """Collects messages and manifest entries in lists."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

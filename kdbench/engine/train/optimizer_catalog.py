@@ -16,7 +16,7 @@ from kdbench.registry import OPTIMIZERS, Entry, Family, Parameter, read_paramete
 
 @cache
 def _optimizer_files() -> dict[str, Path]:
-    """Every optimizer that `torch.optim` exports -> the file that defines it, in alphabetical order."""
+    """Returns name -> path of the defining file, for every optimizer class that `torch.optim` exports."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return {}
@@ -37,7 +37,10 @@ def _optimizer_files() -> dict[str, Path]:
 
 
 def _optimizer_entry(name: str) -> Entry:
-    """Reads one optimizer's parameters off its source; `params` is left out: the engine gives it."""
+    """Reads the constructor parameters of one optimizer from its source file.
+
+    The parameter `params` is left out, because the engine supplies it.
+    """
     tree = ast.parse(_optimizer_files()[name].read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     init = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
@@ -51,7 +54,7 @@ def _load_optimizer(name: str) -> Any:
 
 
 def _plain(parameter: Parameter) -> Parameter:
-    """Writes an annotation without Tensor and typing's names: `Union[float, Tensor]` -> `float`."""
+    """Simplifies a type annotation by removing `Tensor` and names of `typing`: `Union[float, Tensor]` -> `float`."""
     if not parameter.annotation:
         return parameter
     node = _Plain().visit(ast.parse(parameter.annotation, mode="eval").body)

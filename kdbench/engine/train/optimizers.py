@@ -35,24 +35,27 @@ def build_optimizer(
     *,
     capture: bool = False,
 ) -> Optimizer:
-    """Builds the optimizer of one update.
+    """Builds the optimizer of one update (a set of trained networks with their loss terms).
 
-    The first parameter group contains the parameters that no entry of `config.groups` matches; the groups of the
-    entries follow in the order of the recipe, without empty ones. Within a group, parameters are in the order of
-    `modules` and of their `named_parameters`, so that the same recipe always yields the same optimizer state. Each
+    The first parameter group contains the parameters that no entry of `config.groups` matches. It is followed by one
+    group per entry, in the order of the recipe; empty groups are omitted. Within a group, parameters are in the order
+    of `modules` and of their `named_parameters`, so that the same recipe always yields the same optimizer state. Each
     group has the key `initial_lr` for `set_lr_factor`. Unless the recipe chooses `foreach` or `fused`, the fused
-    implementation is used on CUDA where there is one, and the multi-tensor one (`foreach`) otherwise.
+    implementation is used on CUDA if the optimizer has one, otherwise the multi-tensor implementation (`foreach`).
 
     An entry's `path` names a module or a parameter, with the role (`student.layer4`) or without (`layer4`, in every
-    role that has one); negative indices count from the end. Its `type` is the class of a module (everything inside it
-    matches), `norm` (all normalisation layers) or `bias`. With both, both must match. `norm` and `bias` may match
-    nothing, because they state a policy; a path or a class that matches nothing is an error.
+    role that has one); negative indices count from the end. An entry's `type` is the class of a module (all
+    parameters inside the module match), `norm` (all normalisation layers) or `bias`. An entry with `path` and `type`
+    matches the parameters that match both. `norm` and `bias` may match no parameter, because they state a policy. It
+    is an error if a path or a class matches no parameter.
 
     Args:
-        config: type, parameters and groups.
+        config: type, parameters and groups of the optimizer.
         modules: role or term name -> module whose parameters may train.
-        only: the parameters that a term of this update reaches; None: all. Those without gradient are always left out.
-        capture: keep learning rate and step count on the device, if the optimizer supports it (`stays_on_device`).
+        only: parameters that a term of this update reaches; None: all. Parameters with `requires_grad=False` are
+            always left out.
+        capture: whether to keep learning rate and step count on the device, as a CUDA graph needs. Ignored if the
+            optimizer does not support that (see `stays_on_device`).
 
     Raises:
         ConfigError: unknown optimizer or parameter, a value that the optimizer rejects, an entry of `groups` that
@@ -85,10 +88,10 @@ def build_optimizer(
 def _parameter_groups(
     config: OptimizerConfig, modules: Mapping[str, nn.Module], parameters: Sequence[_NamedParameter]
 ) -> list[dict[str, Any]]:
-    """Assigns each parameter to the first entry of `config.groups` that matches it.
+    """Builds torch's parameter groups. A parameter is in the group of the first matching entry of `config.groups`.
 
     Raises:
-        ConfigError: an entry that is no policy matches no parameter.
+        ConfigError: an entry other than `norm` and `bias` matches no parameter.
     """
     rules = [_GroupRule.parse(group, i, config, modules) for i, group in enumerate(config.groups)]
     members: list[list[Tensor]] = [[] for _ in rules]
@@ -108,7 +111,7 @@ def _parameter_groups(
 def _implementation_params(
     config: OptimizerConfig, entry: Entry, parameters: Sequence[_NamedParameter], capture: bool
 ) -> dict[str, Any]:
-    """Returns the constructor arguments: those of the recipe, and the choice of implementation."""
+    """Returns the constructor arguments of the optimizer, with the choice of implementation (fused or `foreach`)."""
     params = {key: tuple(v) if isinstance(v, list) else v for key, v in config.params.items()}
     if not {"foreach", "fused", "differentiable"} & set(params):
         devices = {parameter.value.device.type for parameter in parameters}
@@ -133,14 +136,17 @@ _IMPLEMENTATION_KEYS = ("lr", "foreach", "fused", "capturable")
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the optimizer's state with learning rates as numbers, independent of its implementation."""
+    """Returns the optimizer's state dict, with learning rates as numbers instead of tensors.
+
+    The state dict does not depend on the implementation (fused or `foreach`).
+    """
     state = optimizer.state_dict()
     groups = [{**group, "lr": group["initial_lr"]} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads the result of `optimizer_state`, and keeps this optimizer's implementation."""
+    """Loads a state dict that `optimizer_state` returned. The implementation (fused or `foreach`) stays as it is."""
     settings_of_groups = [
         {key: group[key] for key in _IMPLEMENTATION_KEYS if key in group} for group in optimizer.param_groups
     ]
@@ -151,7 +157,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
 
 
 def set_lr_factor(optimizer: Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `initial_lr * factor`; never multiplies in place, so errors do not add up."""
+    """Sets every group's learning rate to `initial_lr * factor`."""
     for group in optimizer.param_groups:
         value = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):  # a recorded step reads the rate from the device
@@ -162,7 +168,12 @@ def set_lr_factor(optimizer: Optimizer, factor: float) -> None:
 
 @dataclass(frozen=True)
 class _NamedParameter:
-    """A parameter with its full name (`student.layer1.0.conv1.weight`) and its parent modules, outermost first."""
+    """A parameter with its full name and the modules that contain it.
+
+    Attributes:
+        name: name with the role, such as `student.layer1.0.conv1.weight`.
+        parents: the modules that contain the parameter, outermost first.
+    """
 
     name: str
     value: nn.Parameter
@@ -170,7 +181,7 @@ class _NamedParameter:
 
 
 def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[_NamedParameter]:
-    """Yields every parameter once, also where roles share it."""
+    """Yields every parameter of the modules once, even if several roles share it."""
     visited: set[int] = set()
     for role, model in modules.items():
         by_path = dict(model.named_modules(remove_duplicate=False))
@@ -185,7 +196,10 @@ def _named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[_NamedParame
 
 @dataclass(frozen=True)
 class _GroupRule:
-    """One entry of `groups`."""
+    """One entry of an optimizer's `groups`, which matches parameters by path, by module type, or by a policy.
+
+    The policies are `norm` (all normalisation layers) and `bias`.
+    """
 
     location: Location
     label: str
@@ -232,7 +246,7 @@ class _GroupRule:
 
 
 def _prefixes(path: str, modules: Mapping[str, nn.Module], location: Location) -> tuple[str, ...]:
-    """Returns the full names, with role, of all modules and parameters that `path` names."""
+    """Returns the full names, with the role (`student.layer4`), of all modules and parameters that match `path`."""
     prefixes, names = [], list(modules)
     for role, model in modules.items():
         parameters = dict(model.named_parameters())
@@ -253,6 +267,9 @@ def _prefixes(path: str, modules: Mapping[str, nn.Module], location: Location) -
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a normalisation layer of torch, or of a class named like `RMSNorm`, `LayerNorm2d`."""
+    """Returns whether a module is a normalisation layer.
+
+    These are torch's normalisation layers and all classes with a name like `RMSNorm` or `LayerNorm2d`.
+    """
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, norms) or re.search(r"Norm(\dd)?$", type(module).__name__) is not None

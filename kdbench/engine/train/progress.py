@@ -9,7 +9,7 @@ from kdbench.config.schedules import Schedule
 
 @dataclass
 class Progress:
-    """Position within a stage. Together with the seed it is all that a resumed run needs to find its place.
+    """Position within a stage, counted in optimizer steps. It determines the next batch of a resumed run.
 
     Attributes:
         total_steps: optimizer steps of the stage.
@@ -27,7 +27,7 @@ class Progress:
 
     @property
     def epochs(self) -> int:
-        """Epochs of the stage; the last one is cut short where the recipe counts steps."""
+        """Number of epochs of the stage. The last epoch is incomplete if the recipe states a number of steps."""
         return -(-self.total_steps // self.steps_per_epoch) if self.total_steps else 0
 
     @property
@@ -49,7 +49,7 @@ class Progress:
         return step % self.log_every == 0 or self.evaluates_after(step)
 
     def value_of(self, schedule: Schedule) -> float:
-        """Returns a schedule's value for the coming step."""
+        """Returns the value of a schedule at the next step."""
         if schedule.by == "epoch":
             return schedule(self.steps_done // self.steps_per_epoch, self.epochs)
         return schedule(self.steps_done, self.total_steps)

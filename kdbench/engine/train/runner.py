@@ -1,4 +1,4 @@
-"""The runner of one stage: schedules, position, step strategy, state and log values."""
+"""The runner, which trains one stage: it sets schedules, executes steps, and reads and writes the training state."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Runner:
     """Trains the network of one stage, one step at a time.
 
     Args:
-        plan: the checked stage.
-        recipe: for the seed and the settings that stages share.
-        network: built on the device by `build_network`.
+        plan: the checked plan of the stage.
+        recipe: the recipe, which has the seed and the settings that stages share.
+        network: the return value of `build_network`, on the device.
         device: the device of all tensors.
         steps_per_epoch: optimizer steps in one epoch of the training source.
-        notices: receives messages to the user and entries of the manifest.
+        notices: receiver of messages to the user and of manifest entries.
 
     Attributes:
         progress: the position within the stage.
-        eager: the device work of a step, operation by operation.
-        strategy: executes the device work; the eager step unless `use` was called.
+        eager: the strategy that executes the operations of a step one by one.
+        strategy: the strategy that executes the steps. It is `eager` unless `use` was called.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class Runner:
 
     @property
     def average(self) -> nn.Module | None:
-        """The moving average of the exported role, if the recipe asks for one."""
+        """The moving average of the exported role, or None if the recipe has no `ema:`."""
         return self.averages.average
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns the context in which forwards of this stage run."""
+        """Returns the autocast context for forward passes of this stage."""
         return self.eager.autocast()
 
     def use(self, strategy: StepStrategy) -> None:
-        """Lets a strategy execute the device work from the next step on."""
+        """Chooses the strategy (eager, CUDA graph, ...) that executes all steps from the next one on."""
         self.strategy = strategy
 
     # One step
 
     def begin_step(self) -> None:
-        """Sets everything that depends on the position: rates, scheduled weights and parameters, random seeds."""
+        """Sets everything that depends on the step number: learning rates, schedules, random seeds, snapshots."""
         value_of = self.progress.value_of
         if self.lr_schedule is not None:
             factor = value_of(self.lr_schedule)
@@ -113,10 +113,10 @@ class Runner:
         self.averages.refresh_snapshots(self.progress.steps_done, self.progress.steps_per_epoch)
 
     def step(self, window: Window) -> None:
-        """Trains on one effective batch. Nothing here waits for the device.
+        """Trains on one effective batch, without waiting for the device.
 
         Args:
-            window: the micro-batches of the effective batch (one, unless the recipe accumulates).
+            window: list of the effective batch's micro-batches: one, unless the recipe accumulates gradients.
         """
         self.strategy.run(window)
         self.meters.steps += 1
@@ -124,7 +124,7 @@ class Runner:
         self.timer.end_section("optimizer")
 
     def seed_generators(self) -> None:
-        """Seeds torch's global generators, from which dropout and the like draw, for the coming step."""
+        """Seeds torch's global random generators, which dropout uses, for the next step."""
         # The key of this stream must not change: it determines every random number of the models.
         seed = derive(self.recipe.seed, "model", self.stage.name, self.progress.steps_done, self.world.rank)
         torch.default_generator.manual_seed(seed)
@@ -134,13 +134,16 @@ class Runner:
     # State
 
     def exported(self, name: str) -> dict[str, Tensor]:
-        """Returns a role's weights as its forward uses them, under the names of the plain model."""
+        """Returns a role's weights after weight transforms (quantisation, pruning), as the forward pass uses them.
+
+        The keys are the parameter names of the model without the transforms.
+        """
         return exported_state(self.stage.roles[name], self.network.role(name).model)
 
     def training_state(self) -> TrainingState:
-        """Returns everything that a resumed run needs of the stage; frozen roles are loaded from their origin.
+        """Returns the training state of the stage for a checkpoint, without the weights of frozen roles.
 
-        All ranks call it: sharded tensors are gathered on the first one.
+        Every rank must call this method, because sharded tensors are gathered on rank 0.
         """
         keep = self.world.is_main
         roles = {name: self.network.role(name) for name in self.plan.resolved_stage.order}
@@ -166,13 +169,13 @@ class Runner:
         return [name for name in order if self.network.role(name).config.mode not in ("frozen", "reuse")]
 
     def load_training_state(self, state: TrainingState, source: Path | str = "the checkpoint") -> None:
-        """Loads what `training_state` returned.
+        """Loads a training state that `training_state` returned.
 
         Args:
-            source: the file, for messages.
+            source: name of the checkpoint file for error messages.
 
         Raises:
-            CheckpointError: an entry does not fit the stage; the message names it.
+            CheckpointError: an entry does not fit the stage. The message names the entry.
         """
         check_names(source, "models", state.models, self._trained_roles())
         check_names(source, "terms", state.terms, self.plan.resolved_stage.terms)
@@ -199,10 +202,12 @@ class Runner:
     # Log values
 
     def read_log(self) -> tuple[LossMeans, dict[str, Any]]:
-        """Reads and resets the meters, and returns them with the other values of a log line. Waits for the device.
+        """Returns the values of a log line (mean losses, learning rates, ...) and resets the loss meters.
+
+        Waits for the device.
 
         Raises:
-            TrainingError: the loss of a term was not finite; the message names the term and its first such step.
+            TrainingError: the loss of a term was not finite. The message names the term and its first such step.
         """
         means = self.meters.read(self.world)
         self.check_finite_losses(means)
@@ -220,9 +225,10 @@ class Runner:
         }
 
     def check_finite_weights(self) -> None:
-        """Raises TrainingError if a loss or a weight is not finite; called before every evaluation and checkpoint.
+        """Raises TrainingError if a loss or a weight is NaN or infinite.
 
-        A finite loss can have a gradient that is not finite (a square root at 0), which only later losses would show.
+        The method is called before each evaluation and checkpoint. It checks the weights too, because a finite loss
+        can have an infinite gradient (for example, a square root at 0), which would make only later losses infinite.
         """
         self.check_finite_losses()
         parameters = [parameter.detach() for update in self.updates for parameter in update.parameters]
@@ -235,14 +241,14 @@ class Runner:
             if not full_tensors(parameter.detach()).isfinite().all()
         ]
         raise TrainingError(
-            f"{len(names)} parameters are not finite after step {self.progress.steps_done} of stage "
-            f"{self.stage.name!r} (epoch {self.progress.epoch}), {names[0]} among them, although every loss was: a "
-            "gradient was not. Training stopped; earlier checkpoints are kept. A smaller learning rate, `clip`, or "
-            "another term may help."
+            f"{len(names)} parameters, such as {names[0]}, are NaN or infinite after step {self.progress.steps_done} "
+            f"of stage {self.stage.name!r} (epoch {self.progress.epoch}). Every loss was finite, so a gradient was "
+            "not. Training stopped; earlier checkpoints are kept. A smaller learning rate, `clip`, or another term "
+            "may help."
         )
 
     def check_finite_losses(self, means: LossMeans | None = None) -> None:
-        """Raises TrainingError if the loss of a term was not finite."""
+        """Raises TrainingError if the loss of a term was NaN or infinite in a step since the last reading."""
         means = means or self.meters.peek(self.world)
         if not means.not_finite:
             return

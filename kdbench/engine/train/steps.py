@@ -1,4 +1,4 @@
-"""The device work of one training step, and the strategies that execute it."""
+"""The operations of one training step on the device, and the interface of strategies that execute steps."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ size needs one; torch's default of eight would make later runs fall back to eage
 
 
 class StepStrategy(Protocol):
-    """Executes the device work of a training step: eagerly, as a CUDA graph, or jointly with other runs."""
+    """Protocol of a strategy that executes training steps: eagerly, as a CUDA graph, or jointly with other runs."""
 
     def run(self, window: Window) -> None:
-        """Computes gradients, updates parameters and averages, and adds losses to the meters.
+        """Executes one step: computes gradients, updates parameters and averages, and adds losses to the meters.
 
-        Nothing that the host counts happens here; the runner counts steps.
+        The step counters on the host are not changed, because the runner increments them.
         """
         ...
 
 
 class EagerStep:
-    """The device work of a training step, operation by operation.
+    """Strategy that executes the operations of a training step one by one, in eager mode or with a compiled forward.
 
     Args:
-        plan: the stage.
-        recipe: for the compiler settings.
-        network: roles and terms on the device.
-        updates: in order.
-        meters: receive the losses.
-        averages: EMA roles and snapshots, moved after the updates.
-        progress: decides in which steps the gradient norm is measured.
-        notices: receives a notice when the step cannot be compiled.
+        plan: the checked plan of the stage.
+        recipe: the recipe, which has the compiler settings.
+        network: the roles and terms, on the device.
+        updates: the updates of a step, in their order.
+        meters: meters to which the losses are added.
+        averages: EMA roles and snapshots, which are updated at the end of each step.
+        progress: the position, which determines in which steps the gradient norm is measured.
+        notices: receiver of the message that a step cannot be compiled.
 
     Attributes:
         grad_norm: gradient norm of the last step that measured it, before clipping.
-        compiled: whether the forward is compiled.
+        compiled: whether the forward pass is compiled.
     """
 
     def __init__(
@@ -88,11 +88,12 @@ class EagerStep:
             self.compute_losses = compile_network(network, fullgraph=True, dynamic=False, mode=mode)
 
     def run(self, window: Window, compute_gradients: ComputeGradients | None = None) -> None:
-        """Executes every update in order, each on the same effective batch. Nothing here waits for the device.
+        """Executes every update in order, each on the same effective batch. Does not wait for the device.
 
         Args:
-            window: the micro-batches.
-            compute_gradients: replaces `compute_gradients` of this object, for gradients that come from elsewhere.
+            window: list of the effective batch's micro-batches.
+            compute_gradients: function that is called instead of the method `compute_gradients`. The joint step of
+                concurrent runs passes one.
         """
         compute = compute_gradients or self.compute_gradients
         for group in self.groups:
@@ -109,7 +110,7 @@ class EagerStep:
         self.meters.end_step()
 
     def compute_gradients(self, update: Update, window: Window) -> None:
-        """Leaves the gradients of the effective batch, over all ranks, in the update's parameters."""
+        """Computes the gradients of the effective batch, summed over ranks, into `.grad` of an update's parameters."""
         if update.select is not None:
             window = [update.select.select_rows(self.network, batches) for batches in window]
         try:
@@ -125,7 +126,11 @@ class EagerStep:
         update.reducer.finish()
 
     def _backward(self, update: Update, window: Window) -> list[tuple[Tensor, Tensor]]:
-        """Leaves this rank's gradients in the parameters; returns losses with their indices in the meters."""
+        """Computes this rank's gradients into `.grad`, without a sum over ranks.
+
+        Returns:
+            Pairs of a vector of losses and the indices of these losses in the meters.
+        """
         counts = self.network.valid_counts(window, update.wiring.terms)
         fraction = 1.0 / (len(window) * self.world.size)
         update.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +152,7 @@ class EagerStep:
         return losses
 
     def _apply(self, update: Update) -> None:
-        """Clips the gradients and lets the optimizer step."""
+        """Clips the gradients of an update and takes an optimizer step."""
         self.scaler.unscale_(update.optimizer)
         if self.stage.clip is not None:
             self.grad_norm = clip_grad_norm_(update.parameters, self.stage.clip, self.world)
@@ -157,35 +162,41 @@ class EagerStep:
         self.scaler.step(update.optimizer)
 
     def sync_buffers(self) -> None:
-        """Gives every rank the buffers of rank 0, such as BatchNorm statistics, which each rank computes on its rows.
+        """Copies buffers from rank 0 to all ranks, such as BatchNorm statistics of a rank's own rows.
 
-        Evaluations, averages and checkpoints then see the same model on every rank, and a resumed run loads that one.
+        Evaluations, averages and checkpoints then use the same model on every rank.
         """
         roles = (self.network.role(name) for name in self.plan.resolved_stage.order)
         broadcast_buffers((b for role in roles if role.trainable for b in per_rank_buffers(role.model)), self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context in which this stage's forwards run."""
+        """Returns the autocast context for forward passes of this stage."""
         dtype = AUTOCAST.get(self.stage.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
     # Recording as a CUDA graph
 
     def variant(self) -> Hashable:
-        """Returns the property of the coming step that changes its operations, apart from the shape of its batch."""
+        """Returns a key for the kind of the next step: whether it measures the gradient norm.
+
+        Two steps with equal keys and equal batch shapes have the same operations, and can share a CUDA graph.
+        """
         return self.progress.logs_after(self.progress.steps_done + 1)
 
     def take_grad_norm(self) -> Tensor | None:
-        """Returns the gradient norm and forgets it."""
+        """Returns the stored gradient norm and clears the stored value."""
         norm, self.grad_norm = self.grad_norm, None
         return norm
 
     def put_grad_norm(self, norm: Tensor | None) -> None:
-        """Sets the gradient norm, such as the tensor into which a replayed graph writes it."""
+        """Stores a gradient norm, for example the tensor into which a replayed CUDA graph writes."""
         self.grad_norm = norm
 
     def discard_unfinished(self) -> None:
-        """Discards a step that began and did not finish, such as a failed recording; the loss scale is kept."""
+        """Discards the gradient scaler's state of an unfinished step, such as a failed CUDA graph recording.
+
+        The loss scale is kept.
+        """
         state, self.scaler = self.scaler.state_dict(), self._new_scaler()
         self.scaler.load_state_dict(state)
 
@@ -212,5 +223,5 @@ def _configure_compiler() -> None:
 
 
 def _is_compiler_error(error: Exception) -> bool:
-    """Returns whether an error comes from the compiler itself, not from the step."""
+    """Returns whether an exception was raised by torch's compiler rather than by the compiled code."""
     return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)

@@ -1,4 +1,4 @@
-"""The updates of a step: their parameters, optimizers and gradient reducers, and the rows that each one uses."""
+"""The updates of a step: their parameters, optimizers and gradient reducers, and the rows that each update uses."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from kdbench.registry import SELECTORS
 
 @dataclass
 class Update:
-    """One update of a step, on the device.
+    """One update of a step: its parameters, its terms and its optimizer, on the device.
 
     Attributes:
-        names: of the parameters, as in the plan.
-        wiring: of its terms, resolved once.
-        meter_indices: of its losses.
-        reducer: sums its gradients over ranks.
-        covers_all_parameters: whether its parameters are all that a backward could reach, so that `backward` needs no
-            list of inputs.
-        select: the rows of the batch that it uses; None for all.
-        inner_step: the step at whose end its terms are computed (bilevel).
+        names: names of the parameters, in the order of `parameters`.
+        wiring: the resolved forward pass of the update's terms: which roles run and what is read.
+        meter_indices: indices of the update's losses in the loss meters.
+        reducer: object that sums the update's gradients over ranks.
+        covers_all_parameters: whether the update trains every parameter that its backward pass reaches, so that
+            `backward` needs no argument `inputs`.
+        select: selection of the rows that the update uses; None: all rows.
+        inner_step: inner step of a bilevel update. The update's terms are computed at the weights after that step.
     """
 
     config: UpdateConfig
@@ -52,14 +52,14 @@ class Update:
 
 @dataclass
 class RowSelection:
-    """Selects the rows of a batch that an update uses.
+    """Selects the rows of a batch that one update uses.
 
     Attributes:
-        selector: returns row numbers, given its operands.
-        inputs: parameter names of the selector.
-        owner: under which the network holds the selector's operands.
-        source: whose rows are selected.
-        keep: a fraction below 1, or a number of rows.
+        selector: module that receives operands and returns row numbers.
+        inputs: names of the selector's parameters.
+        owner: name under which the network stores the selector's operands.
+        source: name of the source whose rows are selected.
+        keep: fraction of the rows (below 1), or number of rows (from 1).
     """
 
     selector: nn.Module
@@ -69,7 +69,10 @@ class RowSelection:
     keep: float | int
 
     def select_rows(self, network: Network, batches: MicroBatch) -> MicroBatch:
-        """Returns the micro-batch with the selected rows; the number of rows depends on no value."""
+        """Returns the micro-batch with only the selected rows.
+
+        The number of selected rows does not depend on the values of any tensor.
+        """
         batch = batches[self.source]
         available = {**batch.fields, **network.observe(batches, self.owner)}
         count = round(batch.size * self.keep) if self.keep < 1 else min(int(self.keep), batch.size)
@@ -78,7 +81,7 @@ class RowSelection:
 
 
 def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: LossMeters) -> list[Update]:
-    """Builds the updates of a stage in order, on the device of `meters`."""
+    """Builds the updates of a stage, in their order, on the device of `meters`."""
     updates = [_build_update(update_plan, plan, recipe, network, meters) for update_plan in plan.updates]
     logged = {name for update in updates for name in update.config.terms}
     for update, update_plan in zip(updates, plan.updates, strict=True):
@@ -91,7 +94,7 @@ def build_updates(plan: StagePlan, recipe: Recipe, network: Network, meters: Los
 
 
 def group_updates(updates: Sequence[Update]) -> list[list[Update]]:
-    """Returns the updates in order; updates that see the same weights form one group."""
+    """Groups consecutive updates that are computed at the same weights; keeps the order of the updates."""
     groups: list[list[Update]] = []
     for update in updates:
         number = update.config.group
@@ -131,7 +134,7 @@ def _build_update(
 
 
 def _modules_by_prefix(update: UpdateConfig, plan: StagePlan, network: Network) -> Mapping[str, nn.Module]:
-    """Returns the modules that an update trains, by the prefix of their parameters' names in the plan."""
+    """Returns name prefix -> module that an update trains: `ROLE` for a role, `terms.NAME` for a term."""
     modules: dict[str, nn.Module] = {name: network.role(name).model for name in updated_roles(update, plan.stage.roles)}
     return modules | {f"terms.{name}": network.term(name) for name in update.terms}
 

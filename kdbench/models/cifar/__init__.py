@@ -1,1 +1,1 @@
-"""Networks of the CIFAR-100 distillation tables; parameter counts and outputs equal those of RepDistiller."""
+"""Networks of the CIFAR-100 tables in distillation papers. Parameter counts and outputs equal those of RepDistiller."""

@@ -1,8 +1,8 @@
 """ResNet-50 for 32x32 images: He, Zhang, Ren and Sun 2016, https://arxiv.org/abs/1512.03385
 
-The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): the ImageNet network with a
-3x3 first convolution of stride 1 and no pooling after it. State dicts have the names of the code released with CRD
-(RepDistiller).
+This variant of ResNet-50 is used in the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699). It
+differs from the ImageNet network in the first convolution, which is 3x3 with stride 1, and has no pooling after this
+convolution. State dicts have the parameter names of the code released with CRD (RepDistiller).
 
 Features for an image of 32x32 (feats[0] to feats[5] in CRD):
 
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class BottleneckResNet(nn.Module):
-    """A first convolution and four stages of bottlenecks; the module docstring lists the features."""
+    """ResNet of a first convolution, four stages of bottleneck blocks, average pooling and a linear classifier."""
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _bottleneck_stage(blocks: int, inputs: int, width: int, stride: int) -> nn.S
 def resnet50(num_classes: int = 100, in_channels: int = 3) -> BottleneckResNet:
     """ResNet-50 for 32x32 images, 23.71 million parameters with 100 classes.
 
-    He et al. 2016; `ResNet50` of RepDistiller. Bottlenecks in four stages. Features: relu 64 x 32 x 32, layer1 256 x 32
-    x 32, layer2 512 x 16 x 16, layer3 1024 x 8 x 8, layer4 2048 x 4 x 4, pool 2048.
+    The network is `ResNet50` of RepDistiller (He et al. 2016). Feature shapes for a 32x32 image: `relu` 64x32x32,
+    `layer1` 256x32x32, `layer2` 512x16x16, `layer3` 1024x8x8, `layer4` 2048x4x4, `pool` 2048.
     """
     return BottleneckResNet((3, 4, 6, 3), num_classes, in_channels)

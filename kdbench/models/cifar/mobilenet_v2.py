@@ -1,8 +1,8 @@
 """MobileNetV2 for 32x32 images: Sandler et al. 2018, https://arxiv.org/abs/1801.04381
 
-The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): half the channels, expansion
-6, stride 1 in the second group of blocks, ReLU instead of ReLU6. State dicts have the names of the code released with
-CRD (RepDistiller).
+This variant of MobileNetV2 is used in the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699). It
+has half the channels, expansion 6, stride 1 in the second group of blocks, and ReLU instead of ReLU6. State dicts
+have the parameter names of the code released with CRD (RepDistiller).
 
 Features for an image of 32x32 (feats[0] to feats[5] in CRD):
 
@@ -53,11 +53,11 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """A first convolution of stride 2, seven groups of blocks, and a last convolution of 1280 channels.
+    """A first convolution of stride 2, seven groups of blocks, and a last convolution with 1280 output channels.
 
     Args:
-        width: factor on the channels of `GROUPS`.
-        num_classes: outputs of the classifier.
+        width: factor by which the numbers of channels in `GROUPS` are multiplied.
+        num_classes: number of outputs of the classifier.
         in_channels: channels of the image.
     """
 
@@ -97,7 +97,7 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Seq
 def mobilenetv2(num_classes: int = 100, in_channels: int = 3) -> MobileNetV2:
     """MobileNetV2 for 32x32 images, half width, expansion 6, 813 thousand parameters with 100 classes.
 
-    Sandler et al. 2018; `MobileNetV2` of RepDistiller. Features: conv1 16 x 16 x 16, blocks.1 12 x 16 x 16, blocks.2 16
-    x 8 x 8, blocks.4 48 x 4 x 4, blocks.6 160 x 2 x 2, pool 1280.
+    The network is `MobileNetV2` of RepDistiller (Sandler et al. 2018). Feature shapes for a 32x32 image: `conv1`
+    16x16x16, `blocks.1` 12x16x16, `blocks.2` 16x8x8, `blocks.4` 48x4x4, `blocks.6` 160x2x2, `pool` 1280.
     """
     return MobileNetV2(0.5, num_classes, in_channels)

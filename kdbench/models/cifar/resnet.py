@@ -1,10 +1,12 @@
 """ResNets for 32x32 images: He, Zhang, Ren and Sun 2016 (https://arxiv.org/abs/1512.03385), section 4.2.
 
-The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): a 1x1 convolution with
-BatchNorm on the shortcut if the shape changes, and, for the names with `x4`, four times the width after a first
-convolution of 32 channels. State dicts have the names of the code released with CRD (RepDistiller).
+These variants are used in the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699). If the shape
+changes, the shortcut is a 1x1 convolution with BatchNorm. Networks with `x4` in their name have a first convolution
+with 32 channels, and four times the width in the stages after it. State dicts have the parameter names of the code
+released with CRD (RepDistiller).
 
-Features for an image of 32x32 (feats[0] to feats[4] in CRD), with C = 16, 16, 32, 64 or 32, 64, 128, 256 (x4):
+Features for an image of 32x32 (feats[0] to feats[4] in CRD). The channels C0, C1, C2, C3 are 16, 16, 32, 64, or 32,
+64, 128, 256 in the `x4` networks:
 
     path      shape per sample   position in the network
     relu      C0 x 32 x 32       after the first convolution, BatchNorm and ReLU
@@ -47,12 +49,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A first convolution and three stages of (depth - 2) / 6 basic blocks; the module docstring lists the features.
+    """ResNet of a first convolution, three stages of (depth - 2) / 6 basic blocks each, and a linear classifier.
 
     Args:
         depth: number of layers, 6n + 2.
         widths: channels of the first convolution and of the three stages.
-        num_classes: outputs of the classifier.
+        num_classes: number of outputs of the classifier.
         in_channels: channels of the image.
     """
 
@@ -77,7 +79,7 @@ class CifarResNet(nn.Module):
 
 
 def residual_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Builds a stage of basic blocks; the first block changes the channels and the resolution."""
+    """Builds a stage of a ResNet from basic blocks. The first block changes the channels and has stride `stride`."""
     first = BasicBlock(inputs, outputs, stride)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
@@ -92,8 +94,8 @@ WIDE = (32, 64, 128, 256)
 def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-20 for 32x32 images, 278 thousand parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet20` of RepDistiller.
-    Features: relu 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `resnet20` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return CifarResNet(20, NARROW, num_classes, in_channels)
 
@@ -102,8 +104,8 @@ def resnet20(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-32 for 32x32 images, 473 thousand parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet32` of RepDistiller.
-    Features: relu 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `resnet32` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return CifarResNet(32, NARROW, num_classes, in_channels)
 
@@ -112,8 +114,8 @@ def resnet32(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet44(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-44 for 32x32 images, 667 thousand parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet44` of RepDistiller.
-    Features: relu 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `resnet44` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return CifarResNet(44, NARROW, num_classes, in_channels)
 
@@ -122,8 +124,8 @@ def resnet44(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-56 for 32x32 images, 862 thousand parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet56` of RepDistiller.
-    Features: relu 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `resnet56` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return CifarResNet(56, NARROW, num_classes, in_channels)
 
@@ -132,8 +134,8 @@ def resnet56(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-110 for 32x32 images, 1.74 million parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet110` of RepDistiller.
-    Features: relu 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `resnet110` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return CifarResNet(110, NARROW, num_classes, in_channels)
 
@@ -142,8 +144,8 @@ def resnet110(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-8 of four times the width for 32x32 images, 1.23 million parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet8x4` of RepDistiller.
-    Features: relu 32 x 32 x 32, layer1 64 x 32 x 32, layer2 128 x 16 x 16, layer3 256 x 8 x 8, pool 256.
+    The network is `resnet8x4` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image: `relu`
+    32x32x32, `layer1` 64x32x32, `layer2` 128x16x16, `layer3` 256x8x8, `pool` 256.
     """
     return CifarResNet(8, WIDE, num_classes, in_channels)
 
@@ -152,7 +154,7 @@ def resnet8x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
 def resnet32x4(num_classes: int = 100, in_channels: int = 3) -> CifarResNet:
     """ResNet-32 of four times the width for 32x32 images, 7.43 million parameters with 100 classes.
 
-    He et al. 2016, section 4.2; `resnet32x4` of RepDistiller.
-    Features: relu 32 x 32 x 32, layer1 64 x 32 x 32, layer2 128 x 16 x 16, layer3 256 x 8 x 8, pool 256.
+    The network is `resnet32x4` of RepDistiller (He et al. 2016, section 4.2). Feature shapes for a 32x32 image:
+    `relu` 32x32x32, `layer1` 64x32x32, `layer2` 128x16x16, `layer3` 256x8x8, `pool` 256.
     """
     return CifarResNet(32, WIDE, num_classes, in_channels)

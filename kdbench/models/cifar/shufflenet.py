@@ -1,8 +1,9 @@
 """ShuffleNets for 32x32 images: https://arxiv.org/abs/1707.01083 (V1), https://arxiv.org/abs/1807.11164 (V2)
 
-The variants of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): a 1x1 first convolution of
-stride 1 and no pooling after it. V1 (Zhang et al. 2018) has three groups and 240, 480 and 960 channels; V2 (Ma et al.
-2018) is of size 1. State dicts have the names of the code released with CRD (RepDistiller).
+These variants are used in the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699). Their first
+convolution is 1x1 with stride 1, and no pooling follows it. V1 (Zhang et al. 2018) has three groups and 240, 480 and
+960 channels. V2 (Ma et al. 2018) has the width of size 1 in the paper. State dicts have the parameter names of the
+code released with CRD (RepDistiller).
 
 Features for an image of 32x32 (feats[0] to feats[4] in CRD):
 
@@ -27,7 +28,7 @@ class ChannelShuffle(nn.Module):
     """Channel shuffle: transposes the channels from (groups, channels per group) to (channels per group, groups).
 
     Shape:
-        (batch, channels, height, width) -> the same.
+        (batch, channels, height, width) -> the same shape.
     """
 
     def __init__(self, groups: int) -> None:
@@ -39,13 +40,14 @@ class ChannelShuffle(nn.Module):
 
 
 class ShuffleV1Block(nn.Module):
-    """Block of V1: grouped 1x1 convolution, shuffle, depthwise 3x3 and grouped 1x1 convolution, with a shortcut.
+    """Block of ShuffleNet V1: grouped 1x1, depthwise 3x3 and grouped 1x1 convolution, with shuffle and shortcut.
 
-    With stride 1 the result is added to the input; with stride 2 it is concatenated with the average-pooled input.
+    The channel shuffle follows the first convolution. With stride 1, the input is added to the result of the
+    convolutions. With stride 2, the average-pooled input is concatenated to this result.
 
     Shape:
-        stride 1: (batch, inputs, h, w) -> the same, with outputs = inputs. stride 2: (batch, inputs, h, w) ->
-        (batch, outputs + inputs, h / 2, w / 2).
+        stride 1: (batch, inputs, h, w) -> the same shape; `outputs` must equal `inputs`.
+        stride 2: (batch, inputs, h, w) -> (batch, outputs + inputs, h / 2, w / 2).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
@@ -71,7 +73,7 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """A first convolution and three stages of V1 blocks; the module docstring lists the features."""
+    """ShuffleNet V1: a first convolution, three stages of blocks and a linear classifier."""
 
     def __init__(
         self,
@@ -102,7 +104,11 @@ class ShuffleNetV1(nn.Module):
 
 
 class ShuffleV2Block(nn.Module):
-    """Block of V2 with stride 1: 1x1, depthwise 3x3 and 1x1 convolutions on half of the channels; then a shuffle."""
+    """Block of ShuffleNet V2 with stride 1: three convolutions on half of the channels, then a channel shuffle.
+
+    The convolutions are 1x1, depthwise 3x3 and 1x1. The second half of the channels passes through them; the first
+    half stays unchanged.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -124,7 +130,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleV2DownBlock(nn.Module):
-    """Block of V2 with stride 2: two branches, each with half of the output channels; then a shuffle."""
+    """Block of ShuffleNet V2 with stride 2: two branches with half of the output channels each, then a shuffle."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -152,7 +158,7 @@ class ShuffleV2DownBlock(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """A first convolution, three stages and a last convolution; the module docstring lists the features."""
+    """ShuffleNet V2: a first convolution, three stages of blocks, a last convolution and a linear classifier."""
 
     def __init__(
         self, channels: tuple[int, int, int, int], blocks: tuple[int, int, int], num_classes: int, in_channels: int
@@ -183,19 +189,19 @@ class ShuffleNetV2(nn.Module):
 
 @MODELS.register("shufflenetv1", version=1, paper="https://arxiv.org/abs/1707.01083", image=(3, 32, 32))
 def shufflenetv1(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV1:
-    """ShuffleNet V1 for 32x32 images, three groups, 949 thousand parameters with 100 classes.
+    """ShuffleNet V1 for 32x32 images, with three groups, 949 thousand parameters with 100 classes.
 
-    Zhang et al. 2018; `ShuffleV1` of RepDistiller.
-    Features: relu 24 x 32 x 32, layer1 240 x 16 x 16, layer2 480 x 8 x 8, layer3 960 x 4 x 4, pool 960.
+    The network is `ShuffleV1` of RepDistiller (Zhang et al. 2018). Feature shapes for a 32x32 image: `relu` 24x32x32,
+    `layer1` 240x16x16, `layer2` 480x8x8, `layer3` 960x4x4, `pool` 960.
     """
     return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, num_classes, in_channels)
 
 
 @MODELS.register("shufflenetv2", version=1, paper="https://arxiv.org/abs/1807.11164", image=(3, 32, 32))
 def shufflenetv2(num_classes: int = 100, in_channels: int = 3) -> ShuffleNetV2:
-    """ShuffleNet V2 for 32x32 images, size 1, 1.36 million parameters with 100 classes.
+    """ShuffleNet V2 for 32x32 images, of size 1, 1.36 million parameters with 100 classes.
 
-    Ma et al. 2018; `ShuffleV2` of RepDistiller.
-    Features: relu 24 x 32 x 32, layer1 116 x 16 x 16, layer2 232 x 8 x 8, layer3 464 x 4 x 4, pool 1024.
+    The network is `ShuffleV2` of RepDistiller (Ma et al. 2018). Feature shapes for a 32x32 image: `relu` 24x32x32,
+    `layer1` 116x16x16, `layer2` 232x8x8, `layer3` 464x4x4, `pool` 1024.
     """
     return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_channels)

@@ -1,13 +1,14 @@
 """VGG with BatchNorm for 32x32 images: Simonyan and Zisserman 2014, https://arxiv.org/abs/1409.1556
 
-The variant of the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699): five blocks of convolutions
-(with bias, although BatchNorm follows), one linear classifier instead of three, and no pooling between the last two
-blocks unless the image has at least 64 rows. State dicts have the names of the code released with CRD.
+This variant of VGG is used in the CIFAR-100 distillation tables (CRD, https://arxiv.org/abs/1910.10699). It has five
+blocks of convolutions (with bias, although BatchNorm follows) and one linear classifier instead of three linear
+layers. A pooling between the last two blocks exists only for images with at least 64 rows. State dicts have the
+parameter names of the code released with CRD (RepDistiller).
 
 Features for an image of 32x32 (feats[0] to feats[5] in CRD):
 
     path      shape per sample   position in the network
-    block0    64 x 32 x 32       after the last ReLU of the block; its input, `block0.-1/in`, is the pre-activation
+    block0    64 x 32 x 32       after the last ReLU of the block; the input of this ReLU is `block0.-1/in`
     block1    128 x 16 x 16
     block2    256 x 8 x 8
     block3    512 x 4 x 4
@@ -26,7 +27,7 @@ CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """Five blocks of `convolutions` 3x3 convolutions each; the module docstring lists the features."""
+    """VGG with BatchNorm: five blocks of `convolutions` 3x3 convolutions each, and one linear classifier."""
 
     def __init__(self, convolutions: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -68,9 +69,9 @@ def _block(convolutions: int, inputs: int, outputs: int) -> nn.Sequential:
 def vgg8(num_classes: int = 100, in_channels: int = 3) -> VGG:
     """VGG-8 with BatchNorm for 32x32 images, 3.97 million parameters with 100 classes.
 
-    Simonyan and Zisserman 2014, one convolution per block; `vgg8` of RepDistiller.
-    Features: block0 64 x 32 x 32, block1 128 x 16 x 16, block2 256 x 8 x 8, block3 512 x 4 x 4,
-    block4 512 x 4 x 4, pool 512.
+    The network is `vgg8` of RepDistiller (Simonyan and Zisserman 2014; one convolution per block). Feature shapes for
+    a 32x32 image: `block0` 64x32x32, `block1` 128x16x16, `block2` 256x8x8, `block3` 512x4x4, `block4` 512x4x4, `pool`
+    512.
     """
     return VGG(1, num_classes, in_channels)
 
@@ -79,8 +80,8 @@ def vgg8(num_classes: int = 100, in_channels: int = 3) -> VGG:
 def vgg13(num_classes: int = 100, in_channels: int = 3) -> VGG:
     """VGG-13 with BatchNorm for 32x32 images, 9.46 million parameters with 100 classes.
 
-    Simonyan and Zisserman 2014, two convolutions per block; `vgg13` of RepDistiller.
-    Features: block0 64 x 32 x 32, block1 128 x 16 x 16, block2 256 x 8 x 8, block3 512 x 4 x 4,
-    block4 512 x 4 x 4, pool 512.
+    The network is `vgg13` of RepDistiller (Simonyan and Zisserman 2014; two convolutions per block). Feature shapes
+    for a 32x32 image: `block0` 64x32x32, `block1` 128x16x16, `block2` 256x8x8, `block3` 512x4x4, `block4` 512x4x4,
+    `pool` 512.
     """
     return VGG(2, num_classes, in_channels)

@@ -1,10 +1,11 @@
 """Wide ResNets for 32x32 images: Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146
 
-Pre-activation blocks (BatchNorm and ReLU before each convolution) without dropout, as in the CIFAR-100 distillation
-tables (CRD, https://arxiv.org/abs/1910.10699). To load a checkpoint of the code released with CRD (RepDistiller):
-`rename: {block1.layer: layer1, block2.layer: layer2, block3.layer: layer3}`.
+The blocks are pre-activation blocks (BatchNorm and ReLU before each convolution) without dropout, as in the CIFAR-100
+distillation tables (CRD, https://arxiv.org/abs/1910.10699). To load a checkpoint of the code released with CRD
+(RepDistiller), a recipe needs `rename: {block1.layer: layer1, block2.layer: layer2, block3.layer: layer3}`.
 
-Features for an image of 32x32 (feats[0] to feats[4] in CRD), with C = 16, 32, 64 times the width factor:
+Features for an image of 32x32 (feats[0] to feats[4] in CRD). The channels C1, C2, C3 are 16, 32, 64 times the width
+factor:
 
     path      shape per sample   position in the network
     conv1     16 x 32 x 32       after the first convolution, before any BatchNorm and ReLU
@@ -14,7 +15,7 @@ Features for an image of 32x32 (feats[0] to feats[4] in CRD), with C = 16, 32, 6
     pool      C3                 mean over all positions after the last BatchNorm and ReLU, the input of the classifier
                                  `fc`
 
-The features after the next BatchNorm and before its ReLU (feats of layer1, layer2 and layer3 with `preact` in CRD) are
+The features between the next BatchNorm and its ReLU (feats of layer1, layer2 and layer3 with `preact` in CRD) are
 `layer2.0.bn1`, `layer3.0.bn1` and `bn1`.
 """
 
@@ -29,7 +30,8 @@ from kdbench.registry import MODELS
 class WideBlock(nn.Module):
     """Pre-activation residual block: BatchNorm, ReLU and 3x3 convolution, twice.
 
-    If the number of channels changes, the shortcut is a 1x1 convolution of the activated input, otherwise the input.
+    If the number of channels changes, the shortcut is a 1x1 convolution after the first BatchNorm and ReLU. Otherwise
+    the shortcut is the input of the block.
 
     Shape:
         (batch, inputs, h, w) -> (batch, outputs, h / stride, w / stride).
@@ -43,7 +45,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        # This name is that of the released checkpoints.
+        # The released checkpoints have this name.
         self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,12 +55,12 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A first convolution and three stages of (depth - 4) / 6 blocks; the module docstring lists the features.
+    """Wide ResNet of a first convolution, three stages of (depth - 4) / 6 blocks each, and a linear classifier.
 
     Args:
         depth: number of layers, 6n + 4.
-        width: factor on the 16, 32 and 64 channels of the stages.
-        num_classes: outputs of the classifier.
+        width: factor by which the channels of the stages (16, 32 and 64) are multiplied.
+        num_classes: number of outputs of the classifier.
         in_channels: channels of the image.
     """
 
@@ -91,8 +93,8 @@ def _wide_stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Seque
 def wrn_16_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
     """Wide ResNet WRN-16-1 for 32x32 images, 181 thousand parameters with 100 classes.
 
-    Zagoruyko and Komodakis 2016, 16 layers, width factor 1; `wrn_16_1` of RepDistiller.
-    Features: conv1 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `wrn_16_1` of RepDistiller (Zagoruyko and Komodakis 2016; 16 layers, width factor 1). Feature
+    shapes for a 32x32 image: `conv1` 16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return WideResNet(16, 1, num_classes, in_channels)
 
@@ -101,8 +103,8 @@ def wrn_16_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
 def wrn_16_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
     """Wide ResNet WRN-16-2 for 32x32 images, 703 thousand parameters with 100 classes.
 
-    Zagoruyko and Komodakis 2016, 16 layers, width factor 2; `wrn_16_2` of RepDistiller.
-    Features: conv1 16 x 32 x 32, layer1 32 x 32 x 32, layer2 64 x 16 x 16, layer3 128 x 8 x 8, pool 128.
+    The network is `wrn_16_2` of RepDistiller (Zagoruyko and Komodakis 2016; 16 layers, width factor 2). Feature
+    shapes for a 32x32 image: `conv1` 16x32x32, `layer1` 32x32x32, `layer2` 64x16x16, `layer3` 128x8x8, `pool` 128.
     """
     return WideResNet(16, 2, num_classes, in_channels)
 
@@ -111,8 +113,8 @@ def wrn_16_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
 def wrn_40_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
     """Wide ResNet WRN-40-1 for 32x32 images, 570 thousand parameters with 100 classes.
 
-    Zagoruyko and Komodakis 2016, 40 layers, width factor 1; `wrn_40_1` of RepDistiller.
-    Features: conv1 16 x 32 x 32, layer1 16 x 32 x 32, layer2 32 x 16 x 16, layer3 64 x 8 x 8, pool 64.
+    The network is `wrn_40_1` of RepDistiller (Zagoruyko and Komodakis 2016; 40 layers, width factor 1). Feature
+    shapes for a 32x32 image: `conv1` 16x32x32, `layer1` 16x32x32, `layer2` 32x16x16, `layer3` 64x8x8, `pool` 64.
     """
     return WideResNet(40, 1, num_classes, in_channels)
 
@@ -121,7 +123,7 @@ def wrn_40_1(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
 def wrn_40_2(num_classes: int = 100, in_channels: int = 3) -> WideResNet:
     """Wide ResNet WRN-40-2 for 32x32 images, 2.26 million parameters with 100 classes.
 
-    Zagoruyko and Komodakis 2016, 40 layers, width factor 2; `wrn_40_2` of RepDistiller.
-    Features: conv1 16 x 32 x 32, layer1 32 x 32 x 32, layer2 64 x 16 x 16, layer3 128 x 8 x 8, pool 128.
+    The network is `wrn_40_2` of RepDistiller (Zagoruyko and Komodakis 2016; 40 layers, width factor 2). Feature
+    shapes for a 32x32 image: `conv1` 16x32x32, `layer1` 32x32x32, `layer2` 64x16x16, `layer3` 128x8x8, `pool` 128.
     """
     return WideResNet(40, 2, num_classes, in_channels)

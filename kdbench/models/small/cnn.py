@@ -12,15 +12,15 @@ from kdbench.registry import MODELS
 class DigitsCNN(nn.Module):
     """CNN of three 3x3 convolutions with BatchNorm for 8x8 digits, 43 thousand parameters.
 
-    Features for an 8x8 image: layer1 32 x 8 x 8, layer2 48 x 4 x 4, layer3 64 x 4 x 4, each after the ReLU, and pool
-    64, the mean over all positions and input of the classifier `fc`.
+    Feature shapes for an 8x8 image: `layer1` 32x8x8, `layer2` 48x4x4, `layer3` 64x4x4, `pool` 64. The first three
+    features are the outputs of the ReLUs. `pool` is the mean over all positions and the input of the classifier `fc`.
 
     Shape:
         (batch, in_channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        in_channels: channels of the image; injected.
+        num_classes: number of classes of the data (injected by kdbench).
+        in_channels: channels of the image (injected by kdbench).
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:

@@ -12,16 +12,17 @@ from kdbench.registry import MODELS
 class DigitsMLP(nn.Module):
     """MLP with two hidden layers for 8x8 digits, 6 thousand parameters.
 
-    Features: layer1 and layer2, `hidden` values per sample each, after the ReLU; the classifier is `fc`.
+    Features: `layer1` and `layer2`, the hidden layers after the ReLU, each with `hidden` values per sample. The
+    classifier is `fc`.
 
     Shape:
         (batch, in_channels, image_size, image_size) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        in_channels: channels of the image; injected.
-        hidden: units of each hidden layer.
-        image_size: height and width of the image; injected.
+        num_classes: number of classes of the data (injected by kdbench).
+        in_channels: channels of the image (injected by kdbench).
+        hidden: number of units of each hidden layer.
+        image_size: height and width of the image (injected by kdbench).
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, hidden: int = 48, image_size: int = 8) -> None:

@@ -1,8 +1,8 @@
-"""Small residual networks of any depth: the whole network, and its trunk and branch as separate models.
+"""Small residual networks of any depth: a complete network, and its first and last stages as separate networks.
 
-The residual block is that of `models.cifar.resnet` (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2). The
-widths do not depend on the number of blocks, so that a shallower network can load its weights from some of the blocks
-of a deeper one (`rename: {layer1.2: layer1.1}`).
+The residual block is that of `models.cifar.resnet` (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2).
+The number of channels does not depend on the number of blocks. A shallow network can therefore load its weights from
+some blocks of a deeper network; in the recipe, `rename: {layer1.2: layer1.1}` assigns the blocks.
 
 Features of `digits_resnet` for an image of 8x8 with width 16:
 
@@ -27,20 +27,22 @@ from kdbench.registry import MODELS
 
 @MODELS.register("digits_resnet", version=1, paper="https://arxiv.org/abs/1512.03385", image=(1, 8, 8))
 class DigitsResNet(nn.Module):
-    """Residual network for small images of any size, three stages of `blocks` basic blocks each.
+    """Residual network for small images of any size: three stages of `blocks` basic blocks each.
 
-    He et al. 2016, section 4.2, with `width`, 2 * width and 4 * width channels. With width 16 and one input channel: 78
-    thousand parameters with one block per stage, 175 with two, 272 with three.
-    Features of an 8x8 image with width 16: relu 16 x 8 x 8, layer1 16 x 8 x 8, layer2 32 x 4 x 4, layer3 64 x 2 x 2,
-    pool 64.
+    The blocks are those of He et al. 2016, section 4.2. The stages have `width`, 2 * width and 4 * width channels.
+    With width 16 and one input channel, the network has 78 thousand parameters with one block per stage, 175 thousand
+    with two blocks and 272 thousand with three blocks.
+
+    Feature shapes for an 8x8 image with width 16: `relu` 16x8x8, `layer1` 16x8x8, `layer2` 32x4x4, `layer3` 64x2x2,
+    `pool` 64.
 
     Shape:
         (batch, in_channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        in_channels: channels of the image; injected.
-        blocks: blocks per stage: one number, or a list of three.
+        num_classes: number of classes of the data (injected by kdbench).
+        in_channels: channels of the image (injected by kdbench).
+        blocks: number of blocks per stage: one number for all stages, or a list of three numbers.
         width: channels of the first stage.
     """
 
@@ -50,7 +52,9 @@ class DigitsResNet(nn.Module):
         super().__init__()
         depths = [blocks] * 3 if isinstance(blocks, int) else list(blocks)
         if len(depths) != 3 or min(depths) < 1:
-            raise ConfigError(f"digits_resnet: blocks must be a number of at least 1, or a list of three, got {blocks}")
+            raise ConfigError(
+                f"digits_resnet: blocks must be at least 1: one number, or a list of three numbers, got {blocks}"
+            )
         if width < 1:
             raise ConfigError(f"digits_resnet: width must be at least 1, got {width}")
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
@@ -70,20 +74,23 @@ class DigitsResNet(nn.Module):
 
 @MODELS.register("residual_trunk", version=1, paper="https://arxiv.org/abs/1512.03385", image=(1, 8, 8))
 class ResidualTrunk(nn.Module):
-    """First stages of `digits_resnet` without classifier, as a trunk that several branches share (ONE).
+    """Trunk for several branches: the first stages of the network `digits_resnet`, without classifier (ONE).
 
-    For ONE (Lan, Zhu and Gong 2018, https://arxiv.org/abs/1806.04606): one trunk, several `residual_branch` roles on
-    its output, and a `gate_mlp`, which the exported branch does not need. Features: relu, layer1, layer2, with the
-    shapes of `digits_resnet`. 5 thousand parameters with one stage and width 16, 19 with two.
+    ONE (Lan, Zhu and Gong 2018, https://arxiv.org/abs/1806.04606) needs one trunk, several branches
+    (`residual_branch`) on the output of the trunk, and a gate (`gate_mlp`). The exported student consists of the
+    trunk and one branch, without the gate.
+
+    Features: `relu`, `layer1` and `layer2`, with the shapes of `digits_resnet`. With width 16, the trunk has 5
+    thousand parameters for one stage and 19 thousand for two stages.
 
     Shape:
-        (batch, channels, height, width) -> (batch, width * 2^(stages - 1), h, w); every stage but the first halves
-        height and width.
+        (batch, channels, height, width) -> (batch, width * 2^(stages - 1), h, w). Every stage after the first halves
+        the height and the width.
 
     Args:
-        in_channels: channels of the image; injected.
-        stages: one or two.
-        blocks: blocks per stage.
+        in_channels: channels of the image (injected by kdbench).
+        stages: number of stages, 1 or 2.
+        blocks: number of blocks per stage.
         width: channels of the first stage.
 
     Example (recipe):
@@ -110,19 +117,20 @@ class ResidualTrunk(nn.Module):
 
 @MODELS.register("residual_branch", version=1, paper="https://arxiv.org/abs/1806.04606", image=(32, 4, 4))
 class ResidualBranch(nn.Module):
-    """Branch on a trunk's map: one stage of basic blocks, global average pooling and classifier (ONE).
+    """Branch after a shared trunk: one stage of basic blocks, global average pooling and linear classifier (ONE).
 
-    On the output of `residual_trunk` with the same `width` and `blocks` it is the remainder of `digits_resnet`.
-    Features: layer3, pool, with the shapes of `digits_resnet`. 58 thousand parameters from 32 channels.
+    With the default `widen` and `stride`, a branch and the trunk `residual_trunk` together form the network
+    `digits_resnet`, if branch and trunk have the same number of blocks per stage. Features: `layer3` and `pool`, with
+    the shapes of `digits_resnet`. For a map with 32 channels, the branch has 58 thousand parameters.
 
     Shape:
         (batch, channels, height, width) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        input_shape: shape of the map per sample; injected.
+        num_classes: number of classes of the data (injected by kdbench).
+        input_shape: shape of the trunk's output per sample (injected by kdbench).
         blocks: number of blocks.
-        widen: ratio of the stage's channels to those of the map.
+        widen: ratio of output channels to input channels of the stage.
         stride: stride of the first block.
 
     Example (recipe):
@@ -141,7 +149,8 @@ class ResidualBranch(nn.Module):
         inputs, _, _ = feature_map_shape(input_shape, "residual_branch")
         if min(blocks, widen, stride) < 1:
             raise ConfigError(
-                f"residual_branch: blocks, widen and stride must be at least 1, got {blocks}, {widen}, {stride}"
+                "residual_branch: blocks, widen and stride must be at least 1, got "
+                f"blocks {blocks}, widen {widen}, stride {stride}"
             )
         self.layer3 = residual_stage(blocks, inputs, widen * inputs, stride)
         self.pool = GlobalAveragePool()

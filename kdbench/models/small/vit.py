@@ -1,21 +1,21 @@
 """Small vision transformers and masked autoencoders: Dosovitskiy et al. 2020, He et al. 2021.
 
 `digits_vit` classifies images (https://arxiv.org/abs/2010.11929). `masked_vit` is a masked autoencoder
-(https://arxiv.org/abs/2111.06377); its encoder has the modules of `digits_vit`, so that a later stage can load the
-encoder's weights (`strict: false`).
+(https://arxiv.org/abs/2111.06377). The encoder of `masked_vit` has the modules of `digits_vit`, so that a later
+training of `digits_vit` can load the weights of the encoder (`strict: false`).
 
-The second input of `masked_vit` contains one score per patch. The `visible` patches with the lowest scores are encoded;
-their number is fixed, so that shapes never depend on values. Noise of shape [patches] gives random masks; a boolean
-mask (True: hidden) with the right number of hidden patches gives this mask. Two networks on the same score field see
-the same patches, as in Masked Autoencoders Enable Efficient Knowledge Distillers (DMAE,
-https://arxiv.org/abs/2208.12256):
+The second input of `masked_vit` contains one score per patch. The network encodes the `visible` patches with the
+lowest scores. Their number is fixed, so that shapes do not depend on values. Random scores give random masks. A
+boolean mask (True: hidden) with the right number of hidden patches is also a valid input. Two networks that read the
+same scores encode the same patches, as in Masked Autoencoders Enable Efficient Knowledge Distillers (DMAE,
+https://arxiv.org/abs/2208.12256). In the following recipe, `mask.z` is random noise, one number per patch:
 
     student: {model: {type: masked_vit, visible: 4}, input: [train.image, mask.z]}
     teacher: {model: {type: masked_vit, visible: 4, dim: 64, depth: 8}, input: [train.image, mask.z]}
     models: {target: {model: {type: hidden_patches, visible: 4}, input: [train.image, mask.z], frozen: true}}
 
-Features of both, for n encoded patches: `blocks.0`, `blocks.1`, ... (n + 1) x dim, with the class token first, and
-`norm` (n + 1) x dim after the last LayerNorm.
+Features of `digits_vit` and `masked_vit` for n encoded patches: the outputs of `blocks.0`, `blocks.1`, ... and of the
+last LayerNorm `norm`. Each has shape (n + 1) x dim. The class token is the first token.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class ViTEncoder(nn.Module):
         init_linear_layers(self)
 
     def encode(self, image: Tensor, patch_index: Tensor | None = None) -> Tensor:
-        """Encodes all patches, or the selected ones.
+        """Computes the output tokens of the encoder for all patches of an image, or for selected patches.
 
         Args:
-            image: (batch, channels, height, width).
-            patch_index: int64 (batch, n), patches to encode; None encodes all.
+            image: images (batch, channels, height, width).
+            patch_index: numbers of the patches to encode, int64 (batch, n). None: all patches.
 
         Returns:
-            Class token and patch tokens, (batch, 1 + n, dim).
+            class token and patch tokens, (batch, 1 + n, dim).
         """
         tokens = self.patch_embed(image).flatten(2).transpose(1, 2) + self.pos_embed
         if patch_index is not None:
@@ -83,20 +83,20 @@ class ViTEncoder(nn.Module):
 class DigitsViT(ViTEncoder):
     """Small vision transformer for small images, 51 thousand parameters.
 
-    ViT with the fixed sine-cosine position embedding of MAE. The classifier `fc` reads the class token after `norm`.
-    Features for 16 patches: blocks.0 17 x 32, blocks.1 17 x 32, ..., norm 17 x 32.
+    The position embedding is the fixed sine-cosine embedding of MAE. The classifier `fc` reads the class token after
+    the last LayerNorm `norm`. Feature shapes for 16 patches: `blocks.0`, `blocks.1`, ... and `norm`, each 17x32.
 
     Shape:
         (batch, in_channels, image_size, image_size) -> (batch, num_classes).
 
     Args:
-        num_classes: number of classes of the data; injected.
-        in_channels: channels of the image; injected.
-        image_size: height and width of the image; injected.
-        patch: height and width of a patch; divides `image_size`.
-        dim: token dimension.
+        num_classes: number of classes of the data (injected by kdbench).
+        in_channels: channels of the image (injected by kdbench).
+        image_size: height and width of the image (injected by kdbench).
+        patch: height and width of a patch, a divisor of `image_size`.
+        dim: token dimension, a multiple of 4 and of `heads`.
         depth: number of blocks.
-        heads: attention heads of each block; divides `dim`.
+        heads: number of attention heads of each block.
     """
 
     def __init__(
@@ -119,27 +119,31 @@ class DigitsViT(ViTEncoder):
 
 @MODELS.register("masked_vit", version=1, paper="https://arxiv.org/abs/2111.06377")
 class MaskedViT(ViTEncoder):
-    """Masked autoencoder: encodes `visible` patches of an image and predicts the pixels of the hidden ones (MAE).
+    """Masked autoencoder (MAE): encodes `visible` patches of an image and predicts the pixels of the hidden patches.
 
-    He et al. 2021, with the encoder of `digits_vit`. The decoder inserts a learnt mask token at each hidden position,
-    adds a position embedding and applies `decoder_depth` blocks; `decoder_pred` predicts pixels. The output contains
-    the hidden patches only, in the order of their positions, like that of `hidden_patches`; the mean squared difference
-    of both is MAE's loss. 65 thousand parameters. Features for 4 visible patches: blocks.0 5 x 32, ..., norm 5 x 32,
-    decoder_pred 12 x 4.
+    The method is that of He et al. 2021, with the encoder of `digits_vit`. The decoder inserts a learnt mask token
+    for each hidden patch, adds a position embedding and applies `decoder_depth` blocks. Its last layer,
+    `decoder_pred`, predicts the pixels. The output contains the hidden patches only, in the order of their positions.
+    The target is the output of the model `hidden_patches`; the mean squared error between output and target is the
+    loss of MAE. The network has 65 thousand parameters.
+
+    Feature shapes for 4 visible patches of 16: `blocks.0`, `blocks.1`, ... and `norm`, each 5x32; `decoder_pred`
+        12x4.
 
     Shape:
-        image (batch, in_channels, image_size, image_size), scores (batch, patches) ->
-        (batch, patches - visible, patch^2 * in_channels).
+        image (batch, in_channels, image_size, image_size), scores (batch, patches) -> (batch, patches - visible,
+        patch^2 * in_channels).
 
     Args:
-        in_channels: channels of the image; injected.
-        image_size: height and width of the image; injected.
-        visible: number of encoded patches, those with the lowest scores. 4 of 16 hides 75 percent, as MAE does.
-        patch: height and width of a patch; divides `image_size`.
-        dim: token dimension of the encoder.
+        in_channels: channels of the image (injected by kdbench).
+        image_size: height and width of the image (injected by kdbench).
+        visible: number of encoded patches. The patches with the lowest scores are encoded. With 4 of 16 patches, 75
+            percent are hidden, as in MAE.
+        patch: height and width of a patch, a divisor of `image_size`.
+        dim: token dimension of the encoder, a multiple of 4 and of `heads`.
         depth: number of encoder blocks.
-        heads: attention heads of each block.
-        decoder_dim: token dimension of the decoder.
+        heads: number of attention heads of each block.
+        decoder_dim: token dimension of the decoder, a multiple of 4 and of `heads`.
         decoder_depth: number of decoder blocks.
 
     Example (recipe):
@@ -164,8 +168,8 @@ class MaskedViT(ViTEncoder):
         self.visible = check_visible("masked_vit", visible, self.num_patches)
         if decoder_dim < 4 or decoder_dim % 4 or decoder_dim % heads or decoder_depth < 1:
             raise ConfigError(
-                "masked_vit: decoder_dim must be a multiple of 4 and of heads, and decoder_depth at least 1, got "
-                f"{decoder_dim} and {decoder_depth}"
+                f"masked_vit: decoder_dim must be a multiple of 4 and of heads ({heads}), decoder_depth at least 1, "
+                f"got decoder_dim {decoder_dim} and decoder_depth {decoder_depth}"
             )
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
@@ -195,20 +199,22 @@ class MaskedViT(ViTEncoder):
 
 @MODELS.register("hidden_patches", version=1, paper="https://arxiv.org/abs/2111.06377")
 class HiddenPatchPixels(nn.Module):
-    """Pixels of the hidden patches, the target of `masked_vit`, in the order of the patch positions. No parameters.
+    """Pixels of the hidden patches of an image: the target for the masked autoencoder `masked_vit`.
 
-    A patch is flattened row by row, with the channels of a pixel next to each other.
+    The patches are in the order of their positions. Each patch is flattened row by row, and the channels of a pixel
+    are next to each other. The module has no parameters.
 
     Shape:
-        image (batch, in_channels, image_size, image_size), scores (batch, patches) ->
-        (batch, patches - visible, patch^2 * in_channels).
+        image (batch, in_channels, image_size, image_size), scores (batch, patches) -> (batch, patches - visible,
+        patch^2 * in_channels).
 
     Args:
-        in_channels: channels of the image; injected.
-        image_size: height and width of the image; injected.
-        visible: number of visible patches, as in the `masked_vit`.
-        patch: height and width of a patch, as in the `masked_vit`.
-        standardise: subtract the mean of each patch and divide by its deviation, as MAE does for its best results.
+        in_channels: channels of the image (injected by kdbench).
+        image_size: height and width of the image (injected by kdbench).
+        visible: number of visible patches, equal to `visible` of the `masked_vit`.
+        patch: height and width of a patch, equal to `patch` of the `masked_vit`.
+        standardise: whether to standardise the pixels of each patch to mean 0 and standard deviation 1. MAE has its
+            best results with this option.
 
     Example (recipe):
         models: {target: {model: {type: hidden_patches, visible: 4}, input: [image, mask.z], frozen: true}}
@@ -240,25 +246,25 @@ class HiddenPatchPixels(nn.Module):
 
 
 def split_patches(scores: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Splits the patches into the `visible` ones with the lowest scores and the hidden ones.
+    """Returns the positions of the `visible` patches with the lowest scores, and the positions of the hidden patches.
 
-    Equal scores are visible in the order of their positions.
+    Among patches of equal score, those at earlier positions become visible first.
 
     Args:
-        scores: (batch, patches), or a map with as many positions.
+        scores: scores (batch, patches), or a map (batch, ...) with one value per patch.
         visible: number of visible patches.
 
     Returns:
-        int64 (batch, visible) and (batch, patches - visible), positions in ascending order.
+        visible positions (batch, visible) and hidden positions (batch, patches - visible), int64, in ascending order.
     """
     order = scores.flatten(1).to(torch.float32).argsort(dim=1, stable=True)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 
 def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
-    """Computes the sine-cosine position embedding of a patch grid, (rows * columns, dim).
+    """Computes the sine-cosine position embedding of a grid of patches, (rows * columns, dim).
 
-    The first half of `dim` encodes the column, the second half the row.
+    The first half of each embedding encodes the column of the patch, the second half the row.
     """
     quarter = dim // 4
     frequencies = torch.exp(torch.arange(quarter) * (-math.log(10000) / quarter))
@@ -272,10 +278,15 @@ def sincos_positions(rows: int, columns: int, dim: int) -> Tensor:
 
 
 def patch_grid(name: str, image: tuple[int, int, int], patch: int) -> tuple[int, int]:
-    """Returns the number of rows and columns of patches.
+    """Returns the number of rows and the number of columns of the patch grid of an image.
+
+    Args:
+        name: name of the model in the error message.
+        image: channels, height and width of the image.
+        patch: height and width of a patch.
 
     Raises:
-        ConfigError: the patch size does not divide the image's height and width.
+        ConfigError: `patch` does not divide height and width of the image.
     """
     _, height, width = image
     if patch < 1 or height % patch or width % patch:
@@ -284,18 +295,20 @@ def patch_grid(name: str, image: tuple[int, int, int], patch: int) -> tuple[int,
 
 
 def check_visible(name: str, visible: int, patches: int) -> int:
-    """Returns a valid number of visible patches.
+    """Returns `visible` if at least one patch is visible and at least one patch is hidden.
 
     Raises:
-        ConfigError: no patch would be visible, or none hidden.
+        ConfigError: no patch would be visible, or no patch would be hidden.
     """
     if not 0 < visible < patches:
-        raise ConfigError(f"{name}: visible must be from 1 to {patches - 1} of {patches} patches, got {visible}")
+        raise ConfigError(
+            f"{name}: visible must be from 1 to {patches - 1}, because the image has {patches} patches, got {visible}"
+        )
     return visible
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Initialises every linear layer with Xavier-uniform weights and zero bias, as MAE and the JAX code of ViT do."""
+    """Initialises all linear layers with Xavier-uniform weights and zero bias, as MAE and the JAX code of ViT do."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,1 +1,1 @@
-"""Several runs in one process: a dispatcher that alternates steps, joint steps, stacked networks."""
+"""Several runs in one process: the dispatcher that alternates their steps, joint steps, and stacked networks."""

@@ -1,9 +1,10 @@
-"""Concurrent runs in one process: each in a thread of its own, one executes at a time, and they alternate by steps.
+"""Concurrent runs in one process: each run has its own thread, and the runs take turns, one step each.
 
-A run does not know about the others. Its runner executes steps through a `ConcurrentStep`, which passes the turn to the
-next run before each step. State that exists once per process (torch's generators, number formats) is restored at each
-turn. On CUDA every run launches its kernels into a stream of its own and continues without waiting, so that the device
-works on several steps at the same time. Runs with students of the same architecture may step jointly (`joint_step`).
+Only one run executes at a time. The runner of each run executes steps through a `ConcurrentStep`, which passes the
+turn to the next run before each step. State that exists once per process (torch's random generators, TF32 settings)
+is restored at each turn. On CUDA, every run launches its kernels into its own stream and continues without waiting,
+so that the GPU works on several steps at the same time. If students of several runs have the same architecture, the
+steps of these runs may be computed together, as a joint step (module `joint_step`).
 """
 
 from __future__ import annotations
@@ -36,24 +37,29 @@ T = TypeVar("T")
 StackOption = Literal["auto", True, False]
 
 ROUNDS_PER_CHUNK = 5
-"""Rounds that are timed together while both ways of stepping are tried."""
+"""Number of rounds (one step of every run) that are timed together in the comparison of joint and separate steps."""
 
 TRIAL_CHUNKS = 8
-"""Chunks of such a trial, alternating between both ways; the first chunk of each warms up."""
+"""Number of chunks (groups of timed rounds) in the comparison of joint and separate steps.
+
+Chunks of joint steps and chunks of separate steps alternate. The first chunk of each kind is a warm-up."""
 
 
 class ConcurrentRun:
-    """One of several runs that the dispatcher alternates.
+    """One of several training runs in one process, whose steps a dispatcher alternates.
 
     Args:
-        label: what distinguishes it, such as `seed=2`.
+        dispatcher: the dispatcher.
+        label: short text that distinguishes the run, such as `seed=2`.
 
     Attributes:
-        runner: of the present stage.
-        stacking_key: equal for runs that may step jointly; None if this one may not, for the reason `obstacle`.
-        window: the batch of the coming step, once it is available.
-        error: of the last joint step.
-        result: of the whole run, or its exception.
+        runner: training loop of the run's present stage.
+        stacking_key: key that is equal for runs that may execute joint steps (one computation for several runs). None
+            for a run that must execute its steps alone.
+        obstacle: reason why the run must execute its steps alone, or an empty string.
+        window: micro-batches of the next step; None until the micro-batches are available.
+        exception: exception of the last joint step, until the run raises this exception.
+        result: return value of the run's task, or the exception that ended the task.
     """
 
     def __init__(self, dispatcher: Dispatcher[Any], label: str) -> None:
@@ -71,7 +77,10 @@ class ConcurrentRun:
         self.stream = torch.cuda.Stream(dispatcher.device) if dispatcher.device.type == "cuda" else None
 
     def join(self, runner: Runner) -> None:
-        """Lets the dispatcher schedule the steps of a runner; returns when every other run has come as far."""
+        """Lets the dispatcher schedule the steps of a runner, and waits until every other run has had one turn.
+
+        The turn of a run ends before the run's next step, or at the end of the run.
+        """
         self.runner, self.recorded_mode = runner, None
         stacks = self.dispatcher.stack is not False
         self.obstacle = stacking_obstacle(runner) if stacks else ""
@@ -80,7 +89,10 @@ class ConcurrentRun:
         self.dispatcher.pass_turn(self)
 
     def record_mode(self) -> None:
-        """Records in the manifest how the steps are executed from the coming one on, whenever that changes."""
+        """Records in the run's manifest whether its next steps are joint or separate, and the reason.
+
+        A joint step computes one step of several runs together. An unchanged mode is not recorded again.
+        """
         runner, mode = self.runner, self.dispatcher.mode_of(self)
         if runner is None or mode is None or mode == self.recorded_mode:
             return
@@ -92,7 +104,13 @@ class ConcurrentRun:
 
 
 class ConcurrentStep:
-    """A step strategy: waits for the run's turn, then steps jointly with other runs, or by the run's own strategy."""
+    """Step strategy that waits for the turn of its run, then executes a joint step with other runs or a separate step.
+
+    Args:
+        run: the run, one of several in the process.
+        runner: training loop of the run's present stage.
+        strategy: step strategy that executes separate steps.
+    """
 
     def __init__(self, run: ConcurrentRun, runner: Runner, strategy: StepStrategy) -> None:
         self.concurrent_run, self.runner, self.strategy = run, runner, strategy
@@ -121,14 +139,15 @@ class ConcurrentStep:
 
 
 class Dispatcher(Generic[T]):
-    """Executes tasks, each in a thread, that take turns by steps.
+    """Dispatcher of concurrent runs: each run is a task in its own thread, and the runs take turns, one step each.
 
     Args:
-        labels: what distinguishes each run.
-        device: of all runs.
-        stack: whether runs with equal students step jointly: `auto` times both ways and keeps the faster one, on the
-            CPU only if both give the same bits.
-        notice: receives messages about the runs as a whole.
+        labels: short text for each run, such as `seed=2`.
+        device: device of all runs.
+        stack: True: runs whose students have the same architecture execute joint steps, one computation for all of
+            these runs. False: each run executes its own steps. `auto`: joint and separate steps are timed, and the
+            faster kind is used. On the CPU, `auto` uses joint steps only if results are bit-identical.
+        notice: function that receives messages to the user about several runs.
     """
 
     def __init__(
@@ -149,10 +168,10 @@ class Dispatcher(Generic[T]):
         self.reported: set[str] = set()
 
     def run_all(self, tasks: Sequence[Callable[[ConcurrentRun], T]]) -> list[T | BaseException]:
-        """Executes one task for each run; returns the result or the exception of each, in order.
+        """Executes one task for each run, and returns the result or the exception of each task, in the same order.
 
         Raises:
-            KeyboardInterrupt: the user interrupted; no run executes any more.
+            KeyboardInterrupt: the user pressed Ctrl-C, and all runs have ended.
         """
         threads = torch.get_num_threads()
         for run, task in zip(self.runs, tasks, strict=True):
@@ -189,7 +208,7 @@ class Dispatcher(Generic[T]):
     # Turns. Only the run whose turn it is executes, so nothing below needs a lock.
 
     def pass_turn(self, run: ConcurrentRun) -> None:
-        """Lets every other run continue to its next step, or to its end; returns when it is this run's turn again."""
+        """Lets every other run continue until its next step or its end, then returns, so that `run` continues."""
         following = self._next(run)
         if following is not run:
             with _number_formats_restored():
@@ -213,7 +232,7 @@ class Dispatcher(Generic[T]):
             raise KeyboardInterrupt
 
     def _stop(self) -> None:
-        """Ends every run as Ctrl-C ends a single one: the current run where it is, the others at their turn."""
+        """Raises KeyboardInterrupt in every run: in the current run at once, in all other runs at their next turn."""
         self.stopped = True
         while any(thread.is_alive() for thread in self.threads.values()):
             current = self.current
@@ -226,7 +245,10 @@ class Dispatcher(Generic[T]):
     # Joint steps
 
     def step_jointly(self, run: ConcurrentRun) -> None:
-        """Executes the coming step of a whole stack if this run is its first one; otherwise does nothing."""
+        """Executes one joint step of all runs in a stack (runs with equal students), if `run` is the first of them.
+
+        If `run` is a later run of its stack, or if the next step is separate, the method does nothing.
+        """
         stack = self._stack_of(run)
         if stack is None or stack.runs[0] is not run or not stack.has_equal_batches() or not stack.steps_jointly_now():
             return
@@ -240,11 +262,14 @@ class Dispatcher(Generic[T]):
             member.stepped_jointly = True
 
     def _stack_of(self, run: ConcurrentRun) -> RunStack | None:
-        """Returns the stack that contains a run, built when all its runs have a batch for the first time."""
+        """Returns the stack (group of runs with equal students) of a run; None if the run executes its steps alone.
+
+        A stack is created as soon as each of its runs has the batch of its next step.
+        """
         if self.stack is False:
             return None
         if run.stacking_key is None:
-            self._report(f"{run.label}: not stacked, because {run.obstacle}.")
+            self._report(f"{run.label}: this run is not stacked with other runs, because {run.obstacle}.")
             return None
         alike = [each for each in self.runs if each.alive and each.stacking_key == run.stacking_key]
         stack = self.stacks.get(run.stacking_key)
@@ -255,7 +280,10 @@ class Dispatcher(Generic[T]):
         return stack if stack.enabled else None
 
     def mode_of(self, run: ConcurrentRun) -> tuple[str, str] | None:
-        """Returns how a run's steps are executed (`stacked`, `unstacked`, `both`) and why; None: not decided yet."""
+        """Returns the mode of a run's steps (`stacked`, `unstacked` or `both`) and the reason for the mode.
+
+        Stacked steps compute one step of several runs together. The result is None if the mode is not decided yet.
+        """
         if self.stack is False:
             return "unstacked", "stack: false"
         if run.stacking_key is None:
@@ -270,7 +298,7 @@ class Dispatcher(Generic[T]):
 
     @contextlib.contextmanager
     def joint_section(self, runs: Sequence[ConcurrentRun]) -> Iterator[None]:
-        """Orders a joint step between the kernels that its runs have launched and their next kernels."""
+        """Orders the CUDA kernels of the `with` block after all earlier, and before all later kernels of the runs."""
         if self.joint_stream is None:
             yield
             return
@@ -289,15 +317,16 @@ class Dispatcher(Generic[T]):
 
 
 class RunStack:
-    """Runs whose students can be stacked: obstacles, and which way of stepping is faster.
+    """Group of runs with equal students, which decides whether steps are joint (one computation) or separate.
 
     Args:
-        runs: all with the same stacking key, each with a batch available.
+        dispatcher: dispatcher of the runs.
+        runs: runs with the same stacking key. The batch of each run's next step must be available.
 
     Attributes:
-        strategy: executes joint steps.
-        enabled: whether steps are joint at all.
-        reason: of the present mode, for the manifest.
+        strategy: step strategy that executes joint steps.
+        enabled: False if all steps are separate.
+        reason: reason for the present choice, which the manifests of the runs record.
     """
 
     strategy: StepStrategy
@@ -313,7 +342,8 @@ class RunStack:
         forced = f"stack: true; {self.accuracy}" if self.enabled else ""
         self.reason = obstacle or (f"both are timed in turn; {self.accuracy}" if self.trying else forced)
         if obstacle:
-            dispatcher.notice(f"{', '.join(run.label for run in runs)}: not stacked, because {obstacle}.")
+            labels = ", ".join(run.label for run in runs)
+            dispatcher.notice(f"{labels}: the student is not stacked with students of other runs, because {obstacle}.")
         elif not self.trying:
             dispatcher.notice(f"{len(runs)} runs step as one stack ({self.accuracy}).")
 
@@ -322,49 +352,53 @@ class RunStack:
         return "both" if self.trying else "stacked" if self.enabled else "unstacked"
 
     def contains(self, run: ConcurrentRun) -> bool:
-        """Returns whether a run belongs to the stack, with the runner that the stack was built for."""
+        """Returns True if a run belongs to the stack, and still uses the training loop that the stack was built for."""
         return run in self.runs and self.runners[self.runs.index(run)] is run.runner
 
     def consists_of(self, runs: Sequence[ConcurrentRun]) -> bool:
-        """Returns whether these are the stack's runs, with the runners that it was built for."""
+        """Returns whether this stack (one network of grouped layers) was built from exactly these runs and their
+        current training loops."""
         present = [(id(run), id(run.runner)) for run in runs]
         return present == [(id(run), id(runner)) for run, runner in zip(self.runs, self.runners, strict=True)]
 
     def _prepare(self) -> str:
-        """Builds the joint step, or returns the reason why these runs cannot step jointly."""
+        """Builds the joint step of the runs, and returns an empty string, or the reason why it is not possible."""
         dispatcher, runners = self.dispatcher, [runner for runner in self.runners if runner is not None]
         if len(runners) < 2:
-            return "no other run is left to stack with" if dispatcher.stacks else "no two runs have equal students"
+            return "there is no other run with an equal student" if dispatcher.stacks else "no two students are equal"
         if dispatcher.stacks and any(not _steps_eagerly(runner) for runner in runners):
-            return "steps that were recorded as CUDA graphs keep their memory"  # stacking would move it
+            return "their steps are recorded as CUDA graphs, and stacking would move the memory of the recordings"
         if not self.has_equal_batches():
             return "their batches differ in size"
         try:
             with dispatcher.joint_section(self.runs):
                 exact, in_precision = stacking_errors(runners, self.micro_batches())
         except Exception as error:  # anything that a user's network raises when its channels belong to several runs
-            return f"the stacked student does not run ({' '.join(str(error).split())[:200]})"
+            return f"the stacked student raises an error ({' '.join(str(error).split())[:200]})"
         if not exact <= EXACT:
-            return f"the stacked student gives other values (by {exact:.1e} of the largest, in float64)"
+            return f"the stacked student gives other values (difference in float64: {exact:.1e} of the largest value)"
         equal = in_precision == 0.0
-        self.accuracy = "the same bits as unstacked" if equal else f"equal up to rounding of {in_precision:.0e}"
+        self.accuracy = "the same bits as unstacked" if equal else f"equal to unstacked up to {in_precision:.0e}"
         if dispatcher.stack == "auto" and not equal and dispatcher.device.type == "cpu":
-            return f"on this CPU stacking rounds differently ({self.accuracy}); hydra.launcher.stack=true accepts that"
+            return f"rounding differs on this CPU ({self.accuracy}); hydra.launcher.stack=true stacks nevertheless"
         with dispatcher.joint_section(self.runs):
             self.strategy = joint_strategy(JointStep(runners), dispatcher.notice)
         return ""
 
     def micro_batches(self) -> list[MicroBatch]:
-        """Returns the micro-batch of each run."""
+        """Returns one micro-batch for each run: the batch of the run's next step."""
         return [run.window[0] for run in self.runs if run.window is not None]
 
     def has_equal_batches(self) -> bool:
-        """Returns whether every run has one micro-batch available, all of one shape."""
+        """Returns True if the next step of every run has one micro-batch, and all micro-batches have the same shape."""
         windows = [run.window for run in self.runs if run.window is not None and len(run.window) == 1]
         return len(windows) == len(self.runs) and len({shape_of(window) for window in windows}) == 1
 
     def steps_jointly_now(self) -> bool:
-        """Returns whether the next round is a joint one. During the trial both ways alternate by chunks of rounds."""
+        """Returns True if the next round (one step of every run) is a joint step, computed for all runs together.
+
+        During the comparison of joint and separate steps, the choice changes every `ROUNDS_PER_CHUNK` rounds.
+        """
         if not self.trying:
             return self.enabled
         chunk, round_in_chunk = divmod(self.rounds, ROUNDS_PER_CHUNK)
@@ -396,7 +430,7 @@ def _steps_eagerly(runner: Runner) -> bool:
 
 @contextlib.contextmanager
 def _number_formats_restored() -> Iterator[None]:
-    """Restores the number formats of the process afterwards; each run sets them for its stage."""
+    """Restores the TF32 settings of the process after the block, because each run changes them for its stage."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield

@@ -1,4 +1,4 @@
-"""Joint steps: the students of several runs as one stacked network, with one forward and one backward."""
+"""Joint steps of concurrent runs: their students form one stacked network, with one forward and one backward."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from kdbench.speed.concurrent.stacked_network import StackedNetwork, stacking_di
 from kdbench.speed.cuda_graph import CudaGraphStep, CudaRecorder
 
 EXACT = 1e-8
-"""Largest relative difference in float64 between stacked students and each student alone: rounding, not an error."""
+"""Largest relative difference, in float64, between stacked and separate students that counts as rounding."""
 
 
 def stacking_key(runner: Runner) -> Hashable:
-    """Returns a key that is equal for runs whose students can be stacked: architecture, input, number format."""
+    """Returns a key that is equal for runs whose students can be stacked, which means computed as one network.
+
+    The key contains the architecture, the input and the number format.
+    """
     role, overwritten = _student(runner)
     tensors = (*role.model.named_parameters(), *role.model.named_buffers())
     return (
@@ -36,7 +39,10 @@ def stacking_key(runner: Runner) -> Hashable:
 
 
 def stacking_obstacle(runner: Runner) -> str:
-    """Returns the reason why a run's student cannot be stacked with others, or an empty string."""
+    """Returns the reason why a run's student cannot be stacked, or an empty string.
+
+    Stacked students of several runs are computed as one network.
+    """
     stage, roles = runner.stage, runner.stage.roles
     export = stage.export
     config = roles[export]
@@ -44,11 +50,13 @@ def stacking_obstacle(runner: Runner) -> str:
     states = (leaf for operand in stage.read_operands() for leaf in operand.feature_operands() if leaf.is_state)
     reasons = {
         "several processes train it": runner.world.size > 1,
-        "its step is compiled (compile=cuda_graph is not)": runner.eager.compiled,
-        "fp16 scales the losses of each run by a factor of its own": stage.precision == "fp16",
-        "an Apple GPU has no float64 to verify it": runner.device.type == "mps",
-        "it accumulates over several batches": stage.accumulate > 1,
-        "its step is more than one plain update": update is None or bool(more) or not _is_plain(update, export),
+        "its step is compiled (with compile=cuda_graph it would not be)": runner.eager.compiled,
+        "fp16 scales the losses of each run by a different factor": stage.precision == "fp16",
+        "stacking is verified in float64, which an Apple GPU does not have": runner.device.type == "mps",
+        "it accumulates gradients over several batches": stage.accumulate > 1,
+        "its step is not one update of the student without `select`, `inner_step` and `repeat`": (
+            update is None or bool(more) or not _is_plain(update, export)
+        ),
         "its student is not trained directly": config.mode != "trainable",
         "its student reads outputs of other roles": ":" in config.input or bool(config.extra_inputs),
         "its student has weight transforms": bool(config.transforms),
@@ -68,16 +76,20 @@ def _is_plain(update: Update, export: str) -> bool:
 
 
 def _student(runner: Runner) -> tuple[Role, frozenset[Feature]]:
-    """Returns the exported role, and its features that later operations overwrite in place."""
+    """Returns a run's student, and the student's features that later operations overwrite in place."""
     name = runner.stage.export
     return runner.network.role(name), runner.plan.resolved_stage.overwritten.get(name, frozenset())
 
 
 def stacking_errors(runners: Sequence[Runner], window: Sequence[MicroBatch]) -> tuple[float, float]:
-    """Compares stacked students with each student alone on one batch of each run.
+    """Compares the stacked students of several runs (students in one network) with each student alone.
+
+    Args:
+        runners: one training loop for each run.
+        window: one micro-batch for each run. The comparison uses these batches.
 
     Returns:
-        The largest relative difference in float64, and in the precision in which the runs compute.
+        The largest relative difference in float64, and the largest relative difference in the precision of the runs.
     """
     first = runners[0]
     role, overwritten = _student(first)
@@ -95,16 +107,18 @@ def _student_input(runner: Runner, batches: MicroBatch) -> Tensor:
 
 
 class JointStep:
-    """A step strategy over several runs: its window contains one micro-batch of each run.
+    """Step strategy that computes one step of several runs together. The students of the runs form one network.
 
-    From its construction on, the students' parameters are views of the stacked ones.
+    The argument of `run` contains one micro-batch for each run. After the construction of a `JointStep`, the
+    parameters of every student are views of the stacked network's parameters.
 
     Args:
-        runners: with equal `stacking_key` and no `stacking_obstacle`.
+        runners: training loops of the runs. They have equal return values of `stacking_key`, and `stacking_obstacle`
+            returns an empty string for each of them.
 
     Attributes:
-        network: the networks of all runs.
-        draws_random: whether a run was seen to draw random numbers on the GPU.
+        network: module list of the networks of all runs.
+        draws_random: True once any run has drawn random numbers on the GPU.
     """
 
     def __init__(self, runners: Sequence[Runner]) -> None:
@@ -124,7 +138,7 @@ class JointStep:
         self.draws_random = False
 
     def run(self, window: Window) -> None:
-        """Executes one step of every run, each on its own micro-batch."""
+        """Executes one step of every run. `window` contains one micro-batch for each run."""
         losses = self._backward(window)
         for runner, batches, values in zip(self.runners, window, losses, strict=True):
             runner.timer.restart()
@@ -132,7 +146,7 @@ class JointStep:
             runner.timer.end_section("optimizer")
 
     def _backward(self, window: Window) -> list[Tensor]:
-        """Leaves each run's gradients in its parameters; returns the losses as each network returns them."""
+        """Computes the gradients of all runs into `grad` of their parameters, and returns the losses of each run."""
         for runner, update in zip(self.runners, self.updates, strict=True):
             update.optimizer.zero_grad(set_to_none=True)
             runner.timer.restart()
@@ -155,22 +169,30 @@ class JointStep:
         return losses
 
     def _losses(self, runner: Runner, batches: MicroBatch, features: Mapping[Feature, Tensor]) -> tuple[Tensor, Tensor]:
-        """Computes a run's terms on the features of its student, with the run's own random numbers."""
+        """Computes the losses of one run from the features of the run's student, under the run's own random seed.
+
+        Returns:
+            The total loss, and a tensor with the value of each loss term.
+        """
         runner.timer.restart()
         [update] = runner.updates
         batch = batches[self.source].with_precomputed({(self.export, f): value for f, value in features.items()})
         batches = {**batches, self.source: batch}
         counts = runner.network.valid_counts([batches], update.wiring.terms)
-        with self._random_numbers_of(runner), runner.eager.autocast():
+        with self._seed_generators_for(runner), runner.eager.autocast():
             return runner.eager.compute_losses(batches, counts, update.wiring, 1.0)
 
     @contextlib.contextmanager
-    def _random_numbers_of(self, runner: Runner) -> Iterator[None]:
-        """Seeds torch's generators for one run. A recording cannot change the seed between two runs."""
+    def _seed_generators_for(self, runner: Runner) -> Iterator[None]:
+        """Seeds torch's random generators with the seed of one run's next step, before the block runs.
+
+        A CUDA graph cannot contain a change of the seed. Therefore the recording of a graph raises a RuntimeError if
+        runs draw random numbers on the GPU.
+        """
         on_cuda = self.device.type == "cuda"
         if on_cuda and torch.cuda.is_current_stream_capturing():
             if self.draws_random:
-                raise RuntimeError("its runs draw random numbers, each with a seed of its own")
+                raise RuntimeError("the runs draw random numbers, each run with a different seed")
             yield
             return
         runner.seed_generators()
@@ -202,12 +224,13 @@ class JointStep:
 
 
 def _add_to_meters(runner: Runner, losses: Tensor) -> Callable[[Update, Window], None]:
-    """Returns a function that only adds losses to the meters, for gradients that exist already."""
+    """Returns a function for `EagerStep.run` that only logs losses, because the gradients are computed already."""
     return lambda update, window: runner.meters.add(losses, update.meter_indices)
 
 
 def joint_strategy(joint: JointStep, notice: Callable[[str], None]) -> StepStrategy:
-    """Returns the joint step, as a CUDA graph where recipe, device and optimizers support it."""
+    """Returns a strategy that executes one step of several concurrent runs as a CUDA graph, or eagerly if that is
+    impossible."""
     first = joint.runners[0]
     if not first.recipe.uses_cuda_graph(joint.device.type):
         return joint
@@ -215,7 +238,7 @@ def joint_strategy(joint: JointStep, notice: Callable[[str], None]) -> StepStrat
         return joint
 
     def eagerly(obstacle: str) -> StepStrategy:
-        notice(f"the joint step cannot be one CUDA graph ({obstacle}); it runs eagerly.")
+        notice(f"the joint step of the runs cannot be recorded as a CUDA graph ({obstacle}); joint steps run eagerly.")
         return joint
 
     return CudaGraphStep(joint, CudaRecorder(joint.device), eagerly)

@@ -1,9 +1,9 @@
-"""Several networks of one architecture as one network with their channels side by side.
+"""Several networks of one architecture as one network, with their channels side by side.
 
-A convolution becomes a grouped convolution in which each network's channels form groups; BatchNorm and GroupNorm get
-more channels; a linear layer multiplies each network's part by that network's matrix; layers that treat every value or
-channel separately stay as they are. Each network computes the same values as alone, and one kernel replaces as many
-kernels as there are networks.
+A convolution becomes a grouped convolution, in which each network has its own groups. BatchNorm and GroupNorm get
+more channels. A linear layer multiplies the channels of each network by the matrix of this network. Layers that treat
+every value or channel separately do not change. Each network computes the same values as alone, and one kernel does
+the work of n kernels for n networks.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ UNTOUCHED = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.Upsample),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
 )
-"""Layers that treat every channel separately and equally."""
+"""Layers that treat every channel separately and equally. A stacked network contains them unchanged."""
 
 
 class StackedLinear(nn.Module):
-    """One linear layer for each network: (batch, networks * inputs) -> (batch, networks * outputs).
+    """Linear layers of several networks in one module: (batch, networks * inputs) -> (batch, networks * outputs).
 
     Args:
+        networks: number of networks.
         weight: (networks * outputs, inputs).
         bias: (networks * outputs,).
     """
@@ -51,7 +52,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
-            raise ValueError(f"a linear layer over {x.dim()} dimensions cannot be stacked")
+            raise ValueError(f"a linear layer on an input with {x.dim()} dimensions cannot be stacked; expected 2")
         weight = self.weight.unflatten(0, (self.networks, -1))
         bias = None if self.bias is None else self.bias.unflatten(0, (self.networks, -1))
         parts = x.unflatten(1, (self.networks, -1))
@@ -65,15 +66,15 @@ class StackedLinear(nn.Module):
 
 
 class StackedNetwork:
-    """Networks of one architecture, run as one.
+    """Several networks of one architecture that run as one network.
 
     Args:
-        models: in the same mode, with the same modules frozen.
-        features: to extract from each.
+        models: the networks, in the same mode (train or eval) and with the same frozen modules.
+        features: features (outputs of submodules) to extract from each network.
         overwritten: features that a later operation overwrites in place.
 
     Raises:
-        ValueError: one of their layers cannot be stacked.
+        ValueError: a layer of the networks cannot be stacked.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ class StackedNetwork:
         self.extractor = FeatureExtractor(self.network, features, overwritten=overwritten, stop=True)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[dict[Feature, Tensor]]:
-        """Returns the features of each network.
+        """Runs all networks, and returns feature -> value for each network.
 
         Args:
-            inputs: one for each network, all of one shape (batch, channels, ...).
+            inputs: one input for each network. All inputs have the same shape (batch, channels, ...).
         """
         features: list[dict[Feature, Tensor]] = [{} for _ in self.models]
         for feature, value in self.extractor(torch.cat(list(inputs), 1)).items():
@@ -103,28 +104,31 @@ class StackedNetwork:
         return features
 
     def alias_parameters(self) -> None:
-        """Turns the networks' own parameters and buffers into views of the stacked ones.
+        """Turns the parameters and buffers of each network into views of the stacked network's tensors.
 
-        Optimizers, checkpoints and evaluations keep working on the same tensor objects.
+        The tensor objects stay the same, so optimizers, checkpoints and evaluations can continue to use them.
         """
         for tensor, stacked, index in self._pairs():
             tensor.data = stacked.detach()[index]
 
     def distribute_gradients(self) -> None:
-        """Gives each network's parameters their part of the stacked gradients."""
+        """Sets the gradients of each single network to slices of the gradients of the stacked network."""
         for tensor, stacked, index in self._pairs():
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None if stacked.grad is None else stacked.grad[index]
 
     def stacked_parameters(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-        """Splits parameters into the stacked tensors that contain some of them (once each), and all others."""
+        """Returns the stacked tensors that contain any of `parameters`, and the parameters in no stacked tensor.
+
+        A stacked tensor contains the same parameter of several networks. No stacked tensor is returned twice.
+        """
         stacked_by_id = {id(tensor): stacked for tensor, stacked, _ in self._pairs()}
         parameters = list(parameters)
         stacked = {id(stacked_by_id[id(p)]): stacked_by_id[id(p)] for p in parameters if id(p) in stacked_by_id}
         return list(stacked.values()), [p for p in parameters if id(p) not in stacked_by_id]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor, slice | int]]:
-        """Yields each network's tensor, the stacked one, and the index of the first in the second."""
+        """Yields (tensor of a single network, stacked tensor that contains the tensor, index in the stacked tensor)."""
         for path, module in self.network.named_modules():
             for number, model in enumerate(self.models):
                 original = model.get_submodule(path)
@@ -139,7 +143,10 @@ class StackedNetwork:
 
 
 def unstackable_layer(model: nn.Module) -> str:
-    """Returns the reason why a layer of a network cannot be stacked, or an empty string."""
+    """Returns the reason why a layer prevents the stacking of a network, or an empty string.
+
+    Stacked networks are several networks of one architecture that are computed as one network.
+    """
     for path, module in model.named_modules():
         kind, where = type(module), f" ({path})" if path else ""
         has_children = any(True for _ in module.children())
@@ -147,7 +154,7 @@ def unstackable_layer(model: nn.Module) -> str:
             continue
         if isinstance(module, NORMS) and kind in NORMS:
             if module.momentum is None:
-                return f"{kind.__name__}{where} averages over all previous batches"
+                return f"{kind.__name__}{where} averages over all previous batches (momentum=None)"
             continue
         if not has_children or module._parameters or module._buffers:
             return f"{kind.__name__}{where} is not known to treat channels separately"
@@ -155,7 +162,7 @@ def unstackable_layer(model: nn.Module) -> str:
 
 
 def remove_hooks(model: nn.Module) -> nn.Module:
-    """Removes the hooks of a copied model; `stacking_difference` would reveal a hook that changed values."""
+    """Removes all forward hooks of a copied model, such as hooks that extract features, and returns the model."""
     for module in model.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             for name in (hooks, f"{hooks}_with_kwargs", f"{hooks}_always_called"):
@@ -164,7 +171,14 @@ def remove_hooks(model: nn.Module) -> nn.Module:
 
 
 def _stack_layer(network: nn.Module, path: str, module: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Gives a layer of the stacked network the tensors of all layers, and the sizes that belong to them."""
+    """Replaces one layer's weights in the stacked network by the concatenated weights of this layer in all networks.
+
+    Args:
+        network: the stacked network.
+        path: path of the layer in each network.
+        module: the layer of the stacked network.
+        layers: the layer of each network.
+    """
     count = len(layers)
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -198,14 +212,18 @@ def stacking_difference(
 ) -> float:
     """Compares stacked networks with each network alone: features, gradients and buffers.
 
-    Only copies of the networks are modified, and no random number is drawn.
+    The function modifies copies of the networks only, and draws no random number.
 
     Args:
-        inputs: one for each network.
-        dtype: of the copies. In float64 a real difference is far larger than rounding.
+        models: the networks.
+        features: features (outputs of submodules) to compare.
+        overwritten: features that a later operation overwrites in place.
+        inputs: one input for each network.
+        dtype: dtype of the copies. In float64, a real difference is far larger than rounding.
+        autocast: context manager in which the forwards run.
 
     Returns:
-        The largest difference in any tensor, relative to its largest value; 0 for equal bits.
+        The largest difference in any tensor, relative to the largest value of this tensor; 0 for equal bits.
     """
     features = tuple(features)
     single = [remove_hooks(copy.deepcopy(model)).to(dtype) for model in models]
@@ -246,7 +264,12 @@ def stacking_difference(
 
 
 def _probe_loss(features: dict[Feature, Tensor], number: int) -> Tensor:
-    """Returns a scalar in which every value of every feature has a weight that differs from network to network."""
+    """Returns a weighted sum of all feature values, as a loss for the comparison of gradients.
+
+    Args:
+        features: features of one network.
+        number: number of the network. The weights of the sum depend on it.
+    """
     total = None
     for value in features.values():
         ramp = torch.arange(value.numel(), device=value.device, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Measurements: the time of a step and its parts, the peak rates of a device, the latency of a model."""
+"""Measurements: the time of a step and of its parts, the peak FLOP/s of a device, the latency of a model."""

@@ -1,4 +1,4 @@
-"""Latency of one forward, for the summary. A measurement, so it is not compared when two runs are."""
+"""Latency of one forward, for the summary of a run. Latency varies, so the comparison of two runs excludes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WARM_UP_FORWARDS = 3
 
 
 MIN_TIMED_FORWARDS = 3
-"""Number of forwards that are timed even beyond the budget."""
+"""Minimum number of timed forwards, even if they take longer than the budget."""
 
 
 def measure_latency(
@@ -19,18 +19,18 @@ def measure_latency(
 ) -> dict[str, float]:
     """Measures the time of a forward in eval mode, as the minimum over several forwards.
 
-    The minimum is the forward that other work on the machine disturbed least; a median is not repeatable on a busy
-    machine.
+    The minimum is the time of the forward that other work on the machine disturbed least. A median is not repeatable
+    on a busy machine.
 
     Args:
-        model: on the device of `example`; the mode of every module is restored.
+        model: model on the device of `example`. The mode of every module is restored after the measurement.
         example: one input without batch dimension, such as (channels, height, width).
-        batch_sizes: numbers of rows.
-        repeats: number of timed forwards for each batch size, after three warm-up forwards.
-        budget: seconds for each batch size; at least three forwards are timed.
+        batch_sizes: batch sizes to measure.
+        repeats: maximum number of timed forwards for each batch size. Three untimed forwards precede them.
+        budget: time limit in seconds for each batch size. At least three forwards are timed, even beyond the limit.
 
     Returns:
-        Milliseconds, such as `{"batch_1": 0.42, "batch_64": 3.1}`.
+        Batch size -> milliseconds, such as `{"batch_1": 0.42, "batch_64": 3.1}`.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -15,16 +15,17 @@ DATASHEET_TFLOPS = {
     "NVIDIA A100 80GB PCIe": (19.5, 156, 312, 19.5),
     "NVIDIA A100-PCIE-40GB": (19.5, 156, 312, 19.5),
 }
-"""Name of the driver -> TFLOP/s in `MATMUL_FORMATS`: dense (without sparsity), float64 with tensor cores.
+"""Device name that the driver reports -> TFLOP/s for each of `MATMUL_FORMATS`.
 
-From NVIDIA's datasheets of the H100, H200 and A100. A MIG slice of a device has another name and no entry."""
+The values come from NVIDIA's datasheets of the H100, H200 and A100: dense (without sparsity), float64 with tensor
+cores. The driver reports another name for a MIG slice of a device, so a slice has no entry."""
 
 
 MATMUL_FORMATS = ("float32", "tf32", "half", "float64")
 
 
 PROBE_SIZE, PROBE_SECONDS = 1024, 0.5
-"""Side of the matrices, and least duration, of the measurement on a CPU."""
+"""Size of the square matrices, and minimum duration in seconds, of the measurement on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Peak:
     """Peak rate of a device.
 
     Attributes:
-        flops: FLOP/s; None if unknown.
-        source: origin of the value, for the user.
+        flops: peak rate in FLOP/s; None if the rate is unknown.
+        source: description of the origin of the value, for the user.
     """
 
     flops: float | None
@@ -41,7 +42,7 @@ class Peak:
 
 
 def matmul_format(precision: str, device: torch.device) -> str:
-    """Returns the entry of `MATMUL_FORMATS` that matrix products use in a recipe's `precision:`."""
+    """Returns the number format of matrix products for a recipe's key `precision`: one of `MATMUL_FORMATS`."""
     if precision in ("bf16", "fp16"):
         return "half"
     if precision == "tf32" and device.type == "cuda":
@@ -50,13 +51,13 @@ def matmul_format(precision: str, device: torch.device) -> str:
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """Returns the peak rate of a device in a recipe's `precision:`."""
+    """Returns the peak FLOP/s of a device in the number format of a recipe's key `precision`."""
     if device.type == "cpu":
         source = f"measured: a product of {PROBE_SIZE} x {PROBE_SIZE} matrices ({precision})"
         return Peak(measure_matmul_flops(device, precision), source)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if name not in DATASHEET_TFLOPS:
-        return Peak(None, f"not known for {name}")
+        return Peak(None, f"no datasheet entry for {name}")
     number_format = matmul_format(precision, device)
     flops = 1e12 * DATASHEET_TFLOPS[name][MATMUL_FORMATS.index(number_format)]
     format_text = {"half": "bf16/fp16"}.get(number_format, number_format)
@@ -64,7 +65,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 
 def measure_matmul_flops(device: torch.device, precision: str) -> float:
-    """Returns the FLOP/s of the fastest of several products of two large matrices, with torch's number of threads."""
+    """Measures the FLOP/s of the product of two large matrices. The result is the maximum over several products."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "float64": torch.float64}
     matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtypes.get(precision, torch.float32))
     seconds: list[float] = []

@@ -1,9 +1,11 @@
-"""Profiler of a training step: time, operations and FLOPs of each section, and what ran on the device.
+"""Profiler of a training step: time, operations and FLOPs of each section, and the work of the device.
 
-One mechanism serves all measurements. A `SectionRecorder` takes a stamp at the end of every section of a step: the
-host's clock, a CUDA event, a count of operations, a mark in the trace of torch's profiler. The cost of a section is the
-difference of two neighbouring stamps. The runner's timer reports the ends of its sections to the recorder; temporary
-hooks on roles, terms and optimizers report the others. A step that is not profiled contains no hooks.
+A section is a part of a step, such as the forward of the teacher or the backward. All measurements use the same
+mechanism: a `SectionRecorder` takes a stamp at the end of every section. A stamp is a time of the host's clock, a
+CUDA event, a count of operations, or a mark in the trace of torch's profiler. The cost of a section is the difference
+between the stamps at its end and at the end of the section before. The runner's timer reports the ends of some
+sections to the recorder, and temporary hooks on roles, terms and optimizers report the remaining ends. A step that is
+not profiled contains no hooks.
 """
 
 from __future__ import annotations
@@ -26,20 +28,20 @@ from kdbench.data.loading.batch import MicroBatch
 from kdbench.engine.train.runner import Runner
 
 MARK_PREFIX = "kdbench: "
-"""Prefix of the marks at the ends of sections in the profiler's trace."""
+"""Prefix of the names of marks in the profiler's trace. Each mark is at the end of a section."""
 
 
 Windows = Iterator[list[MicroBatch]]
 
 
 class SectionRecorder:
-    """Takes a stamp at the end of each section of a step.
+    """Recorder of a stamp (a time, an event or a count) at the end of each section (part of a training step).
 
     Args:
-        stamp: called with the name of the section; its return value is recorded.
+        stamp: function that takes the name of a section and returns the stamp.
 
     Attributes:
-        ends: (section, stamp), in order.
+        ends: recorded pairs (section, stamp), in order.
     """
 
     def __init__(self, stamp: Callable[[str], Any]) -> None:
@@ -47,29 +49,35 @@ class SectionRecorder:
         self.ends: list[tuple[str, Any]] = []
 
     def end(self, section: str) -> None:
-        """Records the end of a section."""
+        """Records a stamp (such as a time) at the end of a section (part of a training step)."""
         self.ends.append((section, self.stamp(section)))
 
     def end_timer_section(self, name: str) -> None:
-        """Records the end of a section of the runner's timer, except `student` and `teacher`, which have hooks."""
+        """Records the end of a section (part of a training step) that the timer of the training loop reports.
+
+        The timer's sections `student` and `teacher` are ignored, because hooks record the end of each network's
+        forward.
+        """
         if name not in ("student", "teacher"):
             self.end("sum of terms" if name == "terms" else name)
 
     def costs(self, difference: Callable[[Any, Any], Any]) -> list[tuple[str, Any]]:
-        """Returns (section, cost) in order.
+        """Returns (section, cost) for all recorded sections (parts of a step), in order.
 
+        A cost, such as a time, is the difference between the stamps at the end and at the start of the section.
         Args:
-            difference: computes a cost from the stamps at the start and at the end of a section.
+            difference: function that computes a cost from the stamps at the start and at the end of a section.
         """
         return [(section, difference(start, end)) for (_, start), (section, end) in itertools.pairwise(self.ends)]
 
 
 @contextmanager
 def record_sections(runner: Runner, recorder: SectionRecorder) -> Iterator[SectionRecorder]:
-    """Records the sections of every step inside the block.
+    """Records the sections (parts) of every training step that is executed inside the `with` block.
 
-    Sections: `data`, `schedules`, `forward ROLE`, `term NAME`, `sum of terms`, `backward`, `optimizer`. The runner must
-    execute its steps eagerly: a compiled step or a CUDA graph has no sections.
+    The sections are `data`, `schedules`, `forward ROLE` (one for each network), `term NAME` (one for each loss term),
+    `sum of terms`, `backward` and `optimizer`. The runner must execute its steps eagerly, because a compiled step or
+    a CUDA graph has no sections.
     """
     network = runner.network
     modules: dict[str, torch.nn.Module] = {f"forward {n}": network.role(n) for n in runner.plan.resolved_stage.order}
@@ -93,7 +101,7 @@ def _end_hook(recorder: SectionRecorder, section: str) -> Callable[..., None]:
 
 
 def run_step(runner: Runner, windows: Windows) -> int:
-    """Runs one step as in training; returns the number of samples of the training source in it."""
+    """Runs one training step on the next window (the step's micro-batches); returns the number of training samples."""
     runner.timer.end_section("begin")
     window = next(windows)
     runner.timer.end_section("data")
@@ -113,12 +121,13 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of steps.
+    """Measured times of training steps.
 
     Attributes:
-        step_seconds: of each unrecorded step.
-        section_seconds: section -> median over the recorded steps, in the order of a step; of `data` the mean.
-        samples: number of samples in the unrecorded steps.
+        step_seconds: times of the steps that were timed as a whole, one time for each step.
+        section_seconds: section (part of a step) -> median time over the steps that were timed section by section.
+            For the section `data`, the time is the mean.
+        samples: number of training samples in the steps of `step_seconds`.
     """
 
     step_seconds: list[float]
@@ -127,10 +136,10 @@ class StepTimes:
 
 
 def time_steps(runner: Runner, windows: Windows, steps: int) -> StepTimes:
-    """Times unrecorded steps, the device's work included.
+    """Times training steps as a whole, without their sections. The times include the work of the device.
 
-    On a device that works asynchronously, steps are timed in up to ten equal groups, so that the synchronisation at the
-    end of a group does not slow every step.
+    On a GPU, steps are timed in up to ten groups with one synchronisation each, because a synchronisation after every
+    step would slow down the steps.
     """
     group_size = 1 if runner.device.type == "cpu" else -(-steps // 10)
     step_seconds: list[float] = []
@@ -147,7 +156,11 @@ def time_steps(runner: Runner, windows: Windows, steps: int) -> StepTimes:
 
 
 def time_sections(runner: Runner, windows: Windows, steps: int) -> StepTimes:
-    """Times `steps` unrecorded and `steps` recorded steps, alternating, so that disturbances affect both alike."""
+    """Times `steps` training steps as a whole, and `steps` further steps section by section.
+
+    A section is a part of a step, such as the backward. The two kinds of steps alternate, so that other work on the
+    machine slows both kinds equally.
+    """
     step_seconds: list[float] = []
     costs: list[list[tuple[str, float]]] = []
     samples = 0
@@ -164,9 +177,9 @@ def time_sections(runner: Runner, windows: Windows, steps: int) -> StepTimes:
 
 
 def _average_sections(costs: Sequence[Sequence[tuple[str, float]]]) -> dict[str, float]:
-    """Returns section -> median over steps of its total in a step.
+    """Returns section (part of a step) -> median over all steps of the time that the section takes in a step.
 
-    Of `data` it returns the mean: batches may be augmented, and frozen roles prefetched, for several steps at once.
+    For the section `data`, the result is the mean over all steps: one step may load the data of several steps.
     """
     totals: list[defaultdict[str, float]] = []
     for step_costs in costs:
@@ -182,9 +195,10 @@ def _average_sections(costs: Sequence[Sequence[tuple[str, float]]]) -> dict[str,
 
 
 def _device_clock(device: torch.device) -> tuple[Callable[[str], Any], Callable[[Any, Any], float]]:
-    """Returns a stamp, and a function that computes the seconds between two stamps.
+    """Returns a function that records a time stamp, and a function that computes the seconds between two stamps.
 
-    On CUDA a stamp is an event in the stream: the time at which the device, not the host, reaches the end of a section.
+    On CUDA, a stamp is a CUDA event, so the device measures the time. Otherwise, a stamp is a time of the host's
+    clock.
     """
     if device.type != "cuda":
         return lambda _: time.perf_counter(), lambda start, end: end - start
@@ -198,7 +212,7 @@ def _device_clock(device: torch.device) -> tuple[Callable[[str], Any], Callable[
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher below autograd: about one kernel each, except for views."""
+    """Counter of the operations that torch dispatches below autograd. Most operations, except views, are one kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,11 +225,11 @@ class OperationCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Counts of one step, by section.
+    """Counts of operations and FLOPs in one training step, by section (part of the step).
 
     Attributes:
-        operations: operations below autograd.
-        flops: of convolutions, matrix products and attention; a multiply-add is two.
+        operations: section -> number of operations below autograd.
+        flops: section -> FLOPs of convolutions, matrix products and attention. A multiply-add counts as two FLOPs.
     """
 
     operations: dict[str, int]
@@ -223,7 +237,7 @@ class StepCounts:
 
 
 def count_step(runner: Runner, windows: Windows) -> StepCounts:
-    """Counts the operations of one step and the FLOPs of the next, with torch's FLOP counter."""
+    """Counts the operations of one step, and the FLOPs of the following step."""
     with OperationCounter() as counter:
         operations = _count_sections(runner, windows, lambda: counter.total)
     with FlopCounterMode(display=False) as flop_counter:
@@ -241,16 +255,17 @@ def _count_sections(runner: Runner, windows: Windows, total: Callable[[], int]) 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Measurements of torch's profiler, per step, in seconds.
+    """Measurements of torch's profiler, as averages per step. Times are in seconds.
 
     Attributes:
         steps: number of profiled steps.
         busy_seconds: time in which the device worked: kernels and copies on CUDA, operations on the CPU.
         kernels: number of kernels on CUDA, without copies and fills; None on other devices.
         copies: number of copies and fills on CUDA; None on other devices.
-        backward_fractions: `forward ROLE` or `term NAME` -> fraction of the backward that belongs to its forward;
-            `gradients` for accumulating into the parameters' gradients.
-        slowest_operations: (operation, seconds without its callees, calls); on CUDA the device's time.
+        backward_fractions: section (`forward ROLE` or `term NAME`) -> fraction of the backward time that is spent on
+            the backward of this section. The entry `gradients` is the accumulation into the parameters' gradients.
+        slowest_operations: (operation, seconds, calls) for each of the slowest operations. The seconds are GPU time
+            on CUDA, and exclude inner operations that the operation calls.
     """
 
     steps: int
@@ -262,16 +277,17 @@ class StepProfile:
 
 
 def profile_steps(runner: Runner, windows: Windows, steps: int, *, mark_sections: bool) -> tuple[StepProfile, Any]:
-    """Profiles some steps with torch's profiler.
+    """Profiles some training steps with torch's profiler.
 
     Args:
-        runner: of the stage.
-        windows: micro-batches of the coming steps.
+        runner: training loop that executes the steps.
+        windows: iterator over the micro-batches of the next steps.
         steps: number of steps.
-        mark_sections: marks the ends of sections in the trace; False for a compiled step, which has none.
+        mark_sections: True marks the end of each section (part of a step) in the trace. A compiled step has no
+            sections, so it needs False.
 
     Returns:
-        The measurements, and torch's profiler, which can export its trace.
+        The measurements, and torch's profiler, which can export the trace.
     """
     is_cuda = runner.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
@@ -317,7 +333,7 @@ def _summarize(events: list[Any], averages: Iterable[Any], steps: int, is_cuda: 
 
 
 def _is_annotation(event: Any) -> bool:
-    """Returns True for marks of this module and annotations of optimizers and the profiler, which are no work."""
+    """Returns True if a profiler event is not an operation: the mark of a section, or an annotation that torch adds."""
     name = getattr(event, "name", None) or event.key
     return bool(getattr(event, "is_user_annotation", False)) or name.startswith(
         (MARK_PREFIX, "Optimizer.", "ProfilerStep")
@@ -325,7 +341,7 @@ def _is_annotation(event: Any) -> bool:
 
 
 def _union_length(intervals: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of the union of intervals."""
+    """Returns the length of the union of intervals (start, end)."""
     total, covered_until = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, covered_until))
@@ -334,7 +350,10 @@ def _union_length(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def _section_intervals(events: Iterable[Any]) -> list[tuple[float, float, str]]:
-    """Returns (start, end, section) on the host's clock, in order, from the marks in the trace."""
+    """Returns (start, end, section) for each section (part of a step) in the trace, in order, on the host's clock.
+
+    Section ends are marked in the trace, so a section is the interval between two marks.
+    """
     marks = [event for event in events if event.name.startswith(MARK_PREFIX) and "CPU" in str(event.device_type)]
     marks.sort(key=_start)
     return [
@@ -351,10 +370,10 @@ def _start(event: Any) -> float:
 def _backward_fractions(
     events: Iterable[Any], intervals: Sequence[tuple[float, float, str]], is_cuda: bool
 ) -> dict[str, float]:
-    """Returns section -> fraction of the backward that belongs to the forward of this section.
+    """Returns section (part of a step) -> fraction of the backward time that is spent on operations of this section.
 
-    Autograd numbers its nodes. The last forward operation with a node's number created the node, and the node's
-    backward has the same number.
+    Autograd numbers its nodes. The forward operation that creates a node and the backward of the node have the same
+    number in the trace. If several forward operations have this number, the last one created the node.
     """
     creators: dict[int, str] = {}
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -376,7 +395,7 @@ def _backward_fractions(
 
 
 def add_section_row(chrome_trace: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a Chrome trace with an additional row that contains the sections of the steps, from the marks in it."""
+    """Returns a copy of a Chrome trace with an additional row that shows the sections (parts) of each training step."""
     events = list(chrome_trace["traceEvents"])
     marks = [e for e in events if e.get("cat") == "user_annotation" and e.get("name", "").startswith(MARK_PREFIX)]
     marks.sort(key=lambda mark: mark["ts"])

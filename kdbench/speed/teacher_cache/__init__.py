@@ -1,1 +1,1 @@
-"""Frozen roles outside the step: prefetched for several steps at once, or cached on disk for each image."""
+"""Frozen roles (networks) outside the training step: prefetched for several steps at once, or cached on disk."""

@@ -1,11 +1,13 @@
 """Teacher cache on disk: the outputs of one frozen role for every variant of every sample, in a memory-mapped file.
 
-A cache has one row for each variant of each sample of a split (with a crop padded by 4 and a flip: 162 variants). Runs
-fill the rows that they need, and all runs with the same network, data and number formats share the cache: the name of
-its folder is a hash of everything that a row depends on, which `cache.json` lists.
+A variant is one of the finitely many images that the augmentations make of a sample (162 for a crop padded by 4 and a
+flip). A cache has one row for each variant of each sample of a split. A training run computes the rows that the run
+needs and the cache does not contain yet. All runs with the same network, data and number formats share a cache: the
+name of the cache's folder is a hash of everything that a row depends on. The file `cache.json` lists these
+dependencies.
 
-A row is written and synced before it is marked as filled. A process may therefore be killed at any time: marked rows
-are complete, and all others are computed again.
+A row is written and synced to the disk before it is marked as filled. Therefore a process may be killed at any time:
+marked rows are complete, and the next run computes all unmarked rows again.
 """
 
 from __future__ import annotations
@@ -31,29 +33,31 @@ from kdbench.errors import UserError
 from kdbench.files import file_lock, read_json, to_strict_json, write_json
 
 FORMAT = 1
-"""Version of the file format; part of the hash."""
+"""Version of the file format. It is part of the hash that names a cache."""
 
 
 SPARE_BYTES = 2**30
-"""Disk space that a new cache leaves free."""
+"""Number of bytes that must stay free on the disk after a new cache is created."""
 
 
 PENDING_BYTES, PENDING_SECONDS = 2**26, 5.0
-"""Size and age at which computed rows are written to disk; a sync for each batch would be slow."""
+"""Size in bytes and age in seconds at which computed rows are written to disk. A sync for each batch would be slow."""
 
 
 class CacheUnavailable(Exception):
-    """A role cannot have a teacher cache; the message is the reason, without a capital letter or a full stop."""
+    """Error: a network cannot have a teacher cache. The message is the reason, in lower case without a full stop."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Features in a row, concatenated. A row has one dtype: the narrowest that represents all features exactly.
+    """Layout of a row of a teacher cache. A row contains all features (outputs) of the teacher for one sample.
+
+    A row has a single dtype: the narrowest dtype that represents all features exactly.
 
     Attributes:
-        features: in the order of the row.
-        shapes: of each feature, for one sample.
-        dtypes: of each feature.
+        features: the features, in the order of the row.
+        shapes: shape of each feature, for one sample.
+        dtypes: dtype of each feature.
     """
 
     features: tuple[Feature, ...]
@@ -62,7 +66,7 @@ class RowLayout:
 
     @property
     def widths(self) -> list[int]:
-        """Number of elements of each feature."""
+        """Number of elements of each feature, for one sample."""
         return [math.prod(shape) for shape in self.shapes]
 
     @property
@@ -70,7 +74,7 @@ class RowLayout:
         return reduce(torch.promote_types, self.dtypes)
 
     def pack(self, values: Mapping[Feature, Tensor]) -> Tensor:
-        """Concatenates the features of some samples to rows.
+        """Concatenates the features of each sample to one cache row.
 
         Shape:
             values: (samples, *shape) for each feature. Returns (samples, elements).
@@ -78,42 +82,44 @@ class RowLayout:
         return torch.cat([values[feature].flatten(1).to(self.dtype) for feature in self.features], dim=1)
 
     def unpack(self, rows: Tensor) -> dict[Feature, Tensor]:
-        """Splits rows into features, the inverse of `pack`; a single feature is a view of the rows."""
+        """Splits cache rows into features (the inverse of `pack`). A feature that fills the row is a view of `rows`."""
         parts = rows.split(self.widths, dim=1)
         entries = zip(self.features, parts, self.shapes, self.dtypes, strict=True)
         return {feature: part.reshape(len(rows), *shape).to(dtype) for feature, part, shape, dtype in entries}
 
     def to_json(self) -> list[list[Any]]:
-        """Returns name, shape and dtype of each feature, as plain data."""
+        """Returns a list [name, shape, dtype] for each feature, in JSON types."""
         entries = zip(self.features, self.shapes, self.dtypes, strict=True)
         return [[str(feature), list(shape), str(dtype)] for feature, shape, dtype in entries]
 
 
 def cache_key(dependencies: Mapping[str, Any]) -> str:
-    """Returns the name of a cache's folder: a hash of everything that its rows depend on."""
+    """Returns the name of a teacher cache's folder: a hash of everything that the rows of the cache depend on."""
     text = json.dumps(to_strict_json(dependencies), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class CacheFile:
-    """One teacher cache. Opens the cache of another run, or creates it.
+    """One teacher cache on disk. The constructor opens the cache if it exists, and creates it otherwise.
 
     Args:
         folder: folder of all caches.
-        dependencies: everything that a row depends on, as plain data; determines the name.
-        row_layout: features of a row.
+        dependencies: name -> value, for everything that a row depends on. The name of the cache is a hash of this
+            mapping.
+        row_layout: layout of a row.
         num_rows: number of rows.
 
     Attributes:
         path: folder of this cache.
-        name: last two parts of the path, which contain nothing about the machine.
+        name: last two components of the path, for messages.
         rows: (num_rows, elements), memory-mapped.
-        filled: bool (num_rows,), memory-mapped: rows that are complete.
+        filled: bool (num_rows,), memory-mapped; True for a complete row.
         rows_computed: number of rows that this run computed.
-        write_error: why the disk did not accept rows; empty without an error. This run can still read such rows.
+        write_error: reason why rows could not be written to disk, or an empty string. After such an error, the process
+            can still read the rows.
 
     Raises:
-        CacheUnavailable: the cache does not fit on the disk, cannot be read or written, or differs from its name.
+        CacheUnavailable: the cache does not fit on the disk, cannot be read or written, or is damaged.
     """
 
     def __init__(self, folder: Path, dependencies: Mapping[str, Any], row_layout: RowLayout, num_rows: int) -> None:
@@ -142,7 +148,7 @@ class CacheFile:
 
     @property
     def row_bytes(self) -> int:
-        """Size of all rows."""
+        """Size of all rows in bytes."""
         return self.num_rows * self.row_elements * self.row_layout.dtype.itemsize
 
     @property
@@ -165,7 +171,7 @@ class CacheFile:
         try:
             for name, size in sizes.items():
                 _allocate(self.path / name, size)
-            # Last, because its presence says that the files are complete: without it the next run creates them again.
+            # Last, because its presence shows that the files are complete: without it the next run creates them again.
             write_json(description, dependencies)
         except (OSError, UserError):
             for name in sizes:
@@ -173,15 +179,18 @@ class CacheFile:
             raise
 
     def missing_rows(self, indices: Tensor) -> Tensor:
-        """Returns which of these rows are not filled, bool (indices,)."""
+        """Returns a bool mask (indices,), True for each row at `indices` that the cache does not contain yet."""
         return ~self.filled.index_select(0, indices)
 
     def read_rows(self, indices: Tensor) -> Tensor:
-        """Returns rows (indices, elements), on the CPU."""
+        """Returns the rows at `indices` as a tensor (indices, elements) on the CPU."""
         return self.rows.index_select(0, indices)
 
     def add_rows(self, indices: Tensor, rows: Tensor) -> None:
-        """Adds computed rows; they can be read after `flush` at the latest."""
+        """Adds computed rows to the cache. The rows can be read after the next `flush`.
+
+        If many rows wait for a `flush`, or if the last `flush` is old, this method calls `flush`.
+        """
         self.rows_computed += len(indices)
         self._pending.append((indices, rows))
         size = sum(rows.nbytes for _, rows in self._pending)
@@ -189,7 +198,7 @@ class CacheFile:
             self.flush()
 
     def flush(self) -> None:
-        """Writes and syncs the added rows, then marks them as filled. Rows that another run filled stay unchanged."""
+        """Writes the added rows to disk, then marks them as filled. Rows that another run has filled do not change."""
         pending, self._pending = self._pending, []
         self._last_write = time.monotonic()
         if not pending:
@@ -209,7 +218,10 @@ class CacheFile:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Creates a file of zeros and allocates its blocks: on a full disk, writing to mapped memory kills the process."""
+    """Creates a file of zeros, and allocates disk blocks for all of its bytes.
+
+    Without allocated blocks, a write to the memory-mapped file would kill the process when the disk is full.
+    """
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -228,6 +240,6 @@ def _map_file(path: Path, size: int) -> mmap.mmap:
 
 
 def format_bytes(count: int) -> str:
-    """Formats a number of bytes, such as `35.1 kB`."""
+    """Formats a number of bytes for messages, such as `35.1 kB`."""
     unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= size), ("kB", 1e3))
     return f"{count / size:,.1f} {unit}"

@@ -1,8 +1,9 @@
-"""Source whose batches contain the outputs of a frozen role, from a teacher cache that is filled epoch by epoch.
+"""Source whose batches contain cached outputs of a frozen role (network), such as the teacher.
 
-The images of an epoch are known before it starts, because the augmentation parameters of all samples are functions of
-the seed and the epoch. Missing rows are computed first, in batches of one shape, ordered by sample. Then all rows of
-the epoch are copied to the device, and each batch selects its rows by index. No step waits for the device.
+The images of an epoch are known before the epoch starts, because the augmentation parameters of all samples are
+functions of the seed and the epoch. At the start of an epoch, the outputs for all images that are not in the cache
+yet are computed, in batches of one shape. Then all cache rows of the epoch are copied to the device, and each batch
+selects rows by index. A training step does not wait for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kdbench.speed.teacher_cache.cache_file import CacheFile, CacheUnavailable, 
 from kdbench.speed.teacher_cache.prefetch import concat_padded, equal_up_to_rounding, find_coupled_roles
 
 MEMORY_FRACTION = 0.25
-"""Fraction of the available memory that the rows of one epoch may use."""
+"""Fraction of the available memory that the cache rows of one epoch may use."""
 
 
 CACHE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
@@ -40,14 +41,18 @@ CACHE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 
 
 def cache_size(plan: StagePlan, name: str) -> tuple[int, int, int]:
-    """Returns the number of samples, variants of each sample, and the approximate bytes of a role's cache.
+    """Returns the size of the teacher cache of a role (network).
+
+    Returns:
+        The number of samples, the number of variants (augmented images) of each sample, and the approximate size in
+        bytes.
 
     Raises:
-        CacheUnavailable: the number of images that the role may see is not finite or not known.
+        CacheUnavailable: the number of different input images of the role is not finite or not known.
     """
     config, stage = plan.stage.roles[name], plan.stage
     if ":" in config.input or config.extra_inputs:
-        raise CacheUnavailable("its input is more than one image of a source")
+        raise CacheUnavailable("the network has more than one input, or reads the output of another role")
     source, field = config.input.split(".", 1)
     spec = plan.specs[source]
     variants = spec.variants.get(field)
@@ -64,14 +69,14 @@ def cache_size(plan: StagePlan, name: str) -> tuple[int, int, int]:
 
 
 class RoleForward:
-    """Runs one role on variants of samples, always with the same number of rows.
+    """Forward of one role (network) on augmented samples, always with the same number of rows.
 
     Args:
-        runner: supplies the network and autocast.
-        name: the role.
-        source: the role's source.
-        field: the view that the role sees.
-        batch_size: number of rows; smaller batches are padded, because another size may round differently.
+        runner: training loop that contains the network and determines autocast.
+        name: name of the role.
+        source: source of the samples.
+        field: name of the view (augmented image field) that the role reads.
+        batch_size: number of rows. Smaller batches are padded, because another batch size may round differently.
     """
 
     def __init__(self, runner: Runner, name: str, source: ResidentSource, field: str, batch_size: int) -> None:
@@ -80,10 +85,10 @@ class RoleForward:
         self.features = runner.network.role(name).features
 
     def padded_batch(self, samples: Tensor, params: Tensor) -> MicroBatch:
-        """Returns the images of the samples, padded to `batch_size` rows by repeating the first.
+        """Returns a batch of augmented images, padded to `batch_size` rows by repeating the first image.
 
         Args:
-            samples: int64 (rows,), at most `batch_size`.
+            samples: indices of the samples, int64 (rows,), at most `batch_size`.
             params: augmentation parameters of all samples in the epoch.
         """
         device = self.source.images.device
@@ -92,23 +97,26 @@ class RoleForward:
         return {self.source.name: Batch({self.field: images})}
 
     def __call__(self, samples: Tensor, params: Tensor) -> dict[Feature, Tensor]:
-        """Returns feature -> values (samples, ...); arguments as for `padded_batch`."""
+        """Runs the network on augmented samples, and returns feature -> values (samples, ...).
+
+        The docstring of `padded_batch` describes the arguments.
+        """
         with self.runner.autocast():
             values = self.runner.network.run_frozen(self.padded_batch(samples, params), [self.name])
         return {feature: values[self.name, feature][: len(samples)] for feature in self.features}
 
 
 class CachedSource(Source):
-    """The batches of a source, with the features of one role from its teacher cache.
+    """Source that adds the cached features of one role (network) to the batches of another source.
 
     Args:
-        inner: the source, or the cached source of another role.
-        forward: computes missing rows.
-        cache: of the role.
-        notice: receives one message if the disk accepts no more rows.
+        inner: the other source, which may be a cached source too, with the features of a second role.
+        forward: forward of the role, which computes rows that the cache does not contain yet.
+        cache: teacher cache of the role.
+        notice: function that receives a message, at most once, if rows cannot be written to disk.
 
     Attributes:
-        rows_read: number of rows that were read so far.
+        rows_read: number of rows that were read from the cache so far.
     """
 
     def __init__(self, inner: Source, forward: RoleForward, cache: CacheFile, notice: Callable[[str], None]) -> None:
@@ -136,10 +144,11 @@ class CachedSource(Source):
         self.inner.close()
 
     def _load_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Fills the missing rows of an epoch and copies its rows to the device.
+        """Computes the cache rows of an epoch that are missing, and copies all rows of the epoch to the device.
 
         Returns:
-            The rows, ordered by sample, and for each sample of the split the index of its row.
+            A tuple of the rows of the epoch, ordered by sample, and an index tensor. The index tensor contains, for
+            each sample of the split, the index of the sample's row in the first tensor.
         """
         device = self.options.device
         samples, indices, params = epoch_rows(self.forward, epoch)
@@ -163,11 +172,11 @@ class CachedSource(Source):
 
 
 def epoch_rows(forward: RoleForward, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the rows of the cache that this process needs in an epoch.
+    """Returns the samples of this process in an epoch, and the teacher-cache rows of the samples.
 
     Returns:
-        The samples, sorted; the index of each sample's row in the cache; the augmentation parameters of all samples, on
-        the device.
+        A tuple of three tensors: the sorted indices of the samples, the index of each sample's row in the cache, and
+        the augmentation parameters of all samples, on the device.
     """
     params = forward.source.epoch_params(forward.field, epoch)
     samples = forward.source.epoch_indices(epoch)
@@ -187,19 +196,21 @@ def open_cached_source(
     folder: Path,
     notice: Callable[[str], None],
 ) -> CachedSource:
-    """Opens or creates the cache of a role, and checks that it contains the role's outputs.
+    """Opens or creates the teacher cache of a role (network), and returns a source with the cached features.
+
+    Some rows that the cache already contains are compared with new outputs of the role.
 
     Args:
-        runner: of the stage.
-        name: the role.
-        inner: the role's source, or the cached source of another role.
-        epoch: the source's first epoch in this session.
-        batch_size: number of rows that are computed at once.
+        runner: training loop of the present stage.
+        name: name of the role.
+        inner: source of the samples, or this source with cached features of another role.
+        epoch: first epoch for which the source is used.
+        batch_size: number of rows that the role computes at once.
         folder: folder of all caches.
-        notice: receives messages to the user.
+        notice: function that receives messages to the user.
 
     Raises:
-        CacheUnavailable: the role cannot have a cache; the message is the reason.
+        CacheUnavailable: the role cannot have a cache. The message is the reason.
     """
     plan = runner.plan
     num_samples, num_variants, _ = cache_size(plan, name)
@@ -230,7 +241,8 @@ def open_cached_source(
     available = available_memory(source.images.device)
     if required > MEMORY_FRACTION * available:
         raise CacheUnavailable(
-            f"the rows of one epoch would need {format_bytes(required)} of {format_bytes(available)} of memory"
+            f"the rows of one epoch would need {format_bytes(required)} of memory, more than {MEMORY_FRACTION:.0%} of "
+            f"the available {format_bytes(available)}"
         )
     cache = CacheFile(folder, _dependencies(runner, name, forward), row_layout, num_samples * num_variants)
     _check_values(cache, probe_indices, values, CACHE_TOLERANCE.get(plan.stage.precision, 0.05))
@@ -238,9 +250,10 @@ def open_cached_source(
 
 
 def _check_values(cache: CacheFile, indices: Tensor, values: Mapping[Feature, Tensor], tolerance: float) -> None:
-    """Compares filled rows with the role's present outputs.
+    """Raises CacheUnavailable if rows of a teacher cache differ from new outputs of the teacher for the same samples.
 
-    The hash does not cover the code of a plug-in's network, which may change without a new version.
+    Such a difference is possible because the hash that names the cache does not include the code of the network. The
+    code of a network in a plug-in may change without a new version number.
     """
     filled = ~cache.missing_rows(indices)
     cached_values = cache.row_layout.unpack(cache.read_rows(indices[filled]))
@@ -250,7 +263,7 @@ def _check_values(cache: CacheFile, indices: Tensor, values: Mapping[Feature, Te
 
 
 def _dependencies(runner: Runner, name: str, forward: RoleForward) -> dict[str, Any]:
-    """Returns everything that a row depends on; determines the name of the cache."""
+    """Returns name -> value, in JSON types, for everything that a row of a teacher cache depends on."""
     stage, source, view = runner.stage, forward.source, forward.view
     config, root = stage.roles[name], stage.roles[root_role(name, stage.roles)]
     augmentations = resolve_views(source.config.views)[forward.field]
@@ -279,7 +292,7 @@ def _dependencies(runner: Runner, name: str, forward: RoleForward) -> dict[str, 
 
 
 def available_memory(device: torch.device) -> int:
-    """Returns bytes: the free memory of a GPU, or the total memory of the machine."""
+    """Returns the memory for a device in bytes: free memory of a CUDA device, otherwise total memory of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

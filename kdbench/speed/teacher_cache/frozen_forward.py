@@ -1,4 +1,4 @@
-"""Decides for each frozen role of a stage: inline in the step, prefetched for several steps, or cached on disk."""
+"""Execution of frozen roles (networks): inside each step, prefetched for several steps at once, or cached on disk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from kdbench.speed.teacher_cache.cached_source import CachedSource, cache_size, 
 from kdbench.speed.teacher_cache.prefetch import Prefetcher, prefetch_obstacles, union_over_ranks
 
 CACHE_FOLDER = "teacher_cache"
-"""Folder of all teacher caches, inside the folder of all runs."""
+"""Name of the folder of all teacher caches, inside the folder of all runs."""
 
 
 def requested_mode(recipe: Recipe, device: torch.device) -> tuple[str, str]:
-    """Returns the mode of `frozen_forward:` on a device, and the reason for it; `auto` is prefetch on a GPU only."""
+    """Returns the mode in which a recipe requests to run frozen roles (networks), and the reason for this mode.
+
+    The modes are `inline` (inside each step), `prefetch` (for several steps at once) and `cache` (cached on disk).
+    With `frozen_forward: auto`, the mode is `prefetch` on a CUDA device and `inline` on other devices.
+    """
     if recipe.frozen_forward != "auto":
         return recipe.frozen_forward, f"frozen_forward: {recipe.frozen_forward}"
     return ("prefetch", "on a GPU") if device.type == "cuda" else ("inline", f"on {device.type}")
@@ -30,14 +34,14 @@ def requested_mode(recipe: Recipe, device: torch.device) -> tuple[str, str]:
 
 @dataclass
 class FrozenForwardPlan:
-    """Modes of the frozen roles of a stage.
+    """Execution modes of the frozen roles (networks) of a training stage.
 
     Attributes:
-        feed: the stage's batches, with precomputed features of prefetched and cached roles.
-        requested: the mode of the recipe.
-        modes: role -> `inline`, `prefetch` or `cache`.
-        reasons: role -> why it has this mode, or a description of the block or the cache.
-        cached_sources: role -> its source, for cached roles.
+        feed: provider of the batches of the stage, which contain the outputs of prefetched and cached roles.
+        requested: mode that the recipe requests.
+        modes: role -> `inline` (runs inside each step), `prefetch` (for several steps at once) or `cache` (on disk).
+        reasons: role -> reason for the role's mode, or a description of its cache, or the number of prefetched steps.
+        cached_sources: cached role -> source that adds the role's features to the batches.
     """
 
     feed: BatchFeed
@@ -47,11 +51,11 @@ class FrozenForwardPlan:
     cached_sources: dict[str, CachedSource] = field(default_factory=dict)
 
     def set_mode(self, name: str, mode: str, reason: str) -> None:
-        """Sets the mode of a role and the reason for it."""
+        """Sets the mode of a role (network), and the reason for this mode."""
         self.modes[name], self.reasons[name] = mode, reason
 
     def manifest_entries(self) -> dict[str, dict[str, Any]]:
-        """Returns role -> mode and reason, and for a cached role the cache and the rows computed and read so far."""
+        """Returns role -> entries for the run's manifest: mode, reason and, if cached, cache name and row counts."""
         entries: dict[str, dict[str, Any]] = {}
         for name, mode in self.modes.items():
             entries[name] = {"mode": mode, "reason": self.reasons[name]}
@@ -65,7 +69,10 @@ class FrozenForwardPlan:
         return entries
 
     def describe(self) -> str:
-        """Returns a sentence for the user; empty if every frozen role runs inline as requested."""
+        """Returns a sentence for the user that lists the mode of each role (network).
+
+        If the recipe requests the mode `inline`, or if there is no frozen role, the sentence is empty.
+        """
         if self.requested == "inline" or not self.modes:
             return ""
         verbs = {"inline": "runs inside the step", "prefetch": "is prefetched", "cache": "is cached"}
@@ -80,14 +87,18 @@ def plan_frozen_forward(
     folder: Path,
     on_decision: Callable[[FrozenForwardPlan], None] = lambda plan: None,
 ) -> FrozenForwardPlan:
-    """Decides the mode of each frozen role of a stage, opens caches, and sets up prefetching.
+    """Decides when each frozen role (network) of a stage runs; opens teacher caches; sets up prefetching.
 
     Args:
-        feed: the stage's batches; the sources of cached roles are replaced in it.
-        runner: of the stage.
-        recipe: supplies `frozen_forward` and `frozen_batch_size`.
+        feed: provider of the batches of the stage. The function replaces the sources of cached roles in `feed`.
+        runner: training loop of the stage.
+        recipe: recipe with the keys `frozen_forward` and `frozen_batch_size`.
         folder: folder of all caches.
-        on_decision: called when every mode is final: at the latest after the first block of prefetching.
+        on_decision: function that receives the plan when every mode is final. With prefetching, modes are final after
+            the first prefetched outputs are checked.
+
+    Returns:
+        The plan. The modes in the plan may change until `on_decision` is called.
     """
     mode, mode_reason = requested_mode(recipe, runner.device)
     plan = FrozenForwardPlan(feed, mode)
@@ -114,7 +125,7 @@ def plan_frozen_forward(
 def _open_caches(
     plan: FrozenForwardPlan, feed: Feed, runner: Runner, recipe: Recipe, folder: Path, names: Sequence[str]
 ) -> dict[str, str]:
-    """Opens the caches of the given roles, as far as possible; returns role -> reason for the others."""
+    """Opens the teacher caches of the roles (networks) in `names`; returns role -> reason if a cache is impossible."""
     problems: dict[str, str] = {}
     cached_sources: dict[str, CachedSource] = {}
     for name in names:
@@ -153,16 +164,16 @@ def _start_prefetching(
     cache_problems: dict[str, str],
     on_decision: Callable[[FrozenForwardPlan], None],
 ) -> None:
-    """Prefetches roles, unless a block of the requested size would contain a single step.
+    """Sets up prefetching of roles (networks), unless the batch size is too small for the rows of two steps.
 
     Args:
-        plan: receives modes and the new feed.
-        feed: the batches, with cached sources.
-        runner: of the stage.
-        batch_size: of the prefetched roles.
-        names: the roles.
-        cache_problems: role -> why it has no cache; part of the reasons.
-        on_decision: called when every mode is final.
+        plan: plan that receives the modes of the roles and the new feed.
+        feed: provider of the batches of the stage, with cached features.
+        runner: training loop of the stage.
+        batch_size: maximum number of rows on which the prefetched roles run at once.
+        names: names of the roles to prefetch.
+        cache_problems: role -> reason why the role has no cache. The reason is appended to the reason in the plan.
+        on_decision: function that receives the plan when every mode is final.
     """
     suffixes = {name: f"; no cache: {cache_problems[name]}" if name in cache_problems else "" for name in names}
 
@@ -172,30 +183,32 @@ def _start_prefetching(
                 plan.set_mode(name, "inline", rejected[name] + suffixes[name])
             else:
                 rows = prefetcher.rows_per_block[runner.network.sources[name]]
-                reason = f"{prefetcher.steps_per_block} steps, {rows:,} rows"
+                reason = f"for {prefetcher.steps_per_block} steps at once, {rows:,} rows"
                 plan.set_mode(name, "prefetch", reason + suffixes[name])
         on_decision(plan)
 
     prefetcher = Prefetcher(feed, runner, names, batch_size, on_check=set_modes)
     if prefetcher.steps_per_block * feed.accumulate == 1:
         for name in names:
-            plan.set_mode(name, "inline", f"two steps have more than {batch_size} rows{suffixes[name]}")
+            reason = f"two steps have more rows than frozen_batch_size, which is {batch_size}"
+            plan.set_mode(name, "inline", reason + suffixes[name])
         on_decision(plan)
         return
     plan.feed = prefetcher
 
 
 def describe_frozen_roles(plan: StagePlan) -> list[str]:
-    """Returns a sentence for each frozen role that a step runs: prefetching possible or not, and the cache's size."""
+    """Returns a sentence for each frozen role (network): why it must run inside each step, or the size of its cache."""
     lines = []
     for name, obstacle in prefetch_obstacles(plan).items():
         if obstacle:
-            lines.append(f"{name} is frozen, but must run inside the step: {obstacle}.")
+            lines.append(f"role {name!r} is frozen, but must run inside the step: {obstacle}.")
             continue
         try:
             samples, variants, size = cache_size(plan, name)
-            cache = f"its cache has {samples:,} x {variants:,} rows, {format_bytes(size)}"
+            noun = "variant" if variants == 1 else "variants"
+            cache = f"a cache of them has {samples:,} samples x {variants:,} augmented {noun}, {format_bytes(size)}"
         except CacheUnavailable as error:
-            cache = f"no cache: {error}"
-        lines.append(f"{name} is frozen and can be prefetched; {cache}.")
+            cache = f"they cannot be cached: {error}"
+        lines.append(f"role {name!r} is frozen, so its outputs can be prefetched; {cache}.")
     return lines

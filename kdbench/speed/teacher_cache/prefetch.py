@@ -1,8 +1,9 @@
-"""Prefetching: runs frozen roles for several coming steps at once, on a batch of a size that suits the device.
+"""Prefetching: frozen roles (networks) run for several coming steps at once, on a batch size that suits the device.
 
-A frozen network gives an image the same output now as some steps later. The steps receive their rows as precomputed
-features of their batches. This requires that each row depends on its image alone, not on the other rows or on random
-numbers; the first block of a stage is compared with a part of itself to check it.
+The output of a frozen network for an image is the same in all steps. Each step receives its rows of the output as
+precomputed features of its batches. This is correct only if a row depends on its image alone, not on other rows or on
+random numbers. To check this, the roles run on the first block (the rows of several steps) and on a part of the
+block, and the outputs are compared.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from kdbench.engine.train.loop import Feed
 from kdbench.engine.train.runner import Runner
 
 ROUNDING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Largest difference of a row between two batch sizes, relative to the feature's largest value.
+"""Dtype -> largest difference of a row between two batch sizes, relative to the feature's largest value.
 
-Another batch size selects other kernels, which sum in another order. A network that couples rows differs by more than a
-hundredth."""
+Another batch size selects other kernels, which sum in another order. If a row depends on other rows of the batch, the
+difference is larger than a hundredth."""
 
 
 COUPLED_ROWS = "its rows depend on the other rows of the batch, or on random numbers"
 
 
 def prefetch_obstacles(plan: StagePlan) -> dict[str, str]:
-    """Finds the frozen roles that a step runs, and why some of them cannot run before the step.
+    """Finds the frozen roles (networks) of a step, and for each role the obstacle to prefetching.
+
+    A prefetched role runs before the step, for several steps at once.
 
     Returns:
-        Role -> reason, in the order in which the roles run; empty for a role that may run before the step.
+        Role -> obstacle, in the order in which the roles run. The obstacle is "" if the role can be prefetched.
     """
     stage = plan.stage
     trained = {root for update in plan.updates for root in updated_roles(update.config, stage.roles)}
@@ -55,38 +58,40 @@ def prefetch_obstacles(plan: StagePlan) -> dict[str, str]:
 
 
 def _input_obstacle(plan: StagePlan, name: str, obstacles: Mapping[str, str]) -> str:
-    """Returns why a role's inputs prevent prefetching; empty if they do not.
+    """Returns the reason why the inputs of a role (network) prevent prefetching, or an empty string.
 
     Args:
-        plan: of the stage.
-        name: the role.
-        obstacles: of the frozen roles before it; an upstream role that is not in it changes during the stage.
+        plan: plan of the training stage.
+        name: name of the role.
+        obstacles: earlier frozen role -> obstacle to prefetching the earlier role. The output of a role that is not in
+            this mapping changes during the stage.
     """
     config = plan.stage.roles[name]
     for upstream in config.upstream_roles:
         if upstream not in obstacles:
-            return f"it sees {upstream}, which changes during the stage"
+            return f"it reads the output of role {upstream!r}, which changes during the stage"
     for upstream in config.upstream_roles:
         if obstacles[upstream]:
-            return f"it sees {upstream}, which runs inside the step"
+            return f"it reads the output of role {upstream!r}, which runs inside the step"
     sources = {address.split(".", 1)[0] for address in input_addresses(config) if ":" not in address}
     sources |= {plan.resolved_stage.sources[upstream] for upstream in config.upstream_roles}
     return f"it combines rows of the sources {' and '.join(sorted(sources))}" if len(sources) > 1 else ""
 
 
 class Prefetcher:
-    """The windows of a feed, with the features of frozen roles in their batches.
+    """Provider of batches that adds outputs of frozen roles (networks) to the batches of another provider.
 
-    The steps of a stage are grouped into blocks by their number alone. A run that is resumed inside a block computes
-    the full block again, to the same bits. The last block of a stage is padded to the shape of the others. No batch
-    after the stage's last step is read.
+    The roles run once for each block of consecutive steps. The step numbers alone determine the steps of a block, so
+    a run that is resumed inside a block computes the full block again, with bit-identical results. The last block of
+    a stage is padded to the shape of a full block. Batches after the last step of the stage are not read.
 
     Args:
-        feed: the batches.
-        runner: of the stage; supplies the network and autocast.
-        roles: the roles to prefetch, in the order in which they run.
-        batch_size: approximate number of rows of a block.
-        on_check: called after the first block, with the roles that must run inside the step after all, and why.
+        feed: the other provider of batches.
+        runner: training loop of the stage, which contains the networks and determines autocast.
+        roles: names of the roles to prefetch, in the order in which the roles run.
+        batch_size: maximum number of rows in a block. A block has at least one step, even if this step is larger.
+        on_check: function that is called after the outputs of the first block are checked. The argument is role ->
+            reason, for the roles that must run inside the step.
 
     Attributes:
         steps_per_block: number of steps of a block.
@@ -121,7 +126,7 @@ class Prefetcher:
         self.rows_checked = False
 
     def windows(self, step: int) -> Iterator[list[MicroBatch]]:
-        """Yields the micro-batches of every step from `step` on, to the end of the stage."""
+        """Yields the list of micro-batches of every step, from the step number `step` to the end of the stage."""
         total_steps = self.runner.progress.total_steps
         skipped = step % self.steps_per_block
         first = step - skipped
@@ -136,7 +141,14 @@ class Prefetcher:
             first, skipped = first + self.steps_per_block, 0
 
     def _with_features(self, windows: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-        """Runs the roles on all rows of a block; returns the windows with their rows of the features."""
+        """Runs the frozen roles on all rows of a block (several steps), and adds their features to the batches.
+
+        Args:
+            windows: micro-batches of each step in the block.
+
+        Returns:
+            The micro-batches of each step, with features.
+        """
         self.runner.timer.end_section("data")
         batches = [batch for window in windows for batch in window]
         block = {source: self._concatenate([b[source] for b in batches], source) for source in self.rows_per_block}
@@ -150,19 +162,23 @@ class Prefetcher:
         return [[self._add_rows(batch, values, positions) for batch in window] for window in windows]
 
     def _concatenate(self, batches: Sequence[Batch], source: str) -> Batch:
-        """Returns the batch of a block: the inputs of the roles, padded to the block's number of rows."""
+        """Concatenates batches of a source, and pads the result to the number of rows in a block (several steps).
+
+        The result contains only the fields and features that the prefetched roles read.
+        """
         rows = self.rows_per_block[source]
         fields = {f: concat_padded([batch.fields[f] for batch in batches], rows) for f in self.fields[source]}
         keys = self.precomputed[source]
         return Batch(fields, {k: concat_padded([batch.precomputed[k] for batch in batches], rows) for k in keys})
 
     def _add_rows(self, batches: MicroBatch, values: Values, positions: dict[str, int]) -> MicroBatch:
-        """Returns a micro-batch with its rows of the roles' features.
+        """Returns a copy of a micro-batch with the features of the prefetched roles (networks).
 
         Args:
             batches: the micro-batch.
-            values: features of the full block.
-            positions: source -> first row of the micro-batch in the block; advanced to the next micro-batch.
+            values: features for all rows of the block (several steps).
+            positions: source -> index of the micro-batch's first row in the block. The function increases each index
+                by the number of rows in the micro-batch.
         """
         result = dict(batches)
         for source in self.rows_per_block:
@@ -178,7 +194,14 @@ class Prefetcher:
         return result
 
     def _check_rows(self, block: MicroBatch, batches: Window) -> None:
-        """Removes the roles whose rows are coupled. Waits for the device, once in a stage."""
+        """Stops the prefetching of roles (networks) whose output rows depend on other rows of the batch.
+
+        The method waits for the device.
+
+        Args:
+            block: source -> concatenated batches of the first block (several steps).
+            batches: micro-batches of the first block.
+        """
         self.rows_checked = True
         network, subsets = self.runner.network, {}
         for source in self.rows_per_block:
@@ -190,7 +213,7 @@ class Prefetcher:
         for name in self.roles:
             upstream = next((role for role in network.configs[name].upstream_roles if role in rejected), None)
             if upstream is not None:
-                rejected.setdefault(name, f"it sees {upstream}, which runs inside the step")
+                rejected.setdefault(name, f"it reads the output of role {upstream!r}, which runs inside the step")
         self.roles = tuple(name for name in self.roles if name not in rejected)
         self.on_check(rejected)
 
@@ -198,18 +221,19 @@ class Prefetcher:
 def find_coupled_roles(
     network: Network, block: MicroBatch, subsets: Mapping[str, slice], roles: Collection[str]
 ) -> dict[str, str]:
-    """Runs roles on a block and on a subset of its rows, and compares the outputs for the subset.
+    """Finds roles (networks) whose output rows depend on other rows of the batch or on random numbers: coupled rows.
 
-    Both run without autocast and without TF32, whose rounding differs more between batch sizes.
+    The roles run on a batch and on a subset of its rows, and the outputs for the subset are compared. The forwards
+    use neither autocast nor TF32, because rounding in these formats differs more between batch sizes.
 
     Args:
-        network: contains the roles.
-        block: the rows.
-        subsets: source -> rows of the subset.
-        roles: roles to compare.
+        network: container of all roles.
+        block: source -> batch with all rows.
+        subsets: source -> slice of the rows in the subset.
+        roles: names of the roles.
 
     Returns:
-        Role -> reason, for the roles whose rows depend on other rows.
+        Role -> reason, for each role with coupled rows.
     """
     subset = {source: batch.slice(subsets[source]) for source, batch in block.items()}
     with precision_settings("float32"):
@@ -227,11 +251,12 @@ def find_coupled_roles(
 
 
 def equal_up_to_rounding(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
-    """Compares two tensors on the CPU.
+    """Returns True if two tensors are equal up to rounding. The comparison runs on the CPU.
 
     Args:
-        actual, expected: integer tensors must be equal, NaN is unequal to everything.
-        tolerance: largest difference, relative to the largest absolute value; by dtype if None.
+        actual, expected: the tensors. Integer tensors must be exactly equal, and NaN is unequal to every value.
+        tolerance: largest difference, relative to the largest absolute value of `expected`. None: a value that depends
+            on the dtype.
     """
     if actual.shape != expected.shape:
         return False
@@ -245,26 +270,30 @@ def equal_up_to_rounding(actual: Tensor, expected: Tensor, tolerance: float | No
 def union_over_ranks(
     reasons: Mapping[str, str], names: Collection[str], world: World, device: torch.device
 ) -> dict[str, str]:
-    """Combines the rejected names of all ranks, so that all ranks run the same roles in the same way.
+    """Combines the rejected roles (networks) of all ranks, so that all ranks reject the same roles.
 
     Args:
-        reasons: name -> reason, of this rank.
-        names: all names, in an order that is the same on every rank.
+        reasons: role -> reason, for the roles that this rank rejects.
+        names: names of all roles, in an order that is the same on every rank.
         world: the process group.
-        device: for the collective.
+        device: device for the collective.
 
     Returns:
-        Name -> reason for every name that any rank rejected; with this rank's reason if it has one.
+        Role -> reason, for every role that at least one rank rejects. If this rank rejects the role, the reason is the
+        reason in `reasons`.
     """
     if world.size == 1:
         return dict(reasons)
     flags = world.all_reduce_sum_(torch.tensor([float(name in reasons) for name in names], device=device)).tolist()
-    remote = "another process rejected it"
+    remote = "another process reports an obstacle"
     return {name: reasons.get(name, remote) for name, flag in zip(names, flags, strict=True) if flag}
 
 
 def concat_padded(tensors: Sequence[Tensor], rows: int) -> Tensor:
-    """Concatenates batches of one field, padded to `rows` rows by repeating the first row; keeps the memory format."""
+    """Concatenates tensors along the rows, and pads the result to `rows` rows by repeating the first row.
+
+    The memory format is kept.
+    """
     first = tensors[0]
     missing = rows - sum(len(tensor) for tensor in tensors)
     if missing:

@@ -1,1 +1,1 @@
-"""Terms on intermediate features: feature maps, summaries of maps, feature vectors, and heads on features."""
+"""Terms on intermediate features: feature maps, summaries of maps, feature vectors, and auxiliary heads on features."""

@@ -1,7 +1,7 @@
 """Terms on the logits of auxiliary heads: exits on inner features, and a second head beside the classifier.
 
-An auxiliary head is a role with the student's feature as input; it is not exported. The terms also accept the student's
-final logits.
+An auxiliary head is a role (a network of the recipe) that reads a feature of the student and is not part of the
+result. The terms can also read the student's final logits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def ofa_loss(student: Tensor, teacher: Tensor, label: Tensor, power: Number, tem
         student: logits (batch, classes) of p.
         teacher: logits (batch, classes) of q.
         label: classes (batch,), int64. The loss is 0 where it is negative (hidden).
-        power: above 0. Above 1 it raises the target of the label's class, more for a more certain teacher.
+        power: exponent, above 0. An exponent above 1 raises the target of the label's class, and more so for a more
+            certain teacher.
         temperature: T > 0 of both softmaxes.
 
     Returns:
-        (batch,), nats. With power 1 it is the cross-entropy with q.
+        (batch,), nats. With power 1 the loss is the cross-entropy with target q.
     """
     log_p = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     q = F.softmax(at_least_float32(teacher) / temperature, dim=1)
@@ -44,7 +45,7 @@ def dhkd_loss(student: Tensor, teacher: Tensor, temperature: Number) -> Tensor:
         temperature: T > 0.
 
     Returns:
-        (batch,), nats times T^2; exactly 0 where the logits are equal.
+        (batch,), nats times T^2. The loss is exactly 0 if the logits are equal.
     """
     gap = (at_least_float32(student) - at_least_float32(teacher)) / temperature
     # The divergence is log cosh(gap / 2), in a form that cannot overflow and is exactly 0 at 0.
@@ -59,16 +60,17 @@ class AdaptiveTargetEnhancement(Term):
 
     loss = -sum_k ((q_k + [k = y])^power - [k = y]) * log p_k
 
-    q and p are the softmaxes of teacher and student at temperature T, y is the label. As in the authors' code
-    (Hao840/OFAKD) there is no T^2. The paper has the term on exit branches at every stage of the student, one edge
-    each, and on the final logits. With power 1 it is the cross-entropy with q.
+    q and p are the softmaxes of teacher and student at temperature T, and y is the label. As in the authors' code
+    (Hao840/OFAKD) there is no factor T^2. The paper applies the loss to exit branches after every stage of the
+    student and to the final logits. With power 1 the loss is the cross-entropy with target q.
 
     Args:
-        power: above 0; `eps` in the paper, chosen per branch, 1 by default.
-        temperature: T > 0, 1 by default.
+        power: exponent, above 0 (`eps` in the paper, where each branch has its own value).
+        temperature: T > 0.
 
     Shape:
-        student, teacher: logits (batch, classes). label: (batch,), int64; hidden labels (negative) give 0.
+        student, teacher: logits (batch, classes). label: (batch,), int64; rows with a hidden label (negative) have
+            loss 0.
         Returns (batch,), nats.
 
     References:
@@ -95,13 +97,13 @@ class DualHeadKD(Term):
 
     loss = T^2 * sum_k KL(Bernoulli(1/2) || Bernoulli(sigmoid((h_k - z_k) / T)))
 
-    h are the logits of a second linear head on the student's penultimate feature (a role that is not exported), z those
-    of the teacher. The form is BinaryKLNorm of the authors' code (penghui-yang/DHKD), which clamps the sigmoid to
-    [1e-8, 1 - 1e-8]; the exact log cosh here has no such plateau. On the classifier itself, beside the labels, the term
-    makes the head collapse.
+    h are the logits of a second linear head on the student's penultimate feature, and z are the teacher's logits. The
+    formula is BinaryKLNorm of the authors' code (penghui-yang/DHKD). That code clamps the sigmoid to [1e-8, 1 -
+    1e-8]; this term computes the exact log cosh instead. If the term is applied to the classifier that is trained on
+    labels, that classifier collapses.
 
     Args:
-        temperature: T > 0; 2 in the authors' code.
+        temperature: T > 0 (in the authors' code 2).
 
     Shape:
         student, teacher: logits (batch, classes).

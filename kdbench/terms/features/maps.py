@@ -1,4 +1,4 @@
-"""Terms on feature maps: hints, activation boundaries, factors, variational information, pyramid contexts."""
+"""Terms on feature maps: hints, activation boundaries, factors, variational information, hierarchical context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_nor
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Averages the squared difference of features (batch, ...) of equal shape over a row's elements: (batch,)."""
+    """Averages the squared difference of features (batch, ...) of equal shape over the elements. Returns (batch,)."""
     return (at_least_float32(student) - at_least_float32(teacher)).square().flatten(1).mean(1)
 
 
@@ -24,8 +24,9 @@ class Hint(Term):
 
     loss = mean over elements of (regressor(student) - teacher)^2
 
-    The paper has half the sum; the mean is that of RepDistiller, whose published figures have weight 100. The regressor
-    is the adapter of the student operand: `conv_regressor` by default; for vectors set `adapter: linear`.
+    The paper has half of the sum. The mean over elements is that of RepDistiller, whose published figures use weight
+    100. The
+    regressor is the adapter of the student operand. Its default is `conv_regressor`; vectors need `adapter: linear`.
 
     Shape:
         student (after its adapter), teacher: (batch, ...) of equal shape.
@@ -44,12 +45,13 @@ class Hint(Term):
 
 
 def ab_loss(student: Tensor, teacher: Tensor, margin: Number = 1.0) -> Tensor:
-    """Sums the squared distance to the margin on the teacher's side of zero over a row's neurons: (batch,).
+    """Computes the activation boundary loss: squared distances to a margin, summed over neurons. Returns (batch,).
 
     Args:
         student: pre-activations (batch, ...).
-        teacher: pre-activations of equal shape; only their sign is read.
-        margin: m >= 0. A neuron has loss 0 beyond +m where the teacher's is active, and beyond -m where it is not.
+        teacher: pre-activations of equal shape, of which only the sign is used.
+        margin: m >= 0. A neuron has loss 0 if the student's value is above m and the teacher's neuron is active, or
+            if the value is below -m and the teacher's neuron is inactive.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     active = (teacher > 0).to(student.dtype)
@@ -63,12 +65,15 @@ class ActivationBoundaryTransfer(Term):
 
     loss = sum over neurons of (m - s)_+^2 where t > 0, and (m + s)_+^2 elsewhere
 
-    s and t are features BEFORE the activation (a hook on the batch norm, or `PATH/in` of the ReLU). Sum as in the
-    paper, the authors' code (bhheo/AB_distillation) and RepDistiller. Both codes multiply by 3/1000 and halve the
-    weight for each layer farther from the end: include that in the weights of the edges. The student operand has the
-    adapter that the paper calls connector: a 1x1 convolution with batch norm, without ReLU (`conv1x1` with
-    `batch_norm: true`). The paper initialises the student's backbone by this term alone, then trains by the labels: two
-    stages.
+    s and t are features before the activation (the output of the batch norm, or `PATH/in` of the ReLU). The sum over
+    neurons is that
+    of the paper, the authors' code (bhheo/AB_distillation) and RepDistiller. The authors' code and RepDistiller
+    multiply by 3/1000 and
+    halve the weight for each layer farther from the output; a recipe does this with the weights of the terms. The
+    student operand has
+    an adapter, in the paper called connector: a 1x1 convolution with batch norm and without ReLU (`conv1x1` with
+    `batch_norm: true`). The paper initialises the student's backbone by this term alone, and then trains on the
+    labels.
 
     Args:
         margin: m >= 0.
@@ -95,7 +100,10 @@ class ActivationBoundaryTransfer(Term):
 
 
 def ft_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Averages the absolute difference of factors (batch, ...) of length 1 over a row's elements: (batch,)."""
+    """Averages the absolute difference of two factors (batch, ...), scaled to length 1, over the elements.
+
+    Returns (batch,).
+    """
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
     return (safe_normalize(student) - safe_normalize(teacher)).abs().mean(1)
 
@@ -106,10 +114,12 @@ class FactorTransfer(Term):
 
     loss = mean over elements of |F_s / |F_s|_2 - F_t / |F_t|_2|, each factor flattened to one vector
 
-    F_t is the output of a paraphraser's encoder, a role that is trained earlier by `reconstruction` and then frozen.
-    F_s is the output of a translator, a trainable role or an adapter on the student's feature. The paper has the p-norm
-    of this difference, with p = 1; the mean over elements is that of the authors' L1Loss. RepDistiller's version
-    compares channel means of squares, as attention transfer does: that is the term `at`.
+    F_t is the output of the encoder of a paraphraser, a network that is first trained with the term `reconstruction`
+    and then frozen. F_s is the output of a translator: a trainable network or an adapter on the student's feature.
+    The paper has the 1-norm of this difference. The authors' code has the mean over elements instead (L1Loss), as
+    this term does.
+     RepDistiller's
+    version of factor transfer compares channel means of squares instead, as the term `at` does.
 
     Shape:
         student, teacher: (batch, ...) of equal shape.
@@ -133,9 +143,10 @@ class Reconstruction(Term):
 
     loss = mean over elements of (student - teacher)^2
 
-    Trains the paraphraser of factor transfer: `student` is the paraphraser's output, `teacher` its input, the teacher's
-    feature. The mean is RepDistiller's; the paper has the sum. `hint` has a regressor by default, which would learn a
-    part of the mapping that the network itself is to learn.
+    This term trains the paraphraser of factor transfer: `student` is the paraphraser's output, and `teacher` is its
+    input, a feature of the teacher. The mean over elements is that of RepDistiller; the paper has the sum. The term
+    `hint` is not suitable, because its default regressor would learn a part of the mapping that the paraphraser is to
+    learn.
 
     Shape:
         student, teacher: (batch, ...) of equal shape.
@@ -157,31 +168,32 @@ MIN_VARIANCE = 1e-5
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """Averages ((target - mean)^2 / variance + log variance) / 2 over a row's elements: (batch,), in nats.
+    """Averages ((target - mean)^2 / variance + log variance) / 2 over the elements. Returns (batch,), in nats.
 
-    Leaves out the constant log(2 pi) / 2.
+    The constant log(2 pi) / 2 of the negative log-likelihood is left out.
 
     Args:
         mean: (batch, ...).
-        target: same shape as `mean`.
-        variance: above 0, broadcastable to `mean`.
+        target: values of the shape of `mean`.
+        variance: variances above 0, broadcastable to `mean`.
     """
     return (((mean - target).square() / variance + variance.log()) / 2).flatten(1).mean(1)
 
 
 @TERMS.register("vid", space="row", version=1, features=True, injected=("shapes",), paper="arXiv:1904.05835")
 class VariationalInformationDistillation(Term):
-    """Variational information distillation: negative log-likelihood of the teacher's feature given the student's.
+    """VID: negative log-likelihood of the teacher's feature, given the student's feature.
 
     loss = mean over elements of ((t - mu(s))^2 / v_c + log v_c) / 2, without the constant (it may be below 0)
 
-    The loss bounds the mutual information of t and s. mu is three 1x1 convolutions with ReLU between, as wide as the
-    teacher. v_c = softplus(a_c) + 1e-5 is one learnt variance per teacher channel. mu and a belong to the term and
-    train with it. As in the authors' code in RepDistiller, whose published figures have weight 1 over the inner layers
-    (one edge each), the larger map is average-pooled. A vector is treated as a map of size 1 x 1.
+    The loss bounds the mutual information of the teacher's feature t and the student's feature s. mu consists of
+    three 1x1 convolutions with ReLU between them, with the teacher's number of channels. v_c = softplus(a_c) + 1e-5
+    is one learnt variance per teacher channel. mu and a are parameters of the term and are trained with it. The
+    larger map is average-pooled, as in the authors' code in RepDistiller, whose published figures use weight 1 for
+    each inner layer. A vector is treated as a map of size 1 x 1.
 
     Args:
-        variance: initial v_c, above 0.
+        variance: initial value of v_c, above 0.
 
     Shape:
         student, teacher: (batch, channels, height, width) or (batch, width); channels and sizes may differ.
@@ -209,7 +221,7 @@ class VariationalInformationDistillation(Term):
         for role in ("student", "teacher"):
             if len(shapes[role]) not in (2, 4):
                 raise ValueError(
-                    f"reads feature maps [channels, height, width] or vectors, but the {role}'s operand is "
+                    f"reads feature maps [channels, height, width] or vectors, but the {role}'s operand has the shape "
                     f"{list(shapes[role][1:])} per sample"
                 )
 
@@ -226,7 +238,7 @@ class VariationalInformationDistillation(Term):
 
 
 def _as_maps(features: Tensor) -> Tensor:
-    """Returns feature maps (batch, channels, height, width); vectors become maps of size 1 x 1."""
+    """Returns feature maps (batch, channels, height, width). Vectors are converted to maps of size 1 x 1."""
     features = at_least_float32(features)
     return features if features.dim() == 4 else features[:, :, None, None]
 
@@ -235,7 +247,7 @@ PYRAMID_SIZES = (4, 2, 1)
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Averages the squared difference of maps over the scales of a pyramid: (batch,).
+    """Averages the squared difference of two maps over the scales of a pyramid. Returns (batch,).
 
     Args:
         student: (batch, channels, height, width), or (batch, elements), which has one scale only.
@@ -263,11 +275,12 @@ class HierarchicalContext(Term):
 
     loss = (d(s, t) + d_4 / 2 + d_2 / 4 + d_1 / 8) / (1 + 1/2 + 1/4 + 1/8)
 
-    d is the mean squared difference, d_k that of the maps average-pooled to k x k. A scale that is not smaller than the
-    map is left out and the smaller scales move up, as in the authors' code (dvlab-research/ReviewKD), which warms the
-    term up over 20 epochs: schedule its weight. In ReviewKD the student operand is the output of a chain of attention
-    based fusions (ABF) from the deepest layer to the shallowest; with a single layer that chain is convolution and
-    batch norm, an adapter.
+    d is the mean squared difference of the maps, and d_k that of the maps after average pooling to k x k. As in the
+    authors' code (dvlab-research/ReviewKD), a scale that is not smaller than the map is left out, and the smaller
+    scales take the larger weights. The code increases the term's weight over 20 epochs, which a recipe does with a
+    schedule. In ReviewKD the student operand is the output of a chain of attention-based fusions (ABF) from the
+    deepest layer to the shallowest. For a single layer the chain is a convolution with batch norm, that is, an
+    adapter.
 
     Shape:
         student (after its adapter), teacher: (batch, channels, height, width) or (batch, elements), of equal shape.

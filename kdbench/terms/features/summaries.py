@@ -11,21 +11,21 @@ from kdbench.terms.numerics import at_least_float32, autocast_disabled, safe_nor
 
 
 def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
-    """Averages |feature|^p over the channels and scales the result to length 1 per row.
+    """Computes attention maps: averages |feature|^p over the channels and scales each row to length 1.
 
     Args:
         features: (batch, channels, height, width), at least float32.
-        p: at least 1; with a higher p only the strongest positions remain.
+        p: exponent, at least 1. A higher p emphasises the strongest positions more.
 
     Returns:
-        (batch, height * width), without unit; zeros where a feature is zero everywhere.
+        (batch, height * width), without unit. A row is 0 if the feature is 0 everywhere.
     """
     strength = features.square() if p == 2 else features.abs().pow(p)
     return safe_normalize(strength.mean(1).flatten(1))
 
 
 def at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
-    """Averages the squared difference of attention maps over the positions: (batch,).
+    """Averages the squared difference of two attention maps over the positions. Returns (batch,).
 
     Maps of different size are first average-pooled to the smaller height and width.
 
@@ -49,8 +49,9 @@ class AttentionTransfer(Term):
 
     loss = mean over positions of (Q_s / |Q_s| - Q_t / |Q_t|)^2, Q = mean over channels of |feature|^p
 
-    As in the authors' released code and in RepDistiller, whose published figures have weight 1000 over all layers (one
-    edge each); the paper has the norm of the difference. As in RepDistiller, the larger of two maps is average-pooled.
+    The formula is that of the authors' released code and of RepDistiller, whose published figures use weight 1000 for
+    each layer. The paper has the norm of the difference instead. As in RepDistiller, the larger of the two maps is
+    average-pooled.
 
     Args:
         p: exponent, at least 1.
@@ -76,7 +77,7 @@ class AttentionTransfer(Term):
 
 
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """Computes the inner products of the channels of two layers, averaged over the positions.
+    """Computes the FSP matrix of two layers: inner products of their channels, averaged over the positions.
 
     Args:
         first: features of the earlier layer (batch, channels, height, width).
@@ -95,7 +96,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
 
 
 def fsp_loss(student: Tensor, teacher: Tensor, student_from: Tensor, teacher_from: Tensor) -> Tensor:
-    """Averages the squared difference of the two FSP matrices over their entries: (batch,). See `FSPMatrix`."""
+    """Averages the squared difference of two FSP matrices (see `FSPMatrix`) over their entries. Returns (batch,)."""
     with autocast_disabled(student):
         student, teacher = at_least_float32(student), at_least_float32(teacher)
         student_from, teacher_from = at_least_float32(student_from), at_least_float32(teacher_from)
@@ -115,10 +116,10 @@ class FSPMatrix(Term):
 
     loss = mean over entries of (G_s - G_t)^2, G[i, j] = mean over positions of from_i * to_j
 
-    G is the inner product of channel i of the earlier layer (`student_from`, `teacher_from`) and channel j of the later
-    one (`student`, `teacher`); one edge per pair of layers. As in RepDistiller, the larger map is average-pooled (the
-    paper has maps of equal size from both ends of a residual stage, and max-pools) and all entries are averaged (the
-    paper sums them). The paper trains by this term alone first, then by the labels alone: two stages.
+    G[i, j] is the inner product of channel i of the earlier layer (`student_from`, `teacher_from`) and channel j of
+    the later layer (`student`, `teacher`). As in RepDistiller, the larger map is average-pooled, and all entries are
+    averaged. The paper uses maps of equal size from the two ends of a residual stage, pools by the maximum, and sums
+    the entries. It trains with this term alone first, and then on the labels alone.
 
     Shape:
         student, teacher, student_from, teacher_from: (batch, channels, height, width). Student and teacher have equal
@@ -135,8 +136,8 @@ class FSPMatrix(Term):
         for student, teacher in (("student", "teacher"), ("student_from", "teacher_from")):
             if student in shapes and teacher in shapes and shapes[student][1] != shapes[teacher][1]:
                 raise ValueError(
-                    f"compares channels by pairs, so {student} and {teacher} need equally many, but have "
-                    f"{shapes[student][1]} and {shapes[teacher][1]}; give one of them an adapter, such as conv1x1"
+                    f"compares channels by pairs, so {student} and {teacher} need the same number of channels, but "
+                    f"have {shapes[student][1]} and {shapes[teacher][1]}; give one of them an adapter, such as conv1x1"
                 )
 
     def forward(self, student: Tensor, teacher: Tensor, student_from: Tensor, teacher_from: Tensor) -> Tensor:

@@ -14,18 +14,22 @@ from kdbench.terms.numerics import at_least_float32, safe_divide, safe_normalize
 
 
 def to_channel_vectors(features: Tensor) -> Tensor:
-    """Moves the channels of maps to the last dimension, at least float32: (batch, h, w, channels).
+    """Moves the channels of maps to the last dimension and converts to at least float32.
 
-    Tokens (batch, length, width) and vectors (batch, width) already have their channels last.
+    Returns (batch, h, w, channels).
+
+    Tokens (batch, length, width) and vectors (batch, width), whose channels are last, keep their shape.
     """
     features = at_least_float32(features)
     return features.movedim(1, -1) if features.dim() == 4 else features
 
 
 def mean_over_tokens(loss: Tensor, tokens: Tensor | None) -> Tensor:
-    """Averages (batch, ...) over all positions, or (batch, length) over the tokens in the mask `tokens`: (batch,).
+    """Averages (batch, ...) over all positions, or (batch, length) over the tokens in the mask `tokens`.
 
-    A row without such a token gives 0.
+    Returns (batch,).
+
+    The mean of a row without tokens in the mask is 0.
     """
     if tokens is None:
         return loss.reshape(len(loss), -1).mean(1)
@@ -41,7 +45,7 @@ def feature_distance_loss(
     distance: Literal["l1", "l2", "smooth_l1"] = "l2",
     scale: Literal["none", "length", "layer_norm"] = "none",
 ) -> Tensor:
-    """Averages the distance of scaled features over a row's elements: (batch,). See `FeatureDistance`."""
+    """Averages the distance of scaled features (see `FeatureDistance`) over the elements. Returns (batch,)."""
     pair = [to_channel_vectors(student), to_channel_vectors(teacher)]
     if scale == "length":
         pair = [safe_normalize(vectors) for vectors in pair]
@@ -52,18 +56,22 @@ def feature_distance_loss(
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Averages 1 - cosine of the vectors of student and teacher over the positions: (batch,)."""
+    """Averages 1 - cosine of the student's and the teacher's vectors over the positions. Returns (batch,)."""
     cosines = (safe_normalize(to_channel_vectors(student)) * safe_normalize(to_channel_vectors(teacher))).sum(-1)
     return mean_over_tokens(1 - cosines, tokens)
 
 
 def check_tokens(shapes: dict[str, Size]) -> None:
-    """Raises ValueError if `tokens` is not a mask over the tokens of the student's operand."""
+    """Raises ValueError if the operand `tokens` is not a mask over the tokens of the student's operand.
+
+    Args:
+        shapes: operand name -> shape, including the batch dimension. The operand `tokens` may be missing.
+    """
     mask, student = shapes.get("tokens"), shapes["student"]
     if mask is not None and (len(student) != 3 or mask[1:] != student[1:2]):
         raise ValueError(
-            f"has a mask over tokens, so the student's operand must be [length, width] and `tokens` [length], but they "
-            f"are {list(student[1:])} and {list(mask[1:])} per sample"
+            f"has a mask over tokens, so per sample the student's operand must have the shape [length, width] and "
+            f"`tokens` the shape [length], but they have the shapes {list(student[1:])} and {list(mask[1:])}"
         )
 
 
@@ -78,23 +86,24 @@ class FeatureDistance(Term):
     d(x) by `distance`:
         l1           |x|
         l2           x^2
-        smooth_l1    x^2 / 2 below 1, |x| - 1/2 above
+        smooth_l1    x^2 / 2 for |x| < 1, |x| - 1/2 otherwise
     f by `scale`:
         none         the features themselves
         length       vectors scaled to length 1
         layer_norm   vectors scaled to mean 0 and variance 1 over the channels
 
-    DMAE compares visible tokens by l1 or l2, without scaling or, with a projector, at length 1 (authors' code,
-    UCSC-VLAA/DMAE). ViT-Linearizer (arXiv:2504.00037) predicts the teacher's last feature at the tokens that are hidden
-    from the student: `smooth_l1` with `tokens` = the hidden ones. GPFM and SAK have smooth_l1 plus `cosine`.
+    DMAE compares the visible tokens by `l1` or `l2`, either without scaling, or with a projector and the scale `length`
+    (authors' code, UCSC-VLAA/DMAE). In ViT-Linearizer (arXiv:2504.00037), the student predicts the teacher's last
+    feature at the tokens that are hidden from the student: use `smooth_l1`, and a mask of the hidden tokens as operand
+    `tokens`. GPFM and SAK add up the terms `feature_distance` with `smooth_l1` and `cosine`.
 
     Args:
         distance: `l1`, `l2` or `smooth_l1`.
         scale: `none`, `length` or `layer_norm`.
 
     Shape:
-        student (after its adapter), teacher: equal, (batch, width), (batch, length, width) or (batch, channels, height,
-            width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
+        student (after its adapter), teacher: equal shapes, (batch, width), (batch, length, width) or (batch, channels,
+            height, width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
         Returns (batch,), unit of the scaled feature, squared for l2.
 
     References:
@@ -125,12 +134,13 @@ class CosineDistance(Term):
 
     loss = mean over positions of 1 - <s, t> / (|s| |t|)
 
-    One vector per sample, per token or per position of a map. A vector of length 0 has loss 1 and no gradient.
-    DistilBERT aligns hidden states by it, over the tokens that are not padding.
+    s and t are the vectors of student and teacher: one per sample, per token, or per position of a feature map. A
+    vector of length 0 has loss 1 and no gradient. DistilBERT aligns the hidden states of the tokens that are not
+    padding by this loss.
 
     Shape:
-        student (after its adapter), teacher: equal, (batch, width), (batch, length, width) or (batch, channels, height,
-            width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
+        student (after its adapter), teacher: equal shapes, (batch, width), (batch, length, width) or (batch, channels,
+            height, width). tokens: mask of the tokens that count, (batch, length), bool or 0/1, optional.
         Returns (batch,), without unit, in [0, 2].
 
     References:
@@ -146,17 +156,18 @@ class CosineDistance(Term):
 
 
 def nd_loss(student: Tensor, teacher: Tensor, means: Tensor, label: Tensor) -> Tensor:
-    """Computes 1 - the student's component along its class mean, over the larger of both lengths: (batch,).
+    """Computes the ND loss 1 - <student, unit vector of the class mean> / max(|student|, |teacher|), per row.
 
     Args:
         student: features (batch, elements).
-        teacher: features of equal shape; only their length is read.
+        teacher: features of equal shape. Only their lengths are read.
         means: mean feature of each class (classes, elements).
-        label: classes (batch,), int64. The loss is 0 where it is negative (hidden).
+        label: class of each row, (batch,), int64. Rows with a negative (hidden) label have loss 0.
 
     Returns:
-        (batch,), without unit: 0 where the student points along the class mean and is at least as long as the
-        teacher, 1 where it is orthogonal or zero, at most 2.
+        (batch,), without unit, in [0, 2]. The loss is 0 if the student's feature has the direction of the class mean
+        and is at least as long as the teacher's feature. The loss is 1 if the student's feature is orthogonal to the
+        class mean, or zero.
     """
     student, teacher = at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
     directions = safe_normalize(means.to(student.dtype).flatten(1)[label.clamp(min=0)])
@@ -175,16 +186,15 @@ class NormAndDirection(Term):
 
     loss = 1 - <f_s, mu_y / |mu_y|> / max(|f_s|, |f_t|)
 
-    mu_y is the mean of the teacher's features over the class y of the label, an artifact of an earlier stage. While the
-    student's feature is shorter than the teacher's, the loss also makes it longer; beyond that length only the
-    direction counts. Lengths keep their gradient, as in the authors' code
-    (WangYZ1608/Knowledge-Distillation-via-ND), which adds this term to kd, dkd or ReviewKD at the penultimate feature.
-    If the widths differ, the authors' adapter is batch norm, dropout 0.5 and a linear map; the nearest one here is
-    `linear`.
+    mu_y is the mean of the teacher's features over the class y of the label, an artifact of an earlier stage. While
+    the student's feature is shorter than the teacher's, the loss also makes it longer; beyond that length only the
+    direction counts. Lengths keep their gradient, as in the authors' code (WangYZ1608/Knowledge-Distillation-via-ND),
+    which adds this term to kd, dkd or ReviewKD at the penultimate feature. If the widths differ, the authors' adapter
+    is batch norm, dropout 0.5 and a linear map; the nearest one here is `linear`.
 
     Shape:
         student (after its adapter), teacher: (batch, elements). means: (classes, elements). label: (batch,), int64;
-            hidden labels (negative) give 0.
+            rows with a hidden label (negative) have loss 0.
         Returns (batch,), without unit, in [0, 2].
 
     Example (recipe):
@@ -201,7 +211,7 @@ class NormAndDirection(Term):
         if means is not None and means[-1] != shapes["teacher"][1:].numel():
             raise ValueError(
                 f"needs class means of the compared feature, {shapes['teacher'][1:].numel()} elements each, "
-                f"but `means` has {means[-1]}"
+                f"but each row of `means` has {means[-1]}"
             )
 
     def forward(self, student: Tensor, teacher: Tensor, means: Tensor, label: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ def test_random_resized_crop_is_inside_and_covers_the_configured_area():
 
 def test_configuration_errors_name_the_location():
     with pytest.raises(
-        ConfigError, match=r"recipe.yaml:7 augment.crop: crop: size 50 is more than the padded image has \(40\)"
+        ConfigError, match=r"recipe.yaml:7 augment.crop: crop: size 50 is larger than the padded image \(40\)"
     ):
         View("image", [augmentation("crop", size=50)], (3, 32, 32))
     with pytest.raises(ConfigError, match=r"recipe.yaml:7 .*Did you mean 'crop'"):

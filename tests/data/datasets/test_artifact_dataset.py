@@ -172,12 +172,15 @@ def test_checksum_is_a_function_of_the_content(write_artifact):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"index": torch.arange(3)}, "holds a subset, expected a dataset"),
-        ({"value": torch.ones(3)}, "holds a tensor, expected a dataset"),
-        (dataset_content(labels=torch.arange(3)), "has 24 images but another number of labels"),
-        (dataset_content(fields={"soft": torch.ones(2, 3)}), "another number of soft"),
-        (dataset_content(fields={"index": torch.arange(SAMPLES)}), "stores index, which the source computes itself"),
-        ([1, 2], "holds list, expected an artifact"),
+        ({"index": torch.arange(3)}, "contains a subset, expected a dataset"),
+        ({"value": torch.ones(3)}, "contains a tensor, expected a dataset"),
+        (dataset_content(labels=torch.arange(3)), "has 24 images but a different number of values in labels"),
+        (dataset_content(fields={"soft": torch.ones(2, 3)}), "different number of values in soft"),
+        (
+            dataset_content(fields={"index": torch.arange(SAMPLES)}),
+            "stores the field index, which the source computes itself",
+        ),
+        ([1, 2], "contains an object of type list, expected an artifact"),
     ],
 )
 def test_files_that_are_no_dataset_are_rejected(write_artifact, content, message):
@@ -199,9 +202,9 @@ def test_missing_and_damaged_artifacts_are_reported(write_artifact, tmp_path):
 
 def test_unsuitable_subset_artifacts_are_rejected(write_artifact):
     files = write_artifact("query.picked", {"index": torch.tensor([700])})
-    with pytest.raises(DataError, match="selects samples outside of this split, which has 512"):
+    with pytest.raises(DataError, match="selects samples with an index of at least 512, the size of this split"):
         open_source(source_config(subset="query.picked"), artifact_files=files)
-    with pytest.raises(DataError, match="holds a dataset, expected a subset"):
+    with pytest.raises(DataError, match="contains a dataset, expected a subset"):
         open_source(source_config(subset="paint.x"), artifact_files=write_artifact("paint.x"))
 
 

@@ -159,7 +159,7 @@ def test_one_notice_names_a_file_that_torchvision_does_not_decode(paths):
     for epoch in range(2):
         list(training_batches(source, epoch))
     (notice,) = notices
-    assert "PIL decodes this file" in notice and ("no JPEG but PNG" in notice or "a JPEG in CMYK" in notice)
+    assert "PIL decodes this file" in notice and ("not a JPEG but PNG" in notice or "a JPEG in CMYK" in notice)
     notices.clear()
     list(training_batches(open_source(mixed_config(None), notice=notices.append), 0))
     assert notices == []

@@ -106,7 +106,7 @@ def test_overlap_of_unsuitable_sources_is_rejected(tmp_path):
     text = "dataset: digits\nstudent: digits_mlp\nterms: {ce: cross_entropy}\noptimizer: SGD\nepochs: 1\n"
     for ending, message in (
         ("batch_size: 7\ndata: {train: {overlap: true}}", "must be even, not 7"),
-        ("data: {eval: {overlap: true}}", "belongs to a source for training"),
+        ("data: {eval: {overlap: true}}", "is not allowed in a source for evaluation"),
     ):
         (tmp_path / "recipe.yaml").write_text(text + ending, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):

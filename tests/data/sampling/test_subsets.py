@@ -211,7 +211,7 @@ def test_size_is_described_unless_it_depends_on_labels():
         (part_config("shard", of=2, alpha=0), "alpha must be above 0"),
         (part_config("shard", of=2, slices=0), "slices must be at least 1"),
         (part_config("long_tail", ratio=100), "write an imbalance of 100 as 0.01"),
-        (part_config("classes", keep=[10]), "no class 10; there are 10, numbered from 0"),
+        (part_config("classes", keep=[10]), "there is no class 10; classes are numbered from 0 to 9"),
         (part_config("classes", keep=["clas3"]), "no class 'clas3'. Did you mean 'class3'"),
         (part_config("classes", keep=[]), "at least one class"),
         (part_config("random", amount=1.5), r"amount must be a fraction in \(0, 1\]"),

@@ -133,9 +133,9 @@ def test_a_file_of_another_run_is_rejected(content):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"stage": "third"}, "'stage' is 'third'; the recipe has first, second"),
-        ({"stage": "first"}, "'finished_stages' has first; before stage 'first' come none"),
-        ({"finished_stages": {}}, "'finished_stages' has no stage; before stage 'second' come first"),
+        ({"stage": "third"}, "'stage' is 'third', but the stages of the recipe are first, second"),
+        ({"stage": "first"}, "'finished_stages' contains first; expected no stage before stage 'first'"),
+        ({"finished_stages": {}}, "'finished_stages' contains no stage; expected first before stage 'second'"),
         ({"step": 13}, "'step' is 13, but stage 'second' has 12 steps"),
     ],
 )
@@ -174,7 +174,7 @@ def test_the_previous_checkpoint_is_tried_and_the_newest_is_reported(tmp_path):
     torch.save({**run_state().to_tree(), "step": 10**9}, path)
     state, notice = checkpoint.load(path, identity="ab12", stages=["first", "second"])
     assert state is not None and state.step == 2
-    assert "last.pt is damaged: entry 'step' is 1000000000" in notice and "the checkpoint before it" in notice
+    assert "last.pt is damaged: entry 'step' is 1000000000" in notice and "from the previous checkpoint" in notice
     with pytest.raises(ForeignRunError):  # a file that was put there by mistake: nothing may be overwritten
         checkpoint.save(path, run_state(identity="cd34"))
         checkpoint.load(path, identity="ab12")

@@ -37,7 +37,7 @@ INFO_NCE = TermCase(
     zero_tolerance=None,
     controls={"T 1": with_params(temperature=1.0)},
     mistakes=[
-        Mistake("5 elements and the teacher's 6", shapes={"student": (2, 5), "teacher": (2, 2, 3)}),
+        Mistake("5 elements and the teacher's feature has 6", shapes={"student": (2, 5), "teacher": (2, 2, 3)}),
         Mistake("info_nce: temperature must be above 0", {"temperature": 0}),
     ],
     benchmark={"student": "vector", "teacher": "vector"},
@@ -126,6 +126,9 @@ QUEUE_SIMILARITY = TermCase(
         Mistake("size must be at least 1", {"size": 0}),
         Mistake("candidates must be one of own, batch", {"candidates": "all"}),
         Mistake("temperature must be above 0", {"teacher_temperature": 0}),
-        Mistake("the student's has 4 elements and the teacher's 3", shapes={"student": (2, 4), "teacher": (2, 3)}),
+        Mistake(
+            "4 elements and the teacher's feature has 3",
+            shapes={"student": (2, 4), "teacher": (2, 3)},
+        ),
     ],
 )

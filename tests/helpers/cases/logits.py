@@ -77,7 +77,7 @@ KD = TermCase(
     variants={"cold": {"params": {"temperature": 1.0}, "controls": {"T left at 4": with_params(temperature=4.0)}}},
     mistakes=[
         Mistake("the student has 10 classes and the teacher 100", shapes={"student": LOGITS, "teacher": (8, 100)}),
-        Mistake(r"the teacher's operand is \[3, 4, 4\]", shapes={"student": LOGITS, "teacher": MAP}),
+        Mistake(r"the teacher's operand has the shape \[3, 4, 4\]", shapes={"student": LOGITS, "teacher": MAP}),
         Mistake("kd: temperature must be above 0, got 0", {"temperature": 0}),
         Mistake("temperature must be above 0, got inf", {"temperature": float("inf")}),
         Mistake("temperature must be above 0, got nan", {"temperature": float("nan")}),

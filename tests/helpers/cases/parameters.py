@@ -21,7 +21,7 @@ WEIGHT_DISTANCE = TermCase(
     controls={"l1": with_params(distance="l1"), "mean": scaled(1 / 9)},
     variants={"l1": {"params": {"distance": "l1"}, "controls": {"l2": with_params(distance="l2")}}},
     mistakes=[
-        Mistake("the student's module has 9 and teacher 8", shapes={"student": (9,), "teacher": (8,)}),
+        Mistake("the student's module has 9 parameters and teacher has 8", shapes={"student": (9,), "teacher": (8,)}),
         Mistake("distance must be one of l1, l2", {"distance": "l3"}),
     ],
     benchmark={"student": "weights", "teacher": "weights"},
@@ -42,7 +42,7 @@ EWC = TermCase(
     class_symmetric=False,
     controls={"sum": scaled(2), "equal information": replaced(fisher=lambda fisher: 0 * fisher + fisher.mean())},
     mistakes=[
-        Mistake("fisher 8", shapes={"student": (9,), "teacher": (9,), "fisher": (8,)}),
+        Mistake("fisher has 8", shapes={"student": (9,), "teacher": (9,), "fisher": (8,)}),
         Mistake(
             r"as one vector, but student has the shape \[2, 9\]",
             shapes={"student": (2, 9), "teacher": (9,), "fisher": (9,)},

@@ -106,7 +106,7 @@ PKT = TermCase(
     student=(4,),
     teacher=(2, 3),
     controls={"reversed KL": swapped, "row sums": scaled(BATCH)},
-    mistakes=[Mistake("8 rows and the teacher's 4", shapes={"student": BATCH_VECTOR, "teacher": (4, 10)})],
+    mistakes=[Mistake("8 rows and the teacher's operand has 4", shapes={"student": BATCH_VECTOR, "teacher": (4, 10)})],
     zero_tolerance=1e-7,  # 1e-7 inside the logarithms
     benchmark={"student": "vector", "teacher": "vector"},
 )
@@ -174,7 +174,7 @@ TOKEN_RELATION = TermCase(
     },
     mistakes=[
         Mistake("reads tokens", shapes={"student": BATCH_VECTOR, "teacher": BATCH_TOKENS}),
-        Mistake("the student has 16 and the teacher 5", shapes={"student": BATCH_MAP, "teacher": BATCH_TOKENS}),
+        Mistake("student has 16 tokens and the teacher has 5", shapes={"student": BATCH_MAP, "teacher": BATCH_TOKENS}),
         Mistake(
             r"a mask over 5 tokens, but `tokens` has the shape \[4\]",
             shapes={"student": BATCH_TOKENS, "teacher": BATCH_TOKENS, "tokens": (8, 4)},

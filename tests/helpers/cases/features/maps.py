@@ -23,7 +23,10 @@ HINT = TermCase(
     controls={"sum": scaled(12)},
     variants={"vectors": {"student": (6,), "teacher": (6,), "controls": {"sum": scaled(6)}}},
     mistakes=[
-        Mistake(r"the student's is \[10\] and the teacher's \[11\]", shapes={"student": (8, 10), "teacher": (8, 11)})
+        Mistake(
+            r"shape is \[10\] and the teacher's shape is \[11\]",
+            shapes={"student": (8, 10), "teacher": (8, 11)},
+        )
     ],
 )
 

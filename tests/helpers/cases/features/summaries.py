@@ -68,7 +68,7 @@ FSP = TermCase(
     row_operands={"student_from": (2, 4, 4), "teacher_from": (2, 4, 2)},
     controls={"channels exchanged": replaced(student_from=lambda features: features.flip(1)), "sum": scaled(6)},
     mistakes=[
-        Mistake("the teacher's operand is", shapes={"student": BATCH_MAP, "teacher": BATCH_VECTOR}),
+        Mistake("the teacher's operand has the shape", shapes={"student": BATCH_MAP, "teacher": BATCH_VECTOR}),
         Mistake(
             "3 and 7",
             shapes={

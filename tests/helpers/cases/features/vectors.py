@@ -110,7 +110,7 @@ COSINE = TermCase(
     },
     mistakes=[
         Mistake(
-            r"they are \[5, 6\] and \[4\] per sample",
+            r"they have the shapes \[5, 6\] and \[4\]",
             shapes={"student": (8, 5, 6), "teacher": (8, 5, 6), "tokens": (8, 4)},
         ),
     ],
@@ -142,9 +142,7 @@ ND = TermCase(
     },
     mistakes=[
         Mistake("features of equal shape", shapes={"student": (8, 10), "teacher": (8, 9)}),
-        Mistake(
-            "10 elements each, but `means` has 9", shapes={"student": (8, 10), "teacher": (8, 10), "means": (4, 9)}
-        ),
+        Mistake("each row of `means` has 9", shapes={"student": (8, 10), "teacher": (8, 10), "means": (4, 9)}),
     ],
     benchmark={"student": "vector", "teacher": "vector", "means": "class means"},
     recipe_operands=None,
