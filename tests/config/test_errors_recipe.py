@@ -341,6 +341,15 @@ def test_all_mistakes_are_reported_together():
     assert [line.split(" ")[0] for line in lines[1:]] == ["r.yaml:1", "r.yaml:6", "r.yaml:11"]
 
 
+def test_mistake_in_a_definition_is_not_repeated_where_it_is_used():
+    """References to a term or a source whose definition has a mistake are not mistakes of their own."""
+    updates = "updates: [{models: [student], terms: [ce, kd]}]\n"
+    assert error_of(GOOD.replace("type: kd,", "type: kdd,") + updates).count("\n") == 0
+    assert error_of(GOOD.replace("dataset: digits", "dataset: [digits]")).count("\n") == 0
+    # Control: a name without any definition is reported.
+    assert "no term 'kdd'" in error_of(GOOD + updates.replace("kd]", "kdd]"))
+
+
 def test_mistake_above_the_stages_is_reported_once():
     assert error_of(STAGED.replace("lr:", "l_r:")).count("l_r") == 2  # the key, and the name of the parameter
 

@@ -240,6 +240,12 @@ INVALID = {
         + "terms: {ce: cross_entropy}\nartifacts: {means: {type: class_means, source: noise, features: 'own:layer1'}}",
         ["artifacts.means: class_means reads the labels of source 'noise', which has none"],
     ),
+    "a selector of an artifact that reads labels where there are none": (
+        NOISE
+        + "terms: {ce: cross_entropy}\nartifacts: {picked: {type: choose, source: noise, budget: 4, "
+        + "by: {type: low_loss, student: own}}}",
+        ["artifacts.picked: selector 'low_loss'", "reads 'label'"],
+    ),
     "labels to keep where there are none": (
         "data: {noise: {type: gaussian, shape: [6], label_fraction: 4}}\nterms: {ce: cross_entropy}",
         ["data.noise.label_fraction", "of source 'noise', which has none"],

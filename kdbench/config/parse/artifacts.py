@@ -69,13 +69,13 @@ def read_artifacts(
 def _read_source(reader: KeyReader, sources: Mapping[str, SourceConfig]) -> str | None:
     source = reader.read("source")
     if source is None:
-        if "train" not in sources:
+        if "train" not in sources and "source train" not in reader.context.invalid:
             hint = suggest("train", sources)
             reader.error(
                 "", f"the key `source` is missing: the source from whose samples the artifact is computed.{hint}"
             )
         return "train"
-    if source not in sources:
+    if source not in sources and f"source {source}" not in reader.context.invalid:
         reader.error("source", f"no source {source!r}.{suggest(source, sources)}")
     return source
 

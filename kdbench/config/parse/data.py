@@ -64,6 +64,8 @@ def read_sources(
         source = reader.read(value)
         if source is not None:
             sources[name] = source
+        else:
+            context.invalid.add(f"source {name}")
     if entries and "eval" not in entries:
         example = "`eval: {dataset: NAME, split: test}`"
         context.error("data", f"the source `eval` for the evaluation is missing; write {example} in `data:`.")

@@ -25,10 +25,13 @@ class ParseContext:
     Attributes:
         locations: dotted key -> location (file and line, or override) at which the key was set.
         errors: list of all mistakes that were found so far.
+        invalid: names such as `source train` and `term kd` whose definition has a mistake. References to them are not
+            reported, because they would only repeat that mistake.
     """
 
     locations: Mapping[str, Location]
     errors: ErrorList = field(default_factory=ErrorList)
+    invalid: set[str] = field(default_factory=set)
 
     def location(self, key: str) -> Location:
         return nearest_location(self.locations, key)

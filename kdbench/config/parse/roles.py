@@ -282,7 +282,7 @@ def _resolve_input(
     """Converts an input address to its full form `SOURCE.FIELD` or `ROLE:PATH`. After an error: `train.image`."""
     key = _input_key(role)
     if not text:
-        if "train" not in data:
+        if "train" not in data and "source train" not in context.invalid:
             sources = ", ".join(data) or "none"
             message = (
                 f"role {role.name!r} needs the key `input`, because there is no source `train` (sources: {sources})."
@@ -298,6 +298,8 @@ def _resolve_input(
         return f"{upstream}:{path or 'logits'}"
     source, _, name = text.rpartition(".")
     source = source or "train"
+    if f"source {source}" in context.invalid:
+        return _DEFAULT_INPUT
     if source not in data:
         context.error(key, f"no source {source!r}; write SOURCE.FIELD or ROLE:PATH.{suggest(source, data)}")
         return _DEFAULT_INPUT

@@ -54,6 +54,8 @@ def read_terms(
         term = _read_term(parser, name, top.subkey(f"terms.{name}"), entry, student)
         if term is not None:
             terms[name] = term
+        else:
+            context.invalid.add(f"term {name}")
     return terms
 
 

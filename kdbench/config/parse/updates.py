@@ -113,7 +113,8 @@ class _UpdateReader:
                 reader.error("models", message)
         for index, name in enumerate(terms):
             if name not in self.terms:
-                reader.error("terms", f"no term {name!r}.{suggest(name, self.terms)}")
+                if f"term {name}" not in self.context.invalid:
+                    reader.error("terms", f"no term {name!r}.{suggest(name, self.terms)}")
                 continue
             for operand in self.terms[name].read_operands():
                 if operand.kind == "term" and operand.role not in terms[:index]:

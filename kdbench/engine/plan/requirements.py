@@ -166,7 +166,7 @@ def check_artifact(artifact: ArtifactConfig, specs: Specs) -> None:
     entry, source = ARTIFACTS.entry(artifact.part.type), artifact.source or "train"
     if entry.facts.get("labels"):
         _check_labels(source, specs, f"{artifact.location}: {artifact.part.type} reads the labels")
-    selector = artifact.part.params.get(entry.facts.get("selects", ""))
+    selector = artifact.part.params.get(entry.facts.get("selector", ""))
     if isinstance(selector, Mapping):
         _check_selector(str(selector["type"]), artifact.part.operands, source, specs, artifact.location)
 
