@@ -57,6 +57,7 @@ def test_every_registered_part_can_be_built_and_run():
         assert operands.count(part.work).operations > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES)
 def test_no_part_grows_faster_than_allowed(axis):
     """Counted, not timed: elements written and FLOPs."""

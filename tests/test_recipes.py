@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from helpers.cases import CASES
+from helpers.quick import only_quick
 from helpers.recipes import (  # noqa: F401
     SYNTHETIC_DATA,
     StageHarness,
@@ -64,7 +65,7 @@ def test_recipes_are_shipped():
     assert len(RECIPES) >= 12
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", only_quick(RECIPES, "digits/kd", "digits/dml", "digits/dafl", "digits/ewc"))
 def test_step_updates_its_roles_compiles_without_break_and_reads_nothing_on_the_host(name):
     """Takes two steps of each stage, the second one compiled, and two more with fake tensors."""
     for run in build_stages(name):
@@ -96,7 +97,7 @@ STEPS = {"digits/consensus": 40}
 """Steps per stage of recipes in which networks must agree."""
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize("name", only_quick(STAGED, "digits/ft", "digits/icarl"))
 def test_recipe_of_several_stages_runs_to_its_end(name, tmp_path):
     """Takes two steps of each stage on the recipe's data and builds all artifacts."""
     recipe = short_recipe(name, *OVERRIDES.get(name, []), steps=STEPS.get(name, 2))
@@ -194,7 +195,7 @@ def build_term_stage(name: str, *, compiled: bool = True) -> StageHarness:
     return build_stage(recipe_from_text(text, *(["compile=true"] if compiled else [])))
 
 
-@pytest.mark.parametrize("name", TERMS_OF_KDBENCH)
+@pytest.mark.parametrize("name", only_quick(TERMS_OF_KDBENCH, "kd", "rkd", "weight_distance"))
 def test_step_of_a_term_compiles_without_a_break(name, monkeypatch):
     run = build_term_stage(name, compiled=False).step(2)
     torch._dynamo.reset()

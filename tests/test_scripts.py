@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_failed_step_fails_scripts_test_after_all_steps_ran(tmp_path):
     assert "FAILED: lint,format" in process.stdout
     steps = [line.removeprefix("-- ") for line in process.stdout.splitlines() if line.startswith("-- ")]
     assert steps == ["lint", "format", "prose", "types", "tests"]
+
+
+def test_tests_of_every_extra_are_run():
+    """`scripts/test --extras` names each extra of pyproject.toml, and each of them has a marked test."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader; newer ones run this test")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"].keys() - {"test"}
+    listed = re.search(r'--extras\) extras="([^"]*)"', (ROOT / "scripts" / "test").read_text(encoding="utf-8"))
+    assert listed is not None and set(listed[1].split()) == extras
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert all(f'@pytest.mark.extra("{extra}")' in tests for extra in extras)
 
 
 def test_weight_zero_in_quickstart_equals_the_baseline():

@@ -272,6 +272,7 @@ def test_one_process_loads_the_state_of_a_sharded_run(runs_folder, case):
     assert optimizers[0] == optimizers[1] and any("momentum_buffer" in name for name in optimizers[0])
 
 
+@pytest.mark.slow
 def test_two_nodes_equal_two_processes_on_one_node(runs_folder):
     """`--nnodes 2` with both nodes on this machine."""
     Path("again").mkdir()

@@ -91,6 +91,7 @@ def log_lines(outcome: Outcome) -> list[dict[str, Any]]:
     return list(read_json_lines(outcome.folder.metrics))
 
 
+@pytest.mark.slow
 def test_interrupted_lwf_resumes_in_the_middle_of_the_stream(tmp_path):
     assert resume_differences(short_recipe("digits/lwf"), tmp_path, 5) == []
 
@@ -155,6 +156,7 @@ def test_feature_loss_reduces_forgetting(tmp_path):
     assert forgetting(two_tasks("digits/feature_stream", tmp_path / "no_old_loss", no_old_loss)) > 5, "control"
 
 
+@pytest.mark.slow
 def test_interrupted_feature_stream_resumes_in_the_middle_of_a_task(tmp_path):
     assert resume_differences(short_recipe("digits/feature_stream"), tmp_path, 3) == []
 
@@ -269,6 +271,7 @@ def test_icarl_evaluates_old_and_new_classes_separately():
     assert source_labels(recipe, "learn@1", "eval_new") == {7, 8, 9}
 
 
+@pytest.mark.slow
 def test_interrupted_icarl_resumes_with_its_memory(tmp_path):
     assert resume_differences(short_recipe("digits/icarl"), tmp_path, 3) == []
 
@@ -364,6 +367,7 @@ def test_control_hpcr_loss_without_replay_differs(tmp_path):
     assert abs(logged - expected) > 0.1
 
 
+@pytest.mark.slow
 def test_interrupted_hpcr_resumes_with_its_memory(tmp_path):
     assert resume_differences(short_recipe("digits/hpcr"), tmp_path, 3) == []
 

@@ -103,14 +103,14 @@ def test_timm_model_without_timm_reports_the_install_command():
         MODELS.check("timm/resnet18", {})
 
 
-@pytest.mark.skipif(not has_timm, reason="timm is not installed")
+@pytest.mark.extra("timm")
 def test_timm_model_has_the_classes_and_channels_of_the_dataset():
     for name in ("resnet10t", "vit_tiny_patch16_224"):  # the second has a fixed image size
         model = MODELS.build(f"timm/{name}", {}, num_classes=7, in_channels=1, image_size=64)
         assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
 
 
-@pytest.mark.skipif(not has_timm, reason="timm is not installed")
+@pytest.mark.extra("timm")
 def test_timm_names_are_all_its_models():
     import timm
 

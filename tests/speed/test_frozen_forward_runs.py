@@ -37,7 +37,7 @@ def student_weights(folder: str) -> dict[str, Tensor]:
 def test_notice_and_manifest_contain_the_mode_of_each_frozen_role():
     notices = {
         "inline": "",
-        "prefetch": "teacher is prefetched (4 steps, 32 rows)",
+        "prefetch": "teacher is prefetched (for 4 steps at once, 32 rows)",
         "cache": "teacher is cached (teacher_cache/",
     }
     for mode, expected in notices.items():
@@ -122,6 +122,7 @@ def test_prefetching_reads_each_image_file_once(workers, monkeypatch):
     assert reads_by_mode["inline"] == reads_by_mode["prefetch"] and (workers or len(reads) >= 52)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_their_inline_run():
     """Each rank prefetches and caches its own rows; with 61 samples one row is repeated."""
     files = []

@@ -302,11 +302,13 @@ def test_role_on_an_image_bank_is_evaluated_on_the_test_images(tmp_path):
 # Interrupted and full runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dafl", "zskt", "hard"])
 def test_interrupted_game_resumes(name, tmp_path):
     assert resume_differences(short_recipe(f"digits/{name}", steps=3), tmp_path, 2) == []
 
 
+@pytest.mark.slow
 def test_interrupted_deepinversion_resumes_in_its_stage(tmp_path):
     assert resume_differences(short_recipe("digits/deepinversion", steps=2), tmp_path, 1, 3) == []
 

@@ -78,6 +78,7 @@ def test_budget_larger_than_the_source_raises(tmp_path):
         run_recipe(pcoreset(f"{BUDGET}=802"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_interrupted_pcoreset_resumes_in_the_same_round(tmp_path):
     """Steps 1 and 2 train the teacher, 3 and 4 belong to the first round, 5 to the second."""
     assert resume_differences(pcoreset(), tmp_path, 5) == []

@@ -108,6 +108,7 @@ def test_cv_dd_updates_no_parameter_of_the_committee():
     assert changes and all("running" in name or "tracked" in name for name in changes), "statistics alone change"
 
 
+@pytest.mark.slow
 def test_interrupted_cv_dd_resumes_in_its_stage(tmp_path):
     assert resume_differences(short_recipe("digits/cv_dd", steps=2), tmp_path, 3) == []
 
@@ -184,6 +185,7 @@ def test_control_infer_with_one_network_per_set_takes_another_step():
     assert mixtures_error("stages.learn.terms.kd.teacher=[a, a_a, b_b]") > 0.05
 
 
+@pytest.mark.slow
 def test_interrupted_infer_resumes_in_its_stage(tmp_path):
     assert resume_differences(short_recipe("digits/infer", steps=2), tmp_path, 3) == []
 

@@ -81,6 +81,7 @@ def test_control_first_teacher_in_every_round_gives_other_labels(tmp_path):
     assert not rounds_use_the_previous_student(recipe, run_recipe(recipe, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_interrupted_noisy_student_resumes_in_the_same_round(tmp_path):
     """The first network takes twelve steps, each student twelve more."""
     assert resume_differences(noisy_student(), tmp_path, 27) == []

@@ -246,6 +246,7 @@ def test_temporal_ensembling_target_is_the_prediction_of_the_previous_epoch():
     assert temporal_ensembling_error("terms.consistency.mask=labelled")[1] > 1e-2  # control: labelled images alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("dho", 1), ("seed_queue", 3), ("disco", 3), ("temporal_ensembling", 1)])
 def test_interrupted_run_resumes_with_its_queue_and_stage(name, step, tmp_path):
     assert resume_differences(short_recipe(f"digits/{name}"), tmp_path, step) == []

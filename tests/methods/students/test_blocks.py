@@ -118,6 +118,7 @@ def test_stitched_student_trains_all_copied_layers(tmp_path):
     assert updated_layers(run) == {"conv1", "bn1", "layer1", "layer2", "layer3", "fc"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("digits/blockwise", (1, 3)), ("digits/stitched", (1,))])
 def test_interrupted_run_resumes(name, steps, tmp_path):
     assert resume_differences(short_recipe(name), tmp_path, *steps) == []

@@ -115,6 +115,7 @@ def test_pruned_channels_have_the_smallest_norms_in_the_dense_network(tmp_path):
         assert norms[zero].max() <= norms[~zero].min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits/quantised_distillation", "digits/pruned"])
 def test_interrupted_run_resumes(name, tmp_path):
     assert resume_differences(short_recipe(name), tmp_path, *((1,) if "quant" in name else (1, 3))) == []

@@ -83,6 +83,7 @@ def test_hsakd_teacher_heads_learn_class_and_turn_jointly():
     assert joint_accuracy() > 2 * joint_accuracy(*upright)
 
 
+@pytest.mark.slow
 def test_interrupted_hsakd_resumes_in_its_stage(tmp_path):
     assert resume_differences(short_recipe("digits/hsakd", steps=2), tmp_path, 3) == []
 
@@ -167,6 +168,7 @@ def test_control_review_with_another_order_of_levels_takes_another_step():
     assert review_error("models.r1.input=['student:layer1', 'r3:fused']") > 1e-5
 
 
+@pytest.mark.slow
 def test_interrupted_review_resumes(tmp_path):
     assert resume_differences(short_recipe("digits/review", steps=3), tmp_path, 2) == []
 

@@ -50,6 +50,7 @@ def test_control_exported_exit_is_no_plain_network(tmp_path):
     assert tensor_differences(outcome, "digits_cnn", "exit1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("ps_kd", 7), ("dlb", 3), ("born_again", 3), ("byot", 2)])
 def test_interrupted_run_resumes(name, step, tmp_path):
     """PS-KD stops in its second epoch, which reads stored predictions; born-again in its second generation."""

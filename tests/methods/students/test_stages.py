@@ -101,6 +101,7 @@ def test_control_stage_without_these_weights_is_reported(name, tmp_path, monkeyp
     assert broken_links(*run_with_initial_weights(no_weights, tmp_path / "run", monkeypatch), LINKS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("ft", 3), ("kd_plus_plus", 2), ("diswot", 2), ("ernie_tiny", 5)])
 def test_interrupted_run_resumes_in_the_same_stage(name, step, tmp_path):
     recipe = quick(name, steps=1 if name == "ernie_tiny" else 3 if name == "diswot" else 2)

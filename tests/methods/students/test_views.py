@@ -262,6 +262,7 @@ THRESHOLDS = ("stages.label.artifacts.crops.low=0", "stages.label.artifacts.crop
 """Thresholds at which a randomly initialised teacher stores some crops."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, overrides, steps", [("dmae", (), (3, 5)), ("privileged", (), (3,)), ("ferkd", THRESHOLDS, (1,))]
 )

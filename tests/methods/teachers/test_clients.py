@@ -127,6 +127,7 @@ def test_fedmd_target_is_the_mean_of_the_clients_logits(tmp_path):
     assert line["terms"]["consensus"]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_fedmd_resumes_in_the_middle_of_a_round(tmp_path):
     assert resume_differences(short_recipe("digits/fedmd", "stages.agree.rounds=1"), tmp_path, 5) == []
 
@@ -184,6 +185,7 @@ def test_feddf_clients_start_from_the_servers_weights(tmp_path):
             assert all(torch.equal(weights[name], server[name]) for name in server)
 
 
+@pytest.mark.slow
 def test_interrupted_feddf_resumes_between_clients_and_server(tmp_path):
     assert resume_differences(short_recipe("digits/feddf", "stages.round.rounds=2"), tmp_path, 3) == []
 

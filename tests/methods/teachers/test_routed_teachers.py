@@ -134,6 +134,7 @@ def test_each_network_sees_its_half_of_the_image():
         assert inputs == {"both": "train.image", "other": "train.right", "student": "train.left"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_interrupted_mst_distill_resumes(step, tmp_path):
     assert resume_differences(short_recipe(MST), tmp_path, step) == []
@@ -304,6 +305,7 @@ def test_tgeo_gate_reduces_the_fraction_of_an_untrained_teacher():
     assert after == pytest.approx(before, abs=0.05), "control: a fixed gate, as in the released code"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits/rl_kd", "digits/ca_mkd", TGEO])
 def test_interrupted_run_resumes(name, tmp_path):
     assert resume_differences(short_recipe(name), tmp_path, 1) == []

@@ -151,6 +151,7 @@ def test_dgkd_excludes_another_teacher_in_different_steps():
     assert len(values) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("digits/dgkd", (1, 3, 5)), ("digits/meal_v2", (1,))])
 def test_interrupted_run_resumes(name, steps, tmp_path):
     assert resume_differences(short_recipe(name), tmp_path, *steps) == []

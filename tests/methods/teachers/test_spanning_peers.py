@@ -152,6 +152,7 @@ def test_hint_loss_falls(tmp_path):
     assert loss_ratio("control", "stages.hint.optimizer.lr=0") > 0.8
 
 
+@pytest.mark.slow
 def test_interrupted_fitnets_resumes_in_its_stage(tmp_path):
     assert resume_differences(short_recipe("digits/fitnets", steps=3), tmp_path, 2, 4) == []
 
@@ -294,6 +295,7 @@ def test_takd_targets_are_the_assistants(chain):
     assert not target_is(chain, "teacher={model: digits_cnn, weights: {recipe: teacher.yaml}}")  # control
 
 
+@pytest.mark.slow
 def test_chain_interrupted_in_the_assistants_training_resumes_there(chain):
     run_recipe(load_recipe(chain, ["runs=other_runs"]), "uninterrupted")
     with pytest.raises(StopRun), stop_after_steps(20):  # 15 steps of the teacher, 5 of the assistant

@@ -290,6 +290,7 @@ def test_codistillation_is_independent_of_role_names():
 # Interrupted and full runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
