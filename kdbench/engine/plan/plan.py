@@ -63,7 +63,8 @@ class StagePlan:
 
     Attributes:
         stage: the stage's configuration.
-        resolved_stage: order of the roles, features and shapes, from which the network is built.
+        resolved_stage: the stage with the order of its roles, their features and all shapes. The network is built
+            from it.
         specs: source -> specification of its fields and sizes.
         roles: role -> plan of the role, in the order in which a step runs the roles.
         updates: plans of the updates, in the order of a step.

@@ -162,9 +162,10 @@ class EagerStep:
         self.scaler.step(update.optimizer)
 
     def sync_buffers(self) -> None:
-        """Copies buffers from rank 0 to all ranks, such as BatchNorm statistics of a rank's own rows.
+        """Copies the buffers of rank 0 (such as BatchNorm statistics) to all ranks.
 
-        Evaluations, averages and checkpoints then use the same model on every rank.
+        Before that, they differ, because each rank computes them on its own rows. Afterwards evaluations, averages
+        and checkpoints use the same model on every rank.
         """
         roles = (self.network.role(name) for name in self.plan.resolved_stage.order)
         broadcast_buffers((b for role in roles if role.trainable for b in per_rank_buffers(role.model)), self.world)
