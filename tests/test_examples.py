@@ -66,4 +66,4 @@ def test_sweep_over_seeds_trains_the_teacher_once(example_folder, capsys):
     assert sorted(student["seed"] for student in students) == [1, 2, 3]
     assert all("teacher" in student["frozen"] for student in students)
     assert main(["train", "student.yaml", *SMALL[1:], "baseline=true"]) == 0
-    assert "without a teacher" in capsys.readouterr().out
+    assert "baseline without teacher" in capsys.readouterr().out

@@ -24,7 +24,7 @@ class FusionGate(nn.Module):
 
     and a sigmoid of the MLP's output is the weight. S and T are the softmax of student and teacher, G is the one-hot
     label, M is the mean of T over all samples with the same label, and the squares are element-wise. In training
-    mode, M is updated as a running mean. If the teacher does not change, M is the mean over the training set after
+    mode, M is updated as a cumulative mean. If the teacher does not change, M is the mean over the training set after
     one epoch. The inputs get no gradient, so that the student cannot lower its loss by changing the weight. Samples
     without a label (negative label) have G = M = 0.
 

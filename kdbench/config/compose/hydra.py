@@ -164,7 +164,7 @@ class _LayerStack:
     """Merges layers (group files, recipe, overrides) one after another, and records the location of every key.
 
     Attributes:
-        stale: dotted keys of a part (such as an optimizer) that a later layer replaced. Hydra's merge keeps these keys.
+        stale: dotted keys of replaced parts. A later layer replaced the part, but Hydra's merge kept these keys of it.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
