@@ -177,12 +177,14 @@ def test_sum_over_ranks_equals_one_process():
 
 
 def test_update_reads_no_value_on_the_host():
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode():
         metrics = MetricSet(ALL, CLASSES)
         label = torch.zeros(8, dtype=torch.int64)
         metrics.update(torch.randn(8, CLASSES), label, torch.randn(8, CLASSES), torch.ones(8, dtype=torch.bool))
+        with pytest.raises(DataDependentOutputException):  # control: a value that is read on the host raises
+            label.sum().item()
 
 
 def test_loaded_state_continues_the_count():

@@ -168,6 +168,8 @@ def test_a_full_disk_behind_a_redirected_output_does_not_end_the_run():
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
+    with pytest.raises(OSError, match="No space left"):  # control: the console alone fails
+        Console(file=FullFile()).print("one")
     reporter = ConsoleReporter(Console(file=FullFile()))
     reporter.notice("one")
     reporter.notice("two")
