@@ -109,4 +109,5 @@ if __name__ == "__main__":
         "errors": [error_message(world, failing) for failing in (0, 1, None)],
     }
     torch.save(results, Path(sys.argv[1]) / f"{world.rank}.pt")
+    dist.barrier()  # no rank leaves the group while the other rank still uses it
     dist.destroy_process_group()
